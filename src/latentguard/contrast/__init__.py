@@ -1,0 +1,30 @@
+"""The built-in contrast set: 660 form-matched pairs and 360 harmless prompts.
+
+Both members of a pair share frame, form, ending and length, over ten risk categories (MLCommons
+hazard names), so that surface form cannot separate the classes. 180 of the lone harmless prompts
+use alarming words in a benign sense, 180 are ordinary. Requests only; no answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from importlib.resources import as_file, files
+from typing import Literal
+
+from latentguard.prompts import Prompt, read_prompts
+
+Split = Literal["train", "validation", "test"]
+
+
+def load_contrast(split: Split | None = None) -> list[Prompt]:
+    """The prompts of one split, or all; about 60 / 20 / 20 %, by pair, fixed by id."""
+    with as_file(files(__name__) / "contrast.jsonl") as path:
+        prompts = [replace(p, source="contrast") for p in read_prompts(path)]
+    return [p for p in prompts if split in (None, split_of(p))]
+
+
+def split_of(prompt: Prompt) -> Split:
+    """The split of a prompt: both members of a pair fall into the same one."""
+    digest = hashlib.sha256((prompt.pair or prompt.id).encode()).digest()
+    return ("validation", "test", "train", "train", "train")[digest[0] % 5]

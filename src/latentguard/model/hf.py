@@ -1,0 +1,282 @@
+"""ChatModel: a Hugging Face chat model that captures states (implements Backend)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentguard.errors import ModelError, PromptError
+from latentguard.model.chat import ChatTokenizer, Layout
+from latentguard.model.hooks import decoder_blocks, read_positions
+from latentguard.model.sources import resolve
+from latentguard.prompts import Prompt
+from latentguard.states import Fingerprint, Progress, States
+
+WINDOW = 512
+"""Prompts that are sorted by length together; bounds memory, whatever their number."""
+
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+"""Padded tokens in one forward pass."""
+
+SAMPLE = 4096
+"""Values of each tensor that enter the weights digest."""
+
+
+@dataclass
+class _Prefix:
+    """Keys and values of the tokens with which every prompt begins."""
+
+    ids: tuple[int, ...]
+    cache: Any
+    last_layer: int
+
+
+class ChatModel:
+    """A chat model on transformers."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, source: str = "") -> None:
+        """Wrap a loaded model; ``ChatModel.load`` is the usual way.
+
+        Raises:
+            ModelError: if the decoder blocks cannot be found.
+            TemplateError: if the tokenizer has no usable chat template.
+        """
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.chat = ChatTokenizer(tokenizer)
+        self.source = source
+        self.blocks = decoder_blocks(model)
+        self.tokens_per_batch = TOKENS_PER_BATCH.get(self.device.type, 8192)
+        self._prefix: _Prefix | None = None
+        self._fingerprint: Fingerprint | None = None
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> ChatModel:
+        """Load a Hub id, a folder, a GGUF file, or ``default``.
+
+        Args:
+            source: What to load.
+            dtype: ``float32``, ``bfloat16``, ...; ``auto`` is float32 on a CPU, else bfloat16.
+            device: ``cpu``, ``cuda``, ...; a GPU is used if there is one.
+            options: Passed to ``from_pretrained`` (``device_map``, ``quantization_config``, ...).
+
+        Raises:
+            ModelError: if it cannot be found or loaded; says why.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        path = resolve(str(source))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), **options
+            )
+        except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ModelError(
+                f"'{source}' could not be loaded as a chat model: {reason} Expected a Hub id, a "
+                "folder, a GGUF file, or 'default'."
+            ) from error
+        placed = "device_map" in options or "quantization_config" in options
+        return cls(model if placed else model.to(device), tokenizer, source=str(source))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings live."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L; layers run from 0 to L."""
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """Width d of the residual stream."""
+        config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        return int(config.hidden_size)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What a guard of this model is bound to; computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = Fingerprint(
+                model=self.source,
+                weights=weights_digest(self.model),
+                tokenizer=self.chat.tokenizer_digest,
+                template=self.chat.template_digest,
+                dtype=str(self.model.dtype).removeprefix("torch."),
+            )
+        return self._fingerprint
+
+    def capture(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        positions: Sequence[str] = ("t_inst", "t_post"),
+        layers: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[States]:
+        """Yield states in the order of the prompts, a window of prompts at a time.
+
+        Args:
+            prompts: What to read; consumed lazily.
+            positions: ``t_inst``, ``t_post`` or ``post+k``.
+            layers: Layer indices; all, from 0 (embedding output) to L, if None.
+            progress: Called after each batch with its number of prompts.
+
+        Raises:
+            PromptError: if a prompt is empty, too long, or has no such position.
+        """
+        layers = tuple(range(self.depth + 1) if layers is None else layers)
+        if not layers or not set(layers) <= set(range(self.depth + 1)):
+            raise ModelError(f"Layers run from 0 to {self.depth}; found {layers}.")
+        for window in _windows(prompts):
+            values = self._window(window, tuple(positions), layers, progress)
+            yield States(values, window, tuple(positions), layers, self.fingerprint)
+
+    def _window(
+        self,
+        prompts: Sequence[Prompt],
+        positions: tuple[str, ...],
+        layers: tuple[int, ...],
+        progress: Progress | None,
+    ) -> Float[Tensor, "n p l d"]:
+        rows = [_Row(layout, positions) for layout in self.chat(prompts)]
+        self._check_lengths(rows, prompts)
+        shape = (len(rows), len(positions), len(layers), self.width)
+        values = torch.empty(shape, dtype=self.model.dtype)
+        todo = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
+        while todo:
+            batch = todo[: max(1, self.tokens_per_batch // rows[todo[0]].length)]
+            try:
+                values[batch] = self._forward([rows[i] for i in batch], layers)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                self._shrink(error, len(batch) * rows[batch[0]].length, len(batch))
+                continue
+            todo = todo[len(batch) :]
+            if progress is not None:
+                progress(len(batch))
+        return values
+
+    def _check_lengths(self, rows: Sequence[_Row], prompts: Sequence[Prompt]) -> None:
+        config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        most = getattr(config, "max_position_embeddings", None) or 1 << 62
+        for row, prompt in zip(rows, prompts, strict=True):
+            if row.length > most:
+                raise PromptError(
+                    f"Prompt '{prompt.id}' is {row.length:,} tokens long with its template; this "
+                    f"model reads at most {most:,}. Shorten it or split it."
+                )
+
+    def _shrink(self, error: Exception, tokens: int, rows: int) -> None:
+        """Halve the token budget if memory ran out; anything else, or a lone prompt, is raised."""
+        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not memory or rows == 1:
+            raise error
+        self.tokens_per_batch = max(1, min(tokens, self.tokens_per_batch) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _forward(
+        self, rows: Sequence[_Row], layers: tuple[int, ...]
+    ) -> Float[Tensor, "b p l d"]:
+        """One pass over right-padded rows: causal attention never sees the padding."""
+        prefix = self._shared_prefix(rows, max(layers))
+        skip = len(prefix.ids) if prefix else 0
+        length = max(row.length for row in rows) - skip
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : row.length - skip] = torch.tensor(row.ids[skip:])
+        columns = torch.tensor([row.columns for row in rows], device=self.device) - skip
+        buffer = torch.empty(
+            (*columns.shape, len(layers), self.width), dtype=self.model.dtype, device=self.device
+        )
+        with read_positions(self.blocks, columns=columns, layers=layers, buffer=buffer):
+            self._run(ids, prefix)
+        return buffer.cpu()
+
+    def _run(self, ids: Tensor, prefix: _Prefix | None, cache: Any = None) -> None:
+        if prefix is not None:
+            cache = copy.deepcopy(prefix.cache)
+            cache.batch_repeat_interleave(len(ids))
+        self.model(ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
+
+    def _shared_prefix(self, rows: Sequence[_Row], last_layer: int) -> _Prefix | None:
+        """Keys and values of what every single-turn prompt begins with, computed once and kept."""
+        if self._prefix is None or self._prefix.last_layer < last_layer:
+            first, second = self.chat([Prompt("a"), Prompt("Z")])
+            self._prefix = self._fill(_common_prefix(first.ids, second.ids), last_layer)
+        usable = self._prefix.ids and all(row.fits(self._prefix.ids) for row in rows)
+        return self._prefix if usable else None
+
+    def _fill(self, ids: tuple[int, ...], last_layer: int) -> _Prefix:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        if not ids:
+            return _Prefix(ids, cache, last_layer)
+        columns = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        buffer = torch.empty(1, 1, 1, self.width, dtype=self.model.dtype, device=self.device)
+        with read_positions(self.blocks, columns=columns, layers=(last_layer,), buffer=buffer):
+            self._run(torch.tensor([ids]), None, cache)
+        return _Prefix(ids, cache, last_layer)
+
+
+class _Row:
+    """One prompt of a batch: the tokens up to the last wanted position, and the positions."""
+
+    def __init__(self, layout: Layout, positions: Sequence[str]) -> None:
+        self.columns = [layout.index(position) for position in positions]
+        self.length = max(self.columns) + 1
+        self.first = min(self.columns)
+        self.ids = layout.ids[: self.length]
+
+    def fits(self, prefix: tuple[int, ...]) -> bool:
+        return self.first >= len(prefix) and self.ids[: len(prefix)] == prefix
+
+
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return tuple(token for token, _ in same)
+
+
+def _windows(prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, ...]]:
+    rest = iter(prompts)
+    while window := tuple(islice(rest, WINDOW)):
+        yield window
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over name, shape and up to 4,096 evenly spaced values of every tensor.
+
+    Any fine-tune, merge or quantisation changes it; an edit of a few single weights may not, which
+    is what a guard's canaries are for.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLE)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()

