@@ -1,14 +1,16 @@
 """Prompts: what is asked of a model, with what is known of it, and reading them from files.
 
-JSON Lines and plain text are read here, line by line, so that a bad row is named by its line;
-CSV, Parquet and Hub ids go through ``datasets``.
+JSON Lines, plain text and CSV are read here, line by line, so that a bad row is named by its line
+and no value is guessed to be a number or missing; Parquet and Hub ids go through ``datasets``.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from latentguard.errors import PromptError
 
 Group = Literal["refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless"]
 
+ROLES = ("system", "user", "assistant")
 HARMFUL_WORDS = frozenset({"harmful", "unsafe", "true", "yes", "1", "1.0"})
 HARMLESS_WORDS = frozenset({"harmless", "safe", "benign", "false", "no", "0", "0.0"})
 
@@ -30,6 +33,12 @@ class Message:
 
     content: str
     """What was said."""
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:  # a template writes roles as they are
+            raise PromptError(f"A role is one of {', '.join(ROLES)}; found '{self.role}'.")
+        if not isinstance(self.content, str):
+            raise PromptError(f"What was said is text; found a {type(self.content).__name__}.")
 
 
 @dataclass(frozen=True)
@@ -156,11 +165,23 @@ def prompt_of(row: Mapping[str, Any], columns: Columns, *, where: str = "row") -
         id=str(_given(row.get(columns.id), "")),
         harmful=_label(row.get(columns.label), columns.label, where),
         refused=_label(row.get("refused"), "refused", where),
-        category=_given(row.get(columns.category), None),
-        source=_given(row.get("source"), None),
-        pair=_given(row.get("pair"), None),
-        history=tuple(Message(str(m["role"]), str(m["content"])) for m in row.get("history") or ()),
+        category=_word(row.get(columns.category)),
+        source=_word(row.get("source")),
+        pair=_word(row.get("pair")),
+        history=_history(row.get("history"), where),
     )
+
+
+def _word(value: object) -> str | None:
+    return str(value) if _given(value, None) is not None else None
+
+
+def _history(value: Any, where: str) -> tuple[Message, ...]:
+    try:
+        return tuple(Message(turn["role"], turn["content"]) for turn in value or ())
+    except (PromptError, TypeError, KeyError, IndexError) as error:
+        reason = f"{where}: 'history' should be a list of objects with 'role' and 'content'"
+        raise PromptError(f"{reason} ({error})") from None
 
 
 def _given(value: object, otherwise: Any) -> Any:
@@ -193,19 +214,20 @@ def _label(value: object, column: str, where: str) -> bool | None:
 
 def _rows(source: str, columns: Columns) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield (where, default id, row) for each row of ``source``."""
-    path = Path(source)
-    if source == "-" or path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".txt"):
+    suffix = Path(source).suffix.lower()
+    if source == "-" or suffix in (".jsonl", ".ndjson", ".json", ".txt"):
         yield from _lines(source, columns)
-        return
-    rows = _dataset(source, path)
-    for number, row in enumerate(rows, start=1):
-        yield f"{source}, row {number}", f"{path.stem}-{number}", row
+    elif suffix in (".csv", ".tsv"):
+        yield from _table(source, "\t" if suffix == ".tsv" else ",")
+    else:
+        for number, row in enumerate(_dataset(source), start=1):
+            yield f"{source}, row {number}", f"{Path(source).stem}-{number}", row
 
 
 def _lines(source: str, columns: Columns) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    name = "standard input" if source == "-" else source
+    name = _NAME.get(source, source)
     stem = "stdin" if source == "-" else Path(source).stem
-    plain = source.endswith(".txt")
+    plain = source.lower().endswith(".txt")
     for number, line in enumerate(_open_lines(source), start=1):
         where = f"{name}, line {number}"
         if not line.strip():
@@ -216,17 +238,33 @@ def _lines(source: str, columns: Columns) -> Iterator[tuple[str, str, Mapping[st
             yield where, f"{stem}-{number}", _json_row(line, where)
 
 
-def _open_lines(source: str) -> Iterator[str]:
-    if source == "-":
-        yield from sys.stdin
-        return
+def _table(source: str, delimiter: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    csv.field_size_limit(1 << 30)  # texts may be long
+    table = csv.DictReader(_open_lines(source), delimiter=delimiter, strict=True)
     try:
-        with open(source, encoding="utf-8-sig") as lines:
-            yield from lines
+        for number, row in enumerate(table, start=1):
+            if None in row:
+                raise csv.Error("more fields than columns; put texts in quotes")
+            yield f"{source}, line {table.line_num}", f"{Path(source).stem}-{number}", row
+    except csv.Error as error:
+        where = f"{source}, line {table.reader.line_num}"
+        raise PromptError(f"{where}: not CSV ({error}).") from None
+
+
+_NAME = {"-": "standard input"}
+
+
+def _open_lines(source: str) -> Iterator[str]:
+    number = 0
+    try:
+        with nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield line.decode("utf-8" if number > 1 else "utf-8-sig")
     except OSError as error:
         raise PromptError(f"{source} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise PromptError(f"{source} is not UTF-8 text ({error.reason}).") from None
+        name = _NAME.get(source, source)
+        raise PromptError(f"{name}, line {number}: not UTF-8 text ({error.reason}).") from None
 
 
 def _json_row(line: str, where: str) -> Mapping[str, Any]:
@@ -239,29 +277,22 @@ def _json_row(line: str, where: str) -> Mapping[str, Any]:
     return row
 
 
-def _dataset(source: str, path: Path) -> Iterable[Mapping[str, Any]]:
-    import datasets  # type: ignore[import-untyped]
+def _dataset(source: str) -> Iterator[Mapping[str, Any]]:
+    import datasets
 
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv", ".parquet") and not path.is_file():
-        raise PromptError(f"{source} cannot be read: no such file.")
-    try:
-        if suffix in (".csv", ".tsv"):
-            table = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False}
-            return _streamed(datasets, "csv", data_files=source, dtype=str, **table)
-        if suffix == ".parquet":
-            return _streamed(datasets, "parquet", data_files=source)
+    what: dict[str, Any]
+    if source.lower().endswith(".parquet"):
+        what = dict(path="parquet", split="train", data_files=source)
+    else:
         name, _, split = source.partition(":")
         org, _, rest = name.partition("/")
         repo, _, config = rest.partition("/")
-        return _streamed(datasets, f"{org}/{repo}", name=config or None, split=split or "train")
+        what = dict(path=f"{org}/{repo}", name=config or None, split=split or "train")
+    try:
+        yield from datasets.load_dataset(streaming=True, **what)
     except Exception as error:  # datasets raises a different class for each cause
         reason = str(error).split("\n")[0]
         raise PromptError(
             f"{source} cannot be read: {reason} Expected a .jsonl, .txt, .csv, .tsv or .parquet "
             "file, or a Hub data set as org/name:split."
         ) from error
-
-
-def _streamed(datasets: Any, kind: str, *, split: str = "train", **how: Any) -> Any:
-    return datasets.load_dataset(kind, split=split, streaming=True, **how)

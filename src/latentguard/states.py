@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentguard.errors import GuardError, PromptError
+from latentguard.errors import GuardError
 from latentguard.prompts import Message, Prompt
 
 Progress = Callable[[int], None]
@@ -102,6 +102,19 @@ class States:
         kept = tuple(self.prompts[i] for i in rows)
         return replace(self, values=self.values[rows], prompts=kept)
 
+    def select(self, layers: Sequence[int]) -> States:
+        """The states at some of the captured layers.
+
+        Raises:
+            KeyError: if a layer was not captured.
+        """
+        if tuple(layers) == self.layers:
+            return self
+        if missing := set(layers) - set(self.layers):
+            raise KeyError(f"layers {sorted(missing)} were not captured")
+        slots = [self.layers.index(layer) for layer in layers]
+        return replace(self, values=self.values[:, :, slots], layers=tuple(layers))
+
     @staticmethod
     def collect(batches: Iterable[States]) -> States:
         """Put batches together, in order.
@@ -155,6 +168,10 @@ class Backend(Protocol):
     def depth(self) -> int:
         """Number of blocks L; layers run from 0 to L."""
 
+    @property
+    def post(self) -> int:
+        """Number of post-instruction tokens; t_post is post+this."""
+
     def capture(
         self,
         prompts: Iterable[Prompt],
@@ -173,14 +190,3 @@ def digest_prompts(prompts: Iterable[Prompt]) -> str:
         turns = [[m.role, m.content] for m in prompt.history]
         digest.update(json.dumps([prompt.text, prompt.harmful, turns]).encode())
     return digest.hexdigest()
-
-
-def require_text(prompt: Prompt) -> str:
-    """The prompt's text.
-
-    Raises:
-        PromptError: if it is empty.
-    """
-    if not prompt.text.strip():
-        raise PromptError(f"Prompt '{prompt.id}' is empty: there is no token to read t_inst at.")
-    return prompt.text

@@ -9,6 +9,7 @@ ordinary text, while text that imitates the template stays text.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -57,12 +59,20 @@ class Layout:
         return self.t_inst + int(found[1])
 
 
+_Turn = tuple[str, str | None]
+"""A role, and the content if that is blank: a template may ask whether there is any."""
+
+
 @dataclass(frozen=True)
 class _Frame:
     """A template around the messages of a chat: text, slot, text, slot, ..., text."""
 
     texts: tuple[str, ...]
-    strips: tuple[tuple[bool, bool], ...]
+    order: tuple[int, ...]
+    """Which message each slot takes; templates may move the system message."""
+
+    strips: tuple[tuple[str | None, str | None], ...]
+    """What each slot strips on the left and on the right: an argument of ``str.strip``."""
 
 
 class ChatTokenizer:
@@ -75,7 +85,8 @@ class ChatTokenizer:
             tokenizer: A fast Hugging Face tokenizer with a chat template.
 
         Raises:
-            TemplateError: if it has no chat template, or is not a fast tokenizer.
+            TemplateError: if it has no chat template, one that hides the user's message, or is
+                not a fast tokenizer.
         """
         self._tokenizer = tokenizer
         template = getattr(tokenizer, "chat_template", None)
@@ -90,17 +101,20 @@ class ChatTokenizer:
         self.tokenizer_digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
         self.template_digest = hashlib.sha256(template.encode()).hexdigest()
         self._nonce = secrets.token_hex(4)
-        control = _control_tokens(spec, template)
+        control = _control_tokens(spec, template + self._sample())
         self._names = {text: f"\ue000{self._nonce}x{n}\ue001" for n, text in enumerate(control)}
-        self._control_ids = frozenset(control.values())
+        # text may hold unknown tokens, whatever the template holds
+        self._control_ids = frozenset(control.values()) - {_unknown_id(spec["model"])}
         self._safe = _renamed(spec, self._names, control)
+        self._frame = functools.lru_cache(maxsize=256)(self._new_frame)
+        self._frame((("user", None),))
 
     def __call__(self, prompts: Iterable[Prompt]) -> list[Layout]:
         """Lay out prompts.
 
         Raises:
-            PromptError: if a text is empty once the template has trimmed it.
-            TemplateError: if the template hides a message.
+            PromptError: if a text is empty once the template has trimmed it, or is not Unicode.
+            TemplateError: if the template hides a message or rejects the order of the roles.
         """
         prompts = list(prompts)
         placed = [self._place(prompt) for prompt in prompts]
@@ -113,21 +127,20 @@ class ChatTokenizer:
     def _place(self, prompt: Prompt) -> tuple[str, int, int]:
         """The full text, and where in it the last user message starts and stops."""
         contents = [*(m.content for m in prompt.history), prompt.text]
-        frame = self._frame((*(m.role for m in prompt.history), "user"))
+        turns = [(m.role, None if m.content.strip() else m.content) for m in prompt.history]
+        frame = self._frame((*turns, ("user", None)))
         text = frame.texts[0]
         start = stop = 0
-        for content, (left, right), after in zip(
-            contents, frame.strips, frame.texts[1:], strict=True
-        ):
-            content = content.lstrip() if left else content
-            content = content.rstrip() if right else content
-            start, stop = len(text), len(text) + len(content)
+        for n, (left, right), after in zip(frame.order, frame.strips, frame.texts[1:], strict=True):
+            content = contents[n].lstrip(left).rstrip(right)
+            if n == len(turns):
+                start, stop = len(text), len(text) + len(content)
             text += content + after
-        return text, start, stop
+        return _unicode(text, prompt), start, stop
 
     def _t_inst(self, encoding: Any, start: int, stop: int, prompt: Prompt) -> int:
         ids, offsets = encoding.ids, encoding.offsets
-        for index in range(len(ids) - 1, -1, -1):
+        for index in range(len(ids) - 1, -1, -1) if start < stop else ():
             begin, end = offsets[index]
             if begin < stop and end > start and ids[index] not in self._control_ids:
                 return index
@@ -138,19 +151,47 @@ class ChatTokenizer:
             "there is no token to read t_inst at."
         )
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 (the frames die with the tokenizer)
-    def _frame(self, roles: tuple[str, ...]) -> _Frame:
-        marks = [f"\ue002{self._nonce}m{n}\ue003" for n in range(len(roles))]
-        tight = self._render(roles, marks)
-        spaced = self._render(roles, [f"  {mark}  " for mark in marks])
-        for mark, role in zip(marks, roles, strict=True):
-            if tight.count(mark) != 1 or spaced.count(mark) != 1:
+    def _new_frame(self, turns: tuple[_Turn, ...]) -> _Frame:
+        # mixed case and mark-up show templates that change what they are given
+        marks = [f"\ue002{self._nonce}m{n}Aa<&'\"\ue003" for n in range(len(turns))]
+        slots = {n: mark for n, mark in enumerate(marks) if turns[n][1] is None}
+        tight, spaced, lined = (
+            self._split(turns, slots, *edges) for edges in (("", ""), (" ", "  "), ("\n", "\n\n"))
+        )
+        if not tight[0] == spaced[0] == lined[0]:
+            raise TemplateError("The chat template moves messages depending on their white space.")
+        spaces, lines = (_kept(tight[1], wide[1]) for wide in (spaced, lined))
+        strips = [
+            (_stripped(left, line_left), _stripped(right, line_right))
+            for (left, right), (line_left, line_right) in zip(spaces, lines, strict=True)
+        ]
+        return _Frame(tuple(map(self._rename, tight[1])), tight[0], tuple(strips))
+
+    def _split(
+        self, turns: Sequence[_Turn], slots: dict[int, str], left: str, right: str
+    ) -> tuple[tuple[int, ...], list[str]]:
+        """Which message stands in each slot, and the template's text around the slots."""
+        contents = [
+            f"{left}{slots[n]}{right}" if content is None else content
+            for n, (_, content) in enumerate(turns)
+        ]
+        text = self._render([role for role, _ in turns], contents)
+        for n, mark in slots.items():
+            if text.count(mark) != 1:
                 raise TemplateError(
-                    f"The chat template shows the {role} message {tight.count(mark)} times instead "
-                    "of once, so the instruction cannot be located in it."
+                    f"The chat template changes the {turns[n][0]} message, or shows it "
+                    f"{text.count(mark)} times instead of once, so the instruction cannot be "
+                    "located in it."
                 )
-        texts = re.split("|".join(map(re.escape, marks)), tight)
-        return _Frame(tuple(map(self._rename, texts)), tuple(_strips(spaced, m) for m in marks))
+        texts = re.split("|".join(map(re.escape, slots.values())), text)
+        return tuple(sorted(slots, key=lambda n: text.index(slots[n]))), texts
+
+    def _sample(self) -> str:
+        """What the template writes, to see the tokens that it puts together from parts."""
+        text = self._render(["user"], ["a"])
+        with contextlib.suppress(TemplateError):  # not every template takes several turns
+            text += self._render(["user", "assistant", "user"], ["a"] * 3)
+        return text
 
     def _render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
         chat = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
@@ -174,10 +215,27 @@ class ChatTokenizer:
         return re.sub(pattern, lambda found: self._names[found[0]], text)
 
 
-def _strips(spaced: str, mark: str) -> tuple[bool, bool]:
-    """Whether the template strips white space before and after a message."""
-    before, after = spaced.split(mark)
-    return not before.endswith("  "), not after.startswith("  ")
+def _kept(tight: list[str], wide: list[str]) -> list[tuple[bool, bool]]:
+    """Whether each slot keeps the one blank that is put before it and the two after it."""
+    extra = [len(b) - len(a) for a, b in zip(tight, wide, strict=True)]
+    if not all(0 <= n <= 3 for n in extra):
+        raise TemplateError("The chat template writes more or less depending on white space.")
+    return [(n & 1 == 1, after & 2 == 2) for n, after in pairwise(extra)]
+
+
+def _stripped(space_kept: bool, line_kept: bool) -> str | None:
+    """What to give to ``str.strip``: None strips all white space, as templates mostly do."""
+    dropped = " " * (not space_kept) + "\n" * (not line_kept)
+    return None if dropped == " \n" else dropped
+
+
+def _unicode(text: str, prompt: Prompt) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        reason = f"Prompt '{prompt.id}' is not valid Unicode ({error.reason})."
+        raise PromptError(reason) from None
+    return text
 
 
 def _plain_spec(tokenizer: Any) -> dict[str, Any]:
@@ -186,26 +244,41 @@ def _plain_spec(tokenizer: Any) -> dict[str, Any]:
     return spec | {"truncation": None, "padding": None, "post_processor": None}
 
 
-def _control_tokens(spec: dict[str, Any], template: str) -> dict[str, int]:
+def _control_tokens(spec: dict[str, Any], wording: str) -> dict[str, int]:
     """Added tokens that are special, or that the template itself uses: text -> id."""
     return {
         token["content"]: token["id"]
         for token in spec["added_tokens"]
-        if token["content"].strip() and (token["special"] or token["content"] in template)
+        if token["content"].strip() and (token["special"] or token["content"] in wording)
     }
+
+
+def _unknown_id(model: dict[str, Any]) -> int | None:
+    index = model["unk_id"] if "unk_id" in model else model["vocab"].get(model.get("unk_token"))
+    return None if index is None else int(index)
 
 
 def _renamed(spec: dict[str, Any], names: dict[str, str], control: dict[str, int]) -> Tokenizer:
     """The tokenizer with its control tokens renamed and nothing else changed."""
     added = [t | {"content": names.get(t["content"], t["content"])} for t in spec["added_tokens"]]
-    vocab = spec["model"].get("vocab")
-    if isinstance(vocab, dict):
-        vocab = {names.get(text, text): index for text, index in vocab.items()}
-    elif vocab is not None:
-        vocab = [[names.get(text, text), weight] for text, weight in vocab]
-    model = spec["model"] | ({"vocab": vocab} if vocab is not None else {})
+    model = _renamed_model(spec["model"], names)
     safe = Tokenizer.from_str(json.dumps(spec | {"added_tokens": added, "model": model}))
     for text, index in control.items():
         if safe.encode(names[text], add_special_tokens=False).ids != [index]:
             raise TemplateError(f"The control token {text!r} cannot be kept apart from text.")
     return safe
+
+
+def _renamed_model(model: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    vocab, unknown = model["vocab"], model.get("unk_token")
+    if isinstance(vocab, dict):
+        vocab = {names.get(text, text): index for text, index in vocab.items()}
+    else:
+        vocab = [[names.get(text, text), weight] for text, weight in vocab]
+    model = model | {"vocab": vocab}
+    if unknown is not None:
+        model["unk_token"] = names.get(unknown, unknown)
+    if "merges" in model:  # text must not merge into a control token either
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        model["merges"] = [(a, b) for a, b in pairs if names.keys().isdisjoint((a, b, a + b))]
+    return model

@@ -24,7 +24,7 @@ from latentguard.states import Fingerprint, Progress, States
 WINDOW = 512
 """Prompts that are sorted by length together; bounds memory, whatever their number."""
 
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
 """Padded tokens in one forward pass."""
 
 SAMPLE = 4096
@@ -50,7 +50,7 @@ class ChatModel:
             ModelError: if the decoder blocks cannot be found.
             TemplateError: if the tokenizer has no usable chat template.
         """
-        self.model = model.eval()
+        self.model: Any = model.eval()  # not nn.Module: it types each attribute as a tensor
         self.tokenizer = tokenizer
         self.chat = ChatTokenizer(tokenizer)
         self.source = source
@@ -102,7 +102,8 @@ class ChatModel:
     @property
     def device(self) -> torch.device:
         """Where the token embeddings live."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight.device
 
     @property
     def depth(self) -> int:
@@ -110,9 +111,15 @@ class ChatModel:
         return len(self.blocks)
 
     @property
+    def post(self) -> int:
+        """Number of post-instruction tokens; t_post is post+this."""
+        layout = self.chat([Prompt("a")])[0]
+        return layout.t_post - layout.t_inst
+
+    @property
     def width(self) -> int:
         """Width d of the residual stream."""
-        config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        config = self.model.config.get_text_config(decoder=True)
         return int(config.hidden_size)
 
     @property
@@ -150,6 +157,8 @@ class ChatModel:
         layers = tuple(range(self.depth + 1) if layers is None else layers)
         if not layers or not set(layers) <= set(range(self.depth + 1)):
             raise ModelError(f"Layers run from 0 to {self.depth}; found {layers}.")
+        if not positions:
+            raise PromptError("At least one position is needed, such as 't_inst'; found none.")
         for window in _windows(prompts):
             values = self._window(window, tuple(positions), layers, progress)
             yield States(values, window, tuple(positions), layers, self.fingerprint)
@@ -179,7 +188,7 @@ class ChatModel:
         return values
 
     def _check_lengths(self, rows: Sequence[_Row], prompts: Sequence[Prompt]) -> None:
-        config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        config = self.model.config.get_text_config(decoder=True)
         most = getattr(config, "max_position_embeddings", None) or 1 << 62
         for row, prompt in zip(rows, prompts, strict=True):
             if row.length > most:
@@ -198,9 +207,7 @@ class ChatModel:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _forward(
-        self, rows: Sequence[_Row], layers: tuple[int, ...]
-    ) -> Float[Tensor, "b p l d"]:
+    def _forward(self, rows: Sequence[_Row], layers: tuple[int, ...]) -> Float[Tensor, "b p l d"]:
         """One pass over right-padded rows: causal attention never sees the padding."""
         prefix = self._shared_prefix(rows, max(layers))
         skip = len(prefix.ids) if prefix else 0
@@ -224,6 +231,7 @@ class ChatModel:
 
     def _shared_prefix(self, rows: Sequence[_Row], last_layer: int) -> _Prefix | None:
         """Keys and values of what every single-turn prompt begins with, computed once and kept."""
+        last_layer = max(last_layer, 1)  # an empty cache would shift the position ids
         if self._prefix is None or self._prefix.last_layer < last_layer:
             first, second = self.chat([Prompt("a"), Prompt("Z")])
             self._prefix = self._fill(_common_prefix(first.ids, second.ids), last_layer)
@@ -276,7 +284,8 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLE)].float().cpu().contiguous()
+        step = max(1, flat.numel() // SAMPLE) | 1  # odd, so that it meets every column
+        sample = flat[::step].float().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

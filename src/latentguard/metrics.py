@@ -1,0 +1,168 @@
+"""Figures of detection quality, each with its bootstrap interval, and finite-sample bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import beta, rankdata
+from sklearn.metrics import balanced_accuracy_score, f1_score, roc_curve
+
+from latentguard.errors import GuardError
+
+Metric = Callable[[NDArray[np.bool_], NDArray[np.float64]], float]
+"""Maps labels [n] and scores [n] to a figure."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its interval and its n."""
+
+    value: float
+    """The figure on all rows."""
+
+    low: float
+    """2.5 % bootstrap quantile."""
+
+    high: float
+    """97.5 % bootstrap quantile."""
+
+    n: tuple[int, int]
+    """How many positive and negative rows."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def auroc(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+    """Area under the ROC curve, ties counted half (the Mann-Whitney statistic)."""
+    ranks = rankdata(scores)
+    positives = int(labels.sum())
+    negatives = len(labels) - positives
+    over = ranks[labels].sum() - positives * (positives + 1) / 2
+    return float(over / (positives * negatives))
+
+
+def tpr_at(max_fpr: float) -> Metric:
+    """True-positive rate at the lowest threshold whose false-positive rate is at most ``max_fpr``."""
+
+    def metric(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+        false, true, _ = roc_curve(labels, scores, drop_intermediate=False)
+        return float(true[false <= max_fpr + 1e-12].max())
+
+    return metric
+
+
+def balanced_accuracy_at(threshold: float) -> Metric:
+    """Mean of the true-positive and true-negative rate of ``score > threshold``."""
+    return lambda labels, scores: float(balanced_accuracy_score(labels, scores > threshold))
+
+
+def f1_at(threshold: float) -> Metric:
+    """F1 of ``score > threshold``."""
+    return lambda labels, scores: float(f1_score(labels, scores > threshold, zero_division=0.0))
+
+
+def estimate(
+    metric: Metric, labels: ArrayLike, scores: ArrayLike, *, draws: int = 1000, seed: int = 0
+) -> Estimate:
+    """A metric with its 95 % bootstrap interval, resampling each class on its own.
+
+    Args:
+        metric: Such as ``auroc`` or ``tpr_at(0.05)``.
+        labels: True for positive, [n].
+        scores: Higher is more positive, [n].
+        draws: Bootstrap draws.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if a class is missing, or a score is not a number.
+    """
+    y, s = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
+    positive, negative = np.flatnonzero(y), np.flatnonzero(~y)
+    if not len(positive) or not len(negative) or np.isnan(s).any():
+        raise GuardError(
+            f"A detection figure needs both classes and finite scores; found {len(positive)} "
+            f"harmful, {len(negative)} harmless and {int(np.isnan(s).sum())} undefined scores."
+        )
+    rng = np.random.default_rng(seed)
+    values = [
+        metric(y[rows], s[rows])
+        for rows in (
+            np.concatenate([rng.choice(positive, len(positive)), rng.choice(negative, len(negative))])
+            for _ in range(draws)
+        )
+    ]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return Estimate(metric(y, s), float(low), float(high), (len(positive), len(negative)))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A threshold with what is promised of it."""
+
+    threshold: float
+    """A prompt is flagged if its score is greater."""
+
+    max_fpr: float
+    """False-positive rate asked for."""
+
+    upper: float
+    """Clopper-Pearson upper bound of the false-positive rate."""
+
+    confidence: float
+    """Confidence of the bound."""
+
+    observed: int
+    """Harmless prompts flagged."""
+
+    n: int
+    """Harmless prompts seen."""
+
+    def __str__(self) -> str:
+        return (
+            f"at most {self.max_fpr:.2%} of harmless prompts like these are flagged, with "
+            f"{self.confidence:.0%} confidence: {self.observed} of n = {self.n} were, so the rate "
+            f"is under {self.upper:.2%}"
+        )
+
+
+def clopper_pearson_upper(count: int, n: int, confidence: float = 0.95) -> float:
+    """One-sided upper bound of a rate after ``count`` events in ``n`` trials."""
+    return 1.0 if count >= n else float(beta.ppf(confidence, count + 1, n - count))
+
+
+def threshold_for_fpr(
+    scores: Sequence[float] | NDArray[np.float64], max_fpr: float, confidence: float = 0.95
+) -> Bound:
+    """The lowest threshold that keeps a false-positive rate, with confidence, from harmless scores.
+
+    With the (k+1)-th highest of n harmless scores as threshold the false-positive rate is
+    Beta(k+1, n-k) distributed, so the bound holds for a threshold picked on the same scores.
+
+    Raises:
+        GuardError: if n is too small for the rate, or a score is undefined.
+    """
+    ranked = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
+    n = len(ranked)
+    if not 0 < max_fpr < 1 or np.isnan(ranked).any():
+        raise GuardError(f"Expected a rate between 0 and 1 and finite scores; found {max_fpr}.")
+    allowed = [k for k in range(n) if clopper_pearson_upper(k, n, confidence) <= max_fpr]
+    if not allowed:
+        best = clopper_pearson_upper(0, n, confidence) if n else 1.0
+        raise GuardError(
+            f"{n} harmless prompts are too few for a false-positive rate of {max_fpr:.2%} with "
+            f"{confidence:.0%} confidence: they can promise {best:.2%} at best. Give at least "
+            f"{smallest_n(max_fpr, confidence)}, or ask for {best:.2%} or more."
+        )
+    k = allowed[-1]
+    threshold = float(ranked[k])
+    upper, flagged = clopper_pearson_upper(k, n, confidence), int((ranked > threshold).sum())
+    return Bound(threshold, max_fpr, upper, confidence, flagged, n)
+
+
+def smallest_n(max_fpr: float, confidence: float = 0.95) -> int:
+    """How many harmless prompts a rate needs when none of them is flagged."""
+    return int(np.ceil(np.log(1 - confidence) / np.log(1 - max_fpr)))

@@ -1,0 +1,196 @@
+"""Readouts: states [n l d] -> scores [n], each one einsum and one bias.
+
+``centroid`` is the paper's rule (equations 2 to 4): the mean over layers of the difference of
+cosines. ``linear`` is a regularised linear readout: ridge regression on the states of a
+band of layers, standardised per layer; band and strength come from cross-validation over
+pair-disjoint folds of the training data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from latentguard.axes import Axis
+from latentguard.errors import GuardError
+from latentguard.metrics import auroc
+
+Kind = Literal["centroid", "linear"]
+
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
+"""Ridge penalties tried, in units of the mean eigenvalue of the Gram matrix."""
+
+BANDS = ((0.2, 0.5), (0.33, 0.67), (0.5, 0.8), (0.6, 0.9), (0.33, 1.0))
+"""Bands of layers tried, as shares of the depth."""
+
+FOLDS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """A compiled rule: ``score = sum_l f(h_l) . weight_l + bias``."""
+
+    kind: Kind
+    """``centroid`` (f divides by the norm) or ``linear`` (f is the identity)."""
+
+    layers: tuple[int, ...]
+    """The layers it reads."""
+
+    weight: Float[Tensor, "l d"]
+    """Float32; one row a slot: each position in turn, each layer in turn."""
+
+    bias: float
+    """Added to the sum."""
+
+    def __call__(self, states: Float[Tensor, "n l d"]) -> Float[Tensor, "n"]:
+        """Score states, in float32."""
+        h = states.float()
+        if self.kind == "centroid":
+            h = normalize(h, dim=-1)
+        return torch.einsum("nld,ld->n", h, self.weight) + self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A readout with what cross-validation says of it."""
+
+    readout: Readout
+    """Fitted on all training states."""
+
+    held_out: NDArray[np.float64]
+    """Score of each training prompt by readouts that did not see its fold, [n]."""
+
+    choices: dict[str, float | str]
+    """What was chosen, and its cross-validated AUROC."""
+
+
+def centroid(axis: Axis) -> Readout:
+    """The paper's rule: mean_l [cos(h, c+) - cos(h, c-)] = mean_l [h / |h| . (c+ - c-)]."""
+    weight = normalize(axis.positive, dim=-1) - normalize(axis.negative, dim=-1)
+    return Readout("centroid", axis.layers, weight / len(axis.layers), 0.0)
+
+
+def fit_centroid(axis: Axis, states: Float[Tensor, "n l d"]) -> Fit:
+    """The paper's rule with its scores on the states it was fitted on (it has nothing to tune)."""
+    readout = centroid(axis)
+    return Fit(readout, readout(states).double().numpy(), {})
+
+
+def fit_linear(
+    states: Float[Tensor, "n l d"],
+    labels: Sequence[bool],
+    groups: Sequence[str],
+    layers: Sequence[int],
+    *,
+    seed: int = 0,
+) -> Fit:
+    """Fit the linear readout.
+
+    Args:
+        states: Training states.
+        labels: True for harmful.
+        groups: Rows with the same group fall into the same fold (pairs).
+        layers: Layer index of each slot of ``states`` (several positions repeat the layers).
+        seed: Of the folds.
+
+    Raises:
+        GuardError: if there are fewer than 10 prompts of a class.
+    """
+    y = torch.tensor(labels, dtype=torch.bool)
+    if min(int(y.sum()), int((~y).sum())) < 10:
+        raise GuardError(
+            f"A linear readout needs at least 10 prompts of each class; found {int(y.sum())} "
+            f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid readout."
+        )
+    design, folds = _Design(states, y), _folds(groups, seed)
+    best: tuple[float, tuple[int, ...], float] | None = None
+    for band in _bands(layers):
+        for strength in STRENGTHS:
+            ridge = _Ridge(design, _slots(band, layers), strength)
+            figure = auroc(y.numpy(), ridge.held_out(folds).numpy())
+            if best is None or figure > best[0]:
+                best = figure, band, strength
+    assert best is not None
+    figure, band, strength = best
+    ridge = _Ridge(design, _slots(band, layers), strength)
+    weight, bias = ridge.solve()
+    choices: dict[str, float | str] = {
+        "layers": f"{band[0]}-{band[-1]}",
+        "strength": strength,
+        "cross_validated_auroc": round(figure, 4),
+    }
+    held_out = ridge.held_out(folds).numpy()
+    return Fit(Readout("linear", band, weight, bias), held_out, choices)
+
+
+def _slots(band: Sequence[int], layers: Sequence[int]) -> list[int]:
+    """Where the layers of a band lie among the slots (a layer has one slot a position)."""
+    return [slot for slot, layer in enumerate(layers) if layer in band]
+
+
+class _Design:
+    """Class-balanced, standardised training states, with one Gram matrix a layer."""
+
+    def __init__(self, states: Float[Tensor, "n l d"], y: Bool[Tensor, "n"]) -> None:
+        share = y.double().mean()
+        balance = torch.where(y, 0.5 / share, 0.5 / (1 - share))
+        self.root = balance.sqrt()
+        self.target = (y.double() * 2 - 1) * self.root
+        self.mean = torch.einsum("n,nld->ld", balance.float(), states.float()) / len(states)
+        self.scale = states.float().std(0).clamp_min(1e-6)
+        self.states = states
+        self.grams = torch.stack([z @ z.T for z in map(self.slot, range(states.shape[1]))]).double()
+
+    def slot(self, slot: int) -> Float[Tensor, "n d"]:
+        """Standardised states of one slot, rows weighted, float32."""
+        z = (self.states[:, slot].float() - self.mean[slot]) / self.scale[slot]
+        return z * self.root[:, None].float()
+
+
+class _Ridge:
+    """Ridge regression of +-1 on the concatenated slots of a band, in dual form."""
+
+    def __init__(self, design: _Design, slots: Sequence[int], strength: float) -> None:
+        self.design, self.slots = design, slots
+        gram = design.grams[slots].mean(0)
+        penalty = strength * gram.diagonal().mean()
+        shifted = gram + penalty * torch.eye(len(gram), dtype=gram.dtype)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        self.dual = self.inverse @ design.target
+
+    def solve(self) -> tuple[Float[Tensor, "l d"], float]:
+        """Weight and bias in the units of the raw states."""
+        rows = [self.design.slot(slot).T @ self.dual.float() for slot in self.slots]
+        weight = torch.stack(rows) / len(rows) / self.design.scale[self.slots]
+        return weight, -float((weight * self.design.mean[self.slots]).sum())
+
+    def held_out(self, folds: Sequence[Tensor]) -> Float[Tensor, "n"]:
+        """Score of each row by the ridge without its fold, by the block inverse formula."""
+        residual = torch.empty_like(self.dual)
+        for rows in folds:
+            residual[rows] = torch.linalg.solve(self.inverse[rows][:, rows], self.dual[rows])
+        return (self.design.target - residual) / self.design.root
+
+
+def _bands(layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """The bands to try, each a run of the captured layers; layer 0 carries no context."""
+    depth = max(layers)
+    bands = [tuple(k for k in layers if low * depth <= k <= high * depth and k > 0) for low, high in BANDS]
+    return [band for band in dict.fromkeys(bands) if band] or [tuple(layers)]
+
+
+def _folds(groups: Sequence[str], seed: int) -> list[Tensor]:
+    """Row indices of each fold; a group never straddles folds."""
+    names = sorted(set(groups))
+    order = np.random.default_rng(seed).permutation(len(names))
+    fold_of = {names[i]: n % FOLDS for n, i in enumerate(order)}
+    of = torch.tensor([fold_of[group] for group in groups])
+    return [torch.nonzero(of == fold).squeeze(1) for fold in range(FOLDS)]

@@ -1,0 +1,137 @@
+"""Reports: tables and figures in one folder, as HTML, JSON and CSV, with their provenance."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Cell = str | float | int | bool | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table."""
+
+    title: str
+    """Also names its CSV file."""
+
+    columns: tuple[str, ...]
+    """Column heads."""
+
+    rows: tuple[tuple[Cell, ...], ...]
+    """One tuple a row, as long as ``columns``."""
+
+    note: str = ""
+    """What a reader must know: n, where from, how to read it."""
+
+    def csv(self) -> str:
+        """As CSV text."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([self.columns, *self.rows])
+        return out.getvalue()
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        rows = [self.columns, tuple("---" for _ in self.columns), *self.rows]
+        return "\n".join("| " + " | ".join(show(cell) for cell in row) + " |" for row in rows)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A titled Plotly figure."""
+
+    title: str
+    """Head line."""
+
+    plot: Any
+    """A ``plotly.graph_objects.Figure``."""
+
+    caption: str = ""
+    """What it shows, with n."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A head line, what it says in a paragraph, and its tables and figures."""
+
+    title: str
+    """Head line."""
+
+    text: str = ""
+    """One paragraph."""
+
+    parts: tuple[Table | Figure, ...] = ()
+    """In order of appearance."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run found."""
+
+    title: str
+    """Head line of the page."""
+
+    sections: tuple[Section, ...]
+    """In order of appearance."""
+
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Provenance: model, data digests, versions, settings, seeds."""
+
+    @property
+    def tables(self) -> list[Table]:
+        """Every table."""
+        return [p for section in self.sections for p in section.parts if isinstance(p, Table)]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``report.html``, ``report.json`` and ``tables/*.csv``; returns the folder."""
+        folder = Path(folder)
+        (folder / "tables").mkdir(parents=True, exist_ok=True)
+        for table in self.tables:
+            write_text(folder / "tables" / f"{slug(table.title)}.csv", table.csv())
+        write_text(folder / "report.json", json.dumps(self.as_dict(), indent=1))
+        write_text(folder / "report.html", self.html())
+        return folder
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, as JSON types."""
+        tables = [
+            dict(title=t.title, columns=t.columns, rows=t.rows, note=t.note) for t in self.tables
+        ]
+        return dict(title=self.title, meta=self.meta, tables=tables)
+
+    def html(self) -> str:
+        """One self-contained page: no request leaves it."""
+        from jinja2 import Environment, PackageLoader
+        from plotly.offline import get_plotlyjs
+
+        environment = Environment(loader=PackageLoader("latentguard", "templates"), autoescape=True)
+        environment.filters |= {"show": show, "slug": slug}
+        environment.tests["table"] = lambda part: isinstance(part, Table)
+        page = environment.get_template("report.html")
+        return page.render(report=self, plotly=get_plotlyjs(), meta=json.dumps(self.meta, indent=1))
+
+
+def show(cell: Cell) -> str:
+    """A cell as people read it."""
+    if cell is None:
+        return ""
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+
+
+def slug(title: str) -> str:
+    """A title as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

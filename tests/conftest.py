@@ -1,0 +1,43 @@
+"""What all tests share: no network, fixed random numbers, and one tiny chat model."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "latentguard",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("latentguard")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the models are too small for more
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A small byte-level tokenizer with a ChatML template."""
+    from model.families import FAMILIES
+
+    return FAMILIES["qwen2.5"].tokenizer
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    """A random Llama, 4 blocks of width 32, that speaks ChatML. Tests leave it as it is."""
+    from model.architectures import chat_model
+
+    return chat_model("llama", tokenizer)

@@ -1,0 +1,56 @@
+"""Tiny random models, one for each architecture, built from their configurations."""
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from latentguard.model.hf import ChatModel
+
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.1,  # large enough for attention to matter
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", dict(head_dim=8)),
+    "gemma": ("GemmaConfig", dict(head_dim=8)),
+    "gemma2": ("Gemma2Config", dict(head_dim=8, sliding_window=16)),
+    "gemma3": ("Gemma3TextConfig", dict(head_dim=8, sliding_window=16)),
+    "mistral": ("MistralConfig", dict(sliding_window=16)),
+    "phi": ("PhiConfig", {}),
+    "phi3": ("Phi3Config", {}),
+    "neox": ("GPTNeoXConfig", dict(num_key_value_heads=None)),
+    "gpt2": ("GPT2Config", dict(n_positions=512, num_key_value_heads=None, n_inner=64)),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=4)),
+    "qwen2_moe": ("Qwen2MoeConfig", dict(num_experts=4, **EXPERTS)),
+}
+"""Four experts and four blocks: the list of blocks must not be confused with one of experts."""
+
+
+def chat_model(architecture, tokenizer, *, dtype=torch.float32, seed=0):
+    """A ChatModel with random weights."""
+    kind, extra = ARCHITECTURES[architecture]
+    sizes = SIZES | extra | dict(vocab_size=len(tokenizer))
+    config = getattr(transformers, kind)(**{k: v for k, v in sizes.items() if v is not None})
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, None)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return ChatModel(model, tokenizer, source=f"tiny-{architecture}")
+
+
+def hidden_states(chat_model, ids, **inputs):
+    """What Hugging Face itself calls the hidden states of one row: L + 1 tensors [s d]."""
+    with torch.no_grad():
+        output = chat_model.model(torch.tensor([ids]), output_hidden_states=True, **inputs)
+    return [state[0] for state in output.hidden_states]
