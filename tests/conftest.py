@@ -8,6 +8,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+SHAPED = ["latentguard.states", "latentguard.model.hooks", "latentguard.model.hf"]
+install_import_hook(SHAPED, "beartype.beartype")  # checks the shapes in the annotations
 
 settings.register_profile(
     "latentguard",

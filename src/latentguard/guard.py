@@ -14,7 +14,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from latentguard import readings
+from latentguard import __version__, readings
 from latentguard.axes import Axis
 from latentguard.contrast import load_contrast
 from latentguard.errors import GuardError, ModelMismatch
@@ -304,8 +304,6 @@ def _canary_prompts() -> list[Prompt]:
 
 
 def _provenance(states: States, fit: Fit) -> dict[str, Any]:
-    from importlib.metadata import version
-
     harmful = sum(bool(p.harmful) for p in states.prompts)
     return {
         "harmful": harmful,
@@ -313,5 +311,5 @@ def _provenance(states: States, fit: Fit) -> dict[str, Any]:
         "data_sha256": digest_prompts(states.prompts),
         "sources": sorted({p.source for p in states.prompts if p.source}),
         **fit.choices,
-        "versions": {name: version(name) for name in ("latentguard", "torch", "transformers")},
+        "versions": {"latentguard": __version__, "torch": torch.__version__},
     }

@@ -182,9 +182,12 @@ class _Ridge:
 
 def _bands(layers: Sequence[int]) -> list[tuple[int, ...]]:
     """The bands to try, each a run of the captured layers; layer 0 carries no context."""
-    depth = max(layers)
-    bands = [tuple(k for k in layers if low * depth <= k <= high * depth and k > 0) for low, high in BANDS]
-    return [band for band in dict.fromkeys(bands) if band] or [tuple(layers)]
+    ladder = sorted(set(layers))
+    bands = [
+        tuple(k for k in ladder if low * ladder[-1] <= k <= high * ladder[-1] and k > 0)
+        for low, high in BANDS
+    ]
+    return [band for band in dict.fromkeys(bands) if band] or [tuple(ladder)]
 
 
 def _folds(groups: Sequence[str], seed: int) -> list[Tensor]:

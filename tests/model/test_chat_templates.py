@@ -110,8 +110,9 @@ class TestWhiteSpace:
         assert layout.t_inst == layout.t_post - 1
         assert tokenizer.decode(layout.ids[1 : layout.t_inst + 1]) == "hello"
 
-    def test_an_empty_text_between_two_blanks_of_the_template_is_an_error(self):
-        tokenizer = sentencepiece("{{ 'USER: ' + messages[-1].content | trim + ' BOT:' }}", [])
+    def test_an_empty_text_inside_a_token_of_the_template_is_an_error(self):
+        tokenizer = byte_level("{{ 'as' + messages[-1].content | trim + 'sistant' }}", [])
+        assert tokenizer.tokenize("assistant") == ["a", "ss", "ist", "ant"]
         with pytest.raises(PromptError, match="is empty"):
             ChatTokenizer(tokenizer)([Prompt("\n")])
 
