@@ -2,10 +2,11 @@
 
     python benchmarks/detection.py --model M --data-dir DIR [--out F.json] [--dtype D]
 
-DIR holds advbench.jsonl, alpaca_harmless.jsonl, jbb.jsonl and xstest.jsonl (id, text, label). Each
-guard is fitted either on AdvBench against Alpaca, as in the paper, or on the training split of the
-built-in contrast set, and is scored inside JBB and inside XSTest, which are matched in form. AdvBench
-rows whose text is also in JBB are left out of training. Nothing is chosen on a set that is reported.
+DIR holds advbench.jsonl, alpaca_harmless.jsonl, jbb.jsonl and xstest.jsonl (id, text, label).
+Each guard is fitted either on AdvBench against Alpaca (400 + 400), as in the paper, or on the
+training split of the built-in contrast set, and is scored inside JBB and inside XSTest, which are
+matched in form. AdvBench rows whose text is also in JBB are left out of training. Nothing is chosen
+on a set that is reported.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ def main() -> None:
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
     train, test = training_sets(options.data_dir), test_sets(options.data_dir)
+    rules = {k: v for k, v in RULES.items() if options.sealed or v[1] != "sealed"}
     states = {
         (name, name_of_seal(sealed)): capture(model, prompts, sealed=sealed)
         for name, prompts in {**train, **test}.items()
-        for sealed in (False, True)
+        for sealed in ((False, True) if options.sealed and name != "paper" else (False,))
     }
     guards = {
         rule: LatentGuard.from_states(
@@ -65,7 +67,7 @@ def main() -> None:
             Reading.of(reading, model.post),
             readout,
         )
-        for rule, (source, reading, readout) in RULES.items()
+        for rule, (source, reading, readout) in rules.items()
     }
     tables = [
         detection_table(scores_of(name, prompts, train, guards, states), prompts, name)
@@ -84,7 +86,9 @@ def scores_of(
     """Scores of every rule on one set."""
     labels = np.array([bool(p.harmful) for p in prompts])
     scores = {"length": length_scores(prompts)}
-    scores |= {f"n-grams on {source}": ngram_scores(rows, prompts) for source, rows in train.items()}
+    scores |= {
+        f"n-grams on {source}": ngram_scores(rows, prompts) for source, rows in train.items()
+    }
     plain = states[name, "as is"]
     draws = random_direction_scores(guards[DEFAULT], plain)
     draws = [s if auroc(labels, s) >= 0.5 else -s for s in draws]
@@ -92,7 +96,9 @@ def scores_of(
         draws, key=lambda s: auroc(labels, s)
     )[len(draws) // 2]
     for rule, guard in guards.items():
-        scores[rule] = guard_scores(guard, states[name, name_of_seal(guard.reading.name == "sealed")])
+        scores[rule] = guard_scores(
+            guard, states[name, name_of_seal(guard.reading.name == "sealed")]
+        )
     return scores
 
 
@@ -107,7 +113,10 @@ def training_sets(folder: Path) -> dict[str, list[Prompt]]:
 
 def test_sets(folder: Path) -> dict[str, list[Prompt]]:
     """The form-matched test sets."""
-    sets = {"JBB": read_prompts(folder / "jbb.jsonl"), "XSTest": read_prompts(folder / "xstest.jsonl")}
+    sets = {
+        "JBB": read_prompts(folder / "jbb.jsonl"),
+        "XSTest": read_prompts(folder / "xstest.jsonl"),
+    }
     return sets | {"contrast test split": load_contrast("test")}
 
 
@@ -150,6 +159,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out")
+    parser.add_argument("--sealed", action="store_true", help="also the sealed reading")
     return parser.parse_args()
 
 

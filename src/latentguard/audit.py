@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,13 +21,17 @@ from latentguard.prompts import Prompt
 WARN_AT = 0.6
 """Balanced accuracy or AUROC of a surface feature above which a set is called confounded."""
 
-QUESTION_WORDS = frozenset(
-    "who what when where why which whose how is are am was were do does did can could will would "
-    "should shall may might has have had".split()
+QUESTION_WORDS = set(
+    """
+    who what when where why which whose how is are am was were do does did can could will would
+    should shall may might has have had
+    """.split()
 )
-STATEMENT_WORDS = frozenset(
-    "i i'm i'd i've my we we're our you he she they it it's this that these those there the a an "
-    "as if here looking because since".split()
+STATEMENT_WORDS = set(
+    """
+    i i'm i'd i've my we we're our you he she they it it's this that these those there the a an as
+    if here looking because since
+    """.split()
 )
 
 
@@ -58,13 +63,7 @@ class Audit:
     @property
     def warnings(self) -> list[str]:
         """One sentence for each feature of form that separates the classes."""
-        figures = {"ending": self.ending, "form": self.form, "length": self.length}
-        return [
-            f"The {name} of a prompt alone tells the label apart ({value:.2f}, where 0.5 is "
-            "nothing): a readout fitted on this set may learn form instead of harm."
-            for name, value in figures.items()
-            if value > WARN_AT
-        ]
+        return _warnings({"ending": self.ending, "form": self.form, "length": self.length})
 
 
 def audit(prompts: Sequence[Prompt], *, folds: int = 5) -> Audit:
@@ -83,16 +82,28 @@ def audit(prompts: Sequence[Prompt], *, folds: int = 5) -> Audit:
         )
     endings = [ending(p.text) for p in known]
     forms = [form(p.text) for p in known]
-    size = auroc(labels, np.array([len(p.text) for p in known], dtype=float))
     return Audit(
         n=count,
         ending=_balanced_accuracy(endings, labels),
         form=_balanced_accuracy(forms, labels),
-        length=max(size, 1 - size),
+        length=_length(known, labels),
         ngrams=auroc(labels, ngram_held_out(known, folds=folds)),
         endings=_counts(endings, labels),
         forms=_counts(forms, labels),
     )
+
+
+def surface_warnings(prompts: Sequence[Prompt]) -> list[str]:
+    """The warnings of an audit, without its n-gram baseline: quick enough for every fit."""
+    labels = np.array([bool(p.harmful) for p in prompts])
+    if labels.all() or not labels.any():
+        return []
+    values = {
+        "ending": _balanced_accuracy([ending(p.text) for p in prompts], labels),
+        "form": _balanced_accuracy([form(p.text) for p in prompts], labels),
+        "length": _length(prompts, labels),
+    }
+    return _warnings(values)
 
 
 def ending(text: str) -> str:
@@ -137,6 +148,20 @@ def ngram_held_out(prompts: Sequence[Prompt], *, folds: int = 5) -> NDArray[np.f
     return np.asarray(scores, dtype=np.float64)
 
 
+def _warnings(figures: dict[str, float]) -> list[str]:
+    return [
+        f"The {name} of a prompt alone tells the label apart ({value:.2f}, where 0.5 is nothing): "
+        "a readout fitted on this set may learn form instead of harm."
+        for name, value in figures.items()
+        if value > WARN_AT
+    ]
+
+
+def _length(prompts: Sequence[Prompt], labels: NDArray[np.bool_]) -> float:
+    found = auroc(labels, np.array([len(p.text) for p in prompts], dtype=float))
+    return max(found, 1 - found)
+
+
 def _balanced_accuracy(values: Sequence[str], labels: NDArray[np.bool_]) -> float:
     """Of guessing, for each value, the class in which it is more frequent."""
     shares = [np.array([_share(values, labels == side, v) for v in set(values)]) for side in (1, 0)]
@@ -148,8 +173,5 @@ def _share(values: Sequence[str], rows: NDArray[np.bool_], value: str) -> float:
 
 
 def _counts(values: Sequence[str], labels: NDArray[np.bool_]) -> dict[str, tuple[int, int]]:
-    pairs = list(zip(values, labels, strict=True))
-    return {
-        v: (sum(bool(x == v and y) for x, y in pairs), sum(bool(x == v and not y) for x, y in pairs))
-        for v in sorted(set(values))
-    }
+    counts = Counter(zip(values, labels.tolist(), strict=True))
+    return {value: (counts[value, True], counts[value, False]) for value in sorted(set(values))}

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from torch import Tensor
 
-from latentguard import __version__, readings
+from latentguard import readings
+from latentguard.artifact import model_card, read_folder, write_folder
 from latentguard.axes import Axis
-from latentguard.contrast import load_contrast
+from latentguard.canaries import TOLERANCE, Canary, canary_prompts
 from latentguard.errors import GuardError, ModelMismatch
+from latentguard.fitting import capture, fit_axes, fit_platt, fit_readout, provenance, slots
 from latentguard.metrics import Bound, threshold_for_fpr
 from latentguard.prompts import Prompt
 from latentguard.readings import Reading
-from latentguard.readouts import Fit, Kind, Readout, fit_centroid, fit_linear
+from latentguard.readouts import Kind, Readout
 from latentguard.states import Backend, Fingerprint, Progress, States, digest_prompts
-
-CANARIES = 8
-"""Prompts whose scores are stored with a guard and checked when it meets a model."""
-
-CANARY_TOLERANCE = 0.1
-"""How far a canary's score may move, in standard deviations of the training scores."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +43,6 @@ class Verdict:
 
     beliefs: dict[str, float]
     """Delta of each axis (equations 3 and 4), over the guard's layers."""
-
-
-@dataclass(frozen=True)
-class Canary:
-    """A prompt with the score that it had when the guard was fitted."""
-
-    text: str
-    """The prompt."""
-
-    score: float
-    """Its score."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,21 +109,18 @@ class LatentGuard:
         backend: Backend, states: States, reading: Reading, readout: Kind = "linear"
     ) -> LatentGuard:
         """Fit a guard on states that were captured already, all layers, at the right positions."""
-        _require_labels(states)
-        if readout not in ("centroid", "linear"):
-            raise GuardError(f"There is no readout '{readout}': expected centroid or linear.")
-        fit = (_fit_linear if readout == "linear" else _fit_centroid)(states, reading)
+        fit = fit_readout(states, reading, readout)
         labels = [bool(p.harmful) for p in states.prompts]
         guard = LatentGuard(
             reading=reading,
             readout=fit.readout,
-            axes=_axes(states, fit.readout.layers),
+            axes=fit_axes(states, fit.readout.layers),
             fingerprint=backend.fingerprint,
-            platt=_platt(fit.held_out, labels),
+            platt=fit_platt(fit.held_out, labels),
             spread=float(fit.held_out.std()),
-            fitted=_provenance(states, fit),
+            fitted=provenance(states, fit),
         )
-        texts = _canary_prompts()
+        texts = canary_prompts()
         scores = [v.score for v in guard.scan(backend, texts)]
         canaries = tuple(Canary(p.text, s) for p, s in zip(texts, scores, strict=True))
         return replace(guard, canaries=canaries)
@@ -194,7 +174,7 @@ class LatentGuard:
     def judge(self, states: States) -> Iterator[Verdict]:
         """Verdicts for states captured at ``positions`` and at least the readout's layers."""
         states = states.select(self.readout.layers)
-        scores = self.readout(_flat(states, self.reading.positions)).double()
+        scores = self.readout(slots(states, self.reading.positions)).double()
         if not torch.isfinite(scores).all():
             raise GuardError(
                 "A score is not a finite number, so no verdict can be given; use bfloat16 or "
@@ -205,9 +185,7 @@ class LatentGuard:
         for i, prompt in enumerate(states.prompts):
             score = float(scores[i])
             believed = {name: float(values[i]) for name, values in beliefs.items()}
-            yield Verdict(
-                prompt.id, score, float(chances[i]), score > self.threshold, believed
-            )
+            yield Verdict(prompt.id, score, float(chances[i]), score > self.threshold, believed)
 
     def require_match(self, found: Fingerprint) -> None:
         """Raise ``ModelMismatch``, saying what differs, unless the model is the guard's own."""
@@ -223,93 +201,103 @@ class LatentGuard:
         texts = [canary.text for canary in self.canaries]
         verdicts = self.scan(backend, texts)
         moved = [abs(v.score - c.score) for v, c in zip(verdicts, self.canaries, strict=True)]
-        if max(moved, default=0.0) > CANARY_TOLERANCE * self.spread:
+        if max(moved, default=0.0) > TOLERANCE * self.spread:
             raise ModelMismatch(
                 f"The model looks like the guard's own but scores the canary prompts differently: "
                 f"by up to {max(moved) / self.spread:.2f} standard deviations, allowed "
-                f"{CANARY_TOLERANCE}. Its weights or the software under it changed; fit again."
+                f"{TOLERANCE}. Its weights or the software under it changed; fit again."
             )
 
+    @property
+    def promise(self) -> str:
+        """What the threshold promises, in words."""
+        return str(self.bound) if self.bound else "not calibrated, so nothing is promised"
 
-def capture(
-    backend: Backend,
-    reading: Reading,
-    prompts: Iterable[Prompt],
-    *,
-    progress: Progress | None = None,
-) -> States:
-    """All layers, at the reading's positions and those of the two axes."""
-    positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
-    ready = map(reading.prepare, prompts)
-    return States.collect(backend.capture(ready, positions=positions, progress=progress))
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that makes its verdicts."""
+        record, tensors = self._packed()
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+        for name in sorted(tensors):
+            digest.update(tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``guard.json``, ``guard.safetensors`` and a model card."""
+        record, tensors = self._packed()
+        write_folder(folder, record, tensors, model_card(record, promise=self.promise))
+
+    @staticmethod
+    def load(folder: str | Path, backend: Backend | None = None) -> LatentGuard:
+        """Read a guard; with a backend, also check that it is the guard's model (``check``).
+
+        Raises:
+            GuardError: if the folder is not a whole guard of a known schema.
+            ModelMismatch: if the backend is not the model that the guard was fitted on.
+        """
+        record, tensors = read_folder(folder)
+        try:
+            guard = _unpacked(record, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise GuardError(
+                f"{folder} holds a damaged guard ({error!r}); restore it or fit it again."
+            ) from None
+        if backend is not None:
+            guard.check(backend)
+        return guard
+
+    def _packed(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        tensors = {"weight": self.readout.weight}
+        for axis in self.axes:
+            tensors[f"{axis.name}.positive"] = axis.positive
+            tensors[f"{axis.name}.negative"] = axis.negative
+        record = {
+            "fingerprint": asdict(self.fingerprint),
+            "reading": asdict(self.reading),
+            "readout": dict(
+                kind=self.readout.kind, layers=self.readout.layers, bias=self.readout.bias
+            ),
+            "axes": [dict(name=a.name, position=a.position, counts=a.counts) for a in self.axes],
+            "threshold": self.threshold,
+            "bound": asdict(self.bound) if self.bound else None,
+            "platt": self.platt,
+            "spread": self.spread,
+            "canaries": [asdict(canary) for canary in self.canaries],
+            "fitted": self.fitted,
+        }
+        return record, tensors
 
 
-def _flat(states: States, positions: Sequence[str]) -> Float[Tensor, "n s d"]:
-    """Slots: each position in turn, each layer in turn."""
-    return torch.cat([states.at(position) for position in positions], dim=1)
+def _unpacked(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LatentGuard:
+    readout, reading = record["readout"], record["reading"]
+    layers = tuple(readout["layers"])
+    positions = tuple(reading["positions"])
+    if len(tensors["weight"]) != len(layers) * len(positions):
+        raise ValueError(f"weight has {len(tensors['weight'])} rows")
+    axes = [
+        Axis(
+            axis["name"],
+            axis["position"],
+            layers,
+            tensors[f"{axis['name']}.positive"],
+            tensors[f"{axis['name']}.negative"],
+            tuple(axis["counts"]),
+        )
+        for axis in record["axes"]
+    ]
+    return LatentGuard(
+        reading=Reading(reading["name"], positions),
+        readout=Readout(readout["kind"], layers, tensors["weight"], float(readout["bias"])),
+        axes=tuple(axes),
+        fingerprint=Fingerprint(**record["fingerprint"]),
+        platt=(float(record["platt"][0]), float(record["platt"][1])),
+        spread=float(record["spread"]),
+        canaries=tuple(Canary(**canary) for canary in record["canaries"]),
+        threshold=float(record["threshold"]),
+        bound=Bound(**record["bound"]) if record["bound"] else None,
+        fitted=record["fitted"],
+    )
 
 
 def _prompt(item: Prompt | str, number: int) -> Prompt:
     return item if isinstance(item, Prompt) else Prompt(item, id=str(number))
-
-
-def _require_labels(states: States) -> None:
-    missing = [p.id for p in states.prompts if p.harmful is None]
-    if missing:
-        raise GuardError(
-            f"{len(missing)} training prompts have no label (the first is '{missing[0]}'); "
-            "expected harmful or harmless for each."
-        )
-
-
-def _fit_linear(states: States, reading: Reading) -> Fit:
-    labels = [bool(p.harmful) for p in states.prompts]
-    groups = [p.pair or p.id or p.text for p in states.prompts]
-    slots = states.layers * len(reading.positions)
-    return fit_linear(_flat(states, reading.positions), labels, groups, slots)
-
-
-def _fit_centroid(states: States, reading: Reading) -> Fit:
-    """The paper averages over all blocks; the embedding layer carries no context."""
-    keep = [slot for slot, layer in enumerate(states.layers) if layer > 0]
-    layers = tuple(states.layers[slot] for slot in keep)
-    values = torch.cat([states.at(p)[:, keep] for p in reading.positions], dim=1)
-    flat = replace(states, values=values[:, None], positions=("slots",), layers=layers * len(reading.positions))
-    fit = fit_centroid(Axis.fit(flat, "slots"), values)
-    return replace(fit, readout=replace(fit.readout, layers=layers))
-
-
-def _axes(states: States, layers: tuple[int, ...]) -> tuple[Axis, ...]:
-    """``harmful`` always, ``refuse`` where both refused harmful and accepted harmless are known."""
-    part = states.select(layers)
-    axes = [Axis.fit(part, "t_inst")]
-    if {"refused_harmful", "accepted_harmless"} <= {p.group for p in states.prompts}:
-        groups = {"positive": "refused_harmful", "negative": "accepted_harmless"}
-        axes.append(Axis.fit(part, "t_post", name="refuse", **groups))
-    return tuple(axes)
-
-
-def _platt(scores: NDArray[np.float64], labels: Sequence[bool]) -> tuple[float, float]:
-    scale = float(scores.std()) or 1.0
-    model = LogisticRegression(C=1e3, class_weight="balanced")
-    model.fit(scores[:, None] / scale, np.asarray(labels))
-    return float(model.coef_[0, 0]) / scale, float(model.intercept_[0])
-
-
-def _canary_prompts() -> list[Prompt]:
-    """Half harmful, half harmless, from the built-in validation split."""
-    prompts = load_contrast("validation")
-    sides = [[p for p in prompts if p.harmful is side] for side in (True, False)]
-    return [p for side in sides for p in side[:: len(side) // (CANARIES // 2)][: CANARIES // 2]]
-
-
-def _provenance(states: States, fit: Fit) -> dict[str, Any]:
-    harmful = sum(bool(p.harmful) for p in states.prompts)
-    return {
-        "harmful": harmful,
-        "harmless": len(states) - harmful,
-        "data_sha256": digest_prompts(states.prompts),
-        "sources": sorted({p.source for p in states.prompts if p.source}),
-        **fit.choices,
-        "versions": {"latentguard": __version__, "torch": torch.__version__},
-    }

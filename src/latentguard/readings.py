@@ -34,7 +34,8 @@ class Reading:
         Raises:
             GuardError: if there is no such reading.
         """
-        known = {"t_inst": ("t_inst",), "sealed": ("t_inst",), "t_post": ("t_post",)}
+        known: dict[str, tuple[str, ...]] = {"t_inst": ("t_inst",), "t_post": ("t_post",)}
+        known["sealed"] = ("t_inst",)
         known["span"] = ("t_inst", *(f"post+{k}" for k in range(1, post + 1)))
         known |= {f"post+{k}": (f"post+{k}",) for k in range(1, post + 1)}
         if name not in known:

@@ -110,17 +110,16 @@ def fit_linear(
             f"A linear readout needs at least 10 prompts of each class; found {int(y.sum())} "
             f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid readout."
         )
-    design, folds = _Design(states, y), _folds(groups, seed)
+    design, folds = _Design(states, y, layers), _folds(groups, seed)
     best: tuple[float, tuple[int, ...], float] | None = None
     for band in _bands(layers):
         for strength in STRENGTHS:
-            ridge = _Ridge(design, _slots(band, layers), strength)
-            figure = auroc(y.numpy(), ridge.held_out(folds).numpy())
+            figure = auroc(y.numpy(), _Ridge(design, band, strength).held_out(folds).numpy())
             if best is None or figure > best[0]:
                 best = figure, band, strength
     assert best is not None
     figure, band, strength = best
-    ridge = _Ridge(design, _slots(band, layers), strength)
+    ridge = _Ridge(design, band, strength)
     weight, bias = ridge.solve()
     choices: dict[str, float | str] = {
         "layers": f"{band[0]}-{band[-1]}",
@@ -131,45 +130,50 @@ def fit_linear(
     return Fit(Readout("linear", band, weight, bias), held_out, choices)
 
 
-def _slots(band: Sequence[int], layers: Sequence[int]) -> list[int]:
-    """Where the layers of a band lie among the slots (a layer has one slot a position)."""
-    return [slot for slot, layer in enumerate(layers) if layer in band]
-
-
 class _Design:
     """Class-balanced, standardised training states, with one Gram matrix a layer."""
 
-    def __init__(self, states: Float[Tensor, "n l d"], y: Bool[Tensor, "n"]) -> None:
+    def __init__(
+        self, states: Float[Tensor, "n s d"], y: Bool[Tensor, "n"], layers: Sequence[int]
+    ) -> None:
         share = y.double().mean()
         balance = torch.where(y, 0.5 / share, 0.5 / (1 - share))
         self.root = balance.sqrt()
         self.target = (y.double() * 2 - 1) * self.root
-        self.mean = torch.einsum("n,nld->ld", balance.float(), states.float()) / len(states)
+        self.mean = torch.einsum("n,nsd->sd", balance.float(), states.float()) / len(states)
         self.scale = states.float().std(0).clamp_min(1e-6)
-        self.states = states
-        self.grams = torch.stack([z @ z.T for z in map(self.slot, range(states.shape[1]))]).double()
+        self.states, self.layers = states, layers
+        self.grams = {layer: self.gram(layer) for layer in sorted(set(layers))}
+
+    def slots(self, band: Sequence[int]) -> list[int]:
+        """Where the layers of a band lie in ``states``: a layer has one slot a position."""
+        return [slot for slot, layer in enumerate(self.layers) if layer in band]
 
     def slot(self, slot: int) -> Float[Tensor, "n d"]:
         """Standardised states of one slot, rows weighted, float32."""
         z = (self.states[:, slot].float() - self.mean[slot]) / self.scale[slot]
         return z * self.root[:, None].float()
 
+    def gram(self, layer: int) -> Float[Tensor, "n n"]:
+        """Inner products of all rows over the slots of a layer, float64."""
+        rows = [self.slot(slot) for slot in self.slots([layer])]
+        return torch.stack([z @ z.T for z in rows]).sum(0).double()
+
 
 class _Ridge:
     """Ridge regression of +-1 on the concatenated slots of a band, in dual form."""
 
-    def __init__(self, design: _Design, slots: Sequence[int], strength: float) -> None:
-        self.design, self.slots = design, slots
-        gram = design.grams[slots].mean(0)
-        penalty = strength * gram.diagonal().mean()
-        shifted = gram + penalty * torch.eye(len(gram), dtype=gram.dtype)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    def __init__(self, design: _Design, band: Sequence[int], strength: float) -> None:
+        self.design, self.slots = design, design.slots(band)
+        gram = torch.stack([design.grams[layer] for layer in band]).sum(0)
+        gram.diagonal().add_(strength * gram.diagonal().mean())
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         self.dual = self.inverse @ design.target
 
-    def solve(self) -> tuple[Float[Tensor, "l d"], float]:
+    def solve(self) -> tuple[Float[Tensor, "s d"], float]:
         """Weight and bias in the units of the raw states."""
         rows = [self.design.slot(slot).T @ self.dual.float() for slot in self.slots]
-        weight = torch.stack(rows) / len(rows) / self.design.scale[self.slots]
+        weight = torch.stack(rows) / self.design.scale[self.slots]
         return weight, -float((weight * self.design.mean[self.slots]).sum())
 
     def held_out(self, folds: Sequence[Tensor]) -> Float[Tensor, "n"]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -152,7 +152,7 @@ class States:
         )
 
 
-def _prompt(row: dict) -> Prompt:
+def _prompt(row: dict[str, Any]) -> Prompt:
     history = tuple(Message(**turn) for turn in row.pop("history", ()))
     return Prompt(**row, history=history)
 

@@ -219,10 +219,10 @@ class TestErrors:
             captured(fresh, [PROMPTS[0], long])
 
     def test_a_prompt_of_exactly_the_longest_length_is_read(self, fresh):
-        fixed = len(fresh.chat([Prompt("~")])[0].ids) - 1
-        assert len(captured(fresh, [Prompt("~ " * ((512 - fixed) // 2))])) == 1
-        with pytest.raises(PromptError, match="at most 512"):
-            captured(fresh, [Prompt("~ " * ((512 - fixed) // 2 + 1))])
+        room = 513 - len(fresh.chat([Prompt("~")])[0].ids)
+        assert len(captured(fresh, [Prompt("~" * room)])) == 1
+        with pytest.raises(PromptError, match=r"is 513 tokens long .* at most 512"):
+            captured(fresh, [Prompt("~" * (room + 1))])
 
     @pytest.mark.parametrize("positions", [["inst"], ["t_inst", "post+99"], ["post+0"], "t_inst"])
     def test_unknown_positions(self, positions, fresh):

@@ -40,7 +40,7 @@ HISTORIES = st.tuples(TEXTS | st.just(""), TEXTS, TEXTS, st.booleans())
 
 
 def is_benign(text, family):
-    return not any(control in text for control in family.control)
+    return not any(control in text for control in (*family.control, "<unk>"))
 
 
 def reference(family, prompt):

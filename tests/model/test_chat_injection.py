@@ -95,6 +95,14 @@ def test_control_tokens_put_together_from_parts_are_found():
     assert_stays_text(byte_level(template, added), "<|assistant|>", 1)
 
 
+def test_control_tokens_that_begin_like_others_are_kept_whole():
+    template = "{{ '<u>' + messages[-1].content + '<u>s<u' }}"
+    tokenizer = byte_level(template, special("<u", "<u>", "<u>s"))
+    layout = ChatTokenizer(tokenizer)([Prompt("hello<u>s")])[0]
+    kept = tokenizer.convert_ids_to_tokens([layout.ids[0], *layout.ids[layout.t_inst + 1 :]])
+    assert kept == ["<u>", "<u>s", "<u"]
+
+
 def test_added_tokens_that_the_template_has_no_use_for_stay_tokens():
     tokenizer = byte_level(CHATML, [*special("<|im_start|>", "<|im_end|>"), *ordinary("<table>")])
     ids = ChatTokenizer(tokenizer)([Prompt("an HTML <table> here")])[0].ids

@@ -24,6 +24,12 @@ def load_contrast(split: Split | None = None) -> list[Prompt]:
     return [p for p in prompts if split in (None, split_of(p))]
 
 
+def load_samples() -> list[Prompt]:
+    """Twenty unlabelled prompts, harmful and harmless, that are in no split."""
+    with as_file(files(__name__) / "samples.jsonl") as path:
+        return read_prompts(path)
+
+
 def split_of(prompt: Prompt) -> Split:
     """The split of a prompt: both members of a pair fall into the same one."""
     digest = hashlib.sha256((prompt.pair or prompt.id).encode()).digest()

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from latentguard.axes import Axis
 from latentguard.guard import LatentGuard
 from latentguard.metrics import auroc, balanced_accuracy_at, estimate, f1_at, tpr_at
 from latentguard.prompts import Prompt
 from latentguard.readouts import Readout
-from latentguard.report import Table
+from latentguard.report import Cell, Table
 from latentguard.states import States
 
-COLUMNS = ("set", "rule", "AUROC", "low", "high", "TPR at 5% FPR", "low", "high")
-COLUMNS += ("TPR at 1% FPR", "low", "high", "n harmful", "n harmless")
+FIGURES = {"AUROC": auroc, "TPR at 5% FPR": tpr_at(0.05), "TPR at 1% FPR": tpr_at(0.01)}
 
 RANDOM_DRAWS = 5
 
@@ -32,13 +32,15 @@ def detection_table(
         name: Of the set.
     """
     labels = [bool(p.harmful) for p in prompts]
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for rule, values in scores.items():
-        figures = [estimate(m, labels, values) for m in (auroc, tpr_at(0.05), tpr_at(0.01))]
-        cells = [cell for f in figures for cell in (f.value, f.low, f.high)]
-        rows.append((name, rule, *cells, *figures[0].n))
+        estimates = [estimate(metric, labels, values) for metric in FIGURES.values()]
+        cells = [cell for e in estimates for cell in (e.value, e.low, e.high)]
+        rows.append((name, rule, *cells, *estimates[0].n))
+    heads = [head for figure in FIGURES for head in (figure, "low", "high")]
+    columns = ("set", "rule", *heads, "n harmful", "n harmless")
     note = "Intervals: 95 %, 1,000 bootstrap draws within each class."
-    return Table(f"Detection on {name}", COLUMNS, tuple(rows), note)
+    return Table(f"Detection on {name}", columns, tuple(rows), note)
 
 
 def decision_table(
@@ -59,8 +61,8 @@ def decision_table(
         f1 = estimate(f1_at(threshold), labels, values)
         rates = float(flagged[labels].mean()), float(flagged[~labels].mean())
         rows.append((name, rule, *rates, str(accuracy), str(f1), *accuracy.n))
-    columns = ("set", "rule", "true-positive rate", "false-positive rate")
-    columns += ("balanced accuracy", "F1", "n harmful", "n harmless")
+    rates_of = ("true-positive rate", "false-positive rate", "balanced accuracy", "F1")
+    columns = ("set", "rule", *rates_of, "n harmful", "n harmless")
     return Table(f"Decisions on {name}", columns, tuple(rows), "At each guard's own threshold.")
 
 
@@ -89,3 +91,12 @@ def random_direction_scores(
         slots = torch.cat([states.at(p) for p in guard.reading.positions], dim=1)
         scores.append(readout(slots).double().numpy())
     return scores
+
+
+def layer_curves(
+    axis: Axis, states: States, labels: NDArray[np.bool_]
+) -> tuple[list[float], list[float], list[float]]:
+    """AUROC of s^l (equation 2) by layer, with the ends of its 95 % bootstrap interval."""
+    beliefs = axis.layer_beliefs(states.at(axis.position)).double().numpy()
+    found = [estimate(auroc, labels, column, draws=200) for column in beliefs.T]
+    return [e.value for e in found], [e.low for e in found], [e.high for e in found]

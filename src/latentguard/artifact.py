@@ -1,0 +1,97 @@
+"""A guard on disk: ``guard.json``, ``guard.safetensors`` and a model card, in one folder.
+
+No pickle. The JSON names the digest of the tensors, so that files of two guards cannot be mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from latentguard.errors import GuardError
+
+SCHEMA = 1
+JSON_FILE, TENSOR_FILE, CARD_FILE = "guard.json", "guard.safetensors", "README.md"
+
+
+def write_folder(
+    folder: str | Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
+) -> None:
+    """Write a guard; each file is written under a temporary name and renamed, the JSON last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    digest = hashlib.sha256(packed).hexdigest()
+    head = {"schema": SCHEMA, "tensors_sha256": digest}
+    _replace(folder / TENSOR_FILE, packed)
+    _replace(folder / CARD_FILE, card.encode())
+    _replace(folder / JSON_FILE, json.dumps({**head, **record}, indent=1).encode())
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what ``write_folder`` wrote.
+
+    Raises:
+        GuardError: if a file is missing or damaged, the schema is unknown, or the files belong to
+            different guards.
+    """
+    folder = Path(folder)
+    packed, text = _read(folder / TENSOR_FILE), _read(folder / JSON_FILE)
+    try:
+        record = json.loads(text)
+    except ValueError:
+        raise GuardError(f"{folder / JSON_FILE} is not JSON; fit the guard again.") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise GuardError(
+            f"{folder / JSON_FILE} has schema {found!r}, expected {SCHEMA}: it was written by "
+            "another version of latentguard, or is no guard."
+        )
+    if hashlib.sha256(packed).hexdigest() != record.get("tensors_sha256"):
+        raise GuardError(
+            f"{folder / TENSOR_FILE} is damaged or belongs to another guard: its digest is not the "
+            f"one in {JSON_FILE}. Restore both files, or fit the guard again."
+        )
+    return record, load(packed)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise GuardError(
+            f"{path} cannot be read: {error.strerror}. Expected a guard folder, as written by "
+            "'latentguard fit --out FOLDER'."
+        ) from None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def model_card(record: Mapping[str, Any], *, promise: str) -> str:
+    """What a guard is and promises, for people."""
+    bound_to, fitted, layers = record["fingerprint"], record["fitted"], record["readout"]["layers"]
+    return f"""# Latent guard for {bound_to["model"]}
+
+Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}) at layers
+{layers[0]} to {layers[-1]} with the `{record["readout"]["kind"]}` readout.
+
+- Fitted on {fitted["harmful"]} harmful and {fitted["harmless"]} harmless prompts.
+- Threshold {record["threshold"]:.6g}: {promise}.
+- Bound to weights {bound_to["weights"][:12]}, tokenizer {bound_to["tokenizer"][:12]}, chat template
+  {bound_to["template"][:12]}, dtype {bound_to["dtype"]}; any other model is refused.
+
+The promise holds for harmless prompts drawn like those that the guard was calibrated on. A guard of
+this kind does not stop a determined adversary, and says nothing of the model's replies.
+
+Made by latentguard; `latentguard show FOLDER` prints its figures.
+"""

@@ -1,0 +1,111 @@
+"""Fitting: labelled states -> readout, axes and probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from latentguard import __version__
+from latentguard.axes import Axis
+from latentguard.errors import GuardError
+from latentguard.prompts import Prompt
+from latentguard.readings import Reading
+from latentguard.readouts import Fit, Kind, fit_centroid, fit_linear
+from latentguard.states import Backend, Progress, States, digest_prompts
+
+
+def capture(
+    backend: Backend,
+    reading: Reading,
+    prompts: Iterable[Prompt],
+    *,
+    progress: Progress | None = None,
+) -> States:
+    """All layers, at the reading's positions and those of the two axes."""
+    positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
+    ready = map(reading.prepare, prompts)
+    return States.collect(backend.capture(ready, positions=positions, progress=progress))
+
+
+def fit_readout(states: States, reading: Reading, kind: Kind) -> Fit:
+    """Fit a readout on labelled states, all layers, at the reading's positions.
+
+    Raises:
+        GuardError: if a prompt has no label, a class is missing, or the kind is unknown.
+    """
+    _require_labels(states)
+    if kind not in ("centroid", "linear"):
+        raise GuardError(f"There is no readout '{kind}': expected centroid or linear.")
+    return (_fit_linear if kind == "linear" else _fit_centroid)(states, reading)
+
+
+def slots(states: States, positions: Sequence[str]) -> Float[Tensor, "n s d"]:
+    """Each position in turn, each layer in turn."""
+    return torch.cat([states.at(position) for position in positions], dim=1)
+
+
+def fit_axes(states: States, layers: tuple[int, ...]) -> tuple[Axis, ...]:
+    """``harmful`` always, ``refuse`` where both refused harmful and accepted harmless are known."""
+    part = states.select(layers)
+    axes = [Axis.fit(part, "t_inst")]
+    if {"refused_harmful", "accepted_harmless"} <= {p.group for p in states.prompts}:
+        groups = {"positive": "refused_harmful", "negative": "accepted_harmless"}
+        axes.append(Axis.fit(part, "t_post", name="refuse", **groups))
+    return tuple(axes)
+
+
+def fit_platt(scores: NDArray[np.float64], labels: Sequence[bool]) -> tuple[float, float]:
+    """Slope and intercept of P(harmful) for equally frequent classes (Platt scaling)."""
+    scale = float(scores.std()) or 1.0
+    model = LogisticRegression(C=1e3, class_weight="balanced")
+    model.fit(scores[:, None] / scale, np.asarray(labels))
+    return float(model.coef_[0, 0]) / scale, float(model.intercept_[0])
+
+
+def provenance(states: States, fit: Fit) -> dict[str, Any]:
+    """What a guard was made of: counts, digests, choices, versions."""
+    harmful = sum(bool(p.harmful) for p in states.prompts)
+    return {
+        "harmful": harmful,
+        "harmless": len(states) - harmful,
+        "data_sha256": digest_prompts(states.prompts),
+        "sources": sorted({p.source for p in states.prompts if p.source}),
+        **fit.choices,
+        "versions": {"latentguard": __version__, "torch": torch.__version__},
+    }
+
+
+def _require_labels(states: States) -> None:
+    missing = [p.id for p in states.prompts if p.harmful is None]
+    if missing:
+        raise GuardError(
+            f"{len(missing)} training prompts have no label (the first is '{missing[0]}'); "
+            "expected harmful or harmless for each."
+        )
+
+
+def _fit_linear(states: States, reading: Reading) -> Fit:
+    labels = [bool(p.harmful) for p in states.prompts]
+    groups = [p.pair or p.id or p.text for p in states.prompts]
+    layers = states.layers * len(reading.positions)
+    return fit_linear(slots(states, reading.positions), labels, groups, layers)
+
+
+def _fit_centroid(states: States, reading: Reading) -> Fit:
+    """The paper averages over all blocks; the embedding layer carries no context."""
+    keep = [slot for slot, layer in enumerate(states.layers) if layer > 0]
+    layers = tuple(states.layers[slot] for slot in keep)
+    values = torch.cat([states.at(p)[:, keep] for p in reading.positions], dim=1)
+    flat = replace(
+        states, values=values[:, None], positions=("slots",), layers=layers * len(reading.positions)
+    )
+    fit = fit_centroid(Axis.fit(flat, "slots"), values)
+    return replace(fit, readout=replace(fit.readout, layers=layers))
