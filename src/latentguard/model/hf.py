@@ -21,7 +21,7 @@ from latentguard.model.sources import resolve
 from latentguard.prompts import Prompt
 from latentguard.states import Fingerprint, Progress, States
 
-WINDOW = 512
+WINDOW = 256
 """Prompts that are sorted by length together; bounds memory, whatever their number."""
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
