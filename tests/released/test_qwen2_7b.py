@@ -41,7 +41,10 @@ def states(released, position):
 
 @pytest.mark.parametrize(
     ("name", "poles", "position", "published"),
-    [("harmful", ("hf", "hl"), 0, DELTA_HARMFUL), ("refuse", ("refuse", "accept"), 1, DELTA_REFUSE)],
+    [
+        ("harmful", ("hf", "hl"), 0, DELTA_HARMFUL),
+        ("refuse", ("refuse", "accept"), 1, DELTA_REFUSE),
+    ],
 )
 def test_beliefs_of_the_released_prompts(released, name, poles, position, published):
     found = axis(released, name, "t_inst" if position == 0 else "t_post", *poles)
