@@ -153,7 +153,7 @@ def score(
     from latentguard.verdicts import line_of, score_to_file
 
     loaded, backend = _load_guard(guard, model)
-    rows = stream_prompts(prompts, columns=Columns(text=text_column))
+    rows = stream_prompts(prompts, columns=Columns(text=text_column, label=""))  # labels unread
     with _progress("score") as bar:
         if out is None:
             for verdict in loaded.scan(backend, rows, progress=bar.advance):

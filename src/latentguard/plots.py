@@ -78,13 +78,14 @@ def bars(
     plot = go.Figure(layout=dict(xaxis_title=x, height=90 + 26 * len(names)))
     plot.add_bar(
         x=list(values),
-        y=[shorten(name) for name in names],
+        y=list(range(len(names))),
         orientation="h",
         marker_color=list(colours) if colours else HARMFUL,
         hovertext=list(names),
         hoverinfo="x+text",
     )
-    plot.update_yaxes(autorange="reversed", type="category")
+    labels = [shorten(name) for name in names]
+    plot.update_yaxes(autorange="reversed", tickvals=list(range(len(names))), ticktext=labels)
     return Figure(title, plot, caption)
 
 

@@ -36,7 +36,7 @@ class Reading:
         """
         known: dict[str, tuple[str, ...]] = {"t_inst": ("t_inst",), "t_post": ("t_post",)}
         known["sealed"] = ("t_inst",)
-        known["span"] = ("t_inst", *(f"post+{k}" for k in range(1, post + 1)))
+        known["span"] = ("t_inst", *(f"post+{k}" for k in range(1, post)), "t_post")
         known |= {f"post+{k}": (f"post+{k}",) for k in range(1, post + 1)}
         if name not in known:
             raise GuardError(

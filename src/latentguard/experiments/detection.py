@@ -37,7 +37,7 @@ def detection_table(
         estimates = [estimate(metric, labels, values) for metric in FIGURES.values()]
         cells = [cell for e in estimates for cell in (e.value, e.low, e.high)]
         rows.append((name, rule, *cells, *estimates[0].n))
-    heads = [head for figure in FIGURES for head in (figure, "low", "high")]
+    heads = [head for f in FIGURES for head in (f, f"{f}, low", f"{f}, high")]
     columns = ("set", "rule", *heads, "n harmful", "n harmless")
     note = "Intervals: 95 %, 1,000 bootstrap draws within each class."
     return Table(f"Detection on {name}", columns, tuple(rows), note)
