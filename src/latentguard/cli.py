@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -216,15 +215,9 @@ def models() -> None:
 def main() -> None:
     """Run the command line: exit code 0, 1 (an error in one sentence) or 2 (usage)."""
     try:
-        app(standalone_mode=True)
+        app()
     except LatentGuardError as error:
         typer.echo(f"Error: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; run the same command again to go on.", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 

