@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from latentguard.errors import GuardError
 
 SCHEMA = 1
 JSON_FILE, TENSOR_FILE, CARD_FILE = "guard.json", "guard.safetensors", "README.md"
+POLES = ("positive", "negative")
 
 
 def write_folder(
@@ -58,7 +62,29 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder / TENSOR_FILE} is damaged or belongs to another guard: its digest is not the "
             f"one in {JSON_FILE}. Restore both files, or fit the guard again."
         )
-    return record, load(packed)
+    try:
+        return record, load(packed)
+    except SafetensorError as error:
+        raise GuardError(f"{folder / TENSOR_FILE} holds no tensors ({error}).") from None
+
+
+def require_sound(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Check shapes and numbers: an undefined threshold would flag nothing, and say nothing of it.
+
+    Raises:
+        ValueError: if a tensor has another shape than the rest says, or a number is not finite.
+    """
+    readout, axes = record["readout"], record["axes"]
+    rows, width = len(readout["layers"]), tensors["weight"].shape[-1]
+    shapes = {f"{a['name']}.{pole}": (rows, width) for a in axes for pole in POLES}
+    shapes["weight"] = rows * len(record["reading"]["positions"]), width
+    for name, shape in shapes.items():
+        if not rows or tensors[name].shape != shape or not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} is not {shape[0]} x {shape[1]} finite numbers")
+    scores = [canary["score"] for canary in record["canaries"]]
+    numbers = [record["threshold"], record["spread"], readout["bias"], *record["platt"], *scores]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a number is not finite")
 
 
 def _read(path: Path) -> bytes:
@@ -79,13 +105,14 @@ def _replace(path: Path, content: bytes) -> None:
 
 def model_card(record: Mapping[str, Any], *, promise: str) -> str:
     """What a guard is and promises, for people."""
-    bound_to, fitted, layers = record["fingerprint"], record["fitted"], record["readout"]["layers"]
+    bound_to, layers, made = record["fingerprint"], record["readout"]["layers"], record["fitted"]
+    counts = [(made or {}).get(side, "an unknown number of") for side in ("harmful", "harmless")]
     return f"""# Latent guard for {bound_to["model"]}
 
 Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}) at layers
 {layers[0]} to {layers[-1]} with the `{record["readout"]["kind"]}` readout.
 
-- Fitted on {fitted["harmful"]} harmful and {fitted["harmless"]} harmless prompts.
+- Fitted on {counts[0]} harmful and {counts[1]} harmless prompts.
 - Threshold {record["threshold"]:.6g}: {promise}.
 - Bound to weights {bound_to["weights"][:12]}, tokenizer {bound_to["tokenizer"][:12]}, chat template
   {bound_to["template"][:12]}, dtype {bound_to["dtype"]}; any other model is refused.

@@ -70,16 +70,18 @@ def audit(prompts: Sequence[Prompt], *, folds: int = 5) -> Audit:
     """Audit the labelled prompts of a set.
 
     Raises:
-        GuardError: if there are fewer than ``folds`` labelled prompts of a class.
+        GuardError: if there are fewer than ``folds`` labelled prompts of a class, or pairs.
     """
     known = [p for p in prompts if p.harmful is not None]
-    labels = np.array([bool(p.harmful) for p in known])
+    labels = np.array([p.harmful for p in known], dtype=bool)
     count = int(labels.sum()), int((~labels).sum())
     if min(count, default=0) < folds:
         raise GuardError(
             f"An audit needs at least {folds} harmful and {folds} harmless prompts; found "
             f"{count[0]} and {count[1]}. Give both sides, with --label for files without labels."
         )
+    if (groups := len(set(_groups(known)))) < folds:
+        raise GuardError(f"An audit needs prompts of at least {folds} pairs; found {groups}.")
     endings = [ending(p.text) for p in known]
     forms = [form(p.text) for p in known]
     return Audit(
@@ -140,12 +142,16 @@ def ngram_scores(train: Sequence[Prompt], test: Sequence[Prompt]) -> NDArray[np.
 def ngram_held_out(prompts: Sequence[Prompt], *, folds: int = 5) -> NDArray[np.float64]:
     """Scores of the n-gram baseline on folds that it did not see; pairs stay together, [n]."""
     texts, labels = [p.text for p in prompts], [bool(p.harmful) for p in prompts]
-    groups = [p.pair or f"{i}" for i, p in enumerate(prompts)]
     split = GroupKFold(folds, shuffle=True, random_state=0)
     scores = cross_val_predict(
-        ngram_model(), texts, labels, groups=groups, cv=split, method="decision_function"
+        ngram_model(), texts, labels, groups=_groups(prompts), cv=split, method="decision_function"
     )
     return np.asarray(scores, dtype=np.float64)
+
+
+def _groups(prompts: Sequence[Prompt]) -> list[str]:
+    """What stays together in a fold: a pair, or a lone prompt."""
+    return [p.pair or f"row {i}" for i, p in enumerate(prompts)]
 
 
 def _warnings(figures: dict[str, float]) -> list[str]:

@@ -127,8 +127,8 @@ def _fold(batch: States, position: str, group: str) -> Centroid:
     values = batch.where(GROUPS[group]).at(position)
     if not torch.isfinite(values).all():
         raise GuardError(
-            f"States at {position} hold infinite or undefined numbers; use bfloat16 or float32 "
-            "instead of float16."
+            f"States of {group} prompts at {position} hold infinite or undefined numbers; use "
+            "bfloat16 or float32 instead of float16."
         )
     return Centroid.of(values)
 

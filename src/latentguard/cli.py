@@ -6,17 +6,19 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentguard.contrast import load_contrast
 from latentguard.errors import LatentGuardError, PromptError
+from latentguard.prompts import Columns, Prompt, read_prompts, side, stream_prompts
 
 if TYPE_CHECKING:
     from latentguard.guard import LatentGuard
     from latentguard.model.hf import ChatModel
-    from latentguard.prompts import Prompt
     from latentguard.states import Progress
 
 app = typer.Typer(
@@ -30,6 +32,14 @@ app = typer.Typer(
     "org/name:split.",
 )
 
+
+class Side(StrEnum):
+    """What rows without a label are taken for."""
+
+    harmful = auto()
+    harmless = auto()
+
+
 Model = Annotated[
     str, typer.Option(help="A Hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M).")
 ]
@@ -37,7 +47,7 @@ Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, ...; auto: float32 on a CPU, else bfloat16.")
 ]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the prompt.")]
-Label = Annotated[str | None, typer.Option(help="harmful or harmless: label of unlabelled rows.")]
+Label = Annotated[Side | None, typer.Option(help="Label of unlabelled rows.")]
 GuardFolder = Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")]
 
 
@@ -85,15 +95,13 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     The paper's guard: --harmful advbench.jsonl --harmless alpaca.jsonl --reading t_inst --readout
     centroid. Rows that carry a label are used only for the side that their file is named for.
     """
-    from latentguard.contrast import load_contrast
+    from latentguard.audit import surface_warnings
     from latentguard.guard import LatentGuard
 
-    sides = [
-        *_side(harmful or [], text_column, harmful=True),
-        *_side(harmless or [], text_column, harmful=False),
-    ]
+    sides = _side(harmful, text_column, harmful=True) + _side(harmless, text_column, harmful=False)
     prompts = sides + (load_contrast("train") if contrast or not sides else [])
-    _warn_of_form(prompts)
+    for warning in surface_warnings(prompts):
+        _note(f"Warning: {warning}")
     backend = _load(model, dtype)
     with _progress("capture", len(prompts)) as bar:
         guard = LatentGuard.fit(
@@ -120,10 +128,8 @@ def calibrate(
     model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
 ) -> None:
     """Set the guard's threshold so that it flags at most MAX_FPR of harmless prompts."""
-    from latentguard.contrast import load_contrast
-
     loaded, backend = _load_guard(guard, model)
-    prompts = list(_side(harmless or [], text_column, harmful=False))
+    prompts = _side(harmless, text_column, harmful=False)
     if not harmless:
         prompts = [p for p in load_contrast("validation") if not p.harmful]
     with _progress("calibrate", len(prompts)) as bar:
@@ -148,7 +154,6 @@ def score(
 
     With --out, a killed run goes on where it stopped when it is called again.
     """
-    from latentguard.prompts import Columns, stream_prompts
     from latentguard.verdicts import line_of, score_to_file
 
     loaded, backend = _load_guard(guard, model)
@@ -174,7 +179,7 @@ def audit(
 
     from latentguard.audit import audit as audit_set
 
-    known = None if label is None else label == "harmful"
+    known = None if label is None else label is Side.harmful
     prompts = [p for file in files for p in _read(file, text_column, known)]
     found = audit_set(prompts)
     view = Table("feature", "separates", title=f"{found.n[0]} harmful, {found.n[1]} harmless")
@@ -196,7 +201,7 @@ def show(guard: GuardFolder) -> None:
 
     record, _ = read_folder(guard)
     typer.echo(model_card(record, promise=LatentGuard.load(guard).promise))
-    for name, value in record["fitted"].items():
+    for name, value in (record["fitted"] or {}).items():
         typer.echo(f"{name}: {value}")
 
 
@@ -216,8 +221,8 @@ def main() -> None:
     """Run the command line: exit code 0, 1 (an error in one sentence) or 2 (usage)."""
     try:
         app()
-    except LatentGuardError as error:
-        typer.echo(f"Error: {error}", err=True)
+    except (LatentGuardError, OSError) as error:  # or a full disk, a folder that is a file
+        _note(f"Error: {error}")
         sys.exit(1)
 
 
@@ -243,30 +248,20 @@ def _load_guard(folder: Path, model: str | None) -> tuple[LatentGuard, ChatModel
 
 
 def _read(source: str, text_column: str, harmful: bool | None) -> list[Prompt]:
-    from latentguard.contrast import load_contrast
-    from latentguard.prompts import Columns, read_prompts
-
     if source == "contrast":
         return load_contrast()
     return read_prompts(source, columns=Columns(text=text_column), harmful=harmful)
 
 
-def _side(sources: Sequence[str], text_column: str, *, harmful: bool) -> Iterator[Prompt]:
-    from latentguard.prompts import side
-
-    for source in sources:
+def _side(sources: Sequence[str] | None, text_column: str, *, harmful: bool) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for source in sources or ():
         kept = side(_read(source, text_column, None), harmful=harmful)
         if not kept:
             wanted = "harmful" if harmful else "harmless"
             raise PromptError(f"{source} was given for {wanted} prompts and holds none.")
-        yield from kept
-
-
-def _warn_of_form(prompts: Sequence[Prompt]) -> None:
-    from latentguard.audit import surface_warnings
-
-    for warning in surface_warnings(prompts):
-        _note(f"Warning: {warning}")
+        prompts += kept
+    return prompts
 
 
 def _note(text: str) -> None:
@@ -291,17 +286,12 @@ class _Bar:
 
 @contextmanager
 def _progress(name: str, total: int | None = None) -> Iterator[_Bar]:
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    shown = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*shown, *times, console=Console(stderr=True)) as bar:
+    name_column = rich.TextColumn("{task.description:<28}")
+    shown = (name_column, rich.BarColumn(), rich.MofNCompleteColumn())
+    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    stderr = Console(stderr=True)  # verdicts may go to standard output
+    with rich.Progress(*shown, *times, console=stderr, redirect_stdout=False) as bar:
         yield _Bar(bar, bar.add_task(name, total=total))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from latentguard.fitting import capture
 from latentguard.guard import LatentGuard, Verdict
 from latentguard.metrics import auroc
 from latentguard.model.hf import ChatModel
+from latentguard.model.sources import DEFAULT_HUB_ID
 from latentguard.prompts import Prompt
 from latentguard.readings import DEFAULT, Reading
 from latentguard.report import Figure, Report, Section, Table
@@ -50,17 +52,16 @@ def run(backend: ChatModel, guard_folder: Path, out: Path, *, step: Step) -> Pat
     guard, paper = fitted_guards(backend, guard_folder, step)
     samples, test = load_samples(), load_contrast("test")
     out.mkdir(parents=True, exist_ok=True)
-    score_to_file(
-        guard, backend, samples, out / "samples.jsonl", progress=step("score", len(samples))
-    )
-    verdicts = list(guard.scan(backend, samples))
+    file = out / "samples.jsonl"
+    score_to_file(guard, backend, samples, file, progress=step("score", len(samples)))
+    verdicts = [Verdict(**json.loads(line)) for line in file.read_text().splitlines()]
     states = capture(
         backend, Reading.of(DEFAULT, backend.post), test, progress=step("evaluate", len(test))
     )
     report = Report(
-        f"Latent guard for {backend.source}",
+        f"Latent guard for {name_of(backend)}",
         (
-            summary_section(guard),
+            summary_section(guard, name_of(backend)),
             sample_section(samples, verdicts, guard),
             *detection_sections(guard, paper, states),
             audit_section(audit(load_contrast("train"))),
@@ -90,11 +91,16 @@ def fitted_guards(backend: ChatModel, folder: Path, step: Step) -> tuple[LatentG
     return ours, theirs
 
 
-def summary_section(guard: LatentGuard) -> Section:
+def name_of(backend: ChatModel) -> str:
+    """The model's name for people."""
+    return f"{DEFAULT_HUB_ID} (default)" if backend.source == "default" else backend.source
+
+
+def summary_section(guard: LatentGuard, model: str) -> Section:
     """What was made."""
     layers = guard.readout.layers
     text = (
-        f"This guard reads the residual stream of {guard.fingerprint.model} at "
+        f"This guard reads the residual stream of {model} at "
         f"{', '.join(guard.reading.positions)} in layers {layers[0]} to {layers[-1]}, in the pass "
         f"that serves the request, and scores it with a {guard.readout.kind} readout. Its "
         f"threshold is {guard.threshold:.4g}: {guard.promise}. The promise holds for prompts like "

@@ -18,7 +18,7 @@ from latentguard.axes import Axis
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
 from latentguard.readings import Reading
-from latentguard.readouts import Fit, Kind, fit_centroid, fit_linear
+from latentguard.readouts import Fit, Kind, fit_centroid, fit_linear, require_kind
 from latentguard.states import Backend, Progress, States, digest_prompts
 
 
@@ -39,11 +39,12 @@ def fit_readout(states: States, reading: Reading, kind: Kind) -> Fit:
     """Fit a readout on labelled states, all layers, at the reading's positions.
 
     Raises:
-        GuardError: if a prompt has no label, a class is missing, or the kind is unknown.
+        GuardError: if a prompt has no label, a class is missing, the kind is unknown, or a state
+            is not finite.
     """
+    require_kind(kind)
     _require_labels(states)
-    if kind not in ("centroid", "linear"):
-        raise GuardError(f"There is no readout '{kind}': expected centroid or linear.")
+    _require_finite(states, reading)
     return (_fit_linear if kind == "linear" else _fit_centroid)(states, reading)
 
 
@@ -90,6 +91,15 @@ def _require_labels(states: States) -> None:
             f"{len(missing)} training prompts have no label (the first is '{missing[0]}'); "
             "expected harmful or harmless for each."
         )
+
+
+def _require_finite(states: States, reading: Reading) -> None:
+    for position in reading.positions:
+        if not torch.isfinite(states.at(position)).all():
+            raise GuardError(
+                f"States at {position} hold infinite or undefined numbers; use bfloat16 or float32 "
+                "instead of float16."
+            )
 
 
 def _fit_linear(states: States, reading: Reading) -> Fit:

@@ -13,7 +13,7 @@ import torch
 from scipy.special import expit
 
 from latentguard import readings
-from latentguard.artifact import model_card, read_folder, write_folder
+from latentguard.artifact import POLES, model_card, read_folder, require_sound, write_folder
 from latentguard.axes import Axis
 from latentguard.canaries import TOLERANCE, Canary, canary_prompts
 from latentguard.errors import GuardError, ModelMismatch
@@ -21,7 +21,7 @@ from latentguard.fitting import capture, fit_axes, fit_platt, fit_readout, prove
 from latentguard.metrics import Bound, threshold_for_fpr
 from latentguard.prompts import Prompt
 from latentguard.readings import Reading
-from latentguard.readouts import Kind, Readout
+from latentguard.readouts import Kind, Readout, require_kind
 from latentguard.states import Backend, Fingerprint, Progress, States, digest_prompts
 
 
@@ -101,6 +101,7 @@ class LatentGuard:
             GuardError: if a prompt has no label, a class is missing, or a state is not finite.
         """
         where = Reading.of(reading, backend.post)
+        require_kind(readout)
         states = capture(backend, where, prompts, progress=progress)
         return LatentGuard.from_states(backend, states, where, readout)
 
@@ -175,13 +176,13 @@ class LatentGuard:
         """Verdicts for states captured at ``positions`` and at least the readout's layers."""
         states = states.select(self.readout.layers)
         scores = self.readout(slots(states, self.reading.positions)).double()
-        if not torch.isfinite(scores).all():
+        beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
+        if not all(torch.isfinite(values).all() for values in (scores, *beliefs.values())):
             raise GuardError(
-                "A score is not a finite number, so no verdict can be given; use bfloat16 or "
-                "float32 instead of float16."
+                "A score or a belief is not a finite number, so no verdict can be given; use "
+                "bfloat16 or float32 instead of float16."
             )
         chances = expit(self.platt[0] * scores.numpy() + self.platt[1])
-        beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
         for i, prompt in enumerate(states.prompts):
             score = float(scores[i])
             believed = {name: float(values[i]) for name, values in beliefs.items()}
@@ -238,7 +239,7 @@ class LatentGuard:
         record, tensors = read_folder(folder)
         try:
             guard = _unpacked(record, tensors)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, GuardError) as error:
             raise GuardError(
                 f"{folder} holds a damaged guard ({error!r}); restore it or fit it again."
             ) from None
@@ -249,8 +250,7 @@ class LatentGuard:
     def _packed(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors = {"weight": self.readout.weight}
         for axis in self.axes:
-            tensors[f"{axis.name}.positive"] = axis.positive
-            tensors[f"{axis.name}.negative"] = axis.negative
+            tensors |= {f"{axis.name}.{pole}": getattr(axis, pole) for pole in POLES}
         record = {
             "fingerprint": asdict(self.fingerprint),
             "reading": asdict(self.reading),
@@ -269,28 +269,20 @@ class LatentGuard:
 
 
 def _unpacked(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LatentGuard:
-    readout, reading = record["readout"], record["reading"]
+    require_sound(record, tensors)
+    readout, reading, (slope, intercept) = record["readout"], record["reading"], record["platt"]
     layers = tuple(readout["layers"])
-    positions = tuple(reading["positions"])
-    if len(tensors["weight"]) != len(layers) * len(positions):
-        raise ValueError(f"weight has {len(tensors['weight'])} rows")
-    axes = [
-        Axis(
-            axis["name"],
-            axis["position"],
-            layers,
-            tensors[f"{axis['name']}.positive"],
-            tensors[f"{axis['name']}.negative"],
-            tuple(axis["counts"]),
-        )
-        for axis in record["axes"]
-    ]
+    axes = []
+    for axis in record["axes"]:
+        plus, minus = (tensors[f"{axis['name']}.{pole}"] for pole in POLES)
+        counts = tuple(axis["counts"])
+        axes.append(Axis(axis["name"], axis["position"], layers, plus, minus, counts))
     return LatentGuard(
-        reading=Reading(reading["name"], positions),
+        reading=Reading(reading["name"], tuple(reading["positions"])),
         readout=Readout(readout["kind"], layers, tensors["weight"], float(readout["bias"])),
         axes=tuple(axes),
         fingerprint=Fingerprint(**record["fingerprint"]),
-        platt=(float(record["platt"][0]), float(record["platt"][1])),
+        platt=(float(slope), float(intercept)),
         spread=float(record["spread"]),
         canaries=tuple(Canary(**canary) for canary in record["canaries"]),
         threshold=float(record["threshold"]),

@@ -52,7 +52,8 @@ def tpr_at(max_fpr: float) -> Metric:
 
     def metric(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
         negatives = np.sort(scores[~labels])[::-1]
-        threshold = negatives[int(max_fpr * len(negatives) + 1e-9)]
+        allowed = int(max_fpr * len(negatives) + 1e-9)
+        threshold = negatives[allowed] if allowed < len(negatives) else -np.inf
         return float((scores[labels] > threshold).mean())
 
     return metric
@@ -135,8 +136,8 @@ class Bound:
     def __str__(self) -> str:
         return (
             f"at most {self.max_fpr:.2%} of harmless prompts like these are flagged, with "
-            f"{self.confidence:.0%} confidence: {self.observed} of n = {self.n} were, so the rate "
-            f"is under {self.upper:.2%}"
+            f"{100 * self.confidence:g}% confidence: {self.observed} of n = {self.n} were, so the "
+            f"rate is under {self.upper:.2%}"
         )
 
 
@@ -158,17 +159,21 @@ def threshold_for_fpr(
     """
     ranked = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
     n = len(ranked)
-    if not 0 < max_fpr < 1 or np.isnan(ranked).any():
-        raise GuardError(f"Expected a rate between 0 and 1 and finite scores; found {max_fpr}.")
-    allowed = [k for k in range(n) if clopper_pearson_upper(k, n, confidence) <= max_fpr]
+    if not 0 < max_fpr < 1 or not 0 < confidence < 1 or np.isnan(ranked).any():
+        raise GuardError(
+            "Expected a rate between 0 and 1, a confidence between 0 and 1 and finite scores; "
+            f"found {max_fpr}, {confidence} and {int(np.isnan(ranked).sum())} undefined scores."
+        )
+    uppers = beta.ppf(confidence, np.arange(n) + 1, n - np.arange(n))  # rising
+    allowed = int((uppers <= max_fpr).sum())
     if not allowed:
-        best = clopper_pearson_upper(0, n, confidence) if n else 1.0
+        best = np.ceil(1e4 * clopper_pearson_upper(0, n, confidence)) / 1e4  # can be asked for
         raise GuardError(
             f"{n} harmless prompts are too few for a false-positive rate of {max_fpr:.2%} with "
-            f"{confidence:.0%} confidence: they can promise {best:.2%} at best. Give at least "
+            f"{100 * confidence:g}% confidence: they can promise {best:.2%} at best. Give at least "
             f"{smallest_n(max_fpr, confidence)}, or ask for {best:.2%} or more."
         )
-    k = allowed[-1]
+    k = allowed - 1
     threshold = float(ranked[k])
     upper, flagged = clopper_pearson_upper(k, n, confidence), int((ranked > threshold).sum())
     return Bound(threshold, max_fpr, upper, confidence, flagged, n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import plotly.graph_objects as go
@@ -36,7 +37,7 @@ def roc_curves(
     """True-positive against false-positive rate of each rule."""
     axes = dict(xaxis_title="false-positive rate", yaxis_title="true-positive rate")
     plot = go.Figure(layout=dict(**axes, xaxis_range=[0, 1], yaxis_range=[0, 1.02]))
-    for (rule, values), colour in zip(scores.items(), PALETTE, strict=False):
+    for (rule, values), colour in zip(scores.items(), cycle(PALETTE), strict=False):
         false, true, _ = roc_curve(labels, values)
         plot.add_scatter(x=false.tolist(), y=true.tolist(), name=rule, line_color=colour)
     plot.add_scatter(
@@ -56,7 +57,7 @@ def lines_by_layer(
 ) -> Figure:
     """A figure by layer with its band: curve name -> (value, low, high) by layer."""
     plot = go.Figure(layout=dict(xaxis_title="layer (blocks passed)", yaxis_title=y))
-    for (name, (value, low, high)), colour in zip(curves.items(), PALETTE, strict=False):
+    for (name, (value, low, high)), colour in zip(curves.items(), cycle(PALETTE), strict=False):
         band = [*high, *reversed(low)]
         x = [*layers, *reversed(layers)]
         fill = dict(fill="toself", fillcolor=colour, opacity=0.15, line_width=0)

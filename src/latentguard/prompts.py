@@ -1,21 +1,14 @@
-"""Prompts: what is asked of a model, with what is known of it, and reading them from files.
-
-JSON Lines, plain text and CSV are read here, line by line, so that a bad row is named by its line
-and no value is guessed to be a number or missing; Parquet and Hub ids go through ``datasets``.
-"""
+"""Prompts: what is asked of a model, with what is known of it; what it replied; reading them."""
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from latentguard.errors import PromptError
+from latentguard.rows import read_rows
 
 Group = Literal["refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless"]
 
@@ -69,6 +62,9 @@ class Prompt:
     history: tuple[Message, ...] = ()
     """Earlier turns, oldest first; a system message comes first."""
 
+    question_at: int | None = None
+    """Where in ``text`` the inversion question begins (section 3.5); None if there is none."""
+
     @property
     def group(self) -> Group | None:
         """The paper's group (section 3.2); None unless both labels are known."""
@@ -77,6 +73,29 @@ class Prompt:
         if self.harmful:
             return "refused_harmful" if self.refused else "accepted_harmful"
         return "refused_harmless" if self.refused else "accepted_harmless"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said to a prompt, decoded greedily."""
+
+    prompt: Prompt
+    """What was asked."""
+
+    text: str
+    """What was said, without special tokens."""
+
+    ids: tuple[int, ...]
+    """Its tokens; the end token included, if it came."""
+
+    finished: bool
+    """Whether the model ended it; False if it was cut at the most tokens allowed."""
+
+    label: str = ""
+    """The label of the intervention; empty if there was none."""
+
+    watched: tuple[tuple[str, float], ...] = ()
+    """Words, and the log-probability with which the reply begins with the first token of each."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +145,7 @@ def stream_prompts(
         PromptError: if the source or a row cannot be used: names file, line and reason.
     """
     columns = columns or Columns()
-    for where, default_id, row in _rows(str(source), columns):
+    for where, default_id, row in read_rows(str(source), columns.text):
         prompt = prompt_of(row, columns, where=where)
         known = prompt.harmful if prompt.harmful is not None else harmful
         yield replace(prompt, id=prompt.id or default_id, harmful=known)
@@ -135,17 +154,6 @@ def stream_prompts(
 def side(prompts: Iterable[Prompt], *, harmful: bool) -> list[Prompt]:
     """Take the prompts of one side: rows labelled otherwise are left out, unlabelled ones join."""
     return [replace(p, harmful=harmful) for p in prompts if p.harmful in (None, harmful)]
-
-
-def write_jsonl(prompts: Iterable[Prompt], path: str | Path) -> None:
-    """Write prompts as JSON Lines with the columns ``id, text, label, category, source``."""
-    partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8") as out:
-        for p in prompts:
-            label = None if p.harmful is None else ("harmful" if p.harmful else "harmless")
-            row = dict(id=p.id, text=p.text, label=label, category=p.category, source=p.source)
-            out.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
-    partial.replace(path)
 
 
 def prompt_of(row: Mapping[str, Any], columns: Columns, *, where: str = "row") -> Prompt:
@@ -210,89 +218,3 @@ def _label(value: object, column: str, where: str) -> bool | None:
     if not word:
         return None
     raise PromptError(f"{where}: '{column}' should be harmful or harmless, found '{value}'.")
-
-
-def _rows(source: str, columns: Columns) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield (where, default id, row) for each row of ``source``."""
-    suffix = Path(source).suffix.lower()
-    if source == "-" or suffix in (".jsonl", ".ndjson", ".json", ".txt"):
-        yield from _lines(source, columns)
-    elif suffix in (".csv", ".tsv"):
-        yield from _table(source, "\t" if suffix == ".tsv" else ",")
-    else:
-        for number, row in enumerate(_dataset(source), start=1):
-            yield f"{source}, row {number}", f"{Path(source).stem}-{number}", row
-
-
-def _lines(source: str, columns: Columns) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    name = _NAME.get(source, source)
-    stem = "stdin" if source == "-" else Path(source).stem
-    plain = source.lower().endswith(".txt")
-    for number, line in enumerate(_open_lines(source), start=1):
-        where = f"{name}, line {number}"
-        if not line.strip():
-            continue
-        if plain or (source == "-" and not line.lstrip().startswith("{")):
-            yield where, f"{stem}-{number}", {columns.text: line.rstrip("\r\n")}
-        else:
-            yield where, f"{stem}-{number}", _json_row(line, where)
-
-
-def _table(source: str, delimiter: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    csv.field_size_limit(1 << 30)  # texts may be long
-    table = csv.DictReader(_open_lines(source), delimiter=delimiter, strict=True)
-    try:
-        for number, row in enumerate(table, start=1):
-            if None in row:
-                raise csv.Error("more fields than columns; put texts in quotes")
-            yield f"{source}, line {table.line_num}", f"{Path(source).stem}-{number}", row
-    except csv.Error as error:
-        where = f"{source}, line {table.reader.line_num}"
-        raise PromptError(f"{where}: not CSV ({error}).") from None
-
-
-_NAME = {"-": "standard input"}
-
-
-def _open_lines(source: str) -> Iterator[str]:
-    number = 0
-    try:
-        with nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield line.decode("utf-8" if number > 1 else "utf-8-sig")
-    except OSError as error:
-        raise PromptError(f"{source} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        name = _NAME.get(source, source)
-        raise PromptError(f"{name}, line {number}: not UTF-8 text ({error.reason}).") from None
-
-
-def _json_row(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
-    if not isinstance(row, dict):
-        raise PromptError(f"{where}: expected a JSON object, found a {type(row).__name__}.")
-    return row
-
-
-def _dataset(source: str) -> Iterator[Mapping[str, Any]]:
-    import datasets
-
-    what: dict[str, Any]
-    if source.lower().endswith(".parquet"):
-        what = dict(path="parquet", split="train", data_files=source)
-    else:
-        name, _, split = source.partition(":")
-        org, _, rest = name.partition("/")
-        repo, _, config = rest.partition("/")
-        what = dict(path=f"{org}/{repo}", name=config or None, split=split or "train")
-    try:
-        yield from datasets.load_dataset(streaming=True, **what)
-    except Exception as error:  # datasets raises a different class for each cause
-        reason = str(error).split("\n")[0]
-        raise PromptError(
-            f"{source} cannot be read: {reason} Expected a .jsonl, .txt, .csv, .tsv or .parquet "
-            "file, or a Hub data set as org/name:split."
-        ) from error

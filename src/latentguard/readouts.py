@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -50,12 +50,21 @@ class Readout:
     bias: float
     """Added to the sum."""
 
+    def __post_init__(self) -> None:
+        require_kind(self.kind)
+
     def __call__(self, states: Float[Tensor, "n l d"]) -> Float[Tensor, "n"]:
         """Score states, in float32."""
         h = states.float()
         if self.kind == "centroid":
             h = normalize(h, dim=-1)
         return torch.einsum("nld,ld->n", h, self.weight) + self.bias
+
+
+def require_kind(kind: str) -> None:
+    """Raise ``GuardError`` unless there is such a readout."""
+    if kind not in get_args(Kind):
+        raise GuardError(f"There is no readout '{kind}': expected {' or '.join(get_args(Kind))}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +131,7 @@ def fit_linear(
     ridge = _Ridge(design, band, strength)
     weight, bias = ridge.solve()
     choices: dict[str, float | str] = {
-        "layers": f"{band[0]}-{band[-1]}",
+        "layers": f"{min(band)}-{max(band)}",
         "strength": strength,
         "cross_validated_auroc": round(figure, 4),
     }
@@ -141,7 +150,9 @@ class _Design:
         self.root = balance.sqrt()
         self.target = (y.double() * 2 - 1) * self.root
         self.mean = torch.einsum("n,nsd->sd", balance.float(), states.float()) / len(states)
-        self.scale = states.float().std(0).clamp_min(1e-6)
+        spread = states.float().std(0)
+        constant = spread <= 1e-5 * self.mean.abs()  # but for rounding; would be all noise below
+        self.scale = spread.masked_fill(constant, torch.inf)
         self.states, self.layers = states, layers
         self.grams = {layer: self.gram(layer) for layer in sorted(set(layers))}
 
@@ -166,7 +177,7 @@ class _Ridge:
     def __init__(self, design: _Design, band: Sequence[int], strength: float) -> None:
         self.design, self.slots = design, design.slots(band)
         gram = torch.stack([design.grams[layer] for layer in band]).sum(0)
-        gram.diagonal().add_(strength * gram.diagonal().mean())
+        gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-12))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         self.dual = self.inverse @ design.target
 
@@ -186,9 +197,9 @@ class _Ridge:
 
 def _bands(layers: Sequence[int]) -> list[tuple[int, ...]]:
     """The bands to try, each a run of the captured layers; layer 0 carries no context."""
-    ladder = sorted(set(layers))
+    ladder, depth = list(dict.fromkeys(layers)), max(layers)  # the order of the slots
     bands = [
-        tuple(k for k in ladder if low * ladder[-1] <= k <= high * ladder[-1] and k > 0)
+        tuple(k for k in ladder if low * depth <= k <= high * depth and k > 0)
         for low, high in BANDS
     ]
     return [band for band in dict.fromkeys(bands) if band] or [tuple(ladder)]

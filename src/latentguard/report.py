@@ -38,7 +38,7 @@ class Table:
     def markdown(self) -> str:
         """As a Markdown table."""
         rows = [self.columns, tuple("---" for _ in self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(show(cell) for cell in row) + " |" for row in rows)
+        return "\n".join("| " + " | ".join(_escaped(show(c)) for c in row) + " |" for row in rows)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,10 @@ class Report:
         """Write ``report.html``, ``report.json`` and ``tables/*.csv``; returns the folder."""
         folder = Path(folder)
         (folder / "tables").mkdir(parents=True, exist_ok=True)
-        for table in self.tables:
-            write_text(folder / "tables" / f"{slug(table.title)}.csv", table.csv())
+        names = [slug(table.title) for table in self.tables]
+        for n, (name, table) in enumerate(zip(names, self.tables, strict=True)):
+            again = f"-{names[:n].count(name) + 1}" if name in names[:n] else ""
+            write_text(folder / "tables" / f"{name}{again}.csv", table.csv())
         write_text(folder / "report.json", json.dumps(self.as_dict(), indent=1))
         write_text(folder / "report.html", self.html())
         return folder
@@ -123,6 +125,11 @@ def show(cell: Cell) -> str:
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+
+
+def _escaped(text: str) -> str:
+    """Text that stays inside its cell of a Markdown table."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def slug(title: str) -> str:

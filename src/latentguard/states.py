@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Float
@@ -57,6 +57,35 @@ class Fingerprint:
         """SHA-256 of all that binds."""
         bound = json.dumps([self.weights, self.tokenizer, self.template, self.dtype])
         return hashlib.sha256(bound.encode()).hexdigest()
+
+
+Tokens = Literal["instruction", "before", "all", "t_inst"]
+"""Which prompt tokens are steered: those of the last user message; of these, those that lie before
+the inversion question; every token, template included; or t_inst alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A vector that is added to the residual stream while the prompt is read: h + c v."""
+
+    layer: int
+    """Which layer; 0 is the embedding output."""
+
+    vector: Float[Tensor, "d"]
+    """What is added, such as the direction of an axis at this layer."""
+
+    coefficient: float = 1.0
+    """How often; negative steers the other way, 0 changes nothing."""
+
+    tokens: Tokens = "instruction"
+    """Where."""
+
+    label: str = ""
+    """What replies are marked with."""
+
+    def __post_init__(self) -> None:
+        if self.tokens not in get_args(Tokens):
+            raise ValueError(f"tokens is one of {get_args(Tokens)}; found '{self.tokens}'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +159,9 @@ class States:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file (prompts and fingerprint in its metadata)."""
-        rows = [{k: v for k, v in asdict(p).items() if v} for p in self.prompts]
+        rows = [
+            {k: v for k, v in asdict(p).items() if v not in (None, "", ())} for p in self.prompts
+        ]
         meta = dict(prompts=rows, positions=self.positions, layers=self.layers)
         header = {"states": json.dumps(meta | {"fingerprint": asdict(self.fingerprint)})}
         partial = Path(f"{path}.partial")

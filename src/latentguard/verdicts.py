@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from latentguard.errors import PromptError
 from latentguard.guard import LatentGuard, Verdict
 from latentguard.prompts import Prompt
-from latentguard.states import Backend, Progress
+from latentguard.report import write_text
+from latentguard.states import Backend, Progress, digest_prompts
 
 
 def line_of(verdict: Verdict) -> str:
@@ -30,7 +31,8 @@ def score_to_file(
 ) -> int:
     """Score prompts into ``out``; goes on where a killed run of the same guard stopped.
 
-    Lines go to ``OUT.partial``, which is renamed when the last is written.
+    Lines go to ``OUT.partial``, which is renamed when the last is written; ``OUT.partial.guard``
+    holds the digests of the guard and of every prompt that was asked, never its text.
 
     Returns:
         How many prompts an earlier run had scored already.
@@ -38,41 +40,52 @@ def score_to_file(
     Raises:
         PromptError: if the prompts are not those that the earlier run scored.
     """
-    partial, stamp = Path(f"{out}.partial"), Path(f"{out}.partial.guard")
+    partial, notes = Path(f"{out}.partial"), Path(f"{out}.partial.guard")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    if not stamp.exists() or stamp.read_text() != guard.digest:
+    if not partial.exists() or _whole_lines(notes)[:1] != [guard.digest]:
         partial.unlink(missing_ok=True)
-        stamp.write_text(guard.digest)
-    done = _whole_lines(partial)
-    rest = _skip(iter(prompts), done, out)
-    if done and progress is not None:
-        progress(len(done))
-    with partial.open("a", encoding="utf-8") as lines:
-        for verdict in guard.scan(backend, rest, progress=progress):
-            lines.write(line_of(verdict) + "\n")
-            lines.flush()
-    partial.replace(out)
-    stamp.unlink()
-    return len(done)
-
-
-def _whole_lines(partial: Path) -> list[str]:
-    """Ids of the lines that were written whole; a torn last line is cut off."""
-    if not partial.exists():
-        return []
-    content = partial.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with partial.open("r+b") as file:
-            file.truncate(len(whole))
-    rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
-    return [row["id"] for row in rows]
-
-
-def _skip(prompts: Iterator[Prompt], done: list[str], out: str | Path) -> Iterator[Prompt]:
-    found = [prompt.id for prompt in islice(prompts, len(done))]
-    if found != done:
+        write_text(notes, f"{guard.digest}\n")
+    done = len(_whole_lines(partial))
+    asked, rest = _whole_lines(notes)[: done + 1], iter(prompts)
+    if [_mark(prompt) for prompt in islice(rest, done)] != asked[1:]:
         raise PromptError(
             f"{out}.partial was written for other prompts than these; remove it to start anew."
         )
-    return prompts
+    write_text(notes, "".join(f"{line}\n" for line in asked))
+    if done and progress is not None:
+        progress(done)
+    with partial.open("a", encoding="utf-8") as lines, notes.open("a", encoding="utf-8") as marks:
+        for verdict in guard.scan(backend, _noted(rest, marks), progress=progress):
+            _write_line(lines, line_of(verdict))
+    partial.replace(out)
+    notes.unlink()
+    return done
+
+
+def _noted(prompts: Iterator[Prompt], marks: TextIO) -> Iterator[Prompt]:
+    """Note each prompt before it is scored, so that no line is ever without its note."""
+    for prompt in prompts:
+        _write_line(marks, _mark(prompt))
+        yield prompt
+
+
+def _mark(prompt: Prompt) -> str:
+    """What tells a prompt from another, on one line."""
+    return json.dumps([prompt.id, digest_prompts([prompt])])
+
+
+def _write_line(file: TextIO, line: str) -> None:
+    file.write(f"{line}\n")
+    file.flush()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines that were written whole; a torn last line is cut off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return whole.decode().splitlines()

@@ -1,7 +1,7 @@
 """The belief arithmetic on the activations that the paper's authors released for Qwen2-7B.
 
-Their files are not ours to ship: LATENTGUARD_TEST_DATA (default ../shared/data, beside the checkout)
-is where they are looked for, and the tests are skipped where they are not.
+Their files are not ours to ship: they are looked for in LATENTGUARD_TEST_DATA (default
+../shared/data, beside the checkout), and the tests are skipped where they are not.
 """
 
 import os

@@ -9,7 +9,9 @@ import torch
 from latentguard.prompts import Prompt
 from latentguard.states import Fingerprint, States
 
-FINGERPRINT = Fingerprint("fake", weights="a" * 64, tokenizer="b" * 64, template="c" * 64, dtype="float32")
+FINGERPRINT = Fingerprint(
+    "fake", weights="a" * 64, tokenizer="b" * 64, template="c" * 64, dtype="float32"
+)
 
 
 class FakeBackend:

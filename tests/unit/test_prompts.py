@@ -5,8 +5,6 @@ import json
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from latentguard.errors import PromptError
 from latentguard.prompts import (
@@ -17,7 +15,6 @@ from latentguard.prompts import (
     read_prompts,
     side,
     stream_prompts,
-    write_jsonl,
 )
 
 
@@ -117,15 +114,6 @@ class TestJsonLines:
         assert read_prompts(path, columns=columns) == [Prompt("a", "x", True, category="3")]
         missing = error_of(path, columns=Columns(text="prompt"))
         assert "no column 'prompt'; columns found: q, y, n, c" in missing
-
-    @given(text=st.text(min_size=1).filter(str.strip))
-    def test_any_text_comes_back_as_it_was(self, text, tmp_path_factory):
-        path = tmp_path_factory.mktemp("any") / "f.jsonl"
-        known = dict(harmful=True, category="c", source="s")
-        prompts = [Prompt(text, id="a", **known), Prompt("b", id="b")]
-        write_jsonl(prompts, path)
-        assert read_prompts(path) == prompts
-        assert [file.name for file in path.parent.iterdir()] == ["f.jsonl"]
 
 
 class TestLabels:

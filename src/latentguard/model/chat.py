@@ -23,44 +23,24 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from latentguard.errors import PromptError, TemplateError
+from latentguard.model.layout import Layout
 from latentguard.prompts import Prompt
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One prompt as the model sees it."""
-
-    ids: tuple[int, ...]
-    """Token ids, template included, ready for the reply."""
-
-    t_inst: int
-    """Index of the last token of the user's last message."""
-
-    @property
-    def t_post(self) -> int:
-        """Index of the last token of the whole prompt."""
-        return len(self.ids) - 1
-
-    def index(self, position: str) -> int:
-        """Absolute index of ``t_inst``, ``t_post`` or ``post+k`` (k-th token after t_inst).
-
-        Raises:
-            PromptError: if there is no such position.
-        """
-        if position in ("t_inst", "t_post"):
-            return int(getattr(self, position))
-        found = re.fullmatch(r"post\+(\d+)", position)
-        if found is None or not 1 <= int(found[1]) <= self.t_post - self.t_inst:
-            most = self.t_post - self.t_inst
-            raise PromptError(
-                f"There is no position '{position}': this chat template has t_inst, t_post and "
-                f"post+1 to post+{most}."
-            )
-        return self.t_inst + int(found[1])
-
 
 _Turn = tuple[str, str | None]
 """A role, and the content if that is blank: a template may ask whether there is any."""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A prompt in its template."""
+
+    text: str
+    start: int
+    """Where the last user message starts in the text, and where it stops."""
+
+    stop: int
+    origin: int
+    """Where it would start had the template not trimmed it."""
 
 
 @dataclass(frozen=True)
@@ -118,31 +98,49 @@ class ChatTokenizer:
         """
         prompts = list(prompts)
         placed = [self._place(prompt) for prompt in prompts]
-        encodings = self._safe.encode_batch([text for text, _, _ in placed])
+        encodings = self._safe.encode_batch([one.text for one in placed])
         return [
-            Layout(tuple(encoding.ids), self._t_inst(encoding, start, stop, prompt))
-            for encoding, (_, start, stop), prompt in zip(encodings, placed, prompts, strict=True)
+            self._layout(encoding.ids, encoding.offsets, one, prompt)
+            for encoding, one, prompt in zip(encodings, placed, prompts, strict=True)
         ]
 
-    def _place(self, prompt: Prompt) -> tuple[str, int, int]:
-        """The full text, and where in it the last user message starts and stops."""
+    def _layout(
+        self, ids: list[int], offsets: list[tuple[int, int]], placed: _Placed, prompt: Prompt
+    ) -> Layout:
+        t_inst = self._t_inst(ids, offsets, placed, prompt)
+        first = t_inst
+        while first and offsets[first - 1][1] > placed.start and self._is_text(ids[first - 1]):
+            first -= 1
+        inside = (  # a token may reach over the edges of the message
+            (max(begin, placed.start) - placed.origin, min(end, placed.stop) - placed.origin)
+            for begin, end in offsets[first : t_inst + 1]
+        )
+        return Layout(tuple(ids), t_inst, tuple(inside))
+
+    def _is_text(self, index: int) -> bool:
+        return index not in self._control_ids
+
+    def _place(self, prompt: Prompt) -> _Placed:
         contents = [*(m.content for m in prompt.history), prompt.text]
         turns = [(m.role, None if m.content.strip() else m.content) for m in prompt.history]
         frame = self._frame((*turns, ("user", None)))
         text = frame.texts[0]
-        start = stop = 0
+        start = stop = cut = 0
         for n, (left, right), after in zip(frame.order, frame.strips, frame.texts[1:], strict=True):
             content = contents[n].lstrip(left).rstrip(right)
             if n == len(turns):
                 start, stop = len(text), len(text) + len(content)
+                cut = len(prompt.text) - len(prompt.text.lstrip(left))
             text += content + after
-        return _unicode(text, prompt), start, stop
+        return _Placed(_unicode(text, prompt), start, stop, start - cut)
 
-    def _t_inst(self, encoding: Any, start: int, stop: int, prompt: Prompt) -> int:
-        ids, offsets = encoding.ids, encoding.offsets
+    def _t_inst(
+        self, ids: list[int], offsets: list[tuple[int, int]], placed: _Placed, prompt: Prompt
+    ) -> int:
+        start, stop = placed.start, placed.stop
         for index in range(len(ids) - 1, -1, -1) if start < stop else ():
             begin, end = offsets[index]
-            if begin < stop and end > start and ids[index] not in self._control_ids:
+            if begin < stop and end > start and self._is_text(ids[index]):
                 return index
             if end <= start:
                 break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -15,20 +14,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentguard.errors import ModelError, PromptError
-from latentguard.model.chat import ChatTokenizer, Layout
+from latentguard.model.chat import ChatTokenizer
+from latentguard.model.fingerprint import weights_digest
+from latentguard.model.generate import sweep
 from latentguard.model.hooks import decoder_blocks, read_positions
+from latentguard.model.layout import Layout
 from latentguard.model.sources import resolve
-from latentguard.prompts import Prompt
-from latentguard.states import Fingerprint, Progress, States
+from latentguard.prompts import Prompt, Reply
+from latentguard.states import Fingerprint, Intervention, Progress, States
 
 WINDOW = 256
 """Prompts that are sorted by length together; bounds memory, whatever their number."""
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
 """Padded tokens in one forward pass."""
-
-SAMPLE = 4096
-"""Values of each tensor that enter the weights digest."""
 
 
 @dataclass
@@ -163,6 +162,29 @@ class ChatModel:
             values = self._window(window, tuple(positions), layers, progress)
             yield States(values, window, tuple(positions), layers, self.fingerprint)
 
+    def generate(self, prompts: Iterable[Prompt], **how: Any) -> list[Reply]:
+        """Reply to prompts greedily, unsteered; ``how`` is that of ``sweep``."""
+        return self.sweep(prompts, [None], **how)[0]
+
+    def sweep(
+        self,
+        prompts: Iterable[Prompt],
+        interventions: Iterable[Intervention | None],
+        **how: Any,
+    ) -> list[list[Reply]]:
+        """Reply to prompts greedily under each intervention, a list for each; None is unsteered.
+
+        Args:
+            prompts: What to reply to.
+            interventions: How to steer; only the reading of the prompt is steered.
+            how: ``max_new_tokens``, ``post``, ``watch``, ``progress``; see ``generate.sweep``.
+
+        Raises:
+            PromptError: if a prompt is empty, too long, or has no question to stop before.
+            ModelError: if a vector or a layer does not fit the model.
+        """
+        return sweep(self, prompts, interventions, **how)
+
     def _window(
         self,
         prompts: Sequence[Prompt],
@@ -171,7 +193,8 @@ class ChatModel:
         progress: Progress | None,
     ) -> Float[Tensor, "n p l d"]:
         rows = [_Row(layout, positions) for layout in self.chat(prompts)]
-        self._check_lengths(rows, prompts)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.check_length(row.length, prompt)
         shape = (len(rows), len(positions), len(layers), self.width)
         values = torch.empty(shape, dtype=self.model.dtype)
         todo = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
@@ -180,24 +203,24 @@ class ChatModel:
             try:
                 values[batch] = self._forward([rows[i] for i in batch], layers)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                self._shrink(error, len(batch) * rows[batch[0]].length, len(batch))
+                self.shrink(error, len(batch) * rows[batch[0]].length, len(batch))
                 continue
             todo = todo[len(batch) :]
             if progress is not None:
                 progress(len(batch))
         return values
 
-    def _check_lengths(self, rows: Sequence[_Row], prompts: Sequence[Prompt]) -> None:
+    def check_length(self, length: int, prompt: Prompt) -> None:
+        """Raise a PromptError if the model cannot read so many tokens."""
         config = self.model.config.get_text_config(decoder=True)
         most = getattr(config, "max_position_embeddings", None) or 1 << 62
-        for row, prompt in zip(rows, prompts, strict=True):
-            if row.length > most:
-                raise PromptError(
-                    f"Prompt '{prompt.id}' is {row.length:,} tokens long with its template; this "
-                    f"model reads at most {most:,}. Shorten it or split it."
-                )
+        if length > most:
+            raise PromptError(
+                f"Prompt '{prompt.id}' is {length:,} tokens long with its template; this "
+                f"model reads at most {most:,}. Shorten it or split it."
+            )
 
-    def _shrink(self, error: Exception, tokens: int, rows: int) -> None:
+    def shrink(self, error: Exception, tokens: int, rows: int) -> None:
         """Halve the token budget if memory ran out; anything else, or a lone prompt, is raised."""
         memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not memory or rows == 1:
@@ -273,19 +296,3 @@ def _windows(prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, ...]]:
     rest = iter(prompts)
     while window := tuple(islice(rest, WINDOW)):
         yield window
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over name, shape and up to 4,096 evenly spaced values of every tensor.
-
-    Any fine-tune, merge or quantisation changes it; an edit of a few single weights may not, which
-    is what a guard's canaries are for.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLE) | 1  # odd, so that it meets every column
-        sample = flat[::step].float().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""Reading the residual stream: the only module that registers a hook, always in a ``with``."""
+"""Reading and steering the residual stream: the only module that changes what a model runs.
+
+Hooks are registered, and blocks skipped, in a ``with`` that puts everything back.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from latentguard.errors import ModelError
@@ -86,14 +89,93 @@ def read_positions(
 
 
 def _hook(blocks: Sequence[nn.Module], layer: int, slot: int, keep: Any) -> Any:
+    return _register(blocks, layer, lambda hidden: keep(slot, hidden))
+
+
+def _register(blocks: Sequence[nn.Module], layer: int, see: Any) -> Any:
+    """Show ``see`` the residual stream at a layer; what it returns, if not None, replaces it."""
     if layer == 0:
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keep(slot, args[0] if args else kwargs["hidden_states"])
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            new = see(args[0] if args else kwargs["hidden_states"])
+            if new is None:
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
 
         return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        keep(slot, output[0] if isinstance(output, tuple) else output)
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        new = see(output[0] if isinstance(output, tuple) else output)
+        return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
     return blocks[layer - 1].register_forward_hook(after)
+
+
+@contextmanager
+def add_vector(
+    blocks: Sequence[nn.Module],
+    *,
+    layer: int,
+    vectors: Float[Tensor, "b d"],
+    tokens: Bool[Tensor, "b s"],
+) -> Iterator[None]:
+    """Add a vector to the residual stream at some tokens, in each forward pass inside.
+
+    Args:
+        blocks: The decoder blocks.
+        layer: Where (0 is the input of the first block).
+        vectors: One a row.
+        tokens: Which tokens of the pass it is added to; the others stay exactly as they are.
+    """
+
+    def shift(hidden: Tensor) -> Tensor:
+        step = torch.where(tokens[..., None], vectors[:, None], 0.0)
+        return hidden + step.to(hidden)
+
+    handle = _register(blocks, layer, shift)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def note_output(block: nn.Module, sizes: list[int]) -> Iterator[None]:
+    """Note in ``sizes`` how many values a block returns; 0 if it returns a bare tensor."""
+
+    def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        sizes.append(len(output) if isinstance(output, tuple) else 0)
+
+    handle = block.register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def skip_blocks(
+    blocks: Sequence[nn.Module], *, layer: int, hidden: Float[Tensor, "b s d"], size: int = 0
+) -> Iterator[None]:
+    """Run a forward pass from ``layer`` on: the blocks below give back ``hidden`` at once.
+
+    They fill no cache. Hooks on the last of them see ``hidden`` as its output.
+
+    Args:
+        blocks: The decoder blocks.
+        layer: How many blocks to skip.
+        hidden: The residual stream at that layer.
+        size: What ``note_output`` noted of the model.
+    """
+    output = (hidden, *[None] * (size - 1)) if size else hidden
+    skipped = blocks[:layer]
+    before = [vars(block).get("forward") for block in skipped]  # accelerate may have put one there
+    try:
+        for block in skipped:
+            block.forward = lambda *_, **__: output
+        yield
+    finally:
+        for block, forward in zip(skipped, before, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward

@@ -1,0 +1,54 @@
+"""Layout: one prompt as token ids, and which of them are what (paper, section 2)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from latentguard.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One prompt as the model sees it."""
+
+    ids: tuple[int, ...]
+    """Token ids, template included, ready for the reply."""
+
+    t_inst: int
+    """Index of the last token of the user's last message."""
+
+    spans: tuple[tuple[int, int], ...] = ()
+    """Which characters of that message each of its tokens stands for; the last is t_inst."""
+
+    @property
+    def t_post(self) -> int:
+        """Index of the last token of the whole prompt."""
+        return len(self.ids) - 1
+
+    @property
+    def instruction(self) -> range:
+        """Indices of the tokens of the user's last message."""
+        return range(self.t_inst + 1 - len(self.spans), self.t_inst + 1)
+
+    def before(self, offset: int) -> list[int]:
+        """Indices of the tokens of the last message that end at or before a character of it."""
+        spans = zip(self.instruction, self.spans, strict=True)
+        return [index for index, (_, end) in spans if end <= offset]
+
+    def index(self, position: str) -> int:
+        """Absolute index of ``t_inst``, ``t_post`` or ``post+k`` (k-th token after t_inst).
+
+        Raises:
+            PromptError: if there is no such position.
+        """
+        if position in ("t_inst", "t_post"):
+            return int(getattr(self, position))
+        found = re.fullmatch(r"post\+(\d+)", position)
+        if found is None or not 1 <= int(found[1]) <= self.t_post - self.t_inst:
+            most = self.t_post - self.t_inst
+            raise PromptError(
+                f"There is no position '{position}': this chat template has t_inst, t_post and "
+                f"post+1 to post+{most}."
+            )
+        return self.t_inst + int(found[1])

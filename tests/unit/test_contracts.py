@@ -1,0 +1,103 @@
+"""Promises about the package as a whole: what it loads, names, imports; how long modules are."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import latentguard
+
+SOURCE = Path(latentguard.__file__).parent
+MODULES = sorted(SOURCE.rglob("*.py"))
+HEAVY = ("torch", "transformers", "sklearn", "datasets", "plotly", "scipy", "numpy")
+UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def loaded_by(code):
+    """Which of the heavy packages a fresh interpreter has loaded after ``code``."""
+    ask = f"import sys; {code}; print(*[m for m in {HEAVY} if m in sys.modules])"
+    path = os.pathsep.join([str(SOURCE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = [sys.executable, "-c", ask]
+    env = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout.split()
+
+
+class TestImports:
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "import latentguard",
+            "import latentguard; latentguard.__all__; dir(latentguard)",
+            "import latentguard; latentguard.Prompt; latentguard.read_prompts",
+            "import latentguard; latentguard.LatentGuardError; latentguard.load_contrast",
+            "import latentguard.cli",
+        ],
+    )
+    def test_nothing_heavy_is_loaded(self, code):
+        assert loaded_by(code) == []
+
+    def test_help_loads_nothing_heavy(self):
+        code = (
+            "from latentguard.cli import app\n"
+            "for verb in ([], ['fit'], ['score'], ['demo']):\n"
+            "    try: app([*verb, '--help'])\n"
+            "    except SystemExit as stop: assert not stop.code\n"
+            "import os; sys.stdout.write('loaded:')"
+        )
+        assert loaded_by(f"exec({code!r})")[-1] == "loaded:"
+
+
+class TestNames:
+    @pytest.mark.parametrize("name", latentguard.__all__)
+    def test_a_public_name_resolves(self, name):
+        """At the first use and at the next, whatever modules were loaded before."""
+        home = importlib.import_module(latentguard._HOMES[name])
+        for _ in range(2):
+            found = getattr(latentguard, name)
+            assert found is getattr(home, name)
+            assert (found.__doc__ or "").strip()
+
+    def test_names_are_sorted(self):
+        assert latentguard.__all__ == sorted(set(latentguard.__all__))
+        assert dir(latentguard) == latentguard.__all__
+
+    def test_the_nouns_of_the_readme_are_there(self):
+        named = {"Axis", "ChatModel", "LatentGuard", "Prompt", "States", "Verdict"}
+        assert named | {"read_prompts", "load_contrast"} <= set(latentguard.__all__)
+
+    def test_another_name(self):
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            latentguard.nothing  # noqa: B018
+
+
+class TestSource:
+    @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+    def test_a_module_is_short_and_says_what_it_is(self, path):
+        text = path.read_text("utf-8")
+        assert len(text.splitlines()) <= 300
+        assert ast.get_docstring(ast.parse(text))
+
+    @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+    def test_nothing_is_unpickled(self, path):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not {alias.name.split(".")[0] for alias in node.names} & UNSAFE
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in UNSAFE
+                assert (node.module, "load") not in {("torch", a.name) for a in node.names}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}
+
+    def test_nothing_of_this_is_missed(self):
+        """The check above looks at every module there is."""
+        assert {p.stem for p in MODULES} >= {"guard", "artifact", "states", "hooks", "cli"}
+
+    def test_no_path_of_a_machine_is_named(self):
+        for path in SOURCE.rglob("*"):
+            if path.suffix in (".py", ".html", ".jsonl"):
+                text = path.read_text("utf-8")
+                assert not any(word in text for word in ("/root/", "/home/", "/tmp/"))
