@@ -10,7 +10,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
-SHAPED = ["latentguard.states", "latentguard.model.hooks", "latentguard.model.hf"]
+SHAPED = [
+    "latentguard.axes",
+    "latentguard.readouts",
+    "latentguard.states",
+    "latentguard.model.generate",
+    "latentguard.model.hf",
+    "latentguard.model.hooks",
+    "latentguard.model.prefill",
+]
 install_import_hook(SHAPED, "beartype.beartype")  # checks the shapes in the annotations
 
 settings.register_profile(

@@ -13,16 +13,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "Axis": "latentguard.axes",
     "ChatModel": "latentguard.model.hf",
+    "Intervention": "latentguard.states",
     "LatentGuard": "latentguard.guard",
     "LatentGuardError": "latentguard.errors",
     "Prompt": "latentguard.prompts",
+    "Reply": "latentguard.prompts",
     "States": "latentguard.states",
     "Verdict": "latentguard.guard",
-    "audit": "latentguard.audit",
     "load_contrast": "latentguard.contrast",
-    "load_guard": "latentguard.artifact",
     "read_prompts": "latentguard.prompts",
-    "save_guard": "latentguard.artifact",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

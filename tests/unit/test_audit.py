@@ -79,6 +79,12 @@ class TestFigures:
         found = audit(prompts_of(["Say it."] * 5 + ["Say it?"] * 5, ["Say it."] * 10))
         assert found.ending == 0.75
 
+    def test_four_kinds(self):
+        """Guess the class in which each ending is more frequent: .4 + .3 + .3 + .4 of 2."""
+        harmful = ["Say it."] * 4 + ["Say it?"] * 3 + ["Say it!"] * 2 + ["Say it"] * 1
+        harmless = ["Say it."] * 1 + ["Say it?"] * 2 + ["Say it!"] * 3 + ["Say it"] * 4
+        assert audit(prompts_of(harmful, harmless)).ending == pytest.approx(0.7)
+
     @pytest.mark.parametrize("longer", [True, False])
     def test_length_in_its_better_direction(self, longer):
         sides = ["word " * n for n in range(20, 30)], ["word " * n for n in range(1, 11)]

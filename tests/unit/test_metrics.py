@@ -90,6 +90,14 @@ class TestEstimate:
         missed = sum(not e.low <= truth <= e.high for e in found)
         assert 2 <= missed <= 22
 
+    def test_it_spans_95_percent_of_the_draws(self):
+        """Of a mean the interval is known: 1.96 standard errors to either side."""
+        rng = np.random.default_rng(2)
+        labels, scores = np.arange(1000) < 500, rng.normal(size=1000)
+        found = estimate(lambda y, s: float(s[y].mean()), labels, scores, draws=4000)
+        wanted = 2 * 1.96 * scores[labels].std() / 500**0.5
+        assert found.high - found.low == pytest.approx(wanted, rel=0.06)
+
     def test_how_it_reads(self):
         found = estimate(auroc, [True, True, False], [2.0, 3.0, 1.0])
         assert str(found) == "1.000 [1.000, 1.000]"

@@ -14,6 +14,7 @@ from latentguard.errors import GuardError
 from latentguard.metrics import auroc
 from latentguard.readouts import (
     FOLDS,
+    STRENGTHS,
     Readout,
     _bands,
     _Design,
@@ -176,6 +177,28 @@ class TestCrossValidation:
             weight = torch.linalg.solve(left, z[rest].T @ design.target[rest])
             wanted[rows] = z[rows] @ weight / design.root[rows]
         assert torch.allclose(ridge.held_out(folds), wanted, rtol=1e-4, atol=1e-5)
+
+    def test_the_best_band_and_strength_are_chosen(self):
+        """Only the last layers know the label."""
+        states, labels, groups = drawn(40, signal=0.0)
+        states[:, 5:] += 0.5 * torch.tensor([1 if y else -1 for y in labels])[:, None, None]
+        fit = fit_linear(states, labels, groups, LAYERS)
+        y = torch.tensor(labels)
+        design, folds = _Design(states, y, LAYERS), _folds(groups, 0)
+        figures = {
+            (band, strength): auroc(
+                y.numpy(), _Ridge(design, band, strength).held_out(folds).numpy()
+            )
+            for band in _bands(LAYERS)
+            for strength in STRENGTHS
+        }
+        chosen = fit.readout.layers, fit.choices["strength"]
+        assert figures[chosen] == max(figures.values()) > 0.9
+        assert fit.choices["cross_validated_auroc"] == round(figures[chosen], 4)
+        assert fit.choices["layers"] == f"{chosen[0][0]}-{chosen[0][-1]}"
+        assert 5 in chosen[0]
+        held_out = _Ridge(design, *chosen).held_out(folds).numpy()
+        assert np.array_equal(fit.held_out, held_out)
 
     def test_the_solution_is_that_of_ridge_regression(self):
         states, y, _ = self.data()
