@@ -13,6 +13,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
+from threadpoolctl import threadpool_limits
 
 from latentguard.errors import GuardError
 from latentguard.metrics import auroc
@@ -135,7 +136,8 @@ def ngram_model() -> Pipeline:
 
 def ngram_scores(train: Sequence[Prompt], test: Sequence[Prompt]) -> NDArray[np.float64]:
     """Scores of the n-gram baseline, [n]: what the words alone give."""
-    model = ngram_model().fit([p.text for p in train], [bool(p.harmful) for p in train])
+    with threadpool_limits(1):  # small matrices: threads cost more than they give
+        model = ngram_model().fit([p.text for p in train], [bool(p.harmful) for p in train])
     return np.asarray(model.decision_function([p.text for p in test]), dtype=np.float64)
 
 
@@ -143,9 +145,9 @@ def ngram_held_out(prompts: Sequence[Prompt], *, folds: int = 5) -> NDArray[np.f
     """Scores of the n-gram baseline on folds that it did not see; pairs stay together, [n]."""
     texts, labels = [p.text for p in prompts], [bool(p.harmful) for p in prompts]
     split = GroupKFold(folds, shuffle=True, random_state=0)
-    scores = cross_val_predict(
-        ngram_model(), texts, labels, groups=_groups(prompts), cv=split, method="decision_function"
-    )
+    how = dict(groups=_groups(prompts), cv=split, method="decision_function")
+    with threadpool_limits(1):
+        scores = cross_val_predict(ngram_model(), texts, labels, **how)
     return np.asarray(scores, dtype=np.float64)
 
 

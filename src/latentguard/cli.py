@@ -122,7 +122,9 @@ def calibrate(
         list[str] | None,
         typer.Option(help="Harmless prompts like your traffic; default: the built-in ones."),
     ] = None,
-    max_fpr: Annotated[float, typer.Option(help="False-positive rate to keep.")] = 0.01,
+    max_fpr: Annotated[
+        float | None, typer.Option(help="Rate to keep; 0.01, or 0.05 with the built-in prompts.")
+    ] = None,
     confidence: Annotated[float, typer.Option(help="Of the Clopper-Pearson bound.")] = 0.95,
     text_column: TextColumn = "text",
     model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
@@ -132,9 +134,10 @@ def calibrate(
     prompts = _side(harmless, text_column, harmful=False)
     if not harmless:
         prompts = [p for p in load_contrast("validation") if not p.harmful]
+    rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
     with _progress("calibrate", len(prompts)) as bar:
         calibrated = loaded.calibrate(
-            backend, prompts, max_fpr=max_fpr, confidence=confidence, progress=bar.advance
+            backend, prompts, max_fpr=rate, confidence=confidence, progress=bar.advance
         )
     calibrated.save(guard)
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")

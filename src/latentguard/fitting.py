@@ -43,7 +43,7 @@ def fit_readout(states: States, reading: Reading, kind: Kind) -> Fit:
             is not finite.
     """
     require_kind(kind)
-    _require_labels(states)
+    require_labels(states.prompts)
     _require_finite(states, reading)
     return (_fit_linear if kind == "linear" else _fit_centroid)(states, reading)
 
@@ -84,13 +84,20 @@ def provenance(states: States, fit: Fit) -> dict[str, Any]:
     }
 
 
-def _require_labels(states: States) -> None:
-    missing = [p.id for p in states.prompts if p.harmful is None]
+def require_labels(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The prompts, each of them labelled.
+
+    Raises:
+        GuardError: if one is not; names it.
+    """
+    known = list(prompts)
+    missing = [p.id for p in known if p.harmful is None]
     if missing:
         raise GuardError(
             f"{len(missing)} training prompts have no label (the first is '{missing[0]}'); "
             "expected harmful or harmless for each."
         )
+    return known
 
 
 def _require_finite(states: States, reading: Reading) -> None:

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from scipy.special import expit
 
-from latentguard import readings
+from latentguard import fitting, readings
 from latentguard.artifact import POLES, model_card, read_folder, require_sound, write_folder
 from latentguard.axes import Axis
 from latentguard.canaries import TOLERANCE, Canary, canary_prompts
 from latentguard.errors import GuardError, ModelMismatch
-from latentguard.fitting import capture, fit_axes, fit_platt, fit_readout, provenance, slots
 from latentguard.metrics import Bound, threshold_for_fpr
 from latentguard.prompts import Prompt
 from latentguard.readings import Reading
@@ -102,7 +101,8 @@ class LatentGuard:
         """
         where = Reading.of(reading, backend.post)
         require_kind(readout)
-        states = capture(backend, where, prompts, progress=progress)
+        prompts = fitting.require_labels(prompts)
+        states = fitting.capture(backend, where, prompts, progress=progress)
         return LatentGuard.from_states(backend, states, where, readout)
 
     @staticmethod
@@ -110,16 +110,16 @@ class LatentGuard:
         backend: Backend, states: States, reading: Reading, readout: Kind = "linear"
     ) -> LatentGuard:
         """Fit a guard on states that were captured already, all layers, at the right positions."""
-        fit = fit_readout(states, reading, readout)
+        fit = fitting.fit_readout(states, reading, readout)
         labels = [bool(p.harmful) for p in states.prompts]
         guard = LatentGuard(
             reading=reading,
             readout=fit.readout,
-            axes=fit_axes(states, fit.readout.layers),
+            axes=fitting.fit_axes(states, fit.readout.layers),
             fingerprint=backend.fingerprint,
-            platt=fit_platt(fit.held_out, labels),
+            platt=fitting.fit_platt(fit.held_out, labels),
             spread=float(fit.held_out.std()),
-            fitted=provenance(states, fit),
+            fitted=fitting.provenance(states, fit),
         )
         texts = canary_prompts()
         scores = [v.score for v in guard.scan(backend, texts)]
@@ -141,6 +141,8 @@ class LatentGuard:
             GuardError: if there are too few prompts for the rate; says how many are needed.
         """
         prompts = list(harmless)
+        self.require_match(backend.fingerprint)
+        threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
         scores = [v.score for v in self.scan(backend, prompts, progress=progress)]
         bound = threshold_for_fpr(scores, max_fpr, confidence)
         record = {**(self.fitted or {}), "calibration_sha256": digest_prompts(prompts)}
@@ -175,7 +177,7 @@ class LatentGuard:
     def judge(self, states: States) -> Iterator[Verdict]:
         """Verdicts for states captured at ``positions`` and at least the readout's layers."""
         states = states.select(self.readout.layers)
-        scores = self.readout(slots(states, self.reading.positions)).double()
+        scores = self.readout(fitting.slots(states, self.reading.positions)).double()
         beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
         if not all(torch.isfinite(values).all() for values in (scores, *beliefs.values())):
             raise GuardError(

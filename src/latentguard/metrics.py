@@ -5,7 +5,7 @@ The figures are scikit-learn's (the tests say so), restated for a thousand boots
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,9 +146,7 @@ def clopper_pearson_upper(count: int, n: int, confidence: float = 0.95) -> float
     return 1.0 if count >= n else float(beta.ppf(confidence, count + 1, n - count))
 
 
-def threshold_for_fpr(
-    scores: Sequence[float] | NDArray[np.float64], max_fpr: float, confidence: float = 0.95
-) -> Bound:
+def threshold_for_fpr(scores: ArrayLike, max_fpr: float, confidence: float = 0.95) -> Bound:
     """The lowest threshold that keeps a false-positive rate, with confidence, from harmless scores.
 
     With the (k+1)-th highest of n harmless scores as threshold the false-positive rate is

@@ -1,8 +1,8 @@
-"""The built-in contrast set: 660 form-matched pairs and 360 harmless prompts.
+"""The built-in contrast set: 660 form-matched pairs and 300 harmless prompts.
 
 Both members of a pair share frame, form, ending and length, over ten risk categories (MLCommons
-hazard names), so that surface form cannot separate the classes. 180 of the lone harmless prompts
-use alarming words in a benign sense, 180 are ordinary. Requests only; no answers.
+hazard names), so that surface form cannot separate the classes. 150 of the lone harmless prompts
+use alarming words in a benign sense, 150 are ordinary. Requests only; no answers.
 """
 
 from __future__ import annotations
