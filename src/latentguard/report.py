@@ -35,11 +35,6 @@ class Table:
         csv.writer(out, lineterminator="\n").writerows([self.columns, *self.rows])
         return out.getvalue()
 
-    def markdown(self) -> str:
-        """As a Markdown table."""
-        rows = [self.columns, tuple("---" for _ in self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(_escaped(show(c)) for c in row) + " |" for row in rows)
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -125,11 +120,6 @@ def show(cell: Cell) -> str:
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
-
-
-def _escaped(text: str) -> str:
-    """Text that stays inside its cell of a Markdown table."""
-    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def slug(title: str) -> str:

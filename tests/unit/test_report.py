@@ -116,15 +116,6 @@ class TestTable:
         assert rows[2] == ['say "x"', "1.0", "0", "False"]
         assert rows[3] == [EVIL, "", "-2", ""]
 
-    def test_markdown(self):
-        table = Table("t", ("a", "b"), ((1, 0.5), (None, True)))
-        assert table.markdown() == "| a | b |\n| --- | --- |\n| 1 | 0.500 |\n|  | yes |"
-
-    def test_markdown_of_cells_that_hold_bars_and_lines(self):
-        lines = Table("t", ("x", "y"), (("a|b", "one\ntwo"),)).markdown().split("\n")
-        assert len(lines) == 3
-        assert lines[2] == r"| a\|b | one two |"
-
     @pytest.mark.parametrize(
         ("cell", "text"),
         [(None, ""), (True, "yes"), (False, "no"), (3, "3"), (0.98765, "0.988"), ("x", "x")],
