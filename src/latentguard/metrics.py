@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta, rankdata
+from scipy.stats import beta, binomtest, rankdata
 
 from latentguard.errors import GuardError
 
@@ -109,6 +109,97 @@ def estimate(
         values.append(metric(y[rows], s[rows]))
     low, high = np.quantile(values, [0.025, 0.975])
     return Estimate(metric(y, s), float(low), float(high), (len(positive), len(negative)))
+
+
+def proportion(flags: ArrayLike) -> Estimate:
+    """The share of True among flags [n], with its 95 % Wilson interval.
+
+    Raises:
+        GuardError: if there is no flag.
+    """
+    hits = np.asarray(flags, dtype=bool)
+    if not len(hits):
+        raise GuardError("A share needs at least one row; found none.")
+    count, n = int(hits.sum()), len(hits)
+    found = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    return Estimate(count / n, float(found.low), float(found.high), (count, n - count))
+
+
+def share(flags: ArrayLike) -> Estimate:
+    """The share of True among flags [draws n], each prompt counted once however many the draws.
+
+    The interval is Wilson's for one draw, and where all draws agree; otherwise a bootstrap over
+    the n prompts.
+
+    Raises:
+        GuardError: if there is no prompt.
+    """
+    hits = np.asarray(flags, dtype=bool)
+    if (hits == hits[:1]).all():
+        return proportion(hits[0])
+    return resampled(lambda rows: float(rows.mean()), hits.mean(0))
+
+
+def resampled(
+    statistic: Callable[..., float], *samples: ArrayLike, paired: bool = False, seed: int = 0
+) -> Estimate:
+    """A statistic of one or more samples with its 95 % bootstrap interval (1,000 draws).
+
+    Args:
+        statistic: Maps the samples, each an array with rows first, to a figure.
+        samples: Rows first; as many rows in each if they are paired.
+        paired: Draw the same rows of every sample.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if a sample is empty.
+    """
+    rows = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    if not all(len(sample) for sample in rows):
+        raise GuardError("A figure needs at least one row of each sample; found an empty one.")
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(1000):
+        drawn = [rng.integers(len(sample), size=len(sample)) for sample in rows]
+        picks = [drawn[0]] * len(rows) if paired else drawn
+        values.append(statistic(*(s[pick] for s, pick in zip(rows, picks, strict=True))))
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    n = (len(rows[0]), len(rows[1]) if len(rows) > 1 and not paired else 0)
+    return Estimate(float(statistic(*rows)), float(low), float(high), n)
+
+
+def rate_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Mean of first - second, two rates between 0 and 1 of each of n prompts.
+
+    The 95 % interval is a paired bootstrap with two more rows, a difference of 1 and one of -1
+    (as Agresti and Coull add successes and failures), so that a few prompts that all agree do not
+    make it a point.
+
+    Raises:
+        GuardError: if there is no row.
+    """
+    rows = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    if not len(rows):
+        raise GuardError("A difference of rates needs at least one prompt; found none.")
+    value = float(rows.mean())
+    wide = resampled(lambda drawn: float(drawn.mean()), [*rows, 1.0, -1.0], seed=seed)
+    return Estimate(value, min(wide.low, value), max(wide.high, value), (len(rows), 0))
+
+
+def mean_curve(rows: ArrayLike, *, seed: int = 0) -> list[Estimate]:
+    """The mean of each column of rows [n k], with its 95 % bootstrap interval over the rows.
+
+    Raises:
+        GuardError: if there is no row.
+    """
+    values = np.asarray(rows, dtype=np.float64)
+    n = len(values)
+    if not n:
+        raise GuardError("A curve needs at least one row; found none.")
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=1000)
+    low, high = np.quantile(counts @ values / n, [0.025, 0.975], axis=0)
+    columns = zip(values.mean(0), low, high, strict=True)
+    return [Estimate(float(v), float(a), float(b), (n, 0)) for v, a, b in columns]
 
 
 @dataclass(frozen=True)

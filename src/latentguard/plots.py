@@ -8,12 +8,21 @@ from itertools import cycle
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
+from plotly.colors import sample_colorscale
 from sklearn.metrics import roc_curve
 
+from latentguard.metrics import Estimate
 from latentguard.report import Figure
 
 HARMFUL, HARMLESS, NEUTRAL = "#d55e00", "#0072b2", "#7f8c9b"
+Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
+"""Value, low and high end of the band, at each place."""
+
 PALETTE = (HARMFUL, HARMLESS, "#009e73", "#cc79a7", "#e69f00", NEUTRAL)
+MARKS = tuple(
+    zip(PALETTE, ("circle", "square", "x", "diamond", "triangle-up", "cross"), strict=True)
+)
+"""Colour and symbol of each group on the plane."""
 
 
 def score_histogram(
@@ -47,22 +56,124 @@ def roc_curves(
     return Figure(f"ROC on {of}", plot, f"{n}. Up and left is better.")
 
 
+def curve(estimates: Sequence[Estimate]) -> Curve:
+    """Estimates as a curve with its band."""
+    ends = ("value", "low", "high")
+    value, low, high = ([float(getattr(e, end)) for e in estimates] for end in ends)
+    return value, low, high
+
+
 def lines_by_layer(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
-    layers: Sequence[int],
+    curves: Mapping[str, Curve],
+    layers: Sequence[int | str],
     *,
     title: str,
     y: str,
     caption: str,
+    x: str = "layer (blocks passed)",
+    zero: bool = False,
 ) -> Figure:
-    """A figure by layer with its band: curve name -> (value, low, high) by layer."""
-    plot = go.Figure(layout=dict(xaxis_title="layer (blocks passed)", yaxis_title=y))
-    for (name, (value, low, high)), colour in zip(curves.items(), cycle(PALETTE), strict=False):
-        band = [*high, *reversed(low)]
-        x = [*layers, *reversed(layers)]
+    """Curves with their bands, by layer or, with another ``x``, by position.
+
+    Args:
+        curves: Name -> (value, low, high), each as long as ``layers``; a name that begins with
+            ``random`` is drawn grey and broken. Many curves are coloured from dark to light.
+        layers: Where.
+        title: Of the figure.
+        y: Name of the upright axis.
+        caption: What it shows, with n.
+        x: Name of the level axis.
+        zero: Draw a line at 0, such as the threshold of equation 2.
+    """
+    plot = go.Figure(layout=dict(xaxis_title=x, yaxis_title=y))
+    count = sum(not name.startswith("random") for name in curves)
+    shades = sample_colorscale("Viridis", np.linspace(0, 0.9, count).tolist())
+    colours = cycle(PALETTE[:-1] if count < len(PALETTE) else shades)
+    dashes = cycle(("dot", "dash"))
+    for name, (value, low, high) in curves.items():
+        control = name.startswith("random")
+        colour = NEUTRAL if control else next(colours)
         fill = dict(fill="toself", fillcolor=colour, opacity=0.15, line_width=0)
-        plot.add_scatter(x=x, y=band, showlegend=False, hoverinfo="skip", mode="lines", **fill)
-        plot.add_scatter(x=list(layers), y=list(value), name=name, line_color=colour)
+        around = dict(x=[*layers, *reversed(layers)], y=[*high, *reversed(low)], legendgroup=name)
+        plot.add_scatter(**around, showlegend=False, hoverinfo="skip", mode="lines", **fill)
+        line = dict(color=colour, dash=next(dashes) if control else "solid")
+        points = dict(x=list(layers), y=list(value), legendgroup=name)
+        plot.add_scatter(**points, name=name, line=line, mode="lines+markers", marker_size=5)
+    if zero:
+        plot.add_hline(y=0, line_dash="dash", line_color=NEUTRAL)
+    return Figure(title, plot, caption)
+
+
+def stacked(
+    shares: Mapping[str, Sequence[float]],
+    layers: Sequence[int],
+    *,
+    title: str,
+    caption: str,
+) -> Figure:
+    """Shares that add up to 1 at each layer, one above the other: name -> share by layer."""
+    axes = dict(xaxis_title="layer (blocks passed)", yaxis_title="share", yaxis_range=[0, 1])
+    plot = go.Figure(layout=axes)
+    for (name, values), colour in zip(shares.items(), cycle((*PALETTE[:4], NEUTRAL)), strict=False):
+        area = dict(stackgroup="one", mode="lines", line_color=colour, fillcolor=colour)
+        plot.add_scatter(x=list(layers), y=list(values), name=name, **area)
+    return Figure(title, plot, caption)
+
+
+def plane(
+    groups: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[str]]],
+    *,
+    title: str,
+    caption: str,
+) -> Figure:
+    """The plane of both beliefs: group -> (Delta_harmful, Delta_refuse, hover text), each [n]."""
+    axes = dict(xaxis_title="\u0394 harmful", yaxis_title="\u0394 refuse")
+    plot = go.Figure(layout=dict(**axes, height=480))
+    for (name, (x, y, text)), (colour, symbol) in zip(groups.items(), cycle(MARKS), strict=False):
+        marker = dict(color=colour, symbol=symbol, size=7, opacity=0.7)
+        hover = dict(hovertext=list(text), hoverinfo="text+x+y+name")
+        plot.add_scatter(x=list(x), y=list(y), name=name, mode="markers", marker=marker, **hover)
+    plot.add_hline(y=0, line_dash="dash", line_color=NEUTRAL)
+    plot.add_vline(x=0, line_dash="dash", line_color=NEUTRAL)
+    return Figure(title, plot, caption)
+
+
+def matrix(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    caption: str,
+) -> Figure:
+    """A heat map of values between 0 and 1, [rows columns], such as cosines or flip rates."""
+    labels = [shorten(name, 24) for name in columns], [shorten(name, 24) for name in rows]
+    plot = go.Figure(layout=dict(height=150 + 30 * len(rows)))
+    grid = [list(row) for row in values]
+    scale = dict(colorscale="Cividis", zmin=0, zmax=1, texttemplate="%{z:.2f}")
+    plot.add_heatmap(z=grid, x=labels[0], y=labels[1], **scale)
+    plot.update_yaxes(autorange="reversed")
+    return Figure(title, plot, caption)
+
+
+def dots(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[Estimate]],
+    *,
+    title: str,
+    x: str,
+    caption: str,
+) -> Figure:
+    """Points with their intervals, a line for each name, the first on top; a mark each series."""
+    plot = go.Figure(layout=dict(xaxis_title=x, height=150 + 30 * len(names)))
+    labels = [shorten(name, 24) for name in names]
+    for (name, estimates), (colour, symbol) in zip(series.items(), cycle(MARKS), strict=False):
+        value, low, high = map(np.array, curve(estimates))
+        bars = dict(type="data", array=(high - value).tolist(), arrayminus=(value - low).tolist())
+        marker = dict(color=colour, symbol=symbol, size=9)
+        points = dict(x=value.tolist(), y=labels, error_x=bars, marker=marker)
+        plot.add_scatter(**points, name=name, mode="markers")
+    plot.update_yaxes(autorange="reversed")
     return Figure(title, plot, caption)
 
 

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +84,26 @@ class Report:
         """Every table."""
         return [p for section in self.sections for p in section.parts if isinstance(p, Table)]
 
+    @property
+    def figures(self) -> list[Figure]:
+        """Every figure."""
+        return [p for section in self.sections for p in section.parts if isinstance(p, Figure)]
+
     def save(self, folder: str | Path) -> Path:
         """Write ``report.html``, ``report.json`` and ``tables/*.csv``; returns the folder."""
         folder = Path(folder)
         (folder / "tables").mkdir(parents=True, exist_ok=True)
-        names = [slug(table.title) for table in self.tables]
-        for n, (name, table) in enumerate(zip(names, self.tables, strict=True)):
-            again = f"-{names[:n].count(name) + 1}" if name in names[:n] else ""
-            write_text(folder / "tables" / f"{name}{again}.csv", table.csv())
-        write_text(folder / "report.json", json.dumps(self.as_dict(), indent=1))
+        for name, table in zip(numbered([t.title for t in self.tables]), self.tables, strict=True):
+            write_text(folder / "tables" / f"{name}.csv", table.csv())
+        write_text(folder / "report.json", json.dumps(self.as_dict(), indent=1, allow_nan=False))
         write_text(folder / "report.html", self.html())
         return folder
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON types."""
         tables = [
-            dict(title=t.title, columns=t.columns, rows=t.rows, note=t.note) for t in self.tables
+            dict(title=t.title, columns=t.columns, rows=_known(t.rows), note=t.note)
+            for t in self.tables
         ]
         return dict(title=self.title, meta=self.meta, tables=tables)
 
@@ -113,6 +119,14 @@ class Report:
         return page.render(report=self, plotly=get_plotlyjs(), meta=json.dumps(self.meta, indent=1))
 
 
+def _known(rows: tuple[tuple[Cell, ...], ...]) -> list[list[Cell]]:
+    """Cells as JSON has them: what is undefined is null."""
+    return [
+        [None if isinstance(cell, float) and not isfinite(cell) else cell for cell in row]
+        for row in rows
+    ]
+
+
 def show(cell: Cell) -> str:
     """A cell as people read it."""
     if cell is None:
@@ -125,6 +139,17 @@ def show(cell: Cell) -> str:
 def slug(title: str) -> str:
     """A title as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def numbered(titles: Sequence[str]) -> list[str]:
+    """Titles as file names, those that come again numbered."""
+    names: list[str] = []
+    for title in titles:
+        name, again = slug(title), 2
+        while name in names:
+            name, again = f"{slug(title)}-{again}", again + 1
+        names.append(name)
+    return names
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentguard.errors import GuardError
-from latentguard.prompts import Message, Prompt
+from latentguard.prompts import Message, Prompt, Reply
 
 Progress = Callable[[int], None]
 """Called with the number of prompts just done."""
@@ -212,6 +212,18 @@ class Backend(Protocol):
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield the states of the prompts, in order, in batches; all layers if None."""
+
+
+class Speaker(Backend, Protocol):
+    """A backend that also replies; what the study needs of a model."""
+
+    def sweep(
+        self, prompts: Iterable[Prompt], interventions: Iterable[Intervention | None], **how: Any
+    ) -> list[list[Reply]]:
+        """Reply to prompts greedily under each intervention, a list for each.
+
+        ``how``: ``max_new_tokens``, ``post`` (keep the post-instruction tokens), ``watch``.
+        """
 
 
 def digest_prompts(prompts: Iterable[Prompt]) -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from latentguard.axes import Axis
+from latentguard.experiments.categories.cosines import of_directions, to_others
 from latentguard.readouts import centroid
 
 ROOT = Path(__file__).parents[2]
@@ -60,3 +61,14 @@ def test_harmfulness_and_refusal_directions_are_nearly_orthogonal(released):
     cosines = torch.cosine_similarity(harmful, refuse, dim=-1)
     assert cosines[13] == pytest.approx(0.02, abs=0.01)
     assert cosines.max() <= 0.145
+
+
+def test_category_directions_reproduce_figure_9a(released):
+    start = "qwen-hf-dir-"
+    names = [name.removeprefix(start) for name in released if name.startswith(start)]
+    cosines = of_directions(torch.stack([released[start + name] for name in names]))
+    off = cosines[13][cosines[13] < 1 - 1e-6]
+    assert len(off) == 90 and off.min() >= 0.47 and off.max() <= 0.825
+    mean = dict(zip(names, to_others(cosines)[15], strict=True))  # the nearest layer
+    assert mean["Illegal_Activity"] == pytest.approx(0.73, abs=0.015)
+    assert mean["Hate_Harass_Violence"] == pytest.approx(0.60, abs=0.015)

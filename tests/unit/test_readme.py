@@ -15,7 +15,7 @@ def tree():
 def test_the_tree_names_every_module():
     named = set(re.findall(r"[├└]── (\w+(?:\.py|/))", tree()))
     files = {p.name for p in SOURCE.rglob("*.py") if not p.name.startswith("__")}
-    folders = {f"{p.name}/" for p in SOURCE.iterdir() if p.is_dir() and p.name[0] != "_"}
+    folders = {f"{p.name}/" for p in SOURCE.rglob("*") if p.is_dir() and p.name[0] != "_"}
     assert named == files | folders
 
 
@@ -39,7 +39,7 @@ def test_the_make_targets_exist():
 
 
 def test_every_verb_in_the_readme_exists():
-    cli = (SOURCE / "cli.py").read_text(encoding="utf-8")
+    cli = "".join(p.read_text(encoding="utf-8") for p in (SOURCE / "cli").glob("*.py"))
     for verb in set(re.findall(r"^latentguard (\w+)", README, flags=re.MULTILINE)):
         assert f"\ndef {verb}(" in cli
 

@@ -37,18 +37,20 @@ class Layout:
         return [index for index, (_, end) in spans if end <= offset]
 
     def index(self, position: str) -> int:
-        """Absolute index of ``t_inst``, ``t_post`` or ``post+k`` (k-th token after t_inst).
+        """Absolute index of ``t_inst``, ``t_post``, ``post+k`` or ``inst-k`` (k after, k before).
 
         Raises:
             PromptError: if there is no such position.
         """
         if position in ("t_inst", "t_post"):
             return int(getattr(self, position))
+        if (back := re.fullmatch(r"inst-(\d+)", position)) and int(back[1]) <= self.t_inst:
+            return self.t_inst - int(back[1])
         found = re.fullmatch(r"post\+(\d+)", position)
         if found is None or not 1 <= int(found[1]) <= self.t_post - self.t_inst:
             most = self.t_post - self.t_inst
             raise PromptError(
-                f"There is no position '{position}': this chat template has t_inst, t_post and "
-                f"post+1 to post+{most}."
+                f"There is no position '{position}': this prompt has t_inst, t_post, post+1 to "
+                f"post+{most} and inst-1 to inst-{self.t_inst}."
             )
         return self.t_inst + int(found[1])

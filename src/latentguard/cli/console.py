@@ -1,0 +1,98 @@
+"""What verbs do at the edge: load models and prompts, tell the user how far they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from latentguard.contrast import load_contrast
+from latentguard.errors import PromptError
+from latentguard.prompts import Columns, Prompt, read_prompts, side
+
+if TYPE_CHECKING:
+    from latentguard.guard import LatentGuard
+    from latentguard.model.hf import ChatModel
+    from latentguard.states import Progress
+
+
+def load(source: str, dtype: str = "auto") -> ChatModel:
+    """Load a model, quietly."""
+    from transformers.utils import logging as transformers_logging
+
+    from latentguard.model.hf import ChatModel
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    note(f"Loading {source} ...")
+    return ChatModel.load(source, dtype=dtype)
+
+
+def load_guard(folder: Path, model: str | None) -> tuple[LatentGuard, ChatModel]:
+    """A guard and the model that it is bound to, checked."""
+    from latentguard.guard import LatentGuard
+
+    guard = LatentGuard.load(folder)
+    backend = load(model or guard.fingerprint.model, guard.fingerprint.dtype)
+    guard.check(backend)
+    return guard, backend
+
+
+def read(source: str, text_column: str, harmful: bool | None) -> list[Prompt]:
+    """The prompts of a source, or the whole contrast set."""
+    if source == "contrast":
+        return load_contrast()
+    return read_prompts(source, columns=Columns(text=text_column), harmful=harmful)
+
+
+def read_side(sources: Sequence[str] | None, text_column: str, *, harmful: bool) -> list[Prompt]:
+    """The prompts of some sources that are of one side."""
+    prompts: list[Prompt] = []
+    for source in sources or ():
+        kept = side(read(source, text_column, None), harmful=harmful)
+        if not kept:
+            wanted = "harmful" if harmful else "harmless"
+            raise PromptError(f"{source} was given for {wanted} prompts and holds none.")
+        prompts += kept
+    return prompts
+
+
+def note(text: str) -> None:
+    """Tell the user, on standard error."""
+    typer.echo(text, err=True)
+
+
+class Bar:
+    """A progress bar on standard error."""
+
+    def __init__(self, bar: object, task: object) -> None:
+        """Wrap a task of a Rich bar."""
+        self._bar, self._task = bar, task
+
+    def advance(self, count: int) -> None:
+        """So many more prompts are done."""
+        self._bar.advance(self._task, count)  # type: ignore[attr-defined]
+
+    def step(self, name: str, total: int) -> Progress:
+        """A new step of so many prompts."""
+        self._bar.reset(self._task, description=name, total=total)  # type: ignore[attr-defined]
+        return self.advance
+
+
+@contextmanager
+def progress(name: str, total: int | None = None) -> Iterator[Bar]:
+    """A progress bar on standard error, with time left."""
+    from rich import progress as rich
+    from rich.console import Console
+
+    name_column = rich.TextColumn("{task.description:<28}")
+    shown = (name_column, rich.BarColumn(), rich.MofNCompleteColumn())
+    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    stderr = Console(stderr=True)  # verdicts may go to standard output
+    with rich.Progress(*shown, *times, console=stderr, redirect_stdout=False) as bar:
+        yield Bar(bar, bar.add_task(name, total=total))

@@ -1,0 +1,27 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from enum import StrEnum, auto
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Side(StrEnum):
+    """What rows without a label are taken for."""
+
+    harmful = auto()
+    harmless = auto()
+
+
+Model = Annotated[
+    str, typer.Option(help="A Hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M).")
+]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, ...; auto: float32 on a CPU, else bfloat16.")
+]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the prompt.")]
+Label = Annotated[Side | None, typer.Option(help="Label of unlabelled rows.")]
+GuardFolder = Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")]

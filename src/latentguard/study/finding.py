@@ -1,0 +1,31 @@
+"""Finding: what one experiment shows (a section of the report) and the effects that claims need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from latentguard.metrics import Estimate
+from latentguard.report import Cell, Section
+
+CELLS = ("value", "low", "high", "n")
+"""Column heads of ``cells``."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one experiment shows."""
+
+    section: Section
+    """Head line, text, tables, figures."""
+
+    effects: Mapping[str, Estimate] = field(default_factory=dict)
+    """Measured effects by name, such as ``flip to No``, for the claims."""
+
+    unknown: tuple[str, ...] = ()
+    """What cannot be concluded, and why; one sentence each."""
+
+
+def cells(estimate: Estimate) -> tuple[Cell, ...]:
+    """Value, ends of the 95 % interval, n."""
+    return (estimate.value, estimate.low, estimate.high, sum(estimate.n))

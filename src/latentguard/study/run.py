@@ -1,0 +1,198 @@
+"""``latentguard study``: the whole paper on one model, ending in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from latentguard.errors import LatentGuardError, ModelError
+from latentguard.experiments import labelling
+from latentguard.model.gcg import SuffixSearch
+from latentguard.model.hf import ChatModel
+from latentguard.model.lora import Finetuning
+from latentguard.model.unsafe import LazyGuard
+from latentguard.report import Figure, Report, Section, Table
+from latentguard.states import digest_prompts
+from latentguard.study.claims import claims_section
+from latentguard.study.finding import Finding
+from latentguard.study.judge_model import EndpointJudge
+from latentguard.study.material import Material, Pools
+from latentguard.study.settings import Settings
+from latentguard.study.store import Store
+from latentguard.study.subject import Step, Subject, Tools
+
+T = TypeVar("T")
+
+EXPERIMENTS = (
+    "template",
+    "clusters",
+    "positions",
+    "beliefs",
+    "steering",
+    "inversion",
+    "categories",
+    "jailbreaks",
+    "guards",
+    "finetuning",
+    "confound",
+)
+"""In the paper's order; each is a module of ``experiments``."""
+
+STORE = "store.sqlite"
+"""Under the report's folder: what the model held and said, texts included. Not for publishing."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is studied, and how."""
+
+    subject: Subject
+    """The model."""
+
+    pools: Pools
+    """What it is asked."""
+
+    settings: Settings
+    """How much of it."""
+
+    name: str
+    """The model's name for people."""
+
+
+def prepare(
+    model: ChatModel,
+    store: str | Path,
+    settings: Settings,
+    pools: Pools,
+    *,
+    step: Step | None = None,
+    baselines: Sequence[str] | None = None,
+    judged: Mapping[str, Any] | None = None,
+) -> Study:
+    """Put a study together.
+
+    Args:
+        model: Under study.
+        store: Where what it does is kept.
+        settings: How much of it.
+        pools: What it is asked.
+        step: Opens a step on a progress bar.
+        baselines: Guard models to compare with, by id.
+        judged: ``url`` and ``model`` of a judge behind an OpenAI-compatible endpoint; the built-in
+            phrases if empty.
+    """
+    kept = Store(store)
+    tools = Tools(
+        finetune=_at_hand(lambda: Finetuning(model, settings)),
+        suffix=_at_hand(lambda: SuffixSearch(model)) if settings.suffixes else None,
+        guards={name: LazyGuard(name) for name in baselines or ()},
+    )
+    how: dict[str, Any] = {"judge": EndpointJudge(**judged, store=kept)} if judged else {}
+    subject = Subject(model, kept, step=step, tools=tools, **how)
+    return Study(subject, pools, settings, model.source)
+
+
+def _at_hand(make: Callable[[], T]) -> T | None:
+    """A tool, or None where its extra is not installed; the experiment says what it misses."""
+    try:
+        return make()
+    except ModelError:
+        return None
+
+
+def run(
+    study: Study,
+    *,
+    only: Collection[str] = (),
+    show_prompts: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Ask, label, run the experiments, decide the claims.
+
+    Args:
+        study: What and how.
+        only: Experiments to run; all if empty.
+        show_prompts: Show the prompts' texts where a figure is pointed at.
+        say: Told the name of each experiment as it begins.
+
+    Raises:
+        LatentGuardError: if ``only`` names no experiment, or no prompt can be asked.
+    """
+    if unknown := set(only) - set(EXPERIMENTS):
+        raise LatentGuardError(
+            f"There is no experiment '{sorted(unknown)[0]}'; expected {', '.join(EXPERIMENTS)}."
+        )
+    say("labelling")
+    asked = labelling.collect(study.subject, study.pools, study.settings)
+    material = labelling.material_of(asked, study.pools, study.settings)
+    found = {"labelling": labelling.analyse(asked, material, study.settings)}
+    for name in EXPERIMENTS:
+        if not only or name in only:
+            say(name)
+            found[name] = _experiment(name, study, material)
+    report = _report(study, found)
+    return _with_texts(report, study.pools) if show_prompts else report
+
+
+def _experiment(name: str, study: Study, material: Material) -> Finding:
+    """One experiment; what it cannot do on this model is a finding too."""
+    module: Any = import_module(f"latentguard.experiments.{name}")
+    try:
+        records = module.collect(study.subject, material, study.settings)
+        finding: Finding = module.analyse(records, study.settings)
+    except LatentGuardError as error:
+        return Finding(Section(name.capitalize(), f"Not run: {error}"), {}, (str(error),))
+    return finding
+
+
+def _report(study: Study, found: Mapping[str, Finding]) -> Report:
+    sections = [
+        claims_section({name: one.effects for name, one in found.items()}),
+        *(_noted(one) for one in found.values()),
+    ]
+    return Report(f"Study of {study.name}", tuple(sections), _meta(study))
+
+
+def _noted(finding: Finding) -> Section:
+    section = finding.section
+    if not finding.unknown:
+        return section
+    rows = tuple((sentence,) for sentence in finding.unknown)
+    table = Table(f"{section.title}: not concluded", ("what cannot be concluded, and why",), rows)
+    return replace(section, parts=(*section.parts, table))
+
+
+def _meta(study: Study) -> dict[str, Any]:
+    pools = {f.name: getattr(study.pools, f.name) for f in fields(study.pools)}
+    return {
+        "model": asdict(study.subject.model.fingerprint),
+        "settings": asdict(study.settings),
+        "pools": {
+            name: dict(
+                n=len(prompts),
+                sets=sorted({str(p.source) for p in prompts}),
+                sha256=digest_prompts(prompts),
+            )
+            for name, prompts in pools.items()
+        },
+        "versions": {name: version(name) for name in ("latentguard", "torch", "transformers")},
+    }
+
+
+def _with_texts(report: Report, pools: Pools) -> Report:
+    """The report with each prompt's text behind its id where a point is pointed at."""
+    every = (p for f in fields(pools) for p in getattr(pools, f.name))
+    texts = {p.id: f"{p.id}: {p.text[:200]}" for p in every if p.id}
+    for figure in report.figures:
+        _show_texts(figure, texts)
+    return report
+
+
+def _show_texts(figure: Figure, texts: Mapping[str, str]) -> None:
+    for trace in figure.plot.data:
+        if trace.hovertext is not None and not isinstance(trace.hovertext, str):
+            trace.hovertext = [texts.get(name, name) for name in trace.hovertext]

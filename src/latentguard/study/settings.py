@@ -1,0 +1,222 @@
+"""Settings of a study: the paper's by default, a small budget, or a TOML file."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from latentguard.errors import LatentGuardError
+
+Budget = Literal["paper", "small"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study does, and how much of it. The defaults are the paper's, where it says them."""
+
+    seed: int = 0
+    """Of every draw."""
+
+    asked: int = 520
+    """Most prompts of each pool that are asked and labelled."""
+
+    fit: int = 100
+    """Most prompts of a group that a centroid is the mean of (appendix B)."""
+
+    test: int = 100
+    """Most prompts of a group that a figure is made from."""
+
+    enough: int = 10
+    """A group of fewer prompts is shown, but nothing is concluded from it."""
+
+    layer_step: int = 1
+    """Steer at every layer, or at every second, ..."""
+
+    steered: int = 100
+    """Harmless prompts that are steered (Figures 4 and 8)."""
+
+    coefficients: tuple[float, ...] = (1.0, 2.0)
+    """How often a direction is added (Figures 4 and 8); claims are decided at the first."""
+
+    inverted: int = 50
+    """Prompts of each label in the reply inversion task (Figure 5)."""
+
+    inversion_coefficient: float = 2.0
+    """How often a direction is added there (the authors' script; the paper does not say)."""
+
+    inversion_others: tuple[float, ...] = (0.5, 1.0)
+    """Other coefficients at which the harmfulness direction is tried, with the first question."""
+
+    inversion_tokens: int = 6
+    """Longest reply to an inversion question."""
+
+    inversion_templates: int = 4
+    """How many of the inversion questions (Tables 2, 6, 7)."""
+
+    random_draws: int = 5
+    """Random directions of equal norm beside each curve."""
+
+    reply_tokens: int = 24
+    """Longest reply that is judged."""
+
+    middle: tuple[int, int] = (9, 20)
+    """Layers averaged in Figure 14, for 28 blocks; scaled to other depths."""
+
+    categories: int = 11
+    """Most risk categories (Figures 9 and 17)."""
+
+    per_category: int = 50
+    """Most prompts of each."""
+
+    attacked: int = 50
+    """Harmful prompts that each attack made here wraps, and most given ones a kind (Figure 6)."""
+
+    suffixes: int = 10
+    """Prompts for which a GCG suffix is searched; 0 where nanogcg is not installed."""
+
+    suffix_steps: int = 100
+    """Steps of each search."""
+
+    domain: tuple[int, ...] = (0, 10, 50)
+    """In-domain examples added to the guard's training set (Table 9)."""
+
+    probed: int = 8
+    """At how many layers, evenly spread, Figures 9b and 16 steer."""
+
+    finetune_sizes: tuple[int, ...] = (50, 100, 200, 300, 400)
+    """Training pairs of the fine-tuning attack (Figure 7)."""
+
+    finetune_test: int = 50
+    """Held-out harmful prompts before and after it."""
+
+    finetune_opening: int = 24
+    """Most tokens of a reply that it trains on; more than 24 are never used."""
+
+    finetune_rank: int = 16
+    """Rank of its LoRA adapters; 0 trains every weight. Not stated in the paper."""
+
+    finetune_rate: float = 2e-4
+    """Its learning rate; about 2e-5 suits rank 0. Not stated in the paper."""
+
+    finetune_epochs: int = 3
+    """How often it sees each pair. Not stated in the paper."""
+
+    finetune_batch: int = 8
+    """Pairs in one step of it. Not stated in the paper."""
+
+    finetune_controls: int = 1
+    """For how many of its sizes, largest first, harmless pairs are trained on, too."""
+
+    finetune_steered: int = 50
+    """Harmless prompts that are steered after it (Figure 18)."""
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """The layers that are steered: 0 to L - 1, by ``layer_step``."""
+        return tuple(range(0, depth, self.layer_step))
+
+    def probed_layers(self, depth: int) -> tuple[int, ...]:
+        """Some of the layers that are steered, evenly spread."""
+        layers = self.layers(depth)
+        count = min(self.probed, len(layers))
+        return tuple(layers[int((n + 0.5) * len(layers) / count)] for n in range(count))
+
+
+TABLES = ("data", "judge")
+"""Tables of the file that are no settings: which prompts, and who judges replies."""
+
+SMALL = dict(
+    asked=240,
+    fit=60,
+    test=60,
+    layer_step=4,
+    steered=20,
+    coefficients=(1.0,),
+    inverted=20,
+    inversion_others=(1.0,),
+    inversion_templates=1,
+    reply_tokens=16,
+    categories=5,
+    per_category=20,
+    attacked=12,
+    probed=3,
+    suffixes=0,
+    suffix_steps=20,
+    finetune_sizes=(50,),
+    finetune_test=32,
+    finetune_steered=12,
+)
+"""A study that a laptop finishes."""
+
+MAY_BE_ZERO = ("seed", "suffixes", "domain", "finetune_rank", "finetune_controls")
+
+
+def read_settings(path: str | Path | None = None, budget: Budget = "paper") -> Settings:
+    """The settings of a budget, changed by those of a TOML file.
+
+    Raises:
+        LatentGuardError: if the file is not TOML, names an unknown setting, or gives one a value
+            of another kind; says which.
+    """
+    settings = replace(Settings(), **SMALL) if budget == "small" else Settings()  # type: ignore[arg-type]
+    if path is None:
+        return settings
+    given = {name: value for name, value in _toml(path).items() if name not in TABLES}
+    return replace(settings, **{name: _checked(path, name, value) for name, value in given.items()})
+
+
+def read_table(path: str | Path | None, name: str) -> dict[str, Any]:
+    """A table of the TOML file, such as ``[data]``; empty if there is none.
+
+    Raises:
+        LatentGuardError: if the file is not TOML, or the name is no table there.
+    """
+    found = {} if path is None else _toml(path).get(name, {})
+    if not isinstance(found, dict):
+        raise LatentGuardError(f"{path}: '{name}' should be a table, written [{name}].")
+    return found
+
+
+def _toml(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LatentGuardError(f"{path} is not TOML: {error}.") from error
+
+
+def _checked(path: str | Path, name: str, value: Any) -> Any:
+    known = {f.name: f.default for f in fields(Settings)}
+    if name not in known:
+        raise LatentGuardError(
+            f"{path}: there is no setting '{name}'; expected one of {', '.join(known)}, "
+            "or a table [data] or [judge]."
+        )
+    found = _typed(known[name], value)
+    if found is None or not _sound(name, found):
+        raise LatentGuardError(f"{path}: '{name}' should be like {known[name]!r}; found {value!r}.")
+    return found
+
+
+def _typed(like: Any, value: Any) -> Any:
+    """The value as the type of ``like``, integers as floats where those are due; else None."""
+    if isinstance(like, tuple):
+        found = [_typed(like[0], one) for one in value] if isinstance(value, list) else [None]
+        return None if None in found else tuple(found)
+    if isinstance(like, float) and type(value) is int:
+        return float(value)
+    return value if type(value) is type(like) else None
+
+
+def _sound(name: str, value: Any) -> bool:
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        return False
+    if name == "finetune_rate":
+        return bool(value > 0)
+    if name == "middle":
+        return len(numbers) == 2 and 0 <= numbers[0] <= numbers[1]
+    least = 0 if name in MAY_BE_ZERO else 1
+    signed = ("coefficients", "inversion_coefficient", "inversion_others")
+    return name in signed or min(numbers) >= least

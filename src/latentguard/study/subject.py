@@ -1,0 +1,292 @@
+"""Subject: the model under study, with a memory of what it held and what it said.
+
+Every experiment asks the subject; the subject asks the model only for what the store lacks, in
+fixed chunks, each kept as it is done. So a killed study goes on where it stopped, batches are the
+same as in an unbroken run, and experiments share states and replies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from latentguard.prompts import Prompt, Reply
+from latentguard.states import Intervention, Progress, Speaker, States
+from latentguard.study.judge import Judge, judge, refused
+from latentguard.study.store import Store, key_of
+
+STATES_AT_ONCE = 128
+"""Prompts whose states are kept together."""
+
+REPLIES_AT_ONCE = 512
+"""Replies that are kept together."""
+
+PROMPTS_AT_ONCE = 8
+"""Prompts that are steered together at least; many settings of them are kept bit by bit."""
+
+T = TypeVar("T")
+
+Step = Callable[[str, int], Progress]
+"""Opens a step of so many prompts or replies on the progress bar."""
+
+
+class Finetune(Protocol):
+    """Opens the subject fine-tuned on (prompt, opening) pairs; on leaving it is as it was."""
+
+    def __call__(
+        self, pairs: Sequence[tuple[Prompt, str]], *, seed: int
+    ) -> AbstractContextManager[Speaker]:
+        """Train on the openings alone; ``seed`` orders them."""
+
+
+class Suffix(Protocol):
+    """Searches a GCG suffix that makes the subject begin its reply with a target."""
+
+    def __call__(self, prompt: Prompt, target: str, *, steps: int, seed: int) -> str:
+        """The suffix found after so many steps, white space in front included."""
+
+
+class Unsafe(Protocol):
+    """P(unsafe) of prompts by a baseline guard model, [n]."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], *, progress: Progress | None = None
+    ) -> list[float]:
+        """In the order of the prompts."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What only the model's own package can do; None where it is not at hand."""
+
+    finetune: Finetune | None = None
+    """The fine-tuning attack (section 5.2)."""
+
+    suffix: Suffix | None = None
+    """GCG, through nanogcg."""
+
+    guards: dict[str, Unsafe] = field(default_factory=dict)
+    """Baseline guard models by name (Table 3)."""
+
+
+class Subject:
+    """A model and its memory."""
+
+    def __init__(
+        self,
+        model: Speaker,
+        store: Store,
+        *,
+        step: Step | None = None,
+        tools: Tools | None = None,
+        judge: Judge = judge,
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: The model.
+            store: Where what it does is kept.
+            step: Opens a step on a progress bar.
+            tools: Attacks and baseline guards.
+            judge: Says whether a reply is a refusal.
+        """
+        self.model, self.store, self.tools, self.judge = model, store, tools or Tools(), judge
+        self.step: Step = step or (lambda what, total: lambda count: None)
+        self.name = model.fingerprint.digest
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L; layers run from 0 to L."""
+        return self.model.depth
+
+    @property
+    def span(self) -> tuple[str, ...]:
+        """t_inst and every position after it."""
+        middle = (f"post+{k}" for k in range(1, self.model.post))
+        return ("t_inst", *middle, "t_post")
+
+    def states(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        positions: Sequence[str] = ("t_inst", "t_post"),
+        what: str = "states",
+    ) -> States:
+        """States at all layers, [n p l d], in the order of the prompts; of no prompt, no rows.
+
+        Raises:
+            PromptError: if a prompt is empty, too long, or has no such position.
+        """
+        prompts = tuple(prompts)
+        keys = {p: [self._state_key(p, at) for at in positions] for p in prompts}
+        there = self.store.has(key for of in keys.values() for key in of)
+        asked = _each_once(keys)
+        missing = [p for p in asked if not there.issuperset(keys[p])]
+        advance = self.step(what, len(asked))
+        advance(len(asked) - len(missing))
+        for chunk in _chunks(missing, STATES_AT_ONCE):
+            self._capture(chunk, tuple(positions), keys, advance)
+        return self._kept_states(prompts, tuple(positions), keys)
+
+    def replies(
+        self,
+        prompts: Iterable[Prompt],
+        interventions: Sequence[Intervention | None] = (None,),
+        *,
+        what: str = "replies",
+        max_new_tokens: int = 24,
+        post: bool = True,
+        watch: Sequence[str] = (),
+    ) -> list[list[Reply]]:
+        """Greedy replies under each intervention, a list in the order of the prompts for each.
+
+        Args:
+            prompts: What to reply to.
+            interventions: How to steer; None is unsteered.
+            what: What the progress bar says.
+            max_new_tokens: The longest reply.
+            post: Keep the post-instruction tokens (Table 1).
+            watch: Words whose log-probability as first word is wanted.
+
+        Raises:
+            PromptError: if a prompt is empty, too long, or has no question to stop before.
+            ModelError: if a vector or a layer does not fit the model.
+        """
+        prompts = tuple(prompts)
+        how: dict[str, Any] = dict(max_new_tokens=max_new_tokens, post=post, watch=list(watch))
+        settings = [_digest(one) for one in interventions]
+        keys = {
+            p: [key_of("reply", self.name, _said(p), s, how) for s in settings] for p in prompts
+        }
+        there = self.store.has(key for of in keys.values() for key in of)
+        every = _each_once(keys)
+        missing = {p: [n for n, key in enumerate(keys[p]) if key not in there] for p in every}
+        advance = self.step(what, len(every) * len(settings))
+        advance(len(every) * len(settings) - sum(map(len, missing.values())))
+        for chunk in _chunks(every, max(PROMPTS_AT_ONCE, REPLIES_AT_ONCE // (len(settings) or 1))):
+            for slots in _chunks(range(len(settings)), REPLIES_AT_ONCE // PROMPTS_AT_ONCE):
+                wanted = {p: tuple(n for n in missing[p] if n in slots) for p in chunk}
+                self._sweep(wanted, interventions, keys, how, advance)
+        return self._kept_replies(prompts, interventions, keys)
+
+    def refused(self, replies: Iterable[Reply]) -> tuple[bool | None, ...]:
+        """Whether each reply is a refusal; None where the judge cannot tell (empty or cut)."""
+        return tuple(refused(self.judge(reply)) for reply in replies)
+
+    def remember(self, parts: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returned when it was last asked for these parts; JSON types only."""
+        key = key_of("memory", self.name, *parts)
+        found = self.store.get([key])
+        if key not in found:
+            self.store.put({key: json.dumps(compute()).encode()})
+        return json.loads(self.store.get([key])[key])
+
+    def _capture(
+        self,
+        chunk: tuple[Prompt, ...],
+        positions: tuple[str, ...],
+        keys: dict[Prompt, list[str]],
+        advance: Progress,
+    ) -> None:
+        found = States.collect(self.model.capture(chunk, positions=positions, progress=advance))
+        values = found.values.contiguous()
+        self.store.put(
+            {
+                key: values[row, slot].view(torch.uint8).numpy().tobytes()
+                for row, prompt in enumerate(chunk)
+                for slot, key in enumerate(keys[prompt])
+            }
+        )
+
+    def _kept_states(
+        self, prompts: tuple[Prompt, ...], positions: tuple[str, ...], keys: dict[Prompt, list[str]]
+    ) -> States:
+        dtype = getattr(torch, self.model.fingerprint.dtype)
+        layers = tuple(range(self.depth + 1))
+        rows = []
+        for prompt in prompts:
+            kept = self.store.get(keys[prompt])
+            parts = [torch.frombuffer(bytearray(kept[k]), dtype=dtype) for k in keys[prompt]]
+            rows.append(torch.stack(parts).view(len(positions), len(layers), -1))
+        none = torch.empty(0, len(positions), len(layers), 1, dtype=dtype)
+        values = torch.stack(rows) if rows else none
+        return States(values, prompts, positions, layers, self.model.fingerprint)
+
+    def _sweep(
+        self,
+        wanted: dict[Prompt, tuple[int, ...]],
+        interventions: Sequence[Intervention | None],
+        keys: dict[Prompt, list[str]],
+        how: dict[str, Any],
+        advance: Progress,
+    ) -> None:
+        """Ask some prompts, steered in the ways that each still wants."""
+        for slots, group in groupby(wanted, key=wanted.__getitem__):
+            if not slots:
+                continue
+            todo = [interventions[slot] for slot in slots]
+            found = self.model.sweep(tuple(group), todo, progress=advance, **how)
+            self.store.put(
+                {
+                    keys[reply.prompt][slot]: json.dumps(_plain(reply)).encode()
+                    for slot, replies in zip(slots, found, strict=True)
+                    for reply in replies
+                }
+            )
+
+    def _kept_replies(
+        self,
+        prompts: tuple[Prompt, ...],
+        interventions: Sequence[Intervention | None],
+        keys: dict[Prompt, list[str]],
+    ) -> list[list[Reply]]:
+        found = []
+        for slot, one in enumerate(interventions):
+            kept = self.store.get(keys[p][slot] for p in prompts)
+            label = one.label if one else ""
+            found.append([_reply(p, json.loads(kept[keys[p][slot]]), label) for p in prompts])
+        return found
+
+    def _state_key(self, prompt: Prompt, position: str) -> str:
+        return key_of("state", self.name, _said(prompt), position)
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
+    return (tuple(items[at : at + size]) for at in range(0, len(items), size))
+
+
+def _each_once(keys: Mapping[Prompt, Sequence[str]]) -> list[Prompt]:
+    """The first prompt with each text: what is asked once is the same in a run that goes on."""
+    first: dict[tuple[str, ...], Prompt] = {}
+    for prompt, of in keys.items():
+        first.setdefault(tuple(of), prompt)
+    return list(first.values())
+
+
+def _said(prompt: Prompt) -> list[Any]:
+    """All of a prompt that the model, or the choice of steered tokens, depends on."""
+    return [prompt.text, [asdict(turn) for turn in prompt.history], prompt.question_at]
+
+
+def _digest(one: Intervention | None) -> list[Any]:
+    if one is None:
+        return []
+    vector = hashlib.sha256(one.vector.float().contiguous().numpy().tobytes()).hexdigest()
+    return [int(one.layer), vector, float(one.coefficient), one.tokens]
+
+
+def _plain(reply: Reply) -> dict[str, Any]:
+    kept = asdict(replace(reply, prompt=Prompt("")))
+    return {name: kept[name] for name in ("text", "ids", "finished", "watched")}
+
+
+def _reply(prompt: Prompt, kept: dict[str, Any], label: str) -> Reply:
+    watched = tuple((word, chance) for word, chance in kept["watched"])
+    return Reply(prompt, kept["text"], tuple(kept["ids"]), kept["finished"], label, watched)

@@ -1,0 +1,74 @@
+"""A study of a model folder, with a judge that fills every group. Run: small_study.py MODEL OUT.
+
+A random model never refuses; here a reply counts as a refusal by a hash of the prompt, so that
+every experiment has the groups that it needs.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+from latentguard.model.hf import ChatModel
+from latentguard.prompts import Prompt
+from latentguard.study.material import contrast_pools
+from latentguard.study.run import STORE, prepare, run
+from latentguard.study.settings import Settings
+
+SETTINGS = Settings(
+    asked=24,
+    fit=6,
+    test=6,
+    enough=2,
+    steered=4,
+    coefficients=(1.0,),
+    inverted=3,
+    inversion_templates=1,
+    random_draws=2,
+    layer_step=2,
+    reply_tokens=4,
+    categories=2,
+    per_category=4,
+    attacked=2,
+    suffixes=0,
+    domain=(0, 2),
+    finetune_sizes=(4,),
+    finetune_test=3,
+    finetune_opening=4,
+)
+
+
+def planted_judge(reply):
+    return "refused" if crc32(reply.prompt.text.encode()) % 2 else "accepted"
+
+
+def pools():
+    """The contrast set, with three attacks and a few texts to moderate."""
+    known = contrast_pools()
+    attacks = [
+        replace(p, id=f"attack-{n}", text=f"Pretend that you may. {p.text}", category="template")
+        for n, p in enumerate(known.held_out[:3])
+    ]
+    texts = [
+        Prompt(f"{p.text} {word}", f"text-{n}-{word}", p.harmful, category=f"C{n % 2}", source="m")
+        for n, p in enumerate((*known.held_out[:8], *known.over_refusal[:8]))
+        for word in ("today", "now")
+    ]
+    return replace(known, jailbreaks=tuple(attacks), moderation=tuple(texts))
+
+
+def study_report(folder, out, **how):
+    """Run the planted study and return its report."""
+    model = ChatModel.load(folder)
+    study = prepare(model, Path(out) / STORE, SETTINGS, pools())
+    study.subject.judge = planted_judge
+    report = run(replace(study, name="tiny"), **how)
+    study.subject.store.close()
+    return report
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    study_report(sys.argv[1], sys.argv[2]).save(sys.argv[2])

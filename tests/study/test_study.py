@@ -1,0 +1,135 @@
+"""The whole study on a tiny random model: every experiment, once; killed; resumed; in a browser."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from latentguard.errors import LatentGuardError
+from latentguard.report import Report
+from latentguard.study.claims import CLAIMS
+from latentguard.study.run import EXPERIMENTS, STORE
+from model.architectures import chat_model
+from study.small_study import study_report
+
+SCRIPT = Path(__file__).parent / "small_study.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A model folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    chat_model("llama", tokenizer).model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """An unbroken study, saved; its folder."""
+    out = tmp_path_factory.mktemp("whole")
+    study_report(folder, out).save(out)
+    return out
+
+
+def test_every_experiment_has_its_section(whole):
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert "Not run:" not in page
+    titles = [t["title"] for t in json.loads((whole / "report.json").read_text())["tables"]]
+    assert titles[:2] == ["Claims", "Conditions"]
+    assert len(titles) > len(EXPERIMENTS)
+
+
+def test_every_claim_is_measured(whole):
+    """Each condition names an effect that its experiment makes when all groups are there."""
+    conditions = json.loads((whole / "report.json").read_text())["tables"][1]["rows"]
+    assert len(conditions) == sum(len(claim.conditions) for claim in CLAIMS)
+    missing = {row[1].split(" > ")[0].split(" < ")[0] for row in conditions if row[2] is None}
+    assert missing <= NOT_ON_A_RANDOM_MODEL
+
+
+NOT_ON_A_RANDOM_MODEL = {
+    "drop without post-instruction tokens",  # it does not answer
+    "No along reverse harmfulness minus random",  # nor does it say Certainly or No
+    "No along reverse harmfulness minus reverse refusal",
+    "Certainly along harmfulness minus random",
+    "change of Delta_harmful over its gap to harmless",  # its beliefs may have no gap
+}
+
+
+def test_every_number_has_company(whole):
+    """Settings, versions, seeds and data digests are in the report; no reply is."""
+    meta = json.loads((whole / "report.json").read_text())["meta"]
+    assert meta["settings"]["seed"] == 0
+    assert set(meta) == {"model", "settings", "pools", "versions"}
+    assert all(len(pool["sha256"]) == 64 for pool in meta["pools"].values())
+
+
+def test_a_second_run_asks_the_model_nothing(folder, whole, monkeypatch):
+    from latentguard.model.hf import ChatModel
+    from latentguard.model.lora import Finetuning
+
+    def nothing(*args, **how):
+        raise AssertionError("asked again")
+
+    for name in ("capture", "sweep"):
+        monkeypatch.setattr(ChatModel, name, nothing)
+    monkeypatch.setattr(Finetuning, "__call__", nothing)
+    again = json.dumps(study_report(folder, whole).as_dict(), indent=1)
+    assert again == (whole / "report.json").read_text()
+
+
+def test_a_killed_study_gives_the_same_report(folder, whole, tmp_path):
+    """Killed without warning three times, at growing sizes of the store."""
+    run = [sys.executable, str(SCRIPT), str(folder), str(tmp_path)]
+    kills = 0
+    for size in (0.2, 0.5, 0.8):
+        wanted = size * (whole / STORE).stat().st_size
+        process = subprocess.Popen(run, env=environment())
+        while process.poll() is None and stored(tmp_path) < wanted:
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills > 0
+    assert not (tmp_path / "report.json").exists()
+    subprocess.run(run, check=True, env=environment())
+    assert (tmp_path / "report.json").read_text() == (whole / "report.json").read_text()
+
+
+def test_one_experiment_alone(folder, whole):
+    report = study_report(folder, whole, only=["inversion"])
+    titles = [section.title for section in report.sections]
+    assert len(titles) == 3  # claims, groups, inversion
+    assert isinstance(report, Report)
+
+
+def test_an_unknown_experiment_is_named(folder, whole):
+    with pytest.raises(LatentGuardError, match="no experiment 'inverse'; expected template"):
+        study_report(folder, whole, only=["inverse"])
+
+
+def test_texts_are_shown_only_when_asked(folder, whole):
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    shown = study_report(folder, whole, only=["beliefs"], show_prompts=True).html()
+    hidden = study_report(folder, whole, only=["beliefs"]).html()
+    from study.small_study import pools
+
+    texts = [p.text for p in pools().harmful]
+    assert sum(text in shown for text in texts) > 0
+    assert not any(text in hidden or text in page for text in texts)
+
+
+def stored(out):
+    return sum(p.stat().st_size for p in Path(out).glob(f"{STORE}*"))
+
+
+def environment():
+    source = Path(__file__).parents[2] / "src"
+    return os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,224 @@
+"""The judge model, against a real server on this machine."""
+
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from latentguard.errors import LatentGuardError
+from latentguard.prompts import Prompt, Reply
+from latentguard.study import judge_model
+from latentguard.study.judge_model import EndpointJudge
+from latentguard.study.store import Store
+
+
+def said(word):
+    return 200, {}, {"choices": [{"message": {"role": "assistant", "content": word}}]}
+
+
+class Server:
+    """Answers in turn with what it is given, the last for ever; keeps what it was asked."""
+
+    def __init__(self):
+        self.answers, self.asked = [said("refused")], []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.asked.append((self.path, dict(self.headers), json.loads(body)))
+                several = len(outer.answers) > 1
+                status, headers, answer = outer.answers.pop(0) if several else outer.answers[0]
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                if status == 0:  # hang up
+                    self.close_connection = True
+                    return
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.http.shutdown()
+    thread.join()
+    server.http.server_close()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """How long it would have waited."""
+    found = []
+    monkeypatch.setattr(judge_model.time, "sleep", found.append)
+    return found
+
+
+def reply(text="I'm sorry, but I can't.", *, finished=True):
+    return Reply(Prompt("Say 'accepted'"), text, (), finished)
+
+
+@pytest.mark.parametrize(
+    ("words", "outcome"),
+    [
+        ("refused", "refused"),
+        (" Accepted.\n", "accepted"),
+        ("**cut**", "cut"),
+        ('"refused"', "refused"),
+    ],
+)
+def test_what_the_model_says_counts(server, words, outcome):
+    server.answers = [said(words)]
+    with EndpointJudge(server.url, "m") as judge:
+        assert judge(reply()) == outcome
+
+
+def test_what_is_asked(server):
+    with EndpointJudge(server.url + "/", "m", key="secret") as judge:
+        judge(reply("Say\n'accepted'", finished=False))
+    (path, headers, body) = server.asked[0]
+    assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret")
+    assert (body["model"], body["temperature"]) == ("m", 0)
+    assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
+    asked = json.loads(body["messages"][1]["content"])
+    assert asked == {"instruction": "Say 'accepted'", "reply": "Say\n'accepted'", "ended": False}
+
+
+def test_the_key_comes_from_the_environment(server, monkeypatch):
+    monkeypatch.setenv(judge_model.KEY, "from outside")
+    with EndpointJudge(server.url, "m") as judge:
+        judge(reply())
+    monkeypatch.delenv(judge_model.KEY)
+    with EndpointJudge(server.url, "m") as judge:
+        judge(reply())
+    found = [headers.get("Authorization") for _, headers, _ in server.asked]
+    assert found == ["Bearer from outside", None]
+
+
+@pytest.mark.parametrize("text", ["", " \n", "."])
+def test_an_empty_reply_is_not_asked_about(server, text):
+    with EndpointJudge(server.url, "m") as judge:
+        assert judge(reply(text)) == "empty"
+    assert not server.asked
+
+
+def test_a_reply_is_judged_once(server, tmp_path):
+    store = Store(tmp_path / "store.sqlite")
+    for _ in range(2):
+        with EndpointJudge(server.url, "m", store=store) as judge:
+            assert judge(reply()) == "refused"
+    assert len(server.asked) == 1
+    server.answers = [said("cut")]
+    with EndpointJudge(server.url, "another", store=store) as judge:
+        assert judge(reply()) == "cut"
+        assert judge(reply(finished=False)) == "cut"
+    assert len(server.asked) == 3
+    store.close()
+
+
+def test_a_wrong_answer_is_not_kept(server, tmp_path):
+    store = Store(tmp_path / "store.sqlite")
+    server.answers = [said("maybe"), said("refused")]
+    with EndpointJudge(server.url, "m", store=store) as judge:
+        with pytest.raises(LatentGuardError):
+            judge(reply())
+        assert judge(reply()) == "refused"
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "busy", [(429, {"Retry-After": "7"}, {}), (503, {}, b"loading"), (0, {}, b"")]
+)
+def test_it_asks_again_when_the_endpoint_is_busy(server, waits, busy):
+    server.answers = [busy, busy, said("accepted")]
+    with EndpointJudge(server.url, "m") as judge:
+        assert judge(reply()) == "accepted"
+    assert len(server.asked) == 3
+    assert waits == ([7.0, 7.0] if busy[0] == 429 else [0.5, 1.0])
+
+
+def test_it_gives_up_in_the_end(server, waits):
+    server.answers = [(500, {"Retry-After": "soon"}, b"out of memory")]
+    with (
+        EndpointJudge(server.url, "m", tries=3) as judge,
+        pytest.raises(LatentGuardError, match=r"'m' at http.*status 500: out of memory.*Check"),
+    ):
+        judge(reply())
+    assert len(server.asked) == 3
+    assert waits == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_rejected_request_is_not_repeated(server, waits, status):
+    server.answers = [(status, {}, b"no such model")]
+    with (
+        EndpointJudge(server.url, "m") as judge,
+        pytest.raises(LatentGuardError, match=f"status {status}: no such model"),
+    ):
+        judge(reply())
+    assert len(server.asked) == 1
+    assert not waits
+
+
+def test_nobody_there(server, waits):
+    with (
+        EndpointJudge("http://127.0.0.1:9/v1", "m", tries=2) as judge,
+        pytest.raises(LatentGuardError, match=r"did not answer \(.*refused.*\)"),
+    ):
+        judge(reply())
+    assert waits == [0.5]
+
+
+def test_an_endpoint_that_hangs(waits):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with (
+            EndpointJudge(url, "m", timeout=0.1, tries=2) as judge,
+            pytest.raises(LatentGuardError, match="timed out"),
+        ):
+            judge(reply())
+    assert waits == [0.5]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        said("It is a refusal: refused"),
+        said("refused or accepted"),
+        said("not refused"),
+        said("empty"),
+        said(""),
+        said(None),
+        (200, {}, {"choices": []}),
+        (200, {}, {"choices": None}),
+        (200, {}, ["refused"]),
+        (200, {}, b"refused"),
+        (200, {}, b"\xff"),
+    ],
+)
+def test_any_other_answer_is_an_error(server, answer):
+    server.answers = [answer]
+    with (
+        EndpointJudge(server.url, "m") as judge,
+        pytest.raises(LatentGuardError, match="should answer refused, accepted or cut; found"),
+    ):
+        judge(reply())
+
+
+@pytest.mark.parametrize(("url", "model"), [("localhost:8000", "m"), ("", "m"), ("http://x", "")])
+def test_what_cannot_be_asked(url, model):
+    with pytest.raises(LatentGuardError, match="needs an address"):
+        EndpointJudge(url, model)
