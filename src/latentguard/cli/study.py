@@ -57,11 +57,13 @@ def study(  # noqa: PLR0913, PLR0917 (the contract names these options)
     held and said is kept there. The claims, with effect, interval, n and verdict, come first.
     """
     from latentguard.study.material import read_pools
-    from latentguard.study.run import STORE, prepare, run
+    from latentguard.study.run import STORE, prepare, require_known, run
     from latentguard.study.settings import read_settings, read_table
 
-    settings, named = read_settings(config, budget.value), read_table(config, "data")
-    pools, judged = read_pools(data_dir, named), read_table(config, "judge")
+    require_known(only or ())
+    settings = read_settings(config, "small" if budget is Budget.small else "paper")
+    pools = read_pools(data_dir, read_table(config, "data"))
+    judged = read_table(config, "judge")
     backend = load(model, dtype)
     with progress("study") as bar:
         ready = prepare(

@@ -1,6 +1,6 @@
 """GCG suffixes (Zou et al., 2023) through ``nanogcg``: the adversarial suffixes of section 4.
 
-nanogcg 0.3 is worked round in four places.
+nanogcg 0.2.3 is worked round in four places (0.3 is the same code, and forbids transformers 5).
 
 * It cuts its prefix cache in a way that transformers 5 no longer allows: no prefix cache.
 * It lets the template's control tokens into a suffix. As text they mean nothing here (see

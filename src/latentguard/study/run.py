@@ -19,7 +19,7 @@ from latentguard.report import Figure, Report, Section, Table
 from latentguard.states import digest_prompts
 from latentguard.study.claims import claims_section
 from latentguard.study.finding import Finding
-from latentguard.study.judge_model import EndpointJudge
+from latentguard.study.judge_model import KEY, EndpointJudge
 from latentguard.study.material import Material, Pools
 from latentguard.study.settings import Settings
 from latentguard.study.store import Store
@@ -84,6 +84,9 @@ def prepare(
         baselines: Guard models to compare with, by id.
         judged: ``url`` and ``model`` of a judge behind an OpenAI-compatible endpoint; the built-in
             phrases if empty.
+
+    Raises:
+        LatentGuardError: if the store cannot be used, or the judge is not well named.
     """
     kept = Store(store)
     tools = Tools(
@@ -91,9 +94,18 @@ def prepare(
         suffix=_at_hand(lambda: SuffixSearch(model)) if settings.suffixes else None,
         guards={name: LazyGuard(name) for name in baselines or ()},
     )
-    how: dict[str, Any] = {"judge": EndpointJudge(**judged, store=kept)} if judged else {}
+    how: dict[str, Any] = {"judge": _endpoint(judged, kept)} if judged else {}
     subject = Subject(model, kept, step=step, tools=tools, **how)
     return Study(subject, pools, settings, model.source)
+
+
+def _endpoint(judged: Mapping[str, Any], store: Store) -> EndpointJudge:
+    if set(judged) != {"url", "model"}:
+        raise LatentGuardError(
+            "The table [judge] needs 'url' and 'model', and nothing else; found "
+            f"{', '.join(sorted(judged))}. The key comes from the environment: {KEY}."
+        )
+    return EndpointJudge(**judged, store=store)
 
 
 def _at_hand(make: Callable[[], T]) -> T | None:
@@ -122,10 +134,7 @@ def run(
     Raises:
         LatentGuardError: if ``only`` names no experiment, or no prompt can be asked.
     """
-    if unknown := set(only) - set(EXPERIMENTS):
-        raise LatentGuardError(
-            f"There is no experiment '{sorted(unknown)[0]}'; expected {', '.join(EXPERIMENTS)}."
-        )
+    require_known(only)
     say("labelling")
     asked = labelling.collect(study.subject, study.pools, study.settings)
     material = labelling.material_of(asked, study.pools, study.settings)
@@ -136,6 +145,14 @@ def run(
             found[name] = _experiment(name, study, material)
     report = _report(study, found)
     return _with_texts(report, study.pools) if show_prompts else report
+
+
+def require_known(only: Collection[str]) -> None:
+    """Raise a LatentGuardError if there is no experiment of such a name."""
+    if unknown := set(only) - set(EXPERIMENTS):
+        raise LatentGuardError(
+            f"There is no experiment '{sorted(unknown)[0]}'; expected {', '.join(EXPERIMENTS)}."
+        )
 
 
 def _experiment(name: str, study: Study, material: Material) -> Finding:

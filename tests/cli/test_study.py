@@ -1,0 +1,120 @@
+"""``latentguard study`` as its user calls it: the folder, and what it says of bad input."""
+
+import json
+import sys
+
+import pytest
+
+from latentguard.cli import main
+from model.architectures import chat_model
+
+SMALL = """
+asked = 8
+fit = 4
+test = 4
+reply_tokens = 4
+inverted = 2
+inversion_templates = 1
+random_draws = 1
+layer_step = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A model folder."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    chat_model("llama", tokenizer).model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def lg(monkeypatch, capsys):
+    """Run a command; returns exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["latentguard", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL, encoding="utf-8")
+    return path
+
+
+def test_the_report_is_written(lg, folder, config, tmp_path):
+    out = tmp_path / "report"
+    words = ("study", folder, "--out", out, "--config", config, "--only", "template")
+    code, printed, err = lg(*words, "--only", "clusters")
+    assert code == 0, err
+    assert printed.splitlines()[-1] == str(out / "report.html")
+    report = json.loads((out / "report.json").read_text())
+    assert report["meta"]["settings"]["asked"] == 8
+    assert {"Claims", "Conditions", "Groups"} <= {t["title"] for t in report["tables"]}
+    assert (out / "tables" / "claims.csv").exists()
+    assert (out / "figures").is_dir()
+
+
+def test_without_a_browser_the_page_is_there(lg, folder, config, tmp_path, monkeypatch):
+    from latentguard import pictures
+    from latentguard.errors import LatentGuardError
+
+    def no_browser(report, folder):
+        raise LatentGuardError("No Chrome.")
+
+    monkeypatch.setattr(pictures, "draw", no_browser)
+    out = tmp_path / "report"
+    code, _, err = lg("study", folder, "--out", out, "--config", config, "--only", "clusters")
+    assert code == 0
+    assert "Warning: No Chrome." in err
+    assert (out / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "inverse"], "There is no experiment 'inverse'; expected template, clusters"),
+        (["--data-dir", "nowhere"], "--data-dir should be a folder; found nothing at nowhere"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_bad_input_is_named_before_the_model_loads(lg, tmp_path, words, said):
+    code, _, err = lg("study", "no-such-model", "--out", tmp_path / "r", *words)
+    assert code == 1
+    assert said in err
+    assert "Loading" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("askd = 3", "there is no setting 'askd'"),
+        ("asked = 'many'", "'asked' should be like"),
+        ("asked = ", "is not TOML"),
+        ("[data]\nharmfull = ['x.jsonl']", "there is no pool 'harmfull'"),
+        ("judge = 3", "'judge' should be a table"),
+    ],
+)
+def test_a_bad_configuration_is_named(lg, tmp_path, text, said):
+    path = tmp_path / "bad.toml"
+    path.write_text(text, encoding="utf-8")
+    code, _, err = lg("study", "no-such-model", "--out", tmp_path / "r", "--config", path)
+    assert code == 1
+    assert said in err
+
+
+def test_a_judge_is_named_whole(lg, folder, tmp_path):
+    path = tmp_path / "judge.toml"
+    path.write_text("[judge]\nurl = 'http://localhost:1/v1'", encoding="utf-8")
+    code, _, err = lg("study", folder, "--out", tmp_path / "r", "--config", path)
+    assert code == 1
+    assert "The table [judge] needs 'url' and 'model'" in err
