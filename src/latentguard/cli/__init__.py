@@ -8,8 +8,12 @@ from latentguard.cli import guards, study
 from latentguard.cli.app import app
 from latentguard.cli.console import note
 from latentguard.errors import LatentGuardError
+from latentguard.serve.command import page, serve
 
 __all__ = ["app", "guards", "main", "study"]
+
+app.command()(serve)
+app.command()(page)
 
 
 def main() -> None:

@@ -1,0 +1,325 @@
+"""The service under load: throughput, lost verdicts, restarts, and what the guard costs a chat.
+
+Four jobs, each printing JSON:
+
+* ``throughput``: requests per second and latency at 1, 8 and 64 connections by ``wrk``, batched
+  against one prompt at a time; the two take turns, so that a busy machine slows both alike.
+* ``storm``: so many requests of mixed sizes at 64 connections; each verdict is the offline one.
+* ``restarts``: kill -9 under load and start again, so often; needs the tests (a tiny random model).
+* ``first-token``: processor and wall time to the first token, guarded against unguarded, in pairs.
+
+``--model tiny`` is the random model of the tests; anything else is loaded, and a guard fitted on a
+part of the contrast set unless ``--guard`` names one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from latentguard.contrast import load_contrast
+from latentguard.guard import LatentGuard, Verdict
+from latentguard.model.converse import Conversation
+from latentguard.model.hf import ChatModel
+from latentguard.prompts import Prompt
+from latentguard.serve import server
+from latentguard.serve.judging import judge_states
+from latentguard.serve.options import Options
+
+TESTS = Path(__file__).parents[1] / "tests"
+LUA = """
+local bodies, n = {}, 0
+for line in io.lines("BODIES") do bodies[#bodies + 1] = line end
+request = function()
+  n = n % #bodies + 1
+  return wrk.format("POST", "/v1/moderations", {["content-type"] = "application/json"}, bodies[n])
+end
+done = function(summary, latency)
+  local bad = summary.errors.status + summary.errors.connect + summary.errors.timeout
+  io.write(string.format(
+    'RESULT {"requests": %d, "seconds": %.3f, "errors": %d, "p50": %.2f, "p95": %.2f, "p99": %.2f}',
+    summary.requests, summary.duration / 1e6, bad, latency:percentile(50) / 1000,
+    latency:percentile(95) / 1000, latency:percentile(99) / 1000), "\\n")
+end
+"""
+Opener = Callable[[], tuple[LatentGuard, ChatModel]]
+
+
+def main() -> None:
+    """Run one job."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", choices=["throughput", "storm", "restarts", "first-token"])
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--guard", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=10, help="of one slice of throughput")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 64])
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    jobs = dict(throughput=throughput, storm=storm, restarts=restarts)
+    found = (jobs | {"first-token": first_token})[asked.job](asked)
+    found |= dict(job=asked.job, model=asked.model, threads=asked.threads, load=os.getloadavg())
+    sys.stdout.write(f"{json.dumps(found, indent=1)}\n")
+
+
+def prompts() -> list[str]:
+    """What is asked: the built-in test split, shuffled, and some longer texts."""
+    texts = [p.text for p in load_contrast("test")]
+    random.Random(0).shuffle(texts)
+    longer = [" ".join(texts[n : n + 5]) for n in range(0, 40, 5)]
+    return [*texts[:192], *longer]
+
+
+def opened(asked: argparse.Namespace) -> Opener:
+    """Load model and guard once."""
+    if asked.model == "tiny":
+        sys.path.insert(0, str(TESTS))
+        from serve.running import opener
+
+        return opener
+    model = ChatModel.load(asked.model)
+    if asked.guard:
+        guard = LatentGuard.load(asked.guard, model)
+    else:
+        pairs = [p for p in load_contrast("train") if p.pair]
+        guard = LatentGuard.fit(model, pairs[:120])
+        scores = sorted(v.score for v in guard.scan(model, prompts()[:40]))
+        guard = replace(guard, threshold=scores[20])
+    return lambda: (guard, model)
+
+
+@contextlib.contextmanager
+def serving(opener: Opener, **options: Any) -> Iterator[str]:
+    """A service in a thread, as its URL."""
+    how = dict(host="127.0.0.1", port=0)
+    made = server.make(opener, Options(**{"queue": 4096, "drain": 60.0} | options), **how)
+    thread = threading.Thread(target=made.run, daemon=True)
+    thread.start()
+    try:
+        while not made.started:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{made.servers[0].sockets[0].getsockname()[1]}"
+        while httpx.get(f"{url}/readyz").status_code != 200:
+            time.sleep(0.05)
+        yield url
+    finally:
+        made.should_exit = True
+        thread.join(30)
+
+
+def throughput(asked: argparse.Namespace) -> dict[str, Any]:
+    """Batched against one by one, in turns."""
+    if not shutil.which("wrk"):
+        raise SystemExit("wrk is needed: apt-get install wrk")
+    opener, slices = opened(asked), dict[str, list[dict[str, float]]]()
+    arms: dict[str, dict[str, Any]] = {"batched": {}, "one by one": dict(batch_tokens=1, wait=0.0)}
+    with tempfile.TemporaryDirectory() as folder:
+        script = _script(Path(folder))
+        for _ in range(asked.rounds):
+            for arm, options in arms.items():
+                with serving(opener, **options) as url:
+                    _wrk(url, script, 8, 2.0)  # warm
+                    for connections in asked.connections:
+                        found = _wrk(url, script, connections, asked.seconds)
+                        slices.setdefault(f"{arm}, {connections}", []).append(found)
+    return dict(slices={name: _summary(rows) for name, rows in slices.items()})
+
+
+def _script(folder: Path) -> Path:
+    bodies = folder / "bodies"
+    bodies.write_text("".join(f"{json.dumps({'input': text})}\n" for text in prompts()))
+    script = folder / "load.lua"
+    script.write_text(LUA.replace("BODIES", str(bodies)))
+    return script
+
+
+def _wrk(url: str, script: Path, connections: int, seconds: float) -> dict[str, float]:
+    how = ["-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--timeout", "30s", "-s", str(script)]
+    run = subprocess.run(["wrk", *how, url], capture_output=True, text=True, check=True)
+    line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))
+    found: dict[str, float] = json.loads(line.removeprefix("RESULT "))
+    return found | {"per_second": found["requests"] / found["seconds"]}
+
+
+def _summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = ("per_second", "p50", "p95", "p99")
+    return {name: round(statistics.median(row[name] for row in rows), 2) for name in names} | {
+        "requests": sum(row["requests"] for row in rows),
+        "errors": sum(row["errors"] for row in rows),
+    }
+
+
+def storm(asked: argparse.Namespace) -> dict[str, Any]:
+    """Ask much at once, and compare each verdict with the offline one."""
+    opener, texts = opened(asked), prompts()
+    guard, model = opener()
+    offline = dict(zip(texts, guard.scan(model, texts), strict=True))
+    draw = random.Random(1)
+    requests = [draw.choices(texts, k=draw.choice([1, 1, 1, 2, 5])) for _ in range(asked.requests)]
+    with serving(opener) as url:
+        began = time.perf_counter()
+        answers = asyncio.run(_ask_all(url, requests, max(asked.connections)))
+        took = time.perf_counter() - began
+    tally = dict(lost=0, wrong=0, furthest=0.0)
+    for said, answer in zip(requests, answers, strict=True):
+        if answer is None:
+            tally["lost"] += 1
+            continue
+        for text, result in zip(said, answer["results"], strict=True):
+            _compare(offline[text], result, tally)
+    verdicts = sum(map(len, requests))
+    return tally | dict(requests=len(requests), verdicts=verdicts, seconds=round(took, 1))
+
+
+def _compare(verdict: Verdict, result: dict[str, Any], tally: dict[str, float]) -> None:
+    moved = abs(verdict.score - result["latentguard"]["score"])
+    tally["furthest"] = max(tally["furthest"], moved)
+    tally["wrong"] += verdict.flagged != result["flagged"]
+
+
+async def _ask_all(
+    url: str, requests: Sequence[Sequence[str]], connections: int
+) -> list[dict[str, Any] | None]:
+    """The answers in order; None for one that did not come."""
+    answers: list[dict[str, Any] | None] = [None] * len(requests)
+    rest = iter(enumerate(requests))
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        for number, texts in rest:
+            with contextlib.suppress(httpx.HTTPError):
+                found = await client.post(f"{url}/v1/moderations", json={"input": list(texts)})
+                if found.status_code == 200:
+                    answers[number] = found.json()
+
+    limits = httpx.Limits(max_connections=connections)
+    async with httpx.AsyncClient(limits=limits, timeout=120) as client:
+        await asyncio.gather(*(ask(client) for _ in range(connections)))
+    return answers
+
+
+def restarts(asked: argparse.Namespace) -> dict[str, Any]:
+    """Kill the command under load and start it again; ``--rounds`` times."""
+    sys.path.insert(0, str(TESTS))
+    from serve.running import Nursery, flagged, passed, tiny_guard, wait_ready
+
+    tally, answers, stop = (
+        dict(kills=0, told=0, wrong=0, unlogged=0),
+        list[Any](),
+        threading.Event(),
+    )
+    url = f"http://127.0.0.1:{_free_port()}"
+    body = {"input": [flagged(), passed()]}
+
+    def load() -> None:
+        with httpx.Client(timeout=30) as client:
+            while not stop.is_set():
+                try:
+                    answers.append(client.post(f"{url}/v1/moderations", json=body))
+                except httpx.HTTPError:
+                    time.sleep(0.05)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_guard().save(folder)
+        nursery, audit = Nursery(folder), Path(folder) / "audit.jsonl"
+        clients = [threading.Thread(target=load) for _ in range(4)]
+        for client in clients:
+            client.start()
+        for _ in range(asked.rounds):
+            port = url.rsplit(":", 1)[1]
+            with nursery.process(folder, "--port", port, "--audit", audit) as child:
+                wait_ready(url)
+                before = len(answers)
+                while len(answers) < before + 20:
+                    time.sleep(0.01)
+                child.kill(signal.SIGKILL)
+                child.wait()
+            tally["kills"] += 1
+        stop.set()
+        for client in clients:
+            client.join()
+        nursery.close()
+        logged = {json.loads(line)["request"] for line in audit.read_text().splitlines()}
+    for answer in (one for one in answers if one.status_code == 200):
+        tally["told"] += 1
+        tally["wrong"] += [r["flagged"] for r in answer.json()["results"]] != [True, False]
+        tally["unlogged"] += answer.headers["x-request-id"] not in logged
+    return dict(tally)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def first_token(asked: argparse.Namespace) -> dict[str, Any]:
+    """Read a prompt and draw the first token, with and without the guard, in alternating pairs."""
+    guard, model = opened(asked)()
+
+    def guarded(prompt: Prompt) -> None:
+        said = Conversation(model, prompt, positions=guard.positions, layers=guard.readout.layers)
+        assert said.states is not None
+        judge_states(guard, said.states)
+        int(said._logits.argmax())
+
+    def unguarded(prompt: Prompt) -> None:
+        said = Conversation(model, prompt, positions=(), layers=())
+        int(said._logits.argmax())
+
+    asks = [Prompt(text) for text in prompts()]
+    for prompt in asks[:5]:
+        guarded(prompt), unguarded(prompt)
+    wall, cpu = list[float](), list[float]()
+    for _ in range(asked.rounds):
+        for number, prompt in enumerate(asks):
+            arms = [guarded, unguarded] if number % 2 else [unguarded, guarded]
+            took = {arm: _timed(arm, prompt) for arm in arms}
+            wall.append(took[guarded][0] / took[unguarded][0])
+            cpu.append(took[guarded][1] / took[unguarded][1])
+    return dict(
+        pairs=len(wall),
+        wall_median_ratio=round(statistics.median(wall), 4),
+        cpu_median_ratio=round(statistics.median(cpu), 4),
+        cpu_ratio_interval=[round(x, 4) for x in _bootstrap(cpu)],
+        wall_ratio_interval=[round(x, 4) for x in _bootstrap(wall)],
+    )
+
+
+def _timed(arm: Callable[[Prompt], None], prompt: Prompt) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    arm(prompt)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _bootstrap(ratios: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median, 1,000 draws."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(1000))
+    return medians[25], medians[975]
+
+
+if __name__ == "__main__":
+    main()

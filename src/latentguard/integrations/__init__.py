@@ -1,0 +1,1 @@
+"""latentguard inside other tools; each module needs that tool installed."""

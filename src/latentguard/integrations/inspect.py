@@ -1,0 +1,70 @@
+"""A scorer for Inspect AI: an evaluation logs what the guard says of each sample's prompt.
+
+```python
+from inspect_ai import Task
+from latentguard.integrations.inspect import belief
+
+Task(dataset=..., solver=generate(), scorer=belief("http://127.0.0.1:8400"))
+```
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from inspect_ai.model import ChatMessage
+from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
+from inspect_ai.solver import TaskState
+
+from latentguard.errors import LatentGuardError
+
+
+@scorer(metrics=[mean(), stderr()])
+def belief(url: str, *, key: str | None = None, timeout: float = 60.0) -> Scorer:
+    """Score a sample 1 if the guard flags its prompt, else 0; the beliefs are in the metadata.
+
+    The prompt is the chat up to the model's last reply. The mean is the share that is flagged.
+
+    Args:
+        url: Where ``latentguard serve`` listens.
+        key: Its API key, if it asks for one.
+        timeout: Seconds for one sample.
+
+    Raises:
+        LatentGuardError: while scoring, if the service gives no verdict; Inspect notes the error.
+    """
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+
+    async def score(state: TaskState, target: Target) -> Score:
+        messages = _asked(state.messages)
+        async with httpx.AsyncClient(timeout=timeout) as client:
+            answer = await client.post(
+                f"{url.rstrip('/')}/v1/score", json={"messages": messages}, headers=headers
+            )
+        if answer.status_code != 200:
+            raise LatentGuardError(f"The guard gave no verdict: {_reason(answer)}")
+        found: dict[str, Any] = answer.json()
+        result = found["results"][0]
+        return Score(
+            value=float(result["flagged"]),
+            answer="flagged" if result["flagged"] else "not flagged",
+            metadata={k: v for k, v in result.items() if v is not None} | {"guard": found["model"]},
+        )
+
+    return score
+
+
+def _asked(messages: list[ChatMessage]) -> list[dict[str, str]]:
+    """The chat without the replies that came after the last words of a user or a tool."""
+    said = [{"role": m.role, "content": m.text} for m in messages if m.text]
+    while said and said[-1]["role"] in ("assistant", "system"):
+        said.pop()
+    return said
+
+
+def _reason(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"status {answer.status_code}"

@@ -1,0 +1,144 @@
+"""The application: endpoints, the page, health, metrics, and errors in OpenAI's form."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from latentguard import __version__
+from latentguard.serve import completions, moderation, page
+from latentguard.serve.faults import BadRequest, Fault, Unavailable
+from latentguard.serve.limits import Limits
+from latentguard.serve.service import Service
+from latentguard.serve.upstream import Relay
+
+ERRORS = (400, 401, 408, 413, 429, 500, 502, 503)
+PUBLIC = ("/v1/moderations", "/v1/score", "/v1/chat/completions", "/v1/guard", "/v1/models")
+
+
+class Problem(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """OpenAI's error object."""
+
+    error: Problem
+
+
+def build(service: Service) -> Limits:
+    """The application of a service, within its limits."""
+    relay = (
+        Relay(service.options, own_keys=bool(service.keys)) if service.options.upstream else None
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.scorer.start()
+        yield
+        await service.scorer.stop()
+        if relay is not None:
+            await relay.close()
+        if service.audit is not None:
+            service.audit.close()
+
+    app = FastAPI(
+        title="latentguard",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        responses={status: {"model": ErrorResponse} for status in ERRORS},
+        openapi_url="/openapi.json",
+    )
+    app.include_router(moderation.routes(service))
+    app.include_router(completions.routes(service, relay))
+    app.include_router(page.routes(service))
+    _watch(app, service)
+    _explain(app)
+    return Limits(app, service.options, service.keys, partial(_note, service))
+
+
+def _note(service: Service, path: str, status: int, took: float) -> None:
+    endpoint = path if path in PUBLIC else "other"
+    service.telemetry.requests.labels(endpoint, str(status)).inc()
+    if endpoint != "other":
+        service.telemetry.seconds.labels(endpoint).observe(took)
+
+
+def _watch(app: FastAPI, service: Service) -> None:
+    """Health, readiness and metrics."""
+
+    @app.get("/healthz", response_class=PlainTextResponse)
+    async def healthz() -> str:
+        """Whether the process lives and its scoring thread does."""
+        if service.scorer.state == "dead":
+            raise Unavailable("The scoring thread has ended.")
+        return "ok"
+
+    @app.get("/readyz", response_class=PlainTextResponse)
+    async def readyz() -> str:
+        """Whether verdicts can be asked for: the guard fits its model and its canaries pass."""
+        if service.scorer.state != "ready":
+            raise Unavailable(f"The guard is {service.scorer.state}.")
+        return "ready"
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.telemetry.page(), media_type="text/plain; version=0.0.4")
+
+
+def _explain(app: FastAPI) -> None:
+    """Errors in OpenAI's form, without a word of what was sent or of how this is made."""
+
+    async def fault(_: Request, error: Exception) -> Response:
+        assert isinstance(error, Fault)
+        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        reasons = {f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}"[:200] for e in error.errors()}
+        told = BadRequest("; ".join(sorted(reasons)[:5]))
+        return JSONResponse(told.body, status_code=400)
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        told = BadRequest(str(error.detail)).body
+        return JSONResponse(told, status_code=error.status_code, headers=error.headers)
+
+    async def broken(_: Request, __: Exception) -> Response:
+        return JSONResponse(Fault("The service failed on this request.").body, status_code=500)
+
+    handlers: Mapping[Any, Callable[[Request, Exception], Any]] = {
+        Fault: fault,
+        RequestValidationError: invalid,
+        HTTPException: refused,
+        Exception: broken,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """FastAPI's document, without the 422 that is never sent."""
+        document = made()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,153 @@
+"""The verb ``serve``; what is heavy is imported inside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from latentguard.serve.audit_log import AuditLog
+    from latentguard.serve.options import Options
+    from latentguard.serve.scorer import Opener
+
+MISSING = "latentguard serve needs the extra 'serve': pip install 'latentguard[serve]'"
+
+
+def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
+    guard: Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8400,
+    upstream: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible URL that answers chats, as http://h/v1.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="Of flagged chats: block, annotate or shadow.")
+    ] = "block",
+    on_error: Annotated[
+        str, typer.Option(help="Of chats without a verdict: block or allow.")
+    ] = "block",
+    refusal: Annotated[str, typer.Option(help="What a blocked chat is answered with.")] = (
+        "I can't help with that."
+    ),
+    audit: Annotated[Path | None, typer.Option(help="Audit log, JSON Lines.")] = None,
+    audit_fsync: Annotated[str, typer.Option(help="never, interval or always.")] = "interval",
+    audit_texts: Annotated[bool, typer.Option(help="Write prompts into the audit log.")] = False,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of keys; or the variable LATENTGUARD_API_KEYS.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Verdicts of known prompts, by 'latentguard score --out'.")
+    ] = None,
+    queue: Annotated[int, typer.Option(help="Prompts that may wait.")] = 256,
+    wait_ms: Annotated[float, typer.Option(help="A batch waits so long for more.")] = 3.0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 4096,
+    max_reply: Annotated[int, typer.Option(help="Tokens of the longest reply.")] = 1024,
+    deadline: Annotated[float, typer.Option(help="Seconds that a verdict may take.")] = 30.0,
+    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+) -> None:
+    """Serve GUARD: OpenAI's /v1/moderations and /v1/chat/completions, and a page at /.
+
+    Chats are answered by the guard's own model, or by --upstream. The upstream's key is read from
+    LATENTGUARD_UPSTREAM_KEY.
+    """
+    from latentguard.errors import LatentGuardError
+    from latentguard.serve.options import Options
+
+    try:
+        from latentguard.serve import server
+    except ModuleNotFoundError as error:
+        raise LatentGuardError(f"{MISSING} ({error.name} is not there).") from None
+    from latentguard.serve.drift import Reference
+    from latentguard.serve.keys import VARIABLE, read_keys
+
+    _require(policy, ("block", "annotate", "shadow"), "--policy")
+    _require(on_error, ("block", "allow"), "--on-error")
+    options = Options(
+        policy=policy,  # type: ignore[arg-type]
+        on_error=on_error,  # type: ignore[arg-type]
+        refusal=refusal,
+        upstream=upstream,
+        upstream_key=os.environ.get("LATENTGUARD_UPSTREAM_KEY"),
+        wait=wait_ms / 1000,
+        queue=queue,
+        max_tokens=max_tokens,
+        max_reply=max_reply,
+        deadline=deadline,
+    )
+    opener, options = _opener(guard, model, options)
+    keys = read_keys(api_keys, os.environ.get(VARIABLE))
+    if not keys and host not in ("127.0.0.1", "::1", "localhost"):
+        typer.echo(f"Warning: no API keys, and {host} can be reached from elsewhere.", err=True)
+    made = server.make(
+        opener,
+        options,
+        keys=keys,
+        audit=_audit(audit, audit_fsync, audit_texts),
+        reference=Reference.read(reference),
+        host=host,
+        port=port,
+    )
+    typer.echo(f"Serving {guard} on http://{host}:{port} (see /readyz)", err=True)
+    server.leave(server.run(made))
+
+
+def page(
+    guard: Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")],
+    prompts: Annotated[str, typer.Argument(help="File, '-', or Hub data set.")],
+    out: Annotated[Path, typer.Option(help="HTML file.")] = Path("page.html"),
+    reference: Annotated[
+        Path | None, typer.Option(help="Verdicts of known prompts, by 'latentguard score --out'.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+) -> None:
+    """Write the service's page as one file, for a saved set of prompts; it needs no service."""
+    from latentguard.prompts import read_prompts
+    from latentguard.report import write_text
+    from latentguard.serve.drift import Reference
+    from latentguard.serve.export import static_page
+    from latentguard.serve.options import Options
+
+    asked, known = read_prompts(prompts), Reference.read(reference)
+    opener, _ = _opener(guard, model, Options())
+    loaded, backend = opener()
+    write_text(out, static_page(loaded, backend, asked, known))
+    typer.echo(out)
+
+
+def _opener(folder: Path, model: str | None, options: Options) -> tuple[Opener, Options]:
+    """Read the guard now, so that a wrong folder is said at once; load its model on the thread."""
+    from dataclasses import replace
+
+    from transformers.utils import logging as transformers_logging
+
+    from latentguard.guard import LatentGuard
+    from latentguard.model.hf import ChatModel
+
+    guard = LatentGuard.load(folder)
+    source = model or guard.fingerprint.model
+
+    def opener() -> tuple[LatentGuard, ChatModel]:
+        transformers_logging.disable_progress_bar()
+        backend = ChatModel.load(source, dtype=guard.fingerprint.dtype)
+        guard.check(backend)
+        return guard, backend
+
+    name = Path(guard.fingerprint.model).name or "latentguard"
+    return opener, replace(options, name=name)
+
+
+def _audit(path: Path | None, fsync: str, texts: bool) -> AuditLog | None:
+    from latentguard.serve.audit_log import AuditLog
+
+    _require(fsync, ("never", "interval", "always"), "--audit-fsync")
+    if path is None:
+        return None
+    return AuditLog(path, fsync=fsync, texts=texts)  # type: ignore[arg-type]
+
+
+def _require(word: str, known: tuple[str, ...], option: str) -> None:
+    if word not in known:
+        raise typer.BadParameter(f"expected {', '.join(known)}; found '{word}'", param_hint=option)

@@ -1,0 +1,70 @@
+"""What goes wrong with a request: one exception for each answer that is not a verdict."""
+
+from __future__ import annotations
+
+
+class Fault(Exception):
+    """Ends a request with an error in OpenAI's form."""
+
+    status, kind, code = 500, "server_error", "internal_error"
+    retry: int | None = None
+    """Seconds after which the client may try again."""
+
+    @property
+    def body(self) -> dict[str, object]:
+        """OpenAI's error object."""
+        error = {"message": str(self), "type": self.kind, "param": None, "code": self.code}
+        return {"error": error}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Retry-After, where that makes sense."""
+        return {} if self.retry is None else {"retry-after": str(self.retry)}
+
+
+class BadRequest(Fault):
+    """The request cannot be understood, or asks for what is not there."""
+
+    status, kind, code = 400, "invalid_request_error", "invalid_request"
+
+
+class Unauthorized(Fault):
+    """There is no key, or a wrong one."""
+
+    status, kind, code = 401, "authentication_error", "invalid_api_key"
+
+
+class SlowClient(Fault):
+    """The body did not come in time."""
+
+    status, kind, code = 408, "invalid_request_error", "request_timeout"
+
+
+class TooLarge(Fault):
+    """The body or the prompt is too long."""
+
+    status, kind, code = 413, "invalid_request_error", "too_large"
+
+
+class Busy(Fault):
+    """The queue is full."""
+
+    status, kind, code, retry = 429, "rate_limit_error", "queue_full", 1
+
+
+class Unavailable(Fault):
+    """The guard cannot judge now: it is loading, draining, or its thread crashed."""
+
+    status, kind, code, retry = 503, "server_error", "unavailable", 1
+
+
+class Unlogged(Unavailable):
+    """The audit log cannot be written."""
+
+    code = "audit_log"
+
+
+class Upstream(Fault):
+    """The upstream service cannot be reached or failed."""
+
+    status, kind, code = 502, "server_error", "upstream_error"

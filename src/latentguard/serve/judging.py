@@ -1,0 +1,120 @@
+"""What the service says of a prompt: the guard's verdict, with its beliefs by layer and token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from latentguard.errors import LatentGuardError, PromptError, TemplateError
+from latentguard.guard import LatentGuard, Verdict
+from latentguard.model.converse import read_instruction
+from latentguard.model.hf import ChatModel
+from latentguard.prompts import Prompt
+from latentguard.serve.faults import BadRequest, Fault, Unavailable
+from latentguard.states import States
+
+log = logging.getLogger("latentguard.serve")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict, and the belief of each axis by layer."""
+
+    verdict: Verdict
+    """The same as offline."""
+
+    by_layer: dict[str, list[float]]
+    """Equation 2 for each axis, over the guard's layers."""
+
+    @property
+    def quadrant(self) -> str | None:
+        """Harmful or not, refusing or not; None if the guard has no refusal axis."""
+        refuse = self.verdict.beliefs.get("refuse")
+        if refuse is None:
+            return None
+        harm = "harmful" if self.verdict.flagged else "harmless"
+        return f"{harm}, {'refusing' if refuse > 0 else 'accepting'}"
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an instruction."""
+
+    text: str
+    """The characters that it stands for."""
+
+    belief: float
+    """Delta_harmful after it."""
+
+
+def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -> list[Judgement]:
+    """Judge prompts in as few passes as they fit in; each verdict is that of ``guard.scan``.
+
+    Raises:
+        PromptError: if a prompt is empty or too long.
+        GuardError: if a state is not finite.
+    """
+    ready = [guard.reading.prepare(prompt) for prompt in prompts]
+    layers, positions = guard.readout.layers, guard.positions
+    batches = model.capture(ready, positions=positions, layers=layers)
+    return [found for states in batches for found in judge_states(guard, states)]
+
+
+def judge_each(
+    guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]
+) -> list[Judgement | Fault]:
+    """Judge prompts together; one that cannot be judged does no harm to the others."""
+    try:
+        return list(judge_all(guard, model, prompts))
+    except LatentGuardError as error:
+        if len(prompts) == 1:
+            return [fault_of(error)]
+    faults = [_unreadable(guard, model, prompt) for prompt in prompts]
+    sound = [p for p, fault in zip(prompts, faults, strict=True) if fault is None]
+    if len(sound) == len(prompts):
+        return [judge_each(guard, model, [prompt])[0] for prompt in prompts]
+    found = iter(judge_each(guard, model, sound) if sound else ())
+    return [fault or next(found) for fault in faults]
+
+
+def fault_of(error: LatentGuardError) -> Fault:
+    """What a client is told: of its own text all, of the service nothing."""
+    if isinstance(error, (PromptError, TemplateError)):
+        return BadRequest(str(error))
+    log.error("No verdict: %s", error)
+    return Unavailable("The guard cannot give a verdict on this prompt.")
+
+
+def _unreadable(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> Fault | None:
+    """Why a prompt cannot be read, without a pass of the model."""
+    try:
+        layout = model.chat([guard.reading.prepare(prompt)])[0]
+        model.check_length(len(layout.ids), prompt)
+    except LatentGuardError as error:
+        return fault_of(error)
+    return None
+
+
+def judge_states(guard: LatentGuard, states: States) -> list[Judgement]:
+    """Judge states that were captured already."""
+    verdicts = list(guard.judge(states))
+    part = states.select(guard.readout.layers)
+    layers = {axis.name: axis.layer_beliefs(part.at(axis.position)).tolist() for axis in guard.axes}
+    return [
+        Judgement(verdict, {name: rows[i] for name, rows in layers.items()})
+        for i, verdict in enumerate(verdicts)
+    ]
+
+
+def trace(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[Token]:
+    """The harmful belief after each token of the instruction, in a pass of its own."""
+    axis = next(axis for axis in guard.axes if axis.name == "harmful")
+    layout, states = read_instruction(model, prompt, axis.layers)
+    beliefs = axis.belief(states).tolist()
+    starts = [start for start, _ in layout.spans]
+    ends = [*starts[1:], len(prompt.text)]  # so that the tokens together are the text
+    return [
+        Token(prompt.text[start:end], belief)
+        for start, end, belief in zip(starts, ends, beliefs, strict=True)
+    ]

@@ -1,0 +1,187 @@
+"""What a client may do to the service: size and time of headers, bodies and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from time import perf_counter
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from latentguard.serve.faults import BadRequest, Fault, SlowClient, TooLarge
+from latentguard.serve.keys import Keys
+from latentguard.serve.options import Options
+
+log = logging.getLogger("latentguard.serve")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+"""Sent with every answer."""
+
+OPEN = ("/", "/page.css", "/page.js", "/favicon.ico", "/healthz", "/readyz")
+"""Paths that need no key."""
+
+
+class Limits:
+    """Asks for the key, then reads the body whole and within limits; then the application runs.
+
+    What the application raises is logged, never shown.
+    """
+
+    def __init__(
+        self, app: App, options: Options, keys: Keys, note: Callable[[str, int, float], None]
+    ) -> None:
+        """Wrap an application.
+
+        Args:
+            app: The application.
+            options: Limits.
+            keys: Who may come in.
+            note: Told path, status and seconds of every request.
+        """
+        self.app, self.options, self.keys, self.note = app, options, keys, note
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        answer, began = _Answer(send), perf_counter()
+        try:
+            known = {"request": answer.request, "client": self._client(scope)}
+            scope["state"] = {**scope.get("state", {}), **known}
+            body = await self._body(scope, receive)
+            await self.app(scope, _replay(body, receive), answer)
+        except Fault as fault:
+            await answer.fault(fault, close=True)
+        except Exception as error:
+            log.error("%s failed: %r", answer.request, error, exc_info=True)
+            await answer.fault(Fault("The service failed on this request."), close=True)
+        finally:
+            self.note(scope["path"], answer.status, perf_counter() - began)
+
+    def _client(self, scope: Message) -> str:
+        if scope["path"] in OPEN:
+            return "-"
+        shown: bytes = dict(scope["headers"]).get(b"authorization", b"")
+        return self.keys.require(shown.decode("latin-1"))
+
+    async def _body(self, scope: Message, receive: Receive) -> bytes:
+        most = self.options.max_body
+        headers = dict(scope["headers"])
+        told = headers.get(b"content-length", b"0")
+        if told.isdigit() and len(told) < 20 and int(told) > most:
+            raise TooLarge(f"The body is {int(told):,} bytes long; at most {most:,} are read.")
+        body, more = b"", True
+        try:
+            async with asyncio.timeout(self.options.read_seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise BadRequest("The client left before its body had come.")
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > most:
+                        raise TooLarge(f"The body is longer than {most:,} bytes.")
+        except TimeoutError:
+            raise SlowClient("The body did not come in time.") from None
+        return body
+
+
+class _Answer:
+    """Sends an answer, with a request id and the common headers."""
+
+    def __init__(self, send: Send) -> None:
+        self.request, self.status = f"req-{secrets.token_hex(12)}", 0
+        self._send = send
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            known = {name for name, _ in message["headers"]}
+            extra = HEADERS | {"x-request-id": self.request}
+            new = [(k.encode(), v.encode()) for k, v in extra.items() if k.encode() not in known]
+            message = {**message, "headers": [*message["headers"], *new]}
+        await self._send(message)
+
+    async def fault(self, fault: Fault, *, close: bool) -> None:
+        """Answer with a fault, unless an answer has begun: then it just ends, unfinished."""
+        if self.status:
+            return
+        body = json.dumps(fault.body).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
+        headers |= fault.headers | ({"connection": "close"} if close else {})
+        packed = [(k.encode(), v.encode()) for k, v in headers.items()]
+        await self({"type": "http.response.start", "status": fault.status, "headers": packed})
+        await self({"type": "http.response.body", "body": body})
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives the body first, and then waits for the client to leave."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+class CautiousProtocol(H11Protocol):
+    """HTTP that cuts clients who send their headers, or read their answers, too slowly."""
+
+    read_seconds, write_seconds = 10.0, 30.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for headers."""
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        super().connection_made(transport)
+        self._wait("headers", self.read_seconds)
+
+    def data_received(self, data: bytes) -> None:
+        """Stop waiting once the headers are whole; later bytes do not prolong the wait."""
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._wait("headers", self.read_seconds)
+        else:
+            self._stop_waiting("headers")
+
+    def pause_writing(self) -> None:
+        """The client does not read: wait."""
+        super().pause_writing()
+        self._wait("reading", self.write_seconds)
+
+    def resume_writing(self) -> None:
+        """It reads."""
+        super().resume_writing()
+        self._stop_waiting("reading")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        for what in list(self._timers):
+            self._stop_waiting(what)
+        super().connection_lost(exc)
+
+    def _wait(self, what: str, seconds: float) -> None:
+        if what not in self._timers:
+            self._timers[what] = self.loop.call_later(seconds, self.transport.abort)
+
+    def _stop_waiting(self, what: str) -> None:
+        if (timer := self._timers.pop(what, None)) is not None:
+            timer.cancel()

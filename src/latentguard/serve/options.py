@@ -1,0 +1,76 @@
+"""How a service behaves: one frozen record, made by the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Policy = Literal["block", "annotate", "shadow"]
+OnError = Literal["block", "allow"]
+Fsync = Literal["never", "interval", "always"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Policies and limits of a service."""
+
+    policy: Policy = "block"
+    """What happens to a flagged chat: refused; answered with its scores; answered, only logged."""
+
+    on_error: OnError = "block"
+    """Whether a chat that could not be judged, through no doing of the client, is answered."""
+
+    refusal: str = "I can't help with that."
+    """What a blocked chat is answered with."""
+
+    name: str = "latentguard"
+    """What the served model is called."""
+
+    upstream: str | None = None
+    """An OpenAI-compatible service that answers chats, such as ``http://host:8000/v1``; None
+    answers them with the guard's own model."""
+
+    upstream_key: str | None = None
+    """What the upstream is shown instead of the client's own key."""
+
+    wait: float = 0.003
+    """Seconds that the first prompt of a batch may wait for others."""
+
+    batch_tokens: int | None = None
+    """Tokens scored together; None is what the model takes in one pass."""
+
+    queue: int = 256
+    """Prompts that may wait; more are turned away with 429."""
+
+    chats: int = 8
+    """Chats that are answered at the same time, a token each in turn."""
+
+    max_tokens: int = 4096
+    """Tokens of one prompt; longer ones are turned away with 413."""
+
+    max_reply: int = 1024
+    """Tokens of one reply."""
+
+    max_inputs: int = 128
+    """Prompts of one request."""
+
+    max_body: int = 1 << 20
+    """Bytes of a request's body."""
+
+    max_header: int = 16 << 10
+    """Bytes of a request's headers."""
+
+    deadline: float = 30.0
+    """Seconds after which a prompt that was not scored is given up with 503."""
+
+    read_seconds: float = 10.0
+    """Seconds in which a client has to send its headers, and then its body."""
+
+    write_seconds: float = 30.0
+    """Seconds that a client may stop reading an answer."""
+
+    stall: float = 300.0
+    """Seconds after which one pass counts as stuck, and the process exits."""
+
+    drain: float = 30.0
+    """Seconds that requests have to finish after SIGTERM."""

@@ -1,0 +1,66 @@
+"""The page at ``/``, and what it asks of the service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from latentguard.prompts import Prompt
+from latentguard.serve.export import FOLDER, describe, point_of
+from latentguard.serve.judging import judge_all
+from latentguard.serve.service import Service
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/favicon.ico": ("icon.svg", "image/svg+xml"),
+}
+
+
+def routes(service: Service) -> APIRouter:
+    """The page's files, ``/v1/guard`` and ``/v1/models``."""
+    router = APIRouter()
+    for path, (name, kind) in FILES.items():
+        file = _file((FOLDER / name).read_bytes(), kind)
+        router.add_api_route(path, file, include_in_schema=False)
+
+    @router.get("/v1/guard")
+    async def guard() -> dict[str, Any]:
+        """What the guard is and promises, and known verdicts to compare with."""
+        names = {"name": service.guard_name, "model": service.options.name}
+        about = {"policy": service.options.policy, "reference": await _reference(service)}
+        return names | describe(service.scorer.guard) | about
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model, in OpenAI's form."""
+        model = dict(id=service.options.name, object="model", created=0, owned_by="latentguard")
+        return {"object": "list", "data": [model]}
+
+    return router
+
+
+async def _reference(service: Service) -> dict[str, Any]:
+    """Verdicts that the service was given, or else those on the guard's canaries."""
+    if service.reference.points:
+        return {"what": "reference prompts", "points": service.reference.points}
+    if not service.canaries:
+        prompts = [Prompt(canary.text, id="canary") for canary in service.scorer.guard.canaries]
+        if prompts:
+            found = await service.scorer.do(prompts[0], lambda g, m: judge_all(g, m, prompts))
+            service.canaries = [point_of(one.verdict) for one in found]
+    return {"what": "canary prompts", "points": service.canaries}
+
+
+def _file(content: bytes, kind: str) -> Any:
+    async def file() -> Response:
+        return Response(content, media_type=kind, headers={"content-security-policy": POLICY})
+
+    return file

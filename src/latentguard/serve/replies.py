@@ -1,0 +1,122 @@
+"""Replies in OpenAI's objects: whole, or as server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from time import time
+from typing import Any, Literal
+
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
+
+from latentguard.serve.faults import Fault
+from latentguard.serve.judging import Judgement
+from latentguard.serve.service import Case
+
+Judged = Judgement | Fault
+"""A judgement, or why there is none though the chat is answered."""
+
+
+class Usage(BaseModel):
+    """Tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Said(BaseModel):
+    """The reply."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+
+
+class Choice(BaseModel):
+    """The one reply."""
+
+    index: int
+    message: Said
+    finish_reason: Literal["stop", "length", "content_filter"]
+    logprobs: None
+
+
+class ChatResponse(BaseModel):
+    """OpenAI's answer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Reply:
+    """Puts a reply into OpenAI's objects."""
+
+    def __init__(self, case: Case, note: Mapping[str, Any], *, usage: bool) -> None:
+        """Begin a reply of this case, with what is told of its verdict."""
+        self.case, self._note, self._usage = case, note, usage
+        self._head = dict(
+            id=f"chatcmpl-{case.id.removeprefix('req-')}",
+            created=int(time()),
+            model=case.service.options.name,
+        )
+
+    def whole(self, text: str, finish: str, usage: dict[str, int], **extra: Any) -> Response:
+        """The answer in one."""
+        message = dict(role="assistant", content=text, refusal=None) | extra
+        choice = dict(index=0, message=message, finish_reason=finish, logprobs=None)
+        body = self._head | dict(object="chat.completion", choices=[choice], usage=usage)
+        return JSONResponse(body | dict(self._note))
+
+    def first(self) -> str:
+        """The first event of a stream."""
+        return self._chunk(dict(role="assistant", content=""), None, self._note)
+
+    def piece(self, text: str) -> str:
+        """A piece of text."""
+        return self._chunk(dict(content=text), None)
+
+    def last(self, finish: str, usage: dict[str, int]) -> str:
+        """The last events."""
+        end = self._chunk({}, finish)
+        if self._usage:
+            end += event_of(self._part([]) | dict(usage=usage))
+        return f"{end}data: [DONE]\n\n"
+
+    def _chunk(
+        self, delta: dict[str, Any], finish: str | None, note: Mapping[str, Any] | None = None
+    ) -> str:
+        choice = dict(index=0, delta=delta, finish_reason=finish, logprobs=None)
+        return event_of(self._part([choice]) | dict(note or {}))
+
+    def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head | dict(object="chat.completion.chunk", choices=choices)
+
+
+def note_of(case: Case, judged: Judged) -> dict[str, Any]:
+    """What an answer says of its verdict; a shadow says nothing."""
+    if case.service.options.policy == "shadow":
+        return {}
+    if isinstance(judged, Fault):
+        return {"latentguard": {"error": judged.code}}
+    verdict = judged.verdict
+    known = dict(flagged=verdict.flagged, score=verdict.score, probability=verdict.probability)
+    where = dict(beliefs=verdict.beliefs, quadrant=judged.quadrant)
+    return {"latentguard": known | where | {"threshold": case.service.scorer.guard.threshold}}
+
+
+def usage_of(prompt: int, reply: int) -> dict[str, int]:
+    """Tokens."""
+    return dict(prompt_tokens=prompt, completion_tokens=reply, total_tokens=prompt + reply)
+
+
+def event_of(content: Mapping[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(content)}\n\n"

@@ -1,0 +1,113 @@
+"""Runs a service: starts, drains on SIGTERM, and ends with the right exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from latentguard.serve.app import build
+from latentguard.serve.audit_log import AuditLog
+from latentguard.serve.drift import Reference
+from latentguard.serve.keys import Keys
+from latentguard.serve.limits import CautiousProtocol
+from latentguard.serve.options import Options
+from latentguard.serve.scorer import Opener, Scorer
+from latentguard.serve.service import Service
+from latentguard.serve.telemetry import Telemetry
+
+CONNECTIONS = 1024
+"""Open connections; more get 503."""
+
+
+class Server(uvicorn.Server):
+    """Ends quietly on a signal, and with a failure if the scoring thread has ended."""
+
+    failure: BaseException | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Drain on SIGTERM and SIGINT; unlike the parent's, do not raise the signal again."""
+        loop = asyncio.get_running_loop()
+        main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+        for one in signals:
+            loop.add_signal_handler(one, self.handle_exit, one, None)
+        try:
+            yield
+        finally:
+            for one in signals:
+                loop.remove_signal_handler(one)
+
+    def fail(self, error: BaseException) -> None:
+        """Stop serving: nobody may take the silence of a dead guard for consent."""
+        self.failure, self.should_exit = error, True
+
+
+def make(
+    opener: Opener,
+    options: Options,
+    *,
+    keys: Keys | None = None,
+    audit: AuditLog | None = None,
+    reference: Reference | None = None,
+    **how: Any,
+) -> Server:
+    """A server that is ready to run; ``how`` goes to uvicorn (``host``, ``port``, ``fd``)."""
+    reference = reference or Reference()
+    telemetry = Telemetry(reference)
+    scorer = Scorer(opener, options, on_batch=telemetry.batch)
+    service = Service(options, scorer, telemetry, keys or Keys(), audit, reference)
+    telemetry.gauge("queue_prompts", "Prompts that wait.", lambda: scorer.waiting)
+    telemetry.gauge("ready", "1 when verdicts can be asked for.", lambda: scorer.state == "ready")
+    telemetry.gauge("crashes", "Recent crashes of the thread.", lambda: len(scorer.crashes))
+    telemetry.gauge(
+        "audit_lost_lines", "Lines that the disk did not take.", lambda: audit.lost if audit else 0
+    )
+    server = Server(uvicorn.Config(build(service), **_settings(options), **how))
+    scorer.on_death = server.fail
+    return server
+
+
+def run(server: Server) -> int:
+    """Serve until a signal comes or the guard fails; 0 or 1, for the exit code."""
+    server.run()
+    if server.failure is None and server.started:
+        return 0
+    logging.getLogger("latentguard.serve").error("Stopped: %s", server.failure or "cannot listen")
+    return 1
+
+
+def leave(code: int) -> None:
+    """End the process even if a thread is stuck inside the model."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    class Protocol(CautiousProtocol):
+        read_seconds, write_seconds = options.read_seconds, options.write_seconds
+
+    return dict(
+        http=Protocol,
+        ws="none",
+        loop="asyncio",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        log_level="warning",
+        limit_concurrency=CONNECTIONS,
+        h11_max_incomplete_event_size=options.max_header,
+        timeout_graceful_shutdown=int(options.drain),
+        timeout_keep_alive=int(max(5, options.read_seconds)),
+    )

@@ -1,0 +1,81 @@
+"""What Prometheus sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from latentguard.serve.drift import Drift, Reference
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Telemetry:
+    """Counters, gauges and histograms of one service."""
+
+    def __init__(self, reference: Reference, spread: Sequence[float] = ()) -> None:
+        """Make a registry of its own.
+
+        Args:
+            reference: Scores to compare with; its deciles are the buckets of the score histogram.
+            spread: The buckets if there is no reference.
+        """
+        self.registry = CollectorRegistry()
+        self.drift = Drift(reference)
+        kept = self.registry
+        self.requests = Counter(
+            "latentguard_requests", "Requests.", ["endpoint", "status"], registry=kept
+        )
+        self.seconds = Histogram(
+            "latentguard_request_seconds",
+            "Whole requests.",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=kept,
+        )
+        self.verdicts = Counter(
+            "latentguard_verdicts", "Verdicts.", ["endpoint", "action"], registry=kept
+        )
+        self.first_token = Histogram(
+            "latentguard_first_token_seconds",
+            "Streamed chats, to the first event.",
+            buckets=SECONDS,
+            registry=kept,
+        )
+        self.waits = Histogram(
+            "latentguard_queue_seconds", "Waiting for a batch.", buckets=SECONDS, registry=kept
+        )
+        self.batches = Histogram(
+            "latentguard_batch_prompts", "Prompts scored together.", buckets=SIZES, registry=kept
+        )
+        buckets = tuple(self.drift.edges or spread) or (0.0,)
+        self.scores = Histogram("latentguard_score", "Scores.", buckets=buckets, registry=kept)
+        moved = Gauge(
+            "latentguard_score_drift",
+            "Population stability index of recent scores against the reference.",
+            registry=kept,
+        )
+        moved.set_function(lambda: self.drift.index)
+
+    def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
+        """Show a number that is asked for when Prometheus looks."""
+        Gauge(f"latentguard_{name}", what, registry=self.registry).set_function(value)
+
+    def batch(self, waits: Sequence[float]) -> None:
+        """Note a batch, and how long each of its prompts had waited."""
+        self.batches.observe(len(waits))
+        for wait in waits:
+            self.waits.observe(wait)
+
+    def verdict(self, endpoint: str, action: str, score: float | None) -> None:
+        """Note what was decided, and of which score."""
+        self.verdicts.labels(endpoint, action).inc()
+        if score is not None:
+            self.scores.observe(score)
+            self.drift.add(score)
+
+    def page(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)

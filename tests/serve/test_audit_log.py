@@ -1,0 +1,140 @@
+"""The audit log: whole lines, no texts, rotation, and disks that are full."""
+
+import json
+import resource
+import stat
+
+import pytest
+
+from latentguard.prompts import Message, Prompt
+from latentguard.serve.audit_log import AuditLog
+from latentguard.serve.faults import Unlogged
+from serve.running import flagged, offline, passed, post, running
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "logs" / "audit.jsonl"
+
+
+class TestFile:
+    def test_every_record_is_a_line(self, path):
+        log = AuditLog(path)
+        log.write([{"n": 1}, {"n": 2}])
+        log.write([{"n": 3, "text": "two\nlines"}])
+        log.close()
+        assert [line["n"] for line in lines(path)] == [1, 2, 3]
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+    def test_a_torn_line_is_cut_off(self, path):
+        path.parent.mkdir()
+        path.write_text('{"n": 1}\n{"n": ')
+        log = AuditLog(path)
+        log.write([{"n": 2}])
+        log.close()
+        assert [line["n"] for line in lines(path)] == [1, 2]
+
+    @pytest.mark.parametrize("keep", [0, 1, 3])
+    def test_rotation_keeps_so_many_files_and_splits_no_line(self, path, keep):
+        log = AuditLog(path, max_bytes=100, keep=keep)
+        for n in range(60):
+            log.write([{"n": n}])
+        log.close()
+        older = [path.with_name(f"audit.jsonl.{n}") for n in range(1, keep + 1)]
+        assert sorted(path.parent.iterdir()) == sorted(
+            [path, *older, path.with_name("audit.jsonl.salt")]
+        )
+        kept = [line["n"] for file in [*reversed(older), path] for line in lines(file)]
+        assert kept == list(range(kept[0], 60))
+        assert all(file.stat().st_size <= 100 for file in [path, *older])
+
+    @pytest.mark.parametrize("fsync", ["never", "interval", "always"])
+    def test_fsync(self, path, fsync, monkeypatch):
+        from latentguard.serve import audit_log
+
+        forced = []
+        monkeypatch.setattr(audit_log.os, "fsync", forced.append)
+        monkeypatch.setattr(audit_log, "INTERVAL", -1 if fsync == "interval" else 9)
+        log = AuditLog(path, fsync=fsync)
+        for n in range(3):
+            log.write([{"n": n}])
+        assert len(forced) == (0 if fsync == "never" else 3)
+
+    def test_a_full_disk_loses_the_line_whole_and_goes_on_when_there_is_room(self, path):
+        """A file-size limit fails a write in its middle, as a full disk does."""
+        log = AuditLog(path)
+        log.write([{"n": 0}])
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+        try:
+            with pytest.raises(Unlogged, match="audit log"):
+                log.write([{"n": 1}])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert path.read_bytes().endswith(b"\n")
+        log.write([{"n": 2}])
+        assert [line["n"] for line in lines(path)] == [0, 2]
+        assert log.lost == 1
+
+    def test_prompts_are_named_by_a_salted_digest(self, path, tmp_path):
+        first, other = AuditLog(path), AuditLog(tmp_path / "other.jsonl")
+        prompt = Prompt("a text", history=(Message("user", "b"),))
+        assert first.digest(prompt) == AuditLog(path).digest(Prompt(**vars(prompt) | {"id": "7"}))
+        assert first.digest(prompt) != first.digest(Prompt("a text"))
+        assert first.digest(prompt) != other.digest(prompt)
+        salt = path.with_name("audit.jsonl.salt")
+        assert stat.S_IMODE(salt.stat().st_mode) == 0o600
+
+    def test_a_damaged_salt(self, path):
+        AuditLog(path)
+        path.with_name("audit.jsonl.salt").write_text("ab")
+        with pytest.raises(OSError, match="holds no salt"):
+            AuditLog(path)
+
+
+class TestService:
+    def test_a_line_for_each_verdict_without_a_text(self, path):
+        with running(audit=path) as url:
+            post(f"{url}/v1/moderations", json={"input": [passed(), flagged()]})
+            chat = dict(messages=[{"role": "user", "content": flagged()}])
+            post(f"{url}/v1/chat/completions", json=chat)
+            answer = post(f"{url}/v1/score", json={"input": passed()})
+            post(f"{url}/v1/moderations", json={"input": "long " * 900})
+        written = lines(path)
+        assert [line["endpoint"] for line in written] == [
+            *["moderations"] * 2,
+            "chat",
+            "score",
+            "moderations",
+        ]
+        assert [line["action"] for line in written] == ["score", "score", "block", "score", "error"]
+        assert [line["flagged"] for line in written[:4]] == [False, True, True, False]
+        assert written[1]["prompt"] == written[2]["prompt"] != written[0]["prompt"]
+        assert written[1]["score"] == pytest.approx(offline()[flagged()].score, abs=1e-4)
+        assert written[3]["request"] == answer.headers["x-request-id"]
+        assert passed()[:20] not in path.read_text() and flagged()[:20] not in path.read_text()
+
+    def test_texts_if_asked(self, path):
+        with running(audit=AuditLog(path, texts=True)) as url:
+            post(f"{url}/v1/moderations", json={"input": passed()})
+        assert lines(path)[0]["text"] == passed()
+
+    @pytest.mark.parametrize(("on_error", "status"), [("block", 503), ("allow", 200)])
+    @pytest.mark.parametrize("fsync", ["always", "never"])
+    def test_a_full_disk(self, tmp_path, on_error, status, fsync):
+        """No verdict leaves unlogged, unless it was asked for."""
+        full = tmp_path / "audit.jsonl"
+        full.symlink_to("/dev/full")
+        log = AuditLog(full, fsync=fsync)
+        with running(audit=log, on_error=on_error) as url:
+            for path, body in [
+                ("moderations", {"input": passed()}),
+                ("chat/completions", {"messages": [{"role": "user", "content": passed()}]}),
+            ]:
+                answer = post(f"{url}/v1/{path}", json=body | {"max_tokens": 2})
+                assert answer.status_code == status
+        assert log.lost == 2

@@ -1,0 +1,52 @@
+"""The verbs ``serve`` and ``page`` as the command line registers them."""
+
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import latentguard.serve
+from latentguard.errors import LatentGuardError
+from latentguard.model.hf import ChatModel
+from latentguard.serve.command import page, serve
+from serve.running import flagged, passed, tiny_guard, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(ChatModel, "load", classmethod(lambda cls, source, **_: tiny_model()))
+    tiny_guard().save(tmp_path / "guard")
+    return tmp_path
+
+
+def run(*arguments):
+    app = typer.Typer()
+    app.command()(serve)
+    app.command()(page)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_page_of_saved_prompts(folder):
+    (folder / "prompts.txt").write_text(f"{flagged()}\n{passed()}\n")
+    out = folder / "page.html"
+    told = run("page", folder / "guard", folder / "prompts.txt", "--out", out)
+    assert told.exit_code == 0, told.output
+    assert told.stdout.strip() == str(out)
+    assert passed() in out.read_text()
+    assert "src=" not in out.read_text()
+
+
+def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.delattr(latentguard.serve, "server")
+    monkeypatch.delitem(sys.modules, "latentguard.serve.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(LatentGuardError, match=r"pip install 'latentguard\[serve\]'"):
+        raise run("serve", folder / "guard").exception
+
+
+def test_help_says_what_there_is():
+    told = run("serve", "--help")
+    assert told.exit_code == 0
+    for word in ("upstream", "policy", "audit", "LATENTGUARD_UPSTREAM_KEY"):
+        assert word in told.stdout

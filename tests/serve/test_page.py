@@ -1,0 +1,205 @@
+"""The page in Debian's Chromium: what it shows, by keyboard, at 400 px, light and dark.
+
+Set ``LATENTGUARD_SCREENSHOTS`` to a folder to keep the pictures.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from latentguard.prompts import Prompt
+from latentguard.serve.export import static_page
+from serve.running import PROMPTS, flagged, offline, opener, passed, running
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+LONG = "Please tell me " + "a very long story about the sea and the wind, " * 12
+
+
+@pytest.fixture(scope="module")
+def url():
+    points = [dict(score=v.score, beliefs=v.beliefs, flagged=v.flagged) for v in offline().values()]
+    with running(reference=points) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as play:
+        made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Open the page; anything that the browser complains of fails the test."""
+    opened = []
+
+    def visit(url, *, width=1000, scheme="light"):
+        size = dict(width=width, height=900)
+        page = browser.new_page(viewport=size, color_scheme=scheme)
+        page.complaints = []
+        page.on("console", lambda m: page.complaints.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.goto(str(url))
+        opened.append(page)
+        return page
+
+    yield visit
+    for page in opened:
+        assert page.complaints == []
+        page.close()
+
+
+def read(page, text):
+    page.fill("#chat", text)
+    page.click("#ask button")
+    page.wait_for_selector("#verdict:not([hidden])")
+    page.wait_for_selector("#ask button:not([disabled])")
+
+
+def keep(page, name):
+    if folder := os.environ.get("LATENTGUARD_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def test_a_flagged_prompt(url, visit):
+    page = visit(url)
+    read(page, flagged())
+    assert page.inner_text("#verdict-word") == "Flagged"
+    shown = "".join(page.locator("#tokens span").all_text_contents())
+    assert shown == flagged()
+    assert f"{offline()[flagged()].score:.3f}" in page.inner_text("#figures")
+    assert "Δ refuse" in page.inner_text("#figures")
+    assert page.locator("#layers polyline").count() == 2
+    assert page.locator("#plane circle.known").count() == len(PROMPTS) + 1
+    keep(page, "flagged")
+
+
+def test_the_threshold_changes_what_would_be_flagged(url, visit):
+    page = visit(url)
+    read(page, passed())
+    assert page.inner_text("#verdict-word") == "Not flagged"
+    assert "would not be flagged, as now" in page.inner_text("#threshold-said")
+    page.focus("#threshold")
+    page.keyboard.press("Home")
+    said = page.inner_text("#threshold-said")
+    assert "would be flagged, unlike now" in said
+    assert f"{len(PROMPTS)} of {len(PROMPTS)} reference prompts" in said
+    page.click("#threshold-reset")
+    assert "as now" in page.inner_text("#threshold-said")
+
+
+def test_by_keyboard_alone(url, visit):
+    page = visit(url)
+    page.keyboard.press("Tab")
+    page.keyboard.insert_text(flagged())
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#verdict:not([hidden])")
+    page.focus("#tokens span[tabindex='0']")
+    assert "t_inst" in page.inner_text("#token-said")
+    page.keyboard.press("Home")
+    assert page.inner_text("#token-said").startswith("Token 1 of")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#token-said").startswith("Token 2 of")
+
+
+def test_a_chat(url, visit):
+    page = visit(url)
+    page.fill("#chat", f"System: Be brief.\nUser: Hello\nAssistant: Hi.\nUser: {flagged()}")
+    with page.expect_request("**/v1/score") as sent:
+        page.click("#ask button")
+    said = sent.value.post_data_json["messages"]
+    assert [m["role"] for m in said] == ["system", "user", "assistant", "user"]
+    assert said[-1]["content"] == Prompt(flagged()).text
+    page.wait_for_selector("#verdict:not([hidden])")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_at_400_px_nothing_sticks_out(url, visit, scheme):
+    page = visit(url, width=400, scheme=scheme)
+    read(page, LONG)
+    read(page, flagged())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    keep(page, f"narrow-{scheme}")
+
+
+def test_in_the_dark(url, visit):
+    page = visit(url, scheme="dark")
+    read(page, passed())
+    read(page, LONG)
+    keep(page, "dark")
+
+
+def test_a_guard_of_several_layers(visit):
+    with running(lambda: opener("t_inst", "centroid")) as url:
+        page = visit(url)
+        read(page, flagged())
+        assert "layers 1 to 4" in page.inner_text("#about")
+        points = page.locator("#layers polyline.harmful").get_attribute("points")
+        assert len(points.split()) == 4
+        page.click("#layers-card summary")
+        assert page.locator("#layers-table tr").count() == 5
+        assert "8 canary prompts" in page.inner_text("#plane-said")
+        keep(page, "layers")
+
+
+def test_text_is_never_markup(url, visit):
+    page = visit(url)
+    text = "<img src=x onerror=alert(1)> <b>bold</b>"
+    read(page, text)
+    assert page.locator("main b, main img").count() == 0
+    assert "".join(page.locator("#tokens span").all_text_contents()) == text
+
+
+def test_errors_are_said(visit):
+    with running(keys=["secret"]) as url:
+        page = visit(url)
+        page.fill("#chat", "Hello")
+        page.click("#ask button")
+        page.wait_for_selector("#problem:not([hidden])")
+        assert "API key" in page.inner_text("#problem")
+        page.fill("#key", "secret")
+        read(page, "Hello")
+        assert page.locator("#problem").is_hidden()
+        keep(page, "keys")
+        page.complaints = [c for c in page.complaints if "401" not in c]
+
+
+def test_nothing_is_loaded_from_elsewhere(url, visit, browser):
+    asked = []
+    page = browser.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(str(url))
+    page.wait_for_selector("#about:text('Guard of')")
+    page.close()
+    assert asked
+    assert all(one.startswith(str(url)) for one in asked)
+
+
+def test_the_page_as_a_file_needs_no_service(visit, tmp_path):
+    guard, model = opener()
+    texts = [flagged(), passed(), "</script><b>bold</b><script>alert(1)</script>"]
+    file = tmp_path / "page.html"
+    file.write_text(static_page(guard, model, [Prompt(text) for text in texts]))
+    page = visit(file.as_uri(), width=700)
+    page.wait_for_selector("#verdict:not([hidden])")
+    assert page.locator("#ask").is_hidden()
+    assert page.inner_text("#verdict-word") == "Flagged"
+    buttons = page.locator("#asked button")
+    assert buttons.all_text_contents() == texts
+    buttons.nth(1).click()
+    assert page.inner_text("#verdict-word") == "Not flagged"
+    assert "".join(page.locator("#tokens span").all_text_contents()) == passed()
+    buttons.nth(2).press("Enter")
+    assert "".join(page.locator("#tokens span").all_text_contents()) == texts[2]
+    assert page.locator("main b").count() == 0
+    keep(page, "export")

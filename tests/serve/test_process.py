@@ -1,0 +1,142 @@
+"""The command in a process of its own: signals, crashes, exit codes, restarts."""
+
+import json
+import re
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from serve.running import Nursery, flagged, offline, passed, post, tiny_guard, wait_ready
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("guard")
+    tiny_guard().save(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    made = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def url():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def port(url):
+    return ["--port", url.rsplit(":", 1)[1]]
+
+
+def under_load(url, answers, stop):
+    while not stop.is_set():
+        try:
+            answer = post(f"{url}/v1/moderations", json={"input": [flagged(), passed()]})
+            answers.append(answer)
+        except httpx.HTTPError:
+            time.sleep(0.1)
+
+
+def test_kill_9_under_load_and_restart(nursery, folder, url, tmp_path):
+    """No wrong verdict before, none after; the audit log has whole lines, all that was told."""
+    audit, answers, stop = tmp_path / "audit.jsonl", [], threading.Event()
+    clients = [threading.Thread(target=under_load, args=(url, answers, stop)) for _ in range(2)]
+    for thread in clients:
+        thread.start()
+    try:
+        for _ in range(2):
+            with nursery.process(folder, *port(url), "--audit", audit) as child:
+                wait_ready(url)
+                before = len(answers)
+                while len(answers) < before + 20:
+                    time.sleep(0.01)
+                child.kill(signal.SIGKILL)
+                child.wait()
+                with audit.open("a") as torn:  # as if the kernel had stopped in a line
+                    torn.write('{"time": "2026-')
+        with nursery.process(folder, *port(url), "--audit", audit) as child:
+            wait_ready(url)
+            before = len(answers)
+            while len(answers) < before + 5:
+                time.sleep(0.01)
+            stop.set()
+            child.kill(signal.SIGTERM)
+            assert child.wait() == 0
+    finally:
+        stop.set()
+        for thread in clients:
+            thread.join()
+    told = [answer for answer in answers if answer.status_code == 200]
+    assert len(told) >= 45
+    for answer in told:
+        assert [r["flagged"] for r in answer.json()["results"]] == [True, False]
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    logged = {line["request"] for line in lines}
+    assert {answer.headers["x-request-id"] for answer in told} <= logged
+
+
+def test_sigterm_lets_requests_finish(nursery, folder, url):
+    with nursery.process(folder, *port(url)) as child:
+        wait_ready(url)
+        answers = []
+        ask = threading.Thread(
+            target=lambda: answers.append(post(f"{url}/v1/moderations", json={"input": "SLOW"}))
+        )
+        ask.start()
+        time.sleep(0.25)
+        child.kill(signal.SIGTERM)
+        ask.join()
+        assert child.wait() == 0
+    assert answers[0].status_code == 200
+
+
+def test_a_dead_thread_ends_the_process_with_a_failure(nursery, folder, url):
+    with nursery.process(folder, *port(url)) as child:
+        wait_ready(url)
+        assert post(f"{url}/v1/moderations", json={"input": "DIE"}).status_code == 503
+        assert child.wait() == 1
+        assert "scoring thread ended" in child.stderr
+
+
+def test_a_guard_that_does_not_match_its_model(nursery, folder, url, tmp_path):
+    record = json.loads((folder / "guard.json").read_text())
+    record["fingerprint"]["weights"] = "0" * 64
+    for name in ("guard.safetensors", "README.md"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "guard.json").write_text(json.dumps(record))
+    with nursery.process(tmp_path, *port(url)) as child:
+        assert child.wait() == 1
+        assert re.search("weights .* instead of", child.stderr)
+
+
+def test_keys_come_from_the_environment(nursery, folder, url):
+    known = {"LATENTGUARD_API_KEYS": "secret"}
+    with nursery.process(folder, *port(url), environment=known):
+        wait_ready(url)
+        body = {"input": flagged()}
+        assert post(f"{url}/v1/moderations", json=body).status_code == 401
+        headers = {"authorization": "Bearer secret"}
+        answer = post(f"{url}/v1/moderations", json=body, headers=headers).json()
+    assert answer["results"][0]["latentguard"]["score"] == pytest.approx(
+        offline()[flagged()].score, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--policy", "maybe"], "maybe"), (["--api-keys", "/nowhere"], "nowhere")],
+)
+def test_wrong_options_are_said(nursery, folder, arguments, said):
+    with nursery.process(folder, *arguments) as child:
+        assert child.wait() in (1, 2)
+        assert said in child.stderr
