@@ -1,6 +1,7 @@
 """What all tests share: no network, fixed random numbers, and one tiny chat model."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -53,3 +54,19 @@ def model(tokenizer):
     from model.architectures import chat_model
 
     return chat_model("llama", tokenizer)
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Path of the browser; Playwright's own download is not used."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from browser.pages import check
 from latentguard.errors import LatentGuardError
 from latentguard.report import Report
 from latentguard.study.claims import CLAIMS
@@ -43,6 +44,11 @@ def test_every_experiment_has_its_section(whole):
     titles = [t["title"] for t in json.loads((whole / "report.json").read_text())["tables"]]
     assert titles[:2] == ["Claims", "Conditions"]
     assert len(titles) > len(EXPERIMENTS)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_the_page_is_drawn_whole(chromium, whole, width, scheme):
+    check(chromium, whole / "report.html", width, scheme)
 
 
 def test_every_claim_is_measured(whole):
