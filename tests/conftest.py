@@ -59,9 +59,9 @@ def model(tokenizer):
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """Path of the browser; Playwright's own download is not used."""
+    """Debian's browser, or Chrome. Not for the session: Playwright keeps an event loop running."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip("no Chromium here; on Debian: apt-get install chromium")

@@ -116,7 +116,7 @@ class TestBenignText:
             range(layout.t_inst + 1, layout.t_post + 1)
         )
         for wrong in ("post+0", f"post+{count + 1}", "post-1", "post+", "inst", "t_inst+1", ""):
-            with pytest.raises(PromptError, match=rf"post\+1 to post\+{count}\."):
+            with pytest.raises(PromptError, match=rf"post\+1 to post\+{count} and inst-1"):
                 layout.index(wrong)
 
 

@@ -117,8 +117,11 @@ def test_a_crash_fails_its_batch_and_nothing_else():
 def test_a_thread_that_dies_fails_the_request_and_stops_the_service():
     with running(faulty) as url:
         assert moderate(url, "DIE").status_code == 503
-        url.server.should_exit = True  # what it does by itself; the wait is for the thread below
+        until = time.monotonic() + 10
+        while url.server.failure is None and time.monotonic() < until:
+            time.sleep(0.02)
         assert isinstance(url.server.failure, SystemExit)
+        assert url.server.should_exit
 
 
 def test_a_thread_that_hangs_is_noticed():
