@@ -136,6 +136,11 @@ class TestSection:
     def test_nothing_has_run(self):
         claims, conditions = claims_section({}).parts
         assert [row[0] for row in claims.rows] == list(range(1, 10))
+        assert {row[3] for row in claims.rows} == {"not run"}
+        assert conditions.rows == ()
+
+    def test_nothing_was_measured(self):
+        claims, conditions = claims_section({one.experiment: {} for one in CLAIMS}).parts
         assert {row[3] for row in claims.rows} == {"cannot tell"}
         assert len(conditions.rows) == sum(len(one.conditions) for one in CLAIMS)
         assert {row[2:] for row in conditions.rows} == {(None, None, None, None, "cannot tell")}
@@ -147,15 +152,15 @@ class TestSection:
         claims, conditions = claims_section({first.experiment: {name: measured}}).parts
         assert claims.rows[0] == (1, first.name, first.where, "replicated", first.paper)
         assert conditions.rows[0] == (1, f"{name} > 0", 0.17, 0.1, 0.3, 34, "replicated")
-        assert {row[3] for row in claims.rows[1:]} == {"cannot tell"}
+        assert {row[3] for row in claims.rows[1:]} == {"not run"}
 
     def test_an_effect_of_another_experiment_is_not_taken(self):
         name = CLAIMS[0].conditions[0].effect
         claims, _ = claims_section({"clusters": {name: effect(1, 2)}}).parts
-        assert claims.rows[0][3] == "cannot tell"
+        assert claims.rows[0][3] == "not run"
 
     def test_rows_fit_their_heads(self):
-        for table in claims_section({}).parts:
+        for table in claims_section({one.experiment: {} for one in CLAIMS}).parts:
             assert {len(row) for row in table.rows} == {len(table.columns)}
 
 

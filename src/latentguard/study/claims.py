@@ -189,12 +189,13 @@ def claims_section(effects: Mapping[str, Mapping[str, Estimate]]) -> Section:
         effects: Experiment -> effect -> what was measured; experiments that did not run are absent.
     """
     verdicts = tuple(
-        (n, claim.name, claim.where, claim.verdict(effects.get(claim.experiment, {})), claim.paper)
+        (n, claim.name, claim.where, _verdict(claim, effects), claim.paper)
         for n, claim in enumerate(CLAIMS, 1)
     )
     rows = [
-        (n, str(one), *_shown(effects.get(claim.experiment, {}).get(one.effect), one))
+        (n, str(one), *_shown(effects[claim.experiment].get(one.effect), one))
         for n, claim in enumerate(CLAIMS, 1)
+        if claim.experiment in effects
         for one in claim.conditions
     ]
     text = (
@@ -208,6 +209,11 @@ def claims_section(effects: Mapping[str, Mapping[str, Estimate]]) -> Section:
         Table("Conditions", columns, tuple(rows)),
     )
     return Section("The paper's claims", text, parts)
+
+
+def _verdict(claim: Claim, effects: Mapping[str, Mapping[str, Estimate]]) -> str:
+    run = claim.experiment in effects
+    return claim.verdict(effects[claim.experiment]) if run else "not run"
 
 
 def _shown(found: Estimate | None, condition: Condition) -> Sequence[Cell]:

@@ -96,7 +96,8 @@ def prepare(
     )
     how: dict[str, Any] = {"judge": _endpoint(judged, kept)} if judged else {}
     subject = Subject(model, kept, step=step, tools=tools, **how)
-    return Study(subject, pools, settings, model.source)
+    local = Path(model.source).exists()
+    return Study(subject, pools, settings, Path(model.source).name if local else model.source)
 
 
 def _endpoint(judged: Mapping[str, Any], store: Store) -> EndpointJudge:
