@@ -34,8 +34,11 @@ from latentguard.states import Intervention, Progress
 if TYPE_CHECKING:
     from latentguard.model.hf import ChatModel
 
-DECODED = 4
+DECODED = {"cpu": 16, "cuda": 4}
 """Tokens that are kept while decoding, as a multiple of the model's ``tokens_per_batch``."""
+
+KEPT_ON_CPU = 2 << 30
+"""Bytes of their keys and values at most where no error tells that memory ran out."""
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of blocks that remember keys and values, and these alone, for each token."""
@@ -139,7 +142,11 @@ class _Run:
 
     def at_once(self, tokens: int) -> int:
         """How many settings are decoded together if one has so many tokens."""
-        return max(1, DECODED * self.model.tokens_per_batch // tokens)
+        kind = self.model.device.type
+        most = DECODED.get(kind, 4) * self.model.tokens_per_batch
+        if kind == "cpu":
+            most = min(most, KEPT_ON_CPU // _token_bytes(self.model))
+        return max(1, most // tokens)
 
     @torch.inference_mode()
     def batch(
@@ -198,6 +205,15 @@ class _Run:
         said = ids[:-1] if finished else ids
         text = self.model.tokenizer.decode(said, skip_special_tokens=True)
         return Reply(prompt, text, tuple(ids), finished, watched=watched)
+
+
+def _token_bytes(model: ChatModel) -> int:
+    """Of the keys and values of one token in all blocks, at most."""
+    config = model.model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    wide = (getattr(config, "num_key_value_heads", None) or heads) * size
+    return int(2 * model.depth * wide * model.model.dtype.itemsize)
 
 
 def end_ids(model: ChatModel) -> set[int]:
