@@ -8,7 +8,6 @@ from typing import get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from latentguard.plots import plane
 from latentguard.prompts import Group, Prompt
 from latentguard.report import Cell, Figure, Section, Table
 from latentguard.states import States
-from latentguard.study.directions import fit_axes, random_like
+from latentguard.study.directions import belief, fit_axes, random_like
 from latentguard.study.finding import Finding, cells
 from latentguard.study.material import Material, kept
 from latentguard.study.settings import Settings
@@ -74,12 +73,6 @@ def collect(subject: Subject, material: Material, settings: Settings) -> Records
         "centroids of random halves": _planes(_halves(axes.harmful, axes.refuse, fitted), states),
     }
     return Records(prompts, beliefs, chance, axes.note)
-
-
-def belief(axis: Axis, states: Float[Tensor, "n l d"]) -> NDArray[np.float64]:
-    """Delta: the mean of s^l over the layers 1 to L (equations 3 and 4), [n]."""
-    found: NDArray[np.float64] = axis.layer_beliefs(states)[:, 1:].mean(1).double().numpy()
-    return found
 
 
 def analyse(records: Records, settings: Settings) -> Finding:

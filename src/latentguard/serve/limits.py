@@ -67,7 +67,7 @@ class Limits:
             await self.app(scope, _replay(body, receive), answer)
         except Fault as fault:
             await answer.fault(fault, close=True)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the client reads one plain sentence
             log.error("%s failed: %r", answer.request, error, exc_info=True)
             await answer.fault(Fault("The service failed on this request."), close=True)
         finally:

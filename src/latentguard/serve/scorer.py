@@ -228,7 +228,7 @@ class Scorer:
         try:
             work, prompts = jobs[0].work, [job.prompt for job in jobs if job.prompt]
             found = self._alone(work) if work else judge_each(self.guard, self.model, prompts)
-        except Exception as error:
+        except Exception as error:  # whatever it is, nobody may wait for this batch
             self._settle(jobs, [Unavailable("The guard failed on this batch.")] * len(jobs))
             self._recover(error)
             return
@@ -254,7 +254,7 @@ class Scorer:
             return talk.step(self.guard, self.model)
         except LatentGuardError as error:
             talk.tell(fault_of(error))
-        except Exception as error:
+        except Exception as error:  # nor for this chat
             talk.tell(Unavailable("The guard failed on this chat."))
             self._recover(error)
         return False

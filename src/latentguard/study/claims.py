@@ -199,7 +199,7 @@ def claims_section(effects: Mapping[str, Mapping[str, Estimate]]) -> Section:
         for one in claim.conditions
     ]
     text = (
-        "The rules were written before the run. Replicated: the whole 95 % interval of every "
+        "The rules are part of the program. Replicated: the whole 95 % interval of every "
         "effect lies on the claimed side. Not replicated: that of one effect lies on the other "
         "side. Otherwise the run cannot tell."
     )

@@ -56,6 +56,12 @@ def fit_axes(subject: Subject, material: Material, *, enough: int = 10) -> Axes:
     return Axes(harmful, None, f"{_note('harmful', 'harmless', harmful)}; {few}")
 
 
+def belief(axis: Axis, states: Float[Tensor, "n l d"]) -> NDArray[np.float64]:
+    """Delta: the mean of s^l over the layers 1 to L (equations 3 and 4), [n]."""
+    found: NDArray[np.float64] = axis.layer_beliefs(states)[:, 1:].mean(1).double().numpy()
+    return found
+
+
 def steer(
     axis: Axis, layer: int, coefficient: float = 1.0, *, tokens: Tokens, label: str
 ) -> Intervention:

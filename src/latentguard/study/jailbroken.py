@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from latentguard.metrics import Estimate
 from latentguard.prompts import Prompt
 from latentguard.study.attacks import TARGET, Wave
-from latentguard.study.directions import Axes
+from latentguard.study.directions import Axes, belief
 from latentguard.study.settings import Settings
 from latentguard.study.subject import Subject
 
@@ -81,13 +81,9 @@ def read_beliefs(subject: Subject, axes: Axes, prompts: Sequence[Prompt], *, wha
     if not prompts:
         return Beliefs((), np.zeros(0), np.zeros(0) if axes.refuse else None)
     states = subject.states(prompts, what=what)
-    harmful, refuse = (
-        axis.layer_beliefs(states.at(axis.position))[:, 1:].mean(1).double().numpy()
-        if axis
-        else None
-        for axis in (axes.harmful, axes.refuse)
-    )
-    return Beliefs(tuple(prompts), np.asarray(harmful), refuse)
+    harmful = belief(axes.harmful, states.at("t_inst"))
+    refuse = belief(axes.refuse, states.at("t_post")) if axes.refuse else None
+    return Beliefs(tuple(prompts), harmful, refuse)
 
 
 def search_suffixes(
