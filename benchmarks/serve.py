@@ -37,9 +37,10 @@ import httpx
 import torch
 
 from latentguard.contrast import load_contrast
-from latentguard.guard import LatentGuard, Verdict
+from latentguard.guard import LatentGuard
 from latentguard.model.converse import Conversation
 from latentguard.model.hf import ChatModel
+from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve import server
 from latentguard.serve.judging import judge_states

@@ -19,7 +19,7 @@ _HOMES = {
     "Prompt": "latentguard.prompts",
     "Reply": "latentguard.prompts",
     "States": "latentguard.states",
-    "Verdict": "latentguard.guard",
+    "Verdict": "latentguard.parts",
     "load_contrast": "latentguard.contrast",
     "read_prompts": "latentguard.prompts",
 }

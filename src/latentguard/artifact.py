@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from latentguard.errors import GuardError
 
-SCHEMA = 1
+SCHEMA = 2
 JSON_FILE, TENSOR_FILE, CARD_FILE = "guard.json", "guard.safetensors", "README.md"
 POLES = ("positive", "negative")
 
@@ -51,10 +51,10 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         record = json.loads(text)
     except ValueError:
         raise GuardError(f"{folder / JSON_FILE} is not JSON; fit the guard again.") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    if not isinstance(record, dict) or record.get("schema") not in range(1, SCHEMA + 1):
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise GuardError(
-            f"{folder / JSON_FILE} has schema {found!r}, expected {SCHEMA}: it was written by "
+            f"{folder / JSON_FILE} has schema {found!r}, expected 1 to {SCHEMA}: it was written by "
             "another version of latentguard, or is no guard."
         )
     if hashlib.sha256(packed).hexdigest() != record.get("tensors_sha256"):
@@ -62,6 +62,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder / TENSOR_FILE} is damaged or belongs to another guard: its digest is not the "
             f"one in {JSON_FILE}. Restore both files, or fit the guard again."
         )
+    if record["schema"] == 1:
+        record["parts"] = {}  # there were none
     try:
         return record, load(packed)
     except SafetensorError as error:
@@ -103,8 +105,8 @@ def _replace(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def model_card(record: Mapping[str, Any], *, promise: str) -> str:
-    """What a guard is and promises, for people."""
+def model_card(record: Mapping[str, Any], *, promise: str, notes: Sequence[str] = ()) -> str:
+    """What a guard is and promises, for people; ``notes`` are paragraphs of its optional parts."""
     bound_to, layers, made = record["fingerprint"], record["readout"]["layers"], record["fitted"]
     counts = [(made or {}).get(side, "an unknown number of") for side in ("harmful", "harmless")]
     return f"""# Latent guard for {bound_to["model"]}
@@ -116,7 +118,7 @@ Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}
 - Threshold {record["threshold"]:.6g}: {promise}.
 - Bound to weights {bound_to["weights"][:12]}, tokenizer {bound_to["tokenizer"][:12]}, chat template
   {bound_to["template"][:12]}, dtype {bound_to["dtype"]}; any other model is refused.
-
+{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}
 The promise holds for harmless prompts drawn like those that the guard was calibrated on. A guard of
 this kind does not stop a determined adversary, and says nothing of the model's replies.
 

@@ -23,10 +23,11 @@ from latentguard.experiments.detection import (
     random_direction_scores,
 )
 from latentguard.fitting import capture
-from latentguard.guard import LatentGuard, Verdict
+from latentguard.guard import LatentGuard
 from latentguard.metrics import auroc
 from latentguard.model.hf import ChatModel
 from latentguard.model.sources import DEFAULT_HUB_ID
+from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.readings import DEFAULT, Reading
 from latentguard.report import Figure, Report, Section, Table

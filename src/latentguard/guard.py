@@ -2,81 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from scipy.special import expit
 
 from latentguard import fitting, readings
-from latentguard.artifact import POLES, model_card, read_folder, require_sound, write_folder
-from latentguard.axes import Axis
 from latentguard.canaries import TOLERANCE, Canary, canary_prompts
 from latentguard.errors import GuardError, ModelMismatch
-from latentguard.metrics import Bound, threshold_for_fpr
+from latentguard.metrics import threshold_for_fpr
+from latentguard.packing import Contents
+from latentguard.parts import Decision, Verdict
 from latentguard.prompts import Prompt
 from latentguard.readings import Reading
-from latentguard.readouts import Kind, Readout, require_kind
+from latentguard.readouts import Kind, require_kind
 from latentguard.states import Backend, Fingerprint, Progress, States, digest_prompts
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a guard says of one prompt."""
-
-    id: str
-    """Of the prompt."""
-
-    score: float
-    """Higher is more harmful; the unit is the readout's own."""
-
-    probability: float
-    """Platt-scaled score: probability of harmful where both classes are equally frequent."""
-
-    flagged: bool
-    """Whether the score is above the threshold."""
-
-    beliefs: dict[str, float]
-    """Delta of each axis (equations 3 and 4), over the guard's layers."""
-
-
 @dataclass(frozen=True, eq=False)
-class LatentGuard:
+class LatentGuard(Contents):
     """A guard for one model; immutable."""
-
-    reading: Reading
-    """Where it reads."""
-
-    readout: Readout
-    """How states become a score."""
-
-    axes: tuple[Axis, ...]
-    """``harmful`` at t_inst; ``refuse`` at t_post where refusals were known."""
-
-    fingerprint: Fingerprint
-    """The model it is bound to."""
-
-    platt: tuple[float, float]
-    """Slope and intercept: probability = sigmoid(slope * score + intercept)."""
-
-    spread: float
-    """Standard deviation of the training scores."""
-
-    canaries: tuple[Canary, ...] = ()
-    """Checked when the guard meets a model."""
-
-    threshold: float = 0.0
-    """A prompt is flagged if its score is greater."""
-
-    bound: Bound | None = None
-    """What calibration promises of the threshold; None before."""
-
-    fitted: dict[str, Any] | None = None
-    """Provenance: counts, choices, digests of the data, versions."""
 
     @staticmethod
     def fit(
@@ -169,11 +116,6 @@ class LatentGuard:
         for states in batches:
             yield from self.judge(states)
 
-    @property
-    def positions(self) -> tuple[str, ...]:
-        """Every position that the readout or an axis reads."""
-        return tuple(dict.fromkeys([*self.reading.positions, *(a.position for a in self.axes)]))
-
     def judge(self, states: States) -> Iterator[Verdict]:
         """Verdicts for states captured at ``positions`` and at least the readout's layers."""
         states = states.select(self.readout.layers)
@@ -185,10 +127,17 @@ class LatentGuard:
                 "bfloat16 or float32 instead of float16."
             )
         chances = expit(self.platt[0] * scores.numpy() + self.platt[1])
+        verdicts = []
         for i, prompt in enumerate(states.prompts):
             score = float(scores[i])
             believed = {name: float(values[i]) for name, values in beliefs.items()}
-            yield Verdict(prompt.id, score, float(chances[i]), score > self.threshold, believed)
+            decision: Decision = "block" if (flagged := score > self.threshold) else "allow"
+            verdicts.append(
+                Verdict(prompt.id, score, float(chances[i]), flagged, believed, decision)
+            )
+        for part in self.parts:
+            verdicts = part.judge(states, verdicts)
+        yield from verdicts
 
     def require_match(self, found: Fingerprint) -> None:
         """Raise ``ModelMismatch``, saying what differs, unless the model is the guard's own."""
@@ -211,25 +160,6 @@ class LatentGuard:
                 f"{TOLERANCE}. Its weights or the software under it changed; fit again."
             )
 
-    @property
-    def promise(self) -> str:
-        """What the threshold promises, in words."""
-        return str(self.bound) if self.bound else "not calibrated, so nothing is promised"
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of everything that makes its verdicts."""
-        record, tensors = self._packed()
-        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-        for name in sorted(tensors):
-            digest.update(tensors[name].contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``guard.json``, ``guard.safetensors`` and a model card."""
-        record, tensors = self._packed()
-        write_folder(folder, record, tensors, model_card(record, promise=self.promise))
-
     @staticmethod
     def load(folder: str | Path, backend: Backend | None = None) -> LatentGuard:
         """Read a guard; with a backend, also check that it is the guard's model (``check``).
@@ -238,59 +168,10 @@ class LatentGuard:
             GuardError: if the folder is not a whole guard of a known schema.
             ModelMismatch: if the backend is not the model that the guard was fitted on.
         """
-        record, tensors = read_folder(folder)
-        try:
-            guard = _unpacked(record, tensors)
-        except (LookupError, TypeError, ValueError, GuardError) as error:
-            raise GuardError(
-                f"{folder} holds a damaged guard ({error!r}); restore it or fit it again."
-            ) from None
+        guard = LatentGuard.read(folder)
         if backend is not None:
             guard.check(backend)
         return guard
-
-    def _packed(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        tensors = {"weight": self.readout.weight}
-        for axis in self.axes:
-            tensors |= {f"{axis.name}.{pole}": getattr(axis, pole) for pole in POLES}
-        record = {
-            "fingerprint": asdict(self.fingerprint),
-            "reading": asdict(self.reading),
-            "readout": dict(
-                kind=self.readout.kind, layers=self.readout.layers, bias=self.readout.bias
-            ),
-            "axes": [dict(name=a.name, position=a.position, counts=a.counts) for a in self.axes],
-            "threshold": self.threshold,
-            "bound": asdict(self.bound) if self.bound else None,
-            "platt": self.platt,
-            "spread": self.spread,
-            "canaries": [asdict(canary) for canary in self.canaries],
-            "fitted": self.fitted,
-        }
-        return record, tensors
-
-
-def _unpacked(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LatentGuard:
-    require_sound(record, tensors)
-    readout, reading, (slope, intercept) = record["readout"], record["reading"], record["platt"]
-    layers = tuple(readout["layers"])
-    axes = []
-    for axis in record["axes"]:
-        plus, minus = (tensors[f"{axis['name']}.{pole}"] for pole in POLES)
-        counts = tuple(axis["counts"])
-        axes.append(Axis(axis["name"], axis["position"], layers, plus, minus, counts))
-    return LatentGuard(
-        reading=Reading(reading["name"], tuple(reading["positions"])),
-        readout=Readout(readout["kind"], layers, tensors["weight"], float(readout["bias"])),
-        axes=tuple(axes),
-        fingerprint=Fingerprint(**record["fingerprint"]),
-        platt=(float(slope), float(intercept)),
-        spread=float(record["spread"]),
-        canaries=tuple(Canary(**canary) for canary in record["canaries"]),
-        threshold=float(record["threshold"]),
-        bound=Bound(**record["bound"]) if record["bound"] else None,
-        fitted=record["fitted"],
-    )
 
 
 def _prompt(item: Prompt | str, number: int) -> Prompt:

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TextIO
 
 from latentguard.errors import PromptError
-from latentguard.guard import LatentGuard, Verdict
+from latentguard.guard import LatentGuard
+from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.report import write_text
 from latentguard.states import Backend, Progress, digest_prompts
 
 
 def line_of(verdict: Verdict) -> str:
-    """One JSON object: id, score, probability, flagged, beliefs."""
+    """One JSON object with every field of the verdict."""
     return json.dumps(asdict(verdict))
 
 

@@ -48,7 +48,7 @@ class TestFiles:
         names = {file.name for file in folder.iterdir()}
         assert names == {JSON_FILE, TENSOR_FILE, CARD_FILE}
         record = json.loads((folder / JSON_FILE).read_text())
-        assert record["schema"] == SCHEMA == 1
+        assert record["schema"] == SCHEMA == 2
         assert record["fingerprint"] == asdict(guard.fingerprint)
         assert set(load((folder / TENSOR_FILE).read_bytes())) == {
             "weight",
@@ -120,13 +120,13 @@ class TestDamage:
     @pytest.mark.parametrize("content", [b"\xff\xfe{", b"{}", b"[]", b"3", b"null", b'"a"'])
     def test_other_content(self, folder, content):
         (folder / JSON_FILE).write_bytes(content)
-        with pytest.raises(GuardError, match=r"is not JSON|has schema .* expected 1"):
+        with pytest.raises(GuardError, match=r"is not JSON|has schema .* expected 1 to 2"):
             LatentGuard.load(folder)
 
-    @pytest.mark.parametrize("schema", [0, 2, "1", None])
+    @pytest.mark.parametrize("schema", [0, 3, "1", None])
     def test_another_schema(self, folder, schema):
         edit(folder, lambda r: r.update(schema=schema))
-        with pytest.raises(GuardError, match=f"has schema {schema!r}, expected 1"):
+        with pytest.raises(GuardError, match=f"has schema {schema!r}, expected 1 to 2"):
             LatentGuard.load(folder)
 
     def test_truncated_or_flipped_tensors(self, folder):
@@ -255,13 +255,21 @@ class TestOldGuards:
         assert guard.bound.max_fpr == 0.05
         assert [v.flagged for v in verdicts] == [True, False, True]
 
+    def test_schema_2(self):
+        backend = FakeBackend()
+        guard = LatentGuard.load(OLD / "guard-schema-2", backend)
+        verdicts = list(guard.scan(backend, self.PINNED))
+        assert [v.score for v in verdicts] == pytest.approx(list(self.PINNED.values()), abs=1e-5)
+        assert [v.decision for v in verdicts] == ["block", "allow", "block"]
+
     def test_there_is_one_of_each(self):
         assert {f.name for f in OLD.glob("guard-schema-*")} == {
             f"guard-schema-{n}" for n in range(1, SCHEMA + 1)
         }
 
-    def test_saving_it_again_changes_nothing(self, tmp_path):
-        old = LatentGuard.load(OLD / "guard-schema-1")
+    @pytest.mark.parametrize("schema", range(1, SCHEMA + 1))
+    def test_saving_it_again_changes_nothing(self, schema, tmp_path):
+        old = LatentGuard.load(OLD / f"guard-schema-{schema}")
         old.save(tmp_path)
         assert LatentGuard.load(tmp_path).digest == old.digest
         weight = torch.equal(LatentGuard.load(tmp_path).readout.weight, old.readout.weight)

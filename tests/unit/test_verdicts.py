@@ -65,7 +65,7 @@ class TestAWholeRun:
         assert [row["id"] for row in rows] == [p.id for p in prompts]
         verdicts = list(guard.scan(FakeBackend(), prompts))
         assert rows == [asdict(v) for v in verdicts]
-        assert list(rows[0]) == ["id", "score", "probability", "flagged", "beliefs"]
+        assert list(rows[0])[:5] == ["id", "score", "probability", "flagged", "beliefs"]
 
     def test_no_text_of_a_prompt_is_written(self, whole):
         assert b"Please" not in whole

@@ -164,12 +164,11 @@ def audit(
 @app.command()
 def show(guard: GuardFolder) -> None:
     """Print what a guard is, what it promises, and what it is bound to."""
-    from latentguard.artifact import model_card, read_folder
     from latentguard.guard import LatentGuard
 
-    record, _ = read_folder(guard)
-    typer.echo(model_card(record, promise=LatentGuard.load(guard).promise))
-    for name, value in (record["fitted"] or {}).items():
+    loaded = LatentGuard.load(guard)
+    typer.echo(loaded.card)
+    for name, value in (loaded.fitted or {}).items():
         typer.echo(f"{name}: {value}")
 
 

@@ -11,8 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from latentguard.guard import LatentGuard, Verdict
+from latentguard.guard import LatentGuard
 from latentguard.model.hf import ChatModel
+from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.drift import Reference
 from latentguard.serve.judging import judge_all, trace

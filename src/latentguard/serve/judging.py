@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
-from latentguard.guard import LatentGuard, Verdict
+from latentguard.guard import LatentGuard
 from latentguard.model.converse import read_instruction
 from latentguard.model.hf import ChatModel
+from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest, Fault, Unavailable
 from latentguard.states import States

@@ -1,0 +1,191 @@
+"""What a guard holds, and how that is packed into JSON and tensors.
+
+How to add an optional part: see ``parts.py``; its class goes into ``PARTS``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from torch import Tensor
+
+from latentguard.artifact import POLES, model_card, read_folder, require_sound, write_folder
+from latentguard.axes import Axis
+from latentguard.canaries import Canary
+from latentguard.errors import GuardError
+from latentguard.metrics import Bound
+from latentguard.parts import Part
+from latentguard.readings import Reading
+from latentguard.readouts import Readout
+from latentguard.states import Fingerprint
+
+PARTS: list[type[Part]] = []
+"""Every optional part that there is, in the order in which they judge."""
+
+P = TypeVar("P", bound=Part)
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a guard holds; immutable."""
+
+    reading: Reading
+    """Where it reads."""
+
+    readout: Readout
+    """How states become a score."""
+
+    axes: tuple[Axis, ...]
+    """``harmful`` at t_inst; ``refuse`` at t_post where refusals were known."""
+
+    fingerprint: Fingerprint
+    """The model it is bound to."""
+
+    platt: tuple[float, float]
+    """Slope and intercept: probability = sigmoid(slope * score + intercept)."""
+
+    spread: float
+    """Standard deviation of the training scores."""
+
+    canaries: tuple[Canary, ...] = ()
+    """Checked when the guard meets a model."""
+
+    threshold: float = 0.0
+    """A prompt is flagged if its score is greater."""
+
+    bound: Bound | None = None
+    """What calibration promises of the threshold; None before."""
+
+    fitted: dict[str, Any] | None = None
+    """Provenance: counts, choices, digests of the data, versions."""
+
+    parts: tuple[Part, ...] = ()
+    """Optional parts, at most one of each class, in the order in which they judge."""
+
+    def part(self, kind: type[P]) -> P | None:
+        """The part of that class; None if there is none."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
+
+    def with_part(self, new: Part) -> Self:
+        """A new guard with this part, instead of the one of its class."""
+        parts = [part for part in self.parts if type(part) is not type(new)] + [new]
+        return replace(self, parts=tuple(sorted(parts, key=lambda part: PARTS.index(type(part)))))
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Every position that the readout, an axis or a part reads."""
+        read = [*self.reading.positions, *(axis.position for axis in self.axes)]
+        return tuple(dict.fromkeys([*read, *(p for part in self.parts for p in part.positions)]))
+
+    @property
+    def promise(self) -> str:
+        """What the threshold promises, in words."""
+        return str(self.bound) if self.bound else "not calibrated, so nothing is promised"
+
+    @property
+    def card(self) -> str:
+        """The model card, in Markdown."""
+        notes = [note for part in self.parts for note in part.notes()]
+        return model_card(self.pack()[0], promise=self.promise, notes=notes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that makes its verdicts."""
+        record, tensors = self.pack()
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+        for name in sorted(tensors):
+            digest.update(tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``guard.json``, ``guard.safetensors`` and a model card."""
+        write_folder(folder, *self.pack(), self.card)
+
+    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What JSON can hold, and tensors."""
+        packed = {part.name: part.pack() for part in self.parts}
+        tensors = {"weight": self.readout.weight}
+        for axis in self.axes:
+            tensors |= {f"{axis.name}.{pole}": getattr(axis, pole) for pole in POLES}
+        for name, (_, held) in packed.items():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in held.items()}
+        record = {
+            "fingerprint": asdict(self.fingerprint),
+            "reading": asdict(self.reading),
+            "readout": dict(
+                kind=self.readout.kind, layers=self.readout.layers, bias=self.readout.bias
+            ),
+            "axes": [dict(name=a.name, position=a.position, counts=a.counts) for a in self.axes],
+            "threshold": self.threshold,
+            "bound": asdict(self.bound) if self.bound else None,
+            "platt": self.platt,
+            "spread": self.spread,
+            "canaries": [asdict(canary) for canary in self.canaries],
+            "fitted": self.fitted,
+            "parts": {name: record for name, (record, _) in packed.items()},
+        }
+        return record, tensors
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            GuardError: if the folder is not a whole guard of a known schema.
+        """
+        record, tensors = read_folder(folder)
+        try:
+            return cls.unpack(record, tensors)
+        except (LookupError, TypeError, ValueError, AttributeError, GuardError) as error:
+            raise GuardError(
+                f"{folder} holds a damaged guard ({error!r}); restore it or fit it again."
+            ) from None
+
+    @classmethod
+    def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """What ``pack`` packed.
+
+        Raises:
+            LookupError, TypeError, ValueError, AttributeError, GuardError: if it is damaged.
+        """
+        require_sound(record, tensors)
+        readout, reading, (slope, intercept) = record["readout"], record["reading"], record["platt"]
+        layers = tuple(readout["layers"])
+        return cls(
+            reading=Reading(reading["name"], tuple(reading["positions"])),
+            readout=Readout(readout["kind"], layers, tensors["weight"], float(readout["bias"])),
+            axes=tuple(_axis(axis, layers, tensors) for axis in record["axes"]),
+            fingerprint=Fingerprint(**record["fingerprint"]),
+            platt=(float(slope), float(intercept)),
+            spread=float(record["spread"]),
+            canaries=tuple(Canary(**canary) for canary in record["canaries"]),
+            threshold=float(record["threshold"]),
+            bound=Bound(**record["bound"]) if record["bound"] else None,
+            fitted=record["fitted"],
+            parts=_parts(record["parts"], tensors),
+        )
+
+
+def _axis(
+    record: Mapping[str, Any], layers: tuple[int, ...], tensors: Mapping[str, Tensor]
+) -> Axis:
+    plus, minus = (tensors[f"{record['name']}.{pole}"] for pole in POLES)
+    return Axis(record["name"], record["position"], layers, plus, minus, tuple(record["counts"]))
+
+
+def _parts(records: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Part, ...]:
+    if unknown := set(records) - {kind.name for kind in PARTS}:
+        raise ValueError(f"unknown parts, of a newer version: {', '.join(sorted(unknown))}")
+    held = {kind: f"{kind.name}." for kind in PARTS if kind.name in records}
+    return tuple(
+        kind.unpack(
+            records[kind.name],
+            {key.removeprefix(dot): t for key, t in tensors.items() if key.startswith(dot)},
+        )
+        for kind, dot in held.items()
+    )

@@ -1,0 +1,93 @@
+"""What a guard says of a prompt, and the optional parts that add to it.
+
+A part is one frozen dataclass in a module of its own: what it needs beyond the core of a guard, how
+it is packed, and what it adds to a verdict. To add one:
+
+1. subclass ``Part`` with a ``name`` (it is the key in ``guard.json`` and the prefix of its tensors)
+   and write ``pack`` and ``unpack``;
+2. override what it needs of ``positions``, ``judge`` and ``notes``;
+3. add the class to ``PARTS`` in ``packing.py``, whose order is the order of judging, and the module
+   to the layers in ``pyproject.toml`` (below ``packing``);
+4. make guards with it by ``guard.with_part(part)``; read it by ``guard.part(MyPart)``, which is
+   None where a guard has none.
+
+Saving, loading, the digest and the model card follow from that; ``guard.py`` need not change.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+from torch import Tensor
+
+from latentguard.states import States
+
+Decision = Literal["allow", "review", "block"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard says of one prompt."""
+
+    id: str
+    """Of the prompt."""
+
+    score: float
+    """Higher is more harmful; the unit is the readout's own."""
+
+    probability: float
+    """Probability of harmful where both classes are equally frequent."""
+
+    flagged: bool
+    """Whether the score is above the threshold."""
+
+    beliefs: dict[str, float]
+    """Delta of each axis (equations 3 and 4), over the guard's layers."""
+
+    decision: Decision = "allow"
+    """``block`` if flagged; ``review`` between two calibrated thresholds; else ``allow``."""
+
+    category: str | None = None
+    """The likely risk category; None if the guard knows none."""
+
+    category_scores: dict[str, float] = field(default_factory=dict)
+    """Of each category that the guard knows."""
+
+    quadrant: str | None = None
+    """What both beliefs together say; None without a refusal axis."""
+
+
+class Part(ABC):
+    """An optional part of a guard; subclasses are frozen dataclasses."""
+
+    name: ClassVar[str]
+    """Its key in ``guard.json``; its tensors are called ``NAME.TENSOR``."""
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """What it reads beyond the guard's own positions, at the guard's layers."""
+        return ()
+
+    @abstractmethod
+    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What JSON can hold, and tensors."""
+
+    @classmethod
+    @abstractmethod
+    def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The part that was packed so.
+
+        Raises:
+            LookupError, TypeError, ValueError: if it is damaged; the guard is then not loaded.
+        """
+
+    def judge(self, states: States, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """The verdicts on ``states.prompts`` with what this part adds, in the same order."""
+        return list(verdicts)
+
+    def notes(self) -> list[str]:
+        """Paragraphs and tables for the model card and ``latentguard show``, in Markdown."""
+        return []
