@@ -555,7 +555,8 @@ class TestProcess:
 
     def test_a_person_who_interrupts(self, guard, tmp_path):
         """Control-C while standard input is awaited."""
-        words = [*self.RUN, "score", guard, "-", "--out", tmp_path / "v.jsonl"]
+        heeding = ["env", "--default-signal=INT"]  # a job in the background ignores it
+        words = [*heeding, *self.RUN, "score", guard, "-", "--out", tmp_path / "v.jsonl"]
         with subprocess.Popen(
             words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=self.ENV
         ) as process:
