@@ -1,6 +1,7 @@
 """The built-in contrast set: form-matched pairs, balanced, split by pair, fixed by id."""
 
 import json
+import re
 import string
 from collections import Counter
 from importlib.resources import files
@@ -27,6 +28,30 @@ CATEGORIES = {
     "elections",
 }
 LONE = {"over_refusal", "ordinary"}
+MORE_CATEGORIES = {
+    "sexual_content",
+    "harassment",
+    "cybercrime",
+    "fraud",
+    "drugs",
+    "extremism",
+    "jailbreak",
+}
+KINDS = {
+    "borderline",
+    "chat",
+    "code",
+    "confession",
+    "fiction",
+    "language",
+    "pasted",
+    "question",
+    "register",
+    "roleplay",
+    "statement",
+    "wrapper",
+}
+TEMPLATE = re.compile(r"<\|\w+\|>|</?s>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +69,8 @@ def pairs(prompts):
     return [(members[True], members[False]) for members in found.values()]
 
 
-def rows():
-    text = files("latentguard.contrast").joinpath("contrast.jsonl").read_text("utf-8")
+def rows(name="contrast"):
+    text = files("latentguard.contrast").joinpath(f"{name}.jsonl").read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -158,6 +183,75 @@ class TestForm:
     @pytest.mark.parametrize("split", SPLITS)
     def test_no_split_is_warned_of(self, split):
         assert audit(load_contrast(split)).warnings == []
+
+
+class TestTraffic:
+    """Messages as people send them: paired like the contrast set, but of many kinds."""
+
+    @pytest.fixture(scope="class")
+    def traffic(self):
+        return [p for p in load_contrast(traffic=True) if p.source == "traffic"]
+
+    @pytest.fixture(scope="class")
+    def twins(self):
+        found = {}
+        for row in rows("traffic"):
+            if "pair" in row:
+                found.setdefault(row["pair"], {})[row["label"]] = row
+        return [(members["harmful"], members["harmless"]) for members in found.values()]
+
+    def test_only_if_asked_for(self, traffic, prompts):
+        assert load_contrast(traffic=True) == [*prompts, *traffic]
+        assert {p.source for p in prompts} == {"contrast"}
+
+    def test_how_many(self, traffic, twins):
+        assert len(twins) >= 600
+        lone = [p for p in traffic if not p.pair]
+        assert len(lone) >= 150
+        assert all(p.harmful is False for p in lone)
+        assert len(traffic) == 2 * len(twins) + len(lone)
+
+    def test_both_members_share_what_is_said_of_them(self, twins):
+        for harmful, harmless in twins:
+            assert harmful["kind"] == harmless["kind"]
+            assert harmful["category"] == harmless["category"]
+
+    def test_members_share_their_form(self, twins):
+        for harmful, harmless in twins:
+            a, b = harmful["text"], harmless["text"]
+            assert ending(a) == ending(b), (a, b)
+            assert form(a) == form(b), (a, b)
+            assert a[0].isupper() == b[0].isupper(), (a, b)
+            assert abs(len(a) - len(b)) <= max(14, 0.3 * max(len(a), len(b))), (a, b)
+
+    def test_every_kind_and_category_is_there(self, twins):
+        assert {row["kind"] for row in rows("traffic")} == KINDS
+        counts = Counter(harmful["category"] for harmful, _ in twins)
+        assert set(counts) == CATEGORIES | MORE_CATEGORIES
+        assert max(counts.values()) <= 5 * min(counts.values())
+
+    def test_nothing_twice(self, traffic, prompts):
+        everything = [letters(p.text) for p in [*prompts, *load_samples(), *traffic]]
+        assert len(set(everything)) == len(everything)
+        assert len({p.id for p in [*prompts, *traffic]}) == len(prompts) + len(traffic)
+
+    def test_template_tokens_only_in_wrappers(self):
+        for row in rows("traffic"):
+            assert row["kind"] == "wrapper" or not TEMPLATE.search(row["text"]), row
+            assert row["text"] == row["text"].strip()
+
+    def test_the_splits_make_up_the_whole(self, traffic, prompts):
+        parts = [p.id for split in SPLITS for p in load_contrast(split, traffic=True)]
+        assert sorted(parts) == sorted(p.id for p in [*prompts, *traffic])
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_form_does_not_tell_the_label(self, split, monkeypatch):
+        nothing = lambda prompts, folds: np.zeros(len(prompts))  # noqa: E731
+        monkeypatch.setattr("latentguard.audit.ngram_held_out", nothing)
+        part = load_contrast(split, traffic=True)
+        for prompts in (part, [p for p in part if p.source == "traffic"]):
+            found = audit(prompts)
+            assert max(found.ending, found.form, found.length) <= 0.56
 
 
 class TestCanaries:
