@@ -1,0 +1,100 @@
+"""The robustness tables of docs/stress.md: the default guard of a model under every attack.
+
+    python benchmarks/stress.py MODEL --name NAME [--dtype D] [--budget B] [--docs docs/stress.md]
+
+Fits and calibrates the default guard as ``latentguard demo`` does (reused if it is in OUT/guard),
+runs ``latentguard stress`` on it, and puts the tables between the marks of NAME in the document.
+A killed run goes on where it stopped. One thread is used: results do not depend on the machine's
+number of cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from latentguard.cli.console import progress
+from latentguard.contrast import load_contrast
+from latentguard.demo import fitted_guards
+from latentguard.model.hf import ChatModel
+from latentguard.report import Table, write_text
+from latentguard.stress import weights
+from latentguard.stress.run import STORE, Plan, run
+from latentguard.stress.suite import families
+from latentguard.stress.telling import FIGURES
+from latentguard.stress.weights import Trial
+from latentguard.study.store import Store
+from latentguard.study.subject import Subject
+
+
+def main() -> None:
+    """Fit, stress, write."""
+    options = arguments()
+    torch.set_num_threads(1)
+    model = ChatModel.load(options.model, dtype=options.dtype)
+    only = [*families(), weights.FAMILY] if options.finetune else []
+    plan = Plan(tuple(load_contrast("test")), options.budget, (*only, *options.only))
+    with progress("stress") as bar:
+        guard, _ = fitted_guards(model, options.out / "guard", bar.step)
+        trial = Trial(guard, model, Subject(model, Store(options.out / STORE), step=bar.step))
+        report = run(trial, plan)
+    report.save(options.out)
+    text = "\n\n".join(
+        [f"{report.sections[0].text} {time.process_time():.0f} s of CPU time in this call."]
+        + [markdown(table) for table in report.tables if table.title in SHOWN]
+    )
+    print(text)
+    if options.docs:
+        write_text(options.docs, filled(options.docs.read_text("utf-8"), options.name, text))
+
+
+SHOWN = ("Harmful prompts refused", "All figures", "Not run")
+
+
+def markdown(table: Table) -> str:
+    """A table for the document; figures with their ends in one cell."""
+    columns, rows = table.columns, [list(map(str, row)) for row in table.rows]
+    if table.title == "All figures":
+        columns = (*table.columns[:2], *FIGURES, table.columns[-1])
+        rows = [[*map(str, row[:2]), *cells(row[2:-1]), str(row[-1])] for row in table.rows]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cells(numbers: tuple) -> list[str]:
+    """Value and ends, three by three."""
+    found = [f"{number:.2f}" for number in numbers]
+    return [f"{v} [{a}, {b}]" for v, a, b in zip(found[::3], found[1::3], found[2::3], strict=True)]
+
+
+def filled(document: str, name: str, text: str) -> str:
+    """The document with a text between the marks of a name."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(document):
+        raise SystemExit(f"The document needs the marks {begin} and {end}.")
+    return pattern.sub(lambda found: f"{begin}\n{text}\n{end}", document)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--budget", default="small", choices=["small", "full"])
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--finetune", action="store_true", help="with the small budget, too")
+    parser.add_argument("--out", type=Path, help="default: reports/stress-NAME")
+    parser.add_argument("--docs", type=Path)
+    options = parser.parse_args()
+    options.out = options.out or Path(f"reports/stress-{options.name}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

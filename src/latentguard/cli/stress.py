@@ -1,0 +1,73 @@
+"""The verb that stresses a guard; heavy imports stay inside it."""
+
+from __future__ import annotations
+
+from enum import StrEnum, auto
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentguard.cli.app import app
+from latentguard.cli.console import load_guard, progress, read_side
+from latentguard.cli.options import GuardFolder, TextColumn
+from latentguard.contrast import load_contrast
+from latentguard.errors import LatentGuardError
+
+
+class Amount(StrEnum):
+    """How many prompts are asked."""
+
+    small = auto()
+    full = auto()
+
+
+@app.command()
+def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
+    guard: GuardFolder,
+    out: Annotated[Path, typer.Option(help="Report folder; its store lets a killed run go on.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="This attack or family alone, such as 'homoglyphs'; repeatable."),
+    ] = None,
+    budget: Annotated[
+        Amount,
+        typer.Option(help="small: 24 prompts a class, minutes; full: all, 8k tokens, fine-tuning."),
+    ] = Amount.small,
+    harmful: Annotated[
+        list[str] | None,
+        typer.Option(help="Harmful prompts; repeatable. Default: the built-in test split."),
+    ] = None,
+    harmless: Annotated[
+        list[str] | None, typer.Option(help="Harmless prompts; repeatable. Give both or none.")
+    ] = None,
+    text_column: TextColumn = "text",
+    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+) -> None:
+    """Attack GUARD: changed texts, other languages, padding, changed weights; prints the report.
+
+    Each attack is made on harmful and on harmless prompts. Call it again with the same --out to go
+    on after a kill, or to add attacks: scores are kept there. Families: special tokens, template
+    imitation, homoglyphs, unseen characters, case and spacing, encodings, two requests, wrappers,
+    foreign frames, padding, translations, changed weights.
+    """
+    from latentguard.stress.run import STORE, Plan, require_known, run
+    from latentguard.stress.suite import BudgetName
+    from latentguard.stress.weights import Trial
+    from latentguard.study.store import Store
+    from latentguard.study.subject import Subject
+
+    require_known(only or ())
+    if bool(harmful) != bool(harmless):
+        raise LatentGuardError(
+            "Give both --harmful and --harmless, or neither for the built-in test split; found one."
+        )
+    sides = read_side(harmful, text_column, harmful=True)
+    sides += read_side(harmless, text_column, harmful=False)
+    amount: BudgetName = "small" if budget is Amount.small else "full"
+    plan = Plan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
+    loaded, backend = load_guard(guard, model)
+    with progress("stress") as bar:
+        subject = Subject(backend, Store(out / STORE), step=bar.step)
+        report = run(Trial(loaded, backend, subject), plan)
+    typer.echo(report.save(out) / "report.html")

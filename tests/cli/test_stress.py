@@ -1,0 +1,132 @@
+"""The verb ``stress`` on a tiny random model: output, errors, a killed process."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import latentguard
+from browser.pages import check
+from latentguard.cli import main
+from latentguard.contrast import load_contrast
+from latentguard.guard import LatentGuard
+from latentguard.stress.run import STORE
+from model.architectures import chat_model
+
+FEW = ("--only", "case and spacing", "--only", "padding in front, 500")
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory, tokenizer):
+    """A guard folder of a model folder."""
+    folder = tmp_path_factory.mktemp("stress")
+    tiny = chat_model("llama", tokenizer)
+    tiny.model.save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    train = [p for p in load_contrast("train") if p.pair][:40]
+    backend = latentguard.ChatModel.load(folder / "tiny")
+    LatentGuard.fit(backend, train, reading="t_inst", readout="centroid").save(folder / "guard")
+    return folder / "guard"
+
+
+@pytest.fixture
+def lg(monkeypatch, capsys):
+    """Run a command in this process; returns exit code, standard output, standard error."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["latentguard", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def tables(folder):
+    found = json.loads((folder / "report.json").read_text())["tables"]
+    return {t["title"]: t["rows"] for t in found}
+
+
+def test_it_prints_the_report_and_writes_every_format(lg, guard, tmp_path, chromium):
+    code, out, err = lg("stress", guard, "--out", tmp_path / "s", *FEW)
+    assert (code, out.strip()) == (0, str(tmp_path / "s" / "report.html"))
+    assert "stress (characters)" in err
+    rows = tables(tmp_path / "s")["All figures"]
+    assert len(rows) == 6  # 512 tokens of context leave no room to pad
+    assert len(list((tmp_path / "s" / "tables").glob("*.csv"))) == len(tables(tmp_path / "s"))
+    check(chromium, tmp_path / "s" / "report.html", 1280, "light")
+
+
+def test_prompts_of_ones_own(lg, guard, tmp_path):
+    sides = []
+    for side in ("harmful", "harmless"):
+        file = tmp_path / f"{side}.jsonl"
+        file.write_text("".join(json.dumps(dict(q=f"{side} {n}")) + "\n" for n in range(3)))
+        sides += [f"--{side}", file]
+    out = tmp_path / "s"
+    code, *_ = lg("stress", guard, "--out", out, "--only", "base64", *sides, "--text-column", "q")
+    assert code == 0
+    assert [row[-1] for row in tables(out)["All figures"]] == ["3 + 3", "3 + 3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "homoglyphz"], "There is no attack 'homoglyphz'"),
+        (["--harmful", "contrast"], "both --harmful and --harmless"),
+        (["--harmless", "contrast"], "both --harmful and --harmless"),
+        (["--harmful", "none.jsonl", "--harmless", "none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_errors_in_one_sentence_before_the_model_is_loaded(lg, guard, tmp_path, words, said):
+    code, out, err = lg("stress", guard, "--out", tmp_path / "s", *words)
+    assert (code, out) == (1, "")
+    assert err.startswith("Error: ")
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_no_guard(lg, tmp_path):
+    code, _, err = lg("stress", tmp_path / "none", "--out", tmp_path / "s")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.parametrize("words", [["--budget", "huge"], ["--only"]])
+def test_wrong_usage_is_2(lg, guard, tmp_path, words):
+    assert lg("stress", guard, "--out", tmp_path / "s", *words)[0] == 2
+
+
+def test_a_killed_process_goes_on(lg, guard, tmp_path):
+    words = ["stress", guard, "--only", "wrappers", "--only", "case and spacing", "--out"]
+    env = os.environ | {
+        "PYTHONPATH": str(Path(latentguard.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    script = "from latentguard.cli import main; main()"
+    command = [sys.executable, "-c", script, *map(str, words), str(tmp_path / "killed")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=env) as process:
+        while kept(tmp_path / "killed" / STORE) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed" / "report.html").exists()
+    for out in ("killed", "whole"):
+        assert lg(*words, tmp_path / out)[0] == 0
+    assert tables(tmp_path / "killed") == tables(tmp_path / "whole")
+
+
+def kept(path):
+    """How many entries a store holds."""
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as base:
+            return base.execute("SELECT count(*) FROM kept").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
