@@ -54,14 +54,19 @@ def tables(folder):
     return {t["title"]: t["rows"] for t in found}
 
 
-def test_it_prints_the_report_and_writes_every_format(lg, guard, tmp_path, chromium):
+def test_it_prints_the_report_and_writes_every_format(lg, guard, tmp_path):
     code, out, err = lg("stress", guard, "--out", tmp_path / "s", *FEW)
     assert (code, out.strip()) == (0, str(tmp_path / "s" / "report.html"))
     assert "stress (characters)" in err
     rows = tables(tmp_path / "s")["All figures"]
     assert len(rows) == 6  # 512 tokens of context leave no room to pad
     assert len(list((tmp_path / "s" / "tables").glob("*.csv"))) == len(tables(tmp_path / "s"))
-    check(chromium, tmp_path / "s" / "report.html", 1280, "light")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_the_page_is_drawn_whole(lg, guard, tmp_path, chromium, width, scheme):
+    assert lg("stress", guard, "--out", tmp_path / "s", "--only", "encodings")[0] == 0
+    check(chromium, tmp_path / "s" / "report.html", width, scheme)
 
 
 def test_prompts_of_ones_own(lg, guard, tmp_path):
