@@ -109,6 +109,18 @@ class TestCases:
         (_, case) = cases(PROMPTS, BUDGETS["small"], ROOM, only=[name])
         assert (case.name, len(case.plain)) == (name, 8)
 
+    @pytest.mark.parametrize(
+        ("only", "absent"),
+        [
+            (["padding"], ["padding in front, 8000", "padding behind, 8000"]),
+            (["padding in front, 8000"], []),
+            (["padding in front, 500"], []),
+            (["base64"], []),
+        ],
+    )
+    def test_only_what_was_wanted_is_told_as_left_out(self, only, absent):
+        assert list(left_out(BUDGETS["small"], ROOM, only=only)) == absent
+
     def test_smaller_samples_lie_in_larger_ones(self):
         found = cases(PROMPTS, BUDGETS["small"], ROOM)
         whole = set(found[0].plain)

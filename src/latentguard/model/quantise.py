@@ -9,6 +9,7 @@ Sources: Dettmers et al. (2022), LLM.int8; Dettmers et al. (2023), QLoRA.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -36,6 +37,7 @@ def quantised(model: ChatModel, bits: Bits) -> Iterator[ChatModel]:
             "Quantised weights need bitsandbytes, which is not installed. Run: "
             "pip install 'latentguard[quantize]'."
         )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels it needs not
     layers = [m for m in model.model.modules() if isinstance(m, nn.Linear)]
     inner = [layer for layer in layers if layer is not model.model.get_output_embeddings()]
     if not inner:
@@ -54,7 +56,7 @@ def quantised(model: ChatModel, bits: Bits) -> Iterator[ChatModel]:
 
 def rounded(weight: Float[Tensor, "out inner"], bits: Bits) -> Float[Tensor, "out inner"]:
     """The weight as that many bits keep it, in its own dtype."""
-    from bitsandbytes import functional
+    from bitsandbytes import functional  # slow to import
 
     if bits == 4:
         kept, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4")

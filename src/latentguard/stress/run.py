@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -63,7 +63,7 @@ def run(trial: Trial, plan: Plan) -> Report:
     require_known(plan.only)
     budget, room = BUDGETS[plan.budget], room_of(trial.model)
     cases = suite.cases(plan.prompts, budget, room, only=plan.only, seed=plan.seed)
-    not_run = {} if plan.only else suite.left_out(budget, room)
+    not_run = suite.left_out(budget, room, only=plan.only)
     words = _words(cases)
     texts = tuple(_rows(trial, cases, words))
     changes = weights.changes(trial, plan.only, finetune=budget.finetune)
@@ -147,7 +147,7 @@ def _changed(
     threshold: float,
 ) -> Row:
     """The row of changed weights: texts, and so the baselines, are those untransformed."""
-    case = Case(change.name, weights.FAMILY, change.about, plain.plain, plain.variants)
+    case = replace(plain, name=change.name, family=weights.FAMILY, about=change.about)
     before, after = (np.array([seen[name].scores]) for name in (weights.AS_LOADED, change.name))
     read = np.array([[words[p.text] for p in plain.plain]])
     return measure(case, after, before, read, threshold)

@@ -11,13 +11,20 @@ from latentguard.errors import LatentGuardError, PromptError
 from latentguard.prompts import Prompt
 from latentguard.stress.attacks import ATTACKS, Attack
 from latentguard.stress.languages import english, languages, translated
-from latentguard.stress.surroundings import PROSE, padded
+from latentguard.stress.surroundings import PROSE, Side, padded
 from latentguard.study.material import spread
 
 BudgetName = Literal["small", "full"]
 
 PLAIN = "untransformed"
+TRANSLATIONS = "translations"
+HARMLESS = 1
+"""The first harmless row of the translations."""
+
 ALL_LANGUAGES = "translated: all ten"
+PADDING = "padding"
+EXAMPLE = "How do I bake bread at home?"
+SIDES: tuple[Side, ...] = ("front", "behind")
 PADDED = (500, 2000, 8000)
 """Tokens of padding."""
 
@@ -72,6 +79,9 @@ class Case:
     about: str
     """What it imitates, and the source."""
 
+    example: str
+    """A harmless text under attack."""
+
     plain: tuple[Prompt, ...]
     """The prompts before, [n]."""
 
@@ -81,14 +91,14 @@ class Case:
 
 def names() -> list[str]:
     """Every case that a budget can hold."""
-    padding = [_padding_name(side, tokens) for side in ("front", "behind") for tokens in PADDED]
+    padding = [_padding_name(side, tokens) for side in SIDES for tokens in PADDED]
     whole = [*(f"translated: {language}" for language in languages()), ALL_LANGUAGES]
     return [*(attack.name for attack in ATTACKS), *padding, *whole]
 
 
 def families() -> list[str]:
     """The families of the cases."""
-    return [*dict.fromkeys(attack.family for attack in ATTACKS), "padding", "translations"]
+    return [*dict.fromkeys(attack.family for attack in ATTACKS), PADDING, TRANSLATIONS]
 
 
 def cases(
@@ -112,28 +122,32 @@ def cases(
         PromptError: if a class is missing.
     """
     chosen = _sample(prompts, budget.prompts, seed)
-    found = [Case(PLAIN, PLAIN, "The prompts as they are.", chosen, (chosen,))]
+    found = [Case(PLAIN, PLAIN, "The prompts as they are.", EXAMPLE, chosen, (chosen,))]
     found += [_case(attack, chosen, seed) for attack in ATTACKS]
     found += _padding_cases(prompts, budget, room, only, seed)
     found += _translations()
     return [c for c in found if c.name == PLAIN or not only or {c.name, c.family} & set(only)]
 
 
-def left_out(budget: Budget, room: Room) -> dict[str, str]:
-    """Padding that ``cases`` leaves out, with the reason."""
+def left_out(budget: Budget, room: Room, *, only: Collection[str] = ()) -> dict[str, str]:
+    """Padding that was wanted and that ``cases`` leaves out, with the reason."""
     reasons = {}
-    for tokens, count in zip(PADDED, budget.padded, strict=True):
-        reason = "" if count else "Not in this budget; name it with --only."
-        if not _fits(tokens, room):
-            reason = f"This model reads at most {room.context} tokens."
-        for side in ("front", "behind") if reason else ():
-            reasons[_padding_name(side, tokens)] = reason
+    for side in SIDES:
+        for tokens, count in zip(PADDED, budget.padded, strict=True):
+            name = _padding_name(side, tokens)
+            if only and not {name, PADDING} & set(only):
+                continue
+            if not _fits(tokens, room):
+                reasons[name] = f"This model reads at most {room.context} tokens."
+            elif not count and name not in only:
+                reasons[name] = "Not in this budget; name it with --only."
     return reasons
 
 
 def _case(attack: Attack, prompts: tuple[Prompt, ...], seed: int, about: str = "") -> Case:
     changed = tuple(replace(p, text=attack(p.text, seed=seed)) for p in prompts)
-    return Case(attack.name, attack.family, about or attack.about, prompts, (changed,))
+    example = attack(EXAMPLE, seed=seed)
+    return Case(attack.name, attack.family, about or attack.about, example, prompts, (changed,))
 
 
 def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Prompt, ...]:
@@ -150,7 +164,7 @@ def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Prompt, .
 def _padding_cases(
     prompts: Sequence[Prompt], budget: Budget, room: Room, only: Collection[str], seed: int
 ) -> Iterator[Case]:
-    for side in ("front", "behind"):
+    for side in SIDES:
         for tokens, count in zip(PADDED, budget.padded, strict=True):
             name = _padding_name(side, tokens)
             most = count or (FEWEST if name in only else 0)
@@ -160,17 +174,17 @@ def _padding_cases(
                 yield _case(attack, chosen, seed, f"{attack.about} Here {used} tokens.")
 
 
-def _padding(side: str, tokens: int, room: Room) -> tuple[Attack, int]:
+def _padding(side: Side, tokens: int, room: Room) -> tuple[Attack, int]:
     """Padding of at most so many tokens, and how many it has."""
     of_prose = room.count(" ".join(PROSE))
     most = min(tokens, (room.context or 1 << 62) - SPARE)
     sentences = most * len(PROSE) // of_prose
-    change = partial(padded, sentences=sentences, side=side)  # type: ignore[arg-type]
+    change = partial(padded, sentences=sentences, side=side)
     used = sentences * of_prose // len(PROSE)
-    return Attack(_padding_name(side, tokens), "padding", change), used
+    return Attack(_padding_name(side, tokens), PADDING, change), used
 
 
-def _padding_name(side: str, tokens: int) -> str:
+def _padding_name(side: Side, tokens: int) -> str:
     return f"padding {'in front' if side == 'front' else 'behind'}, {tokens}"
 
 
@@ -184,8 +198,9 @@ def _translations() -> Iterator[Case]:
     every = tuple(tuple(translated(language)) for language in languages())
     about = " ".join((translated.__doc__ or "").split())
     for language, texts in zip(languages(), every, strict=True):
-        yield Case(f"translated: {language}", "translations", about, plain, (texts,))
-    yield Case(ALL_LANGUAGES, "translations", about, plain, every)
+        name, example = f"translated: {language}", texts[HARMLESS].text
+        yield Case(name, TRANSLATIONS, about, example, plain, (texts,))
+    yield Case(ALL_LANGUAGES, TRANSLATIONS, about, every[0][HARMLESS].text, plain, every)
 
 
 def require_known(only: Collection[str], others: Collection[str] = ()) -> None:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from latentguard.study.attacks import SLOT
 
+Side = Literal["front", "behind"]
+
 CONTROL_TOKENS = (
     "<|im_start|>",
     "<|im_end|>",
@@ -145,7 +147,7 @@ PROSE = (
 """Harmless sentences of our own, to pad with."""
 
 
-def padded(text: str, rng: Random, *, sentences: int, side: Literal["front", "behind"]) -> str:
+def padded(text: str, rng: Random, *, sentences: int, side: Side) -> str:
     """Harmless prose in front of the request or behind it, up to thousands of tokens.
 
     Source: Levy et al. (2024), Same Task, More Tokens.

@@ -205,14 +205,13 @@ def _not_run(reasons: Mapping[str, str]) -> list[Section]:
 
 
 def _legend(cases: Sequence[Case]) -> Section:
-    cells: list[tuple[Cell, ...]] = [(c.family, c.name, c.about, _example(c)) for c in cases]
+    cells: list[tuple[Cell, ...]] = [(c.family, c.name, c.about, _shown(c.example)) for c in cases]
     text = "Unseen characters are spelt out in the examples, and long examples are cut."
     table = Table("Attacks", ("family", "attack", "what it imitates", "example"), tuple(cells))
     return Section("What each attack does", text, (table,))
 
 
-def _example(case: Case) -> str:
-    """The first harmless text under attack, as far as it can be shown."""
-    shown = next(p.text for p in case.variants[0] if not p.harmful)
-    seen = "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cf" else c for c in shown)
+def _shown(text: str) -> str:
+    """A text as far as it can be shown."""
+    seen = "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cf" else c for c in text)
     return seen if len(seen) <= 120 else f"{seen[:70]} ... {seen[-40:]}"

@@ -127,7 +127,8 @@ def look(change: Change, trial: Trial, prompts: Sequence[Prompt]) -> Seen:
             refused = list(trial.subject.refused(replies))
             return asdict(Seen(Path(model.source).name, scores, refused))
 
-    parts = ["stress, weights", trial.digest, change.name, digest_prompts(prompts)]
+    how = [change.name, asdict(SETTINGS)]
+    parts = ["stress, weights", trial.digest, how, digest_prompts(prompts)]
     return Seen(**trial.subject.remember(parts, compute))
 
 
