@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from scipy.special import expit
+from torch import Tensor
 
 from latentguard import fitting, readings
 from latentguard.canaries import TOLERANCE, Canary, canary_prompts
+from latentguard.categories import Categories
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.metrics import threshold_for_fpr
 from latentguard.packing import Contents
@@ -68,6 +71,8 @@ class LatentGuard(Contents):
             spread=float(fit.held_out.std()),
             fitted=fitting.provenance(states, fit),
         )
+        part = states.select(guard.readout.layers)
+        guard = guard.with_part(Categories.fit(part, reading.positions, fit.held_out))
         texts = canary_prompts()
         scores = [v.score for v in guard.scan(backend, texts)]
         canaries = tuple(Canary(p.text, s) for p, s in zip(texts, scores, strict=True))
@@ -116,10 +121,18 @@ class LatentGuard(Contents):
         for states in batches:
             yield from self.judge(states)
 
+    def scores(self, states: States) -> Float[Tensor, "n"]:
+        """Scores of states captured at ``positions`` and at least the readout's layers, float64."""
+        part = states.select(self.readout.layers)
+        scores = self.readout(fitting.slots(part, self.reading.positions)).double()
+        for added in self.parts:
+            scores = added.adjust(part, scores)
+        return scores
+
     def judge(self, states: States) -> Iterator[Verdict]:
         """Verdicts for states captured at ``positions`` and at least the readout's layers."""
         states = states.select(self.readout.layers)
-        scores = self.readout(fitting.slots(states, self.reading.positions)).double()
+        scores = self.scores(states)
         beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
         if not all(torch.isfinite(values).all() for values in (scores, *beliefs.values())):
             raise GuardError(

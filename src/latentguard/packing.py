@@ -17,6 +17,7 @@ from torch import Tensor
 from latentguard.artifact import POLES, model_card, read_folder, require_sound, write_folder
 from latentguard.axes import Axis
 from latentguard.canaries import Canary
+from latentguard.categories import Categories
 from latentguard.errors import GuardError
 from latentguard.metrics import Bound
 from latentguard.parts import Part
@@ -24,7 +25,7 @@ from latentguard.readings import Reading
 from latentguard.readouts import Readout
 from latentguard.states import Fingerprint
 
-PARTS: list[type[Part]] = []
+PARTS: list[type[Part]] = [Categories]
 """Every optional part that there is, in the order in which they judge."""
 
 P = TypeVar("P", bound=Part)

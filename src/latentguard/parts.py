@@ -5,7 +5,7 @@ it is packed, and what it adds to a verdict. To add one:
 
 1. subclass ``Part`` with a ``name`` (it is the key in ``guard.json`` and the prefix of its tensors)
    and write ``pack`` and ``unpack``;
-2. override what it needs of ``positions``, ``judge`` and ``notes``;
+2. override what it needs of ``positions``, ``adjust``, ``judge`` and ``notes``;
 3. add the class to ``PARTS`` in ``packing.py``, whose order is the order of judging, and the module
    to the layers in ``pyproject.toml`` (below ``packing``);
 4. make guards with it by ``guard.with_part(part)``; read it by ``guard.part(MyPart)``, which is
@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
+from jaxtyping import Float
 from torch import Tensor
 
 from latentguard.states import States
@@ -83,6 +84,10 @@ class Part(ABC):
         Raises:
             LookupError, TypeError, ValueError: if it is damaged; the guard is then not loaded.
         """
+
+    def adjust(self, states: States, scores: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """The scores of ``states.prompts``, before any threshold, as this part changes them."""
+        return scores
 
     def judge(self, states: States, verdicts: Sequence[Verdict]) -> list[Verdict]:
         """The verdicts on ``states.prompts`` with what this part adds, in the same order."""

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from torch.nn.functional import normalize
 from latentguard.axes import Axis
 from latentguard.errors import GuardError
 from latentguard.metrics import auroc
+from latentguard.ridge import Design, Ridge, folds_of
 
 Kind = Literal["centroid", "linear"]
 
@@ -30,8 +30,6 @@ STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 BANDS = ((0.2, 0.5), (0.33, 0.67), (0.5, 0.8), (0.6, 0.9), (0.33, 1.0))
 """Bands of layers tried, as shares of the depth."""
-
-FOLDS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,80 +117,31 @@ def fit_linear(
             f"A linear readout needs at least 10 prompts of each class; found {int(y.sum())} "
             f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid readout."
         )
-    design, folds = _Design(states, y, layers), _folds(groups, seed)
+    design, folds = balanced(states, y, layers), folds_of(groups, seed)
     best: tuple[float, tuple[int, ...], float] | None = None
     for band in _bands(layers):
         for strength in STRENGTHS:
-            figure = auroc(y.numpy(), _Ridge(design, band, strength).held_out(folds).numpy())
+            figure = auroc(y.numpy(), Ridge(design, band, strength).held_out(folds)[:, 0].numpy())
             if best is None or figure > best[0]:
                 best = figure, band, strength
     assert best is not None
     figure, band, strength = best
-    ridge = _Ridge(design, band, strength)
+    ridge = Ridge(design, band, strength)
     weight, bias = ridge.solve()
     choices: dict[str, float | str] = {
         "layers": f"{min(band)}-{max(band)}",
         "strength": strength,
         "cross_validated_auroc": round(figure, 4),
     }
-    held_out = ridge.held_out(folds).numpy()
-    return Fit(Readout("linear", band, weight, bias), held_out, choices)
+    held_out = ridge.held_out(folds)[:, 0].numpy()
+    return Fit(Readout("linear", band, weight[0], float(bias[0])), held_out, choices)
 
 
-class _Design:
-    """Class-balanced, standardised training states, with one Gram matrix a layer."""
-
-    def __init__(
-        self, states: Float[Tensor, "n s d"], y: Bool[Tensor, "n"], layers: Sequence[int]
-    ) -> None:
-        share = y.double().mean()
-        balance = torch.where(y, 0.5 / share, 0.5 / (1 - share))
-        self.root = balance.sqrt()
-        self.target = (y.double() * 2 - 1) * self.root
-        self.mean = torch.einsum("n,nsd->sd", balance.float(), states.float()) / len(states)
-        spread = states.float().std(0)
-        constant = spread <= 1e-5 * self.mean.abs()  # but for rounding; would be all noise below
-        self.scale = spread.masked_fill(constant, torch.inf)
-        self.states, self.layers = states, layers
-        self.grams = {layer: self.gram(layer) for layer in sorted(set(layers))}
-
-    def slots(self, band: Sequence[int]) -> list[int]:
-        """Where the layers of a band lie in ``states``: a layer has one slot a position."""
-        return [slot for slot, layer in enumerate(self.layers) if layer in band]
-
-    def slot(self, slot: int) -> Float[Tensor, "n d"]:
-        """Standardised states of one slot, rows weighted, float32."""
-        z = (self.states[:, slot].float() - self.mean[slot]) / self.scale[slot]
-        return z * self.root[:, None].float()
-
-    def gram(self, layer: int) -> Float[Tensor, "n n"]:
-        """Inner products of all rows over the slots of a layer, float64."""
-        rows = [self.slot(slot) for slot in self.slots([layer])]
-        return torch.stack([z @ z.T for z in rows]).sum(0).double()
-
-
-class _Ridge:
-    """Ridge regression of +-1 on the concatenated slots of a band, in dual form."""
-
-    def __init__(self, design: _Design, band: Sequence[int], strength: float) -> None:
-        self.design, self.slots = design, design.slots(band)
-        gram = torch.stack([design.grams[layer] for layer in band]).sum(0)
-        gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-12))
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        self.dual = self.inverse @ design.target
-
-    def solve(self) -> tuple[Float[Tensor, "s d"], float]:
-        """Weight and bias in the units of the raw states."""
-        rows = [self.design.slot(slot).T @ self.dual.float() for slot in self.slots]
-        weight = torch.stack(rows) / self.design.scale[self.slots]
-        return weight, -float((weight * self.design.mean[self.slots]).sum())
-
-    def held_out(self, folds: Sequence[Tensor]) -> Float[Tensor, "n"]:
-        """Score of each row by the ridge without its fold, by the block inverse formula."""
-        residual = torch.empty_like(self.dual)
-        for rows in folds:
-            residual[rows] = torch.linalg.solve(self.inverse[rows][:, rows], self.dual[rows])
-        return (self.design.target - residual) / self.design.root
+def balanced(states: Float[Tensor, "n s d"], y: Bool[Tensor, "n"], layers: Sequence[int]) -> Design:
+    """The design that predicts +1 and -1, each class with half of the weight."""
+    share = y.double().mean()
+    weights = torch.where(y, 0.5 / share, 0.5 / (1 - share))
+    return Design(states, (y.double() * 2 - 1)[:, None], weights, layers)
 
 
 def _bands(layers: Sequence[int]) -> list[tuple[int, ...]]:
@@ -203,12 +152,3 @@ def _bands(layers: Sequence[int]) -> list[tuple[int, ...]]:
         for low, high in BANDS
     ]
     return [band for band in dict.fromkeys(bands) if band] or [tuple(ladder)]
-
-
-def _folds(groups: Sequence[str], seed: int) -> list[Tensor]:
-    """Row indices of each fold; a group never straddles folds."""
-    names = sorted(set(groups))
-    order = np.random.default_rng(seed).permutation(len(names))
-    fold_of = {names[i]: n % FOLDS for n, i in enumerate(order)}
-    of = torch.tensor([fold_of[group] for group in groups])
-    return [torch.nonzero(of == fold).squeeze(1) for fold in range(FOLDS)]

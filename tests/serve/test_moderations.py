@@ -2,7 +2,7 @@
 
 import pytest
 
-from latentguard.serve.moderation import CATEGORIES
+from latentguard.hazards import MODERATION
 from serve.running import PROMPTS, flagged, offline, opener, passed, post, running, tiny_guard
 
 
@@ -33,8 +33,8 @@ def test_one_text_has_every_key_of_the_schema(service, choose):
     assert answer["id"].startswith("modr-")
     (result,) = answer["results"]
     for part in ("categories", "category_scores", "category_applied_input_types"):
-        assert tuple(result[part]) == CATEGORIES
-    assert len(CATEGORIES) == 13
+        assert tuple(result[part]) == MODERATION
+    assert len(MODERATION) == 13
     assert [n for n, is_so in result["categories"].items() if is_so] == (
         ["illicit"] if text == flagged() else []
     )

@@ -13,17 +13,15 @@ from latentguard.axes import Axis
 from latentguard.errors import GuardError
 from latentguard.metrics import auroc
 from latentguard.readouts import (
-    FOLDS,
     STRENGTHS,
     Readout,
     _bands,
-    _Design,
-    _folds,
-    _Ridge,
+    balanced,
     centroid,
     fit_centroid,
     fit_linear,
 )
+from latentguard.ridge import FOLDS, Ridge, folds_of
 from latentguard.states import States
 
 LAYERS = tuple(range(7))
@@ -165,16 +163,16 @@ class TestCrossValidation:
     @pytest.mark.parametrize("band", [(3,), (2, 3, 4)])
     def test_held_out_scores_are_those_of_refitting(self, band, strength):
         states, y, groups = self.data()
-        design, folds = _Design(states, y, LAYERS), _folds(groups, 0)
-        ridge = _Ridge(design, band, strength)
+        design, folds = balanced(states, y, LAYERS), folds_of(groups, 0)
+        ridge = Ridge(design, band, strength)
         z = torch.cat([design.slot(layer) for layer in band], dim=1).double()
         penalty = strength * (z @ z.T).diagonal().mean()
-        wanted = torch.empty(len(y), dtype=torch.float64)
+        wanted = torch.empty(len(y), 1, dtype=torch.float64)
         for rows in folds:
             rest = torch.ones(len(y), dtype=torch.bool)
             rest[rows] = False
             left = z[rest].T @ z[rest] + penalty * torch.eye(z.shape[1])
-            weight = torch.linalg.solve(left, z[rest].T @ design.target[rest])
+            weight = torch.linalg.solve(left, z[rest].T @ design.targets[rest])
             wanted[rows] = z[rows] @ weight / design.root[rows]
         assert torch.allclose(ridge.held_out(folds), wanted, rtol=1e-4, atol=1e-5)
 
@@ -184,10 +182,10 @@ class TestCrossValidation:
         states[:, 5:] += 0.5 * torch.tensor([1 if y else -1 for y in labels])[:, None, None]
         fit = fit_linear(states, labels, groups, LAYERS)
         y = torch.tensor(labels)
-        design, folds = _Design(states, y, LAYERS), _folds(groups, 0)
+        design, folds = balanced(states, y, LAYERS), folds_of(groups, 0)
         figures = {
             (band, strength): auroc(
-                y.numpy(), _Ridge(design, band, strength).held_out(folds).numpy()
+                y.numpy(), Ridge(design, band, strength).held_out(folds)[:, 0].numpy()
             )
             for band in _bands(LAYERS)
             for strength in STRENGTHS
@@ -197,13 +195,13 @@ class TestCrossValidation:
         assert fit.choices["cross_validated_auroc"] == round(figures[chosen], 4)
         assert fit.choices["layers"] == f"{chosen[0][0]}-{chosen[0][-1]}"
         assert 5 in chosen[0]
-        held_out = _Ridge(design, *chosen).held_out(folds).numpy()
+        held_out = Ridge(design, *chosen).held_out(folds)[:, 0].numpy()
         assert np.array_equal(fit.held_out, held_out)
 
     def test_the_solution_is_that_of_ridge_regression(self):
         states, y, _ = self.data()
         design, band = _Design(states, y, LAYERS), (2, 3, 4)
-        weight, bias = _Ridge(design, band, 0.3).solve()
+        weight, bias = Ridge(design, band, 0.3).solve()
         z = torch.cat([design.slot(layer) for layer in band], dim=1).double()
         penalty = 0.3 * (z @ z.T).diagonal().mean()
         primal = torch.linalg.solve(z.T @ z + penalty * torch.eye(z.shape[1]), z.T @ design.target)
@@ -242,7 +240,7 @@ class TestCrossValidation:
         states = noise("twins", 40, 7, 16).repeat_interleave(2, dim=0)
         labels = [n % 4 < 2 for n in range(80)]
         y = torch.tensor(labels)
-        ridge = _Ridge(_Design(states, y, LAYERS), (2, 3, 4), 0.1)
+        ridge = Ridge(_Design(states, y, LAYERS), (2, 3, 4), 0.1)
         found = [
             auroc(y.numpy(), ridge.held_out(_folds(groups, 0)).numpy())
             for groups in ([f"{n // 2}" for n in range(80)], [f"{n}" for n in range(80)])

@@ -1,9 +1,11 @@
 """``POST /v1/moderations`` in OpenAI's schema, and ``POST /v1/score`` with all that is known.
 
-The guard has one harm score and no categories: a flagged input is ``illicit``; of the other
-categories nothing is claimed (false, 0, applied to nothing). The score of ``illicit`` is the
-guard's probability, moved so that it is over 0.5 exactly if the input is flagged: clients that
-compare it with 0.5 keep the calibrated threshold. The probability itself is an extra field.
+An input is flagged exactly if the guard flags it. The score of the category that the guard names is
+the guard's probability, moved so that it is over 0.5 exactly if the input is flagged: clients that
+compare it with 0.5 keep the calibrated threshold. The other categories have a share of it, as
+their own scores have of the highest; a category is true if its score is over 0.5. What has no name
+among OpenAI's categories is ``illicit``; of a category that the guard does not know nothing is
+claimed (false, 0, applied to nothing). The probability itself is an extra field.
 """
 
 from __future__ import annotations
@@ -15,31 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import expit
 
 from latentguard.guard import LatentGuard
+from latentguard.hazards import MODERATION, OTHER, moderation_names
+from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest
 from latentguard.serve.judging import Judgement, trace
 from latentguard.serve.messages import ChatMessage, Part, only_text, prompts_of
 from latentguard.serve.service import Case, Service
-
-CATEGORIES = (
-    "harassment",
-    "harassment/threatening",
-    "hate",
-    "hate/threatening",
-    "illicit",
-    "illicit/violent",
-    "self-harm",
-    "self-harm/intent",
-    "self-harm/instructions",
-    "sexual",
-    "sexual/minors",
-    "violence",
-    "violence/graphic",
-)
-"""OpenAI's."""
-
-HARM = "illicit"
-"""The category that stands for the guard's one score."""
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -65,6 +49,8 @@ class Scores(BaseModel):
     probability: float
     threshold: float
     beliefs: dict[str, float]
+    category: str | None
+    category_scores: dict[str, float]
 
 
 class ModerationResult(BaseModel):
@@ -114,6 +100,8 @@ class ScoreResult(BaseModel):
     probability: float
     flagged: bool
     beliefs: dict[str, float]
+    category: str | None
+    category_scores: dict[str, float]
     by_layer: dict[str, list[float]]
     quadrant: str | None
     tokens: list[TokenBelief] | None
@@ -187,20 +175,34 @@ def _texts(given: str | list[str] | list[Part]) -> list[Prompt]:
 
 def _result(guard: LatentGuard, judgement: Judgement) -> ModerationResult:
     verdict = judgement.verdict
-    share = float(expit(abs(guard.platt[0]) * (verdict.score - guard.threshold)))
+    scores = moderation_scores(guard, verdict)
+    known = {name for own in verdict.category_scores for name in moderation_names(own)} | {OTHER}
     own = Scores(
         score=verdict.score,
         probability=verdict.probability,
         threshold=guard.threshold,
         beliefs=verdict.beliefs,
+        category=verdict.category,
+        category_scores=verdict.category_scores,
     )
     return ModerationResult(
         flagged=verdict.flagged,
-        categories={name: verdict.flagged and name == HARM for name in CATEGORIES},
-        category_scores={name: share if name == HARM else 0.0 for name in CATEGORIES},
-        category_applied_input_types={n: ["text"] if n == HARM else [] for n in CATEGORIES},
+        categories={name: score > 0.5 for name, score in scores.items()},
+        category_scores=scores,
+        category_applied_input_types={n: ["text"] if n in known else [] for n in MODERATION},
         latentguard=own,
     )
+
+
+def moderation_scores(guard: LatentGuard, verdict: Verdict) -> dict[str, float]:
+    """A score for each of OpenAI's categories; one is over 0.5 exactly if the input is flagged."""
+    moved = float(expit(abs(guard.platt[0]) * (verdict.score - guard.threshold)))
+    scores = dict.fromkeys(MODERATION, 0.0)
+    most = max(verdict.category_scores.values(), default=0.0) or 1.0
+    for own, chance in verdict.category_scores.items():
+        for name in moderation_names(own):
+            scores[name] = max(scores[name], moved * chance / most)
+    return scores | dict.fromkeys(moderation_names(verdict.category), moved)
 
 
 def _score(judgement: Judgement) -> ScoreResult:
@@ -210,6 +212,8 @@ def _score(judgement: Judgement) -> ScoreResult:
         probability=verdict.probability,
         flagged=verdict.flagged,
         beliefs=verdict.beliefs,
+        category=verdict.category,
+        category_scores=verdict.category_scores,
         by_layer=judgement.by_layer,
         quadrant=judgement.quadrant,
         tokens=None,

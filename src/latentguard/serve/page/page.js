@@ -116,6 +116,7 @@ function showVerdict() {
     ["Δ harmful", signed(last.beliefs.harmful)],
   ];
   if ("refuse" in last.beliefs) figures.push(["Δ refuse", signed(last.beliefs.refuse)]);
+  if (last.category) figures.push(["Nearest category", last.category.replaceAll("_", " ")]);
   if (last.quadrant) figures.push(["Quadrant", last.quadrant]);
   $("figures").replaceChildren(...figures.map(([name, value]) => {
     const pair = element("div");

@@ -1,0 +1,188 @@
+"""Category packs: 20 to 50 harmful examples become a category that can flag.
+
+What is fitted and what is calibrated never overlap. Harmless prompts of the user's own, where they
+are given, are halved: one half is what the examples are held against, so that the pack learns harm
+and not the domain, the other half calibrates. Without them the built-in ones serve; but a promise
+that was made on a user's own traffic is not silently exchanged for one on built-in prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from latentguard.categories import FEWEST, Categories, Pack, Tail, fit_directions
+from latentguard.contrast import load_contrast
+from latentguard.errors import GuardError
+from latentguard.fitting import slots
+from latentguard.guard import LatentGuard
+from latentguard.metrics import Bound, smallest_n
+from latentguard.prompts import Prompt
+from latentguard.states import Backend, Progress, States, digest_prompts
+
+AGAINST = 200
+"""Built-in harmless prompts that the examples of a pack are held against."""
+
+
+def add(
+    guard: LatentGuard,
+    backend: Backend,
+    name: str,
+    examples: Sequence[Prompt],
+    harmless: Sequence[Prompt] = (),
+    *,
+    progress: Progress | None = None,
+) -> LatentGuard:
+    """A new guard with one more category, calibrated for the rate that it promised before.
+
+    Args:
+        guard: Fitted on the backend's model.
+        backend: The model.
+        name: Of the category; a name of OpenAI's or of MLCommons' fills that category in the
+            service.
+        examples: Harmful prompts of the category, at least 10; 20 to 50 are usual.
+        harmless: Prompts like the traffic to come, none of them harmful; built-in ones if empty.
+        progress: Called with the number of prompts read.
+
+    Raises:
+        GuardError: if the guard has no categories or no promise, the name is taken or odd, the
+            examples are too few, or the harmless prompts cannot carry the promise.
+    """
+    categories, rate = _categories(guard), _promise(guard)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_/-]*", name):
+        raise GuardError(f"'{name}' is no name: expected small letters, digits, '_', '-', '/'.")
+    if name in categories.packs:
+        raise GuardError(f"The guard has a pack '{name}'; remove it first to fit it anew.")
+    unique = list({p.text: replace(p, harmful=True) for p in examples}.values())
+    if len(unique) < FEWEST:
+        raise GuardError(
+            f"A pack needs at least {FEWEST} different harmful examples, better 20 to 50; "
+            f"found {len(unique)}."
+        )
+    against, calm = halves(guard, harmless)
+    _require_enough(calm, rate, "half of those given" if harmless else "the built-in ones")
+    states = capture(guard, backend, [*unique, *against], progress)
+    return recalibrated(with_pack(guard, name, states), backend, calm, progress)
+
+
+def remove(
+    guard: LatentGuard,
+    backend: Backend,
+    name: str,
+    harmless: Sequence[Prompt] = (),
+    *,
+    progress: Progress | None = None,
+) -> LatentGuard:
+    """A new guard without a pack, calibrated for the rate that it promised before.
+
+    Raises:
+        GuardError: if there is no such pack, or the harmless prompts cannot carry the promise.
+    """
+    categories, rate = _categories(guard), _promise(guard)
+    if name not in categories.packs:
+        known = ", ".join(categories.packs) or "none"
+        raise GuardError(f"The guard has no pack '{name}'; it has: {known}.")
+    calm = list(harmless) or _built_in(guard)
+    _require_enough(calm, rate, "those given" if harmless else "the built-in ones")
+    return recalibrated(guard.with_part(categories.without(name)), backend, calm, progress)
+
+
+def halves(
+    guard: LatentGuard, harmless: Sequence[Prompt] = ()
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Which harmless prompts a pack is held against, and which others calibrate.
+
+    Raises:
+        GuardError: if none are given and the guard was not calibrated on the built-in ones.
+    """
+    train = [p for p in load_contrast("train") if not p.harmful]
+    step = max(1, len(train) // AGAINST)
+    if not harmless:
+        return train[::step][:AGAINST], _built_in(guard)
+    ranked = sorted({p.text: replace(p, harmful=False) for p in harmless}.values(), key=_digest)
+    return train[::step][:AGAINST] + ranked[::2], ranked[1::2]
+
+
+def capture(
+    guard: LatentGuard,
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    progress: Progress | None = None,
+) -> States:
+    """The states of labelled prompts where the guard reads them."""
+    ready = map(guard.reading.prepare, prompts)
+    how = dict(positions=guard.reading.positions, layers=guard.readout.layers)
+    return States.collect(backend.capture(ready, **how, progress=progress))  # type: ignore[arg-type]
+
+
+def with_pack(guard: LatentGuard, name: str, states: States) -> LatentGuard:
+    """A new guard with a category fitted on labelled states; to be calibrated anew."""
+    categories, part = _categories(guard), states.select(guard.readout.layers)
+    harmful = [bool(p.harmful) for p in part.prompts]
+    groups = [p.text for p in part.prompts]
+    fit = fit_directions(slots(part, categories.reads), {name: harmful}, groups)
+    tail = Tail.of(fit.held_out[[not h for h in harmful], 0])
+    count = sum(harmful)
+    pack = Pack(tail, count, len(harmful) - count, digest_prompts(part.prompts))
+    return guard.with_part(categories.with_pack(pack, fit.directions))
+
+
+def recalibrated(
+    guard: LatentGuard,
+    backend: Backend,
+    calm: Sequence[Prompt],
+    progress: Progress | None = None,
+) -> LatentGuard:
+    """A new guard: canaries scored anew, and a threshold for the rate that was promised before."""
+    rate = _promise(guard)
+    verdicts = guard.scan(backend, [canary.text for canary in guard.canaries])
+    scored = [replace(c, score=v.score) for c, v in zip(guard.canaries, verdicts, strict=True)]
+    return replace(guard, canaries=tuple(scored)).calibrate(
+        backend, calm, max_fpr=rate.max_fpr, confidence=rate.confidence, progress=progress
+    )
+
+
+def _built_in(guard: LatentGuard) -> list[Prompt]:
+    calm = [p for p in load_contrast("validation") if not p.harmful]
+    if (guard.fitted or {}).get("calibration_sha256") != digest_prompts(calm):
+        raise GuardError(
+            "This guard was calibrated on prompts other than the built-in ones, and their texts "
+            "are not kept: give harmless prompts like them with --harmless, or its promise would "
+            "silently become one about the built-in prompts."
+        )
+    return calm
+
+
+def _categories(guard: LatentGuard) -> Categories:
+    categories = guard.part(Categories)
+    if categories is None:
+        raise GuardError(
+            "This guard was fitted by an older version and knows no categories; fit it again."
+        )
+    return categories
+
+
+def _promise(guard: LatentGuard) -> Bound:
+    if guard.bound is None:
+        raise GuardError(
+            "This guard promises no false-positive rate that could be kept; run "
+            "'latentguard calibrate' first."
+        )
+    return guard.bound
+
+
+def _require_enough(calm: Sequence[Prompt], rate: Bound, which: str) -> None:
+    """Say so before the model reads any of them."""
+    needed = smallest_n(rate.max_fpr, rate.confidence)
+    if len(calm) < needed:
+        raise GuardError(
+            f"A false-positive rate of {rate.max_fpr:.2%} with {100 * rate.confidence:g}% "
+            f"confidence needs {needed} harmless prompts to calibrate on; found {len(calm)} "
+            f"({which}). Give more with --harmless."
+        )
+
+
+def _digest(prompt: Prompt) -> str:
+    return hashlib.sha256(prompt.text.encode()).hexdigest()
