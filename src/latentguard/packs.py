@@ -61,9 +61,9 @@ def add(
             f"A pack needs at least {FEWEST} different harmful examples, better 20 to 50; "
             f"found {len(unique)}."
         )
-    against, calm = halves(guard, harmless)
+    like, calm = halves(harmless) if harmless else ([], _built_in(guard))
     _require_enough(calm, rate, "half of those given" if harmless else "the built-in ones")
-    states = capture(guard, backend, [*unique, *against], progress)
+    states = capture(guard, backend, [*unique, *against(), *like], progress)
     return recalibrated(with_pack(guard, name, states), backend, calm, progress)
 
 
@@ -89,20 +89,16 @@ def remove(
     return recalibrated(guard.with_part(categories.without(name)), backend, calm, progress)
 
 
-def halves(
-    guard: LatentGuard, harmless: Sequence[Prompt] = ()
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Which harmless prompts a pack is held against, and which others calibrate.
-
-    Raises:
-        GuardError: if none are given and the guard was not calibrated on the built-in ones.
-    """
+def against() -> list[Prompt]:
+    """The built-in harmless prompts that every pack is held against."""
     train = [p for p in load_contrast("train") if not p.harmful]
-    step = max(1, len(train) // AGAINST)
-    if not harmless:
-        return train[::step][:AGAINST], _built_in(guard)
+    return train[:: max(1, len(train) // AGAINST)][:AGAINST]
+
+
+def halves(harmless: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Which of the user's harmless prompts a pack is held against, and which calibrate."""
     ranked = sorted({p.text: replace(p, harmful=False) for p in harmless}.values(), key=_digest)
-    return train[::step][:AGAINST] + ranked[::2], ranked[1::2]
+    return ranked[::2], ranked[1::2]
 
 
 def capture(

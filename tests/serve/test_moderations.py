@@ -1,8 +1,12 @@
 """``/v1/moderations`` and ``/v1/score``: OpenAI's schema, and the verdicts of ``guard.scan``."""
 
+from dataclasses import replace
+
 import pytest
 
 from latentguard.hazards import MODERATION
+from latentguard.serve.judging import Judgement
+from latentguard.serve.moderation import moderation_result, moderation_scores
 from serve.running import PROMPTS, flagged, offline, opener, passed, post, running, tiny_guard
 
 
@@ -115,3 +119,46 @@ def test_other_readings_are_judged_as_offline(reading):
         answer = moderate(url, PROMPTS[:8])
     for text, result in zip(PROMPTS[:8], answer["results"], strict=True):
         close(offline(reading)[text], result)
+
+
+class TestCategories:
+    """What a verdict with categories becomes in OpenAI's schema."""
+
+    def scores(self, *, over=True, category="hate", **chances):
+        verdict = next(v for v in offline().values() if v.flagged == over)
+        verdict = replace(verdict, category=category, category_scores=chances)
+        return moderation_scores(tiny_guard(), verdict)
+
+    @pytest.mark.parametrize("over", [True, False])
+    def test_a_category_is_true_exactly_if_the_input_is_flagged(self, over):
+        scores = self.scores(over=over, hate=0.9, privacy=0.2)
+        assert tuple(scores) == MODERATION
+        assert (scores["hate"] > 0.5) == over
+        assert max(scores, key=scores.get) == "hate"
+        assert 0 < scores["illicit"] < scores["hate"]
+        assert [n for n, s in scores.items() if not s] == [
+            n for n in MODERATION if n not in {"hate", "illicit"}
+        ]
+
+    def test_one_that_is_as_likely_is_true_as_well(self):
+        scores = self.scores(hate=0.9, suicide_self_harm=0.9)
+        assert scores["hate"] == scores["self-harm"] > 0.5
+
+    def test_the_category_that_is_named_counts_even_if_another_scores_more(self):
+        scores = self.scores(category="sexual", hate=0.9, sexual=0.6)
+        assert scores["sexual"] > 0.5
+
+    def test_a_pack_with_a_name_of_openais(self):
+        name = "violence/graphic"
+        assert self.scores(category=name, **{name: 0.7})[name] > 0.5
+
+    def test_a_guard_without_categories_calls_it_illicit(self):
+        scores = self.scores(category=None)
+        assert [n for n, s in scores.items() if s] == ["illicit"]
+
+    def test_what_is_judged_is_said(self):
+        guard = tiny_guard()
+        verdict = next(v for v in offline().values() if v.flagged)
+        verdict = replace(verdict, category="hate", category_scores={"hate": 0.9})
+        types = moderation_result(guard, Judgement(verdict, {})).category_applied_input_types
+        assert [n for n, of in types.items() if of] == ["hate", "illicit"]

@@ -126,7 +126,7 @@ def routes(service: Service) -> APIRouter:
         """Classify texts, in OpenAI's schema."""
         case = Case(service, request, "moderations")
         found = await _judged(case, _texts(body.input))
-        results = [_result(service.scorer.guard, one) for one in found]
+        results = [moderation_result(service.scorer.guard, one) for one in found]
         return ModerationResponse(id=_id("modr", case), model=service.guard_name, results=results)
 
     @router.post("/v1/score", response_model=ScoreResponse)
@@ -173,7 +173,8 @@ def _texts(given: str | list[str] | list[Part]) -> list[Prompt]:
     return [Prompt(text, id=str(number)) for number, text in enumerate(texts)]
 
 
-def _result(guard: LatentGuard, judgement: Judgement) -> ModerationResult:
+def moderation_result(guard: LatentGuard, judgement: Judgement) -> ModerationResult:
+    """A verdict in OpenAI's schema."""
     verdict = judgement.verdict
     scores = moderation_scores(guard, verdict)
     known = {name for own in verdict.category_scores for name in moderation_names(own)} | {OTHER}

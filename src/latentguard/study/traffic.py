@@ -112,7 +112,8 @@ def judge_traffic(
 
 def traffic_parts(traffic: Traffic) -> list[Table | Figure]:
     """Tables 8 and 9 and their curves."""
-    return [_table8(traffic), _table9(traffic), *_curves(traffic)]
+    prompts, trials = traffic.scored.prompts, _trials(traffic)
+    return [_table8(traffic), domain_table(prompts, trials), *_curves(traffic)]
 
 
 def categories(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
@@ -204,10 +205,11 @@ def _trials(traffic: Traffic) -> list[Trial]:
     return [*none, *traffic.trials]
 
 
-def _table9(traffic: Traffic) -> Table:
+def domain_table(prompts: Sequence[Prompt], trials: Sequence[Trial]) -> Table:
+    """Table 9: what each trial flags of each category, and of the harmless texts."""
     rows: list[tuple[Cell, ...]] = []
-    for name, members in _rows(traffic).items():
-        for trial in _trials(traffic):
+    for name, members in _rows(prompts).items():
+        for trial in trials:
             found = _rate(trial, members)
             if found is not None:
                 rows.append((name, trial.rule, trial.added, trial.k, *cells(found)))
@@ -224,9 +226,8 @@ def _table9(traffic: Traffic) -> Table:
     return Table("Table 9: with in-domain examples", columns, tuple(rows), note)
 
 
-def _rows(traffic: Traffic) -> dict[str, list[int]]:
+def _rows(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
     """Which texts of user traffic each line of Table 9 is about."""
-    prompts = traffic.scored.prompts
     found = {
         f"{code} ({CODES[code]})" if code in CODES else code: rows
         for code, rows in categories(prompts).items()
@@ -249,7 +250,7 @@ def _rate(trial: Trial, rows: Sequence[int]) -> Estimate | None:
 
 def _curves(traffic: Traffic) -> Iterator[Figure]:
     """Recall and false positives by the number of in-domain examples."""
-    lines, trials = _rows(traffic), _trials(traffic)
+    lines, trials = _rows(traffic.scored.prompts), _trials(traffic)
     for rule in (PAPER, LINEAR):
         mine = [trial for trial in trials if trial.rule == rule]
         found: dict[str, list[Estimate]] = {}

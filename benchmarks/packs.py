@@ -1,0 +1,144 @@
+"""Category packs on the OpenAI moderation set: Table 9 with a false-positive column.
+
+    python benchmarks/packs.py --model M --data-dir DIR --states DIR [--out F.json] [--dtype D]
+
+The default guard, calibrated for 5 %, without packs and with one pack for each category of the set,
+made of k in-domain examples (at most half of the category; the rest is tested). Packs are held
+against, and the guard is calibrated on, either built-in harmless prompts alone, or half of the
+in-domain harmless texts as well, as ``latentguard pack add --harmless`` does it; the other half is
+tested. "calibrated in the domain" without packs is what those harmless texts give by themselves.
+The mean of three draws. The paper's way, examples added to one readout, is Table 9 of the study
+(``experiments/guards.py``), whose draws and table these are. Baseline: n-grams, trained and
+calibrated on the same prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from categories import arguments, kept, material
+from numpy.typing import NDArray
+
+from latentguard.audit import ngram_scores
+from latentguard.guard import LatentGuard
+from latentguard.metrics import threshold_for_fpr
+from latentguard.model.hf import ChatModel
+from latentguard.packs import against, halves, with_pack
+from latentguard.prompts import Prompt
+from latentguard.readings import DEFAULT, Reading
+from latentguard.report import show
+from latentguard.states import States
+from latentguard.study.traffic import SEEDS, Trial, categories, domain_table, drawn
+
+MAX_FPR, EXAMPLES = 0.05, (10, 50)
+BUILT_IN, DOMAIN = "built-in harmless", "in-domain harmless"
+
+
+def main() -> None:
+    """Run and print."""
+    options = arguments()
+    model = ChatModel.load(options.model, dtype=options.dtype)
+    sets = material(options.data_dir, options.harmless)
+    states = {
+        name: kept(model, sets[name], options.states)
+        for name in ("train", "validation", "moderation")
+    }
+    guard = LatentGuard.from_states(model, states["train"], Reading.of(DEFAULT, model.post))
+    states = {name: part.select(guard.readout.layers) for name, part in states.items()}
+    trials = list(tried(guard, states))
+    table = domain_table(states["moderation"].prompts, trials)
+    named = {f"k = {k}, {added}": named_right(guard, states, k, added) for k, added in runs()}
+    for row in table.rows:
+        print(*map(show, row), sep=" | ")
+    print(json.dumps(named, indent=1))
+    if options.out:
+        record = dict(model=str(options.model), dtype=options.dtype, fitted=guard.fitted)
+        record |= dict(columns=table.columns, rows=table.rows, named=named)
+        options.out.write_text(json.dumps(record, indent=1))
+
+
+def runs() -> Iterator[tuple[int, str]]:
+    """Every number of examples, with either kind of harmless prompts."""
+    yield from ((k, added) for k in EXAMPLES for added in (BUILT_IN, DOMAIN))
+
+
+def tried(guard: LatentGuard, states: dict[str, States]) -> Iterator[Trial]:
+    """Guard and n-grams, without and with packs."""
+    for k, added in [(0, BUILT_IN), (0, DOMAIN), *runs()]:
+        hits = {name: np.zeros(len(states["moderation"])) for name in ("guard", "n-grams")}
+        tested = np.zeros(len(states["moderation"]))
+        for draw in range(SEEDS):
+            one = Draw(states, k, added, draw)
+            free = ~(one.examples | one.given)
+            tested += free
+            flagged = [v.flagged for v in one.packed(guard).judge(one.texts)]
+            hits["guard"] += free & np.array(flagged)
+            hits["n-grams"] += free & one.by_words(states["train"].prompts)
+        for name, count in hits.items():
+            share = np.where(tested > 0, count / np.maximum(tested, 1), np.nan)
+            yield Trial(name, added if k else f"none; {added} calibrates", k, share)
+
+
+class Draw:
+    """Which texts are examples, which harmless ones are given, and the guard made of them."""
+
+    def __init__(self, states: dict[str, States], k: int, added: str, draw: int) -> None:
+        """Draw; the harmless texts are the same half for every k."""
+        self.texts, self.built_in = states["moderation"], states["validation"]
+        self.prompts = self.texts.prompts
+        self.examples = drawn(self.prompts, k, np.random.default_rng([0, k, draw]), "harmful")
+        calm = np.flatnonzero([not p.harmful for p in self.prompts])
+        self.given = np.zeros(len(self.prompts), dtype=bool)
+        rows = np.random.default_rng([1, draw]).permutation(calm)[: len(calm) // 2]
+        self.given[rows if added == DOMAIN else []] = True
+        like, calibrating = map(set, halves(self.chosen(self.given)))
+        known = states["train"].where(set(against()).__contains__)
+        self.against = States.collect([known, self.texts.where(like.__contains__)])
+        own = self.texts.where(calibrating.__contains__)
+        self.calm = own if added == DOMAIN else self.built_in
+
+    def chosen(self, rows: NDArray[np.bool_]) -> list[Prompt]:
+        """The texts of some rows."""
+        return [p for p, keep in zip(self.prompts, rows, strict=True) if keep]
+
+    def members(self) -> dict[str, set[Prompt]]:
+        """The examples of each category."""
+        found = categories(self.prompts) if self.examples.any() else {}
+        return {
+            name: {self.prompts[i] for i in rows if self.examples[i]}
+            for name, rows in found.items()
+        }
+
+    def packed(self, guard: LatentGuard) -> LatentGuard:
+        """The guard with a pack for each category, calibrated."""
+        for name, members in self.members().items():
+            examples = self.texts.where(members.__contains__)
+            guard = with_pack(guard, name.lower(), States.collect([examples, self.against]))
+        scores = [v.score for v in guard.judge(self.calm)]
+        return replace(guard, threshold=threshold_for_fpr(scores, MAX_FPR).threshold)
+
+    def by_words(self, train: Sequence[Prompt]) -> NDArray[np.bool_]:
+        """What n-grams flag, [n], that learn from the same prompts."""
+        learnt = [*train, *self.chosen(self.examples), *self.against.prompts]
+        scores = ngram_scores(learnt, [*self.prompts, *self.calm.prompts])
+        bound = threshold_for_fpr(scores[len(self.prompts) :], MAX_FPR)
+        return scores[: len(self.prompts)] > bound.threshold
+
+
+def named_right(guard: LatentGuard, states: dict[str, States], k: int, added: str) -> str:
+    """Of the harmful texts that are flagged and were no examples: is a pack of theirs named?"""
+    right = []
+    for draw in range(SEEDS):
+        one = Draw(states, k, added, draw)
+        verdicts = one.packed(guard).judge(one.texts)
+        for prompt, known, verdict in zip(one.prompts, one.examples, verdicts, strict=True):
+            if prompt.harmful and not known and verdict.flagged:
+                right.append(verdict.category in (prompt.category or "").lower().split(","))
+    return f"{np.mean(right):.3f} of {len(right)} in {SEEDS} draws"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Categories and packs: planted directions, the kept rate, and what a verdict says."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fake_backend import FakeBackend, labelled, noise, planted, texts
+
+from latentguard import packs
+from latentguard.categories import FEWEST, Categories, Tail, fit_directions
+from latentguard.errors import GuardError
+from latentguard.guard import LatentGuard
+from latentguard.hazards import HAZARDS, MODERATION, OTHER, moderation_names
+from latentguard.metrics import auroc
+from latentguard.prompts import Prompt
+
+KINDS = ("arson", "fraud", "spite")
+
+
+class Kinds(FakeBackend):
+    """Words of a kind move the states along a direction of their own, at every position."""
+
+    def _state(self, prompt, index):
+        state = super()._state(prompt, index)
+        for kind in (*KINDS, "novel"):
+            if kind in prompt.text:
+                state = state + 5 * planted(kind, self.depth, self.width)
+        return state
+
+
+def kinds(count, start=0):
+    """Pairs whose harmful members are of one kind, in turn."""
+    return [
+        replace(p, text=f"{p.text} {kind}", category=kind) if p.harmful else p
+        for n in range(start, start + count)
+        for p in labelled(1, start=n)
+        for kind in [KINDS[n % len(KINDS)]]
+    ]
+
+
+def harmless(count, start=5000, word="item"):
+    return [Prompt(t, harmful=False) for t in texts(count, bad=False, start=start, name=word)]
+
+
+def novel(count, start=0):
+    """Harmful prompts that the guard's own direction does not know: no "bad" in them."""
+    said = texts(count, bad=False, start=start, name="novel")
+    return [Prompt(text, harmful=True) for text in said]
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return Kinds()
+
+
+@pytest.fixture(scope="module")
+def guard(backend):
+    return LatentGuard.fit(backend, kinds(60))
+
+
+@pytest.fixture(scope="module")
+def calibrated(backend, guard):
+    return guard.calibrate(backend, harmless(400), max_fpr=0.05)
+
+
+@pytest.fixture(scope="module")
+def packed(backend, calibrated):
+    return packs.add(calibrated, backend, "novel", novel(30), harmless(400, 6000))
+
+
+class TestNaming:
+    def test_the_planted_kind_is_named(self, backend, guard):
+        test = [p for p in kinds(60, start=100) if p.harmful]
+        verdicts = list(guard.scan(backend, test))
+        right = [v.category == p.category for v, p in zip(verdicts, test, strict=True)]
+        assert np.mean(right) > 0.9
+        assert {tuple(v.category_scores) for v in verdicts} == {KINDS}
+        assert all(0 <= s <= 1 for v in verdicts for s in v.category_scores.values())
+
+    def test_scores_are_probabilities_of_equally_frequent_classes(self, backend, guard):
+        test = kinds(150, start=100)
+        scores = np.array([v.category_scores["arson"] for v in guard.scan(backend, test)])
+        of = np.array([p.category == "arson" for p in test])
+        assert auroc(of, scores) > 0.95
+        assert scores[of].mean() > 0.75
+        assert scores[~of].mean() < 0.25
+
+    def test_score_and_decision_are_as_without_categories(self, backend, guard):
+        bare = replace(guard, parts=())
+        for one, other in zip(
+            guard.scan(backend, kinds(5)), bare.scan(backend, kinds(5)), strict=True
+        ):
+            assert replace(one, category=None, category_scores={}) == other
+
+    def test_too_few_of_a_kind_are_left_out(self, backend):
+        prompts = kinds(3 * FEWEST)
+        prompts = [p for p in prompts if p.category != "spite"] + [
+            p for p in prompts if p.category == "spite"
+        ][1:]
+        names = LatentGuard.fit(backend, prompts).part(Categories).directions.names
+        assert names == ("arson", "fraud")
+
+    def test_without_categories_none_is_named(self, backend):
+        guard = LatentGuard.fit(backend, labelled(30))
+        (verdict,) = guard.scan(backend, ["something bad"])
+        assert (verdict.category, verdict.category_scores) == (None, {})
+
+    @pytest.mark.parametrize("readout", ["linear", "centroid"])
+    def test_any_reading_and_readout(self, backend, readout, tmp_path):
+        guard = LatentGuard.fit(backend, kinds(60), reading="t_post", readout=readout)
+        guard.save(tmp_path)
+        again = LatentGuard.load(tmp_path, backend)
+        assert again.digest == guard.digest
+        assert list(again.scan(backend, kinds(3))) == list(guard.scan(backend, kinds(3)))
+
+    def test_directions_predict_folds_that_they_did_not_see(self):
+        """On noise, cross-fitted log-odds separate nothing; those of the fit itself would."""
+        states = noise("states", 120, 2, 40)
+        rows = {"a": [n % 4 == 0 for n in range(120)]}
+        fit = fit_directions(states, rows, [str(n) for n in range(120)])
+        assert auroc(np.array(rows["a"]), fit.held_out[:, 0]) < 0.65
+        assert auroc(np.array(rows["a"]), fit.directions(states)[:, 0].numpy()) > 0.95
+
+
+class TestPack:
+    def test_it_finds_what_the_guard_missed(self, backend, calibrated, packed):
+        test = novel(200, start=1000)
+        before = [v.flagged for v in calibrated.scan(backend, test)]
+        after = list(packed.scan(backend, test))
+        assert np.mean(before) < 0.2
+        assert np.mean([v.flagged for v in after]) > 0.9
+        assert {v.category for v in after if v.flagged} == {"novel"}
+        assert {tuple(v.category_scores) for v in after} == {(*KINDS, "novel")}
+
+    def test_the_stated_rate_is_kept_for_the_union(self, backend, packed):
+        """2,000 fresh harmless prompts: the bound of 5 % at 95 % confidence, and sampling error."""
+        flags = [v.flagged for v in packed.scan(backend, harmless(2000, 20000))]
+        assert packed.bound.max_fpr == 0.05
+        assert np.mean(flags) < 0.05 + 3 * (0.05 * 0.95 / 2000) ** 0.5
+
+    def test_without_recalibration_it_would_not_be(self, backend, calibrated, packed):
+        loose = replace(packed, threshold=calibrated.threshold)
+        fresh = harmless(2000, 20000)
+        loosely, before, after = (
+            sum(v.flagged for v in g.scan(backend, fresh)) for g in (loose, calibrated, packed)
+        )
+        assert loosely > 1.3 * before
+        assert after < loosely
+
+    def test_the_bound_holds_as_often_as_it_says(self, backend, packed):
+        """Calibrate the union on many samples: the true rate is over the bound in at most 5 %."""
+        pool = np.array([v.score for v in packed.scan(backend, harmless(4000, 40000))])
+        from latentguard.metrics import threshold_for_fpr
+
+        rng = np.random.default_rng(0)
+        over = 0
+        for _ in range(400):
+            rows = rng.permutation(len(pool))
+            bound = threshold_for_fpr(pool[rows[:200]], 0.05)
+            over += np.mean(pool[rows[200:]] > bound.threshold) > 0.05
+        assert over / 400 < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+
+    def test_what_the_guard_found_it_still_finds(self, backend, calibrated, packed):
+        test = [p for p in kinds(100, start=300) if p.harmful]
+        before, after = (
+            np.mean([v.flagged for v in g.scan(backend, test)]) for g in (calibrated, packed)
+        )
+        assert after > before - 0.05
+
+    def test_score_threshold_and_flag_agree(self, backend, packed):
+        for v in packed.scan(backend, [*novel(20, 1000), *kinds(20), *harmless(20)]):
+            assert v.flagged == (v.score > packed.threshold)
+            if v.category == "novel" and v.flagged:
+                cut = packed.part(Categories).cut_off("novel", packed.threshold)
+                assert v.category_scores["novel"] > cut
+
+    def test_it_is_stored(self, backend, packed, tmp_path):
+        packed.save(tmp_path)
+        again = LatentGuard.load(tmp_path, backend)  # the canaries are those of the union
+        assert again.digest == packed.digest
+        assert list(again.scan(backend, novel(3))) == list(packed.scan(backend, novel(3)))
+        assert "Category pack `novel`: fitted on 30 harmful" in again.card
+
+    def test_removed_it_is_gone(self, backend, calibrated, packed):
+        calm = harmless(400)
+        gone = packs.remove(packed, backend, "novel", calm)
+        test = [*novel(10), *kinds(10)]
+        assert gone.threshold == calibrated.threshold
+        assert list(gone.scan(backend, test)) == list(calibrated.scan(backend, test))
+
+    def test_two_packs_and_a_known_name(self, backend, packed):
+        examples = [p for p in kinds(60, start=700) if p.category == "arson"]
+        two = packs.add(packed, backend, "arson", examples, harmless(400, 7000))
+        (verdict,) = two.scan(backend, [novel(1, 900)[0]])
+        assert tuple(verdict.category_scores) == (*KINDS, "novel")
+        assert tuple(two.part(Categories).packs) == ("novel", "arson")
+        one = packs.remove(two, backend, "novel", harmless(400, 7000))
+        (verdict,) = one.scan(backend, [examples[0]])
+        assert verdict.category == "arson"
+
+
+class TestRefused:
+    @pytest.mark.parametrize("count", [0, 1, 9])
+    def test_too_few_examples(self, backend, calibrated, count):
+        with pytest.raises(GuardError, match=rf"at least 10 different .*found {count}\."):
+            packs.add(calibrated, backend, "novel", novel(count), harmless(200))
+
+    def test_one_example_many_times(self, backend, calibrated):
+        with pytest.raises(GuardError, match=r"found 1\."):
+            packs.add(calibrated, backend, "novel", novel(1) * 30, harmless(200))
+
+    @pytest.mark.parametrize("name", ["", "Sexual", "two words", "../x", "a\n"])
+    def test_an_odd_name(self, backend, calibrated, name):
+        with pytest.raises(GuardError, match="is no name: expected"):
+            packs.add(calibrated, backend, name, novel(30), harmless(200))
+
+    def test_a_name_that_is_taken(self, backend, packed):
+        with pytest.raises(GuardError, match="has a pack 'novel'; remove it first"):
+            packs.add(packed, backend, "novel", novel(30), harmless(400))
+
+    def test_a_guard_that_promises_nothing(self, backend, guard):
+        with pytest.raises(GuardError, match="run 'latentguard calibrate' first"):
+            packs.add(guard, backend, "novel", novel(30), harmless(400))
+
+    def test_an_old_guard(self, backend, calibrated):
+        with pytest.raises(GuardError, match="older version"):
+            packs.add(replace(calibrated, parts=()), backend, "novel", novel(30), harmless(400))
+
+    def test_a_promise_on_other_prompts_needs_prompts_like_them(self, backend, calibrated):
+        with pytest.raises(GuardError, match="give harmless prompts like them"):
+            packs.add(calibrated, backend, "novel", novel(30))
+
+    def test_too_few_harmless_prompts_for_the_promise(self, backend, calibrated):
+        said = r"needs 59 harmless prompts to calibrate on; found 50 \(half of those given\)"
+        with pytest.raises(GuardError, match=said):
+            packs.add(calibrated, backend, "novel", novel(30), harmless(100))
+
+    def test_a_pack_that_is_not_there(self, backend, packed):
+        with pytest.raises(GuardError, match="no pack 'other'; it has: novel"):
+            packs.remove(packed, backend, "other", harmless(400))
+
+    def test_scores_that_do_not_differ(self):
+        with pytest.raises(GuardError, match="do not differ"):
+            Tail.of(np.ones(30))
+
+
+def test_what_is_fitted_never_calibrates():
+    like, calm = packs.halves(harmless(101))
+    assert not {p.text for p in like} & {p.text for p in calm}
+    assert (len(like), len(calm)) == (51, 50)
+    assert packs.halves(harmless(101)[::-1]) == (like, calm)
+    assert len(packs.against()) == packs.AGAINST
+
+
+def test_built_in_prompts_serve_a_guard_that_was_calibrated_on_them(backend, guard):
+    from latentguard.contrast import load_contrast
+
+    calm = [p for p in load_contrast("validation") if not p.harmful]
+    own = guard.calibrate(backend, calm, max_fpr=0.05)
+    packed = packs.add(own, backend, "novel", novel(30))
+    assert packed.fitted["calibration_sha256"] == own.fitted["calibration_sha256"]
+    assert packed.bound.n == len(calm)
+
+
+@pytest.mark.parametrize("change", ["names", "packs", "tail", "width", "nan"])
+def test_damaged_parts_are_not_loaded(packed, change, tmp_path):
+    record, tensors = packed.pack()
+    part = record["parts"]["categories"] = json.loads(json.dumps(record["parts"]["categories"]))
+    if change == "names":
+        part["names"] = part["names"][1:]
+    elif change == "packs":
+        part["packs"] = {}
+    elif change == "tail":
+        del part["tail"]
+    elif change == "width":
+        part["packs"]["novel"]["tail"]["width"] = 0.0
+    else:
+        tensors["categories.bias"] = torch.full_like(tensors["categories.bias"], float("nan"))
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        LatentGuard.unpack(record, tensors)
+
+
+def test_the_table_names_what_openai_names():
+    assert {name for _, names in HAZARDS.values() for name in names} <= set(MODERATION)
+    codes = [code for code, _ in HAZARDS.values() if code]
+    assert {f"S{n}" for n in range(1, 15)} == set(codes)
+    assert moderation_names("hate") == ("hate",)
+    assert moderation_names("violence/graphic") == ("violence/graphic",)
+    assert moderation_names("spite") == moderation_names(None) == (OTHER,)
+
+
+def test_the_contrast_set_uses_names_of_the_table():
+    from latentguard.contrast import load_contrast
+
+    assert {p.category for p in load_contrast() if p.harmful} <= set(HAZARDS)
