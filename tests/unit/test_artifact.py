@@ -53,6 +53,7 @@ class TestFiles:
         assert set(load((folder / TENSOR_FILE).read_bytes())) == {
             "weight",
             *(f"{axis}.{pole}" for axis in ("harmful", "refuse") for pole in POLES),
+            *("categories.weight", "categories.bias"),
         }
 
     def test_the_card(self, folder):

@@ -26,7 +26,9 @@ class Kinds(FakeBackend):
         state = super()._state(prompt, index)
         for kind in (*KINDS, "novel"):
             if kind in prompt.text:
-                state = state + 5 * planted(kind, self.depth, self.width)
+                along = planted(kind, self.depth, self.width)
+                overlap = (along * self.harm).sum(-1, keepdim=True)
+                state = state + 5 * (along - overlap * self.harm)
         return state
 
 

@@ -200,29 +200,29 @@ class TestCrossValidation:
 
     def test_the_solution_is_that_of_ridge_regression(self):
         states, y, _ = self.data()
-        design, band = _Design(states, y, LAYERS), (2, 3, 4)
+        design, band = balanced(states, y, LAYERS), (2, 3, 4)
         weight, bias = Ridge(design, band, 0.3).solve()
         z = torch.cat([design.slot(layer) for layer in band], dim=1).double()
         penalty = 0.3 * (z @ z.T).diagonal().mean()
-        primal = torch.linalg.solve(z.T @ z + penalty * torch.eye(z.shape[1]), z.T @ design.target)
+        primal = torch.linalg.solve(z.T @ z + penalty * torch.eye(z.shape[1]), z.T @ design.targets)
         fitted = z @ primal / design.root
-        found = (states[:, list(band)] * weight).sum((1, 2)) + bias
-        assert torch.allclose(found.double(), fitted, atol=1e-4)
+        found = (states[:, list(band)] * weight[0]).sum((1, 2)) + bias
+        assert torch.allclose(found.double(), fitted[:, 0], atol=1e-4)
 
     def test_rows_are_standardised_and_balanced(self):
         states, y, _ = self.data()
-        design = _Design(states, y, LAYERS)
+        design = balanced(states, y, LAYERS)
         for layer in LAYERS[1:]:
-            z = design.slot(layer) / design.root[:, None].float()
+            z = design.slot(layer) / design.root.float()
             middle = (z[y].mean(0) + z[~y].mean(0)) / 2
             assert middle.abs().max() < 1e-5
             assert torch.allclose(z.std(0), torch.ones(16), atol=1e-4)
         assert design.root.square().sum().item() == pytest.approx(len(y))
         assert design.root[y].square().sum().item() == pytest.approx(len(y) / 2)
 
-    def test_pairs_never_straddle_folds(self):
+    def test_pairs_never_straddlefolds_of(self):
         groups = [f"{n % 37}" for n in range(120)]
-        folds = _folds(groups, 3)
+        folds = folds_of(groups, 3)
         assert sorted(torch.cat(folds).tolist()) == list(range(120))
         inside = [{groups[n] for n in rows} for rows in folds]
         assert sum(map(len, inside)) == len(set(groups)) == 37
@@ -231,18 +231,18 @@ class TestCrossValidation:
 
     def test_folds_depend_on_names_and_seed_not_on_order(self):
         groups = [f"{n}" for n in range(50)]
-        forwards, backwards = _folds(groups, 0), _folds(groups[::-1], 0)
+        forwards, backwards = folds_of(groups, 0), folds_of(groups[::-1], 0)
         assert [sorted(49 - f) for f in backwards] == [sorted(f) for f in forwards]
-        assert [f.tolist() for f in _folds(groups, 1)] != [f.tolist() for f in forwards]
+        assert [f.tolist() for f in folds_of(groups, 1)] != [f.tolist() for f in forwards]
 
     def test_twins_do_not_inflate_the_figure(self):
         """Pure noise, each row twice: only folds that split the twins could find anything."""
         states = noise("twins", 40, 7, 16).repeat_interleave(2, dim=0)
         labels = [n % 4 < 2 for n in range(80)]
         y = torch.tensor(labels)
-        ridge = Ridge(_Design(states, y, LAYERS), (2, 3, 4), 0.1)
+        ridge = Ridge(balanced(states, y, LAYERS), (2, 3, 4), 0.1)
         found = [
-            auroc(y.numpy(), ridge.held_out(_folds(groups, 0)).numpy())
+            auroc(y.numpy(), ridge.held_out(folds_of(groups, 0))[:, 0].numpy())
             for groups in ([f"{n // 2}" for n in range(80)], [f"{n}" for n in range(80)])
         ]
         assert found[0] < 0.7
@@ -253,7 +253,7 @@ class TestCrossValidation:
         assert fit.choices["cross_validated_auroc"] == 0.5
         assert fit.readout(torch.randn(3, len(fit.readout.layers), 16)).abs().max() < 1e-6
 
-    def test_fewer_groups_than_folds(self, train):
+    def test_fewer_groups_thanfolds_of(self, train):
         states, labels, _ = train
         fit = fit_linear(states, labels, [f"{n % 3}" for n in range(120)], LAYERS)
         assert fit.choices["cross_validated_auroc"] == 1.0
