@@ -22,6 +22,7 @@ _HOMES = {
     "Verdict": "latentguard.parts",
     "load_contrast": "latentguard.contrast",
     "read_prompts": "latentguard.prompts",
+    "scan_many": "latentguard.panel",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

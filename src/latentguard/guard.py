@@ -114,7 +114,7 @@ class LatentGuard(Contents):
             GuardError: if a state is not finite (fail closed).
         """
         self.require_match(backend.fingerprint)
-        ready = (self.reading.prepare(_prompt(p, n)) for n, p in enumerate(prompts, start=1))
+        ready = map(self.reading.prepare, numbered(prompts))
         batches = backend.capture(
             ready, positions=self.positions, layers=self.readout.layers, progress=progress
         )
@@ -187,5 +187,7 @@ class LatentGuard(Contents):
         return guard
 
 
-def _prompt(item: Prompt | str, number: int) -> Prompt:
-    return item if isinstance(item, Prompt) else Prompt(item, id=str(number))
+def numbered(prompts: Iterable[Prompt | str]) -> Iterator[Prompt]:
+    """The prompts; a bare text becomes one, whose id is its number, from 1."""
+    for number, item in enumerate(prompts, start=1):
+        yield item if isinstance(item, Prompt) else Prompt(item, id=str(number))

@@ -1,0 +1,66 @@
+"""Several guards of one model on one capture: a forward pass for all, a verdict from each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, tee
+
+from latentguard.errors import GuardError
+from latentguard.guard import LatentGuard, numbered
+from latentguard.parts import Verdict
+from latentguard.prompts import Prompt
+from latentguard.states import Backend, Progress
+
+
+def scan_many(
+    guards: Iterable[LatentGuard],
+    backend: Backend,
+    prompts: Iterable[Prompt | str],
+    *,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Verdict, ...]]:
+    """Yield, for each prompt in order, the verdict of each guard, in the guards' order.
+
+    The verdicts are those of ``LatentGuard.scan``. One forward pass reads the union of what the
+    guards need; those whose reading is ``sealed`` read another text, and share a second pass.
+
+    Args:
+        guards: Guards of one model.
+        backend: That model.
+        prompts: What to judge; consumed lazily.
+        progress: Called with the number of prompts captured.
+
+    Raises:
+        ModelMismatch: if the model is not the one that each guard was fitted on.
+        GuardError: if there is no guard, or a state is not finite (fail closed).
+    """
+    panel = tuple(guards)
+    if not panel:
+        raise GuardError("There is no guard to scan with: expected at least one, found none.")
+    for guard in panel:
+        guard.require_match(backend.fingerprint)
+    sealed = [guard.reading.name == "sealed" for guard in panel]
+    seats = [[i for i, s in enumerate(sealed) if s is kind] for kind in dict.fromkeys(sealed)]
+    streams = tee(numbered(prompts), len(seats))
+    passes = [
+        _together([panel[i] for i in seat], backend, stream, None if number else progress)
+        for number, (seat, stream) in enumerate(zip(seats, streams, strict=True))
+    ]
+    order = list(chain(*seats))
+    for rows in zip(*passes, strict=True):
+        found = dict(zip(order, chain(*rows), strict=True))
+        yield tuple(found[i] for i in range(len(panel)))
+
+
+def _together(
+    panel: Sequence[LatentGuard],
+    backend: Backend,
+    prompts: Iterable[Prompt],
+    progress: Progress | None,
+) -> Iterator[tuple[Verdict, ...]]:
+    """One pass for guards that read the same text."""
+    positions = tuple(dict.fromkeys(name for guard in panel for name in guard.positions))
+    layers = sorted({layer for guard in panel for layer in guard.readout.layers})
+    ready = map(panel[0].reading.prepare, prompts)
+    for states in backend.capture(ready, positions=positions, layers=layers, progress=progress):
+        yield from zip(*(guard.judge(states) for guard in panel), strict=True)
