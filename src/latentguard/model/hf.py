@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from latentguard.model.chat import ChatTokenizer
 from latentguard.model.fingerprint import weights_digest
 from latentguard.model.generate import sweep
 from latentguard.model.hooks import decoder_blocks, read_positions
-from latentguard.model.layout import Layout
+from latentguard.model.layout import Row, alike
+from latentguard.model.long import trace
 from latentguard.model.sources import resolve
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Fingerprint, Intervention, Progress, States
+from latentguard.traces import Trace
 
 WINDOW = 256
 """Prompts that are sorted by length together; bounds memory, whatever their number."""
@@ -162,6 +164,14 @@ class ChatModel:
             values = self._window(window, tuple(positions), layers, progress)
             yield States(values, window, tuple(positions), layers, self.fingerprint)
 
+    def count(self, prompt: Prompt) -> int:
+        """How many tokens the prompt's own text has; see ``Tracer``."""
+        return len(self.chat([prompt])[0].spans)
+
+    def trace(self, prompt: Prompt, **how: Any) -> Trace:
+        """Read a long prompt or a chat, turn by turn and token by token; see ``Tracer``."""
+        return trace(self, prompt, **how)
+
     def generate(self, prompts: Iterable[Prompt], **how: Any) -> list[Reply]:
         """Reply to prompts greedily, unsteered; ``how`` is that of ``sweep``."""
         return self.sweep(prompts, [None], **how)[0]
@@ -192,7 +202,7 @@ class ChatModel:
         layers: tuple[int, ...],
         progress: Progress | None,
     ) -> Float[Tensor, "n p l d"]:
-        rows = [_Row(layout, positions) for layout in self.chat(prompts)]
+        rows = [Row(layout, positions) for layout in self.chat(prompts)]
         for row, prompt in zip(rows, prompts, strict=True):
             self.check_length(row.length, prompt)
         shape = (len(rows), len(positions), len(layers), self.width)
@@ -230,7 +240,7 @@ class ChatModel:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[_Row], layers: tuple[int, ...]) -> Float[Tensor, "b p l d"]:
+    def _forward(self, rows: Sequence[Row], layers: tuple[int, ...]) -> Float[Tensor, "b p l d"]:
         """One pass over right-padded rows: causal attention never sees the padding."""
         prefix = self._shared_prefix(rows, max(layers))
         skip = len(prefix.ids) if prefix else 0
@@ -252,12 +262,12 @@ class ChatModel:
             cache.batch_repeat_interleave(len(ids))
         self.model(ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
 
-    def _shared_prefix(self, rows: Sequence[_Row], last_layer: int) -> _Prefix | None:
+    def _shared_prefix(self, rows: Sequence[Row], last_layer: int) -> _Prefix | None:
         """Keys and values of what every single-turn prompt begins with, computed once and kept."""
         last_layer = max(last_layer, 1)  # an empty cache would shift the position ids
         if self._prefix is None or self._prefix.last_layer < last_layer:
             first, second = self.chat([Prompt("a"), Prompt("Z")])
-            self._prefix = self._fill(_common_prefix(first.ids, second.ids), last_layer)
+            self._prefix = self._fill(first.ids[: alike(first.ids, second.ids)], last_layer)
         usable = self._prefix.ids and all(row.fits(self._prefix.ids) for row in rows)
         return self._prefix if usable else None
 
@@ -272,24 +282,6 @@ class ChatModel:
         with read_positions(self.blocks, columns=columns, layers=(last_layer,), buffer=buffer):
             self._run(torch.tensor([ids]), None, cache)
         return _Prefix(ids, cache, last_layer)
-
-
-class _Row:
-    """One prompt of a batch: the tokens up to the last wanted position, and the positions."""
-
-    def __init__(self, layout: Layout, positions: Sequence[str]) -> None:
-        self.columns = [layout.index(position) for position in positions]
-        self.length = max(self.columns) + 1
-        self.first = min(self.columns)
-        self.ids = layout.ids[: self.length]
-
-    def fits(self, prefix: tuple[int, ...]) -> bool:
-        return self.first >= len(prefix) and self.ids[: len(prefix)] == prefix
-
-
-def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-    return tuple(token for token, _ in same)
 
 
 def _windows(prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, ...]]:

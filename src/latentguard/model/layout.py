@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from latentguard.errors import PromptError
 
@@ -54,3 +56,23 @@ class Layout:
                 f"post+{most} and inst-1 to inst-{self.t_inst}."
             )
         return self.t_inst + int(found[1])
+
+
+class Row:
+    """One prompt of a batch: the tokens up to the last wanted position, and the positions."""
+
+    def __init__(self, layout: Layout, positions: Sequence[str]) -> None:
+        """Cut a layout behind the last of some positions."""
+        self.columns = [layout.index(position) for position in positions]
+        self.length = max(self.columns) + 1
+        self.first = min(self.columns)
+        self.ids = layout.ids[: self.length]
+
+    def fits(self, prefix: tuple[int, ...]) -> bool:
+        """Whether it begins so, and is read only after that."""
+        return self.first >= len(prefix) and self.ids[: len(prefix)] == prefix
+
+
+def alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """With how many equal tokens two rows begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
