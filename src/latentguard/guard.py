@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,11 +18,16 @@ from latentguard.categories import Categories
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.metrics import threshold_for_fpr
 from latentguard.packing import Contents
-from latentguard.parts import Decision, Verdict
+from latentguard.parts import Decision, Evidence, Verdict
 from latentguard.prompts import Prompt
 from latentguard.readings import Reading
 from latentguard.readouts import Kind, require_kind
 from latentguard.states import Backend, Fingerprint, Progress, States, digest_prompts
+from latentguard.traces import Trace, require_tracer
+from latentguard.windows import Windows
+
+BATCH = 256
+"""Prompts among which a guard with windows looks for long ones at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +95,14 @@ class LatentGuard(Contents):
     ) -> LatentGuard:
         """A new guard whose threshold keeps a false-positive rate, from harmless prompts.
 
+        Long prompts and chats are passed over if the guard has windows: their threshold is that
+        of the windows (``window_fitting.calibrate_windows``).
+
         Raises:
             GuardError: if there are too few prompts for the rate; says how many are needed.
         """
-        prompts = list(harmless)
+        windows = self.part(Windows)
+        prompts = [p for p in harmless if not (windows and windows.needed(backend, p))]
         self.require_match(backend.fingerprint)
         threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
         scores = [v.score for v in self.scan(backend, prompts, progress=progress)]
@@ -115,11 +125,54 @@ class LatentGuard(Contents):
         """
         self.require_match(backend.fingerprint)
         ready = map(self.reading.prepare, numbered(prompts))
+        windows = self.part(Windows)
+        while windows and (batch := tuple(islice(ready, BATCH))):
+            long = [windows.needed(backend, prompt) for prompt in batch]
+            short = (prompt for prompt, longer in zip(batch, long, strict=True) if not longer)
+            verdicts = self._scan(backend, short, progress)
+            for prompt, longer in zip(batch, long, strict=True):
+                yield self._scan_long(backend, prompt, progress) if longer else next(verdicts)
+            yield from verdicts  # none is left, but the last batch is not yet reported
+        yield from self._scan(backend, ready, progress)
+
+    def _scan(
+        self, backend: Backend, ready: Iterable[Prompt], progress: Progress | None
+    ) -> Iterator[Verdict]:
         batches = backend.capture(
             ready, positions=self.positions, layers=self.readout.layers, progress=progress
         )
         for states in batches:
             yield from self.judge(states)
+
+    def _scan_long(self, backend: Backend, prompt: Prompt, progress: Progress | None) -> Verdict:
+        verdict = self.judge_trace(self.trace(backend, prompt))
+        if progress is not None:
+            progress(1)
+        return verdict
+
+    def trace(self, backend: Backend, prompt: Prompt) -> Trace:
+        """Read a long prompt or a chat in one pass.
+
+        Raises:
+            GuardError: if the guard has no windows, or the backend cannot read them.
+        """
+        windows = self.part(Windows)
+        if windows is None:
+            raise GuardError("This guard has no windows: fit it with 'latentguard fit --long'.")
+        return require_tracer(backend).trace(
+            prompt, positions=self.positions, layers=self.readout.layers, probe=windows.probe
+        )
+
+    def judge_trace(self, trace: Trace) -> Verdict:
+        """The verdict on a trace; what parts add is read at the end of the last turn."""
+        windows = self.part(Windows)
+        assert windows is not None
+        found = windows.find(trace, self.scores(trace.states).tolist())
+        evidence = [
+            replace(e, score=self.threshold + self.spread * (e.score - windows.threshold))
+            for e in found
+        ]
+        return next(self.judge(trace.last, evidence))
 
     def scores(self, states: States) -> Float[Tensor, "n"]:
         """Scores of states captured at ``positions`` and at least the readout's layers, float64."""
@@ -129,10 +182,17 @@ class LatentGuard(Contents):
             scores = added.adjust(part, scores)
         return scores
 
-    def judge(self, states: States) -> Iterator[Verdict]:
-        """Verdicts for states captured at ``positions`` and at least the readout's layers."""
+    def judge(self, states: States, evidence: Sequence[Evidence] = ()) -> Iterator[Verdict]:
+        """Verdicts for states captured at ``positions`` and at least the readout's layers.
+
+        Args:
+            states: What was read.
+            evidence: Of a trace, of which ``states`` is the last row; it makes the score.
+        """
         states = states.select(self.readout.layers)
         scores = self.scores(states)
+        if evidence:
+            scores = scores.new_tensor([max(e.score for e in evidence)])
         beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
         if not all(torch.isfinite(values).all() for values in (scores, *beliefs.values())):
             raise GuardError(
@@ -146,7 +206,15 @@ class LatentGuard(Contents):
             believed = {name: float(values[i]) for name, values in beliefs.items()}
             decision: Decision = "block" if (flagged := score > self.threshold) else "allow"
             verdicts.append(
-                Verdict(prompt.id, score, float(chances[i]), flagged, believed, decision)
+                Verdict(
+                    prompt.id,
+                    score,
+                    float(chances[i]),
+                    flagged,
+                    believed,
+                    decision,
+                    evidence=tuple(evidence),
+                )
             )
         for part in self.parts:
             verdicts = part.judge(states, verdicts)

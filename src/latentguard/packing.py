@@ -24,8 +24,9 @@ from latentguard.parts import Part
 from latentguard.readings import Reading
 from latentguard.readouts import Readout
 from latentguard.states import Fingerprint
+from latentguard.windows import Windows
 
-PARTS: list[type[Part]] = [Categories]
+PARTS: list[type[Part]] = [Windows, Categories]
 """Every optional part that there is, in the order in which they judge."""
 
 P = TypeVar("P", bound=Part)

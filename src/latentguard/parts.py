@@ -30,6 +30,23 @@ Decision = Literal["allow", "review", "block"]
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """The most harmful stretch of one turn of a long prompt or a chat."""
+
+    message: int
+    """Which message of the chat, counted from 0; the prompt's own text comes after its history."""
+
+    start: int
+    """The first character of the stretch in that message."""
+
+    end: int
+    """The first character after it."""
+
+    score: float
+    """Its score; the unit is that of the verdict."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a guard says of one prompt."""
 
@@ -59,6 +76,10 @@ class Verdict:
 
     quadrant: str | None = None
     """What both beliefs together say; None without a refusal axis."""
+
+    evidence: tuple[Evidence, ...] = ()
+    """Of a long prompt or a chat: the most harmful stretch of each turn of the user, oldest first.
+    The greatest of their scores is the score. Empty for a short prompt."""
 
 
 class Part(ABC):

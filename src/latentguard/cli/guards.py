@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,11 @@ from latentguard.cli.app import app
 from latentguard.cli.console import load, load_guard, note, progress, read, read_side
 from latentguard.cli.options import Dtype, GuardFolder, Label, Model, Side, TextColumn
 from latentguard.contrast import load_contrast
-from latentguard.prompts import Columns, stream_prompts
+from latentguard.prompts import Columns, Prompt, stream_prompts
+
+if TYPE_CHECKING:
+    from latentguard.guard import LatentGuard
+    from latentguard.model.hf import ChatModel
 
 
 @app.command()
@@ -50,6 +54,9 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     readout: Annotated[
         str, typer.Option(help="linear, or centroid (the paper's rule).")
     ] = "linear",
+    long: Annotated[
+        bool, typer.Option("--long", help="Also read long prompts and chats by windows.")
+    ] = False,
     text_column: TextColumn = "text",
     dtype: Dtype = "auto",
 ) -> None:
@@ -76,6 +83,11 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
             readout=readout,  # type: ignore[arg-type]
             progress=bar.advance,
         )
+    if long:
+        from latentguard.window_fitting import fit_windows
+
+        with progress("windows") as bar:
+            guard = fit_windows(backend, guard, progress=bar.advance)
     guard.save(out)
     note(f"Guard written to {out}. Next: latentguard calibrate {out} --harmless FILE")
 
@@ -94,7 +106,11 @@ def calibrate(
     text_column: TextColumn = "text",
     model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
 ) -> None:
-    """Set the guard's threshold so that it flags at most MAX_FPR of harmless prompts."""
+    """Set the guard's threshold so that it flags at most MAX_FPR of harmless prompts.
+
+    A guard that was fitted with --long has a second threshold, for long prompts and chats: it is
+    set from those in HARMLESS if there are any.
+    """
     loaded, backend = load_guard(guard, model)
     prompts = read_side(harmless, text_column, harmful=False)
     if not harmless:
@@ -104,8 +120,26 @@ def calibrate(
         calibrated = loaded.calibrate(
             backend, prompts, max_fpr=rate, confidence=confidence, progress=bar.advance
         )
+    calibrated = calibrated_long(calibrated, backend, prompts, rate, confidence)
     calibrated.save(guard)
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
+
+
+def calibrated_long(
+    guard: LatentGuard, backend: ChatModel, prompts: list[Prompt], rate: float, confidence: float
+) -> LatentGuard:
+    """The guard with the threshold of its windows set from the long ones of the prompts."""
+    from latentguard.window_fitting import calibrate_windows
+    from latentguard.windows import Windows
+
+    windows = guard.part(Windows)
+    long = [p for p in prompts if windows and windows.needed(backend, p)]
+    if not long:
+        return guard
+    with progress("windows", len(long)) as bar:
+        return calibrate_windows(
+            backend, guard, long, max_fpr=rate, confidence=confidence, progress=bar.advance
+        )
 
 
 @app.command()

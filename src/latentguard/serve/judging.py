@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
 from latentguard.guard import LatentGuard
@@ -14,6 +14,7 @@ from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest, Fault, Unavailable
 from latentguard.states import States
+from latentguard.windows import Windows
 
 log = logging.getLogger("latentguard.serve")
 
@@ -56,10 +57,22 @@ def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -
         PromptError: if a prompt is empty or too long.
         GuardError: if a state is not finite.
     """
-    ready = [guard.reading.prepare(prompt) for prompt in prompts]
+    ready, windows = [guard.reading.prepare(prompt) for prompt in prompts], guard.part(Windows)
+    long = [windows is not None and windows.needed(model, prompt) for prompt in ready]
+    short = [prompt for prompt, longer in zip(ready, long, strict=True) if not longer]
     layers, positions = guard.readout.layers, guard.positions
-    batches = model.capture(ready, positions=positions, layers=layers)
-    return [found for states in batches for found in judge_states(guard, states)]
+    batches = model.capture(short, positions=positions, layers=layers)
+    found = iter([one for states in batches for one in judge_states(guard, states)])
+    return [
+        _judge_long(guard, model, prompt) if longer else next(found)
+        for prompt, longer in zip(ready, long, strict=True)
+    ]
+
+
+def _judge_long(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> Judgement:
+    """Judge a long prompt or a chat; the beliefs by layer are those at its end."""
+    trace = guard.trace(model, prompt)
+    return replace(judge_states(guard, trace.last)[0], verdict=guard.judge_trace(trace))
 
 
 def judge_each(

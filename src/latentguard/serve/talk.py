@@ -13,6 +13,7 @@ from latentguard.model.converse import Conversation, Sampling
 from latentguard.model.hf import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.serve.judging import Judgement, judge_all, judge_states
+from latentguard.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,16 @@ class Talk:
         return True
 
     def _read(self, guard: LatentGuard, model: ChatModel) -> Judgement | GuardError:
-        own = guard.reading.prepare(self.prompt) == self.prompt
+        windows = guard.part(Windows)
+        own = guard.reading.prepare(self.prompt) == self.prompt and not (
+            windows and windows.needed(model, self.prompt)
+        )
         positions = guard.positions if own else ()
         said = Conversation(model, self.prompt, positions=positions, layers=guard.readout.layers)
         self._conversation, self._pieces = said, said.pieces(self.sampling)
         try:
             states = said.states
-            if states is None:  # a reading that changes the text needs a pass of its own
+            if states is None:  # another text, or a long one, needs a pass of its own
                 return judge_all(guard, model, [self.prompt])[0]
             return judge_states(guard, states)[0]
         except GuardError as error:
