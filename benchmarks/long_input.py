@@ -1,0 +1,340 @@
+"""Long input: a harmful or a harmless request somewhere in a long text, or in a chat.
+
+    python benchmarks/long_input.py --model M --data-dir DIR --work W [--out F.json] [--dtype D]
+        [--needles 256=60 --needles 1024=30 ...] [--only fit|cost|documents|chats]
+
+DIR holds jbb.jsonl, xstest.jsonl, alpaca_harmless.jsonl and openai_moderation.jsonl. The default
+guard is fitted on the built-in set with its windows; nothing of DIR is seen before it is scored.
+The texts around the requests are not those of training: Python's own language reference, and the
+harmless posts of the OpenAI moderation set. Both members of a pair stand at the same place of the
+same text. Scores go to W/scores.jsonl as they come: a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import numpy as np
+
+from latentguard.audit import ngram_model
+from latentguard.contrast import load_contrast
+from latentguard.guard import LatentGuard
+from latentguard.metrics import Estimate, auroc, estimate, proportion, tpr_at
+from latentguard.model.hf import ChatModel
+from latentguard.model.long import Kept
+from latentguard.prompts import Message, Prompt, read_prompts
+from latentguard.window_fitting import fit_windows, windows_of
+from latentguard.windows import best_stretch
+
+FIGURES = {"AUROC": auroc, "TPR at 5% FPR": tpr_at(0.05), "TPR at 1% FPR": tpr_at(0.01)}
+RULES = {
+    "length": "length",
+    "n-grams": "ngrams",
+    "n-grams, worst line": "ngrams_line",
+    "last token (default guard)": "last",
+    "stretches": "stretch",
+    "windows (both readings)": "score",
+}
+FILLERS = 4
+"""Texts around the requests, half of either kind."""
+
+TURNS = 5
+"""Of the user in a chat."""
+
+CHARACTERS = 4.0
+"""A token's, about."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request in one text."""
+
+    cell: str
+    key: str
+    prompt: Prompt
+    message: int
+    start: int
+    stop: int
+
+
+def main() -> None:
+    """Fit, score, tell."""
+    options = arguments()
+    options.work.mkdir(parents=True, exist_ok=True)
+    model = ChatModel.load(options.model, dtype=options.dtype)
+    guard = fitted(model, options.work)
+    if options.only in (None, "cost"):
+        save(options.work / "cost.json", cost(model, guard))
+    needles = requests(options.data_dir)
+    counts = {int(k): int(n) for k, n in (pair.split("=") for pair in options.needles)}
+    texts = fillers(options.data_dir, max(counts, default=256))
+    if options.only in (None, "documents"):
+        for text_id, text in enumerate(texts):
+            score(model, guard, documents(text_id, text, needles, counts), options)
+    if options.only in (None, "chats"):
+        score(model, guard, chats(needles[: options.chats], options.data_dir), options)
+    if options.out:
+        save(Path(options.out), report(options))
+
+
+def fitted(model: ChatModel, work: Path) -> LatentGuard:
+    """The default guard with windows, kept in the work folder."""
+    if (work / "guard" / "guard.json").exists():
+        return LatentGuard.load(work / "guard")
+    began = time.process_time()
+    guard = LatentGuard.fit(model, load_contrast("train"))
+    harmless = [p for p in load_contrast("validation") if not p.harmful]
+    guard = guard.calibrate(model, harmless, max_fpr=0.05)
+    middle = time.process_time()
+    guard = fit_windows(model, guard)
+    times = dict(fit=middle - began, windows=time.process_time() - middle)
+    save(work / "fit.json", times)
+    guard.save(work / "guard")
+    return guard
+
+
+def requests(folder: Path) -> list[tuple[Prompt, Prompt]]:
+    """A harmful and a harmless request of the same set: JBB's pairs, XSTest's by kind."""
+    draw = random.Random(0)
+    pairs = []
+    jbb = read_prompts(folder / "jbb.jsonl")
+    sides = [[p for p in jbb if p.harmful is side] for side in (True, False)]
+    pairs += list(zip(*sides, strict=True))
+    xstest = read_prompts(folder / "xstest.jsonl")
+    harmful = draw.sample([p for p in xstest if p.harmful], 100)
+    harmless = draw.sample([p for p in xstest if not p.harmful], 100)
+    pairs += list(zip(harmful, harmless, strict=True))
+    draw.shuffle(pairs)
+    return pairs
+
+
+def fillers(folder: Path, most: int) -> list[str]:
+    """Texts of at least ``most`` tokens."""
+    manual = [text.strip() for text in topics.topics.values()]
+    posts = [p.text for p in read_prompts(folder / "openai_moderation.jsonl") if not p.harmful]
+    texts = []
+    for number in range(FILLERS):
+        draw = random.Random(number)
+        parts = draw.sample(*((manual, len(manual)) if number % 2 else (posts, len(posts))))
+        text = "\n\n".join(parts)[: 8 * most]
+        texts.append(text)
+    return texts
+
+
+def documents(
+    text_id: int, text: str, needles: list[tuple[Prompt, Prompt]], counts: dict[int, int]
+) -> Iterator[Asked]:
+    """Requests in this text, in an order in which many begin as the one before."""
+    ends = cuts(text)
+    own = needles[text_id::FILLERS]
+    for length, most in counts.items():
+        for place, count in {"middle": most, "end": 30 * FILLERS}.items():
+            for pair in own[: -(-count // FILLERS)]:
+                for request in pair:
+                    yield document(text, ends, request, length, place, text_id)
+    most = max(counts.values(), default=0)
+    for number, pair in enumerate(own[: -(-most // FILLERS)]):
+        for request in pair:
+            for length, count in counts.items():
+                if number < -(-count // FILLERS):
+                    yield document(text, ends, request, length, "start", text_id)
+
+
+def cuts(text: str) -> list[int]:
+    """Where a text may be cut: after each blank."""
+    return [n + 1 for n, letter in enumerate(text) if letter.isspace()]
+
+
+def document(
+    text: str, ends: list[int], request: Prompt, length: int, place: str, text_id: int
+) -> Asked:
+    """A text of about so many tokens with a request at a place."""
+    size = round(length * CHARACTERS)
+    at = {"start": 0, "middle": size // 2, "end": size}[place]
+    cut, stop = (ends[int(np.searchsorted(ends, n))] if n else 0 for n in (at, size))
+    head = f"{text[:cut].rstrip()}\n\n" if cut else ""
+    whole = f"{head}{request.text}\n\n{text[cut:stop]}".strip()
+    prompt = replace(request, text=whole)
+    key = f"{place} {length} {request.id} {text_id}"
+    return Asked(f"{place} {length}", key, prompt, 0, len(head), len(head) + len(request.text))
+
+
+def chats(needles: list[tuple[Prompt, Prompt]], folder: Path) -> Iterator[Asked]:
+    """Chats of several turns in which one is the request."""
+    ordinary = [p.text for p in read_prompts(folder / "alpaca_harmless.jsonl")]
+    for number, pair in enumerate(needles):
+        draw = random.Random(number)
+        others, replies = draw.sample(ordinary, TURNS - 1), draw.sample(ordinary, TURNS)
+        for place in (0, TURNS // 2, TURNS - 1):
+            for request in pair:
+                said = [*others[:place], request.text, *others[place:]]
+                history = [
+                    m
+                    for text, reply in zip(said[:-1], replies, strict=False)
+                    for m in (Message("user", text), Message("assistant", f"Sure. {reply}"))
+                ]
+                prompt = replace(request, text=said[-1], history=tuple(history))
+                cell = f"turn {place + 1} of {TURNS}"
+                yield Asked(cell, f"{cell} {request.id}", prompt, 2 * place, 0, len(request.text))
+
+
+def score(
+    model: ChatModel, guard: LatentGuard, asked: Iterator[Asked], options: argparse.Namespace
+) -> None:
+    """Append what is not there yet."""
+    path = options.work / "scores.jsonl"
+    done = {row["key"] for row in rows_of(path)}
+    windows, kept, words = windows_of(guard), Kept(), n_grams()
+    how = dict(positions=guard.positions, layers=guard.readout.layers, probe=windows.probe)
+    with path.open("a", encoding="utf-8") as file:
+        for one in asked:
+            if one.key in done:
+                continue
+            if time.process_time() > options.seconds:
+                raise SystemExit(f"{options.seconds} s of processor time are over; run it again.")
+            trace = model.trace(one.prompt, kept=kept, **how)
+            own = guard.scores(trace.states).tolist()
+            verdict = guard.judge_trace(trace)
+            stretch = max(best_stretch(turn, windows.size)[0] for turn in trace.turns)
+            best = max(verdict.evidence, key=lambda e: e.score)
+            hit = best.message == one.message and best.start < one.stop and best.end > one.start
+            row = dict(key=one.key, cell=one.cell, harmful=one.prompt.harmful)
+            row |= dict(tokens=sum(len(t.scores) for t in trace.turns), last=own[-1])
+            row |= dict(last_flagged=own[-1] > guard.threshold, score=verdict.score, hit=hit)
+            row |= dict(flagged=verdict.flagged, stretch=stretch)
+            row |= baselines(words, one.prompt)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+
+def n_grams() -> Any:
+    """The n-gram baseline, fitted on what the guard is fitted on."""
+    train = load_contrast("train")
+    return ngram_model().fit([p.text for p in train], [bool(p.harmful) for p in train])
+
+
+def baselines(words: Any, prompt: Prompt) -> dict[str, float]:
+    """What no model is needed for: of the whole, and of its worst line."""
+    said = [*(m.content for m in prompt.history if m.role == "user"), prompt.text]
+    lines = [line for text in said for line in text.splitlines() if line.strip()]
+    whole, *each = words.decision_function(["\n".join(said), *lines])
+    return dict(length=sum(map(len, said)), ngrams=float(whole), ngrams_line=float(max(each)))
+
+
+def cost(model: ChatModel, guard: LatentGuard) -> dict[str, Any]:
+    """Processor seconds and memory by length; what short prompts cost with and without windows."""
+    text, found = "\n\n".join(sorted(topics.topics.values())), list[dict[str, float]]()
+    bare = replace(guard, parts=())
+    for length in (256, 1024, 2048, 4096, 7600):
+        prompt = Prompt(_tokens(model, text, length))
+        row: dict[str, float] = dict(tokens=model.count(prompt))
+        for name, one in {"windows": guard, "last": bare}.items():
+            began = time.process_time()
+            list(one.scan(model, [prompt]))
+            row[name] = time.process_time() - began
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            row[f"{name}, peak MiB so far"] = peak
+        found.append(row)
+    short, ratios = load_contrast("test")[:96], list[float]()
+    for _ in range(5):
+        times = []
+        for one in (bare, guard):
+            began = time.process_time()
+            scores = [v.score for v in one.scan(model, short)]
+            times.append((time.process_time() - began, scores))
+        ratios.append(times[1][0] / times[0][0])
+        assert times[0][1] == times[1][1]  # short prompts score the same
+    return dict(by_length=found, short=dict(n=len(short), ratios=sorted(ratios)))
+
+
+def _tokens(model: ChatModel, text: str, length: int) -> str:
+    """The first so many tokens of a text."""
+    offsets = model.tokenizer(text[: 8 * length], return_offsets_mapping=True)["offset_mapping"]
+    return text[: offsets[length][0]]
+
+
+def report(options: argparse.Namespace) -> dict[str, Any]:
+    """Each cell's figures by rule, each with interval and n."""
+    rows = rows_of(options.work / "scores.jsonl")
+    cells = {}
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        mine = [row for row in rows if row["cell"] == cell]
+        labels = [row["harmful"] for row in mine]
+        figures = {
+            rule: {
+                name: told(estimate(metric, labels, [row[key] for row in mine]))
+                for name, metric in FIGURES.items()
+            }
+            for rule, key in RULES.items()
+        }
+        sides = {
+            f"{rule}, {'true' if side else 'false'} positives": told(
+                proportion([row[key] for row in mine if row["harmful"] is side])
+            )
+            for rule, key in {"windows": "flagged", "last token": "last_flagged"}.items()
+            for side in (True, False)
+        }
+        hits = told(proportion([row["hit"] for row in mine if row["harmful"]]))
+        tokens = float(np.mean([row["tokens"] for row in mine]))
+        cells[cell] = dict(
+            tokens=tokens, figures=figures, at_threshold=sides, evidence_is_the_request=hits
+        )
+    files = {name: options.work / f"{name}.json" for name in ("fit", "cost")}
+    kept = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
+    guard = LatentGuard.load(options.work / "guard")
+    windows = windows_of(guard)
+    return dict(
+        model=options.model,
+        dtype=guard.fingerprint.dtype,
+        guard=guard.fitted,
+        windows=windows.pack()[0],
+        cells=cells,
+        **kept,
+    )
+
+
+def told(found: Estimate) -> dict[str, Any]:
+    """A figure as JSON."""
+    return dict(value=found.value, low=found.low, high=found.high, n=found.n)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """What was scored so far; a torn last line is scored again."""
+    if not path.exists():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON."""
+    path.write_text(json.dumps(record, indent=1))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out")
+    parser.add_argument("--needles", nargs="*", default=["256=60", "1024=24", "4096=8"])
+    parser.add_argument("--chats", type=int, default=40)
+    parser.add_argument("--only", choices=["fit", "cost", "documents", "chats", "report"])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
