@@ -10,6 +10,7 @@ from latentguard.guard import LatentGuard, numbered
 from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress
+from latentguard.windows import Windows
 
 
 def scan_many(
@@ -32,13 +33,17 @@ def scan_many(
 
     Raises:
         ModelMismatch: if the model is not the one that each guard was fitted on.
-        GuardError: if there is no guard, or a state is not finite (fail closed).
+        GuardError: if there is no guard, one has windows, or a state is not finite (fail closed).
     """
     panel = tuple(guards)
     if not panel:
         raise GuardError("There is no guard to scan with: expected at least one, found none.")
     for guard in panel:
         guard.require_match(backend.fingerprint)
+        if guard.part(Windows):
+            raise GuardError(
+                "A guard with windows reads long prompts in passes of its own: scan with it alone."
+            )
     sealed = [guard.reading.name == "sealed" for guard in panel]
     seats = [[i for i, s in enumerate(sealed) if s is kind] for kind in dict.fromkeys(sealed)]
     streams = tee(numbered(prompts), len(seats))

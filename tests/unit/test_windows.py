@@ -13,6 +13,7 @@ from latentguard import window_fitting
 from latentguard.contrast.frames import document, framed
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
+from latentguard.panel import scan_many
 from latentguard.prompts import Message, Prompt
 from latentguard.readouts import Readout
 from latentguard.states import States
@@ -173,6 +174,10 @@ class TestScan:
         broken = replace(trace, turns=(replace(trace.turns[0], scores=scores),))
         with pytest.raises(GuardError, match="not a finite number"):
             guard.judge_trace(broken)
+
+    def test_a_panel_does_not_pass_windows_over(self, backend, guard):
+        with pytest.raises(GuardError, match="scan with it alone"):
+            next(scan_many([guard], backend, [LONG]))
 
     def test_a_guard_without_windows_traces_nothing(self, backend, guard):
         with pytest.raises(GuardError, match="has no windows"):
