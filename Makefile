@@ -1,15 +1,17 @@
 # make demo: a guard on a real model, from nothing.   make test: every check, as CI runs it.
+# make clients: an environment for other people's clients, whose tests are skipped without it.
 PYTHON ?= python3
 VENV ?= .venv
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check fmt clean
+.PHONY: demo test check fmt clients clean
 
 demo: $(VENV)/ready
 	$(BIN)/latentguard demo
 
-test: check
+test: check clients
 	$(BIN)/python -m pytest
 
 check: $(VENV)/ready
@@ -30,5 +32,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
+# LiteLLM and Inspect pin versions that are not ours; without torch it takes a minute.
+clients: $(CLIENTS)/ready
+
+$(CLIENTS)/ready: constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		--requirement constraints-clients.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) build dist .mypy_cache .pytest_cache .ruff_cache
