@@ -3,6 +3,8 @@
 import json
 import resource
 import stat
+import threading
+import time
 
 import pytest
 
@@ -58,11 +60,58 @@ class TestFile:
 
         forced = []
         monkeypatch.setattr(audit_log.os, "fsync", forced.append)
-        monkeypatch.setattr(audit_log, "INTERVAL", -1 if fsync == "interval" else 9)
+        monkeypatch.setattr(audit_log, "INTERVAL", 0.05)
         log = AuditLog(path, fsync=fsync)
         for n in range(3):
             log.write([{"n": n}])
-        assert len(forced) == (0 if fsync == "never" else 3)
+        time.sleep(0.5)
+        assert (
+            len(forced) in {"never": [0], "interval": [1, 2, 3], "always": [3]}[fsync]
+        )  # an idle log is left alone
+        log.close()
+
+    def test_two_processes_cannot_write_one_log(self, path):
+        log = AuditLog(path)
+        with pytest.raises(OSError, match=r"Another process writes audit\.jsonl"):
+            AuditLog(path)
+        log.close()
+        AuditLog(path).close()
+
+    def test_a_rotation_that_fails_moves_nothing(self, path, monkeypatch):
+        """No new file can be made, as on a disk without inodes: the older ones stay."""
+        log = AuditLog(path, max_bytes=20, keep=3)
+        for n in range(10):
+            log.write([{"n": n}])
+        before = {file: file.read_bytes() for file in path.parent.iterdir()}
+        monkeypatch.setattr(log, "_beside", lambda suffix: path.parent / "gone" / str(suffix))
+        for _ in range(5):
+            with pytest.raises(Unlogged):
+                log.write([{"n": "lost" * 9}])
+        assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+        log.close()
+
+    def test_threads_that_write_at_once_split_no_line_and_lose_none(self, path):
+        log = AuditLog(path, max_bytes=2000, keep=100, fsync="always")
+
+        def write(thread):
+            for n in range(50):
+                log.write([{"thread": thread, "n": n}])
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        log.close()
+        kept = [
+            row
+            for file in path.parent.glob("audit.jsonl*")
+            if file.suffix != ".salt"
+            for row in lines(file)
+        ]
+        assert sorted((row["thread"], row["n"]) for row in kept) == [
+            (thread, n) for thread in range(4) for n in range(50)
+        ]
 
     def test_a_full_disk_loses_the_line_whole_and_goes_on_when_there_is_room(self, path):
         """A file-size limit fails a write in its middle, as a full disk does."""
@@ -82,6 +131,7 @@ class TestFile:
 
     def test_prompts_are_named_by_a_salted_digest(self, path, tmp_path):
         first, other = AuditLog(path), AuditLog(tmp_path / "other.jsonl")
+        first.close()
         prompt = Prompt("a text", history=(Message("user", "b"),))
         assert first.digest(prompt) == AuditLog(path).digest(Prompt(**vars(prompt) | {"id": "7"}))
         assert first.digest(prompt) != first.digest(Prompt("a text"))
@@ -90,7 +140,7 @@ class TestFile:
         assert stat.S_IMODE(salt.stat().st_mode) == 0o600
 
     def test_a_damaged_salt(self, path):
-        AuditLog(path)
+        AuditLog(path).close()
         path.with_name("audit.jsonl.salt").write_text("ab")
         with pytest.raises(OSError, match="holds no salt"):
             AuditLog(path)

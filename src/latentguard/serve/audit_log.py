@@ -1,30 +1,35 @@
 """The audit log: one JSON object a verdict, whole lines only, rotated; texts only if asked.
 
 Policies of ``fsync``: ``never`` (a crash of the process loses nothing, one of the machine loses
-what the kernel had not written), ``interval`` (at most a second of lines) and ``always`` (nothing:
-each line is on the disk before its verdict leaves).
+what the kernel had not written), ``interval`` (at most a second of lines; a thread sees to it) and
+``always`` (nothing: each line is on the disk before its verdict leaves).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import Unlogged
 from latentguard.serve.options import Fsync
 
+log = logging.getLogger("latentguard.serve")
+
 INTERVAL = 1.0
 """Seconds between two fsyncs of policy ``interval``."""
+
+FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 
 
 class AuditLog:
@@ -49,14 +54,17 @@ class AuditLog:
             texts: Whether prompts are written too.
 
         Raises:
-            OSError: if it cannot be opened.
+            OSError: if it cannot be opened, or another process writes it.
         """
         self.path, self.max_bytes, self.keep = Path(path), max_bytes, keep
         self.fsync, self.texts, self.lost = fsync, texts, 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._salt = _salt(self.path.with_name(f"{self.path.name}.salt"))
-        self._lock, self._synced = threading.Lock(), monotonic()
-        self._open()
+        self._owner, self._salt = _salt(self._beside("salt"))
+        self._lock, self._closed, self._dirty = threading.Lock(), threading.Event(), False
+        self._file = os.open(self.path, FLAGS, 0o600)
+        self._size = _whole(self._file)
+        if fsync == "interval":
+            threading.Thread(target=self._keep_synced, name="audit", daemon=True).start()
 
     def digest(self, prompt: Prompt) -> str:
         """What names a prompt in the log: equal for equal prompts, and no use without the salt."""
@@ -81,45 +89,54 @@ class AuditLog:
                 raise Unlogged(f"The audit log cannot be written ({error.strerror}).") from error
 
     def close(self) -> None:
-        """Force everything to the disk."""
+        """Force everything to the disk, and let another process write."""
+        self._closed.set()
         with self._lock, contextlib.suppress(OSError):
+            os.close(self._owner)
             os.fsync(self._file)
             os.close(self._file)
 
-    def _open(self) -> None:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        self._size = _whole(self._file)
+    def _beside(self, suffix: str | int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{suffix}")
+
+    def _keep_synced(self) -> None:
+        """Force lines to the disk now and then; writers do not wait for it."""
+        while not self._closed.wait(INTERVAL):
+            with self._lock:
+                if not self._dirty or self._closed.is_set():
+                    continue
+                file, self._dirty = os.dup(self._file), False
+            try:
+                os.fsync(file)
+            except OSError as error:
+                log.error("The audit log cannot be forced to the disk: %s", error.strerror)
+            finally:
+                os.close(file)
 
     def _append(self, data: bytes) -> None:
         try:
             written = os.write(self._file, data)
             if written < len(data):
                 raise OSError(28, "no space left for a whole line")
-            now = monotonic()
-            if self.fsync == "always" or (
-                self.fsync == "interval" and now - self._synced > INTERVAL
-            ):
+            if self.fsync == "always":
                 os.fsync(self._file)
-                self._synced = now
         except OSError:
             with contextlib.suppress(OSError):  # a device cannot be cut
                 os.ftruncate(self._file, self._size)
             raise
-        self._size += len(data)
+        self._size, self._dirty = self._size + len(data), True
 
     def _rotate(self) -> None:
-        older = [self.path.with_name(f"{self.path.name}.{n}") for n in range(1, self.keep + 1)]
+        """Begin a new file; nothing moves until there is one, so that a full disk costs no file."""
         os.fsync(self._file)
-        if not older:
-            os.ftruncate(self._file, 0)
-            self._size = 0
-            return
+        fresh, older = self._beside("new"), [self._beside(n) for n in range(1, self.keep + 1)]
+        file = os.open(fresh, FLAGS | os.O_TRUNC, 0o600)
         for source, target in reversed(list(zip([self.path, *older], older, strict=False))):
             if source.exists():
                 source.replace(target)
-        full = self._file
-        self._open()
-        os.close(full)
+        fresh.replace(self.path)
+        os.close(self._file)
+        self._file, self._size = file, 0
 
 
 def _whole(file: int) -> int:
@@ -132,13 +149,20 @@ def _whole(file: int) -> int:
     return end
 
 
-def _salt(path: Path) -> bytes:
-    """The salt of this log, made at random the first time; readable by the owner alone."""
-    if not path.exists():
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(file, "w") as salt:
-            salt.write(secrets.token_hex(32))
-    found = path.read_text("ascii").strip()
-    if len(found) < 32:
-        raise OSError(f"{path} holds no salt; remove it to have a new one made.")
-    return bytes.fromhex(found)
+def _salt(path: Path) -> tuple[int, bytes]:
+    """The salt of this log, made at random the first time; readable by the owner alone.
+
+    Its file stays open and locked, so that no second process cuts or rotates the same log.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(file).st_size:
+            os.write(file, secrets.token_hex(32).encode())
+        found = os.pread(file, 1024, 0).decode("ascii").strip()
+        if len(found) < 32:
+            raise OSError(f"{path} holds no salt; remove it to have a new one made.")
+        return file, bytes.fromhex(found)
+    except BlockingIOError:
+        os.close(file)
+        raise OSError(f"Another process writes {path.stem}; give each a log of its own.") from None
