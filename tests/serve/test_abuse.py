@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.faulty import Faulty
 from serve.running import flagged, get, opener, passed, post, running
 
 PATHS = ("/v1/moderations", "/v1/score", "/v1/chat/completions")
@@ -95,6 +96,14 @@ class TestBodies:
     def test_what_is_no_http(self, service, data):
         raw(service, [data + b"\r\n\r\n"], wait=1.0)
         assert get(f"{service}/healthz").text == "ok"
+
+    def test_a_body_of_two_lengths_smuggles_no_second_request(self, service):
+        """Whatever a proxy before it believes, the connection ends after one answer."""
+        head = b"POST /v1/score HTTP/1.1\r\nhost: a\r\ncontent-length: 60\r\n"
+        body = b"transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /readyz HTTP/1.1\r\nhost: a\r\n\r\n"
+        seen, _ = raw(service, [head + body], wait=2.0)
+        assert seen.startswith(b"HTTP/1.1 400")
+        assert seen.count(b"HTTP/1.1") == 1
 
     def test_special_tokens_are_text(self, service):
         """Text that imitates the chat template is judged as text: it does not end the turn."""
@@ -218,6 +227,17 @@ class TestAnswers:
         assert answer.status_code == 500
         assert answer.json()["error"]["message"] == "The service failed on this request."
         assert "secret" not in answer.text
+
+    def test_what_breaks_on_a_prompt_does_not_log_it(self, caplog):
+        def broken():
+            guard, model = opener()
+            return guard, Faulty(model)
+
+        with running(broken) as url:
+            answer = post(f"{url}/v1/moderations", json={"input": "BREAK: my secret"})
+        assert answer.status_code == 503
+        assert "RuntimeError < capture" in caplog.text
+        assert "secret" not in caplog.text and "the model broke" not in caplog.text
 
     @pytest.mark.parametrize(("path", "status"), [("/nothing", 404), ("/v1/score", 405)])
     def test_other_paths(self, service, path, status):

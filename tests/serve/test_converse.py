@@ -52,6 +52,12 @@ def test_a_narrow_top_p_is_greedy(model):
     assert talk(model, narrow)[1] == talk(model)[1]
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-38, 1e-9])
+def test_the_coldest_reply_is_greedy(model, temperature):
+    """Logits over so little overflow; a client must not be able to crash the thread with it."""
+    assert talk(model, Sampling(max_tokens=12, temperature=temperature))[1] == talk(model)[1]
+
+
 def test_a_stop_text_ends_the_reply_before_it(model):
     whole = talk(model)[1]
     stop = whole[4:6]

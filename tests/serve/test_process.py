@@ -134,7 +134,12 @@ def test_keys_come_from_the_environment(nursery, folder, url):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--policy", "maybe"], "maybe"), (["--api-keys", "/nowhere"], "nowhere")],
+    [
+        (["--policy", "maybe"], "maybe"),
+        (["--api-keys", "/nowhere"], "nowhere"),
+        (["--upstream", "localhost:8000/v1"], "expected a URL"),
+        (["--queue", "0"], "queue"),
+    ],
 )
 def test_wrong_options_are_said(nursery, folder, arguments, said):
     with nursery.process(folder, *arguments) as child:

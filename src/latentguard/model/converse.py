@@ -20,6 +20,9 @@ from latentguard.states import States
 if TYPE_CHECKING:
     from latentguard.model.hf import ChatModel
 
+COLD = 1e-4
+"""Below this temperature a reply is greedy: logits over less overflow float32."""
+
 BROKEN = "\ufffd"
 """What decoding shows of a character whose bytes have not all come yet."""
 
@@ -32,7 +35,7 @@ class Sampling:
     """The longest reply."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """Near 0 is greedy."""
 
     top_p: float = 1.0
     """Only the likeliest tokens that together have this probability are drawn."""
@@ -156,7 +159,7 @@ class _Draw:
             self.source.manual_seed(sampling.seed)
 
     def __call__(self, logits: Float[Tensor, "v"]) -> int:
-        if self.how.temperature == 0:
+        if self.how.temperature < COLD:
             return int(logits.argmax())
         chances = (logits.float() / self.how.temperature).softmax(-1).cpu()
         if self.how.top_p < 1:

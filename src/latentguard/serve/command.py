@@ -41,11 +41,13 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     reference: Annotated[
         Path | None, typer.Option(help="Verdicts of known prompts, by 'latentguard score --out'.")
     ] = None,
-    queue: Annotated[int, typer.Option(help="Prompts that may wait.")] = 256,
-    wait_ms: Annotated[float, typer.Option(help="A batch waits so long for more.")] = 3.0,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 4096,
-    max_reply: Annotated[int, typer.Option(help="Tokens of the longest reply.")] = 1024,
-    deadline: Annotated[float, typer.Option(help="Seconds that a verdict may take.")] = 30.0,
+    queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait.")] = 256,
+    wait_ms: Annotated[float, typer.Option(min=0, help="A batch waits so long for more.")] = 3.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 4096,
+    max_reply: Annotated[int, typer.Option(min=1, help="Tokens of the longest reply.")] = 1024,
+    deadline: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a verdict may take.")
+    ] = 30.0,
     model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
 ) -> None:
     """Serve GUARD: OpenAI's /v1/moderations and /v1/chat/completions, and a page at /.
@@ -65,6 +67,7 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
 
     _require(policy, ("block", "annotate", "shadow"), "--policy")
     _require(on_error, ("block", "allow"), "--on-error")
+    _require_url(upstream)
     options = Options(
         policy=policy,  # type: ignore[arg-type]
         on_error=on_error,  # type: ignore[arg-type]
@@ -151,3 +154,10 @@ def _audit(path: Path | None, fsync: str, texts: bool) -> AuditLog | None:
 def _require(word: str, known: tuple[str, ...], option: str) -> None:
     if word not in known:
         raise typer.BadParameter(f"expected {', '.join(known)}; found '{word}'", param_hint=option)
+
+
+def _require_url(upstream: str | None) -> None:
+    if upstream is not None and not upstream.startswith(("http://", "https://")):
+        raise typer.BadParameter(
+            f"expected a URL as http://host:8000/v1; found '{upstream}'", param_hint="--upstream"
+        )

@@ -103,11 +103,8 @@ async def _own(case: Case, body: ChatRequest, request: Request) -> Response:
         return not service.forgives(Unavailable())
 
     talk = Talk(prompt, sampling, halt)
-    try:
-        judged = await _judged(case, talk)
-    except Fault:
-        talk.cancelled = True
-        raise
+    request.state.ending.callback(talk.cancel)
+    judged = await _judged(case, talk)
     if isinstance(judged, Judgement) and service.action(judged) == "block":
         return _refusal(case, body, judged)
     reply = _reply(case, body, judged)
@@ -176,7 +173,7 @@ def _reply(case: Case, body: ChatRequest, judged: Judged) -> Reply:
 
 
 async def _stream(talk: Talk, reply: Reply) -> AsyncIterator[str]:
-    """The reply as server-sent events; the chat stops when nobody listens any more."""
+    """The reply as server-sent events."""
     try:
         reply.case.service.telemetry.first_token.observe(perf_counter() - reply.case.began)
         yield reply.first()
@@ -188,20 +185,15 @@ async def _stream(talk: Talk, reply: Reply) -> AsyncIterator[str]:
             yield reply.piece(str(event))
     except Fault as fault:  # the answer has begun: an event is all that can still be said
         yield event_of(fault.body)
-    finally:
-        talk.cancelled = True
 
 
 async def _whole(talk: Talk, reply: Reply, request: Request) -> Response:
     """The reply in one; it stops, too, if the client has left meanwhile."""
     said = list[str]()
-    try:
-        while not isinstance(event := await talk.next(), End):
-            said.append(str(event))
-            if len(said) % CHECK == 0 and await request.is_disconnected():
-                return Response()
-    finally:
-        talk.cancelled = True
+    while not isinstance(event := await talk.next(), End):
+        said.append(str(event))
+        if len(said) % CHECK == 0 and await request.is_disconnected():
+            return Response()
     usage = usage_of(event.prompt_tokens, event.reply_tokens)
     return reply.whole("".join(said), event.finish, usage)
 

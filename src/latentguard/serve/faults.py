@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class Fault(Exception):
     """Ends a request with an error in OpenAI's form."""
@@ -68,3 +70,11 @@ class Upstream(Fault):
     """The upstream service cannot be reached or failed."""
 
     status, kind, code = 502, "server_error", "upstream_error"
+
+
+def place(error: BaseException) -> str:
+    """What kind of error it is and where it arose, for the log; its words may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return " < ".join(
+        [type(error).__name__, *(f"{f.name} ({f.filename}:{f.lineno})" for f in frames[::-1])]
+    )

@@ -7,13 +7,14 @@ import json
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from latentguard.serve.faults import BadRequest, Fault, SlowClient, TooLarge
+from latentguard.serve.faults import BadRequest, Fault, SlowClient, TooLarge, place
 from latentguard.serve.keys import Keys
 from latentguard.serve.options import Options
 
@@ -59,16 +60,17 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer, began = _Answer(send), perf_counter()
+        answer, began, ending = _Answer(send), perf_counter(), ExitStack()
         try:
-            known = {"request": answer.request, "client": self._client(scope)}
+            known = {"request": answer.request, "client": self._client(scope), "ending": ending}
             scope["state"] = {**scope.get("state", {}), **known}
             body = await self._body(scope, receive)
-            await self.app(scope, _replay(body, receive), answer)
+            with ending:  # however it ends: a client may leave before its answer has begun
+                await self.app(scope, _replay(body, receive), answer)
         except Fault as fault:
             await answer.fault(fault, close=True)
         except Exception as error:  # whatever it is, the client reads one plain sentence
-            log.error("%s failed: %r", answer.request, error, exc_info=True)
+            log.error("%s failed: %s", answer.request, place(error))
             await answer.fault(Fault("The service failed on this request."), close=True)
         finally:
             self.note(scope["path"], answer.status, perf_counter() - began)
@@ -82,10 +84,12 @@ class Limits:
     async def _body(self, scope: Message, receive: Receive) -> bytes:
         most = self.options.max_body
         headers = dict(scope["headers"])
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            raise BadRequest("The length of the body is told twice.")  # servers disagree on which
         told = headers.get(b"content-length", b"0")
         if told.isdigit() and len(told) < 20 and int(told) > most:
             raise TooLarge(f"The body is {int(told):,} bytes long; at most {most:,} are read.")
-        body, more = b"", True
+        body, more = bytearray(), True
         try:
             async with asyncio.timeout(self.options.read_seconds):
                 while more:
@@ -98,7 +102,7 @@ class Limits:
                         raise TooLarge(f"The body is longer than {most:,} bytes.")
         except TimeoutError:
             raise SlowClient("The body did not come in time.") from None
-        return body
+        return bytes(body)
 
 
 class _Answer:

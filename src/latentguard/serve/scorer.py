@@ -16,7 +16,7 @@ from latentguard.guard import LatentGuard
 from latentguard.model.converse import longest
 from latentguard.model.hf import ChatModel
 from latentguard.prompts import Prompt
-from latentguard.serve.faults import Busy, TooLarge, Unavailable
+from latentguard.serve.faults import Busy, TooLarge, Unavailable, place
 from latentguard.serve.jobs import Job, Work, settle, size_of
 from latentguard.serve.judging import Judgement, fault_of, judge_each
 from latentguard.serve.options import Options
@@ -83,6 +83,11 @@ class Scorer:
     def waiting(self) -> int:
         """How many prompts wait."""
         return len(self._jobs) + len(self._coming)
+
+    @property
+    def talking(self) -> int:
+        """How many chats are being answered."""
+        return len(self._talks)
 
     async def judge(self, prompts: Sequence[Prompt]) -> list[Judgement]:
         """Judge prompts, together with those of other requests.
@@ -261,7 +266,7 @@ class Scorer:
 
     def _recover(self, error: Exception) -> None:
         """Go on after a crash if the canaries still score as they should; end if not."""
-        log.error("The scoring thread crashed: %r", error)
+        log.error("The scoring thread crashed: %s", place(error))
         now = monotonic()
         self.crashes.append(now)
         if len(self.crashes) == CRASHES and now - self.crashes[0] < 60:

@@ -67,6 +67,7 @@ def make(
     scorer = Scorer(opener, options, on_batch=telemetry.batch)
     service = Service(options, scorer, telemetry, keys or Keys(), audit, reference)
     telemetry.gauge("queue_prompts", "Prompts that wait.", lambda: scorer.waiting)
+    telemetry.gauge("chats", "Chats that are being answered.", lambda: scorer.talking)
     telemetry.gauge("ready", "1 when verdicts can be asked for.", lambda: scorer.state == "ready")
     telemetry.gauge("crashes", "Recent crashes of the thread.", lambda: len(scorer.crashes))
     telemetry.gauge(

@@ -56,6 +56,10 @@ class Talk:
         self._conversation: Conversation | None = None
         self._pieces: Iterator[str] = iter(())
 
+    def cancel(self) -> None:
+        """Stop: nobody listens any more."""
+        self.cancelled = True
+
     async def next(self) -> Event:
         """What happens next.
 

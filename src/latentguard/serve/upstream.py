@@ -22,6 +22,18 @@ TIMEOUT = httpx.Timeout(10.0, read=120.0)
 MOST = 8 << 20
 """Bytes of an answer that is read whole."""
 
+KNOWN = frozenset(
+    "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens "
+    "max_tokens messages metadata modalities model n parallel_tool_calls prediction "
+    "presence_penalty prompt_cache_key prompt_cache_retention reasoning_effort response_format "
+    "safety_identifier seed service_tier stop store stream stream_options temperature tool_choice "
+    "tools top_logprobs top_p user verbosity web_search_options".split()
+)
+"""Parameters of OpenAI's API. Servers know others, some of which can replace what is asked."""
+
+SHORT = 64
+"""Characters and numbers that all other parameters together may hold: no room for a request."""
+
 
 class Relay:
     """Sends a request on, and its answer back.
@@ -46,11 +58,13 @@ class Relay:
         """The upstream's answer, with ``note`` in it.
 
         Raises:
-            BadRequest: if the body holds NaN or infinity.
+            BadRequest: if the body holds NaN or infinity, or much in fields that nobody knows.
             Upstream: if it cannot be reached, or fails.
         """
+        body = await request.json()
+        _require_known(body)
         try:
-            content = json.dumps(await request.json(), allow_nan=False)
+            content = json.dumps(body, allow_nan=False)
         except ValueError:
             raise BadRequest("The body holds a number that JSON does not know.") from None
         sent = self._client.build_request(
@@ -83,6 +97,26 @@ class Relay:
         return headers
 
 
+def _require_known(body: Mapping[str, Any]) -> None:
+    """Of a request in which another chat could be hidden, nothing is sent."""
+    unknown = {name: value for name, value in body.items() if name not in KNOWN}
+    if _size(list(unknown.values())) > SHORT:
+        names = ", ".join(sorted(name[:40] for name in unknown)[:5])
+        raise BadRequest(
+            f"{names}: OpenAI's API has no such parameters; this guard does not read them, and "
+            f"sends at most {SHORT} characters of them on."
+        )
+
+
+def _size(value: Any) -> int:
+    """How much a value can say: its characters, names included; 1 for a number."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(name) + _size(inner) for name, inner in value.items())
+    return sum(map(_size, value)) if isinstance(value, list) else 1
+
+
 async def _whole(answer: httpx.Response, note: Mapping[str, Any]) -> Response:
     content = b""
     try:
@@ -98,7 +132,8 @@ async def _whole(answer: httpx.Response, note: Mapping[str, Any]) -> Response:
         body = None
     if not isinstance(body, dict):
         raise Upstream("The upstream's answer is no JSON object.")
-    return JSONResponse(body | dict(note), status_code=answer.status_code)
+    kept = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
+    return JSONResponse(body | dict(note), status_code=answer.status_code, headers=kept)
 
 
 async def _noted(answer: httpx.Response, note: Mapping[str, Any]) -> AsyncIterator[str]:
