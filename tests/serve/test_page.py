@@ -66,7 +66,16 @@ def read(page, text):
     page.wait_for_selector("#ask button:not([disabled])")
 
 
+CUT = """() => [...document.querySelectorAll('svg text')].filter(text => {
+    const [box, around] = [text.getBBox(), text.ownerSVGElement.viewBox.baseVal];
+    return box.x < 0 || box.y < 0 || box.x + box.width > around.width
+        || box.y + box.height > around.height;
+}).map(text => text.textContent)"""
+
+
 def keep(page, name):
+    """Nothing in the figures is cut off; keep a picture if asked."""
+    assert page.evaluate(CUT) == []
     if folder := os.environ.get("LATENTGUARD_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 

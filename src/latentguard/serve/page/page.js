@@ -2,6 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
+const LEFT = 76; // of a figure: room for numbers such as +0.000939
 const saved = $("saved") ? JSON.parse($("saved").textContent) : null; // in an exported page
 let guard = null;
 let last = null;
@@ -197,19 +198,19 @@ function showLayers() {
   const high = Math.max(...all);
   const pad = (high - low || 1) * 0.1;
   const spread = layers.length > 1 ? 0 : 1; // a single layer stands in the middle
-  const x = scale(layers[0] - spread, layers.at(-1) + spread, 58, width - 16);
+  const x = scale(layers[0] - spread, layers.at(-1) + spread, LEFT, width - 16);
   const y = scale(low - pad, high + pad, height - 40, 24);
-  svg.append(drawn("line", { x1: 58, x2: width - 16, y1: y(0), y2: y(0), class: "zero" }));
+  svg.append(drawn("line", { x1: LEFT, x2: width - 16, y1: y(0), y2: y(0), class: "zero" }));
   for (const value of new Set([low, 0, high])) {
     if (value !== 0 && Math.abs(y(value) - y(0)) < 14) continue;
-    svg.append(drawn("text", { x: 52, y: y(value) + 4, "text-anchor": "end" }, signed(value)));
+    svg.append(drawn("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, signed(value)));
   }
   const step = Math.max(1, Math.ceil(layers.length / 8));
   layers.forEach((layer, index) => {
     if (index % step) return;
     svg.append(drawn("text", { x: x(layer), y: height - 20, "text-anchor": "middle" }, layer));
   });
-  svg.append(drawn("text", { x: (width + 42) / 2, y: height - 3, "text-anchor": "middle" }, "layer"));
+  svg.append(drawn("text", { x: (LEFT + width) / 2, y: height - 5, "text-anchor": "middle" }, "layer"));
   names.forEach((name, index) => {
     const points = last.by_layer[name].map((value, at) => `${x(layers[at])},${y(value)}`);
     svg.append(drawn("polyline", { points: points.join(" "), class: name }));
@@ -217,7 +218,7 @@ function showLayers() {
       const [cx, cy] = points[0].split(",");
       svg.append(drawn("circle", { cx, cy, r: 4, class: name }));
     }
-    svg.append(drawn("text", { x: 62 + 110 * index, y: 14, class: `${name}-name` },
+    svg.append(drawn("text", { x: LEFT + 4 + 110 * index, y: 14, class: `${name}-name` },
       `${name === "refuse" ? "┅" : "━"} Δ ${name}`));
   });
   $("layers").replaceChildren(svg);
@@ -243,12 +244,12 @@ function showPlane(threshold) {
     const pad = (high - low || 1) * 0.12;
     return [low - pad, high + pad];
   };
-  const x = scale(...span(everyone.map((p) => p.beliefs.harmful)), 58, width - 12);
+  const x = scale(...span(everyone.map((p) => p.beliefs.harmful)), LEFT, width - 12);
   const y = scale(...span(everyone.map(up).concat(refuses ? [] : [threshold])), height - 40, 14);
-  const box = { x: 58, y: 14, width: width - 70, height: height - 54, fill: "none", class: "axis" };
+  const box = { x: LEFT, y: 14, width: width - 12 - LEFT, height: height - 54, fill: "none", class: "axis" };
   svg.append(drawn("rect", box));
   if (!refuses) {
-    svg.append(drawn("line", { x1: 58, x2: width - 12, y1: y(threshold), y2: y(threshold), class: "cut" }));
+    svg.append(drawn("line", { x1: LEFT, x2: width - 12, y1: y(threshold), y2: y(threshold), class: "cut" }));
     svg.append(drawn("text", { x: width - 16, y: y(threshold) - 4, "text-anchor": "end" }, "threshold"));
   }
   for (const point of known) {
@@ -266,10 +267,10 @@ function showPlane(threshold) {
   }
   const ups = everyone.map(up);
   for (const value of new Set([Math.min(...ups), Math.max(...ups)])) {
-    svg.append(drawn("text", { x: 52, y: y(value) + 4, "text-anchor": "end" }, signed(value)));
+    svg.append(drawn("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, signed(value)));
   }
-  svg.append(drawn("text", { x: (width + 42) / 2, y: height - 5, "text-anchor": "middle" }, "Δ harmful →"));
-  svg.append(drawn("text", { x: 62, y: 28 }, refuses ? "↑ Δ refuse" : "↑ score"));
+  svg.append(drawn("text", { x: (LEFT + width) / 2, y: height - 5, "text-anchor": "middle" }, "Δ harmful →"));
+  svg.append(drawn("text", { x: LEFT + 4, y: 28 }, refuses ? "↑ Δ refuse" : "↑ score"));
   const below = known.filter((point) => point.score < last.score).length;
   svg.setAttribute("aria-label", `The prompt among ${known.length} ${guard.reference.what}.`);
   $("plane").replaceChildren(svg);
@@ -304,10 +305,11 @@ function atThreshold() {
   slider.setAttribute("aria-valuetext", number(value));
   const would = last.score > value ? "would be flagged" : "would not be flagged";
   const now = (last.score > value) === last.flagged ? "as now" : "unlike now";
-  $("threshold-said").textContent = `This prompt ${would}, ${now}. ` +
-    (known.length ? `Flagged would be ${flags(known)} of ${known.length} ${guard.reference.what}, now ` +
-      `${known.filter((p) => p.flagged).length}; ` : "Flagged would be ") +
-    `${flags(asked)} of ${asked.length} ${saved ? "saved" : "asked here"}. The promise holds for the guard’s own threshold only.`;
+  const theirs = known.length ? `${flags(known)} of ${known.length} ${guard.reference.what} (now ` +
+    `${known.filter((p) => p.flagged).length}) and ` : "";
+  $("threshold-said").textContent = `This prompt ${would}, ${now}. At this threshold ${theirs}` +
+    `${flags(asked)} of ${asked.length} ${saved ? "saved" : "asked here"} would be flagged. ` +
+    "The promise holds for the guard’s own threshold only.";
   showPlane(value);
   showAsked(value);
 }
