@@ -2,8 +2,10 @@
 
 Four jobs, each printing JSON:
 
-* ``throughput``: requests per second and latency at 1, 8 and 64 connections by ``wrk``, batched
-  against one prompt at a time; the two take turns, so that a busy machine slows both alike.
+* ``throughput``: requests per second and latency at 1, 8 and 64 connections by ``wrk``: batched,
+  one prompt at a time, and one at a time by whole passes of the model, without this library's
+  capture. The three take turns, so that a busy machine slows all alike; the service's processor
+  time is told too.
 * ``storm``: so many requests of mixed sizes at 64 connections; each verdict is the offline one.
 * ``restarts``: kill -9 under load and start again, so often; needs the tests (a tiny random model).
 * ``first-token``: processor and wall time to the first token, guarded against unguarded, in pairs.
@@ -28,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from latentguard.prompts import Prompt
 from latentguard.serve import server
 from latentguard.serve.judging import judge_states
 from latentguard.serve.options import Options
+from latentguard.states import States
 
 TESTS = Path(__file__).parents[1] / "tests"
 LUA = """
@@ -63,6 +66,35 @@ done = function(summary, latency)
 end
 """
 Opener = Callable[[], tuple[LatentGuard, ChatModel]]
+
+
+class Plain:
+    """A model that reads one prompt at a time in a whole pass, the usual way."""
+
+    def __init__(self, model: ChatModel) -> None:
+        """Take its place."""
+        self._inner = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    @torch.inference_mode()
+    def capture(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        positions: Sequence[str],
+        layers: Sequence[int],
+        **_: Any,
+    ) -> Iterator[States]:
+        """States by ``output_hidden_states``."""
+        for prompt in prompts:
+            layout = self.chat([prompt])[0]
+            ids = torch.tensor([layout.ids])
+            hidden = self.model.base_model(ids, output_hidden_states=True).hidden_states
+            columns = [layout.index(position) for position in positions]
+            values = torch.stack([hidden[layer][0, columns] for layer in layers], dim=1)
+            yield States(values[None], (prompt,), tuple(positions), tuple(layers), self.fingerprint)
 
 
 def main() -> None:
@@ -130,21 +162,36 @@ def serving(opener: Opener, **options: Any) -> Iterator[str]:
 
 
 def throughput(asked: argparse.Namespace) -> dict[str, Any]:
-    """Batched against one by one, in turns."""
+    """Three ways to score, in turns."""
     if not shutil.which("wrk"):
         raise SystemExit("wrk is needed: apt-get install wrk")
-    opener, slices = opened(asked), dict[str, list[dict[str, float]]]()
-    arms: dict[str, dict[str, Any]] = {"batched": {}, "one by one": dict(batch_tokens=1, wait=0.0)}
+    guard, model = opened(asked)()
+    slices, alone = dict[str, list[dict[str, float]]](), dict(batch_tokens=1, wait=0.0)
+    arms: dict[str, tuple[Any, dict[str, Any]]] = {
+        "batched": (model, {}),
+        "one by one": (model, alone),
+        "one by one, whole passes": (Plain(model), alone),
+    }
     with tempfile.TemporaryDirectory() as folder:
         script = _script(Path(folder))
         for _ in range(asked.rounds):
-            for arm, options in arms.items():
-                with serving(opener, **options) as url:
-                    _wrk(url, script, 8, 2.0)  # warm
+            for arm, (backend, options) in arms.items():
+                with serving(lambda backend=backend: (guard, backend), **options) as url:
+                    _wrk(url, script, 8, 1.0)  # warm
                     for connections in asked.connections:
                         found = _wrk(url, script, connections, asked.seconds)
                         slices.setdefault(f"{arm}, {connections}", []).append(found)
-    return dict(slices={name: _summary(rows) for name, rows in slices.items()})
+    return dict(slices={name: _summary(rows) for name, rows in slices.items()}, gflops=_gflops())
+
+
+def _gflops(size: int = 1024) -> float:
+    """What a large product of matrices reaches per second of processor time: the ceiling."""
+    one, other = torch.randn(size, size), torch.randn(size, size)
+    one @ other
+    began = time.process_time()
+    for _ in range(10):
+        one @ other
+    return round(10 * 2 * size**3 / (time.process_time() - began) / 1e9, 1)
 
 
 def _script(folder: Path) -> Path:
@@ -157,15 +204,25 @@ def _script(folder: Path) -> Path:
 
 def _wrk(url: str, script: Path, connections: int, seconds: float) -> dict[str, float]:
     how = ["-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--timeout", "30s", "-s", str(script)]
+    began = time.process_time()
     run = subprocess.run(["wrk", *how, url], capture_output=True, text=True, check=True)
+    spent = time.process_time() - began
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))
     found: dict[str, float] = json.loads(line.removeprefix("RESULT "))
-    return found | {"per_second": found["requests"] / found["seconds"]}
+    rates = {"per_second": found["requests"] / found["seconds"]}
+    return found | rates | {"per_cpu_second": found["requests"] / spent}
 
 
-def _summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    names = ("per_second", "p50", "p95", "p99")
-    return {name: round(statistics.median(row[name] for row in rows), 2) for name in names} | {
+def _summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Median, least and most of the slices."""
+    names = ("per_second", "per_cpu_second", "p50", "p95", "p99")
+    found = {name: [row[name] for row in rows] for name in names}
+    spread = {
+        name: [round(f(values), 2) for f in (statistics.median, min, max)]
+        for name, values in found.items()
+    }
+    return spread | {
+        "slices": len(rows),
         "requests": sum(row["requests"] for row in rows),
         "errors": sum(row["errors"] for row in rows),
     }
