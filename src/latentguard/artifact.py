@@ -62,8 +62,6 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder / TENSOR_FILE} is damaged or belongs to another guard: its digest is not the "
             f"one in {JSON_FILE}. Restore both files, or fit the guard again."
         )
-    if record["schema"] == 1:
-        record["parts"] = {}  # there were none
     try:
         return record, load(packed)
     except SafetensorError as error:

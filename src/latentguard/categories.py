@@ -26,9 +26,10 @@ from scipy.special import expit
 from torch import Tensor
 
 from latentguard.errors import GuardError
-from latentguard.fitting import fit_platt, slots
+from latentguard.fitting import slots
 from latentguard.hazards import HAZARDS
 from latentguard.parts import Part, Verdict
+from latentguard.probabilities import fit_platt
 from latentguard.ridge import Design, Ridge, folds_of
 from latentguard.states import States
 
@@ -139,7 +140,7 @@ def fit_directions(
     design = Design(states, targets, torch.ones(len(states)), [0] * states.shape[1])
     ridge = Ridge(design, [0], STRENGTH)
     raw = ridge.held_out(folds_of(groups)).numpy()
-    pairs = [fit_platt(raw[:, i], rows) for i, rows in enumerate(members.values())]
+    pairs = [fit_platt(raw[:, i], np.array(rows)) for i, rows in enumerate(members.values())]
     slope, intercept = np.array(pairs).T
     weight, bias = ridge.solve()
     a, b = (torch.tensor(values, dtype=torch.float32) for values in (slope, intercept))

@@ -6,11 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from latentguard import __version__
@@ -61,14 +58,6 @@ def fit_axes(states: States, layers: tuple[int, ...]) -> tuple[Axis, ...]:
         groups = {"positive": "refused_harmful", "negative": "accepted_harmless"}
         axes.append(Axis.fit(part, "t_post", name="refuse", **groups))
     return tuple(axes)
-
-
-def fit_platt(scores: NDArray[np.float64], labels: Sequence[bool]) -> tuple[float, float]:
-    """Slope and intercept of P(harmful) for equally frequent classes (Platt scaling)."""
-    scale = float(scores.std()) or 1.0
-    model = LogisticRegression(C=1e3, class_weight="balanced")
-    model.fit(scores[:, None] / scale, np.asarray(labels))
-    return float(model.coef_[0, 0]) / scale, float(model.intercept_[0])
 
 
 def provenance(states: States, fit: Fit) -> dict[str, Any]:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.special import expit
 from torch import Tensor
 
-from latentguard import fitting, readings
-from latentguard.canaries import TOLERANCE, Canary, canary_prompts
+from latentguard import calibrating, fitting, readings
+from latentguard.binding import Shift, explain, require_like
+from latentguard.calibration import Rates
+from latentguard.canaries import Canary, canary_prompts
 from latentguard.categories import Categories
 from latentguard.errors import GuardError, ModelMismatch
-from latentguard.metrics import threshold_for_fpr
 from latentguard.packing import Contents
 from latentguard.parts import Decision, Evidence, Verdict
+from latentguard.probabilities import fit_platt
 from latentguard.prompts import Prompt
+from latentguard.quadrants import Quadrants
 from latentguard.readings import Reading
 from latentguard.readouts import Kind, require_kind
-from latentguard.states import Backend, Fingerprint, Progress, States, digest_prompts
+from latentguard.states import Backend, Fingerprint, Progress, States
 from latentguard.traces import Trace, require_tracer
 from latentguard.windows import Windows
 
@@ -73,12 +77,14 @@ class LatentGuard(Contents):
             readout=fit.readout,
             axes=fitting.fit_axes(states, fit.readout.layers),
             fingerprint=backend.fingerprint,
-            platt=fitting.fit_platt(fit.held_out, labels),
+            platt=fit_platt(fit.held_out, np.array(labels)),
             spread=float(fit.held_out.std()),
             fitted=fitting.provenance(states, fit),
         )
         part = states.select(guard.readout.layers)
         guard = guard.with_part(Categories.fit(part, reading.positions, fit.held_out))
+        if len(guard.axes) > 1:
+            guard = guard.with_part(Quadrants())
         texts = canary_prompts()
         scores = [v.score for v in guard.scan(backend, texts)]
         canaries = tuple(Canary(p.text, s) for p, s in zip(texts, scores, strict=True))
@@ -87,28 +93,38 @@ class LatentGuard(Contents):
     def calibrate(
         self,
         backend: Backend,
-        harmless: Iterable[Prompt],
+        prompts: Iterable[Prompt],
         *,
         max_fpr: float = 0.01,
+        review_fpr: float | None = None,
         confidence: float = 0.95,
+        slice_column: str | None = None,
         progress: Progress | None = None,
     ) -> LatentGuard:
-        """A new guard whose threshold keeps a false-positive rate, from harmless prompts.
+        """A new guard whose thresholds keep false-positive rates.
+
+        Args:
+            backend: The model.
+            prompts: Like the traffic to come; harmless unless labelled harmful. Those that are
+                serve the probabilities, and must not be those that the guard was fitted on.
+            max_fpr: Rate at which harmless prompts may be flagged.
+            review_fpr: Rate at which they may be flagged or reviewed; None for no review.
+            confidence: Of each Clopper-Pearson bound.
+            slice_column: Where the slices of the prompts came from; noted for ``score``.
+            progress: Called with the number of prompts read.
 
         Long prompts and chats are passed over if the guard has windows: their threshold is that
         of the windows (``window_fitting.calibrate_windows``).
 
         Raises:
-            GuardError: if there are too few prompts for the rate; says how many are needed.
+            GuardError: if there are too few prompts for a rate; says how many are needed.
         """
-        windows = self.part(Windows)
-        prompts = [p for p in harmless if not (windows and windows.needed(backend, p))]
+        windows, rates = self.part(Windows), Rates(max_fpr, review_fpr, confidence)
+        known = [p for p in prompts if not (windows and windows.needed(backend, p))]
         self.require_match(backend.fingerprint)
-        threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
-        scores = [v.score for v in self.scan(backend, prompts, progress=progress)]
-        bound = threshold_for_fpr(scores, max_fpr, confidence)
-        record = {**(self.fitted or {}), "calibration_sha256": digest_prompts(prompts)}
-        return replace(self, threshold=bound.threshold, bound=bound, fitted=record)
+        calibrating.require_enough(known, rates)
+        verdicts = list(self.scan(backend, known, progress=progress))
+        return calibrating.calibrated(self, known, verdicts, rates, slice_column)
 
     def scan(
         self,
@@ -205,54 +221,68 @@ class LatentGuard(Contents):
             score = float(scores[i])
             believed = {name: float(values[i]) for name, values in beliefs.items()}
             decision: Decision = "block" if (flagged := score > self.threshold) else "allow"
-            verdicts.append(
-                Verdict(
-                    prompt.id,
-                    score,
-                    float(chances[i]),
-                    flagged,
-                    believed,
-                    decision,
-                    evidence=tuple(evidence),
-                )
-            )
+            known = prompt.id, score, float(chances[i]), flagged, believed, decision
+            verdicts.append(Verdict(*known, evidence=tuple(evidence)))
         for part in self.parts:
             verdicts = part.judge(states, verdicts)
         yield from verdicts
 
     def require_match(self, found: Fingerprint) -> None:
         """Raise ``ModelMismatch``, saying what differs, unless the model is the guard's own."""
-        different = self.fingerprint.differences(found)
-        if different:
-            raise ModelMismatch(
-                f"This guard was fitted on '{self.fingerprint.model}' and met '{found.model}': "
-                f"{'; '.join(different)}. Use that model, or fit a guard for this one."
-            )
+        if reason := explain(self.fingerprint, found):
+            raise ModelMismatch(reason)
 
     def check(self, backend: Backend) -> None:
         """Raise ``ModelMismatch`` unless fingerprint and canary scores are as when fitted."""
-        texts = [canary.text for canary in self.canaries]
-        verdicts = self.scan(backend, texts)
-        moved = [abs(v.score - c.score) for v, c in zip(verdicts, self.canaries, strict=True)]
-        if max(moved, default=0.0) > TOLERANCE * self.spread:
-            raise ModelMismatch(
-                f"The model looks like the guard's own but scores the canary prompts differently: "
-                f"by up to {max(moved) / self.spread:.2f} standard deviations, allowed "
-                f"{TOLERANCE}. Its weights or the software under it changed; fit again."
-            )
+        self.require_match(backend.fingerprint)
+        shift = Shift.between(self, self.rebind(backend))
+        if shift.notable:
+            raise ModelMismatch(shift.complaint)
+
+    def rebind(self, backend: Backend) -> LatentGuard:
+        """The same guard, bound to another model: its canaries scored anew, its promise dropped.
+
+        ``Shift.between(guard, rebound)`` says how far the canaries moved.
+
+        Raises:
+            ModelMismatch: if the model has not the layers, width or positions that the guard reads.
+        """
+        if self.fingerprint.differences(backend.fingerprint):
+            require_like(self, backend)
+        record = {**(self.fitted or {}), "fitted_on": asdict(self.fingerprint)}
+        there = replace(self, fingerprint=backend.fingerprint, bound=None, fitted=record)
+        verdicts = there.scan(backend, [canary.text for canary in self.canaries])
+        scored = (replace(c, score=v.score) for c, v in zip(self.canaries, verdicts, strict=True))
+        return replace(there, canaries=tuple(scored))
 
     @staticmethod
-    def load(folder: str | Path, backend: Backend | None = None) -> LatentGuard:
+    def load(
+        folder: str | Path, backend: Backend | None = None, *, allow_mismatch: bool = False
+    ) -> LatentGuard:
         """Read a guard; with a backend, also check that it is the guard's model (``check``).
+
+        Args:
+            folder: What ``save`` wrote.
+            backend: The model that it is to guard.
+            allow_mismatch: Go on with another model, bound to it (``rebind``).
 
         Raises:
             GuardError: if the folder is not a whole guard of a known schema.
             ModelMismatch: if the backend is not the model that the guard was fitted on.
         """
         guard = LatentGuard.read(folder)
-        if backend is not None:
-            guard.check(backend)
+        if backend is None:
+            return guard
+        if allow_mismatch:
+            return guard.admit(backend)
+        guard.check(backend)
         return guard
+
+    def admit(self, backend: Backend) -> LatentGuard:
+        """The guard itself on its own model, else bound to the model that it met (``rebind``)."""
+        there = self.rebind(backend)
+        shift = Shift.between(self, there)
+        return there if shift.differences or shift.notable else self
 
 
 def numbered(prompts: Iterable[Prompt | str]) -> Iterator[Prompt]:

@@ -5,8 +5,9 @@ The figures are scikit-learn's (the tests say so), restated for a thousand boots
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +37,20 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @property
+    def total(self) -> int:
+        """All rows."""
+        return sum(self.n)
+
+    @staticmethod
+    def unpack(record: Mapping[str, Any]) -> Estimate:
+        """What ``dataclasses.asdict`` and JSON made of one.
+
+        Raises:
+            LookupError, TypeError: if it is damaged.
+        """
+        return Estimate(**{**record, "n": tuple(record["n"])})
 
 
 def auroc(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:

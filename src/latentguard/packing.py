@@ -16,17 +16,19 @@ from torch import Tensor
 
 from latentguard.artifact import POLES, model_card, read_folder, require_sound, write_folder
 from latentguard.axes import Axis
+from latentguard.calibration import Calibration
 from latentguard.canaries import Canary
 from latentguard.categories import Categories
 from latentguard.errors import GuardError
 from latentguard.metrics import Bound
 from latentguard.parts import Part
+from latentguard.quadrants import Quadrants
 from latentguard.readings import Reading
 from latentguard.readouts import Readout
 from latentguard.states import Fingerprint
 from latentguard.windows import Windows
 
-PARTS: list[type[Part]] = [Windows, Categories]
+PARTS: list[type[Part]] = [Windows, Calibration, Quadrants, Categories]
 """Every optional part that there is, in the order in which they judge."""
 
 P = TypeVar("P", bound=Part)
@@ -169,7 +171,7 @@ class Contents:
             threshold=float(record["threshold"]),
             bound=Bound(**record["bound"]) if record["bound"] else None,
             fitted=record["fitted"],
-            parts=_parts(record["parts"], tensors),
+            parts=_parts(_records(record), tensors),
         )
 
 
@@ -178,6 +180,14 @@ def _axis(
 ) -> Axis:
     plus, minus = (tensors[f"{record['name']}.{pole}"] for pole in POLES)
     return Axis(record["name"], record["position"], layers, plus, minus, tuple(record["counts"]))
+
+
+def _records(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parts; in schema 1 a refusal axis alone made quadrants, cut off half way."""
+    if record["schema"] > 1:
+        return dict(record["parts"])
+    refusal = any(axis["name"] == "refuse" for axis in record["axes"])
+    return {Quadrants.name: Quadrants().pack()[0]} if refusal else {}
 
 
 def _parts(records: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Part, ...]:

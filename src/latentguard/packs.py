@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from latentguard.calibration import Calibration
 from latentguard.categories import FEWEST, Categories, Pack, Tail, fit_directions
 from latentguard.contrast import load_contrast
 from latentguard.errors import GuardError
@@ -135,8 +136,15 @@ def recalibrated(
     rate = _promise(guard)
     verdicts = guard.scan(backend, [canary.text for canary in guard.canaries])
     scored = [replace(c, score=v.score) for c, v in zip(guard.canaries, verdicts, strict=True)]
+    part = guard.part(Calibration)
     return replace(guard, canaries=tuple(scored)).calibrate(
-        backend, calm, max_fpr=rate.max_fpr, confidence=rate.confidence, progress=progress
+        backend,
+        calm,
+        max_fpr=rate.max_fpr,
+        review_fpr=part.common.review.max_fpr if part and part.common.review else None,
+        confidence=rate.confidence,
+        slice_column=part.column if part else None,
+        progress=progress,
     )
 
 

@@ -12,6 +12,7 @@ from plotly.colors import sample_colorscale
 from sklearn.metrics import roc_curve
 
 from latentguard.metrics import Estimate
+from latentguard.reliability import Reliability
 from latentguard.report import Figure
 
 HARMFUL, HARMLESS, NEUTRAL = "#d55e00", "#0072b2", "#7f8c9b"
@@ -38,6 +39,38 @@ def score_histogram(
     plot.add_vline(x=threshold, line_dash="dash", line_color=NEUTRAL, annotation_text="threshold")
     n = f"{int(labels.sum())} harmful, {int((~labels).sum())} harmless prompts"
     return Figure(f"Scores on {of}", plot, f"{n}; right of the dashed line a prompt is flagged.")
+
+
+def reliability_figure(found: Reliability) -> Figure:
+    """The share of harmful prompts against the probability that they were given."""
+    plot = go.Figure(
+        layout=dict(xaxis_title="predicted probability", yaxis_title="share that is harmful")
+    )
+    plot.update_layout(xaxis_range=[-0.02, 1.02], yaxis_range=[-0.02, 1.02])
+    line = dict(color=NEUTRAL, dash="dot")
+    plot.add_scatter(x=[0, 1], y=[0, 1], name="perfect", line=line, hoverinfo="skip", mode="lines")
+    bins = found.bins
+    error = dict(
+        type="data",
+        symmetric=False,
+        array=[b.high - b.observed for b in bins],
+        arrayminus=[b.observed - b.low for b in bins],
+    )
+    plot.add_scatter(
+        x=[b.predicted for b in bins],
+        y=[b.observed for b in bins],
+        error_y=error,
+        text=[f"n = {b.n}" for b in bins],
+        name=found.method,
+        mode="lines+markers",
+        marker_color=HARMLESS,
+    )
+    caption = (
+        f"Cross-fitted, {found.n[0]} harmful and {found.n[1]} harmless prompts, both classes "
+        f"weighing the same; bars are 95 % Wilson intervals. Expected calibration error "
+        f"{found.after}; before {found.before}; a perfect map would show {found.floor:.3f}."
+    )
+    return Figure("Reliability", plot, caption)
 
 
 def roc_curves(

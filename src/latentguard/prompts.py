@@ -53,6 +53,9 @@ class Prompt:
     category: str | None = None
     """Risk category."""
 
+    slice: str | None = None
+    """Which part of the traffic it belongs to: a language, a product, a client."""
+
     source: str | None = None
     """Where the text comes from."""
 
@@ -114,6 +117,9 @@ class Columns:
     category: str = "category"
     """Risk category."""
 
+    slice: str = "slice"
+    """Which part of the traffic a row belongs to."""
+
 
 def read_prompts(
     source: str | Path, *, columns: Columns | None = None, harmful: bool | None = None
@@ -174,6 +180,7 @@ def prompt_of(row: Mapping[str, Any], columns: Columns, *, where: str = "row") -
         harmful=_label(row.get(columns.label), columns.label, where),
         refused=_label(row.get("refused"), "refused", where),
         category=_word(row.get(columns.category)),
+        slice=_word(row.get(columns.slice)),
         source=_word(row.get("source")),
         pair=_word(row.get("pair")),
         history=_history(row.get("history"), where),

@@ -37,6 +37,12 @@ class Table:
         csv.writer(out, lineterminator="\n").writerows([self.columns, *self.rows])
         return out.getvalue()
 
+    def markdown(self) -> str:
+        """As a Markdown table under its title, with its note."""
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        table = "\n".join("| " + " | ".join(map(show, line)) + " |" for line in lines)
+        return f"**{self.title}.** {self.note}\n\n{table}"
+
 
 @dataclass(frozen=True)
 class Figure:

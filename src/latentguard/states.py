@@ -27,6 +27,14 @@ Progress = Callable[[int], None]
 """Called with the number of prompts just done."""
 
 
+CHANGES = {
+    "weights": " (fine-tuned, merged, quantised or swapped)",
+    "tokenizer": " (edited, or of another model)",
+    "template": " (edited, or of another model)",
+}
+"""What may have happened where a digest differs."""
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """What a set of states, and so a guard, is bound to."""
@@ -47,10 +55,14 @@ class Fingerprint:
     """What the model computes in, such as ``bfloat16``."""
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Name what binds and differs, such as ``dtype float32 instead of bfloat16``."""
+        """Name what binds and differs, such as ``dtype float32 instead of bfloat16``, and why."""
         bound = [f.name for f in fields(self) if f.name != "model"]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in bound]
-        return [f"{name} {b[:12]} instead of {a[:12]}" for name, a, b in pairs if a != b]
+        return [
+            f"{name} {b[:12]} instead of {a[:12]}{CHANGES.get(name, '')}"
+            for name, a, b in pairs
+            if a != b
+        ]
 
     @property
     def digest(self) -> str:

@@ -11,6 +11,7 @@ from fake_backend import FakeBackend, labelled, with_refusals
 from safetensors.torch import load, save
 
 from latentguard.artifact import CARD_FILE, JSON_FILE, SCHEMA, TENSOR_FILE
+from latentguard.calibration import Calibration
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 
@@ -261,7 +262,17 @@ class TestOldGuards:
         guard = LatentGuard.load(OLD / "guard-schema-2", backend)
         verdicts = list(guard.scan(backend, self.PINNED))
         assert [v.score for v in verdicts] == pytest.approx(list(self.PINNED.values()), abs=1e-5)
-        assert [v.decision for v in verdicts] == ["block", "allow", "block"]
+        assert [v.decision for v in verdicts] == ["block", "review", "block"]
+        assert [v.quadrant for v in verdicts] == [
+            "harmful, accepting",
+            "harmless, accepting",
+            "harmful, accepting",
+        ]
+        assert [v.probability for v in verdicts] == pytest.approx(
+            [0.9873, 0.0004, 0.5543], abs=1e-4
+        )
+        calibration = guard.part(Calibration)
+        assert (set(calibration.slices), calibration.small) == ({"en"}, {"de": 30})
 
     def test_there_is_one_of_each(self):
         assert {f.name for f in OLD.glob("guard-schema-*")} == {

@@ -33,28 +33,44 @@ def load(source: str, dtype: str = "auto") -> ChatModel:
     return ChatModel.load(source, dtype=dtype)
 
 
-def load_guard(folder: Path, model: str | None) -> tuple[LatentGuard, ChatModel]:
-    """A guard and the model that it is bound to, checked."""
+def load_guard(
+    folder: Path, model: str | None, *, allow_mismatch: bool = False
+) -> tuple[LatentGuard, ChatModel]:
+    """A guard and the model that it is bound to, checked; or bound to the one that it met."""
+    from latentguard.binding import Shift
     from latentguard.guard import LatentGuard
 
     guard = LatentGuard.load(folder)
     backend = load(model or guard.fingerprint.model, guard.fingerprint.dtype)
-    guard.check(backend)
-    return guard, backend
+    if not allow_mismatch:
+        guard.check(backend)
+        return guard, backend
+    met = guard.admit(backend)
+    if met is not guard:
+        note(f"Warning: {Shift.between(guard, met)}")
+    return met, backend
 
 
-def read(source: str, text_column: str, harmful: bool | None) -> list[Prompt]:
+def columns_of(guard: LatentGuard, text: str) -> Columns:
+    """The columns for a guard: a slice is read if the guard was calibrated by slices."""
+    from latentguard.calibration import Calibration
+
+    calibration = guard.part(Calibration)
+    return Columns(text=text, slice=(calibration and calibration.column) or "")
+
+
+def read(source: str, columns: Columns, harmful: bool | None) -> list[Prompt]:
     """The prompts of a source, or the whole contrast set."""
     if source == "contrast":
         return load_contrast()
-    return read_prompts(source, columns=Columns(text=text_column), harmful=harmful)
+    return read_prompts(source, columns=columns, harmful=harmful)
 
 
-def read_side(sources: Sequence[str] | None, text_column: str, *, harmful: bool) -> list[Prompt]:
+def read_side(sources: Sequence[str] | None, columns: Columns, *, harmful: bool) -> list[Prompt]:
     """The prompts of some sources that are of one side."""
     prompts: list[Prompt] = []
     for source in sources or ():
-        kept = side(read(source, text_column, None), harmful=harmful)
+        kept = side(read(source, columns, None), harmful=harmful)
         if not kept:
             wanted = "harmful" if harmful else "harmless"
             raise PromptError(f"{source} was given for {wanted} prompts and holds none.")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from latentguard.cli.app import app
-from latentguard.cli.console import load, load_guard, note, progress, read, read_side
-from latentguard.cli.options import Dtype, GuardFolder, Label, Model, Side, TextColumn
+from latentguard.cli.console import columns_of, load, load_guard, note, progress, read, read_side
+from latentguard.cli.options import (
+    AllowMismatch,
+    Dtype,
+    GuardFolder,
+    Label,
+    Model,
+    Moved,
+    Side,
+    TextColumn,
+)
 from latentguard.contrast import load_contrast
-from latentguard.prompts import Columns, Prompt, stream_prompts
-
-if TYPE_CHECKING:
-    from latentguard.guard import LatentGuard
-    from latentguard.model.hf import ChatModel
+from latentguard.prompts import Columns, stream_prompts
 
 
 @app.command()
@@ -68,9 +74,8 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     from latentguard.audit import surface_warnings
     from latentguard.guard import LatentGuard
 
-    sides = read_side(harmful, text_column, harmful=True) + read_side(
-        harmless, text_column, harmful=False
-    )
+    columns = Columns(text=text_column)
+    sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
     prompts = sides + (load_contrast("train") if contrast or not sides else [])
     for warning in surface_warnings(prompts):
         note(f"Warning: {warning}")
@@ -93,56 +98,6 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
 
 
 @app.command()
-def calibrate(
-    guard: GuardFolder,
-    harmless: Annotated[
-        list[str] | None,
-        typer.Option(help="Harmless prompts like your traffic; default: the built-in ones."),
-    ] = None,
-    max_fpr: Annotated[
-        float | None, typer.Option(help="Rate to keep; 0.01, or 0.05 with the built-in prompts.")
-    ] = None,
-    confidence: Annotated[float, typer.Option(help="Of the Clopper-Pearson bound.")] = 0.95,
-    text_column: TextColumn = "text",
-    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
-) -> None:
-    """Set the guard's threshold so that it flags at most MAX_FPR of harmless prompts.
-
-    A guard that was fitted with --long has a second threshold, for long prompts and chats: it is
-    set from those in HARMLESS if there are any.
-    """
-    loaded, backend = load_guard(guard, model)
-    prompts = read_side(harmless, text_column, harmful=False)
-    if not harmless:
-        prompts = [p for p in load_contrast("validation") if not p.harmful]
-    rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
-    with progress("calibrate", len(prompts)) as bar:
-        calibrated = loaded.calibrate(
-            backend, prompts, max_fpr=rate, confidence=confidence, progress=bar.advance
-        )
-    calibrated = calibrated_long(calibrated, backend, prompts, rate, confidence)
-    calibrated.save(guard)
-    typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
-
-
-def calibrated_long(
-    guard: LatentGuard, backend: ChatModel, prompts: list[Prompt], rate: float, confidence: float
-) -> LatentGuard:
-    """The guard with the threshold of its windows set from the long ones of the prompts."""
-    from latentguard.window_fitting import calibrate_windows
-    from latentguard.windows import Windows
-
-    windows = guard.part(Windows)
-    long = [p for p in prompts if windows and windows.needed(backend, p)]
-    if not long:
-        return guard
-    with progress("windows", len(long)) as bar:
-        return calibrate_windows(
-            backend, guard, long, max_fpr=rate, confidence=confidence, progress=bar.advance
-        )
-
-
-@app.command()
 def score(
     guard: GuardFolder,
     prompts: Annotated[str, typer.Argument(help="File, '-', or Hub data set.")],
@@ -150,16 +105,20 @@ def score(
         Path | None, typer.Option(help="JSON Lines file; standard output if none.")
     ] = None,
     text_column: TextColumn = "text",
-    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+    model: Moved = None,
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Score prompts: one JSON object a line, in input order (id, score, probability, flagged).
+
+    The slice of a prompt, if the guard was calibrated by slices, comes from the same column.
 
     With --out, a killed run goes on where it stopped when it is called again.
     """
     from latentguard.verdicts import line_of, score_to_file
 
-    loaded, backend = load_guard(guard, model)
-    rows = stream_prompts(prompts, columns=Columns(text=text_column, label=""))  # labels unread
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
+    columns = replace(columns_of(loaded, text_column), label="")  # labels are not read
+    rows = stream_prompts(prompts, columns=columns)
     with progress("score") as bar:
         if out is None:
             for verdict in loaded.scan(backend, rows, progress=bar.advance):
@@ -182,7 +141,7 @@ def audit(
     from latentguard.audit import audit as audit_set
 
     known = None if label is None else label is Side.harmful
-    prompts = [p for file in files for p in read(file, text_column, known)]
+    prompts = [p for file in files for p in read(file, Columns(text=text_column), known)]
     found = audit_set(prompts)
     view = Table("feature", "separates", title=f"{found.n[0]} harmful, {found.n[1]} harmless")
     for name in ("ending", "form", "length", "ngrams"):

@@ -25,3 +25,8 @@ Dtype = Annotated[
 TextColumn = Annotated[str, typer.Option(help="Column that holds the prompt.")]
 Label = Annotated[Side | None, typer.Option(help="Label of unlabelled rows.")]
 GuardFolder = Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")]
+Moved = Annotated[str | None, typer.Option(help="If the model has moved.")]
+AllowMismatch = Annotated[
+    bool,
+    typer.Option("--allow-mismatch", help="Go on with another model; says how far scores move."),
+]

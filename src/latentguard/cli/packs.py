@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from latentguard.cli.app import app
-from latentguard.cli.console import load_guard, note, progress, read_side
-from latentguard.cli.options import GuardFolder, TextColumn
+from latentguard.cli.console import columns_of, load_guard, note, progress, read_side
+from latentguard.cli.options import GuardFolder, Moved, TextColumn
 
 packs = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard from examples.")
 app.add_typer(packs, name="pack")
@@ -17,7 +17,6 @@ Harmless = Annotated[
     list[str] | None,
     typer.Option(help="Harmless prompts like your traffic; default: the built-in ones."),
 ]
-Moved = Annotated[str | None, typer.Option(help="If the model has moved.")]
 
 
 @packs.command()
@@ -39,8 +38,9 @@ def add(
     from latentguard import packs
 
     loaded, backend = load_guard(guard, model)
-    given = read_side(examples, text_column, harmful=True)
-    calm = read_side(harmless, text_column, harmful=False)
+    columns = columns_of(loaded, text_column)
+    given = read_side(examples, columns, harmful=True)
+    calm = read_side(harmless, columns, harmful=False)
     with progress("pack") as bar:
         changed = packs.add(loaded, backend, name, given, calm, progress=bar.advance)
     changed.save(guard)
@@ -77,7 +77,7 @@ def remove(
     from latentguard import packs
 
     loaded, backend = load_guard(guard, model)
-    calm = read_side(harmless, text_column, harmful=False)
+    calm = read_side(harmless, columns_of(loaded, text_column), harmful=False)
     with progress("pack") as bar:
         changed = packs.remove(loaded, backend, name, calm, progress=bar.advance)
     changed.save(guard)

@@ -13,6 +13,7 @@ from latentguard.cli.console import load_guard, progress, read_side
 from latentguard.cli.options import GuardFolder, TextColumn
 from latentguard.contrast import load_contrast
 from latentguard.errors import LatentGuardError
+from latentguard.prompts import Columns
 
 
 class Amount(StrEnum):
@@ -62,8 +63,9 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
         raise LatentGuardError(
             "Give both --harmful and --harmless, or neither for the built-in test split; found one."
         )
-    sides = read_side(harmful, text_column, harmful=True)
-    sides += read_side(harmless, text_column, harmful=False)
+    columns = Columns(text=text_column)
+    sides = read_side(harmful, columns, harmful=True)
+    sides += read_side(harmless, columns, harmful=False)
     amount: BudgetName = "small" if budget is Amount.small else "full"
     plan = Plan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
     loaded, backend = load_guard(guard, model)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentguard.drift import cut, shares, stability
 from latentguard.errors import PromptError
 
 RECENT = 1000
 """Scores that the figure looks back on."""
-
-BINS = 10
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,7 @@ class Reference:
     @property
     def edges(self) -> list[float]:
         """Scores that cut the reference into ten equal parts; none if it is too small."""
-        scores = sorted(point["score"] for point in self.points)
-        if len(scores) < 2 * BINS:
-            return []
-        return sorted({scores[len(scores) * k // BINS] for k in range(1, BINS)})
+        return cut([point["score"] for point in self.points])
 
 
 class Drift:
@@ -65,7 +59,7 @@ class Drift:
     def __init__(self, reference: Reference) -> None:
         """Cut the reference into parts."""
         self.edges = reference.edges
-        self._expected = self._shares([point["score"] for point in reference.points])
+        self._expected = shares([point["score"] for point in reference.points], self.edges)
         self._recent = deque[float](maxlen=RECENT)
 
     def add(self, score: float) -> None:
@@ -78,12 +72,4 @@ class Drift:
         recent = list(self._recent)
         if not self.edges or len(recent) < 100:
             return math.nan
-        pairs = zip(self._shares(recent), self._expected, strict=True)
-        return sum((found - known) * math.log(found / known) for found, known in pairs)
-
-    def _shares(self, scores: Sequence[float]) -> list[float]:
-        """The share of each part, with half a score in each that has none."""
-        counts = [0.5] * (len(self.edges) + 1)
-        for score in scores:
-            counts[bisect_left(self.edges, score)] += 1
-        return [count / sum(counts) for count in counts]
+        return stability(shares(recent, self.edges), self._expected)

@@ -51,7 +51,7 @@ def static_page(
     found = judge_all(guard, model, prompts)
     results = [
         asdict(one.verdict)
-        | dict(text=prompt.text, by_layer=one.by_layer, quadrant=one.quadrant)
+        | dict(text=prompt.text, by_layer=one.by_layer)
         | dict(layers=list(guard.readout.layers))
         | dict(tokens=[asdict(token) for token in trace(guard, model, prompt)])
         for prompt, one in zip(prompts, found, strict=True)

@@ -29,15 +29,6 @@ class Judgement:
     by_layer: dict[str, list[float]]
     """Equation 2 for each axis, over the guard's layers."""
 
-    @property
-    def quadrant(self) -> str | None:
-        """Harmful or not, refusing or not; None if the guard has no refusal axis."""
-        refuse = self.verdict.beliefs.get("refuse")
-        if refuse is None:
-            return None
-        harm = "harmful" if self.verdict.flagged else "harmless"
-        return f"{harm}, {'refusing' if refuse > 0 else 'accepting'}"
-
 
 @dataclass(frozen=True)
 class Token:

@@ -216,7 +216,7 @@ def _score(judgement: Judgement) -> ScoreResult:
         category=verdict.category,
         category_scores=verdict.category_scores,
         by_layer=judgement.by_layer,
-        quadrant=judgement.quadrant,
+        quadrant=verdict.quadrant,
         tokens=None,
     )
 

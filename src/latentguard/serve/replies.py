@@ -108,7 +108,7 @@ def note_of(case: Case, judged: Judged) -> dict[str, Any]:
         return {"latentguard": {"error": judged.code}}
     verdict = judged.verdict
     known = dict(flagged=verdict.flagged, score=verdict.score, probability=verdict.probability)
-    where = dict(beliefs=verdict.beliefs, quadrant=judged.quadrant)
+    where = dict(beliefs=verdict.beliefs, quadrant=verdict.quadrant)
     return {"latentguard": known | where | {"threshold": case.service.scorer.guard.threshold}}
 
 

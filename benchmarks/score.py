@@ -1,0 +1,94 @@
+"""What the optional parts of a guard cost when it scores: paired processor time.
+
+Each round scores the same prompts with every arm in turn, in an order that turns with the round.
+The figure of an arm is the median over rounds of its time against that of the bare guard (one axis,
+no part), with the range. One thread's processor time, so that a busy machine adds noise, not bias.
+Another part needs one more arm in ``arms``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from latentguard import ChatModel, LatentGuard, load_contrast
+from latentguard.calibration import Calibration
+from latentguard.probabilities import Knots
+from latentguard.prompts import Prompt
+from latentguard.states import Backend
+
+
+def arms(backend: Backend) -> dict[str, LatentGuard]:
+    """Guards that read the same states; the first is the bare one."""
+    training = [replace(p, refused=p.harmful) for p in load_contrast("train")[:200]]
+    calm = [p for p in load_contrast("validation") if not p.harmful]
+    fitted = LatentGuard.fit(backend, training)  # a label of refusal, for the second axis
+    ready = fitted.calibrate(backend, calm, max_fpr=0.05, review_fpr=0.2)
+    thresholds = ready.part(Calibration)
+    assert thresholds is not None
+    ladder = np.linspace(-3, 3, 200)
+    knots = Knots(tuple(ladder.tolist()), tuple((ladder / 6.1 + 0.5).tolist()))
+    isotonic = replace(thresholds, knots=knots)
+    bare = replace(ready, axes=ready.axes[:1], parts=())
+    return {
+        "bare": bare,
+        "bare, again": bare,
+        "calibration": replace(bare, parts=(isotonic,)),
+        "calibration, quadrants": ready.with_part(isotonic),
+    }
+
+
+def measure(
+    backend: Backend, guards: dict[str, LatentGuard], prompts: Sequence[Prompt], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of processor time of each arm in each round, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in guards}
+    names = list(guards)
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.process_time()
+            verdicts = list(guards[name].scan(backend, prompts))
+            took = time.process_time() - start
+            assert len(verdicts) == len(prompts)
+            if turn:
+                seconds[name].append(took)
+    return seconds
+
+
+def main() -> None:
+    """Read the options, measure, print, and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    backend = ChatModel.load(options.model)
+    prompts = load_contrast("test")[: options.prompts]
+    seconds = measure(backend, arms(backend), prompts, options.rounds)
+    rows: list[dict[str, Any]] = []
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds["bare"], strict=True)]
+        row = dict(arm=name, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios))
+        rows.append(row | dict(median_seconds=statistics.median(times)))
+        print(f"{name:<28} {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
+    if options.json:
+        how = dict(prompts=len(prompts), rounds=options.rounds, threads=1, clock="processor time")
+        how |= dict(dtype=str(backend.model.dtype), torch=torch.__version__)
+        how |= dict(transformers=transformers.__version__)
+        options.json.write_text(json.dumps(how | dict(arms=rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

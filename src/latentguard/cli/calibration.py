@@ -1,0 +1,123 @@
+"""Verbs that calibrate a guard, and say whether its calibration still holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latentguard.cli.app import app
+from latentguard.cli.console import columns_of, load_guard, note, progress, read_side
+from latentguard.cli.options import AllowMismatch, GuardFolder, Moved, TextColumn
+from latentguard.contrast import load_contrast
+from latentguard.prompts import Columns, Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from latentguard.guard import LatentGuard
+    from latentguard.model.hf import ChatModel
+
+
+@app.command()
+def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
+    guard: GuardFolder,
+    harmless: Annotated[
+        list[str] | None,
+        typer.Option(help="Harmless prompts like your traffic; default: the built-in ones."),
+    ] = None,
+    harmful: Annotated[
+        list[str] | None,
+        typer.Option(help="Harmful prompts, not those fitted on: calibrates probabilities, too."),
+    ] = None,
+    max_fpr: Annotated[
+        float | None, typer.Option(help="Rate to keep; 0.01, or 0.05 with the built-in prompts.")
+    ] = None,
+    review_fpr: Annotated[
+        float | None, typer.Option(help="Higher rate up to which prompts are to be reviewed.")
+    ] = None,
+    slice_column: Annotated[
+        str | None, typer.Option(help="Column with the slice of the traffic: a threshold for each.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the Clopper-Pearson bounds.")] = 0.95,
+    text_column: TextColumn = "text",
+    model: Moved = None,
+    allow_mismatch: AllowMismatch = False,
+) -> None:
+    """Set the guard's threshold so that it flags at most MAX_FPR of harmless prompts.
+
+    Rows with a column 'refused' (see 'latentguard label') calibrate the quadrants of a guard that
+    has a refusal axis. A guard that was fitted with --long has a second threshold, for long prompts
+    and chats: it is set from those in HARMLESS if there are any. With --harmful,
+    GUARD/calibration/report.html shows how reliable probabilities are.
+    """
+    from latentguard.calibration_report import calibration_report
+
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
+    columns = Columns(text=text_column, slice=slice_column or "")
+    prompts = read_side(harmless, columns, harmful=False)
+    if not harmless:
+        prompts = [p for p in load_contrast("validation") if not p.harmful]
+    prompts += read_side(harmful, columns, harmful=True)
+    rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
+    with progress("calibrate", len(prompts)) as bar:
+        calibrated = loaded.calibrate(
+            backend,
+            prompts,
+            max_fpr=rate,
+            review_fpr=review_fpr,
+            confidence=confidence,
+            slice_column=slice_column,
+            progress=bar.advance,
+        )
+    calm = [p for p in prompts if not p.harmful]
+    calibrated = calibrated_long(calibrated, backend, calm, rate, confidence)
+    calibrated.save(guard)
+    typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
+    for part in calibrated.parts:
+        for said in part.notes():
+            typer.echo(f"\n{said}")
+    if harmful:
+        note(f"Report: {calibration_report(calibrated).save(guard / 'calibration')}/report.html")
+
+
+@app.command()
+def drift(
+    guard: GuardFolder,
+    prompts: Annotated[str, typer.Argument(help="Recent traffic: file, '-', or Hub data set.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    text_column: TextColumn = "text",
+    model: Moved = None,
+    allow_mismatch: AllowMismatch = False,
+) -> None:
+    """Say whether scores lie as they did at calibration, and whether the thresholds still hold.
+
+    Exit code 1 if the flag rate is too high for the promise. Prompts are taken for harmless.
+    """
+    from latentguard.drift import compare, record_of
+
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
+    rows = read_prompts(prompts, columns=replace(columns_of(loaded, text_column), label=""))
+    with progress("drift", len(rows)) as bar:
+        verdicts = list(loaded.scan(backend, rows, progress=bar.advance))
+    found = compare(loaded, rows, verdicts)
+    for one in found:
+        typer.echo(json.dumps(record_of(one)) if as_json else str(one))
+    raise typer.Exit(not all(one.holds for one in found))
+
+
+def calibrated_long(
+    guard: LatentGuard, backend: ChatModel, prompts: list[Prompt], rate: float, confidence: float
+) -> LatentGuard:
+    """The guard with the threshold of its windows set from the long ones of the prompts."""
+    from latentguard.window_fitting import calibrate_windows
+    from latentguard.windows import Windows
+
+    windows = guard.part(Windows)
+    long = [p for p in prompts if windows and windows.needed(backend, p)]
+    if not long:
+        return guard
+    with progress("windows", len(long)) as bar:
+        return calibrate_windows(
+            backend, guard, long, max_fpr=rate, confidence=confidence, progress=bar.advance
+        )

@@ -1,0 +1,177 @@
+"""The verbs calibrate and drift, and --allow-mismatch, on a tiny random model."""
+
+import json
+import sys
+
+import pytest
+
+import latentguard
+from latentguard.calibration import Calibration
+from latentguard.cli import main
+from latentguard.guard import LatentGuard
+from latentguard.prompts import Prompt
+from latentguard.quadrants import Quadrants
+from model.architectures import chat_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    chat_model("llama", tokenizer).model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def lg(monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["latentguard", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return (int(stop.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def row(word, n):
+    return dict(
+        id=f"{word}-{n}",
+        text=f"Tell me the {word} thing number {n}",
+        label="harmful" if word == "sly" else "harmless",
+        refused=word == "sly",
+        language=("en", "de")[n % 2] if n % 10 else "fr",
+    )
+
+
+def rows(count, word, start=0):
+    return [row(word, n) for n in range(start, start + count)]
+
+
+def written(path, found):
+    path.write_text("".join(json.dumps(one) + "\n" for one in found))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        "calm": written(folder / "calm.jsonl", rows(160, "kind", start=1000)),
+        "sly": written(folder / "sly.jsonl", rows(40, "sly", start=1000)),
+        "live": written(folder / "live.jsonl", rows(120, "kind", start=1020)),
+        "attack": written(folder / "attack.jsonl", rows(80, "sly", start=2000)),
+    }
+
+
+@pytest.fixture(scope="module")
+def fitted(model, tmp_path_factory):
+    prompts = [
+        Prompt(r["text"], harmful=word == "sly", refused=word == "sly")
+        for word in ("sly", "kind")
+        for r in rows(30, word)
+    ]
+    folder = tmp_path_factory.mktemp("guards") / "g"
+    LatentGuard.fit(latentguard.ChatModel.load(model), prompts).save(folder)
+    return folder
+
+
+@pytest.fixture
+def guard(fitted, tmp_path):
+    copy = tmp_path / "guard"
+    copy.mkdir()
+    for file in fitted.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+@pytest.fixture
+def ready(lg, guard, files):
+    assert lg("calibrate", guard, "--harmless", files["calm"], "--max-fpr", "0.05")[0] == 0
+    return guard
+
+
+class TestCalibrate:
+    def test_everything(self, lg, guard, files):
+        words = ["--harmless", files["calm"], "--harmful", files["sly"], "--max-fpr", "0.05"]
+        more = ["--review-fpr", "0.2", "--slice-column", "language"]
+        code, out, err = lg("calibrate", guard, *words, *more)
+        assert code == 0, err
+        assert out.startswith("Threshold ")
+        for said in ("| en |", "| fr | 16 | as all |", "Expected calibration error", "suspect"):
+            assert said in out
+        page = (guard / "calibration" / "report.html").read_text()
+        assert "Reliability" in page
+        loaded = LatentGuard.load(guard)
+        assert set(loaded.part(Calibration).slices) == {"en", "de"}
+        assert "40 refused and 160 accepted" in loaded.part(Quadrants).basis
+        assert "Expected calibration error" in lg("show", guard)[1]
+
+    def test_few_harmful_prompts(self, lg, guard, files, tmp_path):
+        few = written(tmp_path / "few.jsonl", rows(5, "sly"))
+        words = ["--harmless", files["calm"], "--harmful", few, "--max-fpr", "0.05"]
+        code, _, err = lg("calibrate", guard, *words)
+        assert code == 1
+        assert "at least 30 held-out prompts of each class; found 5 harmful" in err
+
+    def test_the_slice_is_read_when_scoring(self, lg, guard, files):
+        words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--slice-column", "language"]
+        assert lg("calibrate", guard, *words)[0] == 0
+        found = LatentGuard.load(guard)
+        limits = found.part(Calibration)
+        _, out, _ = lg("score", guard, files["attack"])
+        for line, one in zip(out.splitlines(), rows(80, "sly", start=2000), strict=True):
+            verdict = json.loads(line)
+            threshold = limits.limits(one["language"]).block.threshold
+            assert verdict["flagged"] == (verdict["score"] > threshold)
+            assert verdict["quadrant"] in {f"{a}, {b}" for a in SIDES[0] for b in SIDES[1]}
+
+
+SIDES = (("harmful", "harmless"), ("refusing", "accepting"))
+
+
+class TestDrift:
+    def test_the_same_traffic(self, lg, ready, files):
+        code, out, _ = lg("drift", ready, files["live"])
+        assert (code, out.startswith("all: ")) == (0, True), out
+
+    def test_other_traffic_is_exit_code_1(self, lg, ready, files):
+        code, out, _ = lg("drift", ready, files["attack"], "--json")
+        told = json.loads(out)
+        assert (code, told["holds"], told["moved"]) == (1, False, True)
+        assert told["n"] == 80
+
+    def test_without_calibration(self, lg, guard, files):
+        code, _, err = lg("drift", guard, files["live"])
+        assert code == 1
+        assert "no calibration" in err
+
+
+class TestMismatch:
+    @pytest.fixture
+    def other(self, tmp_path, tokenizer):
+        folder = tmp_path / "other"
+        chat_model("llama", tokenizer, seed=3).model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize("verb", ["score", "drift", "calibrate"])
+    def test_it_goes_on_only_if_asked(self, lg, ready, files, other, verb):
+        data = ["--harmless", files["calm"]] if verb == "calibrate" else [files["live"]]
+        rate = ["--max-fpr", "0.05"] if verb == "calibrate" else []
+        words = [verb, ready, *data, *rate, "--model", other]
+        code, out, err = lg(*words)
+        assert (code, out) == (1, "")
+        assert "weights" in err
+        assert "fine-tuned, merged, quantised or swapped" in err
+        code, out, err = lg(*words, "--allow-mismatch")
+        assert (code in (0, 1), bool(out)) == (True, True)
+        assert "standard deviations in the mean" in err
+        assert "changed side of the threshold" in err
+
+    def test_a_guard_that_was_calibrated_there_belongs_there(self, lg, ready, files, other):
+        words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--model", other]
+        assert lg("calibrate", ready, *words, "--allow-mismatch")[0] == 0
+        code, _, err = lg("score", ready, files["live"])
+        assert (code, "Warning" in err) == (0, False), err
+        assert "fitted_on" in lg("show", ready)[1]
