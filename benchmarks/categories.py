@@ -55,16 +55,16 @@ MODERATED = {
 }
 """Names of the OpenAI moderation set -> the nearest built-in ones."""
 
-LONGEST, CHUNK = 1000, 150
+CHUNK = 150
 
 
 def main() -> None:
     """Run and print."""
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
-    sets = material(options.data_dir, options.harmless)
+    sets = material(options.data_dir, options.harmless, options.longest)
     states = {name: kept(model, prompts, options.states) for name, prompts in sets.items()}
-    guard = LatentGuard.from_states(model, states["train"], Reading.of(DEFAULT, model.post))
+    guard = fitted(model, states["train"], options.states)
     words = ngram_model()
     words.fit([p.text for p in sets["train"]], [of(p) for p in sets["train"]])
     record = dict(model=str(options.model), dtype=options.dtype, fitted=guard.fitted)
@@ -76,15 +76,15 @@ def main() -> None:
         "test split": apart(guard, words, states["test"]),
         "OpenAI moderation set": apart(guard, words, states["moderation"], MODERATED),
     }
-    record["cost"] = cost(guard, model, sets["test"][:24])
+    record["cost"] = cost(guard, model, sets["test"][:16])
     print(text := json.dumps(record, indent=1))
     if options.out:
         options.out.write_text(text)
 
 
-def material(folder: Path, harmless: int) -> dict[str, list[Prompt]]:
+def material(folder: Path, harmless: int, longest: int) -> dict[str, list[Prompt]]:
     """Every set; of the moderation set, short texts and a fixed sample of the harmless ones."""
-    texts = [p for p in read_prompts(folder / "openai_moderation.jsonl") if len(p.text) <= LONGEST]
+    texts = [p for p in read_prompts(folder / "openai_moderation.jsonl") if len(p.text) <= longest]
     calm = random.Random(0).sample([p for p in texts if not p.harmful], harmless)
     return {
         "train": load_contrast("train"),
@@ -107,6 +107,15 @@ def kept(model: ChatModel, prompts: Sequence[Prompt], folder: Path) -> States:
             States.collect(model.capture(rows, positions=positions)).save(folder / name)
         parts.append(replace(States.load(folder / name), prompts=tuple(rows)))
     return States.collect(parts)
+
+
+def fitted(model: ChatModel, train: States, folder: Path) -> LatentGuard:
+    """The default guard, fitted once."""
+    made = folder / f"{model.fingerprint.weights[:8]}-{digest_prompts(train.prompts)[:16]}"
+    if not made.exists():
+        reading = Reading.of(DEFAULT, model.post)
+        LatentGuard.from_states(model, train, reading).save(made)
+    return LatentGuard.load(made)
 
 
 def of(prompt: Prompt) -> str:
@@ -163,11 +172,11 @@ def word_scores(words: object, prompts: Iterable[Prompt]) -> dict[str, NDArray[n
 
 
 def cost(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -> dict[str, object]:
-    """Processor time of ``scan`` with and without categories: median of seven paired rounds."""
+    """Processor time of ``scan`` with and without categories: five paired rounds."""
     torch.set_num_threads(1)
     bare = replace(guard, parts=())
     ratios = []
-    for _ in range(7):
+    for _ in range(5):
         spent = []
         for one in (guard, bare):
             start = time.process_time()
@@ -189,7 +198,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--states", type=Path, required=True)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--harmless", type=int, default=500, help="of the moderation set")
+    parser.add_argument("--harmless", type=int, default=300, help="texts of the moderation set")
+    parser.add_argument("--longest", type=int, default=500, help="characters of such a text")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 

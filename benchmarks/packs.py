@@ -19,16 +19,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from categories import arguments, kept, material
+from categories import arguments, fitted, kept, material
 from numpy.typing import NDArray
 
 from latentguard.audit import ngram_scores
+from latentguard.categories import FEWEST
 from latentguard.guard import LatentGuard
 from latentguard.metrics import threshold_for_fpr
 from latentguard.model.hf import ChatModel
 from latentguard.packs import against, halves, with_pack
 from latentguard.prompts import Prompt
-from latentguard.readings import DEFAULT, Reading
 from latentguard.report import show
 from latentguard.states import States
 from latentguard.study.traffic import SEEDS, Trial, categories, domain_table, drawn
@@ -41,12 +41,12 @@ def main() -> None:
     """Run and print."""
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
-    sets = material(options.data_dir, options.harmless)
+    sets = material(options.data_dir, options.harmless, options.longest)
     states = {
         name: kept(model, sets[name], options.states)
         for name in ("train", "validation", "moderation")
     }
-    guard = LatentGuard.from_states(model, states["train"], Reading.of(DEFAULT, model.post))
+    guard = fitted(model, states["train"], options.states)
     states = {name: part.select(guard.readout.layers) for name, part in states.items()}
     trials = list(tried(guard, states))
     table = domain_table(states["moderation"].prompts, trials)
@@ -105,12 +105,12 @@ class Draw:
         return [p for p, keep in zip(self.prompts, rows, strict=True) if keep]
 
     def members(self) -> dict[str, set[Prompt]]:
-        """The examples of each category."""
-        found = categories(self.prompts) if self.examples.any() else {}
-        return {
+        """The examples of each category that has enough for a pack."""
+        found = {
             name: {self.prompts[i] for i in rows if self.examples[i]}
-            for name, rows in found.items()
+            for name, rows in categories(self.prompts).items()
         }
+        return {name: members for name, members in found.items() if len(members) >= FEWEST}
 
     def packed(self, guard: LatentGuard) -> LatentGuard:
         """The guard with a pack for each category, calibrated."""
