@@ -191,12 +191,9 @@ class LatentGuard(Contents):
         return next(self.judge(trace.last, evidence))
 
     def scores(self, states: States) -> Float[Tensor, "n"]:
-        """Scores of states captured at ``positions`` and at least the readout's layers, float64."""
+        """The readout's own scores, without packs, of states captured at ``positions``, float64."""
         part = states.select(self.readout.layers)
-        scores = self.readout(fitting.slots(part, self.reading.positions)).double()
-        for added in self.parts:
-            scores = added.adjust(part, scores)
-        return scores
+        return self.readout(fitting.slots(part, self.reading.positions)).double()
 
     def judge(self, states: States, evidence: Sequence[Evidence] = ()) -> Iterator[Verdict]:
         """Verdicts for states captured at ``positions`` and at least the readout's layers.
@@ -207,6 +204,8 @@ class LatentGuard(Contents):
         """
         states = states.select(self.readout.layers)
         scores = self.scores(states)
+        for part in self.parts:
+            scores = part.adjust(states, scores)
         if evidence:
             scores = scores.new_tensor([max(e.score for e in evidence)])
         beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
