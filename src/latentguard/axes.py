@@ -101,10 +101,33 @@ class Axis:
         layers: tuple[int, ...] = ()
         for batch in [batches] if isinstance(batches, States) else batches:
             layers = batch.layers
-            up, down = (_fold(batch, position, group) for group in (positive, negative))
+            up, down = (fold(batch, position, group) for group in (positive, negative))
             plus = up if plus is None else plus.merge(up)
             minus = down if minus is None else minus.merge(down)
-        return _axis(name, position, layers, (plus, positive), (minus, negative))
+        return Axis.between(name, position, layers, (plus, positive), (minus, negative))
+
+    @staticmethod
+    def between(
+        name: str,
+        position: str,
+        layers: tuple[int, ...],
+        plus: tuple[Centroid | None, str],
+        minus: tuple[Centroid | None, str],
+    ) -> Axis:
+        """An axis between two centroids, each with the name of its group.
+
+        Raises:
+            GuardError: if a group had no prompts.
+        """
+        for centroid, group in (plus, minus):
+            if centroid is None or centroid.count == 0:
+                raise GuardError(
+                    f"The {name} axis needs {group} prompts and found none; it cannot be fitted."
+                )
+        (up, _), (down, _) = plus, minus
+        assert up is not None and down is not None
+        poles = up.mean.float(), down.mean.float()
+        return Axis(name, position, layers, *poles, (up.count, down.count))
 
     @property
     def direction(self) -> Float[Tensor, "l d"]:
@@ -123,7 +146,12 @@ class Axis:
         return self.layer_beliefs(states).mean(-1)
 
 
-def _fold(batch: States, position: str, group: str) -> Centroid:
+def fold(batch: States, position: str, group: str) -> Centroid:
+    """The centroid of one group (a key of ``GROUPS``) at a position; a worker's part of an axis.
+
+    Raises:
+        GuardError: if a state is not finite.
+    """
     values = batch.where(GROUPS[group]).at(position)
     if not torch.isfinite(values).all():
         raise GuardError(
@@ -131,21 +159,3 @@ def _fold(batch: States, position: str, group: str) -> Centroid:
             "bfloat16 or float32 instead of float16."
         )
     return Centroid.of(values)
-
-
-def _axis(
-    name: str,
-    position: str,
-    layers: tuple[int, ...],
-    plus: tuple[Centroid | None, str],
-    minus: tuple[Centroid | None, str],
-) -> Axis:
-    for centroid, group in (plus, minus):
-        if centroid is None or centroid.count == 0:
-            raise GuardError(
-                f"The {name} axis needs {group} prompts and found none; it cannot be fitted."
-            )
-    (up, _), (down, _) = plus, minus
-    assert up is not None and down is not None
-    poles = up.mean.float(), down.mean.float()
-    return Axis(name, position, layers, *poles, (up.count, down.count))

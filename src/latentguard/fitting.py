@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentguard import __version__
-from latentguard.axes import Axis
+from latentguard.axes import Axis, Centroid, fold
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
 from latentguard.readings import Reading
@@ -50,14 +50,43 @@ def slots(states: States, positions: Sequence[str]) -> Float[Tensor, "n s d"]:
     return torch.cat([states.at(position) for position in positions], dim=1)
 
 
+AXES = (
+    ("harmful", "t_inst", "harmful", "harmless"),
+    ("refuse", "t_post", "refused_harmful", "accepted_harmless"),
+)
+"""Name, position, positive and negative group of the two axes of the paper."""
+
+Poles = list[tuple[Centroid, Centroid]]
+"""The centroids of both groups, for each of ``AXES``."""
+
+
 def fit_axes(states: States, layers: tuple[int, ...]) -> tuple[Axis, ...]:
     """``harmful`` always, ``refuse`` where both refused harmful and accepted harmless are known."""
-    part = states.select(layers)
-    axes = [Axis.fit(part, "t_inst")]
-    if {"refused_harmful", "accepted_harmless"} <= {p.group for p in states.prompts}:
-        groups = {"positive": "refused_harmful", "negative": "accepted_harmless"}
-        axes.append(Axis.fit(part, "t_post", name="refuse", **groups))
-    return tuple(axes)
+    return axes_of(fold_axes(states.select(layers)), layers)
+
+
+def fold_axes(states: States) -> Poles:
+    """What some states add to the two axes; parts of a whole are joined by ``merge_poles``."""
+    return [(fold(states, at, plus), fold(states, at, minus)) for _, at, plus, minus in AXES]
+
+
+def merge_poles(one: Poles, other: Poles) -> Poles:
+    """The poles of both sets of states, up to rounding in any order."""
+    pairs = zip(one, other, strict=True)
+    return [(a.merge(c), b.merge(d)) for (a, b), (c, d) in pairs]
+
+
+def axes_of(poles: Poles, layers: tuple[int, ...]) -> tuple[Axis, ...]:
+    """The axes between poles, as ``fit_axes`` makes them.
+
+    Raises:
+        GuardError: if there are no harmful or no harmless prompts.
+    """
+    return tuple(
+        Axis.between(name, at, layers, (up, plus), (down, minus))
+        for (name, at, plus, minus), (up, down) in zip(AXES, poles, strict=True)
+        if name == "harmful" or (up.count and down.count)
+    )
 
 
 def provenance(states: States, fit: Fit) -> dict[str, Any]:

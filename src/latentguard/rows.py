@@ -48,7 +48,7 @@ def _lines(source: str, text: str) -> Iterator[tuple[str, str, Mapping[str, Any]
         if plain or (source == "-" and not line.lstrip().startswith("{")):
             yield where, f"{stem}-{number}", {text: line.rstrip("\r\n")}
         else:
-            yield where, f"{stem}-{number}", _json_row(line, where)
+            yield where, f"{stem}-{number}", json_row(line, where)
 
 
 def _table(source: str, delimiter: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -80,7 +80,12 @@ def _open_lines(source: str) -> Iterator[str]:
         raise PromptError(f"{name}, line {number}: not UTF-8 text ({error.reason}).") from None
 
 
-def _json_row(line: str, where: str) -> Mapping[str, Any]:
+def json_row(line: str, where: str) -> dict[str, Any]:
+    """Read one line of JSON Lines; ``where`` names it in errors.
+
+    Raises:
+        PromptError: if it is not a JSON object.
+    """
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

@@ -52,7 +52,7 @@ class Fingerprint:
     """SHA-256 of the chat template."""
 
     dtype: str
-    """What the model computes in, such as ``bfloat16``."""
+    """What the model computes in, such as ``bfloat16``; ``bfloat16/int8`` if it was quantised."""
 
     def differences(self, other: Fingerprint) -> list[str]:
         """Name what binds and differs, such as ``dtype float32 instead of bfloat16``, and why."""

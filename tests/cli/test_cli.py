@@ -20,9 +20,9 @@ from model.architectures import chat_model
 
 VERBS = {
     "demo": ("--out", "--guard", "--model"),
-    "fit": ("--harmful", "--harmless", "--contrast", "--reading", "--readout", "--dtype"),
-    "calibrate": ("--harmless", "--max-fpr", "--confidence"),
-    "score": ("--out", "--text-column"),
+    "fit": ("--harmful", "--contrast", "--reading", "--dtype", "--quantize", "--device-map"),
+    "calibrate": ("--harmless", "--max-fpr", "--confidence", "--device-map"),
+    "score": ("--out", "--text-column", "--engine", "--actors", "--block-rows"),
     "audit": ("--label", "--text-column"),
     "show": (),
     "models": (),
@@ -414,6 +414,26 @@ class TestScore:
 
     def test_no_guard(self, fails, files, tmp_path):
         assert "Expected a guard folder" in fails("score", tmp_path / "none", files["asked"])
+
+
+class TestEngineRay:
+    """What is said before Ray is started; tests/integrations has the rest."""
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [((), "writes a folder"), (("--device-map", "auto"), "each actor has one device")],
+    )
+    def test_wrong_usage(self, lg, guard, files, words, reason):
+        code, _, err = lg("score", guard, files["plain"], "--engine", "ray", *words)
+        assert code == 2
+        assert reason in err
+
+    def test_without_ray(self, fails, guard, files, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ray", None)
+        for name in [n for n in sys.modules if n.startswith("latentguard.integrations.ray")]:
+            monkeypatch.delitem(sys.modules, name)
+        said = fails("score", guard, files["plain"], "--engine", "ray", "--out", tmp_path / "out")
+        assert "pip install 'latentguard[ray]'" in said
 
 
 class TestAudit:

@@ -10,7 +10,7 @@ import typer
 
 from latentguard.cli.app import app
 from latentguard.cli.console import columns_of, load_guard, note, progress, read_side
-from latentguard.cli.options import AllowMismatch, GuardFolder, Moved, TextColumn
+from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
 from latentguard.contrast import load_contrast
 from latentguard.prompts import Columns, Prompt, read_prompts
 
@@ -43,6 +43,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     text_column: TextColumn = "text",
     model: Moved = None,
     allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Set the guard's threshold so that it flags at most MAX_FPR of harmless prompts.
 
@@ -53,7 +54,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     """
     from latentguard.calibration_report import calibration_report
 
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     columns = Columns(text=text_column, slice=slice_column or "")
     prompts = read_side(harmless, columns, harmful=False)
     if not harmless:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from latentguard.states import Progress
 
 
-def load(source: str, dtype: str = "auto") -> ChatModel:
+def load(source: str, dtype: str = "auto", device_map: str | None = None) -> ChatModel:
     """Load a model, quietly."""
     from transformers.utils import logging as transformers_logging
 
@@ -30,18 +30,23 @@ def load(source: str, dtype: str = "auto") -> ChatModel:
     transformers_logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     note(f"Loading {source} ...")
-    return ChatModel.load(source, dtype=dtype)
+    placing = {"device_map": device_map} if device_map else {}
+    return ChatModel.load(source, dtype=dtype, **placing)
 
 
 def load_guard(
-    folder: Path, model: str | None, *, allow_mismatch: bool = False
+    folder: Path,
+    model: str | None,
+    *,
+    allow_mismatch: bool = False,
+    device_map: str | None = None,
 ) -> tuple[LatentGuard, ChatModel]:
     """A guard and the model that it is bound to, checked; or bound to the one that it met."""
     from latentguard.binding import Shift
     from latentguard.guard import LatentGuard
 
     guard = LatentGuard.load(folder)
-    backend = load(model or guard.fingerprint.model, guard.fingerprint.dtype)
+    backend = load(model or guard.fingerprint.model, guard.fingerprint.dtype, device_map)
     if not allow_mismatch:
         guard.check(backend)
         return guard, backend

@@ -12,15 +12,19 @@ from latentguard.cli.app import app
 from latentguard.cli.console import columns_of, load, load_guard, note, progress, read, read_side
 from latentguard.cli.options import (
     AllowMismatch,
+    DeviceMap,
     Dtype,
+    Engine,
     GuardFolder,
     Label,
     Model,
     Moved,
+    Quantize,
     Side,
     TextColumn,
 )
 from latentguard.contrast import load_contrast
+from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns, stream_prompts
 
 
@@ -65,11 +69,19 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     ] = False,
     text_column: TextColumn = "text",
     dtype: Dtype = "auto",
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option(help="Weights: int8 (needs torchao) or nf4 (needs bitsandbytes)."),
+    ] = None,
+    device_map: DeviceMap = None,
 ) -> None:
     """Fit a guard for MODEL and write it to OUT.
 
     The paper's guard: --harmful advbench.jsonl --harmless alpaca.jsonl --reading t_inst --readout
     centroid. Rows that carry a label are used only for the side that their file is named for.
+
+    A large model: --device-map auto, and --quantize int8 or nf4. A guard is of the quantised model
+    or of the plain one, never of both; the other verbs quantise as it was fitted.
     """
     from latentguard.audit import surface_warnings
     from latentguard.guard import LatentGuard
@@ -79,7 +91,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     prompts = sides + (load_contrast("train") if contrast or not sides else [])
     for warning in surface_warnings(prompts):
         note(f"Warning: {warning}")
-    backend = load(model, dtype)
+    backend = load(model, f"{dtype}/{quantize.value}" if quantize else dtype, device_map)
     with progress("capture", len(prompts)) as bar:
         guard = LatentGuard.fit(
             backend,
@@ -98,7 +110,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
 
 
 @app.command()
-def score(
+def score(  # noqa: PLR0913, PLR0917 (the contract names these options)
     guard: GuardFolder,
     prompts: Annotated[str, typer.Argument(help="File, '-', or Hub data set.")],
     out: Annotated[
@@ -107,16 +119,34 @@ def score(
     text_column: TextColumn = "text",
     model: Moved = None,
     allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: many devices and nodes (extra 'ray'); OUT is a folder.")
+    ] = Engine.local,
+    actors: Annotated[
+        int | None, typer.Option(help="With ray; default: one a GPU, or one a node.", min=1)
+    ] = None,
+    block_rows: Annotated[
+        int, typer.Option(help="With ray: rows of one output file.", min=1)
+    ] = 8192,
 ) -> None:
     """Score prompts: one JSON object a line, in input order (id, score, probability, flagged).
 
     The slice of a prompt, if the guard was calibrated by slices, comes from the same column.
 
-    With --out, a killed run goes on where it stopped when it is called again.
+    With --out, a killed run goes on where it stopped when it is called again. With --engine ray
+    PROMPTS may be a folder or a pattern of Parquet and JSON Lines files, OUT becomes a folder of
+    Parquet files, and workers and nodes may die; RAY_ADDRESS names the cluster.
     """
+    if engine is Engine.ray:
+        if device_map is not None or allow_mismatch:
+            reason = "with --engine ray each actor has one device, and the guard's own model"
+            raise typer.BadParameter(reason, param_hint="--device-map, --allow-mismatch")
+        _score_corpus(guard, prompts, out, model, text_column, (actors, block_rows))
+        return
     from latentguard.verdicts import line_of, score_to_file
 
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     columns = replace(columns_of(loaded, text_column), label="")  # labels are not read
     rows = stream_prompts(prompts, columns=columns)
     with progress("score") as bar:
@@ -126,6 +156,43 @@ def score(
             return
         done = score_to_file(loaded, backend, rows, out, progress=bar.advance)
     note(f"Verdicts in {out}" + (f" ({done} were there from an earlier run)." if done else "."))
+
+
+def _score_corpus(
+    guard: Path,
+    prompts: str,
+    out: Path | None,
+    model: str | None,
+    text_column: str,
+    shares: tuple[int | None, int],
+) -> None:
+    from latentguard.guard import LatentGuard
+
+    if out is None:
+        raise typer.BadParameter("--engine ray writes a folder; name it", param_hint="--out")
+    try:
+        from latentguard.integrations.ray import Workers, score_corpus
+    except ModuleNotFoundError as error:
+        raise LatentGuardError(
+            f"--engine ray needs the extra 'ray' ({error.name} is not there): "
+            "pip install 'latentguard[ray]'"
+        ) from None
+    loaded = LatentGuard.load(guard)
+    columns = replace(columns_of(loaded, text_column), label="")
+    with progress("score") as bar:
+        total = score_corpus(
+            loaded,
+            prompts,
+            out,
+            model=model,
+            columns=columns,
+            workers=Workers(*shares),
+            progress=bar.advance,
+        )
+    note(
+        f"{total.rows:,} verdicts in {out}, {total.parts:,} files; {total.flagged:,} flagged, "
+        f"{total.unscored:,} without a verdict (column 'error')."
+    )
 
 
 @app.command()

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from latentguard.errors import ModelError, PromptError
 from latentguard.model.chat import ChatTokenizer
-from latentguard.model.fingerprint import weights_digest
+from latentguard.model.fingerprint import reading_device, weights_digest
 from latentguard.model.generate import sweep
 from latentguard.model.hooks import decoder_blocks, read_positions
 from latentguard.model.layout import Row, alike
+from latentguard.model.loading import from_pretrained
 from latentguard.model.long import trace
-from latentguard.model.sources import resolve
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Fingerprint, Intervention, Progress, States
 from latentguard.traces import Trace
@@ -44,7 +44,9 @@ class _Prefix:
 class ChatModel:
     """A chat model on transformers."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, source: str = "") -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, source: str = "", quantized: str = ""
+    ) -> None:
         """Wrap a loaded model; ``ChatModel.load`` is the usual way.
 
         Raises:
@@ -55,6 +57,7 @@ class ChatModel:
         self.tokenizer = tokenizer
         self.chat = ChatTokenizer(tokenizer)
         self.source = source
+        self.quantized = quantized
         self.blocks = decoder_blocks(model)
         self.tokens_per_batch = TOKENS_PER_BATCH.get(self.device.type, 8192)
         self._prefix: _Prefix | None = None
@@ -74,37 +77,25 @@ class ChatModel:
         Args:
             source: What to load.
             dtype: ``float32``, ``bfloat16``, ...; ``auto`` is float32 on a CPU, else bfloat16.
+                With ``/int8`` or ``/nf4`` behind it the weights are quantised (``loading.py``).
             device: ``cpu``, ``cuda``, ...; a GPU is used if there is one.
-            options: Passed to ``from_pretrained`` (``device_map``, ``quantization_config``, ...).
+            options: Passed to ``from_pretrained`` (``device_map``, ``tp_plan``,
+                ``distributed_config``, ``quantization_config``, ...). If they place the model,
+                ``device`` does not.
 
         Raises:
             ModelError: if it cannot be found or loaded; says why.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        path = resolve(str(source))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else "bfloat16"
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, dtype), **options
-            )
-        except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ModelError(
-                f"'{source}' could not be loaded as a chat model: {reason} Expected a Hub id, a "
-                "folder, a GGUF file, or 'default'."
-            ) from error
-        placed = "device_map" in options or "quantization_config" in options
-        return cls(model if placed else model.to(device), tokenizer, source=str(source))
+        network, tokenizer, scheme = from_pretrained(source, dtype, device, options)
+        model = cls(network, tokenizer, source=str(source), quantized=scheme)
+        if scheme:
+            _ = model.fingerprint  # now: bitsandbytes packs weights anew in the first pass
+        return model
 
     @property
     def device(self) -> torch.device:
-        """Where the token embeddings live."""
-        weight: Tensor = self.model.get_input_embeddings().weight
-        return weight.device
+        """Where the token embeddings are read."""
+        return reading_device(self.model.get_input_embeddings())
 
     @property
     def depth(self) -> int:
@@ -132,7 +123,7 @@ class ChatModel:
                 weights=weights_digest(self.model),
                 tokenizer=self.chat.tokenizer_digest,
                 template=self.chat.template_digest,
-                dtype=str(self.model.dtype).removeprefix("torch."),
+                dtype="/".join(filter(None, (_name(self.model.dtype), self.quantized))),
             )
         return self._fingerprint
 
@@ -282,6 +273,10 @@ class ChatModel:
         with read_positions(self.blocks, columns=columns, layers=(last_layer,), buffer=buffer):
             self._run(torch.tensor([ids]), None, cache)
         return _Prefix(ids, cache, last_layer)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _windows(prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, ...]]:

@@ -208,7 +208,7 @@ class Subject:
     def _kept_states(
         self, prompts: tuple[Prompt, ...], positions: tuple[str, ...], keys: dict[Prompt, list[str]]
     ) -> States:
-        dtype = getattr(torch, self.model.fingerprint.dtype)
+        dtype = getattr(torch, self.model.fingerprint.dtype.partition("/")[0])  # float32/int8
         layers = tuple(range(self.depth + 1))
         rows = []
         for prompt in prompts:

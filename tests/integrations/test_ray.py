@@ -1,0 +1,165 @@
+"""Whole corpora on a Ray cluster of two nodes on this machine; one of them is killed at work."""
+
+import json
+import os
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+
+pytest.importorskip("ray")
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray's own spelling; 15 would starve)
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray.cluster_utils import Cluster
+
+from latentguard.contrast import load_contrast
+from latentguard.fitting import fit_axes as fit_in_one
+from latentguard.guard import LatentGuard
+from latentguard.integrations.ray import Workers, fit_axes, score_corpus
+from latentguard.integrations.ray.actors import Scorer
+from latentguard.model.hf import ChatModel
+from latentguard.prompts import Columns, Prompt, read_prompts
+from latentguard.states import States
+from model.architectures import chat_model
+
+SMALL = dict(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+ROWS = [{"id": f"row-{n}", "text": f"Tell me of thing {n}, please."} for n in range(400)]
+TWO = Workers(actors=2, block_rows=16)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    found = Cluster(initialize_head=True, head_node_args=SMALL)
+    found.victim = found.add_node(**SMALL)
+    ray.init(address=found.address, log_to_driver=False)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    chat_model("llama", tokenizer).model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def backend(source):
+    return ChatModel.load(source)
+
+
+@pytest.fixture(scope="module")
+def guard(backend):
+    return LatentGuard.fit(backend, load_contrast("validation")[:80], readout="centroid")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Rows in two formats, and two that no model can read."""
+    folder = tmp_path_factory.mktemp("corpus")
+    bad = [{"id": "empty", "text": ""}, {"id": "long", "text": "word " * 2000}]
+    with (folder / "a.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [*ROWS[:100], *bad])
+    pq.write_table(pa.Table.from_pylist(ROWS[100:]), folder / "b.parquet", row_group_size=70)
+    return str(folder)
+
+
+def require_same(out, verdicts):
+    """Every row once, in order, with the verdict that one process gives."""
+    table = pq.read_table(out)
+    found = {row["id"]: row for row in table.to_pylist()}
+    assert table["row"].to_pylist() == list(range(len(ROWS) + 2))
+    assert [row_id for row_id in found if row_id.startswith("row-")] == [r["id"] for r in ROWS]
+    for verdict in verdicts:
+        row = found[verdict.id]
+        assert row["score"] == pytest.approx(verdict.score, abs=1e-5)
+        assert (row["flagged"], row["error"]) == (verdict.flagged, None)
+    assert "is empty" in found["empty"]["error"]
+    assert "this model reads at most 512" in found["long"]["error"]
+    assert found["long"]["flagged"] is None
+
+
+@pytest.fixture(scope="module")
+def verdicts(guard, backend):
+    return list(guard.scan(backend, [Prompt(row["text"], id=row["id"]) for row in ROWS]))
+
+
+def test_axes_are_those_of_one_process(cluster, source, backend, tmp_path):
+    prompts = load_contrast("validation")[:80]
+    path = tmp_path / "a.jsonl"
+    with path.open("w") as file:
+        for n, prompt in enumerate(prompts):
+            label = "harmful" if prompt.harmful else "harmless"
+            row = dict(text=prompt.text, label=label, refused="yes" if n % 3 else "no")
+            file.write(json.dumps(row) + "\n")
+    labelled = read_prompts(path)
+    states = States.collect(backend.capture(labelled))
+    found = fit_axes(source, str(path), workers=Workers(2, block_rows=12))
+    for axis, wanted in zip(found, fit_in_one(states, states.layers), strict=True):
+        assert (axis.name, axis.position, axis.counts) == (
+            wanted.name,
+            wanted.position,
+            wanted.counts,
+        )
+        assert axis.layers == wanted.layers
+        for pole in ("positive", "negative"):
+            assert torch.allclose(getattr(axis, pole), getattr(wanted, pole), atol=1e-6)
+
+
+def test_another_model_is_refused(guard, corpus, tmp_path, tokenizer):
+    """What an actor says of it, in this process; the driver raises what it says."""
+    other = chat_model("llama", tokenizer, seed=1)
+    other.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    actor = Scorer(guard=guard, source=str(tmp_path), columns=Columns(label=""), out=tmp_path)
+    said = actor({"index": 3})
+    assert said["index"] == 3
+    assert "weights" in said["failure"]
+
+
+def test_a_node_is_killed_at_work_and_the_run_gone_on_with(
+    cluster, guard, corpus, verdicts, tmp_path
+):
+    """The last test: the cluster has one node less after it."""
+    out, killed, told = tmp_path / "out", [], []
+
+    def watch(rows):
+        told.append(rows)
+        if rows and not killed and at_work(cluster.victim):
+            cluster.remove_node(cluster.victim, allow_graceful=False)
+            killed.append(len(list(out.glob("part-*"))))
+
+    total = score_corpus(guard, corpus, out, workers=TWO, progress=watch)
+    assert killed
+    assert killed[0] < total.parts
+    assert sum(node["Alive"] for node in ray.nodes()) == 1
+    assert (total.rows, total.unscored, total.parts, sum(told)) == (402, 2, 26, 402)
+    require_same(out, verdicts)
+
+    lost, *rest = sorted(out.glob("part-*"))
+    kept = {path: path.stat().st_mtime_ns for path in rest}
+    lost.unlink()  # as if the whole run had been killed before it
+    (out / f".{lost.name}.123").write_text("torn")
+    assert score_corpus(guard, corpus, out, workers=Workers(1, TWO.block_rows)) == total
+    require_same(out, verdicts)
+    assert {path: path.stat().st_mtime_ns for path in rest} == kept
+
+
+def at_work(node):
+    """Wait for an actor of the node that is in the middle of a block."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for _ in range(500):
+        for worker in raylet.children(recursive=True):
+            with suppress(psutil.Error):  # it may have ended by now
+                if ".submit" in " ".join(worker.cmdline()):
+                    return True
+        time.sleep(0.01)
+    return False

@@ -1,0 +1,155 @@
+"""Large models on small ones: offloaded, split over processes, quantised."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+
+from latentguard.contrast import load_contrast
+from latentguard.errors import ModelError
+from latentguard.guard import LatentGuard
+from latentguard.model.fingerprint import weights_digest
+from latentguard.model.hf import ChatModel
+from latentguard.prompts import Prompt
+from latentguard.states import Intervention, States
+from model.architectures import chat_model
+
+PROMPTS = [Prompt(f"Tell me of thing {n}" + " and more" * (n % 5), id=str(n)) for n in range(20)]
+DISK = dict.fromkeys(
+    ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers"], "disk"
+)
+MIXED = {
+    **dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu"),
+    **{f"model.layers.{n}": "disk" if n % 2 else "cpu" for n in range(4)},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    chat_model("llama", tokenizer).model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, tokenizer):
+    """A folder whose matrices are as wide as a block of bitsandbytes."""
+    path, made = tmp_path_factory.mktemp("models") / "wide", chat_model("llama", tokenizer)
+    config = made.model.config
+    config.hidden_size, config.intermediate_size = 64, 128
+    made.model.__class__(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return ChatModel.load(folder)
+
+
+def states(model):
+    return States.collect(model.capture(PROMPTS)).values
+
+
+def require_same_model(found, plain, tolerance=0.0):
+    """States, fingerprint, replies and guard do not tell where the weights are."""
+    wanted = states(plain)
+    for _ in range(2):  # the second time with the prefix in the cache
+        assert torch.allclose(states(found), wanted, rtol=0, atol=tolerance)
+        assert found.fingerprint.digest == plain.fingerprint.digest
+        found._fingerprint = None  # as it is after a pass was left early
+    steer = Intervention(2, torch.ones(plain.width), 3.0)
+    for how in (None, steer):
+        replies = [m.sweep(PROMPTS[:3], [how], max_new_tokens=4)[0] for m in (found, plain)]
+        assert [r.ids for r in replies[0]] == [r.ids for r in replies[1]]
+
+
+class TestOffload:
+    @pytest.mark.parametrize("placed", [DISK, MIXED], ids=["disk", "mixed"])
+    def test_device_map(self, placed, folder, plain, tmp_path):
+        found = ChatModel.load(folder, device_map=placed, offload_folder=str(tmp_path))
+        assert any(p.device.type == "meta" for p in found.model.parameters())
+        assert found.device.type == "cpu"
+        require_same_model(found, plain)
+
+    def test_weights_in_memory_and_fetched_for_each_pass(self, folder, plain):
+        loaded = ChatModel.load(folder)
+        accelerate.cpu_offload(loaded.model, execution_device=torch.device("cpu"))
+        found = ChatModel(loaded.model, loaded.tokenizer)
+        assert all(p.device.type == "meta" for p in found.model.parameters())
+        require_same_model(found, plain)
+
+    def test_auto(self, folder, plain):
+        require_same_model(ChatModel.load(folder, device_map="auto"), plain)
+
+    def test_a_guard_goes_from_one_to_the_other(self, folder, plain, tmp_path):
+        guard = LatentGuard.fit(plain, load_contrast("validation"), readout="centroid")
+        found = ChatModel.load(folder, device_map=DISK, offload_folder=str(tmp_path))
+        guard.check(found)
+
+    def test_an_edit_of_offloaded_weights_is_seen(self, folder, tmp_path, plain):
+        other = ChatModel.load(folder)
+        with torch.no_grad():
+            other.model.model.layers[1].mlp.up_proj.weight += 1e-3
+        other.model.save_pretrained(tmp_path / "other")
+        other.tokenizer.save_pretrained(tmp_path / "other")
+        where = dict(device_map=DISK, offload_folder=str(tmp_path / "weights"))
+        found = ChatModel.load(tmp_path / "other", **where)
+        assert found.fingerprint.weights != plain.fingerprint.weights
+
+    def test_weights_that_were_never_loaded(self):
+        with torch.device("meta"):
+            model = torch.nn.Linear(2, 2)
+        with pytest.raises(ModelError, match="weight bias was never loaded"):
+            weights_digest(model)
+
+
+def test_two_processes_share_a_model(folder, plain, tmp_path):
+    """Tensor parallel over gloo: each process has half of every matrix, and the same states."""
+    child = Path(__file__).with_name("tensor_parallel.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = [*launch, str(child), str(folder), str(tmp_path)]
+    env = os.environ | {"PYTHONSAFEPATH": "1"}  # the child's folder has a module tokenizers
+    done = subprocess.run(run, capture_output=True, text=True, timeout=500, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    wanted = states(plain)
+    for rank in range(2):
+        found = States.load(tmp_path / f"{rank}.safetensors")
+        assert torch.allclose(found.values, wanted, rtol=0, atol=1e-5)
+        assert found.fingerprint.digest == plain.fingerprint.digest
+
+
+QUANTISED = [("int8", "torchao"), ("nf4", "bitsandbytes")]
+
+
+class TestQuantised:
+    @pytest.mark.parametrize(("scheme", "package"), QUANTISED)
+    def test_a_guard_knows_how_its_model_was_quantised(self, scheme, package, wide, tmp_path):
+        pytest.importorskip(package)
+        plain, found = ChatModel.load(wide), ChatModel.load(wide, dtype=f"float32/{scheme}")
+        assert found.fingerprint.dtype == f"float32/{scheme}"
+        assert found.fingerprint.weights != plain.fingerprint.weights
+        gap, size = states(found) - states(plain), states(plain)
+        assert 0 < gap.norm() < 0.3 * size.norm()
+
+        guard = LatentGuard.fit(found, load_contrast("validation")[:80], readout="centroid")
+        guard.save(tmp_path)
+        loaded = LatentGuard.load(tmp_path)
+        loaded.check(ChatModel.load(wide, dtype=loaded.fingerprint.dtype))
+        assert len(loaded.fingerprint.differences(plain.fingerprint)) == 2
+
+    @pytest.mark.parametrize(("scheme", "package"), QUANTISED)
+    def test_a_missing_package(self, scheme, package, folder, monkeypatch):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.setitem(sys.modules, f"{package}.quantization", None)
+        with pytest.raises(ModelError, match=f"needs {package}: pip install {package}"):
+            ChatModel.load(folder, dtype=f"float32/{scheme}")
+
+    def test_an_unknown_scheme(self, folder):
+        with pytest.raises(ModelError, match="no quantisation 'int3': expected int8 and nf4"):
+            ChatModel.load(folder, dtype="float32/int3")
