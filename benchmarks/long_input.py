@@ -7,7 +7,7 @@ DIR holds jbb.jsonl, xstest.jsonl, alpaca_harmless.jsonl and openai_moderation.j
 guard is fitted on the built-in set with its windows; nothing of DIR is seen before it is scored.
 The texts around the requests are not those of training: Python's own language reference, and the
 harmless posts of the OpenAI moderation set. Both members of a pair stand at the same place of the
-same text. Scores go to W/scores.jsonl as they come: a killed run goes on where it stopped.
+same text. Scores go to W/scores-*.jsonl as they come: a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -79,9 +79,12 @@ def main() -> None:
     texts = fillers(options.data_dir, max(counts, default=256))
     if options.only in (None, "documents"):
         for text_id, text in enumerate(texts):
-            score(model, guard, documents(text_id, text, needles, counts), options)
+            if options.text in (None, text_id):
+                asked = documents(text_id, text, needles, counts)
+                score(model, guard, asked, options, f"scores-{text_id}.jsonl")
     if options.only in (None, "chats"):
-        score(model, guard, chats(needles[: options.chats], options.data_dir), options)
+        asked = chats(needles[: options.chats], options.data_dir)
+        score(model, guard, asked, options, "scores-chats.jsonl")
     if options.out:
         save(Path(options.out), report(options))
 
@@ -188,10 +191,14 @@ def chats(needles: list[tuple[Prompt, Prompt]], folder: Path) -> Iterator[Asked]
 
 
 def score(
-    model: ChatModel, guard: LatentGuard, asked: Iterator[Asked], options: argparse.Namespace
+    model: ChatModel,
+    guard: LatentGuard,
+    asked: Iterator[Asked],
+    options: argparse.Namespace,
+    name: str,
 ) -> None:
     """Append what is not there yet."""
-    path = options.work / "scores.jsonl"
+    path = options.work / name
     done = {row["key"] for row in rows_of(path)}
     windows, kept, words = windows_of(guard), Kept(), n_grams()
     how = dict(positions=guard.positions, layers=guard.readout.layers, probe=windows.probe)
@@ -204,9 +211,9 @@ def score(
             trace = model.trace(one.prompt, kept=kept, **how)
             own = guard.scores(trace.states).tolist()
             verdict = guard.judge_trace(trace)
-            stretch = max(best_stretch(turn, windows.size)[0] for turn in trace.turns)
-            best = max(verdict.evidence, key=lambda e: e.score)
-            hit = best.message == one.message and best.start < one.stop and best.end > one.start
+            best = max((*best_stretch(t, windows.size), t.message) for t in trace.turns)
+            stretch, start, end, message = best
+            hit = message == one.message and start < one.stop and end > one.start
             row = dict(key=one.key, cell=one.cell, harmful=one.prompt.harmful)
             row |= dict(tokens=sum(len(t.scores) for t in trace.turns), last=own[-1])
             row |= dict(last_flagged=own[-1] > guard.threshold, score=verdict.score, hit=hit)
@@ -264,7 +271,7 @@ def _tokens(model: ChatModel, text: str, length: int) -> str:
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """Each cell's figures by rule, each with interval and n."""
-    rows = rows_of(options.work / "scores.jsonl")
+    rows = [row for path in sorted(options.work.glob("scores-*.jsonl")) for row in rows_of(path)]
     cells = {}
     for cell in dict.fromkeys(row["cell"] for row in rows):
         mine = [row for row in rows if row["cell"] == cell]
@@ -286,7 +293,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         hits = told(proportion([row["hit"] for row in mine if row["harmful"]]))
         tokens = float(np.mean([row["tokens"] for row in mine]))
         cells[cell] = dict(
-            tokens=tokens, figures=figures, at_threshold=sides, evidence_is_the_request=hits
+            tokens=tokens, figures=figures, at_threshold=sides, best_stretch_is_in_request=hits
         )
     files = {name: options.work / f"{name}.json" for name in ("fit", "cost")}
     kept = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
@@ -332,6 +339,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--needles", nargs="*", default=["256=60", "1024=24", "4096=8"])
     parser.add_argument("--chats", type=int, default=40)
     parser.add_argument("--only", choices=["fit", "cost", "documents", "chats", "report"])
+    parser.add_argument("--text", type=int, help="only this one of the texts around the requests")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
     return parser.parse_args()
 

@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from latentguard.guard import LatentGuard
 from latentguard.hazards import MODERATION, OTHER, moderation_names
-from latentguard.parts import Verdict
+from latentguard.parts import Evidence, Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest
 from latentguard.serve.judging import Judgement, trace
@@ -104,6 +104,7 @@ class ScoreResult(BaseModel):
     category_scores: dict[str, float]
     by_layer: dict[str, list[float]]
     quadrant: str | None
+    evidence: list[Evidence]
     tokens: list[TokenBelief] | None
 
 
@@ -217,6 +218,7 @@ def _score(judgement: Judgement) -> ScoreResult:
         category_scores=verdict.category_scores,
         by_layer=judgement.by_layer,
         quadrant=verdict.quadrant,
+        evidence=list(verdict.evidence),
         tokens=None,
     )
 

@@ -1,0 +1,58 @@
+"""Long prompts and chats in the service: by windows, as offline, and each turn on its own."""
+
+import pytest
+import torch
+
+from latentguard.prompts import Message, Prompt
+from latentguard.readouts import Readout
+from latentguard.serve.judging import judge_all
+from latentguard.windows import Windows
+from serve.running import PROMPTS, post, running, tiny_guard, tiny_model
+
+PROBE = Readout(
+    "linear", (1, 2), torch.randn(2, 32, generator=torch.Generator().manual_seed(2)), 0.0
+)
+TURNS = [PROMPTS[0], "Sure.", PROMPTS[1], "Well.", PROMPTS[2]]
+ROLES = ["user", "assistant", "user", "assistant", "user"]
+
+
+def opener():
+    return tiny_guard().with_part(Windows(PROBE, threshold=1.0)), tiny_model()
+
+
+def chat():
+    history = tuple(Message(r, t) for r, t in zip(ROLES[:-1], TURNS[:-1], strict=True))
+    return Prompt(TURNS[-1], id="chat", history=history)
+
+
+@pytest.fixture(scope="module")
+def url():
+    with running(opener) as url:
+        yield url
+
+
+def test_verdicts_are_those_of_scan_in_order():
+    guard, model = opener()
+    mixed = [Prompt(PROMPTS[3]), chat(), Prompt(" ".join(PROMPTS[:8])), Prompt(PROMPTS[4])]
+    found = [judgement.verdict for judgement in judge_all(guard, model, mixed)]
+    offline = list(guard.scan(model, mixed))
+    assert [len(v.evidence) for v in found] == [0, 3, 1, 0]
+    for one, other in zip(found, offline, strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-4)
+        assert one.flagged == other.flagged
+
+
+def test_a_chat_is_scored_by_turn(url):
+    messages = [dict(role=r, content=t) for r, t in zip(ROLES, TURNS, strict=True)]
+    answer = post(f"{url}/v1/score", json={"messages": messages}, timeout=60).json()["results"][0]
+    assert [e["message"] for e in answer["evidence"]] == [0, 2, 4]
+    assert answer["score"] == pytest.approx(max(e["score"] for e in answer["evidence"]))
+
+
+def test_guarded_chat_heeds_every_turn(url):
+    guard, model = opener()
+    (verdict,) = guard.scan(model, [chat()])
+    messages = [dict(role=r, content=t) for r, t in zip(ROLES, TURNS, strict=True)]
+    body = {"model": "m", "messages": messages, "max_tokens": 2}
+    answer = post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+    assert (answer["choices"][0]["finish_reason"] == "content_filter") == verdict.flagged
