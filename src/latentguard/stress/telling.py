@@ -166,7 +166,7 @@ def _numbers(rows: Sequence[Row]) -> Table:
 def _pictures(rows: Sequence[Row]) -> tuple[Figure, Figure]:
     """AUROC beside n-grams, and the rates at the threshold, by attack."""
     labels = [r.case.name for r in rows]
-    ranks = {"latent guard": [r.auroc for r in rows], "n-grams": [r.ngrams for r in rows]}
+    ranks = {"n-grams": [r.ngrams for r in rows], "latent guard": [r.auroc for r in rows]}
     rates = {"harmful": [r.tpr for r in rows], "harmless": [r.fpr for r in rows]}
     caption = "Bars are 95 % intervals, row by row; n of each row is in the table."
     return (
