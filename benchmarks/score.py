@@ -2,7 +2,8 @@
 
 Each round scores the same prompts with every arm in turn, in an order that turns with the round.
 The figure of an arm is the median over rounds of its time against that of the bare guard (one axis,
-no part), with the range. One thread's processor time, so that a busy machine adds noise, not bias.
+no part), with the range; beside it stands what judging alone takes. One thread's processor time, so
+that a busy machine adds noise, not bias.
 Another part needs one more arm in ``arms``.
 """
 
@@ -25,7 +26,10 @@ from latentguard import ChatModel, LatentGuard, load_contrast
 from latentguard.calibration import Calibration
 from latentguard.probabilities import Knots
 from latentguard.prompts import Prompt
-from latentguard.states import Backend
+from latentguard.states import Backend, States
+
+JUDGED = 20
+"""How often states are judged in one measurement."""
 
 
 def arms(backend: Backend) -> dict[str, LatentGuard]:
@@ -65,6 +69,26 @@ def measure(
     return seconds
 
 
+def judging(
+    backend: Backend, guards: dict[str, LatentGuard], prompts: Sequence[Prompt], rounds: int
+) -> dict[str, float]:
+    """Microseconds a prompt that each arm takes to judge states that are there already.
+
+    The difference of two arms is what a part costs, free of the noise of the pass.
+    """
+    states, found = {}, {name: list[float]() for name in guards}
+    for name, guard in guards.items():
+        read = backend.capture(prompts, positions=guard.positions, layers=guard.readout.layers)
+        states[name] = States.collect(read)
+    for _ in range(rounds):
+        for name, guard in guards.items():
+            start = time.process_time()
+            for _ in range(JUDGED):
+                list(guard.judge(states[name]))
+            found[name].append(1e6 * (time.process_time() - start) / JUDGED / len(prompts))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
 def main() -> None:
     """Read the options, measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -76,13 +100,17 @@ def main() -> None:
     torch.set_num_threads(1)
     backend = ChatModel.load(options.model)
     prompts = load_contrast("test")[: options.prompts]
-    seconds = measure(backend, arms(backend), prompts, options.rounds)
+    guards = arms(backend)
+    seconds = measure(backend, guards, prompts, options.rounds)
+    judged = judging(backend, guards, prompts, options.rounds)
     rows: list[dict[str, Any]] = []
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(times, seconds["bare"], strict=True)]
         row = dict(arm=name, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios))
-        rows.append(row | dict(median_seconds=statistics.median(times)))
-        print(f"{name:<28} {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
+        row |= dict(median_seconds=statistics.median(times), judging_microseconds=judged[name])
+        rows.append(row)
+        span = f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        print(f"{name:<28} {span}; judging {judged[name]:.1f} microseconds a prompt")
     if options.json:
         how = dict(prompts=len(prompts), rounds=options.rounds, threads=1, clock="processor time")
         how |= dict(dtype=str(backend.model.dtype), torch=torch.__version__)
