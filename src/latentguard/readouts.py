@@ -3,12 +3,12 @@
 ``centroid`` is the paper's rule (equations 2 to 4): the mean over layers of the difference of
 cosines. ``linear`` is a regularised linear readout: ridge regression on the states of a
 band of layers, standardised per layer; band and strength come from cross-validation over
-pair-disjoint folds of the training data.
+pair-disjoint folds of the training data, with a bias to strong penalties (``choose``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,11 +26,18 @@ from latentguard.ridge import Design, Ridge, folds_of
 
 Kind = Literal["centroid", "linear"]
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (0.3, 1.0, 3.0, 10.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the Gram matrix."""
 
-BANDS = ((0.2, 0.5), (0.33, 0.67), (0.5, 0.8), (0.6, 0.9), (0.33, 1.0))
+BANDS = ((0.33, 0.67), (0.4, 0.8), (0.6, 1.0), (0.2, 1.0))
 """Bands of layers tried, as shares of the depth."""
+
+SLACK = 0.02
+"""Cross-validated AUROC that may be given up for a stronger penalty: folds are written by the same
+people, traffic is not, and what carries over to other people's prompts is the smoother readout."""
+
+SHALLOW = 0.005
+"""As much, for a band that ends earlier: a pass is left behind its last layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,23 +126,33 @@ def fit_linear(
             f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid readout."
         )
     design, folds = balanced(states, y, layers), folds_of(groups, seed)
-    best: tuple[float, tuple[int, ...], float] | None = None
-    for band in _bands(layers):
-        for strength in STRENGTHS:
-            figure = auroc(y.numpy(), Ridge(design, band, strength).held_out(folds)[:, 0].numpy())
-            if best is None or figure > best[0]:
-                best = figure, band, strength
-    assert best is not None
-    figure, band, strength = best
+    tried = {
+        (band, strength): auroc(
+            y.numpy(), Ridge(design, band, strength).held_out(folds)[:, 0].numpy()
+        )
+        for band in _bands(layers)
+        for strength in STRENGTHS
+    }
+    band, strength = choose(tried)
     ridge = Ridge(design, band, strength)
     weight, bias = ridge.solve()
     choices: dict[str, float | str] = {
         "layers": f"{min(band)}-{max(band)}",
         "strength": strength,
-        "cross_validated_auroc": round(figure, 4),
+        "cross_validated_auroc": round(tried[band, strength], 4),
     }
     held_out = ridge.held_out(folds)[:, 0].numpy()
     return Fit(Readout("linear", band, weight[0], float(bias[0])), held_out, choices)
+
+
+def choose(tried: Mapping[tuple[tuple[int, ...], float], float]) -> tuple[tuple[int, ...], float]:
+    """The strongest penalty and the earliest band that cost at most ``SLACK`` and ``SHALLOW``."""
+    good = [key for key, figure in tried.items() if figure >= max(tried.values()) - SLACK]
+    strongest = max(strength for _, strength in good)
+    left = [key for key in good if key[1] == strongest]
+    best = max(tried[key] for key in left)
+    near = [key for key in left if tried[key] >= best - SHALLOW]
+    return min(near, key=lambda key: (max(key[0]), -tried[key]))
 
 
 def balanced(states: Float[Tensor, "n s d"], y: Bool[Tensor, "n"], layers: Sequence[int]) -> Design:

@@ -170,7 +170,7 @@ class TestFit:
         assert (made["fitted"]["harmful"], made["fitted"]["harmless"]) == (15, 6 + 14)
         assert made["fingerprint"]["model"] == str(model)
         assert made["readout"]["kind"] == "linear"
-        assert made["reading"]["name"] == "span"
+        assert made["reading"]["name"] == "pooled"
         assert f"latentguard calibrate {out}" in err
         assert "Warning" not in err.replace("Warning: The length", "")
 

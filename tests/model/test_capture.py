@@ -7,7 +7,8 @@ from latentguard.prompts import Message, Prompt
 from latentguard.states import States
 from model.architectures import ARCHITECTURES, chat_model, hidden_states
 
-POSITIONS = ("t_inst", "t_post", "post+2")
+POINTS = ("t_inst", "t_post", "post+2")
+POSITIONS = (*POINTS, "mean")
 DEPTH = 4
 QUESTION = "What is the capital of France and how many people live there today"
 PROMPTS = [Prompt(QUESTION[: 5 + 29 * n % 71] + "?", id=f"p{n}") for n in range(8)]
@@ -18,12 +19,12 @@ def captured(model, prompts=PROMPTS, **how):
     return States.collect(model.capture(prompts, **({"positions": POSITIONS} | how)))
 
 
-def expected(model, prompt, layers=range(DEPTH)):
+def expected(model, prompt, layers=range(DEPTH), positions=POSITIONS):
     """States of one row of its own, by output_hidden_states: [p l d]."""
     layout = model.chat([prompt])[0]
     states = hidden_states(model, layout.ids)
-    columns = [layout.index(position) for position in POSITIONS]
-    return torch.stack([torch.stack([states[k][c] for k in layers]) for c in columns])
+    tokens = [slice(layout.start(p), layout.index(p) + 1) for p in positions]
+    return torch.stack([torch.stack([states[k][t].mean(0) for k in layers]) for t in tokens])
 
 
 def assert_same(found, wanted, tolerance=1e-5):
@@ -48,14 +49,14 @@ class TestEveryArchitecture:
 
     def test_the_last_layer_is_before_the_final_norm(self, architecture, tokenizer):
         model = chat_model(architecture, tokenizer)
-        states = captured(model, PROMPTS[:2], layers=[DEPTH])
+        states = captured(model, PROMPTS[:2], layers=[DEPTH], positions=POINTS)
         base = model.model.base_model
         norm = next(
             module
             for name, module in base.named_children()
             if name in ("norm", "final_layernorm", "final_layer_norm", "ln_f")
         )
-        after = torch.stack([expected(model, p, [DEPTH])[:, 0] for p in PROMPTS[:2]])
+        after = torch.stack([expected(model, p, [DEPTH], POINTS)[:, 0] for p in PROMPTS[:2]])
         with torch.no_grad():
             assert_same(norm(states.values[:, :, 0]), after)
         assert (states.values[:, :, 0] - after).abs().max() > 1e-2
@@ -97,8 +98,8 @@ class TestPadding:
                 position_ids=torch.tensor([[0] * pad + list(range(len(layout.ids)))]),
             )
             for p, position in enumerate(POSITIONS):
-                column = pad + layout.index(position)
-                wanted = torch.stack([states[k][column] for k in range(DEPTH)])
+                tokens = slice(pad + layout.start(position), pad + layout.index(position) + 1)
+                wanted = torch.stack([states[k][tokens].mean(0) for k in range(DEPTH)])
                 assert_same(row[p, :DEPTH], wanted)
 
 

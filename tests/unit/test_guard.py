@@ -18,7 +18,7 @@ from latentguard.prompts import Message, Prompt
 from latentguard.readings import Reading
 from latentguard.states import States
 
-READINGS = ("t_inst", "t_post", "post+1", "sealed", "span")
+READINGS = ("t_inst", "t_post", "post+1", "sealed", "span", "pooled")
 
 
 def harmless(count, start=5000):
@@ -74,8 +74,8 @@ class TestFit:
         assert made["data_sha256"] != other.fitted["data_sha256"]
 
     def test_from_states_that_were_captured_already(self, guard, backend):
-        reading = Reading.of("span", backend.post)
-        batches = backend.capture(labelled(80), positions=("t_inst", "post+1", "t_post"))
+        reading = Reading.of("pooled", backend.post)
+        batches = backend.capture(labelled(80), positions=("t_inst", "t_post", "mean"))
         again = LatentGuard.from_states(backend, States.collect(batches), reading)
         assert again.digest == guard.digest
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from latentguard.errors import GuardError
 from latentguard.prompts import Message, Prompt
-from latentguard.readings import DEFAULT, Reading, seal
+from latentguard.readings import Reading, seal
 
 
 class TestNames:
@@ -18,6 +18,7 @@ class TestNames:
             ("post+1", ("post+1",)),
             ("post+3", ("post+3",)),
             ("sealed", ("t_inst",)),
+            ("pooled", ("t_inst", "t_post", "mean")),
             ("span", ("t_inst", "post+1", "post+2", "t_post")),
         ],
     )
@@ -33,7 +34,7 @@ class TestNames:
 
     def test_a_span_reads_each_token_once(self):
         """t_post is post+POST, so a span of one token after t_inst is t_inst and t_post."""
-        assert Reading.of(DEFAULT, 1).positions == ("t_inst", "t_post")
+        assert Reading.of("span", 1).positions == ("t_inst", "t_post")
         for post in range(1, 6):
             assert len(set(Reading.of("span", post).positions)) == post + 1
 

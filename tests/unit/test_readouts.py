@@ -18,6 +18,7 @@ from latentguard.readouts import (
     _bands,
     balanced,
     centroid,
+    choose,
     fit_centroid,
     fit_linear,
 )
@@ -176,7 +177,14 @@ class TestCrossValidation:
             wanted[rows] = z[rows] @ weight / design.root[rows]
         assert torch.allclose(ridge.held_out(folds), wanted, rtol=1e-4, atol=1e-5)
 
-    def test_the_best_band_and_strength_are_chosen(self):
+    def test_strong_penalties_and_early_bands_are_preferred_where_they_cost_little(self):
+        early, late = (1, 2), (3, 4)
+        figures = {(early, 1.0): 0.90, (early, 3.0): 0.885, (late, 3.0): 0.889, (late, 9.0): 0.87}
+        assert choose(figures) == (early, 3.0)
+        assert choose(figures | {(late, 3.0): 0.895}) == (late, 3.0)
+        assert choose(figures | {(late, 9.0): 0.88}) == (late, 9.0)
+
+    def test_a_good_band_and_strength_are_chosen(self):
         """Only the last layers know the label."""
         states, labels, groups = drawn(40, signal=0.0)
         states[:, 5:] += 0.5 * torch.tensor([1 if y else -1 for y in labels])[:, None, None]
@@ -191,7 +199,8 @@ class TestCrossValidation:
             for strength in STRENGTHS
         }
         chosen = fit.readout.layers, fit.choices["strength"]
-        assert figures[chosen] == max(figures.values()) > 0.9
+        assert chosen == choose(figures)
+        assert figures[chosen] > 0.9
         assert fit.choices["cross_validated_auroc"] == round(figures[chosen], 4)
         assert fit.choices["layers"] == f"{chosen[0][0]}-{chosen[0][-1]}"
         assert 5 in chosen[0]

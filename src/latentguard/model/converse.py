@@ -69,7 +69,8 @@ class Conversation:
         layout = model.chat([prompt])[0]
         model.check_length(len(layout.ids) + 1, prompt)
         columns = [layout.index(position) for position in positions]
-        values, output = _read(model, layout, columns, layers, stop=False)
+        starts = [layout.start(position) for position in positions]
+        values, output = _read(model, layout, columns, layers, starts=starts, stop=False)
         self.states = (
             States(values[None], (prompt,), tuple(positions), tuple(layers), model.fingerprint)
             if columns
@@ -135,13 +136,24 @@ def read_instruction(
 
 @torch.inference_mode()
 def _read(
-    model: ChatModel, layout: Layout, columns: Sequence[int], layers: Sequence[int], *, stop: bool
+    model: ChatModel,
+    layout: Layout,
+    columns: Sequence[int],
+    layers: Sequence[int],
+    *,
+    starts: Sequence[int] | None = None,
+    stop: bool,
 ) -> tuple[Float[Tensor, "p l d"], Any]:
     """States at some tokens, on the CPU, and what the model gave back (None if stopped)."""
-    where = torch.tensor([list(columns)], dtype=torch.long, device=model.device)
+    where, first = (
+        torch.tensor([list(tokens)], dtype=torch.long, device=model.device)
+        for tokens in (columns, columns if starts is None else starts)
+    )
     shape = (1, len(columns), len(layers), model.width)
     buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
-    hooks = read_positions(model.blocks, columns=where, layers=layers, buffer=buffer, stop=stop)
+    hooks = read_positions(
+        model.blocks, columns=where, starts=first, layers=layers, buffer=buffer, stop=stop
+    )
     ids, output = torch.tensor([layout.ids], device=model.device), None
     with hooks if columns else nullcontext():
         output = model.model(ids, use_cache=not stop, logits_to_keep=1)

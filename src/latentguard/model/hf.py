@@ -139,7 +139,7 @@ class ChatModel:
 
         Args:
             prompts: What to read; consumed lazily.
-            positions: ``t_inst``, ``t_post`` or ``post+k``.
+            positions: ``t_inst``, ``t_post``, ``post+k`` or ``mean`` (of the instruction's tokens).
             layers: Layer indices; all, from 0 (embedding output) to L, if None.
             progress: Called after each batch with its number of prompts.
 
@@ -239,11 +239,13 @@ class ChatModel:
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
             ids[i, : row.length - skip] = torch.tensor(row.ids[skip:])
-        columns = torch.tensor([row.columns for row in rows], device=self.device) - skip
+        spans = torch.tensor([row.spans for row in rows], device=self.device) - skip
+        starts, columns = spans.unbind(-1)
         buffer = torch.empty(
             (*columns.shape, len(layers), self.width), dtype=self.model.dtype, device=self.device
         )
-        with read_positions(self.blocks, columns=columns, layers=layers, buffer=buffer):
+        where = dict(columns=columns, starts=starts, layers=layers, buffer=buffer)
+        with read_positions(self.blocks, **where):
             self._run(ids, prefix)
         return buffer.cpu()
 

@@ -53,6 +53,7 @@ def read_positions(
     columns: Int[Tensor, "b p"],
     layers: Sequence[int],
     buffer: Float[Tensor, "b p l d"],
+    starts: Int[Tensor, "b p"] | None = None,
     stop: bool = True,
 ) -> Iterator[None]:
     """Copy the residual stream at ``columns`` into ``buffer`` while a forward pass runs.
@@ -66,14 +67,18 @@ def read_positions(
         columns: Token indices per row, in the tokens that this pass computes.
         layers: Which layers (0 is the input of the first block).
         buffer: Where the states go.
+        starts: Where one lies before its column, the mean of the tokens between is kept.
         stop: Leave the pass after the last layer.
     """
     rows = torch.arange(len(columns), device=columns.device)[:, None]
     last = max(range(len(layers)), key=lambda slot: (layers[slot], slot))
+    means = None if starts is None else _Means(starts, columns)
 
     def keep(slot: int, hidden: Tensor) -> None:
         at = hidden.device
         buffer[:, :, slot] = hidden[rows.to(at), columns.to(at)].to(buffer.device)
+        if means is not None:
+            buffer[:, means.wide, slot] = means(hidden).to(buffer)
         if stop and slot == last:
             raise StopForward
 
@@ -111,6 +116,20 @@ def score_tokens(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Means:
+    """Means over the tokens from a start to a column, both included."""
+
+    def __init__(self, starts: Int[Tensor, "b p"], columns: Int[Tensor, "b p"]) -> None:
+        self.wide = (starts < columns).any(0)
+        self._starts, self._columns = starts[:, self.wide], columns[:, self.wide]
+
+    def __call__(self, hidden: Float[Tensor, "b s d"]) -> Float[Tensor, "b w d"]:
+        token = torch.arange(hidden.shape[1], device=hidden.device)
+        starts, columns = (x.to(hidden.device)[..., None] for x in (self._starts, self._columns))
+        share = ((token >= starts) & (token <= columns)) / (columns - starts + 1)
+        return share.float() @ hidden.float()
 
 
 def _hook(blocks: Sequence[nn.Module], layer: int, slot: int, keep: Any) -> Any:

@@ -41,9 +41,13 @@ class Layout:
     def index(self, position: str) -> int:
         """Absolute index of ``t_inst``, ``t_post``, ``post+k`` or ``inst-k`` (k after, k before).
 
+        The position ``mean`` is every token of the instruction up to t_inst, read as their mean.
+
         Raises:
             PromptError: if there is no such position.
         """
+        if position == "mean":
+            return self.t_inst
         if position in ("t_inst", "t_post"):
             return int(getattr(self, position))
         if (back := re.fullmatch(r"inst-(\d+)", position)) and int(back[1]) <= self.t_inst:
@@ -57,20 +61,29 @@ class Layout:
             )
         return self.t_inst + int(found[1])
 
+    def start(self, position: str) -> int:
+        """Absolute index of the first token that a position averages; ``index`` is the last."""
+        return self.instruction.start if position == "mean" else self.index(position)
+
 
 class Row:
     """One prompt of a batch: the tokens up to the last wanted position, and the positions."""
 
     def __init__(self, layout: Layout, positions: Sequence[str]) -> None:
         """Cut a layout behind the last of some positions."""
-        self.columns = [layout.index(position) for position in positions]
-        self.length = max(self.columns) + 1
-        self.first = min(self.columns)
+        self.spans = spans_of(layout, positions)
+        self.length = max(last for _, last in self.spans) + 1
+        self.first = min(first for first, _ in self.spans)
         self.ids = layout.ids[: self.length]
 
     def fits(self, prefix: tuple[int, ...]) -> bool:
         """Whether it begins so, and is read only after that."""
         return self.first >= len(prefix) and self.ids[: len(prefix)] == prefix
+
+
+def spans_of(layout: Layout, positions: Sequence[str]) -> list[tuple[int, int]]:
+    """The first and the last token of what each position averages; mostly the same token."""
+    return [(layout.start(position), layout.index(position)) for position in positions]
 
 
 def alike(a: Sequence[int], b: Sequence[int]) -> int:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentguard.model.hooks import read_positions, score_tokens
-from latentguard.model.layout import Layout, alike
+from latentguard.model.layout import Layout, alike, spans_of
 from latentguard.prompts import Prompt
 from latentguard.readouts import Readout
 from latentguard.states import States
@@ -65,8 +65,8 @@ def trace(
     turns = list[Turn]()
     for head in _heads(layouts):
         rows = list(range(len(turns), head + 1))
-        columns = [layouts[row].index(position) for row in rows for position in positions]
-        read, scores = _Pass(model, layers, probe, kept)(layouts[head].ids, columns)
+        spans = [span for row in rows for span in spans_of(layouts[row], positions)]
+        read, scores = _Pass(model, layers, probe, kept)(layouts[head].ids, spans)
         values[rows] = read.reshape(len(rows), *values.shape[1:])
         turns += [_turn(numbers[row], layouts[row], scores) for row in rows]
     states = States(values, tuple(prompts), tuple(positions), tuple(layers), model.fingerprint)
@@ -110,20 +110,24 @@ class _Pass:
 
     @torch.inference_mode()
     def __call__(
-        self, ids: tuple[int, ...], columns: Sequence[int]
+        self, ids: tuple[int, ...], spans: Sequence[tuple[int, int]]
     ) -> tuple[Float[Tensor, "p l d"], Float[Tensor, "s"]]:
-        """States at some tokens and the score of each token, on the CPU."""
-        start, scores = self._resume(ids, min(columns))
-        shape = (len(columns), len(self.layers), self.model.width)
-        values = torch.empty(shape, dtype=self.model.model.dtype)
+        """Mean states of some spans of tokens and the score of each token, on the CPU."""
+        start, scores = self._resume(ids, min(first for first, _ in spans))
+        values = torch.zeros(len(spans), len(self.layers), self.model.width)
         while start < len(ids):
             stop = min(len(ids), start + self.model.tokens_per_batch)
-            inside = [place for place, column in enumerate(columns) if start <= column < stop]
-            where = [columns[place] - start for place in inside]
-            values[inside] = self._chunk(ids[start:stop], where, scores[None, start:stop])
+            inside = [n for n, (first, last) in enumerate(spans) if first < stop and last >= start]
+            cut = [(max(spans[n][0], start), min(spans[n][1], stop - 1)) for n in inside]
+            share = torch.tensor(
+                [_size(c) / _size(spans[n]) for c, n in zip(cut, inside, strict=True)]
+            )
+            where = torch.tensor(cut, dtype=torch.long).reshape(1, -1, 2) - start
+            read = self._chunk(ids[start:stop], where, scores[None, start:stop])
+            values[inside] += share[:, None, None] * read.float()
             start = stop
         self.kept.ids, self.kept.scores = ids, scores
-        return values, scores
+        return values.to(self.model.model.dtype), scores
 
     def _resume(self, ids: tuple[int, ...], first: int) -> tuple[int, Float[Tensor, "s"]]:
         """How many tokens need not be read again, and scores to fill in."""
@@ -140,17 +144,21 @@ class _Pass:
         return same, scores
 
     def _chunk(
-        self, ids: Sequence[int], columns: Sequence[int], scores: Float[Tensor, "1 s"]
+        self, ids: Sequence[int], spans: Int[Tensor, "1 p 2"], scores: Float[Tensor, "1 s"]
     ) -> Float[Tensor, "p l d"]:
         model, probe = self.model, self.probe
-        where = torch.tensor([list(columns)], dtype=torch.long, device=model.device)
+        first, last = spans.to(model.device).unbind(-1)
         reach = [*self.layers, max(probe.layers)]  # the pass is left after the last of them
-        shape = (1, len(columns), len(reach), model.width)
+        shape = (*last.shape, len(reach), model.width)
         buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
         blocks, chunk = model.blocks, torch.tensor([list(ids)], device=model.device)
         with (
             score_tokens(blocks, layers=probe.layers, weight=probe.weight, scores=scores),
-            read_positions(blocks, columns=where, layers=reach, buffer=buffer),
+            read_positions(blocks, columns=last, starts=first, layers=reach, buffer=buffer),
         ):
             model.model(chunk, past_key_values=self.kept.cache, use_cache=True)
         return buffer[0, :, : len(self.layers)].cpu()
+
+
+def _size(span: tuple[int, int]) -> int:
+    return span[1] - span[0] + 1
