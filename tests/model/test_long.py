@@ -12,7 +12,7 @@ from latentguard.readouts import Readout
 from latentguard.states import States
 from model.architectures import ARCHITECTURES, chat_model, hidden_states
 
-POSITIONS = ("t_inst", "post+1", "t_post")
+POSITIONS = ("t_inst", "post+1", "t_post", "mean")
 LAYERS = (1, 2)
 PROBE = Readout(
     "linear", (2, 3), torch.randn(2, 32, generator=torch.Generator().manual_seed(1)), 0.5
@@ -114,7 +114,7 @@ def test_too_long_a_prompt_says_so(model):
 
 def test_no_hook_is_left_and_nothing_of_the_sequence(model):
     trace = read(model, LONG)
-    assert trace.states.values.shape == (1, 3, 2, 32)
+    assert trace.states.values.shape == (1, len(POSITIONS), 2, 32)
     assert trace.turns[0].scores.ndim == 1
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
 
