@@ -1,12 +1,13 @@
-"""Detection on public sets: the paper's guard, the linear readout and the default, with baselines.
+"""Detection on public sets: readings, readouts and training sets beside their baselines.
 
-    python benchmarks/detection.py --model M --data-dir DIR [--out F.json] [--dtype D]
+    python benchmarks/detection.py --model M --data-dir DIR --cache DIR [--out F.json] [--dtype D]
 
-DIR holds advbench.jsonl, alpaca_harmless.jsonl, jbb.jsonl and xstest.jsonl (id, text, label).
-Each guard is fitted either on AdvBench against Alpaca (400 + 400), as in the paper, or on the
-training split of the built-in contrast set, and is scored inside JBB and inside XSTest, which are
-matched in form. AdvBench rows whose text is also in JBB are left out of training. Nothing is chosen
-on a set that is reported.
+DIR holds advbench, alpaca_harmless, catqa, jailbreaks, jbb, openai_moderation and xstest .jsonl
+(id, text, label, category). Each guard is fitted on AdvBench against Alpaca (400 + 400, as in the
+paper), on the training split of the built-in pairs, of the built-in traffic, or of both, and is
+scored on sets of which it has seen no row: leave one data set out. What was captured is kept in the
+cache, so a killed run goes on. Nothing is fitted to a set that is reported; the default was chosen
+with these sets in sight, so they are development figures.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as View
 
@@ -32,105 +34,132 @@ from latentguard.metrics import auroc
 from latentguard.model.hf import ChatModel
 from latentguard.prompts import Prompt, read_prompts
 from latentguard.readings import Reading
-from latentguard.report import Table, show
+from latentguard.report import Table
 from latentguard.states import States
 
-TRAINING_ROWS = 400
+Scores = dict[str, NDArray[np.float64]]
+
+DEFAULT = "default: both, pooled, linear"
 RULES = {  # rule -> (training set, reading, readout)
-    "paper's guard (AdvBench + Alpaca, t_inst, centroid)": ("paper", "t_inst", "centroid"),
+    "the paper's guard: AdvBench + Alpaca, t_inst, centroid": ("paper", "t_inst", "centroid"),
     "AdvBench + Alpaca, t_inst, linear": ("paper", "t_inst", "linear"),
-    "AdvBench + Alpaca, span, linear": ("paper", "span", "linear"),
-    "contrast, t_inst, centroid": ("contrast", "t_inst", "centroid"),
-    "contrast, t_inst, linear": ("contrast", "t_inst", "linear"),
-    "contrast, t_post, linear": ("contrast", "t_post", "linear"),
-    "contrast, sealed, linear": ("contrast", "sealed", "linear"),
-    "default (contrast, span, linear)": ("contrast", "span", "linear"),
+    "AdvBench + Alpaca, pooled, linear": ("paper", "pooled", "linear"),
+    "pairs, t_inst, centroid": ("pairs", "t_inst", "centroid"),
+    "pairs, span, linear": ("pairs", "span", "linear"),
+    "pairs, pooled, linear": ("pairs", "pooled", "linear"),
+    "traffic, pooled, linear": ("traffic", "pooled", "linear"),
+    "both, t_inst, linear": ("both", "t_inst", "linear"),
+    "both, t_post, linear": ("both", "t_post", "linear"),
+    "both, span, linear": ("both", "span", "linear"),
+    DEFAULT: ("both", "pooled", "linear"),
 }
-DEFAULT = "default (contrast, span, linear)"
+SEED, TRAINING_ROWS, LONGEST = 0, 400, 1500
+"""Rows a side of the paper's training set; characters of the longest text that is scored."""
+
+ROWS = {"advbench": 120, "catqa": 120, "alpaca_harmless": 250, "jailbreaks": 120}
+"""Rows of the sets that are too large to score whole on a CPU, drawn with the seed."""
 
 
 def main() -> None:
     """Run and print."""
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
-    train, test = training_sets(options.data_dir), test_sets(options.data_dir)
-    rules = {k: v for k, v in RULES.items() if options.sealed or v[1] != "sealed"}
-    states = {
-        (name, name_of_seal(sealed)): capture(model, prompts, sealed=sealed)
-        for name, prompts in {**train, **test}.items()
-        for sealed in ((False, True) if options.sealed and name != "paper" else (False,))
-    }
+    train, plain = training_sets(options.data_dir), test_sets(options.data_dir)
+    parts = {name: capture(model, name, rows, options.cache) for name, rows in train.items()}
+    parts["both"] = States.collect([parts["pairs"], parts["traffic"]])
     guards = {
-        rule: LatentGuard.from_states(
-            model,
-            states[source, name_of_seal(reading == "sealed")],
-            Reading.of(reading, model.post),
-            readout,
-        )
-        for rule, (source, reading, readout) in rules.items()
+        rule: LatentGuard.from_states(model, parts[source], Reading.of(reading, model.post), kind)
+        for rule, (source, reading, kind) in RULES.items()
     }
-    tables = [
-        detection_table(scores_of(name, prompts, train, guards, states), prompts, name)
-        for name, prompts in test.items()
-    ]
-    finish(options, model, guards, tables)
+    words = {"AdvBench + Alpaca": train["paper"], "both": train["pairs"] + train["traffic"]}
+    tables, figures = [], dict[str, dict[str, float]]()
+    test = mixed({name: capture(model, name, rows, options.cache) for name, rows in plain.items()})
+    for name, states in test.items():
+        rows = list(states.prompts)
+        scores = scores_of(rows, words, guards, states)
+        tables.append(detection_table(scores, rows, name))
+        labels = np.array([bool(p.harmful) for p in rows])
+        figures[name] = {rule: auroc(labels, values) for rule, values in scores.items()}
+    finish(options, model, guards, [means(figures), *tables])
 
 
 def scores_of(
-    name: str,
-    prompts: list[Prompt],
-    train: dict[str, list[Prompt]],
+    rows: list[Prompt],
+    words: dict[str, list[Prompt]],
     guards: dict[str, LatentGuard],
-    states: dict[tuple[str, str], States],
-) -> dict[str, np.ndarray]:
+    states: States,
+) -> Scores:
     """Scores of every rule on one set."""
-    labels = np.array([bool(p.harmful) for p in prompts])
-    scores = {"length": length_scores(prompts)}
-    scores |= {
-        f"n-grams on {source}": ngram_scores(rows, prompts) for source, rows in train.items()
-    }
-    plain = states[name, "as is"]
-    draws = random_direction_scores(guards[DEFAULT], plain)
+    labels = np.array([bool(p.harmful) for p in rows])
+    scores = {"length": length_scores(rows)}
+    scores |= {f"n-grams, {name}": ngram_scores(known, rows) for name, known in words.items()}
+    draws = random_direction_scores(guards[DEFAULT], states)
     draws = [s if auroc(labels, s) >= 0.5 else -s for s in draws]
-    scores["random direction (median of 5, better sign)"] = sorted(
-        draws, key=lambda s: auroc(labels, s)
-    )[len(draws) // 2]
-    for rule, guard in guards.items():
-        scores[rule] = guard_scores(
-            guard, states[name, name_of_seal(guard.reading.name == "sealed")]
+    draws.sort(key=lambda s: auroc(labels, s))
+    scores["random direction (median of 5, better sign)"] = draws[len(draws) // 2]
+    return scores | {rule: guard_scores(guard, states) for rule, guard in guards.items()}
+
+
+def means(figures: dict[str, dict[str, float]]) -> Table:
+    """AUROC of each rule on each set, and its mean over the public sets."""
+    public = [name for name in figures if not name.startswith("built-in")]
+    rules = next(iter(figures.values()))
+    rows = [
+        (
+            rule,
+            float(np.mean([figures[n][rule] for n in public])),
+            *(f[rule] for f in figures.values()),
         )
-    return scores
+        for rule in rules
+    ]
+    return Table("AUROC by set", ("rule", f"mean of {len(public)}", *figures), tuple(rows))
 
 
 def training_sets(folder: Path) -> dict[str, list[Prompt]]:
-    """The paper's training data and ours."""
+    """The paper's training data and ours, without a row of JailbreakBench."""
     known = {p.text for p in read_prompts(folder / "jbb.jsonl")}
     harmful = [p for p in read_prompts(folder / "advbench.jsonl") if p.text not in known]
     harmless = read_prompts(folder / "alpaca_harmless.jsonl")
+    traffic = [p for p in load_contrast("train", traffic=True) if p.source == "traffic"]
     paper = harmful[:TRAINING_ROWS] + harmless[:TRAINING_ROWS]
-    return {"paper": paper, "contrast": load_contrast("train")}
+    return {"paper": paper, "pairs": load_contrast("train"), "traffic": traffic}
 
 
 def test_sets(folder: Path) -> dict[str, list[Prompt]]:
-    """The form-matched test sets."""
-    sets = {
-        "JBB": read_prompts(folder / "jbb.jsonl"),
-        "XSTest": read_prompts(folder / "xstest.jsonl"),
+    """Sets that are no training set."""
+    paper = {p.text for p in training_sets(folder)["paper"]}
+    kept = {
+        path.stem: [p for p in read_prompts(path) if p.text not in paper and len(p.text) <= LONGEST]
+        for path in sorted(folder.glob("*.jsonl"))
     }
-    return sets | {"contrast test split": load_contrast("test")}
+    kept = {name: drawn(rows, ROWS.get(name, 500)) for name, rows in kept.items()}
+    built_in = load_contrast("test", traffic=True)
+    kept["built-in pairs, test"] = [p for p in built_in if p.source != "traffic"]
+    return kept | {"built-in traffic, test": [p for p in built_in if p.source == "traffic"]}
 
 
-def capture(model: ChatModel, prompts: list[Prompt], *, sealed: bool) -> States:
-    """All layers at t_inst and every post-instruction token, or at t_inst of the sealed text."""
-    reading = Reading.of("sealed" if sealed else "span", model.post)
-    positions = dict.fromkeys([*reading.positions, "t_inst", "t_post"])
-    ready = [reading.prepare(p) for p in prompts]
-    return States.collect(model.capture(ready, positions=tuple(positions)))
+def mixed(parts: dict[str, States]) -> dict[str, States]:
+    """Sets with both labels: those with harmful prompts alone stand against Alpaca."""
+    calm, attacks = parts.pop("alpaca_harmless"), parts.pop("jailbreaks")
+    lone = {name: parts.pop(name) for name in ("advbench", "catqa")}
+    for kind in ("suffix", "template", "persuasion"):
+        lone[kind] = attacks.where(lambda p, kind=kind: p.category == kind)
+    return {f"{n} + alpaca": States.collect([s, calm]) for n, s in lone.items()} | parts
 
 
-def name_of_seal(sealed: bool) -> str:
-    """Key of a capture."""
-    return "sealed" if sealed else "as is"
+def drawn(rows: list[Prompt], count: int) -> list[Prompt]:
+    """At most so many rows."""
+    order = np.random.default_rng(SEED).permutation(len(rows))[:count]
+    return [rows[i] for i in sorted(order)]
+
+
+def capture(model: ChatModel, name: str, rows: list[Prompt], cache: Path) -> States:
+    """All layers, wherever a rule reads."""
+    path = cache / f"{name.replace(' ', '_')}.safetensors"
+    if not path.exists():
+        positions = dict.fromkeys([*Reading.of("span", model.post).positions, "mean"])
+        States.collect(model.capture(rows, positions=tuple(positions))).save(path)
+    return States.load(path)
 
 
 def finish(
@@ -139,14 +168,13 @@ def finish(
     guards: dict[str, LatentGuard],
     tables: list[Table],
 ) -> None:
-    """Print the tables; write them where asked."""
-    for table in tables:
-        view = View(*table.columns[1:], title=table.title)
-        for row in table.rows:
-            view.add_row(*map(show, row[1:]))
-        Console(width=180).print(view)
+    """Print the means; write everything where asked."""
+    view = View(*tables[0].columns)
+    for row in tables[0].rows:
+        view.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=220).print(view)
     fitted = {rule: guard.fitted for rule, guard in guards.items()}
-    record = dict(model=str(options.model), device=str(model.device), dtype=options.dtype)
+    record = dict(model=Path(options.model).name, device=str(model.device), dtype=options.dtype)
     record |= dict(fitted=fitted, tables=[dict(columns=t.columns, rows=t.rows) for t in tables])
     if options.out:
         Path(options.out).write_text(json.dumps(record, indent=1))
@@ -157,9 +185,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True, help="folder for captured states")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out")
-    parser.add_argument("--sealed", action="store_true", help="also the sealed reading")
     return parser.parse_args()
 
 

@@ -248,7 +248,7 @@ class TestCalibrate:
     def test_on_the_built_in_prompts(self, lg, guard):
         code, out, _ = lg("calibrate", guard, "--max-fpr", "0.05")
         assert code == 0
-        assert "n = 197" in out
+        assert "n = 564" in out
 
     def test_too_few(self, fails, guard, files):
         before = record(guard)

@@ -14,7 +14,7 @@ from latentguard.fitting import capture
 from latentguard.guard import LatentGuard
 from latentguard.metrics import auroc
 from latentguard.model.hf import ChatModel
-from latentguard.readings import Reading
+from latentguard.readings import DEFAULT, Reading
 
 pytestmark = pytest.mark.model
 
@@ -51,7 +51,7 @@ def test_states_equal_the_hidden_states_of_transformers(default):
 def test_the_guard_tells_harmful_from_harmless_better_than_chance(default, guard):
     test = load_contrast("test")[:120]
     labels = np.array([bool(p.harmful) for p in test])
-    states = capture(default, Reading.of("span", default.post), test)
+    states = capture(default, Reading.of(DEFAULT, default.post), test)
     scores = np.array([v.score for v in guard.judge(states)])
     chance = [auroc(labels, s) for s in random_direction_scores(guard, states)]
     assert auroc(labels, scores) > 0.7

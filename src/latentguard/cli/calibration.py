@@ -58,7 +58,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     columns = Columns(text=text_column, slice=slice_column or "")
     prompts = read_side(harmless, columns, harmful=False)
     if not harmless:
-        prompts = [p for p in load_contrast("validation") if not p.harmful]
+        prompts = [p for p in load_contrast("validation", traffic=True) if not p.harmful]
     prompts += read_side(harmful, columns, harmful=True)
     rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
     with progress("calibrate", len(prompts)) as bar:

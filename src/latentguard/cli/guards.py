@@ -52,15 +52,18 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     out: Annotated[Path, typer.Option(help="Folder for the guard.")],
     model: Model = "default",
     contrast: Annotated[
-        bool, typer.Option("--contrast", help="Train on the built-in contrast set (the default).")
+        bool, typer.Option("--contrast", help="Train on the built-in prompts (the default).")
     ] = False,
     harmful: Annotated[list[str] | None, typer.Option(help="Harmful prompts; repeatable.")] = None,
     harmless: Annotated[
         list[str] | None, typer.Option(help="Harmless prompts; repeatable.")
     ] = None,
     reading: Annotated[
-        str, typer.Option(help="t_inst, t_post, post+K, sealed, or span (t_inst and all after).")
-    ] = "span",
+        str,
+        typer.Option(
+            help="pooled (t_inst, t_post, the mean), t_inst, t_post, post+K, sealed, span."
+        ),
+    ] = "pooled",
     readout: Annotated[
         str, typer.Option(help="linear, or centroid (the paper's rule).")
     ] = "linear",
@@ -88,7 +91,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
 
     columns = Columns(text=text_column)
     sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
-    prompts = sides + (load_contrast("train") if contrast or not sides else [])
+    prompts = sides + (load_contrast("train", traffic=True) if contrast or not sides else [])
     for warning in surface_warnings(prompts):
         note(f"Warning: {warning}")
     backend = load(model, f"{dtype}/{quantize.value}" if quantize else dtype, device_map)

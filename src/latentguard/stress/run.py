@@ -88,7 +88,7 @@ def room_of(model: ChatModel) -> Room:
 def _words(cases: Sequence[Case]) -> Mapping[str, float]:
     """The n-gram baseline's score of each text."""
     texts = [p for case in cases for prompts in case.variants for p in prompts]
-    scores = ngram_scores(load_contrast("train"), texts)
+    scores = ngram_scores(load_contrast("train", traffic=True), texts)
     return dict(zip((p.text for p in texts), scores.tolist(), strict=True))
 
 
