@@ -244,8 +244,10 @@ class ChatModel:
         buffer = torch.empty(
             (*columns.shape, len(layers), self.width), dtype=self.model.dtype, device=self.device
         )
-        where = dict(columns=columns, starts=starts, layers=layers, buffer=buffer)
-        with read_positions(self.blocks, **where):
+        hooks = read_positions(
+            self.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer
+        )
+        with hooks:
             self._run(ids, prefix)
         return buffer.cpu()
 
