@@ -155,6 +155,10 @@ class Calibration(Part):
         review = limits.review
         return "review" if review and verdict.score > review.threshold else "allow"
 
+    def rebound(self) -> Calibration:
+        """See ``Part``: thresholds and Platt's map go on; the rest was of another model."""
+        return replace(self, knots=None, reliability=None)
+
     def tables(self) -> list[Table]:
         """Thresholds by slice and, if they were calibrated, probabilities by bin."""
         rows = [_row(name, one) for name, one in {"all": self.common, **self.slices}.items()]

@@ -249,7 +249,10 @@ class LatentGuard(Contents):
         if self.fingerprint.differences(backend.fingerprint):
             require_like(self, backend)
         record = {**(self.fitted or {}), "fitted_on": asdict(self.fingerprint)}
-        there = replace(self, fingerprint=backend.fingerprint, bound=None, fitted=record)
+        parts = tuple(part.rebound() for part in self.parts)
+        there = replace(
+            self, fingerprint=backend.fingerprint, bound=None, fitted=record, parts=parts
+        )
         verdicts = there.scan(backend, [canary.text for canary in self.canaries])
         scored = (replace(c, score=v.score) for c, v in zip(self.canaries, verdicts, strict=True))
         return replace(there, canaries=tuple(scored))

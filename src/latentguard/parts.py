@@ -114,6 +114,10 @@ class Part(ABC):
         """The verdicts on ``states.prompts`` with what this part adds, in the same order."""
         return list(verdicts)
 
+    def rebound(self) -> Self:
+        """What is left of it where the guard is bound to another model: no promise, no figure."""
+        return self
+
     def notes(self) -> list[str]:
         """Paragraphs and tables for the model card and ``latentguard show``, in Markdown."""
         return []

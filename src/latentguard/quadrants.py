@@ -127,6 +127,10 @@ class Quadrants(Part):
             raise ValueError("a cut-off is not finite")
         return cls(**found)
 
+    def rebound(self) -> Quadrants:
+        """See ``Part``: cut-offs go on until they are calibrated anew."""
+        return Quadrants(self.refuse, self.harmful, basis="of another model")
+
     def tables(self) -> list[Table]:
         """What fell where; nothing before calibration."""
         if not self.shares:

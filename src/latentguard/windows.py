@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -168,6 +168,10 @@ class Windows(Part):
             over=record["over"],
             fitted=record["fitted"],
         )
+
+    def rebound(self) -> Windows:
+        """See ``Part``."""
+        return replace(self, bound=None)
 
     def notes(self) -> list[str]:
         """See ``Part``."""

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_backend import FakeBackend, labelled, with_refusals
+from fake_backend import FINGERPRINT, FakeBackend, labelled, with_refusals
 
-from latentguard.calibration import Rates
+from latentguard.calibration import Calibration, Rates
 from latentguard.guard import LatentGuard
 from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
@@ -118,6 +118,19 @@ class TestKept:
         assert "| quadrant | of harmful prompts, n = 120 | of harmless prompts, n = 120 |" in card
         assert "| harmful, accepting (jailbreak suspect) | 0.500 [" in card
         assert "120 refused prompts count as refusing" in card
+
+    def test_another_model_inherits_no_figure(self, backend, fitted):
+        guard = fitted.calibrate(backend, mixed(60), max_fpr=0.05)
+        other = FakeBackend(fingerprint=replace(FINGERPRINT, weights="z"))
+        there = guard.rebind(other)
+        part = there.part(Quadrants)
+        assert (part.refuse, part.refused, part.notes()) == (guard.part(Quadrants).refuse, None, [])
+        assert there.part(Calibration).reliability is None
+        calm = [replace(p, refused=None) for p in mixed(40, start=900) if not p.harmful]
+        again = there.calibrate(other, calm, max_fpr=0.05).part(Quadrants)
+        assert "of harmless prompts count as refusing" in again.basis
+        kept = guard.calibrate(backend, calm, max_fpr=0.05).part(Quadrants)
+        assert kept.basis == guard.part(Quadrants).basis
 
     def test_a_guard_without_a_refusal_axis_has_none(self, backend):
         guard = LatentGuard.fit(backend, labelled(40)).calibrate(backend, mixed(30), max_fpr=0.06)
