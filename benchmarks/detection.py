@@ -65,12 +65,7 @@ def main() -> None:
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
     train, plain = training_sets(options.data_dir), test_sets(options.data_dir)
-    parts = {name: capture(model, name, rows, options.cache) for name, rows in train.items()}
-    parts["both"] = States.collect([parts["pairs"], parts["traffic"]])
-    guards = {
-        rule: LatentGuard.from_states(model, parts[source], Reading.of(reading, model.post), kind)
-        for rule, (source, reading, kind) in RULES.items()
-    }
+    guards = fitted(model, train, options.cache)
     words = {"AdvBench + Alpaca": train["paper"], "both": train["pairs"] + train["traffic"]}
     tables, figures = [], dict[str, dict[str, float]]()
     test = mixed({name: capture(model, name, rows, options.cache) for name, rows in plain.items()})
@@ -81,6 +76,19 @@ def main() -> None:
         labels = np.array([bool(p.harmful) for p in rows])
         figures[name] = {rule: auroc(labels, values) for rule, values in scores.items()}
     finish(options, model, guards, [means(figures), *tables])
+
+
+def fitted(model: ChatModel, train: dict[str, list[Prompt]], cache: Path) -> dict[str, LatentGuard]:
+    """The guard of each rule; one training set is in memory at a time."""
+    guards, names = {}, {"both": ("pairs", "traffic")}
+    for source in dict.fromkeys(source for source, _, _ in RULES.values()):
+        parts = (capture(model, name, train[name], cache) for name in names.get(source, (source,)))
+        states = States.collect(parts)
+        for rule, (wanted, reading, kind) in RULES.items():
+            if wanted == source:
+                where = Reading.of(reading, model.post)
+                guards[rule] = LatentGuard.from_states(model, states, where, kind)
+    return guards
 
 
 def scores_of(

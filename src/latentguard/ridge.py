@@ -5,7 +5,8 @@ Axis names in shapes: n rows, s slots (each position in turn, each layer in turn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -53,9 +54,8 @@ class Design:
         return z * self.root.float()
 
     def gram(self, layer: int) -> Float[Tensor, "n n"]:
-        """Inner products of all rows over the slots of a layer, float64."""
-        rows = [self.slot(slot) for slot in self.slots([layer])]
-        return torch.stack([z @ z.T for z in rows]).sum(0).double()
+        """Inner products of all rows over the slots of a layer, float32."""
+        return _sum(z @ z.T for z in map(self.slot, self.slots([layer])))
 
 
 class Ridge:
@@ -64,7 +64,7 @@ class Ridge:
     def __init__(self, design: Design, band: Sequence[int], strength: float) -> None:
         """Solve; ``strength`` is in units of the mean eigenvalue of the Gram matrix."""
         self.design, self.slots = design, design.slots(band)
-        gram = torch.stack([design.grams[layer] for layer in band]).sum(0)
+        gram = _sum(design.grams[layer].double() for layer in band)
         gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-12))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         self.dual = self.inverse @ design.targets
@@ -83,6 +83,11 @@ class Ridge:
         for rows in folds:
             residual[rows] = torch.linalg.solve(self.inverse[rows][:, rows], self.dual[rows])
         return (self.design.targets - residual) / self.design.root + self.design.level
+
+
+def _sum(grams: Iterable[Tensor]) -> Tensor:
+    """One by one: a stack of them would not fit where there are thousands of rows."""
+    return functools.reduce(torch.Tensor.add_, grams)
 
 
 def folds_of(groups: Sequence[str], seed: int = 0) -> list[Tensor]:
