@@ -1,0 +1,224 @@
+"""Reading states with latentguard and with other libraries, side by side in one run.
+
+    python benchmarks/peers.py --model M --prompts P.jsonl --out F.json --do check,memory,speed
+
+Every arm reads t_inst and t_post at all layers of the same prompts, float32, one thread. The arms
+of those libraries run that are installed: ``make peers-env`` makes two environments, since some
+need transformers 4; both also run ours and the bare forward passes, to which the times are
+related. ``check`` compares with reference states (one prompt at a time, no padding) in batches
+that are padded on either side; ``memory`` measures each arm in a process of its own; ``speed``
+adds ``--repeats`` repetitions, in which the arms take turns, to those in F.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from capture import _batches, batched, paper_loop
+from capture import capture as ours
+from peer_arms import PEERS, Peer, lines_of, rendered
+from torch import Tensor, nn
+
+from latentguard.model.hf import ChatModel
+from latentguard.prompts import Prompt, read_prompts
+
+Arm = Callable[[Sequence[Prompt]], Tensor | None]
+CHECKED = 24
+WRONG = 1e-3
+"""A state that is further from the reference, relative to its norm, is wrong; rounding is 1e-5."""
+
+PACKAGES = "torch transformers nnsight transformer-lens steering-vectors repeng".split()
+
+
+def arms(model: ChatModel) -> dict[str, Callable[[], Arm]]:
+    """How to make each arm that can run here; ours first."""
+    found: dict[str, Callable[[], Arm]] = {
+        "latentguard": lambda: partial(ours, model),
+        "bare forward": lambda: partial(batched, model, head=False, states=False),
+        "bare forward, shared prefix": lambda: bare_with_prefix(model),
+        "the paper's loop": lambda: partial(paper_loop, model),
+    }
+    peers = {p.name: partial(peer_arm, model, p) for p in PEERS if p.installed}
+    return found | peers
+
+
+def peer_arm(model: ChatModel, peer: Peer) -> Arm:
+    """A peer that reads any number of prompts, sorted by length, in batches of our size."""
+    handle = peer.load(model)
+
+    def read(prompts: Sequence[Prompt]) -> Tensor:
+        texts, back, end = rendered(model.tokenizer, prompts)
+        done: dict[int, Tensor] = {}
+        for batch in _batches(model.chat(prompts), model.tokens_per_batch):
+            states = peer.read(handle, [texts[i] for i in batch], back, end)
+            done |= zip(batch, states, strict=True)
+        return torch.stack([done[i] for i in range(len(prompts))])
+
+    return read
+
+
+@torch.inference_mode()
+def bare_with_prefix(model: ChatModel) -> Arm:
+    """A forward pass that reads nothing, without LM head, on top of a cached template prefix."""
+    from transformers import DynamicCache
+
+    network = model.model.base_model
+    pairs = zip(*(layout.ids for layout in model.chat([Prompt("a"), Prompt("Z")])), strict=False)
+    prefix = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    filled = DynamicCache(config=model.model.config)
+    network(torch.tensor([prefix]), past_key_values=filled, use_cache=True)
+
+    @torch.inference_mode()
+    def run(prompts: Sequence[Prompt]) -> None:
+        layouts = model.chat(prompts)
+        for batch in _batches(layouts, model.tokens_per_batch):
+            rows = [torch.tensor(layouts[i].ids[len(prefix) :]) for i in batch]
+            cache = copy.deepcopy(filled)
+            cache.batch_repeat_interleave(len(batch))
+            network(nn.utils.rnn.pad_sequence(rows, True), past_key_values=cache, use_cache=True)
+
+    return run
+
+
+def check(model: ChatModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """The largest relative error of each arm and padding side, in one batch of mixed lengths."""
+    reference = paper_loop(model, prompts)
+    sorted_batches, found = model.tokens_per_batch, []
+    model.tokens_per_batch = 1 << 20  # one batch, with as much padding as there can be
+    for name, how in arms(model).items():
+        peer = next((p for p in PEERS if p.name == name), None)
+        if "bare" in name or "loop" in name:
+            continue
+        for side in ("left", "right"):
+            model.tokenizer.padding_side = side
+            states = how()(prompts)
+            first = peer.first if peer else 0
+            gaps = relative(states, reference[:, :, first:])
+            found.append(
+                dict(
+                    arm=name,
+                    padding=side,
+                    prompts=len(prompts),
+                    below_last=gaps[..., :-1].max().item(),
+                    last=None if peer and peer.normed else gaps[..., -1].max().item(),
+                    wrong_prompts=int((gaps[..., :-1].amax(dim=(1, 2)) > WRONG).sum()),
+                    first_layer=first,
+                )
+            )
+            print(found[-1], file=sys.stderr)
+    model.tokens_per_batch, model.tokenizer.padding_side = sorted_batches, "left"
+    return found
+
+
+def relative(theirs: Tensor, reference: Tensor) -> Tensor:
+    """Errors [n, p, l], relative to the norm of the reference state."""
+    gap = (theirs.double() - reference.double()).norm(dim=-1)
+    return gap / reference.double().norm(dim=-1)
+
+
+def speed(model: ChatModel, prompts: Sequence[Prompt], repeats: int) -> list[dict[str, float]]:
+    """Processor seconds of each arm in each repetition; every other one runs backwards."""
+    ready = {name: how() for name, how in arms(model).items()}
+    for arm in ready.values():
+        arm(prompts[:2])
+    found = []
+    for repeat in range(repeats):
+        seconds = {}
+        for name in list(ready)[:: 1 if repeat % 2 == 0 else -1]:
+            start = time.process_time()
+            ready[name](prompts)
+            seconds[name] = time.process_time() - start
+        print({name: round(s, 1) for name, s in seconds.items()}, file=sys.stderr)
+        found.append(seconds)
+    return found
+
+
+def memory(model: ChatModel, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
+    """MiB that one arm needs at its peak beyond what is resident once it is warm (Linux)."""
+    arm = arms(model)[name]()
+    arm(prompts[:2])
+    reset_peak()
+    before = resident()
+    arm(prompts)
+    return {"resident_mib": before, "extra_mib": resident(peak=True) - before}
+
+
+def reset_peak() -> None:
+    """Forget the largest memory of this process so far (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(*, peak: bool = False) -> float:
+    """MiB of memory of this process, now or at its peak (Linux)."""
+    key = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def main() -> None:
+    """Measure what is asked for, and add it to the JSON file."""
+    options = arguments()
+    torch.set_num_threads(1)
+    prompts = read_prompts(options.prompts)[:: options.every][: options.limit]
+    model = ChatModel.load(options.model, dtype="float32", device="cpu")
+    model.tokenizer.padding_side = "left"
+    if options.only:
+        print(json.dumps(memory(model, prompts, options.only)))
+        return
+    out = Path(options.out)
+    record = json.loads(out.read_text()) if out.exists() else {}
+    record["versions"] = {p: version(p) for p in PACKAGES if _installed(p)}
+    record["lines"] = {p.name: p.lines for p in PEERS} | {"latentguard": lines_of(ours)}
+    if "check" in options.do:
+        record["check"] = check(model, prompts[:CHECKED])
+    if "memory" in options.do:
+        record["memory"] = {name: _in_process(name) for name in arms(model)}
+    if "speed" in options.do:
+        record.setdefault("seconds", []).extend(speed(model, prompts, options.repeats))
+        record["prompts"] = len(prompts)
+    partial_file = Path(f"{out}.partial")
+    partial_file.write_text(json.dumps(record, indent=1))
+    partial_file.replace(out)
+
+
+def _in_process(name: str) -> dict[str, float]:
+    call = [sys.executable, *sys.argv, "--only", name]
+    run = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
+    print(name, run.stdout.splitlines()[-1], file=sys.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except ImportError:
+        return False
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name in ("--model", "--prompts", "--out"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--do", default="check,memory,speed", help="some of check, memory, speed")
+    parser.add_argument("--limit", type=int, default=64, help="number of prompts")
+    parser.add_argument("--every", type=int, default=3, help="take each so manieth prompt")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
