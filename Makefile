@@ -6,7 +6,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check fmt clients clean
+.PHONY: demo test check fmt clients peers-env clean
 
 demo: $(VENV)/ready
 	$(BIN)/latentguard demo
@@ -41,5 +41,23 @@ $(CLIENTS)/ready: constraints-clients.txt
 		--requirement constraints-clients.txt
 	@touch $@
 
+# For benchmarks/peers.py: two environments, since some libraries need transformers 4 and NumPy 1.
+peers-env: .venv-peers/ready .venv-peers-4/ready
+
+.venv-peers/ready: benchmarks/peers-constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --constraint $< torch==2.13.0
+	.venv-peers/bin/python -m pip install --constraint $< --editable . \
+	  nnsight transformer-lens alt-profanity-check
+	@touch $@
+
+# The package itself asks for transformers 5; there it runs from the source, PYTHONPATH=src.
+.venv-peers-4/ready: benchmarks/peers-constraints-4.txt
+	$(PYTHON) -m venv .venv-peers-4
+	.venv-peers-4/bin/python -m pip install --constraint $< torch==2.13.0
+	.venv-peers-4/bin/python -m pip install --constraint $< \
+	  steering-vectors repeng accelerate httpx jaxtyping rich safetensors scipy
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) .venv-peers .venv-peers-4 build dist .mypy_cache .pytest_cache .ruff_cache

@@ -17,6 +17,7 @@ import copy
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -115,6 +116,7 @@ def check(model: ChatModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
                     last=None if peer and peer.normed else gaps[..., -1].max().item(),
                     wrong_prompts=int((gaps[..., :-1].amax(dim=(1, 2)) > WRONG).sum()),
                     first_layer=first,
+                    reference=reference.abs().mean().item(),
                 )
             )
             print(found[-1], file=sys.stderr)
@@ -172,7 +174,7 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
     prompts = read_prompts(options.prompts)[:: options.every][: options.limit]
-    model = ChatModel.load(options.model, dtype="float32", device="cpu")
+    model = ChatModel.load(readable(Path(options.model)), dtype="float32", device="cpu")
     model.tokenizer.padding_side = "left"
     if options.only:
         print(json.dumps(memory(model, prompts, options.only)))
@@ -191,6 +193,23 @@ def main() -> None:
     partial_file = Path(f"{out}.partial")
     partial_file.write_text(json.dumps(record, indent=1))
     partial_file.replace(out)
+
+
+def readable(folder: Path) -> Path:
+    """The folder, or, for transformers 4, one with the same files but its older settings."""
+    if int(version("transformers").split(".")[0]) >= 5:
+        return folder
+    older = Path(tempfile.mkdtemp())
+    for file in folder.iterdir():
+        (older / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    names["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name, settings in {"config.json": config, "tokenizer_config.json": names}.items():
+        (older / name).unlink()
+        (older / name).write_text(json.dumps(settings))
+    return older
 
 
 def _in_process(name: str) -> dict[str, float]:
