@@ -1,21 +1,21 @@
 """Reading states with latentguard and with other libraries, side by side in one run.
 
-    python benchmarks/peers.py --model M --prompts P.jsonl --out F.json --do check,memory,speed
+    python benchmarks/peers.py --model M --prompts P.jsonl --out F.json --do check,speed
 
 Every arm reads t_inst and t_post at all layers of the same prompts, float32, one thread. The arms
 of those libraries run that are installed: ``make peers-env`` makes two environments, since some
 need transformers 4; both also run ours and the bare forward passes, to which the times are
 related. ``check`` compares with reference states (one prompt at a time, no padding) in batches
-that are padded on either side; ``memory`` measures each arm in a process of its own; ``speed``
-adds ``--repeats`` repetitions, in which the arms take turns, to those in F.json.
+that are padded on either side; ``speed`` adds one repetition, in which the arms take turns, to
+those in F.json, so that a long measurement is made of short runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -130,35 +130,25 @@ def relative(theirs: Tensor, reference: Tensor) -> Tensor:
     return gap / reference.double().norm(dim=-1)
 
 
-def speed(model: ChatModel, prompts: Sequence[Prompt], repeats: int) -> list[dict[str, float]]:
-    """Processor seconds of each arm in each repetition; every other one runs backwards."""
+def speed(model: ChatModel, prompts: Sequence[Prompt], turn: int) -> dict[str, dict[str, float]]:
+    """Processor seconds and memory of each arm, in an order that depends on the turn."""
     ready = {name: how() for name, how in arms(model).items()}
     for arm in ready.values():
         arm(prompts[:2])
-    found = []
-    for repeat in range(repeats):
-        seconds = {}
-        for name in list(ready)[:: 1 if repeat % 2 == 0 else -1]:
-            start = time.process_time()
-            ready[name](prompts)
-            seconds[name] = time.process_time() - start
-        print({name: round(s, 1) for name, s in seconds.items()}, file=sys.stderr)
-        found.append(seconds)
+    names, found = list(ready), {}
+    for name in [*names[turn % len(names) :], *names[: turn % len(names)]][:: (-1) ** turn]:
+        reset_peak()
+        before, start = resident(), time.process_time()
+        ready[name](prompts)
+        seconds, extra = time.process_time() - start, resident(peak=True) - before
+        found[name] = {"seconds": round(seconds, 3), "extra_mib": round(extra, 1)}
+        print(name, found[name], file=sys.stderr)
     return found
 
 
-def memory(model: ChatModel, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
-    """MiB that one arm needs at its peak beyond what is resident once it is warm (Linux)."""
-    arm = arms(model)[name]()
-    arm(prompts[:2])
-    reset_peak()
-    before = resident()
-    arm(prompts)
-    return {"resident_mib": before, "extra_mib": resident(peak=True) - before}
-
-
 def reset_peak() -> None:
-    """Forget the largest memory of this process so far (Linux)."""
+    """Give free memory back, and forget the largest of this process so far (Linux, glibc)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -176,19 +166,15 @@ def main() -> None:
     prompts = read_prompts(options.prompts)[:: options.every][: options.limit]
     model = ChatModel.load(readable(Path(options.model)), dtype="float32", device="cpu")
     model.tokenizer.padding_side = "left"
-    if options.only:
-        print(json.dumps(memory(model, prompts, options.only)))
-        return
     out = Path(options.out)
     record = json.loads(out.read_text()) if out.exists() else {}
     record["versions"] = {p: version(p) for p in PACKAGES if _installed(p)}
     record["lines"] = {p.name: p.lines for p in PEERS} | {"latentguard": lines_of(ours)}
     if "check" in options.do:
         record["check"] = check(model, prompts[:CHECKED])
-    if "memory" in options.do:
-        record["memory"] = {name: _in_process(name) for name in arms(model)}
     if "speed" in options.do:
-        record.setdefault("seconds", []).extend(speed(model, prompts, options.repeats))
+        turns = record.setdefault("turns", [])
+        turns.append(speed(model, prompts, len(turns)))
         record["prompts"] = len(prompts)
     partial_file = Path(f"{out}.partial")
     partial_file.write_text(json.dumps(record, indent=1))
@@ -212,13 +198,6 @@ def readable(folder: Path) -> Path:
     return older
 
 
-def _in_process(name: str) -> dict[str, float]:
-    call = [sys.executable, *sys.argv, "--only", name]
-    run = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
-    print(name, run.stdout.splitlines()[-1], file=sys.stderr)
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def _installed(package: str) -> bool:
     try:
         return bool(version(package))
@@ -231,11 +210,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("--model", "--prompts", "--out"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--do", default="check,memory,speed", help="some of check, memory, speed")
-    parser.add_argument("--limit", type=int, default=64, help="number of prompts")
-    parser.add_argument("--every", type=int, default=3, help="take each so manieth prompt")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--do", default="check,speed", help="check, speed or both")
+    parser.add_argument("--limit", type=int, default=12, help="number of prompts")
+    parser.add_argument("--every", type=int, default=16, help="take each so manieth prompt")
     return parser.parse_args()
 
 
