@@ -24,6 +24,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ CHECKED = 24
 WRONG = 1e-3
 """A state that is further from the reference, relative to its norm, is wrong; rounding is 1e-5."""
 
+LEFT_OUT: set[str] = set()
+"""Peers that the command line leaves out: TransformerLens loads a second model."""
+
 PACKAGES = "torch transformers nnsight transformer-lens steering-vectors repeng".split()
 
 
@@ -51,7 +55,8 @@ def arms(model: ChatModel) -> dict[str, Callable[[], Arm]]:
         "bare forward, shared prefix": lambda: bare_with_prefix(model),
         "the paper's loop": lambda: partial(paper_loop, model),
     }
-    peers = {p.name: partial(peer_arm, model, p) for p in PEERS if p.installed}
+    here = [peer for peer in PEERS if peer.installed and peer.name not in LEFT_OUT]
+    peers = {peer.name: partial(peer_arm, model, peer) for peer in here}
     return found | peers
 
 
@@ -159,15 +164,43 @@ def resident(*, peak: bool = False) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
+def show(record: dict[str, Any]) -> None:
+    """Markdown: speed, time over that of the bare forward passes (paired), memory, lines."""
+    turns, lines = record["turns"], record["lines"]
+    print(f"{record['versions']}, {record['prompts']} prompts, {len(turns)} repetitions")
+    print("\n| arm | prompts/s | time / bare forward | time / bare, shared prefix | MiB | lines |")
+    print("|---|---|---|---|---|---|")
+    for name in turns[0]:
+        seconds = [turn[name]["seconds"] for turn in turns]
+        speeds = spread([record["prompts"] / s for s in seconds])
+        over = [
+            spread([s / turn[bare]["seconds"] for s, turn in zip(seconds, turns, strict=True)])
+            for bare in ("bare forward", "bare forward, shared prefix")
+        ]
+        extra = max(turn[name]["extra_mib"] for turn in turns)
+        print(
+            f"| {name} | {speeds} | {over[0]} | {over[1]} | {extra:.0f} | {lines.get(name, '-')} |"
+        )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
 def main() -> None:
     """Measure what is asked for, and add it to the JSON file."""
     options = arguments()
+    out = Path(options.out)
+    record = json.loads(out.read_text()) if out.exists() else {}
+    if options.do == "show":
+        show(record)
+        return
+    LEFT_OUT.update(options.without)
     torch.set_num_threads(1)
     prompts = read_prompts(options.prompts)[:: options.every][: options.limit]
     model = ChatModel.load(readable(Path(options.model)), dtype="float32", device="cpu")
     model.tokenizer.padding_side = "left"
-    out = Path(options.out)
-    record = json.loads(out.read_text()) if out.exists() else {}
     record["versions"] = {p: version(p) for p in PACKAGES if _installed(p)}
     record["lines"] = {p.name: p.lines for p in PEERS} | {"latentguard": lines_of(ours)}
     if "check" in options.do:
@@ -208,10 +241,14 @@ def _installed(package: str) -> bool:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name in ("--model", "--prompts", "--out"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--do", default="check,speed", help="check, speed or both")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--prompts")
+    parser.add_argument(
+        "--do", default="check,speed", help="check, speed or both; show prints a table"
+    )
     parser.add_argument("--limit", type=int, default=12, help="number of prompts")
+    parser.add_argument("--without", nargs="*", default=[], help="names of peers to leave out")
     parser.add_argument("--every", type=int, default=16, help="take each so manieth prompt")
     return parser.parse_args()
 
