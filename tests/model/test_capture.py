@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from latentguard.model import hf
 from latentguard.prompts import Message, Prompt
 from latentguard.states import States
 from model.architectures import ARCHITECTURES, chat_model, hidden_states
@@ -116,6 +117,15 @@ class TestSharedPrefix:
         assert len(model._prefix.ids) > 5
         monkeypatch.setattr(model, "_shared_prefix", lambda rows, last_layer: None)
         assert_same(captured(model).values, shared)
+
+    def test_long_prompts_do_without_it(self, tokenizer, monkeypatch):
+        model = chat_model("llama", tokenizer)
+        shared, prefixes = captured(model).values, []
+        run = model._run
+        monkeypatch.setattr(hf, "PREFIX_UP_TO", 20)
+        monkeypatch.setattr(model, "_run", lambda *a: prefixes.append(a[1]) or run(*a))
+        assert_same(captured(model).values, shared)
+        assert prefixes == [None] * len(prefixes) != []
 
     def test_prompts_that_begin_otherwise_do_not_use_it(self, model):
         turns = [Prompt(p.text, history=self.TURNS) for p in PROMPTS]

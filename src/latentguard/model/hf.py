@@ -31,6 +31,9 @@ WINDOW = 256
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
 """Padded tokens in one forward pass."""
 
+PREFIX_UP_TO = 1024
+"""Tokens of a prompt beyond which the mask that a cache needs costs more than the cache saves."""
+
 
 @dataclass
 class _Prefix:
@@ -263,7 +266,8 @@ class ChatModel:
         if self._prefix is None or self._prefix.last_layer < last_layer:
             first, second = self.chat([Prompt("a"), Prompt("Z")])
             self._prefix = self._fill(first.ids[: alike(first.ids, second.ids)], last_layer)
-        usable = self._prefix.ids and all(row.fits(self._prefix.ids) for row in rows)
+        short = all(row.length <= PREFIX_UP_TO for row in rows)
+        usable = short and self._prefix.ids and all(row.fits(self._prefix.ids) for row in rows)
         return self._prefix if usable else None
 
     def _fill(self, ids: tuple[int, ...], last_layer: int) -> _Prefix:
