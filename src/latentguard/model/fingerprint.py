@@ -15,8 +15,40 @@ SAMPLE = 4096
 """Values of each tensor that enter the digest."""
 
 
+class Weights:
+    """Weights that are seen one by one, such as while a checkpoint is loaded."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        """Begin; values are rounded to ``dtype``, as loading does, if it is given."""
+        self._dtype = dtype
+        self._seen: dict[str, list[tuple[str, bytes]]] = {}
+
+    def add(self, name: str, tensor: Tensor, part: str = "") -> None:
+        """See one, or one of the parts that it is packed of."""
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLE) | 1  # odd, so that it meets every column
+        sample = flat[::step].to(self._dtype or flat.dtype).float().cpu().contiguous()
+        what = f"{part.removeprefix(name)}{tuple(tensor.shape)}", sample.numpy().tobytes()
+        self._seen.setdefault(name, []).append(what)
+
+    def alias(self, name: str, of: str) -> None:
+        """A tied tensor, which a checkpoint may leave out."""
+        if of in self._seen:
+            self._seen[name] = self._seen[of]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over name, shape and up to 8,191 evenly spaced values of every tensor."""
+        digest = hashlib.sha256()
+        for name, parts in sorted(self._seen.items()):
+            for what, sample in parts:
+                digest.update(f"{name}{what}".encode())
+                digest.update(sample)
+        return digest.hexdigest()
+
+
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over name, shape and up to 4,096 evenly spaced values of every tensor.
+    """The digest of a model of transformers, whose names are those of its checkpoint.
 
     Any fine-tune, merge or quantisation changes it; an edit of a few single weights may not, which
     is what a guard's canaries are for. Where the weights lie changes nothing: those that are
@@ -26,15 +58,11 @@ def weights_digest(model: nn.Module) -> str:
     Raises:
         ModelError: if a weight was never loaded.
     """
-    digest = hashlib.sha256()
+    seen = Weights()
     for name, kept in sorted(model.state_dict().items()):
         for part, tensor in _parts(name, _whole(model, name, kept.detach())):
-            flat = tensor.reshape(-1)
-            step = max(1, flat.numel() // SAMPLE) | 1  # odd, so that it meets every column
-            sample = flat[::step].float().cpu().contiguous()
-            digest.update(f"{part}{tuple(tensor.shape)}".encode())
-            digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+            seen.add(name, tensor, part)
+    return seen.digest
 
 
 def reading_device(module: nn.Module) -> torch.device:

@@ -109,7 +109,7 @@ async def _own(case: Case, body: ChatRequest, request: Request) -> Response:
         return _refusal(case, body, judged)
     reply = _reply(case, body, judged)
     if body.stream:
-        return StreamingResponse(_stream(talk, reply), media_type="text/event-stream")
+        return StreamingResponse(_stream(case, talk, reply), media_type="text/event-stream")
     return await _whole(talk, reply, request)
 
 
@@ -169,13 +169,14 @@ def _sampling(service: Service, body: ChatRequest) -> Sampling:
 
 def _reply(case: Case, body: ChatRequest, judged: Judged) -> Reply:
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return Reply(case, note_of(case, judged), usage=usage)
+    mark, name = case.id.removeprefix("req-"), case.service.options.name
+    return Reply(mark, name, note_of(case, judged), usage=usage)
 
 
-async def _stream(talk: Talk, reply: Reply) -> AsyncIterator[str]:
+async def _stream(case: Case, talk: Talk, reply: Reply) -> AsyncIterator[str]:
     """The reply as server-sent events."""
     try:
-        reply.case.service.telemetry.first_token.observe(perf_counter() - reply.case.began)
+        case.service.telemetry.first_token.observe(perf_counter() - case.began)
         yield reply.first()
         while True:
             event = await talk.next()

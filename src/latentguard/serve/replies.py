@@ -59,14 +59,10 @@ class ChatResponse(BaseModel):
 class Reply:
     """Puts a reply into OpenAI's objects."""
 
-    def __init__(self, case: Case, note: Mapping[str, Any], *, usage: bool) -> None:
-        """Begin a reply of this case, with what is told of its verdict."""
-        self.case, self._note, self._usage = case, note, usage
-        self._head = dict(
-            id=f"chatcmpl-{case.id.removeprefix('req-')}",
-            created=int(time()),
-            model=case.service.options.name,
-        )
+    def __init__(self, mark: str, name: str, note: Mapping[str, Any], *, usage: bool) -> None:
+        """Begin the reply ``mark`` of the model ``name``, with what is told of its verdict."""
+        self._note, self._usage = note, usage
+        self._head = dict(id=f"chatcmpl-{mark}", created=int(time()), model=name)
 
     def whole(self, text: str, finish: str, usage: dict[str, int], **extra: Any) -> Response:
         """The answer in one."""

@@ -1,0 +1,57 @@
+"""The verb ``parity``: the same guard on two backends."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from latentguard.cli.app import app
+from latentguard.cli.console import note, progress
+from latentguard.cli.options import GuardFolder
+
+
+@app.command()
+def parity(
+    guard: GuardFolder,
+    backends: Annotated[str, typer.Option(help="The reference, and what is compared.")] = "hf,vllm",
+    n: Annotated[
+        int, typer.Option(help="Prompts, of the built-in test split; half are long.")
+    ] = 64,
+    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest score difference, in spreads; beyond it exit 1.")
+    ] = 0.1,
+) -> None:
+    """Print how far a guard's scores inside vLLM are from those on transformers.
+
+    Batch 1 and 32, prompts shorter and longer than a chunk, cached and uncached prefixes, and more
+    requests than the cache holds. Runs where vLLM is installed (docs/vllm.md).
+    """
+    from latentguard.cli.console import load
+    from latentguard.errors import GuardError
+    from latentguard.guard import LatentGuard
+    from latentguard.integrations.vllm import parity as inside
+    from latentguard.integrations.vllm.backend import VllmModel
+
+    if backends != "hf,vllm":
+        raise typer.BadParameter("only 'hf,vllm' can be compared", param_hint="--backends")
+    loaded = LatentGuard.load(guard)
+    prompts = inside.material(n)
+    backend = load(model or loaded.fingerprint.model, loaded.fingerprint.dtype)
+    with progress("transformers", len(prompts)) as bar:
+        reference = list(loaded.scan(backend, prompts, progress=bar.advance))
+    del backend
+    note("Starting vLLM ...")
+    engine = VllmModel.load(guard, model, **inside.ENGINE, **inside.SMALL)
+    found = inside.compare(
+        loaded, reference, engine, prompts, spare=lambda: inside.preemptions(engine)
+    )
+    table = inside.table(found)
+    typer.echo(table.csv(), nl=False)
+    worst = max(one.spread for one in found)
+    if not worst <= tolerance:
+        raise GuardError(
+            f"Scores inside vLLM differ by up to {worst:.2g} spreads, allowed {tolerance:g}; "
+            "calibrate the guard on vLLM's own scores, or do not use it there."
+        )

@@ -1,0 +1,12 @@
+"""The guard inside vLLM: the verdict comes out of the engine's own prefill.
+
+* ``model``: the engine's model class, which also writes each token's partial scores into a buffer
+  indexed by KV slot, so that a prefix-cache hit keeps its scores;
+* ``connector``: a KV connector that transfers nothing: it clears the slots of new blocks, and reads
+  those of a prompt's positions once the prompt was computed;
+* ``mailbox``: brings what was read to whoever asked, before the engine hands out the first token;
+* ``middleware``: asks for each chat of the OpenAI server, and holds the reply until the verdict;
+* ``backend``: the same for a program, so that a guard is calibrated on the engine's own scores.
+
+``python -m latentguard.integrations.vllm GUARD`` starts the server; ``docs/vllm.md`` is the guide.
+"""

@@ -1,0 +1,63 @@
+"""``python -m latentguard.integrations.vllm GUARD [options of vLLM]``: the guarded server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from latentguard.errors import GuardError, LatentGuardError
+from latentguard.guard import LatentGuard
+from latentguard.integrations.vllm.asking import readable
+from latentguard.integrations.vllm.backend import TRANSFER
+from latentguard.integrations.vllm.columns import Columns
+from latentguard.integrations.vllm.middleware import POLICY, REFUSAL
+from latentguard.integrations.vllm.plugin import VARIABLE
+from latentguard.model.sources import resolve
+from latentguard.serve.options import Options
+
+MIDDLEWARE = "latentguard.integrations.vllm.middleware.GuardMiddleware"
+OWN = ("--kv-transfer-config", "--middleware", "--kv-offloading", "--task", "--runner")
+"""Options of vLLM that are set here, or that would open another way."""
+
+
+def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """VLLM's arguments and the environment, from ours.
+
+    Raises:
+        GuardError: if the guard cannot run inside vLLM, or an option is not for the user to set.
+    """
+    parser = argparse.ArgumentParser(prog="python -m latentguard.integrations.vllm")
+    parser.add_argument("guard", type=Path, help="folder that 'latentguard fit' wrote")
+    parser.add_argument("--policy", choices=["block", "annotate"], default="block")
+    parser.add_argument("--refusal", default=Options.refusal, help="a blocked chat's answer")
+    parser.add_argument("--model", help="if the model has moved")
+    asked, rest = parser.parse_known_args(given)
+    if taken := [word for word in rest if word.replace("_", "-").startswith(OWN)]:
+        raise GuardError(f"{taken[0]} is set by the guard; leave it out.")
+    guard = readable(LatentGuard.load(asked.guard))
+    Columns.of(guard)
+    model = resolve(asked.model or guard.fingerprint.model)
+    own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]
+    own += ["--kv-transfer-config", json.dumps(TRANSFER)]
+    folder = str(asked.guard.resolve())
+    return [*own, *rest], {VARIABLE: folder, POLICY: asked.policy, REFUSAL: asked.refusal}
+
+
+def main() -> None:
+    """Start vLLM's server with the guard inside."""
+    try:
+        words, variables = arguments(sys.argv[1:])
+    except LatentGuardError as error:
+        sys.exit(f"Error: {error}")
+    os.environ |= variables
+    sys.argv[1:] = words
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

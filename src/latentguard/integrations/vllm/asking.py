@@ -1,0 +1,124 @@
+"""A question to the guard inside the engine, and its answer.
+
+The question travels with the request: where to read, and the digest of the token ids that were laid
+out from segments (``model/chat.py``). The engine answers only if its own tokens are these, so text
+that imitates control tokens, another template or tools in the prompt cannot move a position.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from latentguard.errors import GuardError
+from latentguard.guard import LatentGuard
+from latentguard.integrations.vllm.columns import totals
+from latentguard.model.layout import Layout
+from latentguard.parts import Part, Verdict
+from latentguard.prompts import Prompt
+from latentguard.states import States
+from latentguard.windows import Windows
+
+UNSEEN = (KeyError, IndexError, RuntimeError)
+"""What reading states raises where there are none."""
+
+FIELD = "latentguard"
+"""In vLLM's ``kv_transfer_params``, the one dictionary that reaches a connector."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question."""
+
+    to: str
+    """Path of the mailbox that waits for the answer."""
+
+    key: str
+    """Whose answer it is."""
+
+    ids: str
+    """Digest of the prompt's tokens."""
+
+    at: tuple[int, ...]
+    """Index of the token that each column is read at."""
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What goes into ``kv_transfer_params``."""
+        return {FIELD: asdict(self)}
+
+    @staticmethod
+    def found_in(sampling: Any) -> Ask | None:
+        """The question that came with a request; None if there is none."""
+        params = (getattr(sampling, "extra_args", None) or {}).get("kv_transfer_params")
+        found = params.get(FIELD) if isinstance(params, dict) else None
+        return Ask(**(found | {"at": tuple(found["at"])})) if isinstance(found, dict) else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine read."""
+
+    key: str
+    values: tuple[float, ...] | None
+    """Each column; None if the prompt's tokens are not those that were asked about."""
+
+
+def digest_ids(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(array("q", ids).tobytes()).hexdigest()
+
+
+def ask_about(layout: Layout, positions: Sequence[str], mailbox: Any) -> Ask:
+    """The question about a prompt: each column at its position."""
+    at = tuple(layout.index(position) for position in positions)
+    return Ask(mailbox.path, mailbox.key(), digest_ids(layout.ids), at)
+
+
+def verdicts_of(
+    guard: LatentGuard, prompts: Sequence[Prompt], read: Sequence[Sequence[float]]
+) -> list[Verdict]:
+    """The verdicts of a ``readable`` guard on what the engine read.
+
+    Raises:
+        GuardError: if a number is missing or not finite.
+    """
+    nothing = torch.empty(len(prompts), 0, 0, 0)
+    states = States(nothing, tuple(prompts), (), (), guard.fingerprint)
+    return guard.decide(states, *totals(guard, torch.tensor(read, dtype=torch.float64)))
+
+
+def readable(guard: LatentGuard) -> LatentGuard:
+    """The guard as it runs inside vLLM: without parts that name, from states, what was decided.
+
+    Raises:
+        GuardError: if a part needs states to decide, which stay inside.
+    """
+    if guard.part(Windows) is not None:
+        raise GuardError(
+            "This guard reads long prompts and chats by stretches, which it cannot inside vLLM; put "
+            "'latentguard serve --upstream' before the server, or fit a guard without windows."
+        )
+    kept = list[Part]()
+    bare = replace(guard, parts=())
+    prompts, read = [Prompt("a", id="1")], [[0.0] * (len(bare.reading.positions) + len(bare.axes))]
+    plain = verdicts_of(bare, prompts, read)
+    nothing = States(torch.empty(1, 0, 0, 0), tuple(prompts), (), (), guard.fingerprint)
+    for part in guard.parts:
+        try:
+            part.adjust(nothing, torch.zeros(1, dtype=torch.float64))
+        except UNSEEN as error:
+            raise GuardError(
+                f"The part '{part.name}' of this guard decides on whole states, which do not leave "
+                f"vLLM ({error!r}); take it out, or put 'latentguard serve --upstream' before it."
+            ) from None
+        with contextlib.suppress(*UNSEEN):
+            part.judge(nothing, plain)
+            kept.append(part)
+    return replace(guard, parts=tuple(kept))

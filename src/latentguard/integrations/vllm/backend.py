@@ -1,0 +1,142 @@
+"""VllmModel: scores from inside vLLM, so that a guard is calibrated on what will be served."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from latentguard.errors import GuardError, ModelError
+from latentguard.guard import LatentGuard
+from latentguard.integrations.vllm.asking import ask_about, readable, verdicts_of
+from latentguard.integrations.vllm.columns import Columns
+from latentguard.integrations.vllm.mailbox import Mailbox
+from latentguard.integrations.vllm.plugin import VARIABLE
+from latentguard.integrations.vllm.refusals import CONNECTOR
+from latentguard.model.chat import ChatTokenizer
+from latentguard.model.sources import resolve
+from latentguard.parts import Verdict
+from latentguard.prompts import Prompt
+from latentguard.states import Fingerprint, Progress, States
+
+WINDOW = 1024
+"""Prompts that are handed to the engine together."""
+
+TRANSFER = dict(
+    kv_connector=CONNECTOR,
+    kv_connector_module_path="latentguard.integrations.vllm.connector",
+    kv_role="kv_both",
+)
+"""vLLM's ``kv_transfer_config``."""
+
+
+class VllmModel:
+    """An engine that was started for one guard; implements ``Backend``, but for states."""
+
+    def __init__(self, guard: LatentGuard, engine: Any, mailbox: Mailbox) -> None:
+        """Wrap an engine; ``VllmModel.load`` is the usual way."""
+        self.engine, self._guard, self._mailbox = engine, guard, mailbox
+        self.columns = Columns.of(guard)
+        self.chat = ChatTokenizer(engine.get_tokenizer())
+
+    @classmethod
+    def load(cls, folder: str | Path, source: str | None = None, **options: Any) -> VllmModel:
+        """Start vLLM for the guard in a folder.
+
+        Args:
+            folder: The guard.
+            source: The model, if it has moved.
+            options: vLLM's engine options (``max_num_batched_tokens``, ``enforce_eager``, ...).
+
+        Raises:
+            ModelError: if vLLM is not there, or refuses; the reason stands in the engine's log.
+        """
+        guard = LatentGuard.load(folder)
+        os.environ[VARIABLE] = str(Path(folder).resolve())
+        try:
+            from vllm import LLM
+            from vllm.config import KVTransferConfig
+        except ModuleNotFoundError as error:
+            raise ModelError(
+                f"vLLM is not installed here ({error.name}): see docs/vllm.md."
+            ) from None
+        try:
+            engine = LLM(
+                model=resolve(source or guard.fingerprint.model),
+                dtype=guard.fingerprint.dtype,
+                kv_transfer_config=KVTransferConfig(**TRANSFER),
+                **options,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"vLLM did not start with this guard: {error}") from error
+        return cls(guard, engine, Mailbox())
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The guard's own: the engine compared its weights with it while loading them."""
+        return self._guard.fingerprint
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L."""
+        return int(self.engine.model_config.hf_text_config.num_hidden_layers)
+
+    @property
+    def post(self) -> int:
+        """Number of post-instruction tokens."""
+        layout = self.chat([Prompt("a")])[0]
+        return layout.t_post - layout.t_inst
+
+    def capture(self, prompts: Iterable[Prompt], **how: Any) -> Iterator[States]:
+        """Raise ``ModelError``: states stay inside."""
+        raise ModelError("vLLM lets no states out; fit a guard with ChatModel, and calibrate here.")
+
+    def verdicts(
+        self,
+        guard: LatentGuard,
+        prompts: Iterable[Prompt],
+        *,
+        progress: Progress | None = None,
+        max_tokens: int = 1,
+    ) -> Iterator[Verdict]:
+        """Yield a verdict for each prompt, in order; ``max_tokens`` are generated and dropped.
+
+        Raises:
+            GuardError: if the guard reads otherwise than the engine, or a score is missing.
+        """
+        if not Columns.of(guard).same_as(self.columns):
+            raise GuardError("This engine was started for another guard; start one for this.")
+        inside, rest = readable(guard), iter(prompts)
+        while window := list(islice(rest, WINDOW)):
+            yield from verdicts_of(inside, window, self._read(window, max_tokens))
+            if progress is not None:
+                progress(len(window))
+
+    def _read(self, prompts: Sequence[Prompt], max_tokens: int) -> list[tuple[float, ...]]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        layouts = self.chat(prompts)
+        asks = [ask_about(lay, self.columns.positions, self._mailbox) for lay in layouts]
+        how = [
+            SamplingParams(
+                max_tokens=max_tokens,
+                temperature=0.0,
+                ignore_eos=True,
+                extra_args={"kv_transfer_params": ask.params},
+            )
+            for ask in asks
+        ]
+        tokens = [TokensPrompt(prompt_token_ids=list(lay.ids)) for lay in layouts]
+        with self._mailbox.reading() as answers:
+            self.engine.generate(tokens, how, use_tqdm=False)
+        found = {answer.key: answer.values for answer in answers}
+        missing = [p.id for p, ask in zip(prompts, asks, strict=True) if not found.get(ask.key)]
+        if missing:
+            raise GuardError(
+                f"The engine gave no score for {len(missing)} prompts (the first is "
+                f"'{missing[0]}'), so no verdict can be given."
+            )
+        return [found[ask.key] or () for ask in asks]

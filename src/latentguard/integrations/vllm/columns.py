@@ -1,0 +1,98 @@
+"""A guard as columns: what each token adds to the score and to each belief, if it is read.
+
+A readout sums over positions and layers, and an axis over layers, so both split into one number for
+each position: ``column_c(token) = sum_l f_c(h_l) . weight_lc``. A guard with p positions and a axes
+has c = p + a columns; no hidden state needs to be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from latentguard.errors import GuardError
+from latentguard.packing import Contents
+
+SMALLEST = 1e-12
+"""The least norm that is divided by, as in ``normalize``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The compiled guard."""
+
+    positions: tuple[str, ...]
+    """Where each of the c columns is read: first the readout's positions, then the axes'."""
+
+    layers: tuple[int, ...]
+    """The l layers, rising."""
+
+    weight: Float[Tensor, "l d c"]
+    """Float32."""
+
+    unit: Bool[Tensor, "c"]
+    """Which columns divide states by their norm."""
+
+    @staticmethod
+    def of(guard: Contents) -> Columns:
+        """Compile a guard.
+
+        Raises:
+            GuardError: if it reads a changed text (``sealed``): the engine computes another.
+        """
+        if guard.reading.name == "sealed":
+            raise GuardError(
+                "A guard that reads 'sealed' changes the prompt and needs a pass of its own, so it "
+                "cannot run inside vLLM; fit one with --reading span."
+            )
+        layers, where = guard.readout.layers, guard.reading.positions
+        scores = guard.readout.weight.reshape(len(where), len(layers), -1)
+        beliefs = [
+            (normalize(a.positive, dim=-1) - normalize(a.negative, dim=-1)) / len(layers)
+            for a in guard.axes
+        ]
+        weight = torch.stack([*scores, *beliefs], dim=-1).float()
+        unit = [guard.readout.kind == "centroid"] * len(where) + [True] * len(beliefs)
+        order = sorted(range(len(layers)), key=lambda k: layers[k])
+        return Columns(
+            (*where, *(a.position for a in guard.axes)),
+            tuple(layers[k] for k in order),
+            weight[order].contiguous(),
+            torch.tensor(unit),
+        )
+
+    def to(self, device: torch.device) -> Columns:
+        """The same on a device."""
+        return Columns(self.positions, self.layers, self.weight.to(device), self.unit.to(device))
+
+    def __call__(self, states: Sequence[Float[Tensor, "t d"]]) -> Float[Tensor, "t c"]:
+        """Every column for every token, from the states of each layer, in float32."""
+        total = torch.zeros(len(states[0]), len(self.unit), device=states[0].device)
+        for h, weight in zip(states, self.weight, strict=True):
+            h = h.float()  # noqa: PLW2901
+            norm = h.norm(dim=-1, keepdim=True).clamp_min(SMALLEST)
+            total += (h @ weight) / torch.where(self.unit, norm, 1.0)
+        return total
+
+    def same_as(self, other: Columns) -> bool:
+        """Whether both read the same."""
+        return (
+            self.positions == other.positions
+            and self.layers == other.layers
+            and torch.equal(self.weight, other.weight)
+            and torch.equal(self.unit, other.unit)
+        )
+
+
+def totals(
+    guard: Contents, read: Float[Tensor, "n c"]
+) -> tuple[Float[Tensor, "n"], dict[str, Float[Tensor, "n"]]]:
+    """Scores and beliefs, in float64, from each column at its position."""
+    known = len(guard.reading.positions)
+    scores = read[:, :known].double().sum(1) + guard.readout.bias
+    return scores, {axis.name: read[:, known + k] for k, axis in enumerate(guard.axes)}

@@ -1,0 +1,234 @@
+"""Middleware of vLLM's OpenAI server: no token of a chat leaves before its verdict.
+
+Chats are guarded; what generates nothing is let through; everything else is refused, and so is a
+route that a new vLLM brings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from typing import Any
+
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from latentguard.errors import GuardError, LatentGuardError
+from latentguard.guard import LatentGuard
+from latentguard.integrations.vllm.gate import Gate, Question
+from latentguard.integrations.vllm.plugin import VARIABLE
+from latentguard.integrations.vllm.relay import Message, Receive, Relay, Send
+from latentguard.parts import Verdict
+from latentguard.serve.faults import BadRequest, Fault, TooLarge, Unavailable
+from latentguard.serve.options import Options
+from latentguard.serve.replies import Reply, usage_of
+
+log = logging.getLogger("latentguard.vllm")
+
+POLICY, REFUSAL = "LATENTGUARD_POLICY", "LATENTGUARD_REFUSAL"
+
+CHAT = "/v1/chat/completions"
+HARMLESS = {
+    *(("GET", path) for path in ("/health", "/ping", "/version", "/load", "/v1/models")),
+    *(("GET", path) for path in ("/metrics", "/metrics/", "/docs", "/openapi.json")),
+    *(("POST", path) for path in ("/ping", "/tokenize", "/detokenize")),
+}
+"""What generates nothing."""
+
+MOST = 8 << 20
+"""Bytes of a request's body."""
+
+
+class Forbidden(Fault):
+    """A route that is not guarded."""
+
+    status, kind, code = 403, "invalid_request_error", "route_not_guarded"
+
+
+class OtherTokens(BadRequest):
+    """The engine's tokens are not those that the guard laid out."""
+
+    code = "unreadable_prompt"
+
+
+class GuardMiddleware:
+    """A pure ASGI middleware; give its path to ``--middleware``."""
+
+    def __init__(self, app: Any) -> None:
+        """Wrap the server."""
+        self._app, self._opening = app, asyncio.Lock()
+        self._gate: Gate | None = None
+        self._policy = os.environ.get(POLICY, "block")
+        self._refusal = os.environ.get(REFUSAL, Options.refusal)
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Guard, let through or refuse."""
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._app(scope, receive, send)
+        elif kind != "http":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["method"] == "OPTIONS" or (scope["method"], scope["path"]) in HARMLESS:
+            await self._app(scope, receive, send)
+        else:
+            try:
+                if (scope["method"], scope["path"]) != ("POST", CHAT):
+                    raise Forbidden(
+                        f"Only {CHAT} is guarded here, so {scope['path'][:80]} is closed."
+                    )
+                await self._chat(scope, receive, send)
+            except Fault as fault:
+                answer = JSONResponse(fault.body, fault.status, fault.headers)
+                await answer(scope, receive, send)
+
+    async def _chat(self, scope: Any, receive: Receive, send: Send) -> None:
+        body = await _read(receive)
+        gate = await self._opened(scope)
+        question = gate.question(body)
+        relay, stop = Relay(send), asyncio.Event()
+        sent = json.dumps(body).encode()
+        inner = asyncio.create_task(
+            self._app(_resized(scope, len(sent)), _feed(sent, receive, stop), relay.take)
+        )
+        try:
+            await asyncio.wait({inner, question.answer}, return_when=asyncio.FIRST_COMPLETED)
+            gate.collect()
+            if not question.answer.done() and relay.status != 200:
+                await relay.release({})  # an error of the server's own: nothing was generated
+            elif (note := self._judged(gate, question)) is not None:
+                await relay.release(note)
+            else:
+                stop.set()
+                await self._refuse(gate, question, body)(scope, receive, send)
+            await inner
+        finally:
+            stop.set()
+            gate.forget(question)
+            if not inner.done():
+                await asyncio.wait({inner}, timeout=5)
+                inner.cancel()
+
+    def _judged(self, gate: Gate, question: Question) -> dict[str, Any] | None:
+        """What is told of the verdict; None if the chat is blocked.
+
+        Raises:
+            Unavailable: if there is no verdict (fail closed).
+            OtherTokens: if the guard could not read what the engine was given.
+        """
+        if not question.answer.done():
+            raise Unavailable("The engine gave no score for this chat.")
+        values = question.answer.result()
+        if values is None:
+            fault = OtherTokens(
+                "The prompt's tokens are not those of its messages in the chat template: control "
+                "tokens in a message, tools, or template options. The guard cannot read it."
+            )
+            if self._policy == "block":
+                raise fault
+            return {"latentguard": {"error": fault.code}}
+        try:
+            verdict = gate.verdict(question, values)
+        except GuardError as error:
+            log.error("No verdict: %s", error)
+            raise Unavailable("The guard cannot give a verdict on this chat.") from None
+        blocked = verdict.flagged or verdict.decision == "block"
+        return None if blocked and self._policy == "block" else _note(gate, verdict)
+
+    def _refuse(self, gate: Gate, question: Question, body: dict[str, Any]) -> Any:
+        """What a blocked chat is answered with, as by ``latentguard serve``."""
+        values = question.answer.result()
+        note = _note(gate, gate.verdict(question, values or ()))
+        options = body.get("stream_options") or {}
+        reply = Reply(
+            question.ask.key, str(body.get("model")), note, usage=bool(options.get("include_usage"))
+        )
+        finish, none = "content_filter", usage_of(0, 0)
+        if not body.get("stream"):
+            return reply.whole(self._refusal, finish, none, refusal=self._refusal)
+        events = [reply.first(), reply.piece(self._refusal), reply.last(finish, none)]
+        return StreamingResponse(iter(events), media_type="text/event-stream")
+
+    async def _opened(self, scope: Any) -> Gate:
+        """The gate; made, and compared with the running engine, when the first chat comes.
+
+        Raises:
+            Unavailable: if the guard does not fit the engine.
+        """
+        async with self._opening:
+            if self._gate is None:
+                try:
+                    self._gate = await open_gate(scope["app"].state)
+                except LatentGuardError as error:
+                    log.error("Every chat is refused: %s", error)
+                    raise Unavailable("The guard does not fit the engine.") from None
+        return self._gate
+
+
+async def open_gate(state: Any) -> Gate:
+    """The gate of the server's engine, once its canaries have passed.
+
+    Raises:
+        LatentGuardError: if the guard does not fit the engine.
+    """
+    from transformers import AutoTokenizer
+
+    source = state.vllm_config.model_config.tokenizer
+    guard = LatentGuard.load(os.environ[VARIABLE])
+    gate = Gate(guard, AutoTokenizer.from_pretrained(source))
+    try:
+        await gate.check(state.engine_client)
+    except LatentGuardError:
+        gate.close()
+        raise
+    return gate
+
+
+def _note(gate: Gate, verdict: Verdict) -> dict[str, Any]:
+    known = dict(flagged=verdict.flagged, score=verdict.score, probability=verdict.probability)
+    more = dict(beliefs=verdict.beliefs, decision=verdict.decision, quadrant=verdict.quadrant)
+    return {"latentguard": known | more | {"threshold": gate.guard.threshold}}
+
+
+async def _read(receive: Receive) -> dict[str, Any]:
+    content, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadRequest("The client has left.")
+        content += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(content) > MOST:
+            raise TooLarge(f"A body has at most {MOST} bytes.")
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise BadRequest("The body is no JSON object.")
+    return body
+
+
+def _resized(scope: Any, length: int) -> Any:
+    """The request with a body of this length: what was parsed is sent on, not what came."""
+    dropped = (b"content-length", b"transfer-encoding")
+    headers = [h for h in scope["headers"] if h[0].lower() not in dropped]
+    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
+
+
+def _feed(body: bytes, receive: Receive, stop: asyncio.Event) -> Receive:
+    """The body, and then silence until the client leaves or the guard stops the chat."""
+    left = [body]
+
+    async def feed() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        gone, halt = asyncio.ensure_future(receive()), asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({gone, halt}, return_when=asyncio.FIRST_COMPLETED)
+            return gone.result() if gone.done() else {"type": "http.disconnect"}
+        finally:
+            gone.cancel()
+            halt.cancel()
+
+    return feed

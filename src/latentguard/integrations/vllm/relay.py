@@ -1,0 +1,93 @@
+"""The server's reply on its way to the client: held until the verdict, then let through."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+
+
+class Relay:
+    """Stands between the server and the client's ``send``."""
+
+    def __init__(self, send: Send) -> None:
+        """Hold everything."""
+        self._send, self._held = send, list[Message]()
+        self._open, self._note = False, dict[str, Any]()
+        self._turn = asyncio.Lock()
+        self._head: Message | None = None
+        self._body = b""
+        self.status: int | None = None
+        """Of the reply, once it has begun."""
+
+    async def take(self, message: Message) -> None:
+        """What the server sends."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        self._held.append(message)
+        if self._open:
+            await self._flush()
+
+    async def release(self, note: dict[str, Any]) -> None:
+        """Let through what is held, and all that comes, with ``note`` in it."""
+        self._open, self._note = True, note
+        await self._flush()
+
+    async def _flush(self) -> None:
+        async with self._turn:
+            while self._held:
+                await self._pass(self._held.pop(0))
+
+    async def _pass(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._head = message
+            if not self._note or _kind(message) != "application/json":
+                await self._send(message)
+        elif not self._note or self._head is None:
+            await self._send(message)
+        elif _kind(self._head) == "application/json":
+            await self._whole(message)
+        else:
+            await self._event(message)
+
+    async def _whole(self, message: Message) -> None:
+        """One JSON object: its length changes, so its head waits for its end."""
+        self._body += message.get("body", b"")
+        if message.get("more_body"):
+            return
+        assert self._head is not None
+        body = json.dumps(_noted(json.loads(self._body), self._note)).encode()
+        length = (b"content-length", str(len(body)).encode())
+        headers = [h for h in self._head["headers"] if h[0].lower() != b"content-length"]
+        await self._send({**self._head, "headers": [*headers, length]})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _event(self, message: Message) -> None:
+        """Server-sent events: the note goes into the first that is an object."""
+        self._body += message.get("body", b"")
+        if message.get("more_body") and not self._body.endswith(b"\n\n"):
+            return
+        lines = self._body.split(b"\n")
+        for number, line in enumerate(lines):
+            if line.startswith(b"data: {"):
+                lines[number] = (
+                    b"data: " + json.dumps(_noted(json.loads(line[6:]), self._note)).encode()
+                )
+                self._note = {}
+                break
+        whole, self._body = b"\n".join(lines), b""
+        await self._send({**message, "body": whole})
+
+
+def _noted(content: Any, note: dict[str, Any]) -> Any:
+    return content | note if isinstance(content, dict) else content
+
+
+def _kind(head: Message) -> str:
+    named = dict(head["headers"])
+    return bytes(named.get(b"content-type", b"")).decode("latin-1").split(";")[0]

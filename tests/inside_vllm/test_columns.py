@@ -1,0 +1,104 @@
+"""A guard as columns gives the guard's own scores and beliefs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latentguard.contrast import load_contrast
+from latentguard.errors import GuardError
+from latentguard.guard import LatentGuard
+from latentguard.integrations.vllm.asking import readable, verdicts_of
+from latentguard.integrations.vllm.columns import Columns
+from latentguard.readouts import Readout
+from latentguard.states import States
+from latentguard.windows import Windows
+
+ROWS = [replace(p, refused=p.harmful) for p in load_contrast("train") if p.pair][:60]
+
+
+@pytest.fixture(scope="module", params=[("span", "linear"), ("t_inst", "centroid")])
+def guard(model, request):
+    reading, readout = request.param
+    return LatentGuard.fit(model, ROWS, reading=reading, readout=readout)
+
+
+def read_columns(guard, states):
+    """What the engine would read: each column at its own position."""
+    columns = Columns.of(guard)
+    found = []
+    for c, position in enumerate(columns.positions):
+        layers = [states.select([k]).at(position)[:, 0] for k in columns.layers]
+        found.append(columns(layers)[:, c])
+    return torch.stack(found, 1)
+
+
+def test_columns_add_up_to_the_guards_verdicts(model, guard):
+    states = States.collect(
+        model.capture(ROWS[:12], positions=guard.positions, layers=guard.readout.layers)
+    )
+    for ours, theirs in zip(
+        verdicts_of(readable(guard), states.prompts, read_columns(guard, states).tolist()),
+        guard.judge(states),
+        strict=True,
+    ):
+        assert ours.score == pytest.approx(theirs.score, abs=2e-6 * guard.spread + 1e-6)
+        assert ours.beliefs == pytest.approx(theirs.beliefs, abs=1e-6)
+        assert (ours.flagged, ours.decision) == (theirs.flagged, theirs.decision)
+
+
+def test_unsorted_layers_are_read_in_rising_order(guard):
+    readout = guard.readout
+    turned = tuple(reversed(readout.layers))
+    shape = (len(guard.reading.positions), len(turned), -1)
+    weight = readout.weight.reshape(shape).flip(1).reshape(readout.weight.shape)
+    axes = tuple(
+        replace(a, layers=turned, positive=a.positive.flip(0), negative=a.negative.flip(0))
+        for a in guard.axes
+    )
+    other = replace(guard, readout=replace(readout, layers=turned, weight=weight), axes=axes)
+    assert Columns.of(other).same_as(Columns.of(guard))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_missing_gives_no_verdict(guard, value):
+    width = len(Columns.of(guard).positions)
+    with pytest.raises(GuardError, match="not a finite number"):
+        verdicts_of(guard, ROWS[:1], [[value] * width])
+
+
+def test_a_sealed_guard_is_refused(guard):
+    sealed = replace(guard, reading=replace(guard.reading, name="sealed"))
+    with pytest.raises(GuardError, match="pass of its own"):
+        Columns.of(sealed)
+
+
+def test_parts_that_only_name_stay_outside(guard):
+    class Naming:
+        name, positions = "naming", ()
+
+        def adjust(self, states, scores):
+            return scores
+
+        def judge(self, states, verdicts):
+            return [replace(v, category=str(states.at("t_inst"))) for v in verdicts]
+
+    kept = [part.name for part in readable(replace(guard, parts=(Naming(), *guard.parts))).parts]
+    assert "naming" not in kept
+
+
+def test_a_guard_with_windows_is_refused(guard):
+    probe = Readout("linear", (1,), torch.zeros(1, 32), 0.0)
+    with pytest.raises(GuardError, match="stretches"):
+        readable(guard.with_part(Windows(probe)))
+
+
+def test_a_part_that_decides_on_states_is_refused(guard):
+    class Deciding:
+        name, positions = "deciding", ()
+
+        def adjust(self, states, scores):
+            return scores + states.at("t_inst").sum()
+
+    with pytest.raises(GuardError, match="deciding"):
+        readable(replace(guard, parts=(Deciding(),)))

@@ -1,0 +1,228 @@
+"""Scores out of a real engine's prefill equal those on transformers; never a stale one."""
+
+import gc
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from inside_vllm import tiny
+from latentguard.errors import GuardError, ModelError, ModelMismatch
+from latentguard.guard import LatentGuard
+from latentguard.integrations.vllm import parity
+from latentguard.integrations.vllm.backend import VllmModel
+from latentguard.prompts import Prompt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
+
+PROMPTS = [Prompt(text, id=str(n)) for n, text in enumerate([*tiny.TEXTS, *tiny.LONG])]
+MEMORY = dict(gpu_memory_utilization=0.1, max_model_len=1024)
+TOLERANCE = 1e-5
+"""In the score's unit and, as the unit of a linear readout is arbitrary, in its spread too."""
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one import of vLLM, not three
+
+
+def start(guard, **options):
+    """An engine in this process; the one before is gone."""
+    gc.collect()
+    how = parity.ENGINE | MEMORY | dict(distributed_executor_backend="uni") | options
+    return VllmModel.load(guard, **how)
+
+
+def stop(model):
+    model.engine.llm_engine.engine_core.shutdown()
+    model._mailbox.close()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("llama", "span", "linear", True), ("qwen2", "span", "centroid", False)],
+    ids=lambda p: "-".join(map(str, p)),
+)
+def fitted(request, tmp_path_factory):
+    kind, reading, readout, tied = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    tiny.save_model(kind, folder / "model", tied=tied)
+    guard, model = tiny.fit(
+        str(folder / "model"), folder / "guard", reading=reading, readout=readout
+    )
+    return guard, list(guard.scan(model, PROMPTS)), folder
+
+
+@pytest.fixture(scope="module")
+def engine(fitted):
+    guard, reference, folder = fitted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        model = start(folder / "guard", num_gpu_blocks_override=72, disable_log_stats=False)
+    yield guard, reference, model
+    stop(model)
+
+
+def close(found, reference, guard, tolerance=TOLERANCE):
+    assert len(found) == len(reference)
+    for ours, theirs in zip(found, reference, strict=True):
+        assert abs(ours.score - theirs.score) <= tolerance * min(1.0, guard.spread)
+        assert ours.beliefs == pytest.approx(theirs.beliefs, abs=tolerance)
+        assert ours.flagged == theirs.flagged
+
+
+def test_every_condition_and_preemption(engine):
+    guard, reference, model = engine
+    found = parity.compare(
+        guard, reference, model, PROMPTS, spare=lambda: parity.preemptions(model)
+    )
+    text = str(parity.table(found).rows)
+    assert [d.condition for d in found][:2] == [
+        "short, batch 1, uncached",
+        "short, batch 1, cached",
+    ]
+    assert all(d.n for d in found)
+    assert all(d.spread <= TOLERANCE and d.score <= TOLERANCE for d in found), text
+    assert all(d.belief <= TOLERANCE and d.flips == 0 for d in found), text
+    assert " 0 preemptions" not in text, text
+
+
+def test_the_guard_is_checked_and_calibrated_inside(engine):
+    guard, _, model = engine
+    guard.check(model)
+    harmless = [p for p in PROMPTS[:40]] * 2
+    new = guard.calibrate(model, harmless, max_fpr=0.1)
+    assert new.bound is not None
+    assert next(iter(new.scan(model, PROMPTS[:2]))).score == pytest.approx(
+        next(guard.scan(model, PROMPTS[:1])).score, abs=1e-6
+    )
+    with pytest.raises(ModelError, match="no states out"):
+        model.capture(PROMPTS)
+    other = replace(guard, readout=replace(guard.readout, weight=guard.readout.weight * 2))
+    with pytest.raises(GuardError, match="another guard"):
+        list(other.scan(model, PROMPTS[:1]))
+
+
+def test_aborted_requests_leave_nothing_behind(engine):
+    from vllm import SamplingParams
+
+    guard, reference, model = engine
+    llm = model.engine.llm_engine
+    for round_number in range(3):
+        model.engine.reset_prefix_cache()
+        for number, layout in enumerate(model.chat(PROMPTS[:20])):
+            tokens = {"prompt_token_ids": list(layout.ids)}
+            llm.add_request(f"x{round_number}-{number}", tokens, SamplingParams(max_tokens=64))
+        for _ in range(2):
+            llm.step()
+        llm.abort_request([f"x{round_number}-{n}" for n in range(20)])
+        close(list(model.verdicts(guard, PROMPTS)), reference, guard)
+
+
+def test_with_scoring_off_nothing_old_is_read(engine):
+    """The blocks were used before, so their slots held other prompts' scores."""
+    from latentguard.integrations.vllm import model as inside
+
+    guard, reference, model = engine
+    list(model.verdicts(guard, PROMPTS))
+    guarded = inside.models[-1]
+    model.engine.reset_prefix_cache()
+    guarded.set_aux_hidden_state_layers(())
+    try:
+        with pytest.raises(GuardError, match="not a finite number"):
+            list(model.verdicts(guard, PROMPTS[:8]))
+    finally:
+        guarded.set_aux_hidden_state_layers(guarded._columns.layers)
+    with pytest.raises(GuardError, match="not a finite number"):
+        # cached blocks of that pass were never scored; they must not pass now either
+        list(model.verdicts(guard, [PROMPTS[-1], *PROMPTS[:8]]))
+    model.engine.reset_prefix_cache()
+    close(list(model.verdicts(guard, PROMPTS)), reference, guard)
+
+
+def test_other_tokens_than_those_asked_about_get_no_score(engine, monkeypatch):
+    guard, _, model = engine
+    real = model.chat
+
+    class Moved:
+        def __call__(self, prompts):
+            return [replace(lay, ids=(*lay.ids[:-1], 1)) for lay in real(prompts)]
+
+    from latentguard.integrations.vllm import backend
+
+    asked = backend.ask_about
+    monkeypatch.setattr(backend, "ask_about", lambda lay, *more: asked(real(PROMPTS[:1])[0], *more))
+    monkeypatch.setattr(model, "chat", Moved())
+    with pytest.raises(GuardError, match="gave no score"):
+        list(model.verdicts(guard, PROMPTS[:1]))
+
+
+def test_the_answer_is_there_before_the_first_token(engine):
+    """What streaming relies on: posted in the step that computes the prompt, not later."""
+    from vllm import SamplingParams
+
+    from latentguard.integrations.vllm.asking import ask_about
+
+    _, _, model = engine
+    llm = model.engine.llm_engine
+    model.engine.reset_prefix_cache()
+    for number, prompt in enumerate(PROMPTS[-4:]):
+        layout = model.chat([prompt])[0]
+        ask = ask_about(layout, model.columns.positions, model._mailbox)
+        how = SamplingParams(max_tokens=4, extra_args={"kv_transfer_params": ask.params})
+        llm.add_request(f"first-{number}", {"prompt_token_ids": list(layout.ids)}, how)
+        answers = []
+        while llm.has_unfinished_requests():
+            outputs = llm.step()
+            answers += model._mailbox.collect()
+            said = any(len(out.outputs[0].token_ids) for out in outputs)
+            assert not said or [a.key for a in answers] == [ask.key]
+
+
+def broken(folder, tmp_path, what):
+    """A copy of the model that is not the guard's own."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    if what == "weights":
+        from safetensors.torch import load_file, save_file
+
+        path = tmp_path / "model" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.3.self_attn.k_proj.weight"] *= 1.01
+        save_file(tensors, path, metadata={"format": "pt"})
+    elif what == "template":
+        path = tmp_path / "model" / "chat_template.jinja"
+        path.write_text(path.read_text().replace("helpful", "careful"))
+    else:
+        path = tmp_path / "model" / "tokenizer.json"
+        spec = json.loads(path.read_text())
+        spec["model"]["merges"] = spec["model"]["merges"][:-1]
+        path.write_text(json.dumps(spec))
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("what", ["weights", "template", "tokenizer"])
+def test_another_model_is_refused_while_it_loads(fitted, tmp_path, what):
+    _, _, folder = fitted
+    if what != "weights" and not (folder / "model" / "chat_template.jinja").exists():
+        pytest.skip("the template is stored otherwise")
+    with pytest.raises((ModelMismatch, ModelError), match=what):
+        start(folder / "guard", source=broken(folder, tmp_path, what))
+
+
+def test_dummy_weights_are_refused(fitted):
+    _, _, folder = fitted
+    with pytest.raises(ModelError, match="No weights were loaded"):
+        start(folder / "guard", load_format="dummy")
+
+
+def test_bfloat16_is_reported(tmp_path):
+    tiny.save_model("llama", tmp_path / "model", dtype=torch.bfloat16)
+    guard, hf = tiny.fit(str(tmp_path / "model"), tmp_path / "guard", dtype="bfloat16")
+    reference = list(guard.scan(hf, PROMPTS))
+    model = start(tmp_path / "guard")
+    found = parity.compare(guard, reference, model, PROMPTS)
+    assert max(d.spread for d in found) < 0.2
+    stop(model)
+    assert isinstance(guard, LatentGuard)

@@ -1,0 +1,54 @@
+"""Answers arrive whole, at the right mailbox, and a lost mailbox harms nobody."""
+
+import math
+
+from latentguard.integrations.vllm.asking import Ask
+from latentguard.integrations.vllm.mailbox import Mailbox, post
+
+
+def asks(box, count):
+    return [Ask(box.path, f"k{n}", "", (0,)) for n in range(count)]
+
+
+def test_answers_go_to_their_mailboxes():
+    one, two = Mailbox(), Mailbox()
+    post([(asks(one, 1)[0], [0.1, math.nan]), (asks(two, 2)[1], None)])
+    (answer,) = one.collect()
+    assert answer.key == "k0"
+    assert answer.values[0] == 0.1 and math.isnan(answer.values[1])
+    assert [(a.key, a.values) for a in two.collect()] == [("k1", None)]
+    assert one.collect() == []
+    one.close()
+    two.close()
+
+
+def test_many_answers_of_one_step_arrive():
+    box = Mailbox()
+    post([(ask, [float(n)] * 12) for n, ask in enumerate(asks(box, 256))])
+    assert [a.values[0] for a in box.collect()] == [float(n) for n in range(256)]
+    box.close()
+
+
+def test_answers_arrive_while_the_reader_is_busy():
+    box = Mailbox()
+    with box.reading() as found:
+        for _ in range(40):
+            post([(ask, [1.0] * 12) for ask in asks(box, 64)])
+    assert len(found) == 40 * 64
+    box.close()
+
+
+def test_a_mailbox_that_is_gone_loses_its_answers_only(caplog):
+    box, other = Mailbox(), Mailbox()
+    gone = asks(box, 1)[0]
+    box.close()
+    post([(gone, [1.0]), (asks(other, 1)[0], [2.0])])
+    assert [a.values for a in other.collect()] == [(2.0,)]
+    assert "could not be delivered" in caplog.text
+    other.close()
+
+
+def test_only_this_user_can_enter():
+    box = Mailbox()
+    assert box._folder.stat().st_mode & 0o077 == 0
+    box.close()

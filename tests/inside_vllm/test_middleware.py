@@ -1,0 +1,307 @@
+"""The middleware before a fake server: no token without a verdict, and no other way is open."""
+
+import asyncio
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from latentguard.integrations.vllm import middleware as module
+from latentguard.integrations.vllm.asking import Ask, digest_ids
+from latentguard.integrations.vllm.gate import Gate
+from latentguard.integrations.vllm.mailbox import post
+from latentguard.integrations.vllm.middleware import GuardMiddleware
+from serve.running import flagged, offline, passed, tiny_guard, tiny_model
+
+SAID = "The first token of a reply"
+
+
+class Server:
+    """As vLLM's: answers a chat, and posts what was read before its first token."""
+
+    def __init__(self, *, read="right", status=200, stream_parts=4):
+        self.read, self.status, self.parts = read, status, stream_parts
+        self.model, self.guard = tiny_model(), tiny_guard()
+        self.seen, self.stopped = [], False
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await send({"type": "websocket.accept"})
+            return
+        body = (await receive())["body"]
+        if scope["path"] != "/v1/chat/completions":
+            await self.reply(send, 200, b'{"route": "open"}')
+            return
+        headers = dict(scope["headers"])
+        assert headers[b"content-length"] == str(len(body)).encode()
+        asked = json.loads(body)
+        self.seen.append(asked)
+        if self.status != 200:
+            await self.reply(send, self.status, b'{"error": {"message": "no"}}')
+            return
+        if asked.get("stream"):
+            await self.stream(asked, receive, send)
+        else:
+            self.answer(asked)
+            await asyncio.sleep(0.01)
+            choice = {"index": 0, "message": {"role": "assistant", "content": SAID}}
+            await self.reply(send, 200, json.dumps({"choices": [choice]}).encode())
+
+    async def stream(self, asked, receive, send):
+        head = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for n in range(self.parts):
+            if n == 1:
+                self.answer(asked)
+            event = b"data: " + json.dumps({"choices": [{"delta": {"content": SAID}}]}).encode()
+            await send({"type": "http.response.body", "body": event + b"\n\n", "more_body": True})
+            await asyncio.sleep(0.01)
+        gone = asyncio.ensure_future(receive())
+        await asyncio.sleep(0.01)
+        self.stopped = gone.done() and gone.result()["type"] == "http.disconnect"
+        gone.cancel()
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    def answer(self, asked):
+        ask = Ask(**asked["kv_transfer_params"]["latentguard"])
+        text = asked["messages"][-1]["content"]
+        layout = self.model.chat([SimpleNamespace(text=text, id="", history=())])[0]
+        if self.read == "nothing":
+            return
+        if self.read == "other" or digest_ids(layout.ids) != ask.ids:
+            post([(ask, None)])
+            return
+        width = len(self.guard.reading.positions)
+        score = (offline()[text].score - self.guard.readout.bias) / width
+        values = [score] * width + [0.5] * len(self.guard.axes)
+        post([(ask, [math.nan] * len(values) if self.read == "nan" else values)])
+
+    async def reply(self, send, status, content):
+        head = [(b"content-type", b"application/json")]
+        head.append((b"content-length", str(len(content)).encode()))
+        await send({"type": "http.response.start", "status": status, "headers": head})
+        await send({"type": "http.response.body", "body": content})
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Ask a guarded fake server: ``served(server, path, json)`` -> response."""
+
+    async def opened(state):
+        return Gate(tiny_guard(), tiny_model().tokenizer)
+
+    monkeypatch.setattr(module, "open_gate", opened)
+
+    def ask(server, path="/v1/chat/completions", body=None, *, policy="block", method="POST"):
+        monkeypatch.setenv("LATENTGUARD_POLICY", policy)
+        guarded = GuardMiddleware(server)
+
+        async def app(scope, receive, send):
+            await guarded(scope | {"app": SimpleNamespace(state=None)}, receive, send)
+
+        async def go():
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+                answer = await client.request(method, path, json=body)
+            if guarded._gate is not None:
+                assert guarded._gate._waiting == {}
+                guarded._gate.close()
+            return answer
+
+        return asyncio.run(go())
+
+    return ask
+
+
+def chat(text, **more):
+    return {"model": "m", "messages": [{"role": "user", "content": text}], **more}
+
+
+def test_a_harmless_chat_is_answered_with_its_verdict(served):
+    answer = served(Server(), body=chat(passed()))
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["message"]["content"] == SAID
+    found = answer.json()["latentguard"]
+    assert found["flagged"] is False
+    assert found["score"] == pytest.approx(offline()[passed()].score, abs=1e-5)
+    assert set(found) >= {"score", "probability", "beliefs", "threshold", "decision"}
+
+
+def test_a_flagged_chat_is_refused_and_its_generation_stopped(served):
+    server = Server(stream_parts=8)
+    answer = served(server, body=chat(flagged(), stream=True))
+    assert SAID not in answer.text
+    assert '"finish_reason": "content_filter"' in answer.text
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert '"flagged": true' in answer.text.split("\n\n")[0]
+    assert server.stopped
+
+
+def test_a_flagged_chat_that_is_not_streamed(served):
+    answer = served(Server(), body=chat(flagged()))
+    choice = answer.json()["choices"][0]
+    assert choice["finish_reason"] == "content_filter"
+    assert choice["message"]["refusal"] == choice["message"]["content"] != SAID
+    assert answer.json()["latentguard"]["flagged"] is True
+
+
+def test_a_streamed_chat_has_its_verdict_in_the_first_event(served):
+    answer = served(Server(), body=chat(passed(), stream=True))
+    first, *rest = answer.text.split("\n\n")
+    assert json.loads(first.removeprefix("data: "))["latentguard"]["flagged"] is False
+    assert "latentguard" not in "".join(rest)
+    assert answer.text.count(SAID) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("read", ["nothing", "nan"])
+@pytest.mark.parametrize("policy", ["block", "annotate"])
+def test_a_chat_without_a_score_is_never_answered(served, stream, read, policy):
+    answer = served(Server(read=read), body=chat(passed(), stream=stream), policy=policy)
+    assert answer.status_code == 503
+    assert SAID not in answer.text
+
+
+def test_other_tokens_than_those_laid_out_are_an_error(served):
+    answer = served(Server(read="other"), body=chat(passed()))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "unreadable_prompt"
+
+
+def test_annotate_answers_what_is_flagged_or_unreadable(served):
+    answer = served(Server(), body=chat(flagged()), policy="annotate")
+    assert answer.json()["latentguard"]["flagged"] is True
+    assert answer.json()["choices"][0]["message"]["content"] == SAID
+    answer = served(Server(read="other"), body=chat(passed()), policy="annotate")
+    assert answer.json()["latentguard"] == {"error": "unreadable_prompt"}
+
+
+def test_what_a_client_sends_as_transfer_parameters_is_dropped(served):
+    server = Server()
+    forged = {"latentguard": {"to": "x", "key": "y", "ids": "z", "at": [0]}, "do_remote_prefill": 1}
+    body = chat(passed(), kv_transfer_params=forged, vllm_xargs={"kv_transfer_params": "x"})
+    assert served(server, body=body).status_code == 200
+    assert set(server.seen[0]["kv_transfer_params"]) == {"latentguard"}
+    assert server.seen[0]["kv_transfer_params"]["latentguard"]["to"] != "x"
+    assert "vllm_xargs" not in server.seen[0]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/chat/completions/batch",
+        "/v1/chat/completions/",
+        "/V1/chat/completions",
+        "/v1/chat/completions/render",
+        "/inference/v1/generate",
+        "/generative_scoring",
+        "/invocations",
+        "/v1/audio/transcriptions",
+        "/v2/chat",
+        "/collective_rpc",
+        "/update_weights",
+        "/v1/load_lora_adapter",
+        "/a/route/of/tomorrow",
+    ],
+)
+def test_every_other_route_is_closed(served, path):
+    answer = served(Server(), path, chat(passed()))
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == "route_not_guarded"
+
+
+@pytest.mark.parametrize("path", ["/health", "/version", "/v1/models", "/metrics"])
+def test_what_generates_nothing_is_open(served, path):
+    assert served(Server(), path, method="GET").json() == {"route": "open"}
+
+
+@pytest.mark.parametrize("path", ["/v1/responses/id", "/v1/models/x", "/v1/chat/completions"])
+def test_other_things_to_get_are_closed(served, path):
+    assert served(Server(), path, method="GET").status_code == 403
+
+
+def test_a_web_socket_is_closed_before_it_opens():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(
+        GuardMiddleware(Server())({"type": "websocket", "path": "/v1/realtime"}, None, send)
+    )
+    assert [m["type"] for m in sent] == ["websocket.close"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": []},
+        {"messages": "text"},
+        {"model": "m"},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"messages": [{"role": "assistant", "content": "hello"}]},
+        {"messages": [{"role": "user", "content": ""}]},
+        chat("hello", use_beam_search=True),
+        ["no object"],
+    ],
+)
+def test_what_the_guard_cannot_read_is_an_error_of_the_client(served, body):
+    server = Server()
+    answer = served(server, body=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert server.seen == []
+
+
+def test_an_error_of_the_server_is_handed_on(served):
+    answer = served(Server(status=422), body=chat(passed()))
+    assert (answer.status_code, answer.json()["error"]["message"]) == (422, "no")
+
+
+def test_another_tokenizer_closes_every_chat(monkeypatch, caplog):
+    from latentguard.errors import ModelMismatch
+    from model.families import FAMILIES
+
+    async def go():
+        with pytest.raises(ModelMismatch, match="template"):
+            Gate(tiny_guard(), FAMILIES["llama-3"].tokenizer)
+
+    asyncio.run(go())
+
+
+def test_a_guard_that_does_not_fit_closes_every_chat(served, monkeypatch):
+    from latentguard.errors import ModelMismatch
+
+    async def opened(state):
+        raise ModelMismatch("other weights")
+
+    monkeypatch.setattr(module, "open_gate", opened)
+    answer = served(Server(), body=chat(passed()))
+    assert answer.status_code == 503
+    assert "weights" not in answer.text
+
+
+def test_canaries_that_moved_stop_the_gate(monkeypatch):
+    pytest.importorskip("vllm")
+
+    class Engine:
+        async def generate(self, tokens, how, request_id):
+            ask = Ask.found_in(how)
+            post([(ask, [1e3] * len(ask.at))])
+            yield None
+
+    async def go():
+        from latentguard.errors import ModelMismatch
+
+        gate = Gate(replace(tiny_guard()), tiny_model().tokenizer)
+        with pytest.raises(ModelMismatch, match="canary"):
+            await gate.check(Engine())
+        gate.close()
+
+    asyncio.run(go())

@@ -1,0 +1,161 @@
+"""Which slots are read, which are forgotten; with a scheduler's output made by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentguard.integrations.vllm.asking import Ask, digest_ids
+from latentguard.integrations.vllm.slots import Ledger, SlotScores
+
+BLOCK = 4
+
+
+def ask(ids, *at):
+    return Ask("box", "key", digest_ids(ids), at)
+
+
+def scheduled(new=(), old=(), done=(), copies=None):
+    """New: name, ids, blocks, computed, tokens, ask; old: name, blocks, computed, tokens."""
+    return SimpleNamespace(
+        finished_req_ids=set(done),
+        scheduled_new_reqs=[
+            SimpleNamespace(
+                req_id=name,
+                prompt_token_ids=ids,
+                block_ids=(blocks,),
+                num_computed_tokens=computed,
+                sampling_params=SimpleNamespace(
+                    extra_args={"kv_transfer_params": asked.params} if asked else None
+                ),
+            )
+            for name, ids, blocks, computed, _, asked in new
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[row[0] for row in old],
+            new_block_ids=[(row[1],) if row[1] is not None else None for row in old],
+            num_computed_tokens=[row[2] for row in old],
+            resumed_req_ids={row[0] for row in old if len(row) > 4},
+        ),
+        num_scheduled_tokens={row[0]: row[4] for row in new} | {row[0]: row[3] for row in old},
+        kv_cache_block_copies=copies,
+    )
+
+
+IDS = list(range(10))
+
+
+def test_a_prompt_in_one_step():
+    step = Ledger(BLOCK).step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, ask(IDS, 6, 9))]))
+    assert step.fresh == (7, 3, 5)
+    assert [due.slots for due in step.due] == [(3 * 4 + 2, 5 * 4 + 1)]
+
+
+def test_a_prompt_in_chunks_is_due_with_its_last_token():
+    ledger = Ledger(BLOCK)
+    first = ledger.step(scheduled(new=[("a", IDS, [7, 3], 0, 6, ask(IDS, 5, 9))]))
+    assert (first.fresh, first.due) == ((7, 3), ())
+    second = ledger.step(scheduled(old=[("a", [5], 6, 4)]))
+    assert second.fresh == (5,)
+    assert [due.slots for due in second.due] == [(3 * 4 + 1, 5 * 4 + 1)]
+    after = ledger.step(scheduled(old=[("a", None, 10, 1)]))
+    assert (after.fresh, after.due) == ((), ())
+
+
+def test_cache_hits_keep_what_they_hold():
+    step = Ledger(BLOCK).step(scheduled(new=[("a", IDS, [7, 3, 5], 8, 2, ask(IDS, 6, 9))]))
+    assert step.fresh == (5,)
+    assert [due.slots for due in step.due] == [(3 * 4 + 2, 5 * 4 + 1)]
+
+
+def test_a_preempted_request_reads_its_new_blocks():
+    ledger = Ledger(BLOCK)
+    ledger.step(scheduled(new=[("a", IDS, [7, 3], 0, 6, ask(IDS, 5, 9))]))
+    back = ledger.step(scheduled(old=[("a", [8, 2, 9], 4, 6, "resumed")]))
+    assert back.fresh == (2, 9)  # block 8 was a hit
+    assert [due.slots for due in back.due] == [(2 * 4 + 1, 9 * 4 + 1)]
+
+
+def test_a_preempted_request_may_come_as_a_new_one():
+    ledger = Ledger(BLOCK)
+    ledger.step(scheduled(new=[("a", IDS, [7, 3], 0, 6, ask(IDS, 9))]))
+    back = ledger.step(scheduled(new=[("a", IDS, [8, 2, 9], 0, 10, ask(IDS, 9))]))
+    assert back.fresh == (8, 2, 9)
+    assert [due.slots for due in back.due] == [(9 * 4 + 1,)]
+
+
+def test_a_request_without_a_question_still_takes_its_blocks():
+    step = Ledger(BLOCK).step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, None)]))
+    assert (step.fresh, step.due) == ((7, 3, 5), ())
+
+
+@pytest.mark.parametrize("ids", [[*IDS[:-1], 77], [*IDS, 1], IDS[1:]])
+def test_other_tokens_than_those_asked_about_are_refused(ids):
+    step = Ledger(BLOCK).step(scheduled(new=[("a", ids, [7, 3, 5], 0, len(ids), ask(IDS, 9))]))
+    assert [one.key for one in step.refused] == ["key"]
+    assert step.due == ()
+
+
+def test_an_aborted_request_is_forgotten():
+    ledger = Ledger(BLOCK)
+    ledger.step(scheduled(new=[("a", IDS, [7, 3], 0, 6, ask(IDS, 9))]))
+    ledger.step(scheduled(done=["a"]))
+    step = ledger.step(scheduled(new=[("b", IDS, [3, 7, 5], 0, 10, ask(IDS, 9))]))
+    assert step.fresh == (3, 7, 5)
+
+
+def test_copied_blocks_take_their_scores_along():
+    pair = SimpleNamespace(src_block_id=1, dst_block_id=2)
+    step = Ledger(BLOCK).step(
+        scheduled(new=[("a", IDS[:8], [1, 2], 6, 2, ask(IDS[:8], 7))], copies=[pair])
+    )
+    assert step.copies == ((1, 2),)
+    scores = SlotScores(12, 1, BLOCK, torch.device("cpu"))
+    scores.write(torch.arange(4, 8), torch.ones(4, 1))
+    scores.forget(step.fresh)
+    scores.copy(step.copies)
+    assert scores.read([8]) == [1.0]
+
+
+def test_slots_are_unknown_until_written_and_again_once_forgotten():
+    scores = SlotScores(12, 2, BLOCK, torch.device("cpu"))
+    assert scores.read([0, 11]) != scores.read([0, 11])  # NaN
+    scores.write(torch.tensor([5, -1, 11]), torch.tensor([[1.0, 2], [8, 8], [3, 4]]))
+    assert scores.read([5, 11]) == [1.0, 4.0]
+    assert all(v != v for v in scores.read([0, 10]))  # padding went nowhere
+    scores.forget([1])
+    assert scores.read([5])[0] != scores.read([5])[0]
+    assert scores.read([11, 11]) == [3.0, 4.0]
+
+
+@given(st.data())
+def test_a_slot_that_is_read_holds_what_was_last_computed_there(data):
+    """Random traffic over few blocks: each read value is of the right request and token, or NaN."""
+    ledger, scores = Ledger(BLOCK), SlotScores(8 * BLOCK, 1, BLOCK, torch.device("cpu"))
+    free, held, skip = list(range(8)), {}, data.draw(st.booleans())
+    for number in range(data.draw(st.integers(1, 12))):
+        if held and data.draw(st.booleans()):
+            name = data.draw(st.sampled_from(sorted(held)))
+            free += held.pop(name)
+            done = [name]
+        else:
+            done = []
+        size = data.draw(st.integers(1, 3))
+        if len(free) < size:
+            continue
+        blocks = [free.pop(data.draw(st.integers(0, len(free) - 1))) for _ in range(size)]
+        ids = list(range(number * 100, number * 100 + size * BLOCK))
+        asked = ask(ids, len(ids) - 1)
+        step = ledger.step(
+            scheduled(new=[(f"r{number:02}", ids, blocks, 0, len(ids), asked)], done=done)
+        )
+        held[f"r{number:02}"] = blocks
+        scores.forget(step.fresh)
+        written = not (skip and number % 2)
+        if written:  # else scoring is off: what was there before must not be read
+            slots = [b * BLOCK + k for b in blocks for k in range(BLOCK)]
+            scores.write(torch.tensor(slots), torch.tensor(ids).float()[:, None])
+        value = scores.read(step.due[0].slots)[0]
+        assert value == ids[-1] if written else value != value
