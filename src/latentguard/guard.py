@@ -199,10 +199,7 @@ class LatentGuard(Contents):
         return self.readout(fitting.slots(part, self.reading.positions)).double()
 
     def judge(self, states: States, evidence: Sequence[Evidence] = ()) -> Iterator[Verdict]:
-        """Verdicts for states captured at ``positions`` and at least the readout's layers.
-
-        ``evidence`` is that of a trace, of which ``states`` is the last row; it makes the score.
-        """
+        """Verdicts for states at ``positions`` and the readout's layers; evidence is a trace's."""
         states = states.select(self.readout.layers)
         beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
         yield from self.decide(states, self.scores(states), beliefs, evidence)

@@ -67,6 +67,12 @@ def test_a_number_that_is_missing_gives_no_verdict(guard, value):
         verdicts_of(guard, ROWS[:1], [[value] * width])
 
 
+def test_a_guard_that_reads_a_mean_is_refused(guard):
+    pooled = replace(guard, reading=replace(guard.reading, positions=("t_inst", "t_post", "mean")))
+    with pytest.raises(GuardError, match="mean over tokens"):
+        Columns.of(pooled)
+
+
 def test_a_sealed_guard_is_refused(guard):
     sealed = replace(guard, reading=replace(guard.reading, name="sealed"))
     with pytest.raises(GuardError, match="pass of its own"):

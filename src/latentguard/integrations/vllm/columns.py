@@ -43,8 +43,14 @@ class Columns:
         """Compile a guard.
 
         Raises:
-            GuardError: if it reads a changed text (``sealed``): the engine computes another.
+            GuardError: if it reads a changed text (``sealed``): the engine computes another; or a
+                mean over tokens.
         """
+        if "mean" in guard.positions:
+            raise GuardError(
+                f"A guard that reads '{guard.reading.name}' needs a mean over tokens, which the "
+                "engine does not keep; fit one with --reading span."
+            )
         if guard.reading.name == "sealed":
             raise GuardError(
                 "A guard that reads 'sealed' changes the prompt and needs a pass of its own, so it "
