@@ -127,7 +127,7 @@ def test_what_a_client_sends_as_transfer_parameters_changes_nothing(client, serv
 def test_every_route_that_the_server_has_is_guarded_or_closed(served):
     """From the server's own description, so that a new vLLM's routes are seen."""
     url, verdicts = served
-    paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+    paths = httpx.get(f"{url}/openapi.json", timeout=600).json()["paths"]
     assert "/v1/completions" in paths
     text = sides(verdicts)[1][0]
     body = {
@@ -139,7 +139,7 @@ def test_every_route_that_the_server_has_is_guarded_or_closed(served):
     for path in paths:
         if path in ("/v1/chat/completions", "/tokenize", "/detokenize", "/ping"):
             continue
-        answer = httpx.post(f"{url}{path}", json=body)
+        answer = httpx.post(f"{url}{path}", json=body, timeout=600)
         assert answer.status_code in (403, 405), (path, answer.text)
 
 
