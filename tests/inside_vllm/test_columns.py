@@ -17,7 +17,9 @@ from latentguard.windows import Windows
 ROWS = [replace(p, refused=p.harmful) for p in load_contrast("train") if p.pair][:60]
 
 
-@pytest.fixture(scope="module", params=[("span", "linear"), ("t_inst", "centroid")])
+@pytest.fixture(
+    scope="module", params=[("pooled", "linear"), ("span", "linear"), ("t_inst", "centroid")]
+)
 def guard(model, request):
     reading, readout = request.param
     return LatentGuard.fit(model, ROWS, reading=reading, readout=readout)
@@ -67,8 +69,8 @@ def test_a_number_that_is_missing_gives_no_verdict(guard, value):
         verdicts_of(guard, ROWS[:1], [[value] * width])
 
 
-def test_a_guard_that_reads_a_mean_is_refused(guard):
-    pooled = replace(guard, reading=replace(guard.reading, positions=("t_inst", "t_post", "mean")))
+def test_a_centroid_of_a_mean_is_refused(model):
+    pooled = LatentGuard.fit(model, ROWS, reading="pooled", readout="centroid")
     with pytest.raises(GuardError, match="mean over tokens"):
         Columns.of(pooled)
 

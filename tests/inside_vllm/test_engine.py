@@ -42,7 +42,7 @@ def stop(model):
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", "span", "linear", True), ("qwen2", "span", "centroid", False)],
+    params=[("llama", "pooled", "linear", True), ("qwen2", "span", "centroid", False)],
     ids=lambda p: "-".join(map(str, p)),
 )
 def fitted(request, tmp_path_factory):

@@ -50,7 +50,7 @@ IDS = list(range(10))
 def test_a_prompt_in_one_step():
     step = Ledger(BLOCK).step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, ask(IDS, 6, 9))]))
     assert step.fresh == (7, 3, 5)
-    assert [due.slots for due in step.due] == [(3 * 4 + 2, 5 * 4 + 1)]
+    assert [due.slots for due in step.due] == [((3 * 4 + 2,), (5 * 4 + 1,))]
 
 
 def test_a_prompt_in_chunks_is_due_with_its_last_token():
@@ -59,7 +59,7 @@ def test_a_prompt_in_chunks_is_due_with_its_last_token():
     assert (first.fresh, first.due) == ((7, 3), ())
     second = ledger.step(scheduled(old=[("a", [5], 6, 4)]))
     assert second.fresh == (5,)
-    assert [due.slots for due in second.due] == [(3 * 4 + 1, 5 * 4 + 1)]
+    assert [due.slots for due in second.due] == [((3 * 4 + 1,), (5 * 4 + 1,))]
     after = ledger.step(scheduled(old=[("a", None, 10, 1)]))
     assert (after.fresh, after.due) == ((), ())
 
@@ -67,7 +67,7 @@ def test_a_prompt_in_chunks_is_due_with_its_last_token():
 def test_cache_hits_keep_what_they_hold():
     step = Ledger(BLOCK).step(scheduled(new=[("a", IDS, [7, 3, 5], 8, 2, ask(IDS, 6, 9))]))
     assert step.fresh == (5,)
-    assert [due.slots for due in step.due] == [(3 * 4 + 2, 5 * 4 + 1)]
+    assert [due.slots for due in step.due] == [((3 * 4 + 2,), (5 * 4 + 1,))]
 
 
 def test_a_preempted_request_reads_its_new_blocks():
@@ -75,7 +75,7 @@ def test_a_preempted_request_reads_its_new_blocks():
     ledger.step(scheduled(new=[("a", IDS, [7, 3], 0, 6, ask(IDS, 5, 9))]))
     back = ledger.step(scheduled(old=[("a", [8, 2, 9], 4, 6, "resumed")]))
     assert back.fresh == (2, 9)  # block 8 was a hit
-    assert [due.slots for due in back.due] == [(2 * 4 + 1, 9 * 4 + 1)]
+    assert [due.slots for due in back.due] == [((2 * 4 + 1,), (9 * 4 + 1,))]
 
 
 def test_a_preempted_request_may_come_as_a_new_one():
@@ -83,7 +83,7 @@ def test_a_preempted_request_may_come_as_a_new_one():
     ledger.step(scheduled(new=[("a", IDS, [7, 3], 0, 6, ask(IDS, 9))]))
     back = ledger.step(scheduled(new=[("a", IDS, [8, 2, 9], 0, 10, ask(IDS, 9))]))
     assert back.fresh == (8, 2, 9)
-    assert [due.slots for due in back.due] == [(9 * 4 + 1,)]
+    assert [due.slots for due in back.due] == [((9 * 4 + 1,),)]
 
 
 def test_a_request_without_a_question_still_takes_its_blocks():
@@ -116,18 +116,18 @@ def test_copied_blocks_take_their_scores_along():
     scores.write(torch.arange(4, 8), torch.ones(4, 1))
     scores.forget(step.fresh)
     scores.copy(step.copies)
-    assert scores.read([8]) == [1.0]
+    assert scores.read([[8]]) == [1.0]
 
 
 def test_slots_are_unknown_until_written_and_again_once_forgotten():
     scores = SlotScores(12, 2, BLOCK, torch.device("cpu"))
-    assert scores.read([0, 11]) != scores.read([0, 11])  # NaN
+    assert scores.read([[0], [11]]) != scores.read([[0], [11]])  # NaN
     scores.write(torch.tensor([5, -1, 11]), torch.tensor([[1.0, 2], [8, 8], [3, 4]]))
-    assert scores.read([5, 11]) == [1.0, 4.0]
-    assert all(v != v for v in scores.read([0, 10]))  # padding went nowhere
+    assert scores.read([[5], [11]]) == [1.0, 4.0]
+    assert all(v != v for v in scores.read([[0], [10]]))  # padding went nowhere
     scores.forget([1])
-    assert scores.read([5])[0] != scores.read([5])[0]
-    assert scores.read([11, 11]) == [3.0, 4.0]
+    assert scores.read([[5]])[0] != scores.read([[5]])[0]
+    assert scores.read([[11], [11]]) == [3.0, 4.0]
 
 
 @given(st.data())
@@ -159,3 +159,15 @@ def test_a_slot_that_is_read_holds_what_was_last_computed_there(data):
             scores.write(torch.tensor(slots), torch.tensor(ids).float()[:, None])
         value = scores.read(step.due[0].slots)[0]
         assert value == ids[-1] if written else value != value
+
+
+def test_a_column_that_averages_reads_every_slot_of_its_span():
+    asked = Ask("box", "key", digest_ids(IDS), (6, 9), (2, 9))
+    step = Ledger(BLOCK).step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, asked)]))
+    slots = tuple(7 * 4 + k for k in (2, 3)) + tuple(3 * 4 + k for k in range(3))
+    assert step.due[0].slots == (slots, (5 * 4 + 1,))
+    scores = SlotScores(40, 2, BLOCK, torch.device("cpu"))
+    scores.write(torch.tensor([*slots[1:], 21]), torch.arange(10.0).reshape(5, 2))
+    assert scores.read(step.due[0].slots)[0] != scores.read(step.due[0].slots)[0]  # one is unknown
+    scores.write(torch.tensor(slots[:1]), torch.tensor([[10.0, 0.0]]))
+    assert scores.read(step.due[0].slots) == pytest.approx([(0 + 2 + 4 + 6 + 10) / 5, 9.0])

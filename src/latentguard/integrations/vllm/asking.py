@@ -19,7 +19,7 @@ import torch
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.integrations.vllm.columns import totals
-from latentguard.model.layout import Layout
+from latentguard.model.layout import Layout, spans_of
 from latentguard.parts import Part, Verdict
 from latentguard.prompts import Prompt
 from latentguard.states import States
@@ -46,7 +46,16 @@ class Ask:
     """Digest of the prompt's tokens."""
 
     at: tuple[int, ...]
-    """Index of the token that each column is read at."""
+    """Index of the token that each column is read at, or the last one of those averaged."""
+
+    starts: tuple[int, ...] = ()
+    """Index of the first token that each column averages; none: ``at``."""
+
+    @property
+    def spans(self) -> list[range]:
+        """The tokens of each column."""
+        starts = self.starts or self.at
+        return [range(first, last + 1) for first, last in zip(starts, self.at, strict=True)]
 
     @property
     def params(self) -> dict[str, Any]:
@@ -58,7 +67,9 @@ class Ask:
         """The question that came with a request; None if there is none."""
         params = (getattr(sampling, "extra_args", None) or {}).get("kv_transfer_params")
         found = params.get(FIELD) if isinstance(params, dict) else None
-        return Ask(**(found | {"at": tuple(found["at"])})) if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            return None
+        return Ask(**(found | {k: tuple(found.get(k, ())) for k in ("at", "starts")}))
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,8 @@ def digest_ids(ids: Sequence[int]) -> str:
 
 def ask_about(layout: Layout, positions: Sequence[str], mailbox: Any) -> Ask:
     """The question about a prompt: each column at its position."""
-    at = tuple(layout.index(position) for position in positions)
-    return Ask(mailbox.path, mailbox.key(), digest_ids(layout.ids), at)
+    starts, at = zip(*spans_of(layout, positions), strict=True)
+    return Ask(mailbox.path, mailbox.key(), digest_ids(layout.ids), at, starts)
 
 
 def verdicts_of(

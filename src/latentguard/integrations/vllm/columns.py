@@ -2,7 +2,8 @@
 
 A readout sums over positions and layers, and an axis over layers, so both split into one number for
 each position: ``column_c(token) = sum_l f_c(h_l) . weight_lc``. A guard with p positions and a axes
-has c = p + a columns; no hidden state needs to be kept.
+has c = p + a columns; no hidden state needs to be kept. What a linear readout makes of a mean over
+tokens is the mean of what it makes of each.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ class Columns:
         """Compile a guard.
 
         Raises:
-            GuardError: if it reads a changed text (``sealed``): the engine computes another; or a
-                mean over tokens.
+            GuardError: if it reads a changed text (``sealed``): the engine computes another; or the
+                cosines of a mean, which are no mean of cosines.
         """
-        if "mean" in guard.positions:
+        if guard.readout.kind == "centroid" and "mean" in guard.reading.positions:
             raise GuardError(
-                f"A guard that reads '{guard.reading.name}' needs a mean over tokens, which the "
-                "engine does not keep; fit one with --reading span."
+                "A centroid readout of a mean over tokens cannot be put together from what each "
+                "token adds; fit a linear one, or with --reading span."
             )
         if guard.reading.name == "sealed":
             raise GuardError(

@@ -45,10 +45,11 @@ class SlotScores:
         where = torch.where(slots < 0, len(self._rows) - 1, slots.long())
         self._rows.index_copy_(0, where, values[: len(where)])
 
-    def read(self, slots: Sequence[int]) -> list[float]:
-        """Each column at its slot; NaN where nothing was written."""
-        rows = torch.tensor(slots, device=self._rows.device)
-        return [float(v) for v in self._rows[rows, torch.arange(len(slots))].cpu()]
+    def read(self, slots: Sequence[Sequence[int]]) -> list[float]:
+        """The mean of each column over its slots; NaN where one was not written."""
+        flat = torch.tensor([slot for own in slots for slot in own], device=self._rows.device)
+        rows = self._rows[flat].cpu().split([len(own) for own in slots])
+        return [float(own[:, column].mean()) for column, own in enumerate(rows)]
 
     def _whole(self) -> Float[Tensor, "blocks slots c"]:
         return self._rows[:-1].view(-1, self.block, self._rows.shape[1])
@@ -59,8 +60,8 @@ class Due:
     """A prompt that is computed whole in this step."""
 
     ask: Ask
-    slots: tuple[int, ...]
-    """Where each column is read."""
+    slots: tuple[tuple[int, ...], ...]
+    """Where each column is read; several are averaged."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,10 @@ class Ledger:
         if request.ask is None or not computed < request.length <= after:
             return []
         size = self._block
-        slots = (request.blocks[i // size] * size + i % size for i in request.ask.at)
+        slots = (
+            tuple(request.blocks[i // size] * size + i % size for i in span)
+            for span in request.ask.spans
+        )
         return [Due(request.ask, tuple(slots))]
 
     @staticmethod
