@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ class SlotScores:
     def read(self, slots: Sequence[Sequence[int]]) -> list[float]:
         """The mean of each column over its slots; NaN where one was not written."""
         flat = torch.tensor([slot for own in slots for slot in own], device=self._rows.device)
-        rows = self._rows[flat].cpu().split([len(own) for own in slots])
-        return [float(own[:, column].mean()) for column, own in enumerate(rows)]
+        rows, ends = self._rows[flat].cpu(), [0, *accumulate(len(own) for own in slots)]
+        return [float(rows[a:b, column].mean()) for column, (a, b) in enumerate(pairwise(ends))]
 
     def _whole(self) -> Float[Tensor, "blocks slots c"]:
         return self._rows[:-1].view(-1, self.block, self._rows.shape[1])
