@@ -33,7 +33,9 @@ VERBS = {
 def model(tmp_path_factory, tokenizer):
     """A model folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    chat_model("llama", tokenizer).model.save_pretrained(folder)
+    llama = chat_model("llama", tokenizer).model
+    llama.config.max_position_embeddings = 2048  # this tokenizer makes the built-in prompts long
+    llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -179,7 +181,7 @@ class TestFit:
         code, _, err = lg("fit", "--model", model, "--out", tmp_path / "g", "--contrast", *rule)
         made = record(tmp_path / "g")
         assert code == 0
-        assert (made["fitted"]["harmful"], made["fitted"]["harmless"]) == (423, 582)
+        assert (made["fitted"]["harmful"], made["fitted"]["harmless"]) == (1250, 1649)
         assert made["fitted"]["sources"] == ["contrast"]
         assert (made["reading"]["name"], made["readout"]["kind"]) == ("t_inst", "centroid")
         assert made["readout"]["layers"] == [1, 2, 3, 4]
