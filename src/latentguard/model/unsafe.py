@@ -85,7 +85,9 @@ IN_PARTS = (
 class GuardModel(ChatModel):
     """A baseline guard model (implements ``subject.Unsafe``); ``GuardModel.load`` is usual."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, source: str = "") -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, source: str = "", quantized: str = ""
+    ) -> None:
         """Wrap a loaded model.
 
         Raises:
@@ -94,7 +96,7 @@ class GuardModel(ChatModel):
         """
         self.family, templates = _recognised(tokenizer, source)
         asked = [_with_template(tokenizer, template) for template in templates]
-        super().__init__(model, asked[0], source=source)
+        super().__init__(model, asked[0], source=source, quantized=quantized)
         self.strict = True
         """Whether a verdict between safe and unsafe counts as unsafe."""
 
