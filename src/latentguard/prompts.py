@@ -53,9 +53,6 @@ class Prompt:
     category: str | None = None
     """Risk category."""
 
-    slice: str | None = None
-    """Which part of the traffic it belongs to: a language, a product, a client."""
-
     source: str | None = None
     """Where the text comes from."""
 
@@ -67,6 +64,9 @@ class Prompt:
 
     question_at: int | None = None
     """Where in ``text`` the inversion question begins (section 3.5); None if there is none."""
+
+    slice: str | None = None
+    """Which part of the traffic it belongs to: a language, a product, a client."""
 
     @property
     def group(self) -> Group | None:

@@ -8,7 +8,7 @@ def check(chromium, path, width, scheme):
     page.on("console", lambda message: logged.append(message.text))
     page.on("pageerror", lambda error: logged.append(str(error)))
     page.on("request", lambda request: fetched.append(request.url))
-    page.goto(path.as_uri())
+    page.goto(path.as_uri(), timeout=120_000)  # megabytes of figures, on a busy machine
     page.wait_for_function(DRAWN, timeout=60_000)
     assert logged == []
     assert [url for url in fetched if not url.startswith(("file:", "data:", "blob:"))] == []

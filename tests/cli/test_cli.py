@@ -182,7 +182,7 @@ class TestFit:
         made = record(tmp_path / "g")
         assert code == 0
         assert (made["fitted"]["harmful"], made["fitted"]["harmless"]) == (1250, 1649)
-        assert made["fitted"]["sources"] == ["contrast"]
+        assert made["fitted"]["sources"] == ["contrast", "traffic"]
         assert (made["reading"]["name"], made["readout"]["kind"]) == ("t_inst", "centroid")
         assert made["readout"]["layers"] == [1, 2, 3, 4]
         assert "Warning" not in err

@@ -112,21 +112,24 @@ def test_too_long_a_prompt_says_so(model):
         read(model, Prompt("word " * 600, id="huge"))
 
 
-def test_no_hook_is_left_and_nothing_of_the_sequence(model):
-    def hooks():  # transformers leaves its own where another test asked for hidden states
-        return [(*block._forward_hooks, *block._forward_pre_hooks) for block in model.blocks]
+def hooks(model):
+    """Transformers leaves its own where another test asked for hidden states."""
+    return [(*block._forward_hooks, *block._forward_pre_hooks) for block in model.blocks]
 
-    before = hooks()
+
+def test_no_hook_is_left_and_nothing_of_the_sequence(model):
+    before = hooks(model)
     trace = read(model, LONG)
     assert trace.states.values.shape == (1, len(POSITIONS), 2, 32)
     assert trace.turns[0].scores.ndim == 1
-    assert hooks() == before
+    assert hooks(model) == before
 
 
 def test_an_error_leaves_no_hook(model):
+    before = hooks(model)
     with pytest.raises(RuntimeError, match="size"):
         read(model, LONG, Readout("linear", (2,), torch.zeros(1, 5), 0.0))
-    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+    assert hooks(model) == before
 
 
 def test_count_is_of_the_own_text(model):

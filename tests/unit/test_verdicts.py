@@ -64,7 +64,7 @@ class TestAWholeRun:
         rows = [json.loads(line) for line in whole.splitlines()]
         assert [row["id"] for row in rows] == [p.id for p in prompts]
         verdicts = list(guard.scan(FakeBackend(), prompts))
-        assert rows == [asdict(v) for v in verdicts]
+        assert rows == [json.loads(json.dumps(asdict(v))) for v in verdicts]
         assert list(rows[0])[:5] == ["id", "score", "probability", "flagged", "beliefs"]
 
     def test_no_text_of_a_prompt_is_written(self, whole):
@@ -97,7 +97,7 @@ class TestAWholeRun:
 
     def test_a_line(self, guard):
         verdict = next(guard.scan(FakeBackend(), ["good"]))
-        assert json.loads(line_of(verdict)) == asdict(verdict)
+        assert json.loads(line_of(verdict)) == json.loads(json.dumps(asdict(verdict)))
         assert "\n" not in line_of(verdict)
 
 

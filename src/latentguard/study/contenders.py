@@ -17,7 +17,7 @@ from latentguard.axes import Axis
 from latentguard.guard import LatentGuard
 from latentguard.metrics import smallest_n
 from latentguard.prompts import Prompt
-from latentguard.readings import DEFAULT, Reading
+from latentguard.readings import Reading
 from latentguard.states import Progress, States, digest_prompts
 from latentguard.study.material import Material, is_fit_side, kept, spread
 from latentguard.study.rules import Rule, Scores, belief_rule, control_rules
@@ -145,9 +145,9 @@ def unsafe_scores(subject: Subject, prompts: Sequence[Prompt], what: str) -> dic
 
 
 def _linear(subject: Subject, states: States, calibration: Sequence[Prompt]) -> Rule:
-    """The guard that ``latentguard fit`` makes; its threshold is calibrated if that is possible."""
+    """The linear readout of ``span``; its threshold is calibrated if that is possible."""
     backend = _Remembered(subject)
-    guard = LatentGuard.from_states(backend, states, Reading.of(DEFAULT, backend.post))
+    guard = LatentGuard.from_states(backend, states, Reading.of("span", backend.post))
     if len(calibration) < smallest_n(MAX_FPR):
         return lambda states: np.array([[v.probability - 0.5 for v in guard.judge(states)]])
     ready = guard.calibrate(backend, calibration, max_fpr=MAX_FPR)
