@@ -39,7 +39,7 @@ def main() -> None:
     only = [*families(), weights.FAMILY] if options.finetune else []
     plan = Plan(tuple(load_contrast("test")), options.budget, (*only, *options.only))
     with progress("stress") as bar:
-        guard, _ = fitted_guards(model, options.out / "guard", bar.step)
+        guard, _ = fitted_guards(model, options.out / "guard", bar.step, traffic=True)
         trial = Trial(guard, model, Subject(model, Store(options.out / STORE), step=bar.step))
         report = run(trial, plan)
     report.save(options.out)

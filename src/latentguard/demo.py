@@ -65,26 +65,28 @@ def run(backend: ChatModel, guard_folder: Path, out: Path, *, step: Step) -> Pat
             summary_section(guard, name_of(backend)),
             sample_section(samples, verdicts, guard),
             *detection_sections(guard, paper, states),
-            audit_section(audit(load_contrast("train", traffic=True))),
+            audit_section(audit(load_contrast("train"))),
         ),
         provenance(guard),
     )
     return report.save(out)
 
 
-def fitted_guards(backend: ChatModel, folder: Path, step: Step) -> tuple[LatentGuard, LatentGuard]:
+def fitted_guards(
+    backend: ChatModel, folder: Path, step: Step, *, traffic: bool = False
+) -> tuple[LatentGuard, LatentGuard]:
     """The calibrated default guard and the paper's rule on the same prompts, fitted once."""
     paths = folder, folder / "paper"
     if all((path / JSON_FILE).exists() for path in paths):
         guards = [LatentGuard.load(path, backend) for path in paths]
         return guards[0], guards[1]
-    train = load_contrast("train", traffic=True)
+    train = load_contrast("train", traffic=traffic)
     reading = Reading.of(DEFAULT, backend.post)
     states = capture(backend, reading, train, progress=step("capture", len(train)))
     ours = LatentGuard.from_states(backend, states, reading, "linear")
     t_inst = Reading.of("t_inst", backend.post)
     theirs = LatentGuard.from_states(backend, states, t_inst, "centroid")
-    harmless = [p for p in load_contrast("validation", traffic=True) if not p.harmful]
+    harmless = [p for p in load_contrast("validation", traffic=traffic) if not p.harmful]
     bar = step("calibrate", len(harmless))
     ours = ours.calibrate(backend, harmless, max_fpr=MAX_FPR, progress=bar)
     theirs.save(paths[1])
@@ -140,7 +142,7 @@ def detection_sections(
     test = list(states.prompts)
     labels = np.array([bool(p.harmful) for p in test])
     ours, theirs = guard_scores(guard, states), guard_scores(paper, states)
-    words = ngram_scores(load_contrast("train", traffic=True), test)
+    words = ngram_scores(load_contrast("train"), test)
     scores = {OURS: ours, PAPER: theirs, "n-grams": words, "length": length_scores(test)}
     draws = random_direction_scores(guard, states)
     chance = float(np.mean([max(a := auroc(labels, s), 1 - a) for s in draws]))
