@@ -67,7 +67,7 @@ def main() -> None:
     guard = fitted(model, states["train"], options.states)
     words = ngram_model()
     words.fit([p.text for p in sets["train"]], [of(p) for p in sets["train"]])
-    record = dict(model=str(options.model), dtype=options.dtype, fitted=guard.fitted)
+    record = dict(model=Path(options.model).name, dtype=options.dtype, fitted=guard.fitted)
     record["naming"] = {
         "test split": naming(guard, words, states["test"], {}),
         "CatQA": naming(guard, words, states["catqa"], CATQA),

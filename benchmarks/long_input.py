@@ -300,7 +300,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     guard = LatentGuard.load(options.work / "guard")
     windows = windows_of(guard)
     return dict(
-        model=options.model,
+        model=Path(options.model).name,
         dtype=guard.fingerprint.dtype,
         guard=guard.fitted,
         windows=windows.pack()[0],

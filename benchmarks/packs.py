@@ -55,7 +55,7 @@ def main() -> None:
         print(*map(show, row), sep=" | ")
     print(json.dumps(named, indent=1))
     if options.out:
-        record = dict(model=str(options.model), dtype=options.dtype, fitted=guard.fitted)
+        record = dict(model=Path(options.model).name, dtype=options.dtype, fitted=guard.fitted)
         record |= dict(columns=table.columns, rows=table.rows, named=named)
         options.out.write_text(json.dumps(record, indent=1))
 
