@@ -43,7 +43,8 @@ def parity(
         reference = list(loaded.scan(backend, prompts, progress=bar.advance))
     del backend
     note("Starting vLLM ...")
-    engine = VllmModel.load(guard, model, **inside.ENGINE, **inside.SMALL)
+    how = inside.ENGINE | inside.SMALL | {"disable_log_stats": False}  # counts preemptions
+    engine = VllmModel.load(guard, model, **how)
     found = inside.compare(
         loaded, reference, engine, prompts, spare=lambda: inside.preemptions(engine)
     )
