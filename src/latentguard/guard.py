@@ -52,7 +52,7 @@ class LatentGuard(Contents):
         Args:
             backend: The model.
             prompts: Labelled harmful or harmless.
-            reading: ``t_inst``, ``t_post``, ``post+k``, ``sealed`` or ``span``.
+            reading: ``t_inst``, ``t_post``, ``post+k``, ``sealed``, ``span`` or ``pooled``.
             readout: ``centroid`` (the paper) or ``linear``.
             progress: Called with the number of prompts captured.
 
