@@ -59,11 +59,9 @@ def main() -> None:
 
 
 def fit(asked: argparse.Namespace) -> None:
-    """A guard with the reading ``span`` and the default readout."""
+    """A guard with the default reading and readout."""
     rows = [p for p in load_contrast("train") if p.pair][: asked.rows]
-    LatentGuard.fit(ChatModel.load(asked.model, dtype=asked.dtype), rows, reading="span").save(
-        asked.guard
-    )
+    LatentGuard.fit(ChatModel.load(asked.model, dtype=asked.dtype), rows).save(asked.guard)
 
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
