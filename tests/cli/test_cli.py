@@ -16,7 +16,7 @@ import latentguard
 from latentguard.cli import main
 from latentguard.guard import LatentGuard
 from latentguard.prompts import Prompt
-from model.architectures import chat_model
+from model.architectures import WIDE, chat_model
 
 VERBS = {
     "demo": ("--out", "--guard", "--model"),
@@ -186,6 +186,20 @@ class TestFit:
         assert (made["reading"]["name"], made["readout"]["kind"]) == ("t_inst", "centroid")
         assert made["readout"]["layers"] == [1, 2, 3, 4]
         assert "Warning" not in err
+
+    def test_quantised_weights_and_where_they_lie(self, lg, tokenizer, files, tmp_path):
+        """What the guard says of its model is how ``score`` loads it."""
+        pytest.importorskip("bitsandbytes")
+        model, out = tmp_path / "wide", tmp_path / "g"
+        chat_model("llama", tokenizer, **WIDE).model.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        train = ("--harmful", files["mixed"], "--harmless", files["harmless"])
+        code, _, err = lg("fit", "--model", model, "--out", out, *train, "--quantize", "nf4")
+        assert code == 0, err
+        assert record(out)["fingerprint"]["dtype"] == "float32/nf4"
+        code, verdicts, err = lg("score", out, files["few"], "--device-map", "auto")
+        assert code == 0, err
+        assert len(verdicts.splitlines()) == 20
 
     def test_it_warns_of_form(self, lg, model, tmp_path):
         sides = []

@@ -37,10 +37,14 @@ ARCHITECTURES = {
 """Four experts and four blocks: the list of blocks must not be confused with one of experts."""
 
 
-def chat_model(architecture, tokenizer, *, dtype=torch.float32, seed=0):
-    """A ChatModel with random weights."""
+WIDE = dict(hidden_size=64, intermediate_size=128)
+"""Matrices whose rows are as long as a block of NF4; bitsandbytes takes no shorter ones."""
+
+
+def chat_model(architecture, tokenizer, *, dtype=torch.float32, seed=0, **wanted):
+    """A ChatModel with random weights; of other sizes where they are given."""
     kind, extra = ARCHITECTURES[architecture]
-    sizes = SIZES | extra | dict(vocab_size=len(tokenizer))
+    sizes = SIZES | extra | dict(vocab_size=len(tokenizer)) | wanted
     config = getattr(transformers, kind)(**{k: v for k, v in sizes.items() if v is not None})
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)

@@ -19,7 +19,7 @@ from latentguard.model.fingerprint import reading_device, weights_digest
 from latentguard.model.generate import sweep
 from latentguard.model.hooks import decoder_blocks, read_positions
 from latentguard.model.layout import Row, alike
-from latentguard.model.loading import from_pretrained
+from latentguard.model.loading import from_pretrained, is_split
 from latentguard.model.long import trace
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Fingerprint, Intervention, Progress, States
@@ -91,7 +91,7 @@ class ChatModel:
         """
         network, tokenizer, scheme = from_pretrained(source, dtype, device, options)
         model = cls(network, tokenizer, source=str(source), quantized=scheme)
-        if scheme:
+        if hasattr(network.config, "quantization_config"):
             _ = model.fingerprint  # now: bitsandbytes packs weights anew in the first pass
         return model
 
@@ -225,9 +225,12 @@ class ChatModel:
             )
 
     def shrink(self, error: Exception, tokens: int, rows: int) -> None:
-        """Halve the token budget if memory ran out; anything else, or a lone prompt, is raised."""
+        """Halve the token budget if memory ran out; anything else, or a lone prompt, is raised.
+
+        So is the error of a model that is split: the other processes wait for this very batch.
+        """
         memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not memory or rows == 1:
+        if not memory or rows == 1 or is_split(self.model):
             raise error
         self.tokens_per_batch = max(1, min(tokens, self.tokens_per_batch) // 2)
         if torch.cuda.is_available():

@@ -11,11 +11,11 @@ from torch import nn
 from latentguard.errors import ModelError
 from latentguard.model.sources import resolve
 
-PLACING = {"device_map", "distributed_config", "quantization_config", "tp_plan"}
+PLACING = {"device_map", "quantization_config"}
 """Options of transformers that say where the model goes."""
 
 SCHEMES = {"int8": "torchao", "nf4": "bitsandbytes"}
-"""How weights can be quantised on loading, and the package that does it ."""
+"""How weights can be quantised on loading, and the package that does it."""
 
 
 def from_pretrained(
@@ -46,7 +46,13 @@ def from_pretrained(
             f"'{source}' could not be loaded as a chat model: {reason} Expected a Hub id, a "
             "folder, a GGUF file, or 'default'."
         ) from error
-    return (model if PLACING & options.keys() else model.to(device)), tokenizer, scheme
+    placed = PLACING & options.keys() or is_split(model)
+    return (model if placed else model.to(device)), tokenizer, scheme
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether other processes have parts of its weights, as with ``tp_plan`` under torchrun."""
+    return any(hasattr(weight, "full_tensor") for weight in model.parameters())
 
 
 def quantization(scheme: str, number: torch.dtype) -> Any:
