@@ -169,12 +169,15 @@ def _categories(guard: LatentGuard) -> Categories:
 
 
 def _promise(guard: LatentGuard) -> Bound:
-    if guard.bound is None:
+    """The rate to keep; a guard that met another model has no bound, but knows what it promised."""
+    calibration = guard.part(Calibration)
+    bound = calibration.common.block if calibration else guard.bound
+    if bound is None:
         raise GuardError(
             "This guard promises no false-positive rate that could be kept; run "
             "'latentguard calibrate' first."
         )
-    return guard.bound
+    return bound
 
 
 def _require_enough(calm: Sequence[Prompt], rate: Bound, which: str) -> None:

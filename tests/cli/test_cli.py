@@ -305,6 +305,29 @@ class TestPack:
         assert (code, record(guard)["parts"]["categories"]["packs"]) == (0, {})
         assert "No packs" in lg("pack", "list", guard)[2]
 
+    def test_on_another_model(self, fails, lg, guard, files, tmp_path, tokenizer):
+        """The shift is told, and what is promised then was measured there."""
+        other = tmp_path / "other"
+        llama = chat_model("llama", tokenizer, seed=3).model
+        llama.config.max_position_embeddings = 2048
+        llama.save_pretrained(other)
+        tokenizer.save_pretrained(other)
+        calm = ["--harmless", written(tmp_path / "calm.jsonl", rows(140, "kind", start=600))]
+        before = record(self.calibrated(lg, guard, files))
+        words = self.add(guard, files, *calm, "--model", other)
+        assert "weights" in fails(*words)
+        assert record(guard) == before
+        code, out, err = lg(*words, "--allow-mismatch")
+        assert code == 0, err
+        assert "standard deviations in the mean" in err
+        assert "Nothing is promised of it here" in err
+        assert "at most 5.00% of harmless prompts" in out
+        assert record(guard)["fingerprint"]["model"] == str(other)
+        code, _, err = lg("score", guard, files["asked"])
+        assert (code, "Warning" in err) == (0, False), err
+        code, out, err = lg("pack", "remove", guard, "novel", *calm, "--allow-mismatch")
+        assert (code, "Warning" in err) == (0, False), err
+
     def test_errors_change_nothing(self, fails, lg, guard, files):
         assert "calibrate' first" in fails(*self.add(guard, files))
         before = record(self.calibrated(lg, guard, files))

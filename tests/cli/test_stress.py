@@ -81,6 +81,28 @@ def test_prompts_of_ones_own(lg, guard, tmp_path):
     assert [row[-1] for row in tables(out)["All figures"]] == ["3 + 3", "3 + 3"]
 
 
+def test_another_model_is_allowed_by_name(lg, guard, tmp_path, tokenizer):
+    other = tmp_path / "other"
+    chat_model("llama", tokenizer, seed=3).model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    kept, loaded = tmp_path / "guard", LatentGuard.load(guard)
+    calm = [p for p in load_contrast("validation") if not p.harmful]
+    own = latentguard.ChatModel.load(loaded.fingerprint.model)
+    loaded.calibrate(own, calm, max_fpr=0.05).save(kept)
+    words = ["stress", kept, "--out", tmp_path / "s", "--only", "base64", "--model", other]
+    code, _, err = lg(*words)
+    assert code == 1
+    assert "weights" in err
+    code, _, err = lg(*words, "--allow-mismatch")
+    assert code == 0, err
+    assert "standard deviations in the mean" in err
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "nothing is promised" in page
+    assert "at most 5.00%" not in page
+    report = json.loads((tmp_path / "s" / "report.json").read_text())
+    assert report["meta"]["model"]["model"] == str(other)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -112,6 +112,16 @@ def test_a_bad_configuration_is_named(lg, tmp_path, text, said):
     assert said in err
 
 
+def test_label_hands_the_device_map_to_the_loader(lg, folder, tmp_path):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps(dict(text="Name a thing.")) + "\n", encoding="utf-8")
+    words = ("label", asked, "--model", folder, "--out", tmp_path / "out.jsonl", "--device-map")
+    code, _, err = lg(*words, "nowhere")
+    assert (code, "nowhere" in err) == (1, True), err
+    assert lg(*words, "auto")[0] == 0
+    assert "refused" in json.loads((tmp_path / "out.jsonl").read_text())
+
+
 def test_a_judge_is_named_whole(lg, folder, tmp_path):
     path = tmp_path / "judge.toml"
     path.write_text("[judge]\nurl = 'http://localhost:1/v1'", encoding="utf-8")

@@ -8,7 +8,7 @@ import typer
 
 from latentguard.cli.app import app
 from latentguard.cli.console import columns_of, load_guard, note, progress, read_side
-from latentguard.cli.options import GuardFolder, Moved, TextColumn
+from latentguard.cli.options import AllowMismatch, GuardFolder, Moved, TextColumn
 
 packs = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard from examples.")
 app.add_typer(packs, name="pack")
@@ -27,17 +27,19 @@ def add(
     harmless: Harmless = None,
     text_column: TextColumn = "text",
     model: Moved = None,
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Add a category that can flag, and calibrate anew for the rate that the guard promised.
 
     Give --harmless prompts of the same kind as the examples wherever you can: half of them are
     what the examples are held against, so that the pack learns harm and not the kind of text; the
     other half calibrates. Without them a pack may flag harmless texts that resemble its examples.
-    A guard that was calibrated on your own prompts needs them.
+    A guard that was calibrated on your own prompts needs them. With --allow-mismatch the guard
+    becomes one of the model that it met: what it then promises was measured there.
     """
     from latentguard import packs
 
-    loaded, backend = load_guard(guard, model)
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
     columns = columns_of(loaded, text_column)
     given = read_side(examples, columns, harmful=True)
     calm = read_side(harmless, columns, harmful=False)
@@ -72,11 +74,12 @@ def remove(
     harmless: Harmless = None,
     text_column: TextColumn = "text",
     model: Moved = None,
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Remove a pack, and calibrate anew for the rate that the guard promised."""
     from latentguard import packs
 
-    loaded, backend = load_guard(guard, model)
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
     calm = read_side(harmless, columns_of(loaded, text_column), harmful=False)
     with progress("pack") as bar:
         changed = packs.remove(loaded, backend, name, calm, progress=bar.advance)

@@ -10,7 +10,7 @@ import typer
 
 from latentguard.cli.app import app
 from latentguard.cli.console import load_guard, progress, read_side
-from latentguard.cli.options import GuardFolder, TextColumn
+from latentguard.cli.options import AllowMismatch, GuardFolder, Moved, TextColumn
 from latentguard.contrast import load_contrast
 from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns
@@ -43,7 +43,8 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
         list[str] | None, typer.Option(help="Harmless prompts; repeatable. Give both or none.")
     ] = None,
     text_column: TextColumn = "text",
-    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+    model: Moved = None,
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Attack GUARD: changed texts, other languages, padding, changed weights; prints the report.
 
@@ -68,7 +69,7 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
     sides += read_side(harmless, columns, harmful=False)
     amount: BudgetName = "small" if budget is Amount.small else "full"
     plan = Plan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
-    loaded, backend = load_guard(guard, model)
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
     with progress("stress") as bar:
         subject = Subject(backend, Store(out / STORE), step=bar.step)
         report = run(Trial(loaded, backend, subject), plan)

@@ -10,7 +10,7 @@ import typer
 
 from latentguard.cli.app import app
 from latentguard.cli.console import load, note, progress
-from latentguard.cli.options import Dtype, Model, TextColumn
+from latentguard.cli.options import DeviceMap, Dtype, Model, TextColumn
 from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns, read_prompts
 
@@ -82,6 +82,7 @@ def label(
     model: Model = "default",
     text_column: TextColumn = "text",
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
 ) -> None:
     """Ask MODEL each prompt and mark those that it refuses (column 'refused').
 
@@ -90,7 +91,7 @@ def label(
     from latentguard.study.labels import write_labels
 
     rows = read_prompts(prompts, columns=Columns(text=text_column))
-    backend = load(model, dtype)
+    backend = load(model, dtype, device_map)
     with progress("label", len(rows)) as bar:
         counts = write_labels(backend, rows, out, progress=bar.advance)
     note(f"{out}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + ".")

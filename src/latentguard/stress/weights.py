@@ -1,13 +1,13 @@
 """Changed weights: the guard goes on reading a model that was fine-tuned or quantised under it.
 
-The guard's fingerprint is set aside for it, as by a user who allows the mismatch.
+The guard is bound to it for that, as by a user who allows the mismatch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -120,8 +120,7 @@ def look(change: Change, trial: Trial, prompts: Sequence[Prompt]) -> Seen:
 
     def compute() -> dict[str, object]:
         with change.open() as model:
-            guard = replace(trial.guard, fingerprint=model.fingerprint)
-            scores = [verdict.score for verdict in guard.scan(model, prompts)]
+            scores = [v.score for v in trial.guard.rebind(model).scan(model, prompts)]
             harmful = [p for p in prompts if p.harmful]
             replies = model.generate(harmful, max_new_tokens=SETTINGS.reply_tokens)
             refused = list(trial.subject.refused(replies))
