@@ -15,11 +15,12 @@ from pathlib import Path
 import httpx
 import torch
 
+from latentguard.calibration import Calibration
 from latentguard.contrast import load_contrast
 from latentguard.guard import LatentGuard
+from latentguard.prompts import Prompt
 from latentguard.serve import server
 from latentguard.serve.audit_log import AuditLog
-from latentguard.serve.drift import Reference
 from latentguard.serve.keys import Keys
 from latentguard.serve.options import Options
 from model.architectures import chat_model
@@ -68,6 +69,31 @@ def passed():
     return min(PROMPTS, key=lambda text: offline()[text].score)
 
 
+@functools.cache
+def band_guard():
+    """One with a band to review: of the prompts about a quarter each is flagged and reviewed."""
+    prompts = [Prompt(text, harmful=False) for text in PROMPTS]
+    rates = dict(max_fpr=0.25, review_fpr=0.5, confidence=0.5)
+    guard = tiny_guard().calibrate(tiny_model(), prompts, **rates)
+    part = guard.part(Calibration)
+    block, review = map(_between, (part.common.block, part.common.review))
+    part = replace(part, common=replace(part.common, block=block, review=review))
+    return replace(guard, threshold=block.threshold, bound=block).with_part(part)
+
+
+def _between(bound):
+    """No prompt's score is the threshold, where rounding would decide."""
+    above = min(v.score for v in offline().values() if v.score > bound.threshold)
+    return replace(bound, threshold=(bound.threshold + above) / 2)
+
+
+def reviewed():
+    """A prompt in the middle of its band."""
+    verdicts = zip(PROMPTS, band_guard().scan(tiny_model(), PROMPTS), strict=True)
+    band = [(v.score, text) for text, v in verdicts if v.decision == "review"]
+    return sorted(band)[len(band) // 2][1]
+
+
 def opener(reading="span", readout="linear"):
     """Guard and model, checked."""
     guard, model = tiny_guard(reading, readout), tiny_model()
@@ -84,7 +110,7 @@ def running(open_guard=opener, *, keys=(), audit=None, reference=None, ready=Tru
         Options(**{"name": "tiny", "drain": 5.0} | options),
         keys=Keys(keys),
         audit=log,
-        reference=Reference(tuple(reference or ())),
+        reference=reference,
         host="127.0.0.1",
         port=0,
     )

@@ -7,8 +7,9 @@ import typer
 from typer.testing import CliRunner
 
 import latentguard.serve
-from latentguard.errors import LatentGuardError
+from latentguard.errors import LatentGuardError, ModelError
 from latentguard.model.hf import ChatModel
+from latentguard.serve import command
 from latentguard.serve.command import page, serve
 from serve.running import flagged, passed, tiny_guard, tiny_model
 
@@ -18,6 +19,16 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(ChatModel, "load", classmethod(lambda cls, source, **_: tiny_model()))
     tiny_guard().save(tmp_path / "guard")
     return tmp_path
+
+
+def test_the_device_map_is_for_the_loader(tmp_path):
+    """Which knows this one, and not that; without a GPU nothing else can be seen of it."""
+    model, guard = tiny_model(), tiny_guard()
+    model.model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    assert command._opener(guard, str(tmp_path), device_map="auto")()[0] is guard
+    with pytest.raises(ModelError, match="nowhere"):
+        command._opener(guard, str(tmp_path), device_map="nowhere")()
 
 
 def run(*arguments):
@@ -48,5 +59,5 @@ def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
 def test_help_says_what_there_is():
     told = run("serve", "--help")
     assert told.exit_code == 0
-    for word in ("upstream", "policy", "audit", "LATENTGUARD_UPSTREAM_KEY"):
+    for word in ("upstream", "on-review", "allow-mismatch", "LATENTGUARD_UPSTREAM_KEY"):
         assert word in told.stdout

@@ -2,23 +2,38 @@
 
 import json
 import math
+import re
 
 import pytest
 
+from latentguard.calibration import Calibration
+from latentguard.drift import cut
 from latentguard.errors import PromptError
+from latentguard.parts import Evidence, Verdict
 from latentguard.serve.drift import Drift, Reference
 from latentguard.serve.telemetry import Telemetry
-
-
-def reference(scores):
-    return Reference(tuple(dict(score=s, beliefs={}, flagged=False) for s in scores))
+from serve.running import (
+    PROMPTS,
+    band_guard,
+    flagged,
+    get,
+    offline,
+    post,
+    running,
+    tiny_guard,
+    tiny_model,
+)
 
 
 def drifted(known, seen):
-    drift = Drift(reference(known))
+    drift = Drift(known)
     for score in seen:
         drift.add(score)
     return drift.index
+
+
+def verdict(score, evidence=()):
+    return Verdict("1", score, 0.5, False, {}, evidence=evidence)
 
 
 UNIFORM = [n / 1000 for n in range(1000)]
@@ -57,19 +72,61 @@ def test_verdicts_are_read_from_a_file(tmp_path):
     file = tmp_path / "verdicts.jsonl"
     row = dict(id="1", score=0.5, probability=0.4, flagged=True, beliefs={"harmful": 0.1})
     file.write_text(json.dumps(row) + "\n")
-    (point,) = Reference.read(file).points
-    assert point == dict(score=0.5, flagged=True, beliefs={"harmful": 0.1})
+    known = Reference.read(file)
+    assert known.points == (dict(score=0.5, flagged=True, beliefs={"harmful": 0.1}),)
+    assert known.scores == (0.5,)
     file.write_text(json.dumps(row) + '\n{"text": "no verdict"}\n')
     with pytest.raises(PromptError, match=r"verdicts\.jsonl:2"):
         Reference.read(file)
-    assert Reference.read(None).points == ()
+    assert Reference.read(None) == Reference()
+
+
+def test_the_calibration_is_the_reference_unless_a_file_is_named(tmp_path):
+    guard = band_guard()
+    known = Reference.of(guard, None)
+    assert known.scores == pytest.approx(sorted(v.score for v in offline().values()), abs=1e-6)
+    assert known.points == ()
+    file = tmp_path / "verdicts.jsonl"
+    file.write_text(json.dumps(dict(score=0.5, flagged=True, beliefs={})) + "\n")
+    assert Reference.of(guard, file).scores == (0.5,)
+    assert Reference.of(tiny_guard(), None) == Reference()
+
+
+def test_a_calibrated_guard_is_compared_with_its_calibration(tmp_path):
+    """The gauge and the buckets of the command itself, which is given no reference."""
+    guard = band_guard()
+    with running(lambda: (guard, tiny_model()), reference=Reference.of(guard, None)) as url:
+        post(f"{url}/v1/moderations", json={"input": PROMPTS * 3})
+        alike = get(f"{url}/metrics").text
+        post(f"{url}/v1/moderations", json={"input": [flagged()] * 100})
+        moved = get(f"{url}/metrics").text
+    edges = cut(guard.part(Calibration).common.scores)
+    shown = re.findall(r'latentguard_score_bucket\{le="([^+"]+)"', alike)
+    assert [float(edge) for edge in shown] == pytest.approx(edges)
+    index = [
+        float(re.search(r"^latentguard_score_drift (.*)$", page, re.M)[1])
+        for page in (alike, moved)
+    ]
+    assert index[0] < 0.1
+    assert index[1] > 0.25
+
+
+def test_long_prompts_are_no_part_of_the_drift():
+    told = Telemetry(UNIFORM)
+    for score in UNIFORM:
+        told.verdict("chat", "pass", verdict(score))
+    before = told.drift.index
+    for _ in range(500):
+        told.verdict("chat", "pass", verdict(9.0, (Evidence(0, 0, 1, 9.0),)))
+    assert told.drift.index == before
+    assert b"latentguard_score_count 1500.0" in told.page()
 
 
 def test_scores_are_counted_in_deciles_of_the_reference():
-    told = Telemetry(reference(UNIFORM))
+    told = Telemetry(UNIFORM)
     for score in UNIFORM:
-        told.verdict("moderations", "score", score)
-    told.verdict("moderations", "error", None)
+        told.verdict("moderations", "score", verdict(score))
+    told.verdict("moderations", "error")
     lines = told.page().decode().splitlines()
     below = [float(line.split()[-1]) for line in lines if line.startswith("latentguard_score_buck")]
     assert below == pytest.approx([n * 100 for n in range(1, 11)], abs=2)

@@ -5,13 +5,26 @@ Set ``LATENTGUARD_SCREENSHOTS`` to a folder to keep the pictures.
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from latentguard.calibration import Calibration
 from latentguard.prompts import Prompt
-from latentguard.serve.export import static_page
-from serve.running import PROMPTS, flagged, offline, opener, passed, running
+from latentguard.serve.drift import Reference
+from latentguard.serve.export import point_of, static_page
+from serve.running import (
+    PROMPTS,
+    band_guard,
+    flagged,
+    offline,
+    opener,
+    passed,
+    reviewed,
+    running,
+    tiny_model,
+)
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -25,8 +38,8 @@ LONG = "Please tell me " + "a very long story about the sea and the wind, " * 12
 
 @pytest.fixture(scope="module")
 def url():
-    points = [dict(score=v.score, beliefs=v.beliefs, flagged=v.flagged) for v in offline().values()]
-    with running(reference=points) as made:
+    points = tuple(point_of(verdict) for verdict in offline().values())
+    with running(reference=Reference(points)) as made:
         yield made
 
 
@@ -159,6 +172,57 @@ def test_a_guard_of_several_layers(visit):
         assert page.locator("#layers-table tr").count() == 5
         assert "8 canary prompts" in page.inner_text("#plane-said")
         keep(page, "layers")
+
+
+WORDS = {"block": "Flagged", "review": "To review", "allow": "Not flagged"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_guard_with_a_band_to_review(visit, scheme):
+    """In words, a shape and a colour of their own; the threshold can be moved past it."""
+    guard, model = band_guard(), tiny_model()
+    found = list(guard.scan(model, PROMPTS))
+    many = [v.decision for v in found].count("review")
+    known = Reference(tuple(point_of(verdict) for verdict in found))
+    with running(lambda: (guard, model), reference=known) as url:
+        page = visit(url, width=400, scheme=scheme)
+        colours = set()
+        for text, decision in ((flagged(), "block"), (passed(), "allow"), (reviewed(), "review")):
+            read(page, text)
+            assert page.inner_text("#verdict-word") == WORDS[decision]
+            box = page.locator("#verdict")
+            colours.add(box.evaluate("e => getComputedStyle(e).borderLeftColor"))
+            assert page.locator("#asked td:last-child").first.inner_text() == (
+                WORDS[decision].lower()
+            )
+        assert len(colours) == 3
+        assert "Chats to review: annotate." in page.inner_text("#about")
+        assert "Review above" in page.inner_text("#figures")
+        assert page.locator("#plane circle.review").count() == many + 1
+        assert "hollow is to review" in page.inner_text("#plane-said")
+        said = page.inner_text("#threshold-said")
+        assert "would be left to review, as now" in said
+        assert f"and {many + 1} left to review" in said
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        keep(page, f"review-{scheme}")
+        page.focus("#threshold")
+        page.keyboard.press("Home")
+        said = page.inner_text("#threshold-said")
+        assert "would be flagged, unlike now" in said
+        assert "and 0 left to review" in said
+        assert page.locator("#plane circle.review").count() == 0
+
+
+def test_two_lines_where_scores_are_drawn(visit):
+    """Without a refusal axis, the plane shows scores, and both thresholds as lines."""
+    guard, model = band_guard(), tiny_model()
+    guard = replace(guard, axes=guard.axes[:1], parts=(guard.part(Calibration),))
+    with running(lambda: (guard, model)) as url:
+        page = visit(url)
+        read(page, reviewed())
+        assert page.locator("#plane line.cut").count() == 2
+        assert "the lines are the two thresholds" in page.inner_text("#plane-said")
+        keep(page, "review-lines")
 
 
 def test_text_is_never_markup(url, visit):

@@ -10,7 +10,18 @@ import time
 import httpx
 import pytest
 
-from serve.running import Nursery, flagged, offline, passed, post, tiny_guard, wait_ready
+from serve.running import (
+    Nursery,
+    band_guard,
+    flagged,
+    get,
+    offline,
+    passed,
+    post,
+    reviewed,
+    tiny_guard,
+    wait_ready,
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +130,32 @@ def test_a_guard_that_does_not_match_its_model(nursery, folder, url, tmp_path):
         assert re.search("weights .* instead of", child.stderr)
 
 
+def test_another_model_is_allowed_by_name(nursery, url, tmp_path):
+    """The shift is logged, the promise is gone, and the canaries count as they score now."""
+    band_guard().save(tmp_path)
+    record = json.loads((tmp_path / "guard.json").read_text())
+    record["fingerprint"]["weights"] = "0" * 64
+    for canary in record["canaries"]:
+        canary["score"] -= 2 * record["spread"]
+    (tmp_path / "guard.json").write_text(json.dumps(record))
+    with nursery.process(tmp_path, *port(url), "--allow-mismatch") as child:
+        wait_ready(url)
+        assert "scores of 8 canary prompts moved by +2.00 standard deviations" in child.stderr
+        assert "Nothing is promised of it here" in child.stderr
+        assert "nothing is promised" in get(f"{url}/v1/guard").json()["promise"]
+        assert post(f"{url}/v1/moderations", json={"input": "BREAK"}).status_code == 503
+        assert get(f"{url}/readyz").status_code == 200
+        (result,) = post(f"{url}/v1/moderations", json={"input": reviewed()}).json()["results"]
+        assert result["latentguard"]["decision"] == "review"
+        assert get(f"{url}/metrics").text.count("latentguard_score_bucket") == 10  # its deciles
+
+
+def test_its_own_model_is_not_called_another(nursery, folder, url):
+    with nursery.process(folder, *port(url), "--allow-mismatch") as child:
+        wait_ready(url)
+        assert "Not the guard's own model" not in child.stderr
+
+
 def test_keys_come_from_the_environment(nursery, folder, url):
     known = {"LATENTGUARD_API_KEYS": "secret"}
     with nursery.process(folder, *port(url), environment=known):
@@ -136,6 +173,8 @@ def test_keys_come_from_the_environment(nursery, folder, url):
     ("arguments", "said"),
     [
         (["--policy", "maybe"], "maybe"),
+        (["--on-review", "maybe"], "expected pass, annotate, block"),
+        (["--on-review", "block", "--policy", "shadow"], "answers even flagged"),
         (["--api-keys", "/nowhere"], "nowhere"),
         (["--upstream", "localhost:8000/v1"], "expected a URL"),
         (["--queue", "0"], "queue"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from latentguard.guard import LatentGuard
     from latentguard.serve.audit_log import AuditLog
-    from latentguard.serve.options import Options
     from latentguard.serve.scorer import Opener
+
+log = logging.getLogger("latentguard.serve")
 
 MISSING = "latentguard serve needs the extra 'serve': pip install 'latentguard[serve]'"
 
@@ -26,6 +29,13 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     policy: Annotated[
         str, typer.Option(help="Of flagged chats: block, annotate or shadow.")
     ] = "block",
+    on_review: Annotated[
+        str,
+        typer.Option(
+            help="Of chats in the band to review: pass (answered, only logged), annotate (answered "
+            "with their decision) or block."
+        ),
+    ] = "annotate",
     on_error: Annotated[
         str, typer.Option(help="Of chats without a verdict: block or allow.")
     ] = "block",
@@ -39,7 +49,11 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
         Path | None, typer.Option(help="File of keys; or the variable LATENTGUARD_API_KEYS.")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Verdicts of known prompts, by 'latentguard score --out'.")
+        Path | None,
+        typer.Option(
+            help="Verdicts to compare scores with, by 'latentguard score --out'; default: the "
+            "scores that calibrated the guard."
+        ),
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait.")] = 256,
     wait_ms: Annotated[float, typer.Option(min=0, help="A batch waits so long for more.")] = 3.0,
@@ -49,13 +63,24 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
         float, typer.Option(min=0.1, help="Seconds that a verdict may take.")
     ] = 30.0,
     model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+    allow_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mismatch", help="Go on with another model; logs how far scores move."
+        ),
+    ] = False,
+    device_map: Annotated[
+        str | None, typer.Option(help="'auto' spreads a large model over GPUs, then memory.")
+    ] = None,
 ) -> None:
     """Serve GUARD: OpenAI's /v1/moderations and /v1/chat/completions, and a page at /.
 
     Chats are answered by the guard's own model, or by --upstream. The upstream's key is read from
-    LATENTGUARD_UPSTREAM_KEY.
+    LATENTGUARD_UPSTREAM_KEY. A band to review is there if the guard was calibrated with
+    --review-fpr.
     """
     from latentguard.errors import LatentGuardError
+    from latentguard.guard import LatentGuard
     from latentguard.serve.options import Options
 
     try:
@@ -66,12 +91,16 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     from latentguard.serve.keys import VARIABLE, read_keys
 
     _require(policy, ("block", "annotate", "shadow"), "--policy")
+    _require_review(on_review, policy)
     _require(on_error, ("block", "allow"), "--on-error")
     _require_url(upstream)
+    loaded = LatentGuard.load(guard)  # so that a wrong folder is said at once
     options = Options(
         policy=policy,  # type: ignore[arg-type]
+        on_review=on_review,  # type: ignore[arg-type]
         on_error=on_error,  # type: ignore[arg-type]
         refusal=refusal,
+        name=Path(loaded.fingerprint.model).name or "latentguard",
         upstream=upstream,
         upstream_key=os.environ.get("LATENTGUARD_UPSTREAM_KEY"),
         wait=wait_ms / 1000,
@@ -80,16 +109,15 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
         max_reply=max_reply,
         deadline=deadline,
     )
-    opener, options = _opener(guard, model, options)
     keys = read_keys(api_keys, os.environ.get(VARIABLE))
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"Warning: no API keys, and {host} can be reached from elsewhere.", err=True)
     made = server.make(
-        opener,
+        _opener(loaded, model, device_map=device_map, allow_mismatch=allow_mismatch),
         options,
         keys=keys,
         audit=_audit(audit, audit_fsync, audit_texts),
-        reference=Reference.read(reference),
+        reference=Reference.of(loaded, reference),
         host=host,
         port=port,
     )
@@ -107,39 +135,49 @@ def page(
     model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
 ) -> None:
     """Write the service's page as one file, for a saved set of prompts; it needs no service."""
+    from latentguard.guard import LatentGuard
     from latentguard.prompts import read_prompts
     from latentguard.report import write_text
     from latentguard.serve.drift import Reference
     from latentguard.serve.export import static_page
-    from latentguard.serve.options import Options
 
     asked, known = read_prompts(prompts), Reference.read(reference)
-    opener, _ = _opener(guard, model, Options())
-    loaded, backend = opener()
+    loaded, backend = _opener(LatentGuard.load(guard), model)()
     write_text(out, static_page(loaded, backend, asked, known))
     typer.echo(out)
 
 
-def _opener(folder: Path, model: str | None, options: Options) -> tuple[Opener, Options]:
-    """Read the guard now, so that a wrong folder is said at once; load its model on the thread."""
-    from dataclasses import replace
+def _opener(
+    guard: LatentGuard,
+    model: str | None,
+    *,
+    device_map: str | None = None,
+    allow_mismatch: bool = False,
+) -> Opener:
+    """What loads the guard's model, on the scoring thread, and checks that it is the guard's own.
 
+    Allowed another model, the guard is bound to it: its canaries score from then on as they do now.
+    """
     from transformers.utils import logging as transformers_logging
 
-    from latentguard.guard import LatentGuard
+    from latentguard.binding import Shift
     from latentguard.model.hf import ChatModel
 
-    guard = LatentGuard.load(folder)
     source = model or guard.fingerprint.model
+    placing = {"device_map": device_map} if device_map else {}
 
     def opener() -> tuple[LatentGuard, ChatModel]:
         transformers_logging.disable_progress_bar()
-        backend = ChatModel.load(source, dtype=guard.fingerprint.dtype)
-        guard.check(backend)
-        return guard, backend
+        backend = ChatModel.load(source, dtype=guard.fingerprint.dtype, **placing)
+        if not allow_mismatch:
+            guard.check(backend)
+            return guard, backend
+        met = guard.admit(backend)
+        if met is not guard:
+            log.warning("%s", Shift.between(guard, met))
+        return met, backend
 
-    name = Path(guard.fingerprint.model).name or "latentguard"
-    return opener, replace(options, name=name)
+    return opener
 
 
 def _audit(path: Path | None, fsync: str, texts: bool) -> AuditLog | None:
@@ -154,6 +192,13 @@ def _audit(path: Path | None, fsync: str, texts: bool) -> AuditLog | None:
 def _require(word: str, known: tuple[str, ...], option: str) -> None:
     if word not in known:
         raise typer.BadParameter(f"expected {', '.join(known)}; found '{word}'", param_hint=option)
+
+
+def _require_review(on_review: str, policy: str) -> None:
+    _require(on_review, ("pass", "annotate", "block"), "--on-review")
+    if on_review == "block" and policy != "block":
+        reason = f"block needs --policy block; --policy {policy} answers even flagged chats"
+        raise typer.BadParameter(reason, param_hint="--on-review")
 
 
 def _require_url(upstream: str | None) -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latentguard.errors import GuardError
 from latentguard.model.converse import Sampling
+from latentguard.parts import Decision
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest, Fault, Unavailable
 from latentguard.serve.judging import Judgement
@@ -25,6 +26,9 @@ from latentguard.serve.upstream import Relay
 
 CHECK = 8
 """After so many pieces of text it is checked whether the client is still there."""
+
+SEVERITY: tuple[Decision, ...] = ("allow", "review", "block")
+"""The last is the worst."""
 
 
 class StreamOptions(BaseModel):
@@ -88,7 +92,13 @@ async def _worst(case: Case, prompts: list[Prompt]) -> Judgement:
         raise BadRequest("The chat has too many messages after one another by one role.")
     found = await case.judge(prompts)
     await case.decided(prompts, found, [case.service.action(one) for one in found])
-    return max(found, key=lambda one: one.verdict.score)
+    return max(found, key=severity)
+
+
+def severity(judgement: Judgement) -> tuple[int, float]:
+    """What is worse is greater; scores alone do not tell, as long prompts have no band."""
+    verdict = judgement.verdict
+    return SEVERITY.index(verdict.decision), verdict.score
 
 
 async def _own(case: Case, body: ChatRequest, request: Request) -> Response:

@@ -1,16 +1,19 @@
-"""Whether scores still look as they did at calibration: reference scores, and what moved."""
+"""Whether scores still look as they did at calibration: known scores, and what moved."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentguard.calibration import Calibration
 from latentguard.drift import cut, shares, stability
 from latentguard.errors import PromptError
+from latentguard.guard import LatentGuard
 
 RECENT = 1000
 """Scores that the figure looks back on."""
@@ -18,10 +21,25 @@ RECENT = 1000
 
 @dataclass(frozen=True)
 class Reference:
-    """Verdicts on prompts that are known, such as those of the calibration."""
+    """What scores and verdicts are compared with."""
 
     points: tuple[dict[str, Any], ...] = ()
-    """Score, beliefs and flag of each; never its text."""
+    """Known verdicts: score, beliefs and flag of each; never its text."""
+
+    scores: tuple[float, ...] = ()
+    """Known scores; more than verdicts, if only scores were kept."""
+
+    @staticmethod
+    def of(guard: LatentGuard, path: Path | None) -> Reference:
+        """The verdicts in a file or, without one, the scores that calibrated the guard.
+
+        Raises:
+            PromptError: if a line of the file is no verdict.
+        """
+        calibration = guard.part(Calibration)
+        if path is not None or calibration is None:
+            return Reference.read(path)
+        return Reference(scores=tuple(calibration.common.scores.tolist()))
 
     @staticmethod
     def read(path: Path | None) -> Reference:
@@ -32,34 +50,30 @@ class Reference:
         """
         if path is None:
             return Reference()
-        points = []
+        points, scores = list[dict[str, Any]](), list[float]()
         for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
             try:
                 row = json.loads(line)
                 score, beliefs = float(row["score"]), dict(row["beliefs"])
                 points.append(dict(score=score, beliefs=beliefs, flagged=bool(row["flagged"])))
+                scores.append(score)
             except (ValueError, LookupError, TypeError):
                 raise PromptError(
                     f"{path}:{number} is no verdict; expected lines of 'latentguard score'."
                 ) from None
-        return Reference(tuple(points))
-
-    @property
-    def edges(self) -> list[float]:
-        """Scores that cut the reference into ten equal parts; none if it is too small."""
-        return cut([point["score"] for point in self.points])
+        return Reference(tuple(points), tuple(scores))
 
 
 class Drift:
-    """The population stability index of recent scores against the reference.
+    """The population stability index of recent scores against known ones.
 
     Under 0.1 is no change, over 0.25 a large one, as the index is commonly read.
     """
 
-    def __init__(self, reference: Reference) -> None:
-        """Cut the reference into parts."""
-        self.edges = reference.edges
-        self._expected = shares([point["score"] for point in reference.points], self.edges)
+    def __init__(self, known: Sequence[float]) -> None:
+        """Cut the known scores into ten equal parts; into none if they are too few."""
+        self.edges = cut(known)
+        self._expected = shares(known, self.edges)
         self._recent = deque[float](maxlen=RECENT)
 
     def add(self, score: float) -> None:
@@ -68,7 +82,7 @@ class Drift:
 
     @property
     def index(self) -> float:
-        """The index; not a number until there are a hundred scores, and without a reference."""
+        """The index; not a number until there are a hundred scores, and without known ones."""
         recent = list(self._recent)
         if not self.edges or len(recent) < 100:
             return math.nan

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from latentguard.calibration import Calibration
 from latentguard.guard import LatentGuard
 from latentguard.model.hf import ChatModel
 from latentguard.parts import Verdict
@@ -23,11 +24,14 @@ FOLDER = resources.files("latentguard.serve") / "page"
 
 def describe(guard: LatentGuard) -> dict[str, Any]:
     """What the page says of a guard."""
+    calibration = guard.part(Calibration)
+    band = calibration and calibration.common.review
     return {
         "reading": guard.reading.name,
         "layers": list(guard.readout.layers),
         "axes": [axis.name for axis in guard.axes],
         "threshold": guard.threshold,
+        "review": band.threshold if band else None,
         "promise": guard.promise,
     }
 

@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from latentguard.guard import LatentGuard
 from latentguard.hazards import MODERATION, OTHER, moderation_names
-from latentguard.parts import Evidence, Verdict
+from latentguard.parts import Decision, Evidence, Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest
 from latentguard.serve.judging import Judgement, trace
@@ -47,6 +47,7 @@ class Scores(BaseModel):
 
     score: float
     probability: float
+    decision: Decision
     threshold: float
     beliefs: dict[str, float]
     category: str | None
@@ -99,6 +100,7 @@ class ScoreResult(BaseModel):
     score: float
     probability: float
     flagged: bool
+    decision: Decision
     beliefs: dict[str, float]
     category: str | None
     category_scores: dict[str, float]
@@ -182,6 +184,7 @@ def moderation_result(guard: LatentGuard, judgement: Judgement) -> ModerationRes
     own = Scores(
         score=verdict.score,
         probability=verdict.probability,
+        decision=verdict.decision,
         threshold=guard.threshold,
         beliefs=verdict.beliefs,
         category=verdict.category,
@@ -213,6 +216,7 @@ def _score(judgement: Judgement) -> ScoreResult:
         score=verdict.score,
         probability=verdict.probability,
         flagged=verdict.flagged,
+        decision=verdict.decision,
         beliefs=verdict.beliefs,
         category=verdict.category,
         category_scores=verdict.category_scores,

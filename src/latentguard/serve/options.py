@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Policy = Literal["block", "annotate", "shadow"]
+OnReview = Literal["pass", "annotate", "block"]
 OnError = Literal["block", "allow"]
 Fsync = Literal["never", "interval", "always"]
 
@@ -16,6 +17,10 @@ class Options:
 
     policy: Policy = "block"
     """What happens to a flagged chat: refused; answered with its scores; answered, only logged."""
+
+    on_review: OnReview = "annotate"
+    """What happens to a chat in the band to review: answered, only logged; answered with its
+    decision; refused like a flagged one."""
 
     on_error: OnError = "block"
     """Whether a chat that could not be judged, through no doing of the client, is answered."""

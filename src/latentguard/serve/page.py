@@ -35,7 +35,8 @@ def routes(service: Service) -> APIRouter:
     async def guard() -> dict[str, Any]:
         """What the guard is and promises, and known verdicts to compare with."""
         names = {"name": service.guard_name, "model": service.options.name}
-        about = {"policy": service.options.policy, "reference": await _reference(service)}
+        options, known = service.options, await _reference(service)
+        about = {"policy": options.policy, "on_review": options.on_review, "reference": known}
         return names | describe(service.scorer.guard) | about
 
     @router.get("/v1/models")

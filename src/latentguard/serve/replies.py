@@ -103,7 +103,11 @@ def note_of(case: Case, judged: Judged) -> dict[str, Any]:
     if isinstance(judged, Fault):
         return {"latentguard": {"error": judged.code}}
     verdict = judged.verdict
-    known = dict(flagged=verdict.flagged, score=verdict.score, probability=verdict.probability)
+    known: dict[str, Any] = dict(
+        flagged=verdict.flagged, score=verdict.score, probability=verdict.probability
+    )
+    if case.service.options.on_review != "pass":
+        known["decision"] = verdict.decision
     where = dict(beliefs=verdict.beliefs, quadrant=verdict.quadrant)
     return {"latentguard": known | where | {"threshold": case.service.scorer.guard.threshold}}
 

@@ -63,7 +63,7 @@ def make(
 ) -> Server:
     """A server that is ready to run; ``how`` goes to uvicorn (``host``, ``port``, ``fd``)."""
     reference = reference or Reference()
-    telemetry = Telemetry(reference)
+    telemetry = Telemetry(reference.scores)
     scorer = Scorer(opener, options, on_batch=telemetry.batch)
     service = Service(options, scorer, telemetry, keys or Keys(), audit, reference)
     telemetry.gauge("queue_prompts", "Prompts that wait.", lambda: scorer.waiting)

@@ -21,9 +21,9 @@ from latentguard.serve.options import Options
 from latentguard.serve.scorer import Scorer
 from latentguard.serve.telemetry import Telemetry
 
-Action = Literal["score", "pass", "block", "annotate", "shadow", "error", "unjudged"]
-"""What was done: the verdict told; a chat answered; what the policy says of a flagged one; no
-verdict, so refused; no verdict, and answered all the same."""
+Action = Literal["score", "pass", "review", "block", "annotate", "shadow", "error", "unjudged"]
+"""What was done: the verdict told; a chat answered; answered, though it is to be reviewed; what the
+policy says of a flagged one; no verdict, so refused; no verdict, and answered all the same."""
 
 
 @dataclass(eq=False)
@@ -73,7 +73,11 @@ class Service:
 
     def action(self, judgement: Judgement) -> Action:
         """What the policy makes of a chat."""
-        return self.options.policy if judgement.verdict.flagged else "pass"
+        if judgement.verdict.flagged:
+            return self.options.policy
+        if judgement.verdict.decision == "review":
+            return "block" if self.options.on_review == "block" else "review"
+        return "pass"
 
     def forgives(self, fault: Fault) -> bool:
         """Whether a chat is answered though it could not be judged.
@@ -107,7 +111,8 @@ class Case:
     async def failed(self, prompts: Sequence[Prompt], fault: Fault, *, answered: bool) -> None:
         """Note that there is no verdict, and whether the chat is answered all the same."""
         action: Action = "unjudged" if answered else "error"
-        self.service.telemetry.verdict(self.endpoint, action, None)
+        for _ in prompts:
+            self.service.telemetry.verdict(self.endpoint, action)
         await self._write([self._line(p, action) | {"error": fault.code} for p in prompts])
 
     async def decided(
@@ -121,11 +126,11 @@ class Case:
         lines = []
         for prompt, judgement, action in zip(prompts, found, actions, strict=True):
             verdict = judgement.verdict
-            self.service.telemetry.verdict(self.endpoint, action, verdict.score)
+            self.service.telemetry.verdict(self.endpoint, action, verdict)
             lines.append(
                 self._line(prompt, action)
                 | dict(score=verdict.score, probability=verdict.probability)
-                | dict(flagged=verdict.flagged, beliefs=verdict.beliefs)
+                | dict(flagged=verdict.flagged, decision=verdict.decision, beliefs=verdict.beliefs)
             )
         await self._write(lines)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from latentguard.serve.drift import Drift, Reference
+from latentguard.parts import Verdict
+from latentguard.serve.drift import Drift
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -15,15 +16,14 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Telemetry:
     """Counters, gauges and histograms of one service."""
 
-    def __init__(self, reference: Reference, spread: Sequence[float] = ()) -> None:
+    def __init__(self, known: Sequence[float] = ()) -> None:
         """Make a registry of its own.
 
         Args:
-            reference: Scores to compare with; its deciles are the buckets of the score histogram.
-            spread: The buckets if there is no reference.
+            known: Scores to compare with; their deciles are the buckets of the score histogram.
         """
         self.registry = CollectorRegistry()
-        self.drift = Drift(reference)
+        self.drift = Drift(known)
         kept = self.registry
         self.requests = Counter(
             "latentguard_requests", "Requests.", ["endpoint", "status"], registry=kept
@@ -36,7 +36,7 @@ class Telemetry:
             registry=kept,
         )
         self.verdicts = Counter(
-            "latentguard_verdicts", "Verdicts.", ["endpoint", "action"], registry=kept
+            "latentguard_verdicts", "Verdicts.", ["endpoint", "action", "decision"], registry=kept
         )
         self.first_token = Histogram(
             "latentguard_first_token_seconds",
@@ -50,7 +50,7 @@ class Telemetry:
         self.batches = Histogram(
             "latentguard_batch_prompts", "Prompts scored together.", buckets=SIZES, registry=kept
         )
-        buckets = tuple(self.drift.edges or spread) or (0.0,)
+        buckets = tuple(self.drift.edges) or (0.0,)
         self.scores = Histogram("latentguard_score", "Scores.", buckets=buckets, registry=kept)
         moved = Gauge(
             "latentguard_score_drift",
@@ -69,12 +69,14 @@ class Telemetry:
         for wait in waits:
             self.waits.observe(wait)
 
-    def verdict(self, endpoint: str, action: str, score: float | None) -> None:
-        """Note what was decided, and of which score."""
-        self.verdicts.labels(endpoint, action).inc()
-        if score is not None:
-            self.scores.observe(score)
-            self.drift.add(score)
+    def verdict(self, endpoint: str, action: str, verdict: Verdict | None = None) -> None:
+        """Note what was done, and the verdict if there is one."""
+        decision = verdict.decision if verdict else "none"
+        self.verdicts.labels(endpoint, action, decision).inc()
+        if verdict is not None:
+            self.scores.observe(verdict.score)
+            if not verdict.evidence:  # else it is the greatest of several: no reference holds such
+                self.drift.add(verdict.score)
 
     def page(self) -> bytes:
         """Prometheus' text format."""

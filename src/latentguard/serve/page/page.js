@@ -4,6 +4,8 @@ const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const LEFT = 76; // of a figure: room for numbers such as +0.000939
 const saved = $("saved") ? JSON.parse($("saved").textContent) : null; // in an exported page
+const WORDS = { block: "Flagged", review: "To review", allow: "Not flagged" };
+const LOOKS = { block: "known flagged", review: "known review", allow: "known" };
 let guard = null;
 let last = null;
 const asked = [];
@@ -56,7 +58,8 @@ async function meet() {
   const layers = guard.layers;
   $("about").textContent = `Guard of ${guard.model}. Reads ${guard.reading} at ` +
     (layers.length > 1 ? `layers ${layers[0]} to ${layers.at(-1)}` : `layer ${layers[0]}`) +
-    (saved ? "." : `. Flagged chats: ${guard.policy}.`);
+    (saved ? "." : `. Flagged chats: ${guard.policy}.`) +
+    (saved || guard.review === null ? "" : ` Chats to review: ${guard.on_review}.`);
   $("promise").textContent = `Promise of the threshold: ${guard.promise}. A guard of this kind ` +
     "does not stop a determined adversary.";
   return true;
@@ -105,14 +108,22 @@ function show() {
   atThreshold();
 }
 
+/* At a threshold; the lower one, of the band to review, stays. Long prompts have no such band. */
+function decision(one, threshold) {
+  if (one.score > threshold) return "block";
+  const band = guard.review !== null && !(one.evidence || []).length;
+  return band && one.score > guard.review ? "review" : "allow";
+}
+
 function showVerdict() {
   const box = $("verdict");
   box.hidden = false;
-  box.classList.toggle("flagged", last.flagged);
-  $("verdict-word").textContent = last.flagged ? "Flagged" : "Not flagged";
+  box.dataset.decision = last.decision;
+  $("verdict-word").textContent = WORDS[last.decision];
   const figures = [
     ["Score", number(last.score)],
     ["Threshold", number(guard.threshold)],
+    ...(guard.review === null ? [] : [["Review above", number(guard.review)]]),
     ["Probability", last.probability.toFixed(3)],
     ["Δ harmful", signed(last.beliefs.harmful)],
   ];
@@ -237,6 +248,8 @@ function showPlane(threshold) {
   const refuses = "refuse" in last.beliefs && known.every((point) => "refuse" in point.beliefs);
   const up = (point) => (refuses ? point.beliefs.refuse : point.score);
   const everyone = [...known, last];
+  const cuts = [["threshold", threshold]];
+  if (guard.review !== null && guard.review < threshold) cuts.push(["review above", guard.review]);
   const [width, height] = [380, 240];
   const svg = frame(width, height);
   const span = (values) => {
@@ -245,21 +258,22 @@ function showPlane(threshold) {
     return [low - pad, high + pad];
   };
   const x = scale(...span(everyone.map((p) => p.beliefs.harmful)), LEFT, width - 12);
-  const y = scale(...span(everyone.map(up).concat(refuses ? [] : [threshold])), height - 40, 14);
+  const y = scale(...span(everyone.map(up).concat(refuses ? [] : cuts.map(([, at]) => at))), height - 40, 14);
   const box = { x: LEFT, y: 14, width: width - 12 - LEFT, height: height - 54, fill: "none", class: "axis" };
   svg.append(drawn("rect", box));
-  if (!refuses) {
-    svg.append(drawn("line", { x1: LEFT, x2: width - 12, y1: y(threshold), y2: y(threshold), class: "cut" }));
-    svg.append(drawn("text", { x: width - 16, y: y(threshold) - 4, "text-anchor": "end" }, "threshold"));
+  for (const [name, at] of refuses ? [] : cuts) {
+    svg.append(drawn("line", { x1: LEFT, x2: width - 12, y1: y(at), y2: y(at),
+      class: name === "threshold" ? "cut" : "cut review" }));
+    svg.append(drawn("text", { x: width - 16, y: y(at) + (name === "threshold" ? -4 : 14),
+      "text-anchor": "end" }, name));
   }
   for (const point of known) {
-    const flagged = point.score > threshold;
     svg.append(drawn("circle", { cx: x(point.beliefs.harmful), cy: y(up(point)), r: 4,
-      class: flagged ? "known flagged" : "known" }));
+      class: LOOKS[decision(point, threshold)] }));
   }
   const [cx, cy] = [x(last.beliefs.harmful), y(up(last))];
   svg.append(drawn("circle", { cx, cy, r: 9, class: "here" }),
-    drawn("circle", { cx, cy, r: 3.5, class: last.score > threshold ? "known flagged" : "known" }));
+    drawn("circle", { cx, cy, r: 3.5, class: LOOKS[decision(last, threshold)] }));
   const lows = everyone.map((p) => p.beliefs.harmful);
   const [least, most] = [Math.min(...lows), Math.max(...lows)];
   for (const [value, anchor] of least < most ? [[least, "start"], [most, "end"]] : [[least, "middle"]]) {
@@ -274,9 +288,11 @@ function showPlane(threshold) {
   const below = known.filter((point) => point.score < last.score).length;
   svg.setAttribute("aria-label", `The prompt among ${known.length} ${guard.reference.what}.`);
   $("plane").replaceChildren(svg);
+  const hollow = guard.review === null ? "" : ", hollow is to review";
+  const lines = cuts.length > 1 ? "; the lines are the two thresholds" : "; the line is the threshold";
   $("plane-said").textContent = known.length
-    ? `The ring is this prompt; orange is flagged at the threshold below. Its score is above ${below} of ${known.length} ${guard.reference.what}` +
-      `${refuses ? "" : "; the line is the threshold"}.`
+    ? `The ring is this prompt; orange is flagged at the threshold below${hollow}. Its score is above ${below} of ${known.length} ${guard.reference.what}` +
+      `${refuses ? "" : lines}.`
     : "No prompts to compare with: give --reference.";
   $("plane-card").hidden = false;
 }
@@ -299,16 +315,20 @@ function atThreshold() {
   if (!last) return;
   const slider = $("threshold");
   const value = slider.dataset.moved ? Number(slider.value) : guard.threshold;
-  const flags = (points) => points.filter((point) => point.score > value).length;
+  const count = (points, what) => points.filter((point) => decision(point, value) === what).length;
+  const flags = (points) => count(points, "block");
   const known = guard.reference.points;
   $("threshold-value").textContent = number(value) + (slider.dataset.moved ? "" : " (the guard’s own)");
   slider.setAttribute("aria-valuetext", number(value));
-  const would = last.score > value ? "would be flagged" : "would not be flagged";
-  const now = (last.score > value) === last.flagged ? "as now" : "unlike now";
+  const there = decision(last, value);
+  const would = { block: "would be flagged", review: "would be left to review",
+    allow: "would not be flagged" }[there];
+  const now = there === last.decision ? "as now" : "unlike now";
   const theirs = known.length ? `${flags(known)} of ${known.length} ${guard.reference.what} (now ` +
     `${known.filter((p) => p.flagged).length}) and ` : "";
   $("threshold-said").textContent = `This prompt ${would}, ${now}. At this threshold ${theirs}` +
-    `${flags(asked)} of ${asked.length} ${saved ? "saved" : "asked here"} would be flagged. ` +
+    `${flags(asked)} of ${asked.length} ${saved ? "saved" : "asked here"} would be flagged` +
+    (guard.review === null ? ". " : `, and ${count(known, "review") + count(asked, "review")} left to review. `) +
     "The promise holds for the guard’s own threshold only.";
   showPlane(value);
   showAsked(value);
@@ -328,7 +348,7 @@ function showAsked(value) {
     const cell = element("td");
     cell.append(button);
     row.append(cell, element("td", number(one.score)),
-      element("td", one.score > value ? "flagged" : "not flagged"));
+      element("td", WORDS[decision(one, value)].toLowerCase()));
     return row;
   }));
 }
