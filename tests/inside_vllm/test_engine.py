@@ -1,24 +1,19 @@
 """Scores out of a real engine's prefill equal those on transformers; never a stale one."""
 
-import gc
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
-import torch
 
 from inside_vllm import tiny
 from latentguard.errors import GuardError, ModelError, ModelMismatch
-from latentguard.guard import LatentGuard
 from latentguard.integrations.vllm import parity
-from latentguard.integrations.vllm.backend import VllmModel
 from latentguard.prompts import Prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 PROMPTS = [Prompt(text, id=str(n)) for n, text in enumerate([*tiny.TEXTS, *tiny.LONG])]
-MEMORY = dict(gpu_memory_utilization=0.1, max_model_len=1024)
 TOLERANCE = 1e-5
 """In the score's unit and, as the unit of a linear readout is arbitrary, in its spread too."""
 
@@ -26,18 +21,6 @@ TOLERANCE = 1e-5
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one import of vLLM, not three
-
-
-def start(guard, **options):
-    """An engine in this process; the one before is gone."""
-    gc.collect()
-    how = parity.ENGINE | MEMORY | dict(distributed_executor_backend="uni") | options
-    return VllmModel.load(guard, **how)
-
-
-def stop(model):
-    model.engine.llm_engine.engine_core.shutdown()
-    model._mailbox.close()
 
 
 @pytest.fixture(
@@ -60,9 +43,9 @@ def engine(fitted):
     guard, reference, folder = fitted
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        model = start(folder / "guard", num_gpu_blocks_override=72, disable_log_stats=False)
+        model = tiny.start(folder / "guard", num_gpu_blocks_override=72, disable_log_stats=False)
     yield guard, reference, model
-    stop(model)
+    tiny.stop(model)
 
 
 def close(found, reference, guard, tolerance=TOLERANCE):
@@ -71,6 +54,26 @@ def close(found, reference, guard, tolerance=TOLERANCE):
         assert abs(ours.score - theirs.score) <= tolerance * min(1.0, guard.spread)
         assert ours.beliefs == pytest.approx(theirs.beliefs, abs=tolerance)
         assert ours.flagged == theirs.flagged
+
+
+@pytest.mark.parametrize("what", ["weights", "template", "tokenizer"])
+def test_another_model_is_refused_while_it_loads(fitted, tmp_path, what):
+    _, _, folder = fitted
+    if what != "weights" and not (folder / "model" / "chat_template.jinja").exists():
+        pytest.skip("the template is stored otherwise")
+    with pytest.raises((ModelMismatch, ModelError), match=what):
+        tiny.start(folder / "guard", source=broken(folder, tmp_path, what))
+
+
+def test_dummy_weights_are_refused(fitted):
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    _, _, folder = fitted
+    with pytest.raises(ModelError, match="No weights were loaded"):
+        tiny.start(folder / "guard", load_format="dummy")
+    with pytest.raises(ModelError, match="failed to start"):
+        tiny.start(folder / "guard")
+    ensure_kv_transfer_shutdown()
 
 
 def test_every_condition_and_preemption(engine):
@@ -119,6 +122,11 @@ def test_aborted_requests_leave_nothing_behind(engine):
             llm.step()
         llm.abort_request([f"x{round_number}-{n}" for n in range(20)])
         close(list(model.verdicts(guard, PROMPTS)), reference, guard)
+
+
+def test_a_second_engine_beside_it_is_refused(engine, fitted):
+    with pytest.raises(ModelError, match="holds one engine"):
+        tiny.start(fitted[-1] / "guard")
 
 
 def test_with_scoring_off_nothing_old_is_read(engine):
@@ -200,29 +208,3 @@ def broken(folder, tmp_path, what):
         spec["model"]["merges"] = spec["model"]["merges"][:-1]
         path.write_text(json.dumps(spec))
     return str(tmp_path / "model")
-
-
-@pytest.mark.parametrize("what", ["weights", "template", "tokenizer"])
-def test_another_model_is_refused_while_it_loads(fitted, tmp_path, what):
-    _, _, folder = fitted
-    if what != "weights" and not (folder / "model" / "chat_template.jinja").exists():
-        pytest.skip("the template is stored otherwise")
-    with pytest.raises((ModelMismatch, ModelError), match=what):
-        start(folder / "guard", source=broken(folder, tmp_path, what))
-
-
-def test_dummy_weights_are_refused(fitted):
-    _, _, folder = fitted
-    with pytest.raises(ModelError, match="No weights were loaded"):
-        start(folder / "guard", load_format="dummy")
-
-
-def test_bfloat16_is_reported(tmp_path):
-    tiny.save_model("llama", tmp_path / "model", dtype=torch.bfloat16)
-    guard, hf = tiny.fit(str(tmp_path / "model"), tmp_path / "guard", dtype="bfloat16")
-    reference = list(guard.scan(hf, PROMPTS))
-    model = start(tmp_path / "guard")
-    found = parity.compare(guard, reference, model, PROMPTS)
-    assert max(d.spread for d in found) < 0.2
-    stop(model)
-    assert isinstance(guard, LatentGuard)

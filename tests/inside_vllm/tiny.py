@@ -1,10 +1,14 @@
 """Tiny random models on disk, in sizes that vLLM's CPU attention knows, and guards of them."""
 
+import gc
+
 import torch
 import transformers
 
 from latentguard.contrast import load_contrast
 from latentguard.guard import LatentGuard
+from latentguard.integrations.vllm import parity
+from latentguard.integrations.vllm.backend import VllmModel
 from latentguard.model.hf import ChatModel
 from model.families import FAMILIES
 
@@ -20,6 +24,7 @@ SIZES = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
+MEMORY = dict(gpu_memory_utilization=0.1, max_model_len=1024)
 KINDS = {"llama": "LlamaConfig", "qwen2": "Qwen2Config"}
 
 
@@ -55,3 +60,16 @@ def fit(folder, out, *, reading="span", readout="linear", dtype="float32"):
 TEXTS = [p.text for p in load_contrast("test")[:40]]
 LONG = [" ".join(TEXTS[n : n + 6]) for n in range(0, 24, 6)]
 """Some hundreds of tokens each."""
+
+
+def start(guard, **options):
+    """An engine in this process; the one before is gone."""
+    gc.collect()
+    how = parity.ENGINE | MEMORY | dict(distributed_executor_backend="uni") | options
+    return VllmModel.load(guard, **how)
+
+
+def stop(model):
+    """As the end of its process would."""
+    model.engine.llm_engine.engine_core.shutdown()
+    model._mailbox.close()

@@ -39,6 +39,7 @@ class Guarded:
             GuardError: if the guard cannot be read, or cannot run inside vLLM.
         """
         refusals.require_supported(vllm_config)
+        refusals.require_alone()
         guard = readable(LatentGuard.load(os.environ[VARIABLE]))
         # the layers change the compiled graph, so the guard must be part of the cache's key
         vllm_config.additional_config[VARIABLE.lower()] = guard.digest

@@ -17,6 +17,20 @@ def require_supported(config: Any) -> None:
         raise ModelError(reason)
 
 
+def require_alone() -> None:
+    """Raise ``ModelError`` if this process has an engine: vLLM would share its connector.
+
+    The second engine's blocks would then be looked up in the scores of the first.
+    """
+    from vllm.distributed.kv_transfer import has_kv_transfer_group
+
+    if has_kv_transfer_group():
+        raise ModelError(
+            "A process holds one engine with a guard, and this one has another, or one that failed "
+            "to start; shut it down first, or start a new process."
+        )
+
+
 def reasons(config: Any) -> Iterator[str]:
     """Why the guard cannot vouch for an engine that is configured so."""
     model, parallel = config.model_config, config.parallel_config
