@@ -30,10 +30,8 @@ from latentguard.contrast import load_contrast
 from latentguard.guard import LatentGuard
 from latentguard.metrics import Estimate, auroc, estimate, proportion, tpr_at
 from latentguard.model.hf import ChatModel
-from latentguard.model.long import Kept
 from latentguard.prompts import Message, Prompt, read_prompts
 from latentguard.window_fitting import fit_windows, windows_of
-from latentguard.windows import best_stretch
 
 FIGURES = {"AUROC": auroc, "TPR at 5% FPR": tpr_at(0.05), "TPR at 1% FPR": tpr_at(0.01)}
 RULES = {
@@ -41,7 +39,7 @@ RULES = {
     "n-grams": "ngrams",
     "n-grams, worst line": "ngrams_line",
     "last token (default guard)": "last",
-    "stretches": "stretch",
+    "pieces": "piece",
     "windows (both readings)": "score",
 }
 FILLERS = 4
@@ -94,8 +92,8 @@ def fitted(model: ChatModel, work: Path) -> LatentGuard:
     if (work / "guard" / "guard.json").exists():
         return LatentGuard.load(work / "guard")
     began = time.process_time()
-    guard = LatentGuard.fit(model, load_contrast("train"))
-    harmless = [p for p in load_contrast("validation") if not p.harmful]
+    guard = LatentGuard.fit(model, load_contrast("train", traffic=True))
+    harmless = [p for p in load_contrast("validation", traffic=True) if not p.harmful]
     guard = guard.calibrate(model, harmless, max_fpr=0.05)
     middle = time.process_time()
     guard = fit_windows(model, guard)
@@ -200,32 +198,36 @@ def score(
     """Append what is not there yet."""
     path = options.work / name
     done = {row["key"] for row in rows_of(path)}
-    windows, kept, words = windows_of(guard), Kept(), n_grams()
-    how = dict(positions=guard.positions, layers=guard.readout.layers, probe=windows.probe)
+    windows, words = windows_of(guard), n_grams()
     with path.open("a", encoding="utf-8") as file:
         for one in asked:
             if one.key in done:
                 continue
             if time.process_time() > options.seconds:
                 raise SystemExit(f"{options.seconds} s of processor time are over; run it again.")
-            trace = model.trace(one.prompt, kept=kept, **how)
-            own = guard.scores(trace.states).tolist()
-            verdict = guard.judge_trace(trace)
-            best = max((*best_stretch(t, windows.size), t.message) for t in trace.turns)
-            stretch, start, end, message = best
-            hit = message == one.message and start < one.stop and end > one.start
-            row = dict(key=one.key, cell=one.cell, harmful=one.prompt.harmful)
-            row |= dict(tokens=sum(len(t.scores) for t in trace.turns), last=own[-1])
-            row |= dict(last_flagged=own[-1] > guard.threshold, score=verdict.score, hit=hit)
-            row |= dict(flagged=verdict.flagged, stretch=stretch)
+            pieces = windows.pieces(one.prompt)
+            own, *each = guard.scores(guard.read_pieces(model, one.prompt, pieces)).tolist()
+            told = max(e.score for e in windows.find(pieces, [own, *each]))
+            best = pieces[int(np.argmax(each))]
+            hit = best.message == one.message and best.start < one.stop and best.end > one.start
+            row = dict(key=one.key, cell=one.cell, harmful=one.prompt.harmful, pieces=len(pieces))
+            row |= dict(tokens=tokens(model, one.prompt), last=own, piece=max(each), score=told)
+            row |= dict(last_flagged=own > guard.threshold, flagged=told > windows.threshold)
+            row |= dict(hit=hit)
             row |= baselines(words, one.prompt)
             file.write(json.dumps(row) + "\n")
             file.flush()
 
 
+def tokens(model: ChatModel, prompt: Prompt) -> int:
+    """Of all that the user says."""
+    said = [*(m.content for m in prompt.history if m.role == "user"), prompt.text]
+    return sum(len(model.tokenizer(text)["input_ids"]) for text in said)
+
+
 def n_grams() -> Any:
     """The n-gram baseline, fitted on what the guard is fitted on."""
-    train = load_contrast("train")
+    train = load_contrast("train", traffic=True)
     return ngram_model().fit([p.text for p in train], [bool(p.harmful) for p in train])
 
 
@@ -243,7 +245,7 @@ def cost(model: ChatModel, guard: LatentGuard) -> dict[str, Any]:
     bare = replace(guard, parts=())
     for length in (256, 1024, 2048, 4096, 7600):
         prompt = Prompt(_tokens(model, text, length))
-        row: dict[str, float] = dict(tokens=model.count(prompt))
+        row: dict[str, float] = dict(tokens=tokens(model, prompt))
         for name, one in {"windows": guard, "last": bare}.items():
             began = time.process_time()
             list(one.scan(model, [prompt]))
@@ -293,7 +295,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         hits = told(proportion([row["hit"] for row in mine if row["harmful"]]))
         tokens = float(np.mean([row["tokens"] for row in mine]))
         cells[cell] = dict(
-            tokens=tokens, figures=figures, at_threshold=sides, best_stretch_is_in_request=hits
+            tokens=tokens, figures=figures, at_threshold=sides, best_piece_is_in_request=hits
         )
     files = {name: options.work / f"{name}.json" for name in ("fit", "cost")}
     kept = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
@@ -336,7 +338,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out")
-    parser.add_argument("--needles", nargs="*", default=["256=60", "1024=24", "4096=8"])
+    parser.add_argument("--needles", nargs="*", default=["256=60", "1024=24", "4096=4"])
     parser.add_argument("--chats", type=int, default=40)
     parser.add_argument("--only", choices=["fit", "cost", "documents", "chats", "report"])
     parser.add_argument("--text", type=int, help="only this one of the texts around the requests")

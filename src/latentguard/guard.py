@@ -27,8 +27,7 @@ from latentguard.quadrants import Quadrants
 from latentguard.readings import Reading
 from latentguard.readouts import Kind, require_kind
 from latentguard.states import Backend, Fingerprint, Progress, Scoring, States
-from latentguard.traces import Trace, require_tracer
-from latentguard.windows import Windows
+from latentguard.windows import Piece, Windows
 
 BATCH = 256
 """Prompts among which a guard with windows looks for long ones at a time."""
@@ -113,14 +112,13 @@ class LatentGuard(Contents):
             slice_column: Where the slices of the prompts came from; noted for ``score``.
             progress: Called with the number of prompts read.
 
-        Long prompts and chats are passed over if the guard has windows: their threshold is that
-        of the windows (``window_fitting.calibrate_windows``).
+        Long ones are passed over if the guard has windows, which have a threshold of their own.
 
         Raises:
             GuardError: if there are too few prompts for a rate; says how many are needed.
         """
         windows, rates = self.part(Windows), Rates(max_fpr, review_fpr, confidence)
-        known = [p for p in prompts if not (windows and windows.needed(backend, p))]
+        known = [p for p in prompts if not (windows and windows.needed(p))]
         self.require_match(backend.fingerprint)
         calibrating.require_enough(known, rates)
         verdicts = list(self.scan(backend, known, progress=progress))
@@ -140,23 +138,25 @@ class LatentGuard(Contents):
             GuardError: if a state is not finite (fail closed).
         """
         self.require_match(backend.fingerprint)
-        ready = map(self.reading.prepare, numbered(prompts))
+        rest = numbered(prompts)
         if isinstance(backend, Scoring):
+            ready = map(self.reading.prepare, rest)
             yield from backend.verdicts(self, ready, progress=progress)
             return
         windows = self.part(Windows)
-        while windows and (batch := tuple(islice(ready, BATCH))):
-            long = [windows.needed(backend, prompt) for prompt in batch]
+        while windows and (batch := tuple(islice(rest, BATCH))):
+            long = [windows.needed(prompt) for prompt in batch]
             short = (prompt for prompt, longer in zip(batch, long, strict=True) if not longer)
             verdicts = self._scan(backend, short, progress)
             for prompt, longer in zip(batch, long, strict=True):
                 yield self._scan_long(backend, prompt, progress) if longer else next(verdicts)
             yield from verdicts  # none is left, but the last batch is not yet reported
-        yield from self._scan(backend, ready, progress)
+        yield from self._scan(backend, rest, progress)
 
     def _scan(
-        self, backend: Backend, ready: Iterable[Prompt], progress: Progress | None
+        self, backend: Backend, prompts: Iterable[Prompt], progress: Progress | None
     ) -> Iterator[Verdict]:
+        ready = map(self.reading.prepare, prompts)
         batches = backend.capture(
             ready, positions=self.positions, layers=self.readout.layers, progress=progress
         )
@@ -164,34 +164,34 @@ class LatentGuard(Contents):
             yield from self.judge(states)
 
     def _scan_long(self, backend: Backend, prompt: Prompt, progress: Progress | None) -> Verdict:
-        verdict = self.judge_trace(self.trace(backend, prompt))
+        verdict = next(self.judge(*self.examine(backend, prompt)))
         if progress is not None:
             progress(1)
         return verdict
 
-    def trace(self, backend: Backend, prompt: Prompt) -> Trace:
-        """Read a long prompt or a chat in one pass.
+    def examine(self, backend: Backend, prompt: Prompt) -> tuple[States, list[Evidence]]:
+        """Read a long prompt or a chat: the states of the whole, and what its pieces show.
 
         Raises:
-            GuardError: if the guard has no windows, or the backend cannot read them.
+            GuardError: if the guard has no windows.
         """
         windows = self.part(Windows)
         if windows is None:
             raise GuardError("This guard has no windows: fit it with 'latentguard fit --long'.")
-        return require_tracer(backend).trace(
-            prompt, positions=self.positions, layers=self.readout.layers, probe=windows.probe
-        )
-
-    def judge_trace(self, trace: Trace) -> Verdict:
-        """The verdict on a trace; what parts add is read at the end of the last turn."""
-        windows = self.part(Windows)
-        assert windows is not None
-        found = windows.find(trace, self.scores(trace.states).tolist())
+        pieces = windows.pieces(prompt)
+        states = self.read_pieces(backend, prompt, pieces)
         evidence = [
             replace(e, score=self.threshold + self.spread * (e.score - windows.threshold))
-            for e in found
+            for e in windows.find(pieces, self.scores(states).tolist())
         ]
-        return next(self.judge(trace.last, evidence))
+        return replace(states, values=states.values[:1], prompts=states.prompts[:1]), evidence
+
+    def read_pieces(self, backend: Backend, prompt: Prompt, pieces: Sequence[Piece]) -> States:
+        """The states of a prompt and of each of its pieces, as a prompt of its own."""
+        rows = [prompt, *(Prompt(piece.text, id=prompt.id) for piece in pieces)]
+        ready = map(self.reading.prepare, rows)
+        positions, layers = self.positions, self.readout.layers
+        return States.collect(backend.capture(ready, positions=positions, layers=layers))
 
     def scores(self, states: States) -> Float[Tensor, "n"]:
         """The readout's own scores, without packs, of states captured at ``positions``, float64."""
@@ -199,7 +199,7 @@ class LatentGuard(Contents):
         return self.readout(fitting.slots(part, self.reading.positions)).double()
 
     def judge(self, states: States, evidence: Sequence[Evidence] = ()) -> Iterator[Verdict]:
-        """Verdicts for states at ``positions`` and the readout's layers; evidence is a trace's."""
+        """Verdicts for states at ``positions``, the readout's layers; evidence is ``examine``'s."""
         states = states.select(self.readout.layers)
         beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
         yield from self.decide(states, self.scores(states), beliefs, evidence)

@@ -31,13 +31,13 @@ Decision = Literal["allow", "review", "block"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """The most harmful stretch of one turn of a long prompt or a chat."""
+    """The most harmful piece of one turn of a long prompt or a chat."""
 
     message: int
     """Which message of the chat, counted from 0; the prompt's own text comes after its history."""
 
     start: int
-    """The first character of the stretch in that message."""
+    """The first character of the piece in that message."""
 
     end: int
     """The first character after it."""
@@ -78,7 +78,7 @@ class Verdict:
     """What both beliefs together say; None without a refusal axis."""
 
     evidence: tuple[Evidence, ...] = ()
-    """Of a long prompt or a chat: the most harmful stretch of each turn of the user, oldest first.
+    """Of a long prompt or a chat: the most harmful piece of each turn of the user, oldest first.
     The greatest of their scores is the score. Empty for a short prompt."""
 
 

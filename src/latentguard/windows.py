@@ -1,46 +1,61 @@
-"""Windows: what a guard needs to read long prompts and chats, where evidence may lie anywhere.
+"""Windows: how a guard reads long prompts and chats, where evidence may lie anywhere.
 
-Two readings of one pass. A *probe* scores each token of what the user says; the mean over each run
-of ``size`` tokens is the score of that stretch. And each turn of the user is scored at its end by
-the guard's own readout, as if the chat had ended there. Both are put on one scale, on which
-harmless material has mean 0 and standard deviation 1 whatever its size: a longer text has more
-stretches, and so a higher maximum. The greatest of all is held against one threshold, so that the
-stated rate is that of both readings together.
+What the user says is cut into pieces, sentences and lines of up to ``size`` characters, and each is
+scored as a prompt of its own, by the guard's own readout; so is the whole. Both are put on one
+scale, on which harmless material has mean 0 and standard deviation 1 whatever its size: a longer
+text has more pieces, and so a higher maximum. The greatest of all is held against one threshold, so
+that the stated rate is that of both readings together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from latentguard.errors import GuardError
 from latentguard.metrics import Bound
 from latentguard.parts import Evidence, Part
 from latentguard.prompts import Prompt
-from latentguard.readouts import Readout
-from latentguard.states import Backend
-from latentguard.traces import Trace, Turn, require_tracer
 
-SIZE, OVER = 8, 128
+SIZE, OVER = 120, 500
 """Defaults of ``Windows.size`` and ``Windows.over``."""
+
+BREAK = re.compile(r"(?<=[.!?;:])\s+|(?<=[\u3002\uff01\uff1f])|\s*\n\s*")
+"""Where sentences and lines end."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some characters of what the user says."""
+
+    message: int
+    """Which message of the chat, counted from 0; the prompt's own text comes after its history."""
+
+    start: int
+    """The first character."""
+
+    end: int
+    """The first character after it."""
+
+    text: str
+    """The characters themselves."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """How a maximum is distributed on harmless material, by the size of what it is taken over."""
+    """How a score is distributed on harmless material, by the number of pieces."""
 
     mean: float = 0.0
-    """At size 1."""
+    """Where there is one piece."""
 
     slope: float = 0.0
-    """By how much it grows when the size is multiplied by e."""
+    """By how much it grows when their number is multiplied by e."""
 
     spread: float = 1.0
     """Standard deviation around that line."""
@@ -71,17 +86,11 @@ class Windows(Part):
 
     name: ClassVar[str] = "windows"
 
-    probe: Readout
-    """Scores the state of a token, float32 [l d]."""
+    piece: Norm = field(default_factory=Norm)
+    """Of the most harmful piece."""
 
-    stretch: Norm = field(default_factory=Norm)
-    """Of the most harmful stretch, by tokens over ``over``."""
-
-    turn: Norm = field(default_factory=Norm)
-    """Of the guard's own scores at the ends of short turns, by their number."""
-
-    end: Norm = field(default_factory=Norm)
-    """Of the guard's own score at the end of a long turn."""
+    whole: Norm = field(default_factory=Norm)
+    """Of the whole, read as ever."""
 
     threshold: float = math.inf
     """In standard deviations; a long prompt or a chat is flagged if its greatest is over it."""
@@ -90,84 +99,63 @@ class Windows(Part):
     """What calibration promises of the threshold; None before."""
 
     size: int = SIZE
-    """Tokens in a stretch."""
+    """Characters in a piece, at the most."""
 
     over: int = OVER
-    """A prompt without earlier turns is read as ever up to so many tokens of its own text."""
+    """A prompt without earlier turns is read as ever up to so many characters."""
 
     fitted: dict[str, Any] | None = None
-    """Provenance: counts, choices, digests of the data."""
+    """Provenance: digests of the data."""
 
-    def needed(self, backend: Backend, prompt: Prompt) -> bool:
+    def needed(self, prompt: Prompt) -> bool:
         """Whether a prompt is long, or a chat in which the user has spoken before."""
-        if any(message.role == "user" for message in prompt.history):
-            return True
-        short = (
-            len(prompt.text.encode("utf-8", "replace")) <= self.over
-        )  # no more tokens than bytes
-        return not short and require_tracer(backend).count(prompt) > self.over
+        return len(prompt.text) > self.over or any(m.role == "user" for m in prompt.history)
 
-    def find(self, trace: Trace, scores: Sequence[float]) -> list[Evidence]:
-        """The most harmful stretch of each turn, in standard deviations.
+    def pieces(self, prompt: Prompt) -> list[Piece]:
+        """What the user says, cut up; every turn has a piece that says something."""
+        turns = [(n, m.content) for n, m in enumerate(prompt.history) if m.role == "user"]
+        return [
+            Piece(number, start, end, text[start:end])
+            for number, text in [*turns, (len(prompt.history), prompt.text)]
+            for start, end in cut(text, self.size)
+        ]
+
+    def find(self, pieces: Sequence[Piece], scores: Sequence[float]) -> list[Evidence]:
+        """The most harmful piece of each turn, in standard deviations.
 
         Args:
-            trace: What was read.
-            scores: The guard's own score at the end of each turn.
+            pieces: What was read.
+            scores: The guard's own, of the whole and then of each piece.
 
         Raises:
             GuardError: if a score is not finite.
         """
-        sizes = [len(turn.scores) for turn in trace.turns]
-        tokens = max(1.0, sum(sizes) / self.over)
-        short = max(1, sum(size <= self.over for size in sizes))
-        found = []
-        for turn, score in zip(trace.turns, scores, strict=True):
-            value, start, end = best_stretch(turn, self.size)
-            at_end = (self.turn, short) if len(turn.scores) <= self.over else (self.end, 1)
-            whole, stretch = at_end[0](score, at_end[1]), self.stretch(value, tokens)
-            if not math.isfinite(whole + stretch):
-                raise GuardError("A token's score is not a finite number; use bfloat16 or float32.")
-            if whole > stretch:
-                start, end = turn.spans[0][0], turn.spans[-1][1]
-            found.append(Evidence(turn.message, start, end, max(whole, stretch)))
-        return found
+        if not all(map(math.isfinite, scores)):
+            raise GuardError("A piece's score is not a finite number; use bfloat16 or float32.")
+        best = dict[int, Evidence]()
+        for piece, score in zip(pieces, scores[1:], strict=True):
+            told = self.piece(score, len(pieces))
+            if piece.message not in best or told > best[piece.message].score:
+                best[piece.message] = Evidence(piece.message, piece.start, piece.end, told)
+        last, whole = pieces[-1], self.whole(scores[0], len(pieces))
+        if whole > best[last.message].score:
+            first = next(p for p in pieces if p.message == last.message)
+            best[last.message] = Evidence(last.message, first.start, last.end, whole)
+        return list(best.values())
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See ``Part``."""
-        probe = dict(layers=self.probe.layers, bias=self.probe.bias)
-        norms = {name: asdict(getattr(self, name)) for name in ("stretch", "turn", "end")}
-        bound = asdict(self.bound) if self.bound else None
-        record = dict(probe=probe, **norms, threshold=self.threshold, bound=bound)
-        return record | dict(size=self.size, over=self.over, fitted=self.fitted), {
-            "weight": self.probe.weight
-        }
+        return asdict(self), {}
 
     @classmethod
     def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """See ``Part``."""
-        probe, weight = record["probe"], tensors["weight"]
-        stretch, turn, end = (Norm(**record[name]) for name in ("stretch", "turn", "end"))
-        numbers = [probe["bias"], record["threshold"]]
-        numbers += [n for norm in (stretch, turn, end) for n in asdict(norm).values()]
-        if not torch.isfinite(weight).all() or not all(map(math.isfinite, numbers)):
-            raise ValueError("a number of the windows is not finite")
-        if (
-            weight.ndim != 2
-            or len(weight) != len(probe["layers"])
-            or min(record["size"], record["over"]) < 1
-        ):
-            raise ValueError("the windows' probe has another shape than its layers say")
-        return cls(
-            probe=Readout("linear", tuple(probe["layers"]), weight, float(probe["bias"])),
-            stretch=stretch,
-            turn=turn,
-            end=end,
-            threshold=float(record["threshold"]),
-            bound=Bound(**record["bound"]) if record["bound"] else None,
-            size=record["size"],
-            over=record["over"],
-            fitted=record["fitted"],
-        )
+        piece, whole = (Norm(**record[name]) for name in ("piece", "whole"))
+        numbers = [record["threshold"], *asdict(piece).values(), *asdict(whole).values()]
+        if not all(map(math.isfinite, numbers)) or min(record["size"], record["over"]) < 1:
+            raise ValueError("a number of the windows is out of range")
+        bound = Bound(**record["bound"]) if record["bound"] else None
+        return cls(**{**record, "piece": piece, "whole": whole, "bound": bound})
 
     def rebound(self) -> Windows:
         """See ``Part``."""
@@ -177,20 +165,34 @@ class Windows(Part):
         """See ``Part``."""
         promise = str(self.bound) if self.bound else "not calibrated, so nothing is promised"
         return [
-            f"Prompts of more than {self.over} tokens, and chats with earlier turns of the user, "
-            f"are read by stretches of {self.size} tokens and at the end of each turn, at layers "
-            f"{min(self.probe.layers)} to {max(self.probe.layers)}. Of these: {promise}."
+            f"Prompts of more than {self.over} characters, and chats with earlier turns of the "
+            f"user, are read whole and by pieces of up to {self.size} characters. Of these: "
+            f"{promise}."
         ]
 
 
-def stretches(scores: Float[Tensor, "t"], size: int) -> Float[Tensor, "w"]:
-    """The mean over each run of ``size`` tokens, or over all if there are fewer; float64."""
-    return scores.double().unfold(0, min(size, len(scores)), 1).mean(-1)
+def cut(text: str, size: int) -> Iterator[tuple[int, int]]:
+    """Sentences and lines, as many together as fit; longer ones in parts that end at a blank."""
+    start = end = 0
+    for first, last in _parts(text, size):
+        if end > start and last - start > size:
+            yield start, end
+            start = first
+        start, end = (first if end <= start else start), last
+    if end > start:
+        yield start, end
 
 
-def best_stretch(turn: Turn, size: int) -> tuple[float, int, int]:
-    """Score, first character and the one after the last of the most harmful stretch."""
-    means = stretches(turn.scores, size)
-    first = int(means.argmax())
-    last = min(first + size, len(turn.scores)) - 1
-    return float(means[first]), turn.spans[first][0], turn.spans[last][1]
+def _parts(text: str, size: int) -> Iterator[tuple[int, int]]:
+    """Sentences and lines; longer ones in parts; none of them blank."""
+    first = 0
+    for last, after in [*(m.span() for m in BREAK.finditer(text)), (len(text), len(text))]:
+        while last - first > size:
+            blank = text.rfind(" ", first + 1, first + size + 1)
+            stop = blank if blank > 0 else first + size
+            if text[first:stop].strip():
+                yield first, stop
+            first = stop + (blank > 0)
+        if text[first:last].strip():
+            yield first, last
+        first = after

@@ -1,23 +1,18 @@
 """Long prompts and chats in the service: by windows, as offline, and each turn on its own."""
 
 import pytest
-import torch
 
 from latentguard.prompts import Message, Prompt
-from latentguard.readouts import Readout
 from latentguard.serve.judging import judge_all
 from latentguard.windows import Windows
 from serve.running import PROMPTS, post, running, tiny_guard, tiny_model
 
-PROBE = Readout(
-    "linear", (1, 2), torch.randn(2, 32, generator=torch.Generator().manual_seed(2)), 0.0
-)
 TURNS = [PROMPTS[0], "Sure.", PROMPTS[1], "Well.", PROMPTS[2]]
 ROLES = ["user", "assistant", "user", "assistant", "user"]
 
 
 def opener():
-    return tiny_guard().with_part(Windows(PROBE, threshold=1.0)), tiny_model()
+    return tiny_guard().with_part(Windows(threshold=1.0, size=60, over=200)), tiny_model()
 
 
 def chat():

@@ -115,7 +115,7 @@ def calibrated_long(
     from latentguard.windows import Windows
 
     windows = guard.part(Windows)
-    long = [p for p in prompts if windows and windows.needed(backend, p)]
+    long = [p for p in prompts if windows and windows.needed(p)]
     if not long:
         return guard
     with progress("windows", len(long)) as bar:

@@ -20,10 +20,8 @@ from latentguard.model.generate import sweep
 from latentguard.model.hooks import decoder_blocks, read_positions
 from latentguard.model.layout import Row, alike
 from latentguard.model.loading import from_pretrained, is_split
-from latentguard.model.long import trace
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Fingerprint, Intervention, Progress, States
-from latentguard.traces import Trace
 
 WINDOW = 256
 """Prompts that are sorted by length together; bounds memory, whatever their number."""
@@ -157,14 +155,6 @@ class ChatModel:
         for window in _windows(prompts):
             values = self._window(window, tuple(positions), layers, progress)
             yield States(values, window, tuple(positions), layers, self.fingerprint)
-
-    def count(self, prompt: Prompt) -> int:
-        """How many tokens the prompt's own text has; see ``Tracer``."""
-        return len(self.chat([prompt])[0].spans)
-
-    def trace(self, prompt: Prompt, **how: Any) -> Trace:
-        """Read a long prompt or a chat, turn by turn and token by token; see ``Tracer``."""
-        return trace(self, prompt, **how)
 
     def generate(self, prompts: Iterable[Prompt], **how: Any) -> list[Reply]:
         """Reply to prompts greedily, unsteered; ``how`` is that of ``sweep``."""

@@ -93,31 +93,6 @@ def read_positions(
             handle.remove()
 
 
-@contextmanager
-def score_tokens(
-    blocks: Sequence[nn.Module],
-    *,
-    layers: Sequence[int],
-    weight: Float[Tensor, "l d"],
-    scores: Float[Tensor, "b s"],
-) -> Iterator[None]:
-    """Add ``sum_l h_l . weight_l`` of each token to ``scores`` while a forward pass runs.
-
-    A number for each token is all that outlives a layer.
-    """
-
-    def add(slot: int, hidden: Tensor) -> None:
-        scores.add_((hidden.float() @ weight[slot].to(hidden.device)).to(scores.device))
-
-    handles: list[Any] = []
-    try:
-        handles.extend(_hook(blocks, layer, slot, add) for slot, layer in enumerate(layers))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _Means:
     """Means over the tokens from a start to a column, both included."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
 from latentguard.guard import LatentGuard
 from latentguard.model.converse import read_instruction
 from latentguard.model.hf import ChatModel
-from latentguard.parts import Verdict
+from latentguard.parts import Evidence, Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest, Fault, Unavailable
 from latentguard.states import States
@@ -48,22 +48,23 @@ def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -
         PromptError: if a prompt is empty or too long.
         GuardError: if a state is not finite.
     """
-    ready, windows = [guard.reading.prepare(prompt) for prompt in prompts], guard.part(Windows)
-    long = [windows is not None and windows.needed(model, prompt) for prompt in ready]
-    short = [prompt for prompt, longer in zip(ready, long, strict=True) if not longer]
+    windows = guard.part(Windows)
+    long = [windows is not None and windows.needed(prompt) for prompt in prompts]
+    short = [
+        guard.reading.prepare(p) for p, longer in zip(prompts, long, strict=True) if not longer
+    ]
     layers, positions = guard.readout.layers, guard.positions
-    batches = model.capture(short, positions=positions, layers=layers)
+    batches = model.capture(map(guard.reading.prepare, short), positions=positions, layers=layers)
     found = iter([one for states in batches for one in judge_states(guard, states)])
     return [
         _judge_long(guard, model, prompt) if longer else next(found)
-        for prompt, longer in zip(ready, long, strict=True)
+        for prompt, longer in zip(prompts, long, strict=True)
     ]
 
 
 def _judge_long(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> Judgement:
-    """Judge a long prompt or a chat; the beliefs by layer are those at its end."""
-    trace = guard.trace(model, prompt)
-    return replace(judge_states(guard, trace.last)[0], verdict=guard.judge_trace(trace))
+    """Judge a long prompt or a chat; the beliefs by layer are those of the whole."""
+    return judge_states(guard, *guard.examine(model, prompt))[0]
 
 
 def judge_each(
@@ -101,9 +102,11 @@ def _unreadable(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> Fault |
     return None
 
 
-def judge_states(guard: LatentGuard, states: States) -> list[Judgement]:
+def judge_states(
+    guard: LatentGuard, states: States, evidence: Sequence[Evidence] = ()
+) -> list[Judgement]:
     """Judge states that were captured already."""
-    verdicts = list(guard.judge(states))
+    verdicts = list(guard.judge(states, evidence))
     part = states.select(guard.readout.layers)
     layers = {axis.name: axis.layer_beliefs(part.at(axis.position)).tolist() for axis in guard.axes}
     return [

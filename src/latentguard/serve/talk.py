@@ -101,7 +101,7 @@ class Talk:
     def _read(self, guard: LatentGuard, model: ChatModel) -> Judgement | GuardError:
         windows = guard.part(Windows)
         own = guard.reading.prepare(self.prompt) == self.prompt and not (
-            windows and windows.needed(model, self.prompt)
+            windows and windows.needed(self.prompt)
         )
         positions = guard.positions if own else ()
         said = Conversation(model, self.prompt, positions=positions, layers=guard.readout.layers)

@@ -113,7 +113,7 @@ def readable(guard: LatentGuard) -> LatentGuard:
     """
     if guard.part(Windows) is not None:
         raise GuardError(
-            "This guard reads long prompts by stretches, which it cannot do inside vLLM; put "
+            "This guard reads long prompts by pieces, which it cannot do inside vLLM; put "
             "'latentguard serve --upstream' before the server, or fit a guard without windows."
         )
     kept = list[Part]()
