@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table as View
 
 from latentguard.audit import ngram_scores
-from latentguard.contrast import load_contrast
+from latentguard.contrast import load_contrast, load_traffic
 from latentguard.experiments.detection import (
     detection_table,
     guard_scores,
@@ -39,19 +39,19 @@ from latentguard.states import States
 
 Scores = dict[str, NDArray[np.float64]]
 
-DEFAULT = "default: both, pooled, linear"
+DEFAULT = "default: traffic, pooled, linear"
 RULES = {  # rule -> (training set, reading, readout)
     "the paper's guard: AdvBench + Alpaca, t_inst, centroid": ("paper", "t_inst", "centroid"),
     "AdvBench + Alpaca, t_inst, linear": ("paper", "t_inst", "linear"),
     "AdvBench + Alpaca, pooled, linear": ("paper", "pooled", "linear"),
     "pairs, t_inst, centroid": ("pairs", "t_inst", "centroid"),
-    "pairs, span, linear": ("pairs", "span", "linear"),
     "pairs, pooled, linear": ("pairs", "pooled", "linear"),
-    "traffic, pooled, linear": ("traffic", "pooled", "linear"),
-    "both, t_inst, linear": ("both", "t_inst", "linear"),
-    "both, t_post, linear": ("both", "t_post", "linear"),
-    "both, span, linear": ("both", "span", "linear"),
-    DEFAULT: ("both", "pooled", "linear"),
+    "pairs + traffic, pooled, linear": ("both", "pooled", "linear"),
+    "traffic, t_inst, centroid": ("traffic", "t_inst", "centroid"),
+    "traffic, t_inst, linear": ("traffic", "t_inst", "linear"),
+    "traffic, t_post, linear": ("traffic", "t_post", "linear"),
+    "traffic, span, linear": ("traffic", "span", "linear"),
+    DEFAULT: ("traffic", "pooled", "linear"),
 }
 SEED, TRAINING_ROWS, LONGEST = 0, 400, 1500
 """Rows a side of the paper's training set; characters of the longest text that is scored."""
@@ -66,7 +66,7 @@ def main() -> None:
     model = ChatModel.load(options.model, dtype=options.dtype)
     train, plain = training_sets(options.data_dir), test_sets(options.data_dir)
     guards = fitted(model, train, options.cache)
-    words = {"AdvBench + Alpaca": train["paper"], "both": train["pairs"] + train["traffic"]}
+    words = {"AdvBench + Alpaca": train["paper"], "traffic": train["traffic"]}
     tables, figures = [], dict[str, dict[str, float]]()
     test = mixed({name: capture(model, name, rows, options.cache) for name, rows in plain.items()})
     for name, states in test.items():
@@ -128,9 +128,8 @@ def training_sets(folder: Path) -> dict[str, list[Prompt]]:
     known = {p.text for p in read_prompts(folder / "jbb.jsonl")}
     harmful = [p for p in read_prompts(folder / "advbench.jsonl") if p.text not in known]
     harmless = read_prompts(folder / "alpaca_harmless.jsonl")
-    traffic = [p for p in load_contrast("train", traffic=True) if p.source == "traffic"]
     paper = harmful[:TRAINING_ROWS] + harmless[:TRAINING_ROWS]
-    return {"paper": paper, "pairs": load_contrast("train"), "traffic": traffic}
+    return {"paper": paper, "pairs": load_contrast("train"), "traffic": load_traffic("train")}
 
 
 def test_sets(folder: Path) -> dict[str, list[Prompt]]:
@@ -141,9 +140,8 @@ def test_sets(folder: Path) -> dict[str, list[Prompt]]:
         for path in sorted(folder.glob("*.jsonl"))
     }
     kept = {name: drawn(rows, ROWS.get(name, 500)) for name, rows in kept.items()}
-    built_in = load_contrast("test", traffic=True)
-    kept["built-in pairs, test"] = [p for p in built_in if p.source != "traffic"]
-    return kept | {"built-in traffic, test": [p for p in built_in if p.source == "traffic"]}
+    kept["built-in pairs, test"] = load_contrast("test")
+    return kept | {"built-in traffic, test": load_traffic("test")}
 
 
 def mixed(parts: dict[str, States]) -> dict[str, States]:

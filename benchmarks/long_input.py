@@ -24,9 +24,10 @@ from pydoc_data import topics
 from typing import Any
 
 import numpy as np
+from default_guard import default_guard
 
 from latentguard.audit import ngram_model
-from latentguard.contrast import load_contrast
+from latentguard.contrast import load_contrast, load_traffic
 from latentguard.guard import LatentGuard
 from latentguard.metrics import Estimate, auroc, estimate, proportion, tpr_at
 from latentguard.model.hf import ChatModel
@@ -92,9 +93,7 @@ def fitted(model: ChatModel, work: Path) -> LatentGuard:
     if (work / "guard" / "guard.json").exists():
         return LatentGuard.load(work / "guard")
     began = time.process_time()
-    guard = LatentGuard.fit(model, load_contrast("train", traffic=True))
-    harmless = [p for p in load_contrast("validation", traffic=True) if not p.harmful]
-    guard = guard.calibrate(model, harmless, max_fpr=0.05)
+    guard = default_guard(model, work / "plain")
     middle = time.process_time()
     guard = fit_windows(model, guard)
     times = dict(fit=middle - began, windows=time.process_time() - middle)
@@ -227,7 +226,7 @@ def tokens(model: ChatModel, prompt: Prompt) -> int:
 
 def n_grams() -> Any:
     """The n-gram baseline, fitted on what the guard is fitted on."""
-    train = load_contrast("train", traffic=True)
+    train = load_traffic("train")
     return ngram_model().fit([p.text for p in train], [bool(p.harmful) for p in train])
 
 

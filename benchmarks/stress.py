@@ -2,8 +2,8 @@
 
     python benchmarks/stress.py MODEL --name NAME [--dtype D] [--budget B] [--docs docs/stress.md]
 
-Fits and calibrates the default guard as ``latentguard demo`` does (reused if it is in OUT/guard),
-runs ``latentguard stress`` on it, and puts the tables between the marks of NAME in the document.
+Fits and calibrates the default guard (reused if it is in OUT/guard), runs ``latentguard stress`` on
+it, and puts the tables between the marks of NAME in the document.
 A killed run goes on where it stopped. One thread is used: results do not depend on the machine's
 number of cores.
 """
@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
+from default_guard import default_guard
 
 from latentguard.cli.console import progress
 from latentguard.contrast import load_contrast
-from latentguard.demo import fitted_guards
 from latentguard.model.hf import ChatModel
 from latentguard.report import Table, write_text
 from latentguard.stress import weights
@@ -39,7 +39,7 @@ def main() -> None:
     only = [*families(), weights.FAMILY] if options.finetune else []
     plan = Plan(tuple(load_contrast("test")), options.budget, (*only, *options.only))
     with progress("stress") as bar:
-        guard, _ = fitted_guards(model, options.out / "guard", bar.step, traffic=True)
+        guard = default_guard(model, options.out / "guard")
         trial = Trial(guard, model, Subject(model, Store(options.out / STORE), step=bar.step))
         report = run(trial, plan)
     report.save(options.out)

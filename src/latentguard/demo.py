@@ -72,21 +72,19 @@ def run(backend: ChatModel, guard_folder: Path, out: Path, *, step: Step) -> Pat
     return report.save(out)
 
 
-def fitted_guards(
-    backend: ChatModel, folder: Path, step: Step, *, traffic: bool = False
-) -> tuple[LatentGuard, LatentGuard]:
+def fitted_guards(backend: ChatModel, folder: Path, step: Step) -> tuple[LatentGuard, LatentGuard]:
     """The calibrated default guard and the paper's rule on the same prompts, fitted once."""
     paths = folder, folder / "paper"
     if all((path / JSON_FILE).exists() for path in paths):
         guards = [LatentGuard.load(path, backend) for path in paths]
         return guards[0], guards[1]
-    train = load_contrast("train", traffic=traffic)
+    train = load_contrast("train")
     reading = Reading.of(DEFAULT, backend.post)
     states = capture(backend, reading, train, progress=step("capture", len(train)))
     ours = LatentGuard.from_states(backend, states, reading, "linear")
     t_inst = Reading.of("t_inst", backend.post)
     theirs = LatentGuard.from_states(backend, states, t_inst, "centroid")
-    harmless = [p for p in load_contrast("validation", traffic=traffic) if not p.harmful]
+    harmless = [p for p in load_contrast("validation") if not p.harmful]
     bar = step("calibrate", len(harmless))
     ours = ours.calibrate(backend, harmless, max_fpr=MAX_FPR, progress=bar)
     theirs.save(paths[1])

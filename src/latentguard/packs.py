@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from latentguard.calibration import Calibration
 from latentguard.categories import FEWEST, Categories, Pack, Tail, fit_directions
-from latentguard.contrast import load_contrast
+from latentguard.contrast import load_contrast, load_traffic
 from latentguard.errors import GuardError
 from latentguard.fitting import slots
 from latentguard.guard import LatentGuard
@@ -92,7 +92,7 @@ def remove(
 
 def against() -> list[Prompt]:
     """The built-in harmless prompts that every pack is held against."""
-    train = [p for p in load_contrast("train") if not p.harmful]
+    train = [p for p in load_traffic("train") if not p.harmful]
     return train[:: max(1, len(train) // AGAINST)][:AGAINST]
 
 
@@ -149,14 +149,15 @@ def recalibrated(
 
 
 def _built_in(guard: LatentGuard) -> list[Prompt]:
-    calm = [p for p in load_contrast("validation") if not p.harmful]
-    if (guard.fitted or {}).get("calibration_sha256") != digest_prompts(calm):
-        raise GuardError(
-            "This guard was calibrated on prompts other than the built-in ones, and their texts "
-            "are not kept: give harmless prompts like them with --harmless, or its promise would "
-            "silently become one about the built-in prompts."
-        )
-    return calm
+    for built_in in (load_traffic, load_contrast):
+        calm = [p for p in built_in("validation") if not p.harmful]
+        if (guard.fitted or {}).get("calibration_sha256") == digest_prompts(calm):
+            return calm
+    raise GuardError(
+        "This guard was calibrated on prompts other than the built-in ones, and their texts are "
+        "not kept: give harmless prompts like them with --harmless, or its promise would silently "
+        "become one about the built-in prompts."
+    )
 
 
 def _categories(guard: LatentGuard) -> Categories:

@@ -26,7 +26,7 @@ from latentguard.ridge import Design, Ridge, folds_of
 
 Kind = Literal["centroid", "linear"]
 
-STRENGTHS = (0.3, 1.0, 3.0, 10.0)
+STRENGTHS = (1.0, 3.0, 10.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the Gram matrix."""
 
 BANDS = ((0.33, 0.67), (0.4, 0.8), (0.6, 1.0), (0.2, 1.0))
@@ -125,12 +125,13 @@ def fit_linear(
             f"A linear readout needs at least 10 prompts of each class; found {int(y.sum())} "
             f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid readout."
         )
-    design, folds = balanced(states, y, layers), folds_of(groups, seed)
+    design, folds, bands = balanced(states, y, layers), folds_of(groups, seed), _bands(layers)
+    design.prepare(bands)
     tried = {
         (band, strength): auroc(
             y.numpy(), Ridge(design, band, strength).held_out(folds)[:, 0].numpy()
         )
-        for band in _bands(layers)
+        for band in bands
         for strength in STRENGTHS
     }
     band, strength = choose(tried)

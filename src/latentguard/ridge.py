@@ -5,7 +5,6 @@ Axis names in shapes: n rows, s slots (each position in turn, each layer in turn
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ FOLDS = 5
 
 
 class Design:
-    """Weighted, standardised training states, with one Gram matrix a layer."""
+    """Weighted, standardised training states, with one Gram matrix a band of layers."""
 
     def __init__(
         self,
@@ -42,7 +41,7 @@ class Design:
         constant = spread <= 1e-5 * self.mean.abs()  # but for rounding; would be all noise below
         self.scale = spread.masked_fill(constant, torch.inf)
         self.states, self.layers = states, layers
-        self.grams = {layer: self.gram(layer) for layer in sorted(set(layers))}
+        self._grams: dict[tuple[int, ...], Tensor] = {}
 
     def slots(self, band: Sequence[int]) -> list[int]:
         """Where the layers of a band lie in ``states``: a layer has one slot a position."""
@@ -53,9 +52,24 @@ class Design:
         z = (self.states[:, slot].float() - self.mean[slot]) / self.scale[slot]
         return z * self.root.float()
 
-    def gram(self, layer: int) -> Float[Tensor, "n n"]:
-        """Inner products of all rows over the slots of a layer, float32."""
-        return _sum(z @ z.T for z in map(self.slot, self.slots([layer])))
+    def gram(self, band: Sequence[int]) -> Float[Tensor, "n n"]:
+        """Inner products of all rows over the slots of a band, float32."""
+        if tuple(band) not in self._grams:
+            self.prepare([band])
+        return self._grams[tuple(band)]
+
+    def prepare(self, bands: Iterable[Sequence[int]]) -> None:
+        """Compute ``gram`` of several bands, each layer once: they overlap."""
+        keys = [tuple(band) for band in bands]
+        sums = {key: torch.zeros(len(self.states), len(self.states)) for key in keys}
+        for slot, layer in enumerate(self.layers):
+            holders = [key for key in keys if layer in key]
+            if holders:
+                z = self.slot(slot)
+                product = z @ z.T
+                for key in holders:
+                    sums[key] += product
+        self._grams |= sums
 
 
 class Ridge:
@@ -64,7 +78,7 @@ class Ridge:
     def __init__(self, design: Design, band: Sequence[int], strength: float) -> None:
         """Solve; ``strength`` is in units of the mean eigenvalue of the Gram matrix."""
         self.design, self.slots = design, design.slots(band)
-        gram = _sum(design.grams[layer].double() for layer in band)
+        gram = design.gram(band).double()
         gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-12))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         self.dual = self.inverse @ design.targets
@@ -83,11 +97,6 @@ class Ridge:
         for rows in folds:
             residual[rows] = torch.linalg.solve(self.inverse[rows][:, rows], self.dual[rows])
         return (self.design.targets - residual) / self.design.root + self.design.level
-
-
-def _sum(grams: Iterable[Tensor]) -> Tensor:
-    """One by one: a stack of them would not fit where there are thousands of rows."""
-    return functools.reduce(torch.Tensor.add_, grams)
 
 
 def folds_of(groups: Sequence[str], seed: int = 0) -> list[Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from latentguard.contrast import Split, load_contrast
+from latentguard.contrast import Split, load_traffic
 from latentguard.contrast.frames import document, filler
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
@@ -88,7 +88,7 @@ def harmless_texts(split: Split, count: int) -> list[Prompt]:
     Half of the documents are lines of one kind after the other with a request among them
     (``frames``), half are harmless prompts of all kinds as paragraphs.
     """
-    said = [p.text for p in load_contrast(split, traffic=True) if not p.harmful]
+    said = [p.text for p in load_traffic(split) if not p.harmful]
     draw, texts = random.Random(f"{split} texts"), []
     for number in range(count):
         size = round(LONGEST ** draw.uniform(0.75, 1))

@@ -181,8 +181,8 @@ class TestFit:
         code, _, err = lg("fit", "--model", model, "--out", tmp_path / "g", "--contrast", *rule)
         made = record(tmp_path / "g")
         assert code == 0
-        assert (made["fitted"]["harmful"], made["fitted"]["harmless"]) == (1250, 1649)
-        assert made["fitted"]["sources"] == ["contrast", "traffic"]
+        assert (made["fitted"]["harmful"], made["fitted"]["harmless"]) == (1836, 3019)
+        assert made["fitted"]["sources"] == ["traffic"]
         assert (made["reading"]["name"], made["readout"]["kind"]) == ("t_inst", "centroid")
         assert made["readout"]["layers"] == [1, 2, 3, 4]
         assert "Warning" not in err
@@ -264,7 +264,7 @@ class TestCalibrate:
     def test_on_the_built_in_prompts(self, lg, guard):
         code, out, _ = lg("calibrate", guard, "--max-fpr", "0.05")
         assert code == 0
-        assert "n = 564" in out
+        assert "n = 382" in out
 
     def test_too_few(self, fails, guard, files):
         before = record(guard)

@@ -11,7 +11,7 @@ import pytest
 
 from latentguard.audit import audit, ending, form
 from latentguard.canaries import COUNT, canary_prompts
-from latentguard.contrast import load_contrast, load_samples, split_of
+from latentguard.contrast import load_contrast, load_samples, load_traffic, split_of
 from latentguard.prompts import Prompt
 
 SPLITS = ("train", "validation", "test")
@@ -190,7 +190,7 @@ class TestTraffic:
 
     @pytest.fixture(scope="class")
     def traffic(self):
-        return [p for p in load_contrast(traffic=True) if p.source == "traffic"]
+        return load_traffic()
 
     @pytest.fixture(scope="class")
     def twins(self):
@@ -200,14 +200,14 @@ class TestTraffic:
                 found.setdefault(row["pair"], {})[row["label"]] = row
         return [(members["harmful"], members["harmless"]) for members in found.values()]
 
-    def test_only_if_asked_for(self, traffic, prompts):
-        assert load_contrast(traffic=True) == [*prompts, *traffic]
+    def test_each_says_where_it_comes_from(self, traffic, prompts):
+        assert {p.source for p in traffic} == {"traffic"}
         assert {p.source for p in prompts} == {"contrast"}
 
     def test_how_many(self, traffic, twins):
-        assert len(twins) >= 1400
+        assert len(twins) >= 2300
         lone = [p for p in traffic if not p.pair]
-        assert len(lone) >= 390
+        assert len(lone) >= 1400
         assert all(p.harmful is False for p in lone)
         assert len(traffic) == 2 * len(twins) + len(lone)
 
@@ -240,18 +240,21 @@ class TestTraffic:
             assert row["kind"] == "wrapper" or not TEMPLATE.search(row["text"]), row
             assert row["text"] == row["text"].strip()
 
-    def test_the_splits_make_up_the_whole(self, traffic, prompts):
-        parts = [p.id for split in SPLITS for p in load_contrast(split, traffic=True)]
-        assert sorted(parts) == sorted(p.id for p in [*prompts, *traffic])
+    def test_the_splits_make_up_the_whole(self, traffic):
+        parts = {split: load_traffic(split) for split in SPLITS}
+        assert sorted(p.id for part in parts.values() for p in part) == sorted(
+            p.id for p in traffic
+        )
+        assert 0.78 < len(parts["train"]) / len(traffic) < 0.82
+        calm = [p for p in parts["validation"] if not p.harmful]
+        assert len(calm) >= 299  # what a promise of 1 % needs
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_form_does_not_tell_the_label(self, split, monkeypatch):
         nothing = lambda prompts, folds: np.zeros(len(prompts))  # noqa: E731
         monkeypatch.setattr("latentguard.audit.ngram_held_out", nothing)
-        part = load_contrast(split, traffic=True)
-        for prompts in (part, [p for p in part if p.source == "traffic"]):
-            found = audit(prompts)
-            assert max(found.ending, found.form, found.length) <= 0.56
+        found = audit(load_traffic(split))
+        assert max(found.ending, found.form, found.length) <= 0.56
 
 
 class TestCanaries:

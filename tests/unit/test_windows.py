@@ -10,7 +10,7 @@ from fake_backend import FakeBackend, labelled, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentguard.contrast import load_contrast
+from latentguard.contrast import load_traffic
 from latentguard.contrast.frames import document, framed
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
@@ -187,7 +187,7 @@ class TestFitting:
         found = harmless_texts("validation", 10)
         assert found == harmless_texts("validation", 10)
         assert all(p.history or len(p.text) > 300 for p in found)
-        other = {p.text for p in load_contrast("train", traffic=True)}
+        other = {p.text for p in load_traffic("train")}
         said = {m.content for p in found for m in p.history} | {p.text for p in found}
         assert not said & other
 

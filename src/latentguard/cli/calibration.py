@@ -11,7 +11,7 @@ import typer
 from latentguard.cli.app import app
 from latentguard.cli.console import columns_of, load_guard, note, progress, read_side
 from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
-from latentguard.contrast import load_contrast
+from latentguard.contrast import load_traffic
 from latentguard.prompts import Columns, Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     columns = Columns(text=text_column, slice=slice_column or "")
     prompts = read_side(harmless, columns, harmful=False)
     if not harmless:
-        prompts = [p for p in load_contrast("validation", traffic=True) if not p.harmful]
+        prompts = [p for p in load_traffic("validation") if not p.harmful]
     prompts += read_side(harmful, columns, harmful=True)
     rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
     with progress("calibrate", len(prompts)) as bar:

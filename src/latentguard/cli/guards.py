@@ -23,7 +23,7 @@ from latentguard.cli.options import (
     Side,
     TextColumn,
 )
-from latentguard.contrast import load_contrast
+from latentguard.contrast import load_traffic
 from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns, stream_prompts
 
@@ -91,7 +91,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
 
     columns = Columns(text=text_column)
     sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
-    prompts = sides + (load_contrast("train", traffic=True) if contrast or not sides else [])
+    prompts = sides + (load_traffic("train") if contrast or not sides else [])
     for warning in surface_warnings(prompts):
         note(f"Warning: {warning}")
     backend = load(model, f"{dtype}/{quantize.value}" if quantize else dtype, device_map)

@@ -22,6 +22,9 @@ def parity(
     tolerance: Annotated[
         float, typer.Option(help="Largest score difference, in spreads; beyond it exit 1.")
     ] = 0.1,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Let vLLM compile the model, as its server does.")
+    ] = False,
 ) -> None:
     """Print how far a guard's scores inside vLLM are from those on transformers.
 
@@ -43,7 +46,14 @@ def parity(
         reference = list(loaded.scan(backend, prompts, progress=bar.advance))
     del backend
     note("Starting vLLM ...")
-    how = inside.ENGINE | inside.SMALL | {"disable_log_stats": False}  # counts preemptions
+    how = (
+        inside.ENGINE
+        | inside.SMALL
+        | {
+            "enforce_eager": not compiled,
+            "disable_log_stats": False,  # counts preemptions
+        }
+    )
     engine = VllmModel.load(guard, model, **how)
     found = inside.compare(
         loaded, reference, engine, prompts, spare=lambda: inside.preemptions(engine)

@@ -4,9 +4,10 @@ Both members of a pair share frame, form, ending and length, over ten risk categ
 hazard names), so that surface form cannot separate the classes. 150 of the lone harmless prompts
 use alarming words in a benign sense, 150 are ordinary. Requests only; no answers.
 
-Beside it, traffic: pairs and harmless prompts in the manner of messages that people send to chat
-models and services (chats, statements, role play, jailbreak wrappers with a harmful and a harmless
-core, pasted texts, code, fiction, other languages), matched in the same way.
+Beside it, traffic, on which guards are fitted: pairs and harmless prompts in the manner of what
+people send to chat models and services (requests, chats, posts, letters, role play, jailbreak
+wrappers with a harmful and a harmless core, pieces of documents, code, fiction, other languages),
+matched in the same way.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ from latentguard.prompts import Prompt, read_prompts
 Split = Literal["train", "validation", "test"]
 
 
-def load_contrast(split: Split | None = None, *, traffic: bool = False) -> list[Prompt]:
-    """The prompts of one split, or all; about 60 / 20 / 20 %, by pair, fixed by id.
+def load_contrast(split: Split | None = None) -> list[Prompt]:
+    """The contrast set, or one split of it; 60 / 20 / 20 %, by pair, fixed by id."""
+    return _split(_read("contrast"), split)
 
-    Args:
-        split: Which part; None is all of them.
-        traffic: Add the traffic, with the source ``traffic``; it is split in the same way.
-    """
-    prompts = _read("contrast") + (_read("traffic") if traffic else [])
-    return [p for p in prompts if split in (None, split_of(p))]
+
+def load_traffic(split: Split | None = None) -> list[Prompt]:
+    """The traffic, or one split of it; 80 / 10 / 10 %, by pair, fixed by id."""
+    return _split(_read("traffic"), split)
 
 
 def load_samples() -> list[Prompt]:
@@ -41,7 +41,12 @@ def load_samples() -> list[Prompt]:
 def split_of(prompt: Prompt) -> Split:
     """The split of a prompt: both members of a pair fall into the same one."""
     digest = hashlib.sha256((prompt.pair or prompt.id).encode()).digest()
-    return ("validation", "test", "train", "train", "train")[digest[0] % 5]
+    part = digest[0] % (10 if prompt.source == "traffic" else 5)
+    return ("validation", "test", "train")[min(part, 2)]  # type: ignore[return-value]
+
+
+def _split(prompts: list[Prompt], split: Split | None) -> list[Prompt]:
+    return [p for p in prompts if split in (None, split_of(p))]
 
 
 def _read(name: str) -> list[Prompt]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from latentguard.audit import ngram_scores
-from latentguard.contrast import load_contrast
+from latentguard.contrast import load_traffic
 from latentguard.errors import LatentGuardError
 from latentguard.guard import LatentGuard
 from latentguard.model.hf import ChatModel
@@ -88,7 +88,7 @@ def room_of(model: ChatModel) -> Room:
 def _words(cases: Sequence[Case]) -> Mapping[str, float]:
     """The n-gram baseline's score of each text."""
     texts = [p for case in cases for prompts in case.variants for p in prompts]
-    scores = ngram_scores(load_contrast("train", traffic=True), texts)
+    scores = ngram_scores(load_traffic("train"), texts)
     return dict(zip((p.text for p in texts), scores.tolist(), strict=True))
 
 

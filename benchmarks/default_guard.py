@@ -1,0 +1,23 @@
+"""The guard that ``latentguard fit`` and ``calibrate`` make of a model, kept in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentguard.artifact import JSON_FILE
+from latentguard.contrast import load_traffic
+from latentguard.guard import LatentGuard
+from latentguard.model.hf import ChatModel
+
+MAX_FPR = 0.05
+
+
+def default_guard(model: ChatModel, folder: Path) -> LatentGuard:
+    """The guard in the folder; fitted and calibrated on the built-in traffic if there is none."""
+    if (folder / JSON_FILE).exists():
+        return LatentGuard.load(folder, model)
+    guard = LatentGuard.fit(model, load_traffic("train"))
+    harmless = [p for p in load_traffic("validation") if not p.harmful]
+    guard = guard.calibrate(model, harmless, max_fpr=MAX_FPR)
+    guard.save(folder)
+    return guard
