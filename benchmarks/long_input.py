@@ -133,20 +133,14 @@ def fillers(folder: Path, most: int) -> list[str]:
 def documents(
     text_id: int, text: str, needles: list[tuple[Prompt, Prompt]], counts: dict[int, int]
 ) -> Iterator[Asked]:
-    """Requests in this text, in an order in which many begin as the one before."""
+    """Requests at each place of this text."""
     ends = cuts(text)
     own = needles[text_id::FILLERS]
-    for length, most in counts.items():
-        for place, count in {"middle": most, "end": 30 * FILLERS}.items():
-            for pair in own[: -(-count // FILLERS)]:
+    for length, count in counts.items():
+        for pair in own[: -(-count // FILLERS)]:
+            for place in ("start", "middle", "end"):
                 for request in pair:
                     yield document(text, ends, request, length, place, text_id)
-    most = max(counts.values(), default=0)
-    for number, pair in enumerate(own[: -(-most // FILLERS)]):
-        for request in pair:
-            for length, count in counts.items():
-                if number < -(-count // FILLERS):
-                    yield document(text, ends, request, length, "start", text_id)
 
 
 def cuts(text: str) -> list[int]:
