@@ -21,6 +21,7 @@ _HOMES = {
     "States": "latentguard.states",
     "Verdict": "latentguard.parts",
     "load_contrast": "latentguard.contrast",
+    "load_traffic": "latentguard.contrast",
     "read_prompts": "latentguard.prompts",
     "scan_many": "latentguard.panel",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from math import log
 from typing import Any
 
@@ -134,10 +135,15 @@ def compare(
 ) -> list[Comparison]:
     """Compare live verdicts with the guard's calibration: all, then each slice of its own limits.
 
+    Long prompts and chats that windows have read are left out.
+
     Raises:
         GuardError: if the guard is not calibrated, or there is no prompt.
     """
     calibration = guard.part(Calibration)
+    short = [not v.evidence for v in verdicts]  # what windows read has a threshold of its own
+    prompts = list(compress(prompts, short))
+    verdicts = list(compress(verdicts, short))
     if calibration is None or not prompts:
         raise GuardError(
             "Drift needs a calibrated guard and at least one prompt; found "

@@ -22,7 +22,7 @@ from latentguard.errors import GuardError, ModelMismatch
 from latentguard.packing import Contents
 from latentguard.parts import Decision, Evidence, Verdict
 from latentguard.probabilities import fit_platt
-from latentguard.prompts import Prompt
+from latentguard.prompts import Prompt, numbered
 from latentguard.quadrants import Quadrants
 from latentguard.readings import Reading
 from latentguard.readouts import Kind, require_kind
@@ -179,19 +179,25 @@ class LatentGuard(Contents):
         if windows is None:
             raise GuardError("This guard has no windows: fit it with 'latentguard fit --long'.")
         pieces = windows.pieces(prompt)
-        states = self.read_pieces(backend, prompt, pieces)
+        states, scores = self.read_pieces(backend, prompt, pieces)
         evidence = [
             replace(e, score=self.threshold + self.spread * (e.score - windows.threshold))
-            for e in windows.find(pieces, self.scores(states).tolist())
+            for e in windows.find(pieces, scores)
         ]
-        return replace(states, values=states.values[:1], prompts=states.prompts[:1]), evidence
+        return states, evidence
 
-    def read_pieces(self, backend: Backend, prompt: Prompt, pieces: Sequence[Piece]) -> States:
-        """The states of a prompt and of each of its pieces, as a prompt of its own."""
+    def read_pieces(
+        self, backend: Backend, prompt: Prompt, pieces: Sequence[Piece]
+    ) -> tuple[States, list[float]]:
+        """The states of a prompt, and its score and that of each piece as a prompt of its own."""
         rows = [prompt, *(Prompt(piece.text, id=prompt.id) for piece in pieces)]
-        ready = map(self.reading.prepare, rows)
-        positions, layers = self.positions, self.readout.layers
-        return States.collect(backend.capture(ready, positions=positions, layers=layers))
+        how = dict(positions=self.positions, layers=self.readout.layers)
+        whole, scores = None, list[float]()
+        for states in backend.capture(map(self.reading.prepare, rows), **how):  # type: ignore[arg-type]
+            whole = whole or replace(states, values=states.values[:1], prompts=states.prompts[:1])
+            scores += self.scores(states).tolist()
+        assert whole is not None
+        return whole, scores
 
     def scores(self, states: States) -> Float[Tensor, "n"]:
         """The readout's own scores, without packs, of states captured at ``positions``, float64."""
@@ -292,9 +298,3 @@ class LatentGuard(Contents):
         there = self.rebind(backend)
         shift = Shift.between(self, there)
         return there if shift.differences or shift.notable else self
-
-
-def numbered(prompts: Iterable[Prompt | str]) -> Iterator[Prompt]:
-    """The prompts; a bare text becomes one, whose id is its number, from 1."""
-    for number, item in enumerate(prompts, start=1):
-        yield item if isinstance(item, Prompt) else Prompt(item, id=str(number))

@@ -22,6 +22,7 @@ from latentguard.guard import LatentGuard
 from latentguard.metrics import Bound, smallest_n
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, States, digest_prompts
+from latentguard.windows import Windows
 
 AGAINST = 200
 """Built-in harmless prompts that the examples of a pack are held against."""
@@ -149,8 +150,10 @@ def recalibrated(
 
 
 def _built_in(guard: LatentGuard) -> list[Prompt]:
+    windows = guard.part(Windows)
     for built_in in (load_traffic, load_contrast):
         calm = [p for p in built_in("validation") if not p.harmful]
+        calm = [p for p in calm if not (windows and windows.needed(p))]
         if (guard.fitted or {}).get("calibration_sha256") == digest_prompts(calm):
             return calm
     raise GuardError(

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, tee
 
 from latentguard.errors import GuardError
-from latentguard.guard import LatentGuard, numbered
+from latentguard.guard import LatentGuard
 from latentguard.parts import Verdict
-from latentguard.prompts import Prompt
+from latentguard.prompts import Prompt, numbered
 from latentguard.states import Backend, Progress
 from latentguard.windows import Windows
 

@@ -121,6 +121,12 @@ class Columns:
     """Which part of the traffic a row belongs to."""
 
 
+def numbered(prompts: Iterable[Prompt | str]) -> Iterator[Prompt]:
+    """The prompts; a bare text becomes one, whose id is its number, from 1."""
+    for number, item in enumerate(prompts, start=1):
+        yield item if isinstance(item, Prompt) else Prompt(item, id=str(number))
+
+
 def read_prompts(
     source: str | Path, *, columns: Columns | None = None, harmful: bool | None = None
 ) -> list[Prompt]:

@@ -60,7 +60,7 @@ class Design:
 
     def prepare(self, bands: Iterable[Sequence[int]]) -> None:
         """Compute ``gram`` of several bands, each layer once: they overlap."""
-        keys = [tuple(band) for band in bands]
+        keys = dict.fromkeys(tuple(band) for band in bands)
         sums = {key: torch.zeros(len(self.states), len(self.states)) for key in keys}
         for slot, layer in enumerate(self.layers):
             holders = [key for key in keys if layer in key]

@@ -83,7 +83,7 @@ def windows_of(guard: LatentGuard) -> Windows:
 
 
 def harmless_texts(split: Split, count: int) -> list[Prompt]:
-    """So many documents, and as many chats, of harmless requests and lines; some 300 characters up.
+    """So many documents of 500 to 4,000 characters, and as many chats of harmless requests.
 
     Half of the documents are lines of one kind after the other with a request among them
     (``frames``), half are harmless prompts of all kinds as paragraphs.
@@ -126,7 +126,7 @@ def _read(
     """The pieces of each prompt and the guard's own scores, that of the whole first."""
     for prompt in prompts:
         pieces = windows_of(guard).pieces(prompt)
-        yield pieces, guard.scores(guard.read_pieces(backend, prompt, pieces)).tolist()
+        yield pieces, guard.read_pieces(backend, prompt, pieces)[1]
         if progress is not None:
             progress(1)
 

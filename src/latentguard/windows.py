@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from torch import Tensor
 
-from latentguard.errors import GuardError
+from latentguard.errors import GuardError, PromptError
 from latentguard.metrics import Bound
 from latentguard.parts import Evidence, Part
 from latentguard.prompts import Prompt
@@ -26,7 +26,7 @@ from latentguard.prompts import Prompt
 SIZE, OVER = 120, 500
 """Defaults of ``Windows.size`` and ``Windows.over``."""
 
-BREAK = re.compile(r"(?<=[.!?;:])\s+|(?<=[\u3002\uff01\uff1f])|\s*\n\s*")
+BREAK = re.compile(r"(?<=[.!?;:])[^\S\n]+|(?<=[\u3002\uff01\uff1f])|\n+")
 """Where sentences and lines end."""
 
 
@@ -66,18 +66,18 @@ class Norm:
 
     @staticmethod
     def fit(values: Sequence[float], sizes: Sequence[float]) -> Norm:
-        """A least-squares line through ln(size); flat if there is only one size.
+        """A least-squares line through ln(size); flat if there is only one size, or it would fall.
 
         Raises:
             GuardError: if there are fewer than three values, or they do not differ.
         """
         x, y = np.log(sizes), np.asarray(values, dtype=np.float64)
-        slope = float(np.polyfit(x, y, 1)[0]) if len(set(sizes)) > 1 else 0.0
+        slope = max(float(np.polyfit(x, y, 1)[0]), 0.0) if len(set(sizes)) > 1 else 0.0
         mean = float(y.mean() - slope * x.mean())
         spread = float((y - mean - slope * x).std()) if len(y) > 2 else 0.0
         if not spread > 1e-6 * float(np.abs(y).mean()):
             raise GuardError(f"{len(y)} scores of harmless texts do not show how scores vary.")
-        return Norm(mean, max(slope, 0.0), spread)
+        return Norm(mean, slope, spread)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class Windows(Part):
     """What calibration promises of the threshold; None before."""
 
     size: int = SIZE
-    """Characters in a piece, at the most."""
+    """Characters in a piece, at the most; blanks do not count."""
 
     over: int = OVER
     """A prompt without earlier turns is read as ever up to so many characters."""
@@ -112,7 +112,13 @@ class Windows(Part):
         return len(prompt.text) > self.over or any(m.role == "user" for m in prompt.history)
 
     def pieces(self, prompt: Prompt) -> list[Piece]:
-        """What the user says, cut up; every turn has a piece that says something."""
+        """What the user says, cut up; a turn that says nothing has no piece.
+
+        Raises:
+            PromptError: if the prompt's own text says nothing.
+        """
+        if not prompt.text.strip():
+            raise PromptError(f"Prompt '{prompt.id}' has no text; expected at least a word.")
         turns = [(n, m.content) for n, m in enumerate(prompt.history) if m.role == "user"]
         return [
             Piece(number, start, end, text[start:end])
@@ -167,19 +173,23 @@ class Windows(Part):
         return [
             f"Prompts of more than {self.over} characters, and chats with earlier turns of the "
             f"user, are read whole and by pieces of up to {self.size} characters. Of these: "
-            f"{promise}."
+            f"{promise}. Category packs do not flag these."
         ]
 
 
 def cut(text: str, size: int) -> Iterator[tuple[int, int]]:
-    """Sentences and lines, as many together as fit; longer ones in parts that end at a blank."""
-    start = end = 0
+    """Sentences and lines, as many together as fit; longer ones in parts that end at a blank.
+
+    Blanks do not count, so that a text has no more pieces than what it says calls for.
+    """
+    start, end, filled = 0, 0, 0
     for first, last in _parts(text, size):
-        if end > start and last - start > size:
+        own = last - first - sum(map(str.isspace, text[first:last]))
+        if filled and filled + own > size:
             yield start, end
-            start = first
-        start, end = (first if end <= start else start), last
-    if end > start:
+            filled = 0
+        start, end, filled = (start if filled else first), last, filled + own
+    if filled:
         yield start, end
 
 
@@ -190,7 +200,7 @@ def _parts(text: str, size: int) -> Iterator[tuple[int, int]]:
         while last - first > size:
             blank = text.rfind(" ", first + 1, first + size + 1)
             stop = blank if blank > 0 else first + size
-            if text[first:stop].strip():
+            if not text[first:stop].isspace():
                 yield first, stop
             first = stop + (blank > 0)
         if text[first:last].strip():

@@ -11,6 +11,7 @@ from latentguard.cli import main
 from latentguard.guard import LatentGuard
 from latentguard.prompts import Prompt
 from latentguard.quadrants import Quadrants
+from latentguard.windows import Windows
 from model.architectures import chat_model
 
 
@@ -113,6 +114,17 @@ class TestCalibrate:
         code, _, err = lg("calibrate", guard, *words)
         assert code == 1
         assert "at least 30 held-out prompts of each class; found 5 harmful" in err
+
+    def test_too_few_long_prompts_leave_their_threshold_as_it_was(self, lg, guard, files, tmp_path):
+        windows = Windows(threshold=2.5)
+        LatentGuard.load(guard).with_part(windows).save(guard)
+        long = [row("kind", 5000) | dict(text="A kind sentence of some length. " * 20)]
+        mixed = written(tmp_path / "mixed.jsonl", rows(160, "kind", start=1000) + long)
+        code, out, err = lg("calibrate", guard, "--harmless", mixed, "--max-fpr", "0.05")
+        assert code == 0
+        assert "stays as it was" in err
+        assert "n = 160 " in out
+        assert LatentGuard.load(guard).part(Windows).threshold == 2.5
 
     def test_the_slice_is_read_when_scoring(self, lg, guard, files):
         words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--slice-column", "language"]

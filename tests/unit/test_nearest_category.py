@@ -10,11 +10,13 @@ from fake_backend import FakeBackend, labelled, noise, planted, texts
 
 from latentguard import packs
 from latentguard.categories import FEWEST, Categories, Tail, fit_directions
+from latentguard.contrast import load_contrast, load_traffic
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.hazards import HAZARDS, MODERATION, OTHER, moderation_names
 from latentguard.metrics import auroc
 from latentguard.prompts import Prompt
+from latentguard.windows import Windows
 
 KINDS = ("arson", "fraud", "spite")
 
@@ -256,14 +258,20 @@ def test_what_is_fitted_never_calibrates():
     assert len(packs.against()) == packs.AGAINST
 
 
-def test_built_in_prompts_serve_a_guard_that_was_calibrated_on_them(backend, guard):
-    from latentguard.contrast import load_contrast
-
-    calm = [p for p in load_contrast("validation") if not p.harmful]
+@pytest.mark.parametrize("parts", [(), (Windows(),)], ids=["plain", "windows"])
+@pytest.mark.parametrize("built_in", [load_contrast, load_traffic])
+def test_built_in_prompts_serve_a_guard_that_was_calibrated_on_them(
+    backend, guard, built_in, parts
+):
+    for part in parts:
+        guard = guard.with_part(part)
+    calm = [p for p in built_in("validation") if not p.harmful]
     own = guard.calibrate(backend, calm, max_fpr=0.05)
     packed = packs.add(own, backend, "novel", novel(30))
     assert packed.fitted["calibration_sha256"] == own.fitted["calibration_sha256"]
-    assert packed.bound.n == len(calm)
+    assert (
+        packed.bound.n == own.bound.n == len([p for p in calm if not parts or len(p.text) <= 500])
+    )
 
 
 @pytest.mark.parametrize("change", ["names", "packs", "tail", "width", "nan"])
@@ -294,6 +302,4 @@ def test_the_table_names_what_openai_names():
 
 
 def test_the_contrast_set_uses_names_of_the_table():
-    from latentguard.contrast import load_contrast
-
     assert {p.category for p in load_contrast() if p.harmful} <= set(HAZARDS)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +13,14 @@ from hypothesis import strategies as st
 
 from latentguard.contrast import load_traffic
 from latentguard.contrast.frames import document, framed
-from latentguard.errors import GuardError
+from latentguard.errors import GuardError, PromptError
 from latentguard.guard import LatentGuard
 from latentguard.panel import scan_many
 from latentguard.prompts import Message, Prompt
 from latentguard.window_fitting import calibrate_windows, fit_windows, harmless_texts
 from latentguard.windows import Norm, Windows, cut
 
-WINDOWS = Windows(whole=Norm(5.0), threshold=2.0, size=30, over=60)
+WINDOWS = Windows(whole=Norm(5.0), threshold=2.0, size=20, over=60)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,22 @@ class TestCut:
     def test_nothing_is_lost_and_nothing_is_long(self, text, size):
         found = pieces_of(text, size)
         assert "".join("".join(found).split()) == "".join(text.split())
-        assert all(len(piece) <= size and piece.strip() for piece in found)
+        assert all(0 < len("".join(piece.split())) <= size for piece in found)
+
+    @given(st.text(alphabet="ab .!?\n\u3002", max_size=400), st.integers(1, 40))
+    def test_there_are_no_more_pieces_than_what_is_said_calls_for(self, text, size):
+        assert len(pieces_of(text, size)) <= 1 + 2 * len("".join(text.split())) / size
+
+    @pytest.mark.parametrize(
+        "unit", [" ", "\t", "\n", " \n", ". ", "a", "a" + "\n" * 120, "\u3002"]
+    )
+    def test_a_megabyte_of_anything_is_cut_while_the_lock_is_held_shortly(self, unit):
+        """Quadratic time here would freeze the service: a second is a thousand times enough."""
+        text = "a" + unit * (1_000_000 // len(unit))
+        began = time.process_time()
+        found = list(cut(text, 120))
+        assert time.process_time() - began < 10
+        assert sum(end - start for start, end in found) <= len(text)
 
 
 class TestNorm:
@@ -77,7 +93,9 @@ class TestNorm:
         assert (norm.mean, norm.slope) == (2.0, 0.0)
 
     def test_a_longer_text_is_never_held_to_less(self):
-        assert Norm.fit([3.0, 2.0, 1.2], [1, 2, 3]).slope == 0
+        norm = Norm.fit([3.0, 2.0, 1.0], [1, 2, 3])
+        assert (norm.slope, norm.mean) == (0, 2.0)
+        assert norm.spread == pytest.approx(np.std([3.0, 2.0, 1.0]))
 
     def test_scores_that_do_not_vary_are_refused(self):
         with pytest.raises(GuardError, match="do not show how scores vary"):
@@ -98,6 +116,11 @@ class TestWhoIsReadByWindows:
         found = WINDOWS.pieces(CHAT)
         assert [(p.message, p.text) for p in found] == [(0, "bad day"), (2, "go on")]
 
+    def test_a_text_that_says_nothing_is_refused(self, backend, guard):
+        for blank in (replace(CHAT, text=" \n"), Prompt(" " * 900, id="blank")):
+            with pytest.raises(PromptError, match="has no text"):
+                next(guard.scan(backend, [blank]))
+
 
 class TestScan:
     def test_order_is_kept_and_short_verdicts_stay(self, backend, guard):
@@ -114,8 +137,9 @@ class TestScan:
         guard = LatentGuard.fit(backend, labelled(30), reading=reading)
         pieces = WINDOWS.pieces(LONG)
         alone = [v.score for v in guard.scan(backend, [LONG, *(p.text for p in pieces)])]
-        read = guard.scores(guard.read_pieces(backend, LONG, pieces))
+        whole, read = guard.read_pieces(backend, LONG, pieces)
         np.testing.assert_allclose(read, alone, rtol=1e-6)
+        assert whole.prompts == (guard.reading.prepare(LONG),)
 
     def test_evidence_names_the_turn_and_the_piece(self, backend, guard):
         verdict = next(guard.scan(backend, [LONG]))
@@ -126,7 +150,7 @@ class TestScan:
 
     def test_flagged_is_over_the_threshold_of_the_windows(self, backend, guard):
         pieces = WINDOWS.pieces(LONG)
-        scores = guard.scores(guard.read_pieces(backend, LONG, pieces)).tolist()
+        _, scores = guard.read_pieces(backend, LONG, pieces)
         top = max(e.score for e in WINDOWS.find(pieces, scores))
         for threshold, flagged in ((top - 0.01, True), (top + 0.01, False)):
             held = guard.with_part(replace(WINDOWS, threshold=threshold))
@@ -209,7 +233,7 @@ class TestPacking:
         assert loaded.digest == guard.digest
         mixed = [replace(LONG, text=LONG.text * 8), CHAT, *SHORT]
         assert list(loaded.scan(backend, mixed)) == list(guard.scan(backend, mixed))
-        assert "pieces of up to 30 characters" in loaded.card
+        assert "pieces of up to 20 characters" in loaded.card
 
     @pytest.mark.parametrize(
         "change", [{"threshold": math.nan}, {"size": 0}, {"whole": {"mean": "x"}}]

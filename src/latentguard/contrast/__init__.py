@@ -42,7 +42,7 @@ def split_of(prompt: Prompt) -> Split:
     """The split of a prompt: both members of a pair fall into the same one."""
     digest = hashlib.sha256((prompt.pair or prompt.id).encode()).digest()
     part = digest[0] % (10 if prompt.source == "traffic" else 5)
-    return ("validation", "test", "train")[min(part, 2)]  # type: ignore[return-value]
+    return ("validation", "test", "train")[min(part, 2)]
 
 
 def _split(prompts: list[Prompt], split: Split | None) -> list[Prompt]:

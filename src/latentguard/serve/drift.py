@@ -56,7 +56,8 @@ class Reference:
                 row = json.loads(line)
                 score, beliefs = float(row["score"]), dict(row["beliefs"])
                 points.append(dict(score=score, beliefs=beliefs, flagged=bool(row["flagged"])))
-                scores.append(score)
+                if not row.get("evidence"):  # those of long prompts are not compared
+                    scores.append(score)
             except (ValueError, LookupError, TypeError):
                 raise PromptError(
                     f"{path}:{number} is no verdict; expected lines of 'latentguard score'."

@@ -50,9 +50,7 @@ def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -
     """
     windows = guard.part(Windows)
     long = [windows is not None and windows.needed(prompt) for prompt in prompts]
-    short = [
-        guard.reading.prepare(p) for p, longer in zip(prompts, long, strict=True) if not longer
-    ]
+    short = [prompt for prompt, longer in zip(prompts, long, strict=True) if not longer]
     layers, positions = guard.readout.layers, guard.positions
     batches = model.capture(map(guard.reading.prepare, short), positions=positions, layers=layers)
     found = iter([one for states in batches for one in judge_states(guard, states)])

@@ -68,6 +68,8 @@ def prompt_of(messages: Sequence[ChatMessage]) -> Prompt:
     *before, last = messages
     if last.role != "user" or any(m.role in ("tool", "function") for m in before):
         raise BadRequest("A chat has system, user and assistant messages; the last is the user's.")
+    if not last.text.strip():
+        raise BadRequest("The last message has no text.")
     history = tuple(Message(m.speaker, m.text) for m in before if m.text or m.role != "assistant")
     return Prompt(last.text, id="chat", history=history)
 

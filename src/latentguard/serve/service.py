@@ -123,16 +123,16 @@ class Case:
         Raises:
             Unlogged: if the audit log cannot be written.
         """
-        lines = []
-        for prompt, judgement, action in zip(prompts, found, actions, strict=True):
-            verdict = judgement.verdict
-            self.service.telemetry.verdict(self.endpoint, action, verdict)
-            lines.append(
-                self._line(prompt, action)
-                | dict(score=verdict.score, probability=verdict.probability)
-                | dict(flagged=verdict.flagged, decision=verdict.decision, beliefs=verdict.beliefs)
-            )
+        verdicts = [judgement.verdict for judgement in found]
+        lines = [
+            self._line(prompt, action)
+            | dict(score=verdict.score, probability=verdict.probability)
+            | dict(flagged=verdict.flagged, decision=verdict.decision, beliefs=verdict.beliefs)
+            for prompt, verdict, action in zip(prompts, verdicts, actions, strict=True)
+        ]
         await self._write(lines)
+        for verdict, action in zip(verdicts, actions, strict=True):
+            self.service.telemetry.verdict(self.endpoint, action, verdict)
 
     def _line(self, prompt: Prompt, action: Action) -> dict[str, Any]:
         audit = self.service.audit
