@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from latentguard.audit import ngram_model
 from latentguard.categories import Categories
-from latentguard.contrast import load_contrast
+from latentguard.contrast import load_traffic
 from latentguard.guard import LatentGuard
 from latentguard.metrics import Estimate, auroc, estimate, proportion
 from latentguard.model.hf import ChatModel
@@ -87,9 +87,9 @@ def material(folder: Path, harmless: int, longest: int) -> dict[str, list[Prompt
     texts = [p for p in read_prompts(folder / "openai_moderation.jsonl") if len(p.text) <= longest]
     calm = random.Random(0).sample([p for p in texts if not p.harmful], harmless)
     return {
-        "train": load_contrast("train"),
-        "validation": [p for p in load_contrast("validation") if not p.harmful],
-        "test": load_contrast("test"),
+        "train": load_traffic("train"),
+        "validation": [p for p in load_traffic("validation") if not p.harmful],
+        "test": load_traffic("test"),
         "moderation": [p for p in texts if p.harmful] + calm,
         "catqa": [p for p in read_prompts(folder / "catqa.jsonl") if p.category in CATQA],
     }
