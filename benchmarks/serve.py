@@ -131,10 +131,12 @@ def opened(asked: argparse.Namespace) -> Opener:
         from serve.running import opener
 
         return opener
-    model = ChatModel.load(asked.model)
     if asked.guard:
-        guard = LatentGuard.load(asked.guard, model)
+        guard = LatentGuard.load(asked.guard)
+        model = ChatModel.load(asked.model, dtype=guard.fingerprint.dtype)
+        guard.check(model)
     else:
+        model = ChatModel.load(asked.model)
         pairs = [p for p in load_contrast("train") if p.pair]
         guard = LatentGuard.fit(model, pairs[:120])
         scores = sorted(v.score for v in guard.scan(model, prompts()[:40]))
