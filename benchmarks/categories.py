@@ -34,23 +34,24 @@ from latentguard.readings import DEFAULT, Reading
 from latentguard.states import States, digest_prompts
 
 CATQA = {
+    "Adult Content": "sexual_content",
     "Economic Harm": "non_violent_crimes",
-    "Fraud": "non_violent_crimes",
+    "Fraud": "fraud",
     "Hate": "hate",
     "Illegal Activity": "non_violent_crimes",
-    "Malware Viruses": "non_violent_crimes",
+    "Malware Viruses": "cybercrime",
     "Physical Harm": "violent_crimes",
     "Political Campaigning": "elections",
     "Privacy Violation Activity": "privacy",
     "Tailored Financial Advice": "specialized_advice",
 }
-"""CatQA's names -> the built-in ones; Adult Content has none."""
+"""CatQA's names -> the built-in ones."""
 
 MODERATED = {
-    "S": "sex_related_crimes",
+    "S": "sexual_content",
     "H": "hate",
     "V": "violent_crimes",
-    "HR": "defamation",
+    "HR": "harassment",
     "SH": "suicide_self_harm",
 }
 """Names of the OpenAI moderation set -> the nearest built-in ones."""

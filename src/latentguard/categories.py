@@ -24,6 +24,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor
+from torch.nn.functional import linear
 
 from latentguard.errors import GuardError
 from latentguard.fitting import slots
@@ -99,7 +100,7 @@ class Directions:
 
     def __call__(self, states: Float[Tensor, "n s d"]) -> Float[Tensor, "n c"]:
         """The log-odds of each category, in float32."""
-        return torch.einsum("nsd,csd->nc", states.float(), self.weight) + self.bias
+        return linear(states.float().flatten(1), self.weight.flatten(1), self.bias)
 
     def only(self, names: Sequence[str]) -> Directions:
         """Some of them."""
@@ -228,7 +229,7 @@ class Categories(Part):
 
         A flagged prompt whose score is a pack's is named for the pack.
         """
-        known = self.directions.join(self.added)
+        known = self.directions.join(self.added) if self.packs else self.directions
         if not known.names:
             return list(verdicts)
         chances = expit(known(slots(states, self.reads)).double().numpy())

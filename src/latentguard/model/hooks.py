@@ -97,14 +97,20 @@ class _Means:
     """Means over the tokens from a start to a column, both included."""
 
     def __init__(self, starts: Int[Tensor, "b p"], columns: Int[Tensor, "b p"]) -> None:
-        self.wide = (starts < columns).any(0)
+        self.wide = (starts < columns).any(0).nonzero()[:, 0]
         self._starts, self._columns = starts[:, self.wide], columns[:, self.wide]
+        self._shares: dict[tuple[int, torch.device], Float[Tensor, "b w s"]] = {}
 
     def __call__(self, hidden: Float[Tensor, "b s d"]) -> Float[Tensor, "b w d"]:
-        token = torch.arange(hidden.shape[1], device=hidden.device)
-        starts, columns = (x.to(hidden.device)[..., None] for x in (self._starts, self._columns))
-        share = ((token >= starts) & (token <= columns)) / (columns - starts + 1)
-        return share.float() @ hidden.float()
+        key = hidden.shape[1], hidden.device
+        if key not in self._shares:  # all layers of a device share it
+            self._shares[key] = self._share(*key)
+        return self._shares[key] @ hidden.float()
+
+    def _share(self, length: int, device: torch.device) -> Float[Tensor, "b w s"]:
+        token = torch.arange(length, device=device)
+        starts, columns = (x.to(device)[..., None] for x in (self._starts, self._columns))
+        return ((token >= starts) & (token <= columns)) / (columns - starts + 1).float()
 
 
 def _hook(blocks: Sequence[nn.Module], layer: int, slot: int, keep: Any) -> Any:
