@@ -199,7 +199,7 @@ def score(
             if time.process_time() > options.seconds:
                 raise SystemExit(f"{options.seconds} s of processor time are over; run it again.")
             pieces = windows.pieces(one.prompt)
-            own, *each = guard.scores(guard.read_pieces(model, one.prompt, pieces)).tolist()
+            own, *each = guard.read_pieces(model, one.prompt, pieces)[1]
             told = max(e.score for e in windows.find(pieces, [own, *each]))
             best = pieces[int(np.argmax(each))]
             hit = best.message == one.message and best.start < one.stop and best.end > one.start
