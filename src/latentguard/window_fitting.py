@@ -93,7 +93,7 @@ def harmless_texts(split: Split, count: int) -> list[Prompt]:
     for number in range(count):
         size = round(LONGEST ** draw.uniform(0.75, 1))
         seed = f"{split} {number}"
-        text = document(draw.choice(said), size, seed=seed).text if number % 2 else ""
+        text = document(draw.choice(said), size, seed=seed) if number % 2 else ""
         text = text or _paragraphs(said, size, draw)
         texts.append(Prompt(text, id=f"{split}-document-{number}", harmful=False))
         texts.append(_chat(draw.sample(said, draw.randint(2, 6)), f"{split}-chat-{number}"))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentguard.contrast import load_traffic
-from latentguard.contrast.frames import document, framed
+from latentguard.contrast.frames import document
 from latentguard.errors import GuardError, PromptError
 from latentguard.guard import LatentGuard
 from latentguard.panel import scan_many
@@ -215,14 +215,12 @@ class TestFitting:
         said = {m.content for p in found for m in p.history} | {p.text for p in found}
         assert not said & other
 
-    def test_frames_say_where_the_request_is(self):
-        for seed in "abc":
-            for found in (
-                framed("THIS", before=3, after=2, seed=seed),
-                document("THIS", 900, seed=seed),
-            ):
-                assert found.text[found.start : found.stop] == "THIS"
-            assert len(found.text) > 900
+    @pytest.mark.parametrize("seed", ["a", "b", "c"])
+    def test_a_document_holds_its_request(self, seed):
+        found = document("THIS", 900, seed=seed)
+        assert found.count("THIS") == 1
+        assert len(found) > 900
+        assert found == document("THIS", 900, seed=seed)
 
 
 class TestPacking:

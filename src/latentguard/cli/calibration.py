@@ -111,8 +111,7 @@ def calibrated_long(
     guard: LatentGuard, backend: ChatModel, prompts: list[Prompt], rate: float, confidence: float
 ) -> LatentGuard:
     """The guard with the threshold of its windows set from the long ones of the prompts."""
-    from latentguard.errors import GuardError
-    from latentguard.metrics import threshold_for_fpr
+    from latentguard.metrics import smallest_n
     from latentguard.window_fitting import calibrate_windows
     from latentguard.windows import Windows
 
@@ -120,10 +119,11 @@ def calibrated_long(
     long = [p for p in prompts if windows and windows.needed(p)]
     if not long:
         return guard
-    try:
-        threshold_for_fpr(range(len(long)), rate, confidence)
-    except GuardError as error:
-        note(f"The threshold of long prompts and chats stays as it was: {error}")
+    if len(long) < (enough := smallest_n(rate, confidence)):
+        note(
+            f"The threshold of long prompts and chats stays as it was: found {len(long)}, and "
+            f"{rate:.2%} needs {enough}."
+        )
         return guard
     with progress("windows", len(long)) as bar:
         return calibrate_windows(

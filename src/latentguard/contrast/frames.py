@@ -1,7 +1,7 @@
-"""Long texts around a request: frames (memo, e-mail, log, ...) whose lines are drawn with a seed.
+"""Long texts around a request: memo, e-mail, log, ... whose lines are drawn with a seed.
 
-Filler of this kind is what the windowed reading learns from: the harmful and the harmless member
-of a pair stand at the same place of the same text, so that the text gives nothing away.
+What long prompts look like where nothing is wrong: windows take their norms and their threshold
+from such texts.
 """
 
 from __future__ import annotations
@@ -9,45 +9,31 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Framed:
-    """A text with a request in it."""
-
-    text: str
-    """The whole."""
-
-    start: int
-    """Where the request starts in it."""
-
-    stop: int
-    """Where it stops."""
+AROUND = 2
+"""Lines of one kind on either side of the request."""
 
 
-def framed(request: str, *, before: int, after: int, seed: str) -> Framed:
-    """A request with so many lines before and after it; equal seeds draw equal lines."""
+def document(request: str, characters: int, *, seed: str) -> str:
+    """A request somewhere in about so many characters of mixed text; equal seeds, equal texts."""
+    before = random.Random(seed).randrange(characters)
+    head, tail = (
+        filler(before, seed=f"{seed} head"),
+        filler(characters - before, seed=f"{seed} tail"),
+    )
+    return f"{head}\n\n{_framed(request, seed)}\n\n{tail}"
+
+
+def _framed(request: str, seed: str) -> str:
+    """The request as one line of a text of some kind."""
     draw = random.Random(seed)
     genre = draw.choice(sorted(_bank()["genres"]))
-    lines = [_line(genre, "lines", draw) for _ in range(before + after)]
+    lines = [_line(genre, "lines", draw) for _ in range(2 * AROUND)]
     left, right = _line(genre, "holders", draw).split("{}")
-    head = "".join(f"{line}\n" for line in lines[:before]) + left
-    tail = right + "".join(f"\n{line}" for line in lines[before:])
-    return Framed(head + request + tail, len(head), len(head) + len(request))
-
-
-def document(request: str, characters: int, *, seed: str) -> Framed:
-    """A request somewhere in about so many characters of mixed text."""
-    before = random.Random(seed).randrange(characters)
-    parts = [filler(before, seed=f"{seed} head"), filler(characters - before, seed=f"{seed} tail")]
-    middle = framed(request, before=2, after=2, seed=seed)
-    start = len(parts[0]) + 2 + middle.start
-    text = f"{parts[0]}\n\n{middle.text}\n\n{parts[1]}"
-    return Framed(text, start, start + len(request))
+    return "\n".join([*lines[:AROUND], left + request + right, *lines[AROUND:]])
 
 
 def filler(characters: int, *, seed: str) -> str:
