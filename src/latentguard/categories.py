@@ -138,8 +138,7 @@ def fit_directions(
         groups: Rows with the same group fall into the same fold (pairs).
     """
     targets = torch.tensor([list(rows) for rows in members.values()], dtype=torch.float64).T
-    design = Design(states, targets, torch.ones(len(states)), [0] * states.shape[1])
-    ridge = Ridge(design, [0], STRENGTH)
+    ridge = Ridge(Design(states, targets, torch.ones(len(states))), STRENGTH)
     raw = ridge.held_out(folds_of(groups)).numpy()
     pairs = [fit_platt(raw[:, i], np.array(rows)) for i, rows in enumerate(members.values())]
     slope, intercept = np.array(pairs).T

@@ -15,7 +15,14 @@ from latentguard.axes import Axis, Centroid, fold
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
 from latentguard.readings import Reading
-from latentguard.readouts import Fit, Kind, fit_centroid, fit_linear, require_kind
+from latentguard.readouts import (
+    Fit,
+    Kind,
+    fit_centroid,
+    fit_linear,
+    layers_of,
+    require_kind,
+)
 from latentguard.states import Backend, Progress, States, digest_prompts
 
 
@@ -24,16 +31,23 @@ def capture(
     reading: Reading,
     prompts: Iterable[Prompt],
     *,
+    layers: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> States:
-    """All layers, at the reading's positions and those of the two axes."""
+    """At the reading's positions and those of the two axes; all layers if None."""
     positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
-    ready = map(reading.prepare, prompts)
-    return States.collect(backend.capture(ready, positions=positions, progress=progress))
+    how = dict(positions=positions, layers=layers, progress=progress)
+    return States.collect(backend.capture(map(reading.prepare, prompts), **how))
 
 
-def fit_readout(states: States, reading: Reading, kind: Kind) -> Fit:
-    """Fit a readout on labelled states, all layers, at the reading's positions.
+def fit_readout(states: States, reading: Reading, kind: Kind, depth: int) -> Fit:
+    """Fit a readout on labelled states at the reading's positions.
+
+    Args:
+        states: At the layers that such a readout reads (``layers_of``), and others if you like.
+        reading: Which positions.
+        kind: Which readout.
+        depth: Of the model, in blocks.
 
     Raises:
         GuardError: if a prompt has no label, a class is missing, the kind is unknown, or a state
@@ -42,7 +56,8 @@ def fit_readout(states: States, reading: Reading, kind: Kind) -> Fit:
     require_kind(kind)
     require_labels(states.prompts)
     _require_finite(states, reading)
-    return (_fit_linear if kind == "linear" else _fit_centroid)(states, reading)
+    part = states.select(layers_of(kind, depth))
+    return (_fit_linear if kind == "linear" else _fit_centroid)(part, reading)
 
 
 def slots(states: States, positions: Sequence[str]) -> Float[Tensor, "n s d"]:
@@ -135,12 +150,9 @@ def _fit_linear(states: States, reading: Reading) -> Fit:
 
 
 def _fit_centroid(states: States, reading: Reading) -> Fit:
-    """The paper averages over all blocks; the embedding layer carries no context."""
-    keep = [slot for slot, layer in enumerate(states.layers) if layer > 0]
-    layers = tuple(states.layers[slot] for slot in keep)
-    values = torch.cat([states.at(p)[:, keep] for p in reading.positions], dim=1)
-    flat = replace(
-        states, values=values[:, None], positions=("slots",), layers=layers * len(reading.positions)
-    )
+    """The paper's mean over layers, taken over positions, too."""
+    values = slots(states, reading.positions)
+    layers = states.layers * len(reading.positions)
+    flat = replace(states, values=values[:, None], positions=("slots",), layers=layers)
     fit = fit_centroid(Axis.fit(flat, "slots"), values)
-    return replace(fit, readout=replace(fit.readout, layers=layers))
+    return replace(fit, readout=replace(fit.readout, layers=states.layers))

@@ -25,7 +25,7 @@ from latentguard.probabilities import fit_platt
 from latentguard.prompts import Prompt, numbered
 from latentguard.quadrants import Quadrants
 from latentguard.readings import Reading
-from latentguard.readouts import Kind, require_kind
+from latentguard.readouts import Kind, layers_of, require_kind
 from latentguard.states import Backend, Fingerprint, Progress, Scoring, States
 from latentguard.windows import Piece, Windows
 
@@ -60,16 +60,16 @@ class LatentGuard(Contents):
         """
         where = Reading.of(reading, backend.post)
         require_kind(readout)
-        prompts = fitting.require_labels(prompts)
-        states = fitting.capture(backend, where, prompts, progress=progress)
+        prompts, layers = fitting.require_labels(prompts), layers_of(readout, backend.depth)
+        states = fitting.capture(backend, where, prompts, layers=layers, progress=progress)
         return LatentGuard.from_states(backend, states, where, readout)
 
     @staticmethod
     def from_states(
         backend: Backend, states: States, reading: Reading, readout: Kind = "linear"
     ) -> LatentGuard:
-        """Fit a guard on states that were captured already, all layers, at the right positions."""
-        fit = fitting.fit_readout(states, reading, readout)
+        """Fit a guard on states that were captured already (``fitting.fit_readout``)."""
+        fit = fitting.fit_readout(states, reading, readout, backend.depth)
         labels = [bool(p.harmful) for p in states.prompts]
         guard = LatentGuard(
             reading=reading,

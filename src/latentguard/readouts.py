@@ -2,7 +2,7 @@
 
 ``centroid`` is the paper's rule (equations 2 to 4): the mean over layers of the difference of
 cosines. ``linear`` is a regularised linear readout: ridge regression on the states of a
-band of layers, standardised per layer; band and strength come from cross-validation over
+band of layers, standardised per layer; its strength comes from cross-validation over
 pair-disjoint folds of the training data, with a bias to strong penalties (``choose``).
 """
 
@@ -29,15 +29,13 @@ Kind = Literal["centroid", "linear"]
 STRENGTHS = (1.0, 3.0, 10.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the Gram matrix."""
 
-BANDS = ((0.33, 0.67), (0.4, 0.8), (0.6, 1.0), (0.2, 1.0))
-"""Bands of layers tried, as shares of the depth."""
+BAND = (0.4, 0.8)
+"""The layers of a linear readout, as shares of the depth; other bands in the middle do as well
+(docs/detection.md), and a pass is left behind the last layer that is read."""
 
 SLACK = 0.02
 """Cross-validated AUROC that may be given up for a stronger penalty: folds are written by the same
 people, traffic is not, and what carries over to other people's prompts is the smoother readout."""
-
-SHALLOW = 0.005
-"""As much, for a band that ends earlier: a pass is left behind its last layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,49 +123,42 @@ def fit_linear(
             f"A linear readout needs at least 10 prompts of each class; found {int(y.sum())} "
             f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid readout."
         )
-    design, folds, bands = balanced(states, y, layers), folds_of(groups, seed), _bands(layers)
-    design.prepare(bands)
-    tried = {
-        (band, strength): auroc(
-            y.numpy(), Ridge(design, band, strength).held_out(folds)[:, 0].numpy()
-        )
-        for band in bands
-        for strength in STRENGTHS
-    }
-    band, strength = choose(tried)
-    ridge = Ridge(design, band, strength)
-    weight, bias = ridge.solve()
+    design, folds = balanced(states, y), folds_of(groups, seed)
+    tried = {strength: _solved(design, strength, folds) for strength in STRENGTHS}
+    figures = {strength: auroc(y.numpy(), found[0]) for strength, found in tried.items()}
+    strength = choose(figures)
+    held_out, weight, bias = tried[strength]
+    band = tuple(dict.fromkeys(layers))
     choices: dict[str, float | str] = {
         "layers": f"{min(band)}-{max(band)}",
         "strength": strength,
-        "cross_validated_auroc": round(tried[band, strength], 4),
+        "cross_validated_auroc": round(figures[strength], 4),
     }
-    held_out = ridge.held_out(folds)[:, 0].numpy()
-    return Fit(Readout("linear", band, weight[0], float(bias[0])), held_out, choices)
+    return Fit(Readout("linear", band, weight, bias), held_out, choices)
 
 
-def choose(tried: Mapping[tuple[tuple[int, ...], float], float]) -> tuple[tuple[int, ...], float]:
-    """The strongest penalty and the earliest band that cost at most ``SLACK`` and ``SHALLOW``."""
-    good = [key for key, figure in tried.items() if figure >= max(tried.values()) - SLACK]
-    strongest = max(strength for _, strength in good)
-    left = [key for key in good if key[1] == strongest]
-    best = max(tried[key] for key in left)
-    near = [key for key in left if tried[key] >= best - SHALLOW]
-    return min(near, key=lambda key: (max(key[0]), -tried[key]))
+def _solved(
+    design: Design, strength: float, folds: Sequence[Tensor]
+) -> tuple[NDArray[np.float64], Float[Tensor, "s d"], float]:
+    """Held-out scores, weights and bias of one strength; the matrices of its ridge are let go."""
+    ridge = Ridge(design, strength)
+    weight, bias = ridge.solve()
+    return ridge.held_out(folds)[:, 0].numpy(), weight[0], float(bias[0])
 
 
-def balanced(states: Float[Tensor, "n s d"], y: Bool[Tensor, "n"], layers: Sequence[int]) -> Design:
+def choose(figures: Mapping[float, float]) -> float:
+    """The strongest penalty that costs at most ``SLACK``."""
+    return max(s for s, figure in figures.items() if figure >= max(figures.values()) - SLACK)
+
+
+def balanced(states: Float[Tensor, "n s d"], y: Bool[Tensor, "n"]) -> Design:
     """The design that predicts +1 and -1, each class with half of the weight."""
     share = y.double().mean()
     weights = torch.where(y, 0.5 / share, 0.5 / (1 - share))
-    return Design(states, (y.double() * 2 - 1)[:, None], weights, layers)
+    return Design(states, (y.double() * 2 - 1)[:, None], weights)
 
 
-def _bands(layers: Sequence[int]) -> list[tuple[int, ...]]:
-    """The bands to try, each a run of the captured layers; layer 0 carries no context."""
-    ladder, depth = list(dict.fromkeys(layers)), max(layers)  # the order of the slots
-    bands = [
-        tuple(k for k in ladder if low * depth <= k <= high * depth and k > 0)
-        for low, high in BANDS
-    ]
-    return [band for band in dict.fromkeys(bands) if band] or [tuple(ladder)]
+def layers_of(kind: Kind, depth: int) -> tuple[int, ...]:
+    """The layers that a readout reads: a band, or all blocks (the paper); 0 has no context."""
+    low, high = (share * depth for share in (BAND if kind == "linear" else (0, 1)))
+    return tuple(k for k in range(1, depth + 1) if low <= k <= high) or (depth,)

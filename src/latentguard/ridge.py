@@ -5,7 +5,8 @@ Axis names in shapes: n rows, s slots (each position in turn, each layer in turn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,14 +17,13 @@ FOLDS = 5
 
 
 class Design:
-    """Weighted, standardised training states, with one Gram matrix a band of layers."""
+    """Weighted, standardised training states and their Gram matrix."""
 
     def __init__(
         self,
         states: Float[Tensor, "n s d"],
         targets: Float[Tensor, "n c"],
         weights: Float[Tensor, "n"],
-        layers: Sequence[int],
     ) -> None:
         """Standardise.
 
@@ -31,7 +31,6 @@ class Design:
             states: Training states.
             targets: What is to be predicted, each column by itself.
             weights: Of each row; their mean is 1.
-            layers: Layer index of each slot of ``states`` (several positions repeat the layers).
         """
         self.root = weights.double().sqrt()[:, None]
         self.level = (weights.double()[:, None] * targets.double()).mean(0)
@@ -40,55 +39,40 @@ class Design:
         spread = states.float().std(0)
         constant = spread <= 1e-5 * self.mean.abs()  # but for rounding; would be all noise below
         self.scale = spread.masked_fill(constant, torch.inf)
-        self.states, self.layers = states, layers
-        self._grams: dict[tuple[int, ...], Tensor] = {}
-
-    def slots(self, band: Sequence[int]) -> list[int]:
-        """Where the layers of a band lie in ``states``: a layer has one slot a position."""
-        return [slot for slot, layer in enumerate(self.layers) if layer in band]
+        self.states = states
 
     def slot(self, slot: int) -> Float[Tensor, "n d"]:
         """Standardised states of one slot, rows weighted, float32."""
         z = (self.states[:, slot].float() - self.mean[slot]) / self.scale[slot]
         return z * self.root.float()
 
-    def gram(self, band: Sequence[int]) -> Float[Tensor, "n n"]:
-        """Inner products of all rows over the slots of a band, float32."""
-        if tuple(band) not in self._grams:
-            self.prepare([band])
-        return self._grams[tuple(band)]
-
-    def prepare(self, bands: Iterable[Sequence[int]]) -> None:
-        """Compute ``gram`` of several bands, each layer once: they overlap."""
-        keys = dict.fromkeys(tuple(band) for band in bands)
-        sums = {key: torch.zeros(len(self.states), len(self.states)) for key in keys}
-        for slot, layer in enumerate(self.layers):
-            holders = [key for key in keys if layer in key]
-            if holders:
-                z = self.slot(slot)
-                product = z @ z.T
-                for key in holders:
-                    sums[key] += product
-        self._grams |= sums
+    @cached_property
+    def gram(self) -> Float[Tensor, "n n"]:
+        """Inner products of all rows, float32; one slot at a time is in float32 beside it."""
+        total = torch.zeros(len(self.states), len(self.states))
+        for slot in range(self.states.shape[1]):
+            z = self.slot(slot)
+            total.addmm_(z, z.T)
+        return total
 
 
 class Ridge:
-    """Ridge regression on the concatenated slots of a band."""
+    """Ridge regression on all slots together."""
 
-    def __init__(self, design: Design, band: Sequence[int], strength: float) -> None:
-        """Solve; ``strength`` is in units of the mean eigenvalue of the Gram matrix."""
-        self.design, self.slots = design, design.slots(band)
-        gram = design.gram(band).double()
+    def __init__(self, design: Design, strength: float) -> None:
+        """Solve; ``strength`` is in units of the mean of the Gram matrix's diagonal."""
+        self.design = design
+        gram = design.gram.double()
         gram.diagonal().add_(strength * gram.diagonal().mean().clamp_min(1e-12))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         self.dual = self.inverse @ design.targets
 
     def solve(self) -> tuple[Float[Tensor, "c s d"], Float[Tensor, "c"]]:
         """Weights and biases in the units of the raw states, float32."""
-        dual = self.dual.float().T
-        rows = [dual @ self.design.slot(slot) for slot in self.slots]
-        weight = torch.stack(rows, dim=1) / self.design.scale[self.slots]
-        shift = torch.einsum("csd,sd->c", weight, self.design.mean[self.slots])
+        dual, slots = self.dual.float().T, range(self.design.states.shape[1])
+        weight = torch.stack([dual @ self.design.slot(s) for s in slots], dim=1)
+        weight = weight / self.design.scale
+        shift = torch.einsum("csd,sd->c", weight, self.design.mean)
         return weight, self.design.level.float() - shift
 
     def held_out(self, folds: Sequence[Tensor]) -> Float[Tensor, "n c"]:

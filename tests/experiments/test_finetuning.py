@@ -231,7 +231,7 @@ class TestLook:
         monkeypatch.setattr(looking, "FEWEST", 3)
         seen = []
 
-        def fit(states, reading, kind):
+        def fit(states, reading, kind, depth):
             seen.append(states)
             weight = torch.full((1, states.values.shape[-1]), 0.5)
             return type("Fit", (), {"readout": looking.Readout("linear", (2,), weight, 1.0)})

@@ -15,12 +15,12 @@ from latentguard.metrics import auroc
 from latentguard.readouts import (
     STRENGTHS,
     Readout,
-    _bands,
     balanced,
     centroid,
     choose,
     fit_centroid,
     fit_linear,
+    layers_of,
 )
 from latentguard.ridge import FOLDS, Ridge, folds_of
 from latentguard.states import States
@@ -75,9 +75,9 @@ class TestLinear:
         found = fit.readout.weight.flatten(), backend.harm[slots].flatten()
         assert cosine_similarity(*found, dim=0) > 0.9
 
-    def test_layer_0_is_not_read(self, fit):
-        assert 0 not in fit.readout.layers
-        assert fit.choices["layers"] == f"{fit.readout.layers[0]}-{fit.readout.layers[-1]}"
+    def test_the_layers_are_those_given(self, fit):
+        assert fit.readout.layers == LAYERS
+        assert fit.choices["layers"] == "0-6"
 
     def test_the_score_is_the_sum_that_it_says(self, fit, train):
         h = train[0][:, list(fit.readout.layers)].double()
@@ -164,9 +164,9 @@ class TestCrossValidation:
     @pytest.mark.parametrize("band", [(3,), (2, 3, 4)])
     def test_held_out_scores_are_those_of_refitting(self, band, strength):
         states, y, groups = self.data()
-        design, folds = balanced(states, y, LAYERS), folds_of(groups, 0)
-        ridge = Ridge(design, band, strength)
-        z = torch.cat([design.slot(layer) for layer in band], dim=1).double()
+        design, folds = balanced(states[:, list(band)], y), folds_of(groups, 0)
+        ridge = Ridge(design, strength)
+        z = torch.cat([design.slot(slot) for slot in range(len(band))], dim=1).double()
         penalty = strength * (z @ z.T).diagonal().mean()
         wanted = torch.empty(len(y), 1, dtype=torch.float64)
         for rows in folds:
@@ -177,52 +177,42 @@ class TestCrossValidation:
             wanted[rows] = z[rows] @ weight / design.root[rows]
         assert torch.allclose(ridge.held_out(folds), wanted, rtol=1e-4, atol=1e-5)
 
-    def test_strong_penalties_and_early_bands_are_preferred_where_they_cost_little(self):
-        early, late = (1, 2), (3, 4)
-        figures = {(early, 1.0): 0.90, (early, 3.0): 0.885, (late, 3.0): 0.889, (late, 9.0): 0.87}
-        assert choose(figures) == (early, 3.0)
-        assert choose(figures | {(late, 3.0): 0.895}) == (late, 3.0)
-        assert choose(figures | {(late, 9.0): 0.88}) == (late, 9.0)
+    def test_the_strongest_penalty_that_costs_little_is_preferred(self):
+        assert choose({1.0: 0.90, 3.0: 0.885, 9.0: 0.87}) == 3.0
+        assert choose({1.0: 0.90, 3.0: 0.895, 9.0: 0.88}) == 9.0
+        assert choose({1.0: 0.80, 3.0: 0.895, 9.0: 0.80}) == 3.0
 
-    def test_a_good_band_and_strength_are_chosen(self):
+    def test_a_good_strength_is_chosen(self):
         """Only the last layers know the label."""
         states, labels, groups = drawn(40, signal=0.0)
         states[:, 5:] += 0.5 * torch.tensor([1 if y else -1 for y in labels])[:, None, None]
         fit = fit_linear(states, labels, groups, LAYERS)
         y = torch.tensor(labels)
-        design, folds = balanced(states, y, LAYERS), folds_of(groups, 0)
-        figures = {
-            (band, strength): auroc(
-                y.numpy(), Ridge(design, band, strength).held_out(folds)[:, 0].numpy()
-            )
-            for band in _bands(LAYERS)
-            for strength in STRENGTHS
-        }
-        chosen = fit.readout.layers, fit.choices["strength"]
+        design, folds = balanced(states, y), folds_of(groups, 0)
+        held_out = {s: Ridge(design, s).held_out(folds)[:, 0].numpy() for s in STRENGTHS}
+        figures = {s: auroc(y.numpy(), found) for s, found in held_out.items()}
+        chosen = fit.choices["strength"]
         assert chosen == choose(figures)
         assert figures[chosen] > 0.9
         assert fit.choices["cross_validated_auroc"] == round(figures[chosen], 4)
-        assert fit.choices["layers"] == f"{chosen[0][0]}-{chosen[0][-1]}"
-        assert 5 in chosen[0]
-        held_out = Ridge(design, *chosen).held_out(folds)[:, 0].numpy()
-        assert np.array_equal(fit.held_out, held_out)
+        assert np.array_equal(fit.held_out, held_out[chosen])
 
     def test_the_solution_is_that_of_ridge_regression(self):
         states, y, _ = self.data()
-        design, band = balanced(states, y, LAYERS), (2, 3, 4)
-        weight, bias = Ridge(design, band, 0.3).solve()
-        z = torch.cat([design.slot(layer) for layer in band], dim=1).double()
+        design = balanced(states, y)
+        weight, bias = Ridge(design, 0.3).solve()
+        z = torch.cat([design.slot(slot) for slot in LAYERS], dim=1).double()
         penalty = 0.3 * (z @ z.T).diagonal().mean()
         primal = torch.linalg.solve(z.T @ z + penalty * torch.eye(z.shape[1]), z.T @ design.targets)
         fitted = z @ primal / design.root
-        found = (states[:, list(band)] * weight[0]).sum((1, 2)) + bias
+        found = (states * weight[0]).sum((1, 2)) + bias
         assert torch.allclose(found.double(), fitted[:, 0], atol=1e-4)
 
     def test_rows_are_standardised_and_balanced(self):
         states, y, _ = self.data()
-        design = balanced(states, y, LAYERS)
-        for layer in LAYERS[1:]:
-            z = design.slot(layer) / design.root.float()
+        design = balanced(states, y)
+        for slot in LAYERS[1:]:
+            z = design.slot(slot) / design.root.float()
             middle = (z[y].mean(0) + z[~y].mean(0)) / 2
             assert middle.abs().max() < 1e-5
             assert torch.allclose(z.std(0), torch.ones(16), atol=1e-4)
@@ -249,7 +239,7 @@ class TestCrossValidation:
         states = noise("twins", 40, 7, 16).repeat_interleave(2, dim=0)
         labels = [n % 4 < 2 for n in range(80)]
         y = torch.tensor(labels)
-        ridge = Ridge(balanced(states, y, LAYERS), (2, 3, 4), 0.1)
+        ridge = Ridge(balanced(states, y), 0.1)
         found = [
             auroc(y.numpy(), ridge.held_out(folds_of(groups, 0))[:, 0].numpy())
             for groups in ([f"{n // 2}" for n in range(80)], [f"{n}" for n in range(80)])
@@ -268,18 +258,16 @@ class TestCrossValidation:
         assert fit.choices["cross_validated_auroc"] == 1.0
 
 
-class TestBands:
+class TestLayers:
     @pytest.mark.parametrize("depth", [1, 2, 4, 6, 24, 80])
-    def test_bands_are_runs_of_layers_without_layer_0(self, depth):
-        bands = _bands(range(depth + 1))
-        assert len(bands) == len(set(bands)) >= 1
-        for band in bands:
-            assert list(band) == list(range(band[0], band[-1] + 1))
-            assert 1 <= band[0] <= band[-1] <= depth
+    def test_a_run_of_layers_without_layer_0(self, depth):
+        band, every = layers_of("linear", depth), layers_of("centroid", depth)
+        assert list(band) == list(range(band[0], band[-1] + 1))
+        assert every == tuple(range(1, depth + 1))
+        assert set(band) <= set(every)
 
-    def test_of_some_layers(self):
-        assert _bands([0]) == [(0,)]
-        assert all(set(band) <= {4, 8} for band in _bands([4, 8, 4, 8]))
+    def test_the_middle(self):
+        assert layers_of("linear", 30) == tuple(range(12, 25))
 
 
 class TestBitForBit:

@@ -165,7 +165,7 @@ class Look:
             return None
         span = self.subject.span
         states = self.subject.states(self.fitted, positions=span, what="fine-tuning: linear guard")
-        return fit_readout(states, Reading("span", span), "linear").readout
+        return fit_readout(states, Reading("span", span), "linear", self.subject.depth).readout
 
     def _scores(self, states: States) -> torch.Tensor:
         if self.readout is None:
