@@ -29,7 +29,7 @@ Kind = Literal["centroid", "linear"]
 STRENGTHS = (1.0, 3.0, 10.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the Gram matrix."""
 
-BAND = (0.4, 0.8)
+BAND = (0.33, 0.67)
 """The layers of a linear readout, as shares of the depth; other bands in the middle do as well
 (docs/detection.md), and a pass is left behind the last layer that is read."""
 

@@ -267,7 +267,7 @@ class TestLayers:
         assert set(band) <= set(every)
 
     def test_the_middle(self):
-        assert layers_of("linear", 30) == tuple(range(12, 25))
+        assert layers_of("linear", 30) == tuple(range(10, 21))
 
 
 class TestBitForBit:
