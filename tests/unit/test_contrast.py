@@ -205,9 +205,9 @@ class TestTraffic:
         assert {p.source for p in prompts} == {"contrast"}
 
     def test_how_many(self, traffic, twins):
-        assert len(twins) >= 2300
+        assert len(twins) >= 4300
         lone = [p for p in traffic if not p.pair]
-        assert len(lone) >= 1400
+        assert len(lone) >= 3400
         assert all(p.harmful is False for p in lone)
         assert len(traffic) == 2 * len(twins) + len(lone)
 

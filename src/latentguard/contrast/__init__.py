@@ -5,9 +5,9 @@ hazard names), so that surface form cannot separate the classes. 150 of the lone
 use alarming words in a benign sense, 150 are ordinary. Requests only; no answers.
 
 Beside it, traffic, on which guards are fitted: pairs and harmless prompts in the manner of what
-people send to chat models and services (requests, chats, posts, letters, role play, jailbreak
-wrappers with a harmful and a harmless core, pieces of documents, code, fiction, other languages),
-matched in the same way.
+people send to chat models and services (requests, instructions, chats, posts, letters, role play,
+jailbreak wrappers with a harmful and a harmless core, pieces of documents, code, fiction, other
+languages), matched in the same way.
 """
 
 from __future__ import annotations
