@@ -2,8 +2,8 @@
 
     python benchmarks/categories.py --model M --data-dir DIR --states DIR [--out F.json] [--dtype D]
 
-The guard is the default one, fitted on the training split of the built-in contrast set. Measured on
-the test split, and on two development sets from ``--data-dir``: catqa.jsonl (harmful questions,
+The guard is the default one, fitted on the training split of the built-in traffic. Measured on its
+test split, and on two development sets from ``--data-dir``: catqa.jsonl (harmful questions,
 categories mapped by ``CATQA``) and openai_moderation.jsonl (labelled texts, categories mapped by
 ``MODERATED``). Baseline: TF-IDF n-grams and a logistic regression, fitted on the same rows. States
 are kept in ``--states``, so that a killed run goes on and ``packs.py`` need not capture them again.
@@ -31,6 +31,7 @@ from latentguard.metrics import Estimate, auroc, estimate, proportion
 from latentguard.model.hf import ChatModel
 from latentguard.prompts import Prompt, read_prompts
 from latentguard.readings import DEFAULT, Reading
+from latentguard.readouts import layers_of
 from latentguard.states import States, digest_prompts
 
 CATQA = {
@@ -97,15 +98,15 @@ def material(folder: Path, harmless: int, longest: int) -> dict[str, list[Prompt
 
 
 def kept(model: ChatModel, prompts: Sequence[Prompt], folder: Path) -> States:
-    """All layers at the default reading, captured once."""
-    reading = Reading.of(DEFAULT, model.post)
+    """What the default guard is fitted on, captured once."""
+    reading, parts = Reading.of(DEFAULT, model.post), []
     positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
-    parts = []
+    how = dict(positions=positions, layers=layers_of("linear", model.depth))
     for start in range(0, len(prompts), CHUNK):
         rows = prompts[start : start + CHUNK]
         name = f"{model.fingerprint.weights[:8]}-{digest_prompts(rows)[:16]}.safetensors"
         if not (folder / name).exists():
-            States.collect(model.capture(rows, positions=positions)).save(folder / name)
+            States.collect(model.capture(rows, **how)).save(folder / name)
         parts.append(replace(States.load(folder / name), prompts=tuple(rows)))
     return States.collect(parts)
 

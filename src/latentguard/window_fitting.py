@@ -22,7 +22,7 @@ from latentguard.prompts import Message, Prompt
 from latentguard.states import Backend, Progress, digest_prompts
 from latentguard.windows import Norm, Piece, Windows
 
-NORMING, CALIBRATION = 24, 48
+NORMING, CALIBRATION = 24, 100
 """Documents, and as many chats, that the norms and the threshold are taken from."""
 
 LONGEST = 3600
