@@ -36,8 +36,9 @@ def capture(
 ) -> States:
     """At the reading's positions and those of the two axes; all layers if None."""
     positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
-    how = dict(positions=positions, layers=layers, progress=progress)
-    return States.collect(backend.capture(map(reading.prepare, prompts), **how))
+    ready = map(reading.prepare, prompts)
+    batches = backend.capture(ready, positions=positions, layers=layers, progress=progress)
+    return States.collect(batches)
 
 
 def fit_readout(states: States, reading: Reading, kind: Kind, depth: int) -> Fit:
