@@ -17,7 +17,12 @@ from latentguard.errors import GuardError, PromptError
 from latentguard.guard import LatentGuard
 from latentguard.panel import scan_many
 from latentguard.prompts import Message, Prompt
-from latentguard.window_fitting import calibrate_windows, fit_windows, harmless_texts
+from latentguard.window_fitting import (
+    CALIBRATION,
+    calibrate_windows,
+    fit_windows,
+    harmless_texts,
+)
 from latentguard.windows import Norm, Windows, cut
 
 WINDOWS = Windows(whole=Norm(5.0), threshold=2.0, size=20, over=60)
@@ -189,7 +194,7 @@ class TestFitting:
         fitted = fit_windows(FakeBackend(signal=0.0), replace(guard, parts=()))
         windows = fitted.part(Windows)
         assert windows.bound.max_fpr == 0.05
-        assert windows.bound.n == len(harmless_texts("validation", 48))
+        assert windows.bound.n == len(harmless_texts("validation", CALIBRATION))
         assert min(windows.piece.spread, windows.whole.spread) > 0
         assert windows.piece.slope > 0  # the greatest of more pieces is greater
 
