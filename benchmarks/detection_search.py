@@ -15,7 +15,6 @@ import argparse
 import json
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -68,8 +67,8 @@ def main() -> None:
     """Fit, score, tell."""
     options = arguments()
     torch.set_num_threads(1)
-    train = load(options.cache, "traffic")
-    test = mixed({name: load(options.cache, name) for name in PUBLIC})
+    train = States.load(options.cache / "traffic.safetensors")
+    test = mixed({n: States.load(options.cache / f"{n}.safetensors") for n in PUBLIC})
     found = {}
     for name, (keep, fit) in variants().items():
         if name == DEFAULT or (options.only or "") in name:
@@ -89,6 +88,7 @@ def variants() -> dict[str, tuple[Keep, Fit]]:
     bands = {"first third": (0, 0.33), "last third": (0.67, 1), "all but the first fifth": (0.2, 1)}
     known |= {f"layers: {name}": ridge(band=band) for name, band in bands.items()}
     known |= {f"read at {p} alone": ridge(positions=(p,)) for p in POOLED.positions}
+    known["read at every token after the instruction, too"] = ridge(positions=())
     known["classes balanced within each form and ending"] = ridge(weigh=by_form)
     known["one ridge a layer, mean of scores"] = by_layer(stacked=False)
     known["one ridge a layer, weights of layers fitted"] = by_layer(stacked=True)
@@ -113,14 +113,12 @@ def ridge(
     positions: Sequence[str] = POOLED.positions,
     weigh: Weigh | None = None,
 ) -> Fit:
-    """One ridge on the slots of a band."""
+    """One ridge on the slots of a band, at all captured positions if none is named."""
 
     def fit(states: States) -> Score:
-        layers = in_band(states, band).layers
-        weight, bias = Ridge(
-            design(states, layers, tuple(positions), weigh or balanced), strength
-        ).solve()
-        return scorer(Readout("linear", layers, weight[0], float(bias[0])), positions)
+        layers, where = in_band(states, band).layers, tuple(positions) or states.positions
+        weight, bias = Ridge(design(states, layers, where, weigh or balanced), strength).solve()
+        return scorer(Readout("linear", layers, weight[0], float(bias[0])), where)
 
     return fit
 
@@ -306,13 +304,6 @@ def markdown(table: list[dict]) -> str:
         )
         lines.append(f"| {row['variant']} | {row['rows']:,} | {row['mean']:.3f} | {change} |")
     return "\n".join(lines)
-
-
-def load(folder: Path, name: str) -> States:
-    """What ``detection.py`` captured, at the positions that are read here."""
-    states = States.load(folder / f"{name}.safetensors")
-    values = torch.stack([states.at(p) for p in POOLED.positions], dim=1)
-    return replace(states, values=values, positions=POOLED.positions)
 
 
 def arguments() -> argparse.Namespace:
