@@ -127,7 +127,8 @@ class TestCategories:
     def scores(self, *, over=True, category="hate", **chances):
         verdict = next(v for v in offline().values() if v.flagged == over)
         verdict = replace(verdict, category=category, category_scores=chances)
-        return moderation_scores(tiny_guard(), verdict)
+        guard = tiny_guard()
+        return moderation_scores(guard, Judgement(verdict, {}, guard.threshold))
 
     @pytest.mark.parametrize("over", [True, False])
     def test_a_category_is_true_exactly_if_the_input_is_flagged(self, over):
@@ -160,5 +161,7 @@ class TestCategories:
         guard = tiny_guard()
         verdict = next(v for v in offline().values() if v.flagged)
         verdict = replace(verdict, category="hate", category_scores={"hate": 0.9})
-        types = moderation_result(guard, Judgement(verdict, {})).category_applied_input_types
+        types = moderation_result(
+            guard, Judgement(verdict, {}, guard.threshold)
+        ).category_applied_input_types
         assert [n for n, of in types.items() if of] == ["hate", "illicit"]

@@ -144,9 +144,9 @@ def test_the_log_and_the_metrics(tmp_path, on_review, action):
 def test_of_several_prompts_the_decision_counts_before_the_score():
     """A long prompt has no band to review: it may score more than one that is to be reviewed."""
     verdict = offline()[passed()]
-    long = Judgement(replace(verdict, score=0.9, decision="allow"), {})
-    short = Judgement(replace(verdict, score=0.5, decision="review"), {})
-    other = Judgement(replace(verdict, score=0.6, decision="review"), {})
+    long = Judgement(replace(verdict, score=0.9, decision="allow"), {}, 0.8)
+    short = Judgement(replace(verdict, score=0.5, decision="review"), {}, 0.8)
+    other = Judgement(replace(verdict, score=0.6, decision="review"), {}, 0.8)
     assert max([long, short, other], key=severity) is other
 
 

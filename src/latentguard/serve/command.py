@@ -42,6 +42,13 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     refusal: Annotated[str, typer.Option(help="What a blocked chat is answered with.")] = (
         "I can't help with that."
     ),
+    slice_header: Annotated[
+        str | None,
+        typer.Option(
+            help="Request header with the slice of the traffic, for a guard calibrated by slices. "
+            "Have your gateway set it: who sets it picks the threshold."
+        ),
+    ] = None,
     audit: Annotated[Path | None, typer.Option(help="Audit log, JSON Lines.")] = None,
     audit_fsync: Annotated[str, typer.Option(help="never, interval or always.")] = "interval",
     audit_texts: Annotated[bool, typer.Option(help="Write prompts into the audit log.")] = False,
@@ -95,11 +102,13 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     _require(on_error, ("block", "allow"), "--on-error")
     _require_url(upstream)
     loaded = LatentGuard.load(guard)  # so that a wrong folder is said at once
+    _require_slices(loaded, slice_header)
     options = Options(
         policy=policy,  # type: ignore[arg-type]
         on_review=on_review,  # type: ignore[arg-type]
         on_error=on_error,  # type: ignore[arg-type]
         refusal=refusal,
+        slice_header=slice_header,
         name=Path(loaded.fingerprint.model).name or "latentguard",
         upstream=upstream,
         upstream_key=os.environ.get("LATENTGUARD_UPSTREAM_KEY"),
@@ -199,6 +208,15 @@ def _require_review(on_review: str, policy: str) -> None:
     if on_review == "block" and policy != "block":
         reason = f"block needs --policy block; --policy {policy} answers even flagged chats"
         raise typer.BadParameter(reason, param_hint="--on-review")
+
+
+def _require_slices(guard: LatentGuard, header: str | None) -> None:
+    from latentguard.calibration import Calibration
+
+    known = guard.part(Calibration)
+    if header is not None and not (known and known.slices):
+        reason = "this guard has no slices; calibrate it with --slice-column"
+        raise typer.BadParameter(reason, param_hint="--slice-header")
 
 
 def _require_url(upstream: str | None) -> None:

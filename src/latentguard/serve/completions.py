@@ -76,7 +76,7 @@ def routes(service: Service, relay: Relay | None) -> APIRouter:
 async def _through(relay: Relay, case: Case, body: ChatRequest, request: Request) -> Response:
     """Judge, then ask the upstream."""
     try:
-        worst = await _worst(case, prompts_of(body.messages))
+        worst = await _worst(case, case.placed(prompts_of(body.messages)))
     except Fault as fault:
         if not case.service.forgives(fault):
             raise
@@ -105,7 +105,7 @@ async def _own(case: Case, body: ChatRequest, request: Request) -> Response:
     """Read and judge in one pass, then go on from it."""
     service = case.service
     _require_plain(body)
-    prompt, sampling = prompt_of(body.messages), _sampling(service, body)
+    [prompt], sampling = case.placed([prompt_of(body.messages)]), _sampling(service, body)
 
     def halt(event: Judgement | GuardError) -> bool:
         if isinstance(event, Judgement):

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from latentguard.calibration import Calibration
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
 from latentguard.guard import LatentGuard
 from latentguard.model.converse import read_instruction
@@ -28,6 +29,9 @@ class Judgement:
 
     by_layer: dict[str, list[float]]
     """Equation 2 for each axis, over the guard's layers."""
+
+    threshold: float
+    """What the score was held against: that of the prompt's slice, if it has its own."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,20 @@ def judge_states(
     part = states.select(guard.readout.layers)
     layers = {axis.name: axis.layer_beliefs(part.at(axis.position)).tolist() for axis in guard.axes}
     return [
-        Judgement(verdict, {name: rows[i] for name, rows in layers.items()})
-        for i, verdict in enumerate(verdicts)
+        Judgement(
+            verdict,
+            {name: rows[i] for name, rows in layers.items()},
+            _limit(guard, prompt, verdict),
+        )
+        for i, (prompt, verdict) in enumerate(zip(states.prompts, verdicts, strict=True))
     ]
+
+
+def _limit(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
+    known = guard.part(Calibration)
+    if known is None or verdict.evidence or prompt.slice not in known.slices:
+        return guard.threshold
+    return known.slices[prompt.slice].block.threshold
 
 
 def trace(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[Token]:

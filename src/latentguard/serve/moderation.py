@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from latentguard.guard import LatentGuard
 from latentguard.hazards import MODERATION, OTHER, moderation_names
-from latentguard.parts import Decision, Evidence, Verdict
+from latentguard.parts import Decision, Evidence
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest
 from latentguard.serve.judging import Judgement, trace
@@ -101,6 +101,7 @@ class ScoreResult(BaseModel):
     probability: float
     flagged: bool
     decision: Decision
+    threshold: float
     beliefs: dict[str, float]
     category: str | None
     category_scores: dict[str, float]
@@ -161,6 +162,7 @@ async def _judged(case: Case, prompts: list[Prompt]) -> list[Judgement]:
     most = case.service.options.max_inputs
     if len(prompts) > most:
         raise BadRequest(f"{len(prompts)} inputs were sent; at most {most} are read at once.")
+    prompts = case.placed(prompts)
     found = await case.judge(prompts)
     await case.decided(prompts, found, ["score"] * len(found))
     return found
@@ -179,13 +181,13 @@ def _texts(given: str | list[str] | list[Part]) -> list[Prompt]:
 def moderation_result(guard: LatentGuard, judgement: Judgement) -> ModerationResult:
     """A verdict in OpenAI's schema."""
     verdict = judgement.verdict
-    scores = moderation_scores(guard, verdict)
+    scores = moderation_scores(guard, judgement)
     known = {name for own in verdict.category_scores for name in moderation_names(own)} | {OTHER}
     own = Scores(
         score=verdict.score,
         probability=verdict.probability,
         decision=verdict.decision,
-        threshold=guard.threshold,
+        threshold=judgement.threshold,
         beliefs=verdict.beliefs,
         category=verdict.category,
         category_scores=verdict.category_scores,
@@ -199,9 +201,10 @@ def moderation_result(guard: LatentGuard, judgement: Judgement) -> ModerationRes
     )
 
 
-def moderation_scores(guard: LatentGuard, verdict: Verdict) -> dict[str, float]:
+def moderation_scores(guard: LatentGuard, judgement: Judgement) -> dict[str, float]:
     """A score for each of OpenAI's categories; one is over 0.5 exactly if the input is flagged."""
-    moved = float(expit(abs(guard.platt[0]) * (verdict.score - guard.threshold)))
+    verdict = judgement.verdict
+    moved = float(expit(abs(guard.platt[0]) * (verdict.score - judgement.threshold)))
     scores = dict.fromkeys(MODERATION, 0.0)
     most = max(verdict.category_scores.values(), default=0.0) or 1.0
     for own, chance in verdict.category_scores.items():
@@ -217,6 +220,7 @@ def _score(judgement: Judgement) -> ScoreResult:
         probability=verdict.probability,
         flagged=verdict.flagged,
         decision=verdict.decision,
+        threshold=judgement.threshold,
         beliefs=verdict.beliefs,
         category=verdict.category,
         category_scores=verdict.category_scores,

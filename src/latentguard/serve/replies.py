@@ -109,7 +109,7 @@ def note_of(case: Case, judged: Judged) -> dict[str, Any]:
     if case.service.options.on_review != "pass":
         known["decision"] = verdict.decision
     where = dict(beliefs=verdict.beliefs, quadrant=verdict.quadrant)
-    return {"latentguard": known | where | {"threshold": case.service.scorer.guard.threshold}}
+    return {"latentguard": known | where | {"threshold": judged.threshold}}
 
 
 def usage_of(prompt: int, reply: int) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any, Literal
@@ -98,6 +98,12 @@ class Case:
         self.service, self.endpoint, self.began = service, endpoint, perf_counter()
         self.id: str = request.state.request
         self.client: str = request.state.client
+        header = service.options.slice_header
+        self.slice = (request.headers.get(header) if header else None) or None
+
+    def placed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts in the slice that the request names."""
+        return [replace(prompt, slice=self.slice) for prompt in prompts]
 
     async def judge(self, prompts: Sequence[Prompt]) -> list[Judgement]:
         """Judge prompts; a fault is noted, then raised."""
@@ -149,6 +155,8 @@ class Case:
             action=action,
             ms=round(1000 * (perf_counter() - self.began), 2),
         )
+        if self.service.options.slice_header:
+            line["slice"] = prompt.slice
         if audit.texts:
             line["text"] = prompt.text
         return line
