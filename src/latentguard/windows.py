@@ -1,10 +1,10 @@
 """Windows: how a guard reads long prompts and chats, where evidence may lie anywhere.
 
-What the user says is cut into pieces, sentences and lines of up to ``size`` characters, and each is
-scored as a prompt of its own, by the guard's own readout; so is the whole. Both are put on one
-scale, on which harmless material has mean 0 and standard deviation 1 whatever its size: a longer
-text has more pieces, and so a higher maximum. The greatest of all is held against one threshold, so
-that the stated rate is that of both readings together.
+What the user says is cut into pieces, sentences and lines of up to ``size`` characters of one
+paragraph, and each is scored as a prompt of its own, by the guard's own readout; so is the whole.
+Both are put on one scale, on which harmless material has mean 0 and standard deviation 1 whatever
+its size: a longer text has more pieces, and so a higher maximum. The greatest of all is held
+against one threshold, so that the stated rate is that of both readings together.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from latentguard.metrics import Bound
 from latentguard.parts import Evidence, Part
 from latentguard.prompts import Prompt
 
-SIZE, OVER = 120, 500
-"""Defaults of ``Windows.size`` and ``Windows.over``."""
+SIZE, FLOOR, OVER = 120, 20, 500
+"""Defaults of ``Windows.size``, ``Windows.floor`` and ``Windows.over``."""
 
 BREAK = re.compile(r"(?<=[.!?;:])[^\S\n]+|(?<=[\u3002\uff01\uff1f])|\n+")
 """Where sentences and lines end."""
@@ -101,6 +101,10 @@ class Windows(Part):
     size: int = SIZE
     """Characters in a piece, at the most; blanks do not count."""
 
+    floor: int = FLOOR
+    """From so many characters on, a blank line ends a piece: a request that has a paragraph of its
+    own is not read together with the next, and tiny paragraphs do not cost a piece each."""
+
     over: int = OVER
     """A prompt without earlier turns is read as ever up to so many characters."""
 
@@ -123,7 +127,7 @@ class Windows(Part):
         return [
             Piece(number, start, end, text[start:end])
             for number, text in [*turns, (len(prompt.history), prompt.text)]
-            for start, end in cut(text, self.size)
+            for start, end in cut(text, self.size, self.floor)
         ]
 
     def find(self, pieces: Sequence[Piece], scores: Sequence[float]) -> list[Evidence]:
@@ -158,7 +162,10 @@ class Windows(Part):
         """See ``Part``."""
         piece, whole = (Norm(**record[name]) for name in ("piece", "whole"))
         numbers = [record["threshold"], *asdict(piece).values(), *asdict(whole).values()]
-        if not all(map(math.isfinite, numbers)) or min(record["size"], record["over"]) < 1:
+        if (
+            not all(map(math.isfinite, numbers))
+            or min(record[name] for name in ("size", "floor", "over")) < 1
+        ):
             raise ValueError("a number of the windows is out of range")
         bound = Bound(**record["bound"]) if record["bound"] else None
         return cls(**{**record, "piece": piece, "whole": whole, "bound": bound})
@@ -177,15 +184,17 @@ class Windows(Part):
         ]
 
 
-def cut(text: str, size: int) -> Iterator[tuple[int, int]]:
-    """Sentences and lines, as many together as fit; longer ones in parts that end at a blank.
+def cut(text: str, size: int, floor: int = FLOOR) -> Iterator[tuple[int, int]]:
+    """Sentences and lines of a paragraph, as many together as fit; longer ones in parts.
 
-    Blanks do not count, so that a text has no more pieces than what it says calls for.
+    Parts end at a blank, and paragraphs of less than ``floor`` characters go with the next. Blanks
+    do not count, so that a text has no more pieces than what it says calls for.
     """
     start, end, filled = 0, 0, 0
     for first, last in _parts(text, size):
         own = last - first - sum(map(str.isspace, text[first:last]))
-        if filled and filled + own > size:
+        apart = filled >= floor and text.count("\n", end, first) > 1
+        if filled and (apart or filled + own > size):
             yield start, end
             filled = 0
         start, end, filled = (start if filled else first), last, filled + own

@@ -23,7 +23,7 @@ from latentguard.window_fitting import (
     fit_windows,
     harmless_texts,
 )
-from latentguard.windows import Norm, Windows, cut
+from latentguard.windows import FLOOR, Norm, Windows, cut
 
 WINDOWS = Windows(whole=Norm(5.0), threshold=2.0, size=20, over=60)
 
@@ -55,7 +55,22 @@ class TestCut:
             "A third, longer one?",
             "A line\nand more",
         ]
-        assert pieces_of(text, 200) == [text]
+        assert pieces_of(text, 200) == [
+            "One. Two is here! A third, longer one?",
+            "A line\nand more",
+        ]
+        assert pieces_of(text.replace("\n\n", "\n"), 200) == [text.replace("\n\n", "\n")]
+
+    @pytest.mark.parametrize("blank", ["\n\n", "\n \n", "\n\n\n", "\n\t\n"])
+    def test_a_paragraph_is_read_alone_unless_it_is_tiny(self, blank):
+        text = blank.join(
+            ["Hi.", "A paragraph of some length", "Another one of such length", "Bye."]
+        )
+        assert pieces_of(text, 200) == [
+            f"Hi.{blank}A paragraph of some length",
+            "Another one of such length",
+            "Bye.",
+        ]
 
     def test_a_word_without_end_is_cut(self):
         assert pieces_of("x" * 25, 10) == ["x" * 10, "x" * 10, "x" * 5]
@@ -68,7 +83,8 @@ class TestCut:
 
     @given(st.text(alphabet="ab .!?\n\u3002", max_size=400), st.integers(1, 40))
     def test_there_are_no_more_pieces_than_what_is_said_calls_for(self, text, size):
-        assert len(pieces_of(text, size)) <= 1 + 2 * len("".join(text.split())) / size
+        said = len("".join(text.split()))
+        assert len(pieces_of(text, size)) <= 1 + 2 * said / size + said / FLOOR
 
     @pytest.mark.parametrize(
         "unit", [" ", "\t", "\n", " \n", ". ", "a", "a" + "\n" * 120, "\u3002"]
