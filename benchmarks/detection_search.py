@@ -1,54 +1,62 @@
-"""What the penalty and the positions of the default guard are worth, one changed at a time.
+"""What each choice in the default guard is worth: readings, readouts, training sets, one at a time.
 
     python benchmarks/detection_search.py --cache DIR [--out F.json] [--only WORD ...]
 
-DIR is the cache of ``detection.py`` for one model; no model is run. Each variant is fitted on the
-built-in traffic and scored on the eight public contrasts. The table gives the mean AUROC and how
-far it is from the default's, with the 95 % interval of 1,000 bootstrap draws of prompts within each
-class of each set, the same for all. Scores are kept in DIR/search, so a killed run goes on.
+DIR is the cache of ``detection.py`` for one model; no model is run. Each variant (``variants``) is
+fitted on built-in prompts and scored on the eight public contrasts. The table gives the mean AUROC
+and how far it is from the default's, with the 95 % interval of 1,000 bootstrap draws of prompts
+within each class of each set, the same for all. The seed is fixed. Scores are kept in DIR/search,
+so a killed run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from functools import lru_cache
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from detection import mixed
 from numpy.typing import NDArray
+from search_readouts import Dual, logistic, low_rank, primal, ridge
 
 from latentguard.fitting import fit_readout, slots
 from latentguard.metrics import auroc
+from latentguard.prompts import Prompt
 from latentguard.readings import Reading
-from latentguard.readouts import Readout, balanced, layers_of
+from latentguard.readouts import BAND, Readout
 from latentguard.report import write_text
-from latentguard.ridge import Design, Ridge
+from latentguard.ridge import Design
 from latentguard.states import States
 
 Score = Callable[[States], NDArray[np.float64]]
-Fit = Callable[[States], Score]
+Fit = Callable[[Path], Score]
+"""From the cache of a model."""
+
 Scores = dict[str, NDArray[np.float64]]
+Key = Callable[[Prompt], object]
 
 POOLED = Reading("pooled", ("t_inst", "t_post", "mean"))
 PUBLIC = "advbench alpaca_harmless catqa jailbreaks jbb openai_moderation xstest".split()
 DEFAULT, STRENGTH, SEED, DRAWS = "default", 3.0, 0, 1000
-"""The default chooses its penalty by cross-validation; other positions take ``STRENGTH``."""
+"""The default chooses its penalty by cross-validation; other ridges take ``STRENGTH``."""
 
 
 def main() -> None:
     """Fit, score, tell."""
     options = arguments()
     torch.set_num_threads(1)
-    train = States.load(options.cache / "traffic.safetensors")
+    torch.manual_seed(SEED)
     test = mixed({n: States.load(options.cache / f"{n}.safetensors") for n in PUBLIC})
     found = {}
     for name, fit in variants().items():
         if name == DEFAULT or any(word in name for word in options.only or [""]):
-            found[name] = scores_of(options.cache / "search", name, train, fit, test)
+            found[name] = scores_of(options.cache, name, fit, test)
+            print(name, flush=True)
     table = compared(found, {name: labels_of(states) for name, states in test.items()})
     print(text := json.dumps(table, indent=1))
     if options.out:
@@ -58,35 +66,111 @@ def main() -> None:
 def variants() -> dict[str, Fit]:
     """Name -> how a readout is fitted."""
     known: dict[str, Fit] = {DEFAULT: default}
-    known |= {f"penalty {s:g}": ridge(strength=s) for s in (0.1, 1, 3, 10, 30, 100)}
-    known |= {f"read at {p} alone": ridge(positions=(p,)) for p in POOLED.positions}
-    return known | {"read at every token after the instruction, too": ridge(positions=())}
+    known |= {f"penalty {s:g}": linear(solve=ridge(s)) for s in (0.1, 1, 3, 10, 30, 100)}
+    known |= {f"read at {p} alone": linear(positions=(p,)) for p in POOLED.positions}
+    known |= {"read at every token after the instruction, too": linear(positions=())}
+    bands = ((0.0, 0.33), (0.5, 0.5), (0.67, 1.0), (0.0, 1.0))
+    known |= {f"layers from {a:.0%} to {b:.0%} of the depth": linear(band=(a, b)) for a, b in bands}
+    known |= {"one ridge a layer, added up": added_up}
+    known |= {f"{k} principal components": linear(solve=low_rank(k)) for k in (64, 512)}
+    known |= {f"logistic, penalty {s:g}": linear(solve=logistic(s)) for s in (0.1, 0.3, 1)}
+    known |= {"every form weighs the same": linear(alike="form")}
+    known |= {"every kind weighs the same": linear(alike="kind")}
+    known |= {"fitted on pairs of the traffic alone": linear(kept=lambda p: bool(p.pair))}
+    known |= {"fitted on the contrast set": linear(sources=("pairs",))}
+    known |= {"fitted on traffic and contrast set": linear(sources=("traffic", "pairs"))}
+    return known | {"fitted on traffic, AdvBench, Alpaca": linear(sources=("traffic", "paper"))}
 
 
-def default(states: States) -> Score:
+def default(cache: Path) -> Score:
     """What ``latentguard fit`` does."""
+    states = States.load(cache / "traffic.safetensors")
     readout = fit_readout(states, POOLED, "linear", max(states.layers)).readout
     return scorer(readout, POOLED.positions)
 
 
-def ridge(strength: float = STRENGTH, positions: tuple[str, ...] = POOLED.positions) -> Fit:
-    """The default's ridge; at all captured positions if none is named."""
+def linear(
+    *,
+    solve: Dual | None = None,
+    positions: tuple[str, ...] = POOLED.positions,
+    band: tuple[float, float] = BAND,
+    sources: Sequence[str] = ("traffic",),
+    kept: Callable[[Prompt], bool] | None = None,
+    alike: str = "",
+) -> Fit:
+    """The default with something else in a place.
 
-    def fit(states: States) -> Score:
-        where, layers = positions or states.positions, layers_of("linear", max(states.layers))
-        weight, bias = Ridge(design(states, layers, where), strength).solve()
-        return scorer(Readout("linear", layers, weight[0], float(bias[0])), where)
+    Args:
+        solve: The readout; a ridge with ``STRENGTH``.
+        positions: Where it reads; at all captured ones if none is named.
+        band: The layers, as shares of the depth.
+        sources: Training sets.
+        kept: Which rows of these.
+        alike: ``form`` or ``kind``: each weighs the same within its class.
+    """
+
+    def fit(cache: Path) -> Score:
+        states = training(cache, band, sources)
+        states = states.where(kept) if kept else states
+        where = positions or states.positions
+        design = design_of(states, where, weights_of(states, alike))
+        weight, bias = primal(design, *(solve or ridge(STRENGTH))(design))
+        return scorer(Readout("linear", states.layers, weight, bias), where)
 
     return fit
 
 
-@lru_cache(maxsize=1)  # the penalties share it
-def design(states: States, layers: tuple[int, ...], positions: tuple[str, ...]) -> Design:
-    """What a ridge at these layers and positions is fitted to."""
-    return balanced(slots(states.select(layers), positions), torch.from_numpy(labels_of(states)))
+def added_up(cache: Path) -> Score:
+    """A ridge for each layer of the band, and the sum of them."""
+    states = training(cache, BAND)
+    weights, parts = weights_of(states), []
+    for layer in states.layers:
+        design = design_of(states.select((layer,)), POOLED.positions, weights)
+        parts.append(primal(design, *ridge(STRENGTH)(design)))
+    weight = torch.stack([w for w, _ in parts], dim=1).flatten(0, 1)  # positions, then layers
+    readout = Readout("linear", states.layers, weight, sum(b for _, b in parts))
+    return scorer(readout, POOLED.positions)
 
 
-def scorer(readout: Readout, positions: tuple[str, ...]) -> Score:
+def training(
+    cache: Path, band: tuple[float, float], sources: Sequence[str] = ("traffic",)
+) -> States:
+    """What ``detection.py`` captured of these training sets in a band of layers."""
+    files = (States.load(cache / f"{name}.safetensors") for name in sources)
+    parts = [states.select(between(band, max(states.layers))) for states in files]
+    return parts[0] if len(parts) == 1 else States.collect(parts)  # which copies gigabytes
+
+
+def between(band: tuple[float, float], depth: int) -> tuple[int, ...]:
+    """Layers of these shares of the depth; 0 has no context."""
+    low, high = (share * depth for share in band)
+    return tuple(k for k in range(1, depth + 1) if low <= k <= high) or (round(high),)
+
+
+def design_of(states: States, positions: Sequence[str], weights: torch.Tensor) -> Design:
+    """What predicts +1 and -1."""
+    y = torch.from_numpy(labels_of(states))
+    return Design(slots(states, positions), (y.double() * 2 - 1)[:, None], weights)
+
+
+def weights_of(states: States, alike: str = "") -> torch.Tensor:
+    """Each class with half of the weight, and within it each form or kind with the same."""
+    known = manners(alike) if alike else {}
+    groups = [(bool(p.harmful), known.get(p.id)) for p in states.prompts]
+    sizes, classes = Counter(groups), Counter(label for label, _ in set(groups))
+    shares = [0.5 / classes[label] / sizes[label, group] for label, group in groups]
+    return torch.tensor(shares, dtype=torch.float64) * len(shares)
+
+
+def manners(field: str) -> dict[str, str]:
+    """The form or the kind of each built-in prompt."""
+    import latentguard.contrast as built_in
+
+    lines = (Path(built_in.__file__).parent / "traffic.jsonl").read_text("utf-8").splitlines()
+    return {row["id"]: row[field] for row in map(json.loads, lines)}
+
+
+def scorer(readout: Readout, positions: Sequence[str]) -> Score:
     """A readout at positions."""
     return lambda test: readout(slots(test.select(readout.layers), positions)).double().numpy()
 
@@ -96,12 +180,12 @@ def labels_of(states: States) -> NDArray[np.bool_]:
     return np.array([bool(p.harmful) for p in states.prompts])
 
 
-def scores_of(folder: Path, name: str, train: States, fit: Fit, test: dict[str, States]) -> Scores:
-    """The scores of a variant on each set; fitted if they are not in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name.replace(' ', '-')}.npz"
+def scores_of(cache: Path, name: str, fit: Fit, test: dict[str, States]) -> Scores:
+    """The scores of a variant on each set; fitted if they are not in the cache."""
+    path = cache / "search" / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        score = fit(train)
+        score = fit(cache)
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, **{n: score(states) for n, states in test.items()})
         partial.replace(path)
