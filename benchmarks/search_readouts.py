@@ -38,7 +38,7 @@ def low_rank(rank: int) -> Dual:
 
 
 def logistic(strength: float) -> Dual:
-    """Logistic regression by Newton's method; the penalty is in units of the mean square of a row."""
+    """Logistic regression by Newton's method; the penalty in units of the mean square of a row."""
 
     def solve(design: Design) -> Solved:
         root = design.root[:, 0]
