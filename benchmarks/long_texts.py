@@ -27,6 +27,15 @@ CHARACTERS = 4.0
 """A token's, about."""
 
 
+PLACES = {
+    "start": (0.0, "\n\n"),
+    "middle": (0.5, "\n\n"),
+    "end": (1.0, "\n\n"),
+    "middle, between two words": (0.5, " "),
+}
+"""Where a request stands, as a share of the text, and what parts it from the rest."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """One request in one text."""
@@ -76,7 +85,7 @@ def documents(
     own = needles[text_id::FILLERS]
     for length, count in counts.items():
         for pair in own[: -(-count // FILLERS)]:
-            for place in ("start", "middle", "end"):
+            for place in PLACES:
                 for request in pair:
                     yield document(text, ends, request, length, place, text_id)
 
@@ -89,12 +98,13 @@ def cuts(text: str) -> list[int]:
 def document(
     text: str, ends: list[int], request: Prompt, length: int, place: str, text_id: int
 ) -> Asked:
-    """A text of about so many tokens with a request at a place."""
+    """A text of about so many tokens with a request at a place, mostly as its own paragraph."""
     size = round(length * CHARACTERS)
-    at = {"start": 0, "middle": size // 2, "end": size}[place]
+    at, gap = PLACES[place]
+    at = round(at * size)
     cut, stop = (ends[int(np.searchsorted(ends, n))] if n else 0 for n in (at, size))
-    head = f"{text[:cut].rstrip()}\n\n" if cut else ""
-    whole = f"{head}{request.text}\n\n{text[cut:stop]}".strip()
+    head = f"{text[:cut].rstrip()}{gap}" if cut else ""
+    whole = f"{head}{request.text}{gap}{text[cut:stop]}".strip()
     prompt = replace(request, text=whole)
     key = f"{place} {length} {request.id} {text_id}"
     stop = len(head) + len(request.text)
