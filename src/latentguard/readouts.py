@@ -158,7 +158,7 @@ def balanced(states: Float[Tensor, "n s d"], y: Bool[Tensor, "n"]) -> Design:
     return Design(states, (y.double() * 2 - 1)[:, None], weights)
 
 
-def layers_of(kind: Kind, depth: int) -> tuple[int, ...]:
+def layers_of(kind: Kind, depth: int, band: tuple[float, float] = BAND) -> tuple[int, ...]:
     """The layers that a readout reads: a band, or all blocks (the paper); 0 has no context."""
-    low, high = (share * depth for share in (BAND if kind == "linear" else (0, 1)))
+    low, high = (share * depth for share in (band if kind == "linear" else (0, 1)))
     return tuple(k for k in range(1, depth + 1) if low <= k <= high) or (depth,)

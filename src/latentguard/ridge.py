@@ -69,10 +69,7 @@ class Ridge:
 
     def solve(self) -> tuple[Float[Tensor, "c s d"], Float[Tensor, "c"]]:
         """Weights and biases in the units of the raw states, float32."""
-        dual, slots = self.dual.float().T, range(self.design.states.shape[1])
-        weight = torch.stack([dual @ self.design.slot(s) for s in slots], dim=1)
-        weight = weight / self.design.scale
-        shift = torch.einsum("csd,sd->c", weight, self.design.mean)
+        weight, shift = primal(self.design, self.dual)
         return weight, self.design.level.float() - shift
 
     def held_out(self, folds: Sequence[Tensor]) -> Float[Tensor, "n c"]:
@@ -81,6 +78,15 @@ class Ridge:
         for rows in folds:
             residual[rows] = torch.linalg.solve(self.inverse[rows][:, rows], self.dual[rows])
         return (self.design.targets - residual) / self.design.root + self.design.level
+
+
+def primal(
+    design: Design, dual: Float[Tensor, "n c"]
+) -> tuple[Float[Tensor, "c s d"], Float[Tensor, "c"]]:
+    """Weights in the units of the raw states, and their score of the mean state, float32."""
+    rows, slots = dual.float().T, range(design.states.shape[1])
+    weight = torch.stack([rows @ design.slot(s) for s in slots], dim=1) / design.scale
+    return weight, torch.einsum("csd,sd->c", weight, design.mean)
 
 
 def folds_of(groups: Sequence[str], seed: int = 0) -> list[Tensor]:

@@ -7,12 +7,9 @@ import pytest
 
 from latentguard.calibration import Calibration
 from serve.running import PROMPTS, band_guard, flagged, passed, post, running, tiny_model
-from serve.test_command import folder, run
 
 HEADER = "X-Traffic"
 ENDPOINTS = ("moderations", "score", "chat/completions")
-
-__all__ = ["folder"]
 
 
 def strict_guard():
@@ -85,9 +82,3 @@ def test_without_the_option_a_client_cannot_pick_a_slice(tmp_path):
     with running(opener, audit=tmp_path / "log") as url:
         assert asked(url, "score", passed(), slice="strict", **{HEADER: "strict"})[0] is False
     assert "slice" not in json.loads((tmp_path / "log").read_text())
-
-
-def test_a_guard_without_slices_is_refused(folder):
-    told = run("serve", folder / "guard", "--slice-header", HEADER)
-    assert told.exit_code == 2
-    assert "calibrate it with --slice-column" in " ".join(told.output.replace("│", " ").split())

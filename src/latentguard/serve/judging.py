@@ -123,9 +123,10 @@ def judge_states(
 
 def _limit(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
     known = guard.part(Calibration)
-    if known is None or verdict.evidence or prompt.slice not in known.slices:
+    if known is None or verdict.evidence:  # windows have one threshold, told on the guard's scale
         return guard.threshold
-    return known.slices[prompt.slice].block.threshold
+    limits = known.limits(prompt.slice)
+    return guard.threshold if limits is known.common else limits.block.threshold
 
 
 def trace(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[Token]:

@@ -99,7 +99,7 @@ class Case:
         self.id: str = request.state.request
         self.client: str = request.state.client
         header = service.options.slice_header
-        self.slice = (request.headers.get(header) if header else None) or None
+        self.slice = (request.headers.get(header) or None) if header else None
 
     def placed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts in the slice that the request names."""
