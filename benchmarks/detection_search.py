@@ -16,19 +16,20 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
 from detection import mixed
 from numpy.typing import NDArray
-from search_readouts import Dual, logistic, low_rank, primal, ridge
+from search_readouts import Dual, logistic, low_rank, ridge, solved
 
 from latentguard.fitting import fit_readout, slots
-from latentguard.metrics import auroc
+from latentguard.metrics import auroc, resampled
 from latentguard.prompts import Prompt
 from latentguard.readings import Reading
-from latentguard.readouts import BAND, Readout
+from latentguard.readouts import BAND, Readout, layers_of
 from latentguard.report import write_text
 from latentguard.ridge import Design
 from latentguard.states import States
@@ -38,11 +39,10 @@ Fit = Callable[[Path], Score]
 """From the cache of a model."""
 
 Scores = dict[str, NDArray[np.float64]]
-Key = Callable[[Prompt], object]
 
 POOLED = Reading("pooled", ("t_inst", "t_post", "mean"))
 PUBLIC = "advbench alpaca_harmless catqa jailbreaks jbb openai_moderation xstest".split()
-DEFAULT, STRENGTH, SEED, DRAWS = "default", 3.0, 0, 1000
+DEFAULT, STRENGTH, SEED = "default", 3.0, 0
 """The default chooses its penalty by cross-validation; other ridges take ``STRENGTH``."""
 
 
@@ -69,7 +69,7 @@ def variants() -> dict[str, Fit]:
     known |= {f"penalty {s:g}": linear(solve=ridge(s)) for s in (0.1, 1, 3, 10, 30, 100)}
     known |= {f"read at {p} alone": linear(positions=(p,)) for p in POOLED.positions}
     known |= {"read at every token after the instruction, too": linear(positions=())}
-    bands = ((0.0, 0.33), (0.5, 0.5), (0.67, 1.0), (0.0, 1.0))
+    bands = ((0.0, 0.33), (0.47, 0.53), (0.67, 1.0), (0.0, 1.0))
     known |= {f"layers from {a:.0%} to {b:.0%} of the depth": linear(band=(a, b)) for a, b in bands}
     known |= {"one ridge a layer, added up": added_up}
     known |= {f"{k} principal components": linear(solve=low_rank(k)) for k in (64, 512)}
@@ -114,8 +114,8 @@ def linear(
         states = states.where(kept) if kept else states
         where = positions or states.positions
         design = design_of(states, where, weights_of(states, alike))
-        weight, bias = primal(design, *(solve or ridge(STRENGTH))(design))
-        return scorer(Readout("linear", states.layers, weight, bias), where)
+        readout = Readout("linear", states.layers, *solved(solve or ridge(STRENGTH), design))
+        return scorer(readout, where)
 
     return fit
 
@@ -126,7 +126,7 @@ def added_up(cache: Path) -> Score:
     weights, parts = weights_of(states), []
     for layer in states.layers:
         design = design_of(states.select((layer,)), POOLED.positions, weights)
-        parts.append(primal(design, *ridge(STRENGTH)(design)))
+        parts.append(solved(ridge(STRENGTH), design))
     weight = torch.stack([w for w, _ in parts], dim=1).flatten(0, 1)  # positions, then layers
     readout = Readout("linear", states.layers, weight, sum(b for _, b in parts))
     return scorer(readout, POOLED.positions)
@@ -136,15 +136,9 @@ def training(
     cache: Path, band: tuple[float, float], sources: Sequence[str] = ("traffic",)
 ) -> States:
     """What ``detection.py`` captured of these training sets in a band of layers."""
-    files = (States.load(cache / f"{name}.safetensors") for name in sources)
-    parts = [states.select(between(band, max(states.layers))) for states in files]
+    loaded = (States.load(cache / f"{name}.safetensors") for name in sources)
+    parts = [states.select(layers_of("linear", max(states.layers), band)) for states in loaded]
     return parts[0] if len(parts) == 1 else States.collect(parts)  # which copies gigabytes
-
-
-def between(band: tuple[float, float], depth: int) -> tuple[int, ...]:
-    """Layers of these shares of the depth; 0 has no context."""
-    low, high = (share * depth for share in band)
-    return tuple(k for k in range(1, depth + 1) if low <= k <= high) or (round(high),)
 
 
 def design_of(states: States, positions: Sequence[str], weights: torch.Tensor) -> Design:
@@ -164,9 +158,7 @@ def weights_of(states: States, alike: str = "") -> torch.Tensor:
 
 def manners(field: str) -> dict[str, str]:
     """The form or the kind of each built-in prompt."""
-    import latentguard.contrast as built_in
-
-    lines = (Path(built_in.__file__).parent / "traffic.jsonl").read_text("utf-8").splitlines()
+    lines = (files("latentguard.contrast") / "traffic.jsonl").read_text("utf-8").splitlines()
     return {row["id"]: row[field] for row in map(json.loads, lines)}
 
 
@@ -195,42 +187,25 @@ def scores_of(cache: Path, name: str, fit: Fit, test: dict[str, States]) -> Scor
 
 def compared(found: dict[str, Scores], labels: dict[str, NDArray[np.bool_]]) -> list[dict]:
     """A row a variant: AUROC of each set, the mean, and its distance from the default's."""
-    drawn = np.array([means(found, labels, resampled(labels, SEED + i)) for i in range(DRAWS)])
-    whole = {name: np.arange(len(y)) for name, y in labels.items()}
-    values = means(found, labels, whole)
-    base, rows = list(found).index(DEFAULT), []
-    for column, (name, scores) in enumerate(found.items()):
-        row = dict(variant=name, mean=values[column], change=values[column] - values[base])
-        row["interval"] = ends(drawn[:, column])
-        row["change_interval"] = ends(drawn[:, column] - drawn[:, base])
+    rows = []
+    for name, scores in found.items():
+        both = {n: np.stack([found[DEFAULT][n], scores[n]], axis=1) for n in labels}
+        sides = [both[n][labels[n] == side] for n in labels for side in (True, False)]
+        mean = resampled(lambda *drawn: means(drawn)[1], *sides, seed=SEED)
+        change = resampled(lambda *drawn: float(np.diff(means(drawn))[0]), *sides, seed=SEED)
+        row = dict(variant=name, mean=mean.value, interval=[mean.low, mean.high])
+        row |= dict(change=change.value, change_interval=[change.low, change.high])
         rows.append(row | dict(sets={n: auroc(y, scores[n]) for n, y in labels.items()}))
     return rows
 
 
-def ends(values: NDArray[np.float64]) -> list[float]:
-    """Of the 95 % interval."""
-    return [float(end) for end in np.quantile(values, [0.025, 0.975])]
-
-
-def resampled(labels: dict[str, NDArray[np.bool_]], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Rows of each set, drawn within each class."""
-    rng, rows = np.random.default_rng(seed), {}
-    for name, y in labels.items():
-        sides = np.flatnonzero(y), np.flatnonzero(~y)
-        rows[name] = np.concatenate([rng.choice(side, len(side)) for side in sides])
-    return rows
-
-
-def means(
-    found: dict[str, Scores],
-    labels: dict[str, NDArray[np.bool_]],
-    rows: dict[str, NDArray[np.int64]],
-) -> list[float]:
-    """The mean AUROC of each variant on these rows."""
-    return [
-        float(np.mean([auroc(labels[n][r], scores[n][r]) for n, r in rows.items()]))
-        for scores in found.values()
-    ]
+def means(sides: Sequence[NDArray[np.float64]]) -> list[float]:
+    """The mean AUROC of the default and of a variant; harmful and harmless rows of each set."""
+    figures = []
+    for harmful, harmless in zip(sides[::2], sides[1::2], strict=True):
+        y, scores = np.arange(len(harmful) + len(harmless)) < len(harmful), np.r_[harmful, harmless]
+        figures.append([auroc(y, column) for column in scores.T])
+    return np.mean(figures, axis=0).tolist()
 
 
 def arguments() -> argparse.Namespace:

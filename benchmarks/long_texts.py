@@ -26,7 +26,6 @@ TURNS = 5
 CHARACTERS = 4.0
 """A token's, about."""
 
-
 PLACES = {
     "start": (0.0, "\n\n"),
     "middle": (0.5, "\n\n"),

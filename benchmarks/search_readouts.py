@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentguard.ridge import Design, Ridge
+from latentguard.ridge import Design, Ridge, primal
 
-Solved = tuple[Float[Tensor, "n"], float]
-Dual = Callable[[Design], Solved]
+Solution = tuple[Float[Tensor, "n"], float]
+Dual = Callable[[Design], Solution]
 """From a design to a coefficient for each of its weighted rows, and the level of the scores."""
 
 STEPS, CLOSE = 12, 0.01
@@ -29,7 +29,7 @@ def ridge(strength: float) -> Dual:
 def low_rank(rank: int) -> Dual:
     """Least squares on the first principal components."""
 
-    def solve(design: Design) -> Solved:
+    def solve(design: Design) -> Solution:
         u, s, _ = torch.svd_lowrank(design.gram, q=rank + 16, niter=4)
         u, s = u[:, :rank].double(), s[:rank].double()
         return u @ ((u.T @ design.targets[:, 0]) / s), float(design.level[0])
@@ -40,7 +40,7 @@ def low_rank(rank: int) -> Dual:
 def logistic(strength: float) -> Dual:
     """Logistic regression by Newton's method; the penalty in units of the mean square of a row."""
 
-    def solve(design: Design) -> Solved:
+    def solve(design: Design) -> Solution:
         root = design.root[:, 0]
         gram = design.gram.double() / root[:, None] / root
         y = (design.targets[:, 0] / root + design.level[0] + 1) / 2
@@ -55,7 +55,7 @@ def logistic(strength: float) -> Dual:
     return solve
 
 
-def _step(gram: Tensor, y: Tensor, root: Tensor, score: Tensor, strength: float) -> Solved:
+def _step(gram: Tensor, y: Tensor, root: Tensor, score: Tensor, strength: float) -> Solution:
     """One step: a weighted ridge with a level of its own."""
     chance = torch.sigmoid(score)
     spread = (chance * (1 - chance)).clamp_min(1e-6)
@@ -67,8 +67,8 @@ def _step(gram: Tensor, y: Tensor, root: Tensor, score: Tensor, strength: float)
     return own * (sides[:, 0] - level * sides[:, 1]), level
 
 
-def primal(design: Design, dual: Tensor, level: float) -> tuple[Float[Tensor, "s d"], float]:
+def solved(solve: Dual, design: Design) -> tuple[Float[Tensor, "s d"], float]:
     """Weights and bias in the units of the raw states."""
-    slots = range(design.states.shape[1])
-    weight = torch.stack([dual.float() @ design.slot(s) for s in slots]) / design.scale
-    return weight, level - float((weight * design.mean).sum())
+    dual, level = solve(design)
+    weight, shift = primal(design, dual[:, None])
+    return weight[0], level - float(shift[0])
