@@ -38,7 +38,7 @@ $(VLLM_VENV)/ready: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM_PIP) --no-deps --editable .
 	$(VLLM_PIP) numpy==2.3.5 jaxtyping==0.3.11 scipy==1.17.1 scikit-learn==1.9.1 \
-		accelerate==1.15.0 pytest pytest-timeout hypothesis beartype
+		accelerate==1.15.0 confusable-homoglyphs==3.3.1 pytest pytest-timeout hypothesis beartype
 	@touch $@
 
 # The real engine, in the environment above; one at a time, on one thread.
@@ -79,7 +79,7 @@ peers-env: .venv-peers/ready .venv-peers-4/ready
 	$(PYTHON) -m venv .venv-peers-4
 	.venv-peers-4/bin/python -m pip install --constraint $< torch==2.13.0
 	.venv-peers-4/bin/python -m pip install --constraint $< \
-	  steering-vectors repeng accelerate httpx jaxtyping rich safetensors scipy
+	  steering-vectors repeng accelerate confusable-homoglyphs httpx jaxtyping rich safetensors scipy
 	@touch $@
 
 clean:

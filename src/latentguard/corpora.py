@@ -19,7 +19,7 @@ from latentguard.prompts import Columns, Prompt, prompt_of
 from latentguard.rows import json_row, read_rows
 
 LINES = (".jsonl", ".ndjson")
-SCHEMA = 1
+SCHEMA = 2
 """Of the files of verdicts; part of their names."""
 
 

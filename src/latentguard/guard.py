@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from latentguard.binding import Shift, explain, require_like
 from latentguard.calibration import Rates
 from latentguard.canaries import Canary, canary_prompts
 from latentguard.categories import Categories
+from latentguard.disguises import Disguises, read_both, worse
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.packing import Contents
 from latentguard.parts import Decision, Evidence, Verdict
@@ -27,10 +28,7 @@ from latentguard.quadrants import Quadrants
 from latentguard.readings import Reading
 from latentguard.readouts import Kind, layers_of, require_kind
 from latentguard.states import Backend, Fingerprint, Progress, Scoring, States
-from latentguard.windows import Piece, Windows
-
-BATCH = 256
-"""Prompts among which a guard with windows looks for long ones at a time."""
+from latentguard.windows import Piece, Windows, read_apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +82,8 @@ class LatentGuard(Contents):
         guard = guard.with_part(Categories.fit(part, reading.positions, fit.held_out))
         if len(guard.axes) > 1:
             guard = guard.with_part(Quadrants())
+        if readout == "linear":  # the paper's guard reads what is served, and nothing else
+            guard = guard.with_part(Disguises())
         texts = canary_prompts()
         scores = [v.score for v in guard.scan(backend, texts)]
         canaries = tuple(Canary(p.text, s) for p, s in zip(texts, scores, strict=True))
@@ -138,23 +138,22 @@ class LatentGuard(Contents):
             GuardError: if a state is not finite (fail closed).
         """
         self.require_match(backend.fingerprint)
-        rest = numbered(prompts)
+        read = partial(self._read, backend, progress)
+        yield from read_both(self.part(Disguises), numbered(prompts), read, worse)
+
+    def _read(
+        self, backend: Backend, progress: Progress | None, prompts: Iterator[Prompt]
+    ) -> Iterator[Verdict]:
         if isinstance(backend, Scoring):
-            ready = map(self.reading.prepare, rest)
+            ready = map(self.reading.prepare, prompts)
             yield from backend.verdicts(self, ready, progress=progress)
             return
-        windows = self.part(Windows)
-        while windows and (batch := tuple(islice(rest, BATCH))):
-            long = [windows.needed(prompt) for prompt in batch]
-            short = (prompt for prompt, longer in zip(batch, long, strict=True) if not longer)
-            verdicts = self._scan(backend, short, progress)
-            for prompt, longer in zip(batch, long, strict=True):
-                yield self._scan_long(backend, prompt, progress) if longer else next(verdicts)
-            yield from verdicts  # none is left, but the last batch is not yet reported
-        yield from self._scan(backend, rest, progress)
+        short = partial(self._scan, backend, progress)
+        long = partial(self._scan_long, backend, progress)
+        yield from read_apart(self.part(Windows), prompts, short, long)
 
     def _scan(
-        self, backend: Backend, prompts: Iterable[Prompt], progress: Progress | None
+        self, backend: Backend, progress: Progress | None, prompts: Iterator[Prompt]
     ) -> Iterator[Verdict]:
         ready = map(self.reading.prepare, prompts)
         batches = backend.capture(
@@ -163,7 +162,7 @@ class LatentGuard(Contents):
         for states in batches:
             yield from self.judge(states)
 
-    def _scan_long(self, backend: Backend, prompt: Prompt, progress: Progress | None) -> Verdict:
+    def _scan_long(self, backend: Backend, progress: Progress | None, prompt: Prompt) -> Verdict:
         verdict = next(self.judge(*self.examine(backend, prompt)))
         if progress is not None:
             progress(1)
@@ -180,11 +179,7 @@ class LatentGuard(Contents):
             raise GuardError("This guard has no windows: fit it with 'latentguard fit --long'.")
         pieces = windows.pieces(prompt)
         states, scores = self.read_pieces(backend, prompt, pieces)
-        evidence = [
-            replace(e, score=self.threshold + self.spread * (e.score - windows.threshold))
-            for e in windows.find(pieces, scores)
-        ]
-        return states, evidence
+        return states, windows.evidence(pieces, scores, self.threshold, self.spread)
 
     def read_pieces(
         self, backend: Backend, prompt: Prompt, pieces: Sequence[Piece]

@@ -19,6 +19,7 @@ from latentguard.axes import Axis
 from latentguard.calibration import Calibration
 from latentguard.canaries import Canary
 from latentguard.categories import Categories
+from latentguard.disguises import Disguises
 from latentguard.errors import GuardError
 from latentguard.metrics import Bound
 from latentguard.parts import Part
@@ -28,7 +29,7 @@ from latentguard.readouts import Readout
 from latentguard.states import Fingerprint
 from latentguard.windows import Windows
 
-PARTS: list[type[Part]] = [Windows, Calibration, Quadrants, Categories]
+PARTS: list[type[Part]] = [Disguises, Windows, Calibration, Quadrants, Categories]
 """Every optional part that there is, in the order in which they judge."""
 
 P = TypeVar("P", bound=Part)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, tee
 
+from latentguard.disguises import Disguises, Told, read_both, worse
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.parts import Verdict
 from latentguard.prompts import Prompt, numbered
 from latentguard.states import Backend, Progress
 from latentguard.windows import Windows
+
+Verdicts = tuple[Verdict, ...]
+"""Of each guard."""
 
 
 def scan_many(
@@ -19,7 +24,7 @@ def scan_many(
     prompts: Iterable[Prompt | str],
     *,
     progress: Progress | None = None,
-) -> Iterator[tuple[Verdict, ...]]:
+) -> Iterator[Verdicts]:
     """Yield, for each prompt in order, the verdict of each guard, in the guards' order.
 
     The verdicts are those of ``LatentGuard.scan``. One forward pass reads the union of what the
@@ -44,9 +49,26 @@ def scan_many(
             raise GuardError(
                 "A guard with windows reads long prompts in passes of its own: scan with it alone."
             )
+    parts = [guard.part(Disguises) for guard in panel]
+
+    def choose(one: Verdicts, other: Verdicts, told: Told) -> Verdicts:
+        pairs = zip(one, other, parts, strict=True)
+        return tuple(worse(a, b, told) if part else a for a, b, part in pairs)
+
+    read = partial(_read, panel, backend, progress)
+    yield from read_both(next(filter(None, parts), None), numbered(prompts), read, choose)
+
+
+def _read(
+    panel: Sequence[LatentGuard],
+    backend: Backend,
+    progress: Progress | None,
+    prompts: Iterator[Prompt],
+) -> Iterator[Verdicts]:
+    """The verdicts of each guard on prompts as they stand."""
     sealed = [guard.reading.name == "sealed" for guard in panel]
     seats = [[i for i, s in enumerate(sealed) if s is kind] for kind in dict.fromkeys(sealed)]
-    streams = tee(numbered(prompts), len(seats))
+    streams = tee(prompts, len(seats))
     passes = [
         _together([panel[i] for i in seat], backend, stream, None if number else progress)
         for number, (seat, stream) in enumerate(zip(seats, streams, strict=True))
@@ -62,7 +84,7 @@ def _together(
     backend: Backend,
     prompts: Iterable[Prompt],
     progress: Progress | None,
-) -> Iterator[tuple[Verdict, ...]]:
+) -> Iterator[Verdicts]:
     """One pass for guards that read the same text."""
     positions = tuple(dict.fromkeys(name for guard in panel for name in guard.positions))
     layers = sorted({layer for guard in panel for layer in guard.readout.layers})

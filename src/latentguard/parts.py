@@ -81,6 +81,9 @@ class Verdict:
     """Of a long prompt or a chat: the most harmful piece of each turn of the user, oldest first.
     The greatest of their scores is the score. Empty for a short prompt."""
 
+    disguises: tuple[str, ...] = ()
+    """What was undone to find this score; empty where the text as it stands scores as high."""
+
 
 class Part(ABC):
     """An optional part of a guard; subclasses are frozen dataclasses."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Self
+from itertools import islice
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +26,11 @@ from latentguard.prompts import Prompt
 
 SIZE, FLOOR, OVER = 120, 20, 500
 """Defaults of ``Windows.size``, ``Windows.floor`` and ``Windows.over``."""
+
+R = TypeVar("R")
+
+BATCH = 256
+"""Prompts among which long ones are looked for at a time."""
 
 BREAK = re.compile(r"(?<=[.!?;:])[^\S\n]+|(?<=[\u3002\uff01\uff1f])|\n+")
 """Where sentences and lines end."""
@@ -153,6 +159,15 @@ class Windows(Part):
             best[last.message] = Evidence(last.message, first.start, last.end, whole)
         return list(best.values())
 
+    def evidence(
+        self, pieces: Sequence[Piece], scores: Sequence[float], threshold: float, spread: float
+    ) -> list[Evidence]:
+        """What ``find`` finds, in the unit of a guard with this threshold and spread."""
+        return [
+            replace(e, score=threshold + spread * (e.score - self.threshold))
+            for e in self.find(pieces, scores)
+        ]
+
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See ``Part``."""
         return asdict(self), {}
@@ -182,6 +197,29 @@ class Windows(Part):
             f"user, are read whole and by pieces of up to {self.size} characters. Of these: "
             f"{promise}. Category packs do not flag these."
         ]
+
+
+def read_apart(
+    windows: Windows | None,
+    prompts: Iterator[Prompt],
+    short: Callable[[Iterator[Prompt]], Iterator[R]],
+    long: Callable[[Prompt], R],
+) -> Iterator[R]:
+    """Yield what is read of each prompt, in order: of long ones and chats one by one.
+
+    Args:
+        windows: The guard's; without them, all are short.
+        prompts: Consumed lazily.
+        short: Yields one result a prompt, in order.
+        long: The result of one prompt.
+    """
+    while windows and (batch := tuple(islice(prompts, BATCH))):
+        apart = [windows.needed(prompt) for prompt in batch]
+        results = short(p for p, longer in zip(batch, apart, strict=True) if not longer)
+        for prompt, longer in zip(batch, apart, strict=True):
+            yield long(prompt) if longer else next(results)
+        yield from results  # none is left, but the last batch is not yet reported
+    yield from short(prompts)
 
 
 def cut(text: str, size: int, floor: int = FLOOR) -> Iterator[tuple[int, int]]:

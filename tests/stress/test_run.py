@@ -49,9 +49,9 @@ class Planted(FakeBackend):
         return [SimpleNamespace(ids=p.text.split()) for p in prompts]
 
 
-def planted_trial(folder, backend=None):
+def planted_trial(folder, backend=None, readout="linear"):
     backend = backend or Planted()
-    guard = LatentGuard.fit(backend, labelled(40, start=100), reading="t_inst")
+    guard = LatentGuard.fit(backend, labelled(40, start=100), reading="t_inst", readout=readout)
     harmless = [Prompt(text) for text in texts(100, bad=False, start=500)]
     guard = guard.calibrate(backend, harmless, max_fpr=0.05)
     return Trial(guard, backend, Subject(backend, Store(folder / "s.sqlite")))
@@ -161,7 +161,13 @@ class TestPlantedTruth:
             assert rows[name]["FPR"] < 0.2
             assert rows[name]["change of AUROC"] == 0
 
-    def test_what_hides_the_word_is_shown_as_weak(self, report):
+    def test_what_is_undone_is_seen_through(self, report):
+        row = table(report, "All figures")["spaced letters"]
+        assert (row["AUROC"], row["TPR"], row["change of AUROC"]) == (1, 1, 0)
+
+    def test_what_hides_the_word_is_shown_as_weak(self, tmp_path):
+        trial = planted_trial(tmp_path, readout="centroid")  # it undoes nothing
+        report = run(trial, Plan(PROMPTS, "small", ("spaced letters",)))
         row = table(report, "All figures")["spaced letters"]
         assert 0.3 < row["AUROC"] < 0.7
         assert row["TPR"] < 0.3

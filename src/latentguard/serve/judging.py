@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from latentguard.calibration import Calibration
+from latentguard.disguises import Disguises, Told, read_both, worse
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
 from latentguard.guard import LatentGuard
 from latentguard.model.converse import read_instruction
@@ -15,7 +17,7 @@ from latentguard.parts import Evidence, Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest, Fault, Unavailable
 from latentguard.states import States
-from latentguard.windows import Windows
+from latentguard.windows import Windows, read_apart
 
 log = logging.getLogger("latentguard.serve")
 
@@ -52,21 +54,30 @@ def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -
         PromptError: if a prompt is empty or too long.
         GuardError: if a state is not finite.
     """
-    windows = guard.part(Windows)
-    long = [windows is not None and windows.needed(prompt) for prompt in prompts]
-    short = [prompt for prompt, longer in zip(prompts, long, strict=True) if not longer]
-    layers, positions = guard.readout.layers, guard.positions
-    batches = model.capture(map(guard.reading.prepare, short), positions=positions, layers=layers)
-    found = iter([one for states in batches for one in judge_states(guard, states)])
-    return [
-        _judge_long(guard, model, prompt) if longer else next(found)
-        for prompt, longer in zip(prompts, long, strict=True)
-    ]
+    read = partial(_judge_all, guard, model)
+    return list(read_both(guard.part(Disguises), prompts, read, _worse))
 
 
-def _judge_long(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> Judgement:
-    """Judge a long prompt or a chat; the beliefs by layer are those of the whole."""
-    return judge_states(guard, *guard.examine(model, prompt))[0]
+def _judge_all(
+    guard: LatentGuard, model: ChatModel, prompts: Iterator[Prompt]
+) -> Iterator[Judgement]:
+    """Judge prompts as they stand; the beliefs by layer of a long one are those of the whole."""
+
+    def short(rows: Iterator[Prompt]) -> Iterator[Judgement]:
+        ready = map(guard.reading.prepare, rows)
+        how = dict(positions=guard.positions, layers=guard.readout.layers)
+        for states in model.capture(ready, **how):  # type: ignore[arg-type]
+            yield from judge_states(guard, states)
+
+    def long(prompt: Prompt) -> Judgement:
+        return judge_states(guard, *guard.examine(model, prompt))[0]
+
+    return read_apart(guard.part(Windows), prompts, short, long)
+
+
+def _worse(one: Judgement, other: Judgement, told: Told) -> Judgement:
+    verdict = worse(one.verdict, other.verdict, told)
+    return one if verdict is one.verdict else replace(other, verdict=verdict)
 
 
 def judge_each(

@@ -52,6 +52,7 @@ class Scores(BaseModel):
     beliefs: dict[str, float]
     category: str | None
     category_scores: dict[str, float]
+    disguises: list[str]
 
 
 class ModerationResult(BaseModel):
@@ -108,6 +109,7 @@ class ScoreResult(BaseModel):
     by_layer: dict[str, list[float]]
     quadrant: str | None
     evidence: list[Evidence]
+    disguises: list[str]
     tokens: list[TokenBelief] | None
 
 
@@ -191,6 +193,7 @@ def moderation_result(guard: LatentGuard, judgement: Judgement) -> ModerationRes
         beliefs=verdict.beliefs,
         category=verdict.category,
         category_scores=verdict.category_scores,
+        disguises=list(verdict.disguises),
     )
     return ModerationResult(
         flagged=verdict.flagged,
@@ -227,6 +230,7 @@ def _score(judgement: Judgement) -> ScoreResult:
         by_layer=judgement.by_layer,
         quadrant=verdict.quadrant,
         evidence=list(verdict.evidence),
+        disguises=list(verdict.disguises),
         tokens=None,
     )
 

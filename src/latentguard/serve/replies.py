@@ -108,7 +108,7 @@ def note_of(case: Case, judged: Judged) -> dict[str, Any]:
     )
     if case.service.options.on_review != "pass":
         known["decision"] = verdict.decision
-    where = dict(beliefs=verdict.beliefs, quadrant=verdict.quadrant)
+    where = dict(beliefs=verdict.beliefs, quadrant=verdict.quadrant, disguises=verdict.disguises)
     return {"latentguard": known | where | {"threshold": judged.threshold}}
 
 

@@ -134,6 +134,7 @@ class Case:
             self._line(prompt, action)
             | dict(score=verdict.score, probability=verdict.probability)
             | dict(flagged=verdict.flagged, decision=verdict.decision, beliefs=verdict.beliefs)
+            | dict(disguises=verdict.disguises)
             for prompt, verdict, action in zip(prompts, verdicts, actions, strict=True)
         ]
         await self._write(lines)

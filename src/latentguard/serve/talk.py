@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from latentguard.disguises import Disguises, beneath
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.model.converse import Conversation, Sampling
@@ -99,17 +100,26 @@ class Talk:
         return True
 
     def _read(self, guard: LatentGuard, model: ChatModel) -> Judgement | GuardError:
-        windows = guard.part(Windows)
-        own = guard.reading.prepare(self.prompt) == self.prompt and not (
-            windows and windows.needed(self.prompt)
-        )
-        positions = guard.positions if own else ()
+        positions = guard.positions if _read_alone(guard, self.prompt) else ()
         said = Conversation(model, self.prompt, positions=positions, layers=guard.readout.layers)
         self._conversation, self._pieces = said, said.pieces(self.sampling)
         try:
             states = said.states
-            if states is None:  # another text, or a long one, needs a pass of its own
+            if states is None:
                 return judge_all(guard, model, [self.prompt])[0]
             return judge_states(guard, states)[0]
         except GuardError as error:
             return error
+
+
+def _read_alone(guard: LatentGuard, prompt: Prompt) -> bool:
+    """Whether the pass that serves a prompt is all that its guard reads.
+
+    Another text (``sealed``), what is disguised and what is long need passes of their own.
+    """
+    windows = guard.part(Windows)
+    return (
+        guard.reading.prepare(prompt) == prompt
+        and not (guard.part(Disguises) and beneath(prompt)[1])
+        and not (windows and windows.needed(prompt))
+    )
