@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -44,6 +45,13 @@ POOLED = Reading("pooled", ("t_inst", "t_post", "mean"))
 PUBLIC = "advbench alpaca_harmless catqa jailbreaks jbb openai_moderation xstest".split()
 DEFAULT, STRENGTH, SEED = "default", 3.0, 0
 """The default chooses its penalty by cross-validation; other ridges take ``STRENGTH``."""
+
+PARTS = {"an eighth": 8, "a quarter": 4, "a half": 2}
+KINDS = (
+    "borderline chat code confession fiction language pasted question register roleplay "
+    "statement wrapper"
+).split()
+"""Of the built-in traffic."""
 
 
 def main() -> None:
@@ -76,6 +84,8 @@ def variants() -> dict[str, Fit]:
     known |= {f"logistic, penalty {s:g}": linear(solve=logistic(s)) for s in (0.1, 0.3, 1)}
     known |= {"every form weighs the same": linear(alike="form")}
     known |= {"every kind weighs the same": linear(alike="kind")}
+    known |= {f"fitted on {one} of the traffic": part(n) for one, n in PARTS.items()}
+    known |= {f"fitted on all but {kind} prompts": without(kind) for kind in KINDS}
     known |= {"fitted on pairs of the traffic alone": linear(kept=lambda p: bool(p.pair))}
     known |= {"fitted on the contrast set": linear(sources=("pairs",))}
     known |= {"fitted on traffic and contrast set": linear(sources=("traffic", "pairs"))}
@@ -118,6 +128,17 @@ def linear(
         return scorer(readout, where)
 
     return fit
+
+
+def part(of: int) -> Fit:
+    """Fitted on one in so many rows, chosen by name; pairs stay together."""
+    return linear(kept=lambda p: crc32((p.pair or p.id).encode()) % of == 0)
+
+
+def without(kind: str) -> Fit:
+    """Fitted on the rows of all other kinds."""
+    known = manners("kind")
+    return linear(kept=lambda p: known[p.id] != kind)
 
 
 def added_up(cache: Path) -> Score:

@@ -85,20 +85,20 @@ def read_both(
     results = read(each())
     for one in results:
         prompt, names = asked.popleft()
-        yield choose(one, next(results), _told(prompt, names)) if names else one
+        yield choose(one, next(results), told(prompt, names)) if names else one
 
 
-def worse(one: Verdict, other: Verdict, told: Told) -> Verdict:
+def worse(one: Verdict, other: Verdict, named: Told) -> Verdict:
     """The verdict with the greater score."""
-    return told(other) if other.score > one.score else one
+    return named(other) if other.score > one.score else one
 
 
-def _told(prompt: Prompt, names: tuple[str, ...]) -> Told:
+def told(prompt: Prompt, names: tuple[str, ...]) -> Told:
     """Evidence then tells the turn alone: places in the text beneath are not those of the text."""
     said = [*(turn.content for turn in prompt.history), prompt.text]
 
-    def told(verdict: Verdict) -> Verdict:
+    def named(verdict: Verdict) -> Verdict:
         evidence = (replace(e, start=0, end=len(said[e.message])) for e in verdict.evidence)
         return replace(verdict, disguises=names, evidence=tuple(evidence))
 
-    return told
+    return named

@@ -8,8 +8,9 @@ import torch
 from latentguard.contrast import load_contrast
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
-from latentguard.integrations.vllm.asking import readable, verdicts_of
+from latentguard.integrations.vllm.asking import readable, rows_of, verdict_of
 from latentguard.integrations.vllm.columns import Columns
+from latentguard.prompts import Prompt
 from latentguard.states import States
 from latentguard.windows import Windows
 
@@ -38,11 +39,9 @@ def test_columns_add_up_to_the_guards_verdicts(model, guard):
     states = States.collect(
         model.capture(ROWS[:12], positions=guard.positions, layers=guard.readout.layers)
     )
-    for ours, theirs in zip(
-        verdicts_of(readable(guard), states.prompts, read_columns(guard, states).tolist()),
-        guard.judge(states),
-        strict=True,
-    ):
+    inside, read = readable(guard), read_columns(guard, states).tolist()
+    for prompt, values, theirs in zip(states.prompts, read, guard.judge(states), strict=True):
+        ours = verdict_of(inside, prompt, [values])
         assert ours.score == pytest.approx(theirs.score, abs=2e-6 * guard.spread + 1e-6)
         assert ours.beliefs == pytest.approx(theirs.beliefs, abs=1e-6)
         assert (ours.flagged, ours.decision) == (theirs.flagged, theirs.decision)
@@ -65,7 +64,7 @@ def test_unsorted_layers_are_read_in_rising_order(guard):
 def test_a_number_that_is_missing_gives_no_verdict(guard, value):
     width = len(Columns.of(guard).positions)
     with pytest.raises(GuardError, match="not a finite number"):
-        verdicts_of(guard, ROWS[:1], [[value] * width])
+        verdict_of(guard, ROWS[0], [[value] * width])
 
 
 def test_a_centroid_of_a_mean_is_refused(model):
@@ -94,9 +93,19 @@ def test_parts_that_only_name_stay_outside(guard):
     assert "naming" not in kept
 
 
-def test_a_guard_with_windows_is_refused(guard):
-    with pytest.raises(GuardError, match="pieces"):
-        readable(guard.with_part(Windows()))
+def test_long_prompts_are_read_by_pieces_as_elsewhere(model, guard):
+    guard = guard.with_part(Windows(threshold=1.0, size=60, over=200))
+    long = Prompt(" ".join(p.text for p in ROWS[:5]), id="long")
+    for prompt in (ROWS[0], long):
+        rows = rows_of(readable(guard), prompt)
+        states = States.collect(
+            model.capture(rows, positions=guard.positions, layers=guard.readout.layers)
+        )
+        ours = verdict_of(readable(guard), prompt, read_columns(guard, states).tolist())
+        (theirs,) = guard.scan(model, [prompt])
+        assert len(rows) > 5 if prompt is long else len(rows) == 1
+        assert ours.score == pytest.approx(theirs.score, abs=1e-4)
+        assert [e.start for e in ours.evidence] == [e.start for e in theirs.evidence]
 
 
 def test_a_part_that_decides_on_states_is_refused(guard):

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 
 from inside_vllm import tiny
+from latentguard.disguises import Disguises
 from latentguard.errors import GuardError, ModelError, ModelMismatch
 from latentguard.integrations.vllm import parity
+from latentguard.model.hf import ChatModel
 from latentguard.prompts import Prompt
+from latentguard.windows import Windows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
@@ -106,6 +109,18 @@ def test_the_guard_is_checked_and_calibrated_inside(engine):
     other = replace(guard, readout=replace(guard.readout, weight=guard.readout.weight * 2))
     with pytest.raises(GuardError, match="another guard"):
         list(other.scan(model, PROMPTS[:1]))
+
+
+def test_long_and_disguised_prompts_are_read_as_on_transformers(engine, fitted):
+    guard, _, model = engine
+    asked = [*tiny.LONG, "\u0336".join(tiny.TEXTS[0]), tiny.TEXTS[1]]
+    wide = guard.with_part(Windows(threshold=1.0, size=60, over=300)).with_part(Disguises())
+    here = ChatModel.load(str(fitted[2] / "model"), dtype="float32")
+    found, reference = (list(wide.scan(backend, asked)) for backend in (model, here))
+    assert [len(verdict.evidence) for verdict in found] == [1] * len(tiny.LONG) + [0, 0]
+    for ours, theirs in zip(found, reference, strict=True):
+        assert abs(ours.score - theirs.score) <= 1e-3 * guard.spread
+        assert ours.disguises == theirs.disguises
 
 
 def test_aborted_requests_leave_nothing_behind(engine):

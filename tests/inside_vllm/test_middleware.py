@@ -9,12 +9,15 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from latentguard.calibration import Calibration
 from latentguard.integrations.vllm import middleware as module
 from latentguard.integrations.vllm.asking import Ask, digest_ids
 from latentguard.integrations.vllm.gate import Gate
 from latentguard.integrations.vllm.mailbox import post
 from latentguard.integrations.vllm.middleware import GuardMiddleware
-from serve.running import flagged, offline, passed, tiny_guard, tiny_model
+from latentguard.prompts import Prompt
+from latentguard.windows import Windows
+from serve.running import band_guard, flagged, offline, passed, tiny_guard, tiny_model
 
 SAID = "The first token of a reply"
 
@@ -86,17 +89,46 @@ class Server:
         await send({"type": "http.response.body", "body": content})
 
 
+class Besides:
+    """In the place of the engine: what it reads in passes of their own."""
+
+    def __init__(self, *values):
+        self.values, self.asked = list(values), []
+
+    async def __call__(self, prompt):
+        self.asked.append(prompt.text)
+        value = self.values.pop(0)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+
 @pytest.fixture
 def served(monkeypatch):
     """Ask a guarded fake server: ``served(server, path, json)`` -> response."""
+    now = {}
 
     async def opened(state):
-        return Gate(tiny_guard(), tiny_model().tokenizer)
+        gate = Gate(now["guard"], tiny_model().tokenizer)
+        gate.read = Besides(*now["besides"])
+        return gate
 
     monkeypatch.setattr(module, "open_gate", opened)
 
-    def ask(server, path="/v1/chat/completions", body=None, *, policy="block", method="POST"):
+    def ask(
+        server,
+        path="/v1/chat/completions",
+        body=None,
+        *,
+        policy="block",
+        method="POST",
+        headers=None,
+        guard=None,
+        besides=(),
+    ):
+        now.update(guard=guard or tiny_guard(), besides=besides)
         monkeypatch.setenv("LATENTGUARD_POLICY", policy)
+        monkeypatch.setenv("LATENTGUARD_SLICE_HEADER", "X-Traffic")
         guarded = GuardMiddleware(server)
 
         async def app(scope, receive, send):
@@ -105,7 +137,7 @@ def served(monkeypatch):
         async def go():
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-                answer = await client.request(method, path, json=body)
+                answer = await client.request(method, path, json=body, headers=headers)
             if guarded._gate is not None:
                 assert guarded._gate._waiting == {}
                 guarded._gate.close()
@@ -187,6 +219,77 @@ def test_what_a_client_sends_as_transfer_parameters_is_dropped(served):
     assert set(server.seen[0]["kv_transfer_params"]) == {"latentguard"}
     assert server.seen[0]["kv_transfer_params"]["latentguard"]["to"] != "x"
     assert "vllm_xargs" not in server.seen[0]
+
+
+def values_of(score, guard=None):
+    """What an engine reads where the score is this."""
+    guard = guard or tiny_guard()
+    width = len(guard.reading.positions)
+    return [(score - guard.readout.bias) / width] * width + [0.5] * len(guard.axes)
+
+
+HIDDEN = "\u0336".join(passed())
+
+
+class Hidden(Server):
+    """Reads a disguised chat as the least harmful."""
+
+    def answer(self, asked):
+        ask = Ask(**asked["kv_transfer_params"]["latentguard"])
+        post([(ask, values_of(offline()[passed()].score))])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_lies_beneath_a_disguise_blocks(served, stream):
+    high = values_of(offline()[flagged()].score)
+    answer = served(Hidden(), body=chat(HIDDEN, stream=stream), besides=[high])
+    assert SAID not in answer.text
+    assert "content_filter" in answer.text
+    assert "unseen characters" in answer.text
+
+
+def test_a_harmless_text_beneath_lets_through(served):
+    low = values_of(offline()[passed()].score - 1)
+    answer = served(Hidden(), body=chat(HIDDEN), besides=[low]).json()
+    assert answer["latentguard"]["disguises"] == []
+    assert answer["choices"][0]["message"]["content"] == SAID
+
+
+@pytest.mark.parametrize("read", [None, [math.nan] * 9, RuntimeError("the engine is dead")])
+@pytest.mark.parametrize("policy", ["block", "annotate"])
+def test_without_a_reading_beneath_no_chat_is_answered(served, read, policy):
+    if isinstance(read, list):
+        read = read[: len(values_of(0))]
+    answer = served(Hidden(), body=chat(HIDDEN), besides=[read], policy=policy)
+    assert answer.status_code == 503
+    assert SAID not in answer.text
+
+
+def test_pieces_of_a_long_chat_are_read(served):
+    guard = tiny_guard().with_part(Windows(threshold=1e-3, size=20, over=10))
+    low, high = (values_of(offline()[text].score) for text in (passed(), flagged()))
+    count = len(guard.part(Windows).pieces(Prompt(passed())))
+    assert count > 1
+    calm, alarmed = [low] * count, [*[low] * (count - 1), high]
+    told = [
+        served(Server(), body=chat(passed()), guard=guard, besides=besides).json()["latentguard"]
+        for besides in (calm, alarmed)
+    ]
+    assert told[0]["score"] < told[1]["score"]
+
+
+def test_the_slice_that_the_header_names(served):
+    guard = band_guard()
+    part = guard.part(Calibration)
+    strict = replace(part.common.block, threshold=offline()[passed()].score - 1)
+    guard = guard.with_part(
+        replace(part, slices={"strict": replace(part.common, block=strict, review=None)})
+    )
+    answer = served(Server(), body=chat(passed()), guard=guard, headers={"x-traffic": "strict"})
+    found = answer.json()["latentguard"]
+    assert (found["flagged"], found["threshold"]) == (True, strict.threshold)
+    answer = served(Server(), body=chat(passed()), guard=guard, headers={"x-traffic": "other"})
+    assert answer.json()["latentguard"]["threshold"] == guard.threshold
 
 
 @pytest.mark.parametrize(
@@ -299,9 +402,9 @@ def test_canaries_that_moved_stop_the_gate(monkeypatch):
     async def go():
         from latentguard.errors import ModelMismatch
 
-        gate = Gate(replace(tiny_guard()), tiny_model().tokenizer)
+        gate = Gate(replace(tiny_guard()), tiny_model().tokenizer, Engine())
         with pytest.raises(ModelMismatch, match="canary"):
-            await gate.check(Engine())
+            await gate.check()
         gate.close()
 
     asyncio.run(go())

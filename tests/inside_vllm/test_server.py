@@ -12,8 +12,13 @@ import httpx
 import pytest
 
 from inside_vllm import tiny
+from latentguard.windows import Windows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
+
+OVER = max(map(len, tiny.TEXTS))
+HIDDEN = "\u0336".join(sorted(tiny.TEXTS, key=len)[0])
+"""Struck through."""
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +26,10 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     tiny.save_model("llama", folder / "model")
     guard, model = tiny.fit(str(folder / "model"), folder / "guard")
-    verdicts = dict(zip(tiny.TEXTS, guard.scan(model, tiny.TEXTS), strict=True))
+    guard = guard.with_part(Windows(threshold=1.0, size=60, over=OVER))
+    guard.save(folder / "guard")
+    texts = [*tiny.TEXTS, *tiny.LONG, HIDDEN]
+    verdicts = dict(zip(texts, guard.scan(model, texts), strict=True))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,7 +68,7 @@ def say(client, text, **more):
 
 
 def sides(verdicts):
-    ordered = sorted(verdicts, key=lambda text: verdicts[text].score)
+    ordered = sorted(tiny.TEXTS, key=lambda text: verdicts[text].score)
     return ordered[:3], ordered[-3:]
 
 
@@ -78,6 +86,16 @@ def test_plain_chats(client, served):
         assert answer.model_extra["latentguard"]["flagged"] is True
         assert answer.choices[0].finish_reason == "content_filter"
         assert answer.choices[0].message.refusal
+
+
+@pytest.mark.parametrize("text", [*tiny.LONG, HIDDEN])
+def test_what_needs_passes_of_its_own(client, served, text):
+    verdict = served[1][text]
+    assert verdict.evidence or verdict.disguises or text == HIDDEN
+    found = say(client, text).model_extra["latentguard"]
+    assert found["score"] == pytest.approx(verdict.score, abs=1e-4)
+    assert found["flagged"] == verdict.flagged
+    assert found["disguises"] == list(verdict.disguises)
 
 
 def test_streamed_chats(client, served):

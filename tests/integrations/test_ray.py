@@ -150,10 +150,12 @@ def test_a_node_is_killed_at_work(cluster, guard, corpus, verdicts, tmp_path):
 def at_work(node):
     """Wait for an actor of the node that is in the middle of a block."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    for _ in range(500):
-        for worker in raylet.children(recursive=True):
+    for look in range(5000):
+        if look % 50 == 0:  # slow: it looks through all processes, and a block is short
+            workers = raylet.children(recursive=True)
+        for worker in workers:
             with suppress(psutil.Error):  # it may have ended by now
                 if ".submit" in " ".join(worker.cmdline()):
                     return True
-        time.sleep(0.01)
+        time.sleep(0.001)
     return False

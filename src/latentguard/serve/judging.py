@@ -126,13 +126,14 @@ def judge_states(
         Judgement(
             verdict,
             {name: rows[i] for name, rows in layers.items()},
-            _limit(guard, prompt, verdict),
+            limit_of(guard, prompt, verdict),
         )
         for i, (prompt, verdict) in enumerate(zip(states.prompts, verdicts, strict=True))
     ]
 
 
-def _limit(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
+def limit_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
+    """What a verdict's score was held against: its slice's threshold, if that has its own."""
     known = guard.part(Calibration)
     if known is None or verdict.evidence:  # windows have one threshold, told on the guard's scale
         return guard.threshold

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from latentguard.calibration import Calibration
 from latentguard.errors import GuardError, LatentGuardError
 from latentguard.guard import LatentGuard
 from latentguard.integrations.vllm.asking import readable
 from latentguard.integrations.vllm.backend import TRANSFER
 from latentguard.integrations.vllm.columns import Columns
-from latentguard.integrations.vllm.middleware import POLICY, REFUSAL
+from latentguard.integrations.vllm.middleware import POLICY, REFUSAL, SLICE
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.model.sources import resolve
 from latentguard.serve.options import Options
@@ -36,16 +37,20 @@ def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     parser.add_argument("--policy", choices=["block", "annotate"], default="block")
     parser.add_argument("--refusal", default=Options.refusal, help="a blocked chat's answer")
     parser.add_argument("--model", help="if the model has moved")
+    parser.add_argument("--slice-header", help="HTTP header that names a request's slice")
     asked, rest = parser.parse_known_args(given)
     if taken := [word for word in rest if word.replace("_", "-").startswith(OWN)]:
         raise GuardError(f"{taken[0]} is set by the guard; leave it out.")
     guard = readable(LatentGuard.load(asked.guard))
     Columns.of(guard)
+    calibration = guard.part(Calibration)
+    if asked.slice_header and not (calibration and calibration.slices):
+        raise GuardError("This guard has no slices; calibrate it with --slice-column.")
     model = resolve(asked.model or guard.fingerprint.model)
     own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]
     own += ["--kv-transfer-config", json.dumps(TRANSFER)]
-    folder = str(asked.guard.resolve())
-    return [*own, *rest], {VARIABLE: folder, POLICY: asked.policy, REFUSAL: asked.refusal}
+    variables = {VARIABLE: str(asked.guard.resolve()), SLICE: asked.slice_header or ""}
+    return [*own, *rest], variables | {POLICY: asked.policy, REFUSAL: asked.refusal}
 
 
 def main() -> None:

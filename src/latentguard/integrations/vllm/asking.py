@@ -20,7 +20,7 @@ from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.integrations.vllm.columns import totals
 from latentguard.model.layout import Layout, spans_of
-from latentguard.parts import Part, Verdict
+from latentguard.parts import Evidence, Part, Verdict
 from latentguard.prompts import Prompt
 from latentguard.states import States
 from latentguard.windows import Windows
@@ -92,17 +92,29 @@ def ask_about(layout: Layout, positions: Sequence[str], mailbox: Any) -> Ask:
     return Ask(mailbox.path, mailbox.key(), digest_ids(layout.ids), at, starts)
 
 
-def verdicts_of(
-    guard: LatentGuard, prompts: Sequence[Prompt], read: Sequence[Sequence[float]]
-) -> list[Verdict]:
-    """The verdicts of a ``readable`` guard on what the engine read.
+def rows_of(guard: LatentGuard, prompt: Prompt) -> tuple[Prompt, ...]:
+    """What is read of a prompt: itself and, if it is long or a chat, the pieces of the windows."""
+    windows = guard.part(Windows)
+    if windows is None or not windows.needed(prompt):
+        return (prompt,)
+    return (prompt, *(Prompt(piece.text, id=prompt.id) for piece in windows.pieces(prompt)))
+
+
+def verdict_of(guard: LatentGuard, prompt: Prompt, read: Sequence[Sequence[float]]) -> Verdict:
+    """The verdict of a ``readable`` guard on what the engine read of ``rows_of`` a prompt.
 
     Raises:
         GuardError: if a number is missing or not finite.
     """
-    nothing = torch.empty(len(prompts), 0, 0, 0)
-    states = States(nothing, tuple(prompts), (), (), guard.fingerprint)
-    return guard.decide(states, *totals(guard, torch.tensor(read, dtype=torch.float64)))
+    states = States(torch.empty(1, 0, 0, 0), (prompt,), (), (), guard.fingerprint)
+    scores, beliefs = totals(guard, torch.tensor(read, dtype=torch.float64))
+    windows = guard.part(Windows)
+    evidence = list[Evidence]()
+    if windows is not None and windows.needed(prompt):
+        pieces = windows.pieces(prompt)
+        evidence = windows.evidence(pieces, scores.tolist(), guard.threshold, guard.spread)
+    believed = {name: values[:1] for name, values in beliefs.items()}
+    return guard.decide(states, scores[:1], believed, evidence)[0]
 
 
 def readable(guard: LatentGuard) -> LatentGuard:
@@ -111,16 +123,11 @@ def readable(guard: LatentGuard) -> LatentGuard:
     Raises:
         GuardError: if a part needs states to decide, which stay inside.
     """
-    if guard.part(Windows) is not None:
-        raise GuardError(
-            "This guard reads long prompts by pieces, which it cannot do inside vLLM; put "
-            "'latentguard serve --upstream' before the server, or fit a guard without windows."
-        )
     kept = list[Part]()
     bare = replace(guard, parts=())
-    prompts, read = [Prompt("a", id="1")], [[0.0] * (len(bare.reading.positions) + len(bare.axes))]
-    plain = verdicts_of(bare, prompts, read)
-    nothing = States(torch.empty(1, 0, 0, 0), tuple(prompts), (), (), guard.fingerprint)
+    prompt, width = Prompt("a", id="1"), len(bare.reading.positions) + len(bare.axes)
+    plain = [verdict_of(bare, prompt, [[0.0] * width])]
+    nothing = States(torch.empty(1, 0, 0, 0), (prompt,), (), (), guard.fingerprint)
     for part in guard.parts:
         try:
             part.adjust(nothing, torch.zeros(1, dtype=torch.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from latentguard.errors import GuardError, ModelError
 from latentguard.guard import LatentGuard
-from latentguard.integrations.vllm.asking import ask_about, readable, verdicts_of
+from latentguard.integrations.vllm.asking import ask_about, readable, rows_of, verdict_of
 from latentguard.integrations.vllm.columns import Columns
 from latentguard.integrations.vllm.mailbox import Mailbox
 from latentguard.integrations.vllm.plugin import VARIABLE
@@ -108,11 +109,24 @@ class VllmModel:
         """
         if not Columns.of(guard).same_as(self.columns):
             raise GuardError("This engine was started for another guard; start one for this.")
-        inside, rest = readable(guard), iter(prompts)
-        while window := list(islice(rest, WINDOW)):
-            yield from verdicts_of(inside, window, self._read(window, max_tokens))
+        inside, asked = readable(guard), deque[tuple[Prompt, int]]()
+
+        def rows() -> Iterator[Prompt]:
+            for prompt in prompts:
+                each = rows_of(inside, prompt)
+                asked.append((prompt, len(each)))
+                yield from each
+
+        read = self._read_all(rows(), max_tokens)
+        for first in read:
+            prompt, count = asked.popleft()
+            yield verdict_of(inside, prompt, [first, *islice(read, count - 1)])
             if progress is not None:
-                progress(len(window))
+                progress(1)
+
+    def _read_all(self, rows: Iterator[Prompt], max_tokens: int) -> Iterator[tuple[float, ...]]:
+        while window := list(islice(rows, WINDOW)):
+            yield from self._read(window, max_tokens)
 
     def _read(self, prompts: Sequence[Prompt], max_tokens: int) -> list[tuple[float, ...]]:
         from vllm import SamplingParams

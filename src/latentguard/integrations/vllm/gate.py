@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentguard.canaries import TOLERANCE
-from latentguard.errors import ModelMismatch, PromptError, TemplateError
+from latentguard.disguises import Disguises, beneath, told, worse
+from latentguard.errors import GuardError, ModelMismatch, PromptError, TemplateError
 from latentguard.guard import LatentGuard
-from latentguard.integrations.vllm.asking import Ask, ask_about, readable, verdicts_of
+from latentguard.integrations.vllm.asking import Ask, ask_about, readable, rows_of, verdict_of
 from latentguard.integrations.vllm.columns import Columns
 from latentguard.integrations.vllm.mailbox import Mailbox
 from latentguard.model.chat import ChatTokenizer
+from latentguard.model.layout import Layout
 from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest
@@ -42,20 +45,33 @@ class Question:
 
     ask: Ask
     answer: asyncio.Future[Values]
+    pieces: tuple[Prompt, ...] = ()
+    """Of a long prompt or a chat; each needs a pass of its own."""
+
+    beneath: tuple[Prompt, ...] = ()
+    """The same once more, undone, with its pieces, if it looks disguised."""
+
+    names: tuple[str, ...] = ()
+    """Of the disguises."""
 
 
 class Gate:
     """One guard, for one engine; belongs to one event loop."""
 
-    def __init__(self, guard: LatentGuard, tokenizer: Any) -> None:
+    def __init__(self, guard: LatentGuard, tokenizer: Any, engine: Any = None) -> None:
         """Prepare.
+
+        Args:
+            guard: The guard.
+            tokenizer: Of the engine's model.
+            engine: That reads what needs a pass of its own.
 
         Raises:
             ModelMismatch: if tokenizer or template are not the guard's own.
             GuardError: if the guard cannot run inside vLLM.
         """
         self.guard, self.chat = readable(guard), ChatTokenizer(tokenizer)
-        self._columns = Columns.of(guard)
+        self._columns, self._engine = Columns.of(guard), engine
         found = self.chat.tokenizer_digest, self.chat.template_digest
         if found != (guard.fingerprint.tokenizer, guard.fingerprint.template):
             raise ModelMismatch(
@@ -66,8 +82,12 @@ class Gate:
         self._waiting = dict[str, asyncio.Future[Values]]()
         asyncio.get_running_loop().add_reader(self._mailbox.socket, self.collect)
 
-    def question(self, body: dict[str, Any]) -> Question:
+    async def question(self, body: dict[str, Any], part: str | None = None) -> Question:
         """The question about a chat, put into its body; what a client sent in its place is dropped.
+
+        Args:
+            body: The request's.
+            part: The slice of the traffic that it belongs to.
 
         Raises:
             BadRequest: if the guard cannot read the chat.
@@ -75,8 +95,8 @@ class Gate:
         if body.get("use_beam_search"):
             raise BadRequest("Beam search has no prefill of its own to read; leave it out.")
         try:
-            prompt = prompt_of(Chat.model_validate(body).messages)
-            question = self._put(prompt)
+            prompt = replace(prompt_of(Chat.model_validate(body).messages), slice=part)
+            layout, more = await asyncio.to_thread(self._plan, prompt)
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))
             raise BadRequest(
@@ -84,10 +104,32 @@ class Gate:
             ) from None
         except (PromptError, TemplateError) as error:
             raise BadRequest(str(error)) from None
+        question = self._put(prompt, layout, **more)
         for name in ("ec_transfer_params", "vllm_xargs"):
             body.pop(name, None)
         body["kv_transfer_params"] = question.ask.params
         return question
+
+    async def besides(self, question: Question) -> list[Values]:
+        """What the engine reads of the pieces, and of what lies beneath, in passes of their own."""
+        rows = (*question.pieces, *question.beneath)
+        return await asyncio.gather(*map(self.read, rows))
+
+    async def read(self, prompt: Prompt) -> Values:
+        """What the engine reads of a prompt that nobody else sends it; None if it does not say."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        question = self._put(prompt, (await asyncio.to_thread(self.chat, [prompt]))[0])
+        how = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": question.ask.params})
+        tokens = TokensPrompt(prompt_token_ids=list(question.ids))
+        try:
+            async for _ in self._engine.generate(tokens, how, request_id=question.ask.key):
+                pass
+            self.collect()
+            return question.answer.result() if question.answer.done() else None
+        finally:
+            self.forget(question)
 
     def collect(self) -> None:
         """Hand out what has arrived."""
@@ -100,35 +142,34 @@ class Gate:
         """Nobody waits for this any more."""
         self._waiting.pop(question.ask.key, None)
 
-    def verdict(self, question: Question, values: tuple[float, ...]) -> Verdict:
-        """The verdict.
+    def verdict(
+        self, question: Question, values: tuple[float, ...], besides: Sequence[Values]
+    ) -> Verdict:
+        """The verdict on what was read, ``besides`` in passes of its own.
 
         Raises:
             GuardError: if a number is missing or not finite.
         """
-        return verdicts_of(self.guard, [question.prompt], [values])[0]
+        read = [values, *(one for one in besides if one is not None)]
+        if len(read) <= len(besides):
+            raise GuardError("The engine gave no score for what needs a pass of its own.")
+        first = 1 + len(question.pieces)
+        verdict = verdict_of(self.guard, question.prompt, read[:first])
+        if not question.names:
+            return verdict
+        other = verdict_of(self.guard, question.beneath[0], read[first:])
+        return worse(verdict, other, told(question.prompt, question.names))
 
-    async def check(self, engine: Any) -> None:
+    async def check(self) -> None:
         """Score the guard's canaries in the running engine.
 
         Raises:
             ModelMismatch: if one has another score than when the guard was fitted, or none.
         """
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-
         for canary in self.guard.canaries:
-            question = self._put(Prompt(canary.text, id="canary"))
-            how = SamplingParams(
-                max_tokens=1, extra_args={"kv_transfer_params": question.ask.params}
-            )
-            tokens = TokensPrompt(prompt_token_ids=list(question.ids))
-            async for _ in engine.generate(tokens, how, request_id=question.ask.key):
-                pass
-            self.collect()
-            self.forget(question)
-            values = question.answer.result() if question.answer.done() else None
-            score = self.verdict(question, values).score if values else float("nan")
+            prompt = Prompt(canary.text, id="canary")
+            values = await self.read(prompt)
+            score = verdict_of(self.guard, prompt, [values]).score if values else float("nan")
             if not abs(score - canary.score) <= TOLERANCE * self.guard.spread:
                 raise ModelMismatch(
                     f"A canary scores {score:.4g} in this engine and {canary.score:.4g} when the "
@@ -140,9 +181,15 @@ class Gate:
         asyncio.get_running_loop().remove_reader(self._mailbox.socket)
         self._mailbox.close()
 
-    def _put(self, prompt: Prompt) -> Question:
-        layout = self.chat([prompt])[0]
+    def _plan(self, prompt: Prompt) -> tuple[Layout, dict[str, Any]]:
+        """The prompt's tokens, and what is read besides; a long text takes a while."""
+        _, *pieces = rows_of(self.guard, prompt)
+        other, names = beneath(prompt) if self.guard.part(Disguises) else (prompt, ())
+        rows = rows_of(self.guard, other) if names else ()
+        return self.chat([prompt])[0], dict(pieces=tuple(pieces), beneath=rows, names=names)
+
+    def _put(self, prompt: Prompt, layout: Layout, **more: Any) -> Question:
         ask = ask_about(layout, self._columns.positions, self._mailbox)
         answer = asyncio.get_running_loop().create_future()
         self._waiting[ask.key] = answer
-        return Question(prompt, layout.ids, ask, answer)
+        return Question(prompt, layout.ids, ask, answer, **more)

@@ -10,23 +10,26 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import Awaitable
 from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from latentguard.errors import GuardError, LatentGuardError
 from latentguard.guard import LatentGuard
-from latentguard.integrations.vllm.gate import Gate, Question
+from latentguard.integrations.vllm.gate import Gate, Question, Values
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.integrations.vllm.relay import Message, Receive, Relay, Send
 from latentguard.parts import Verdict
-from latentguard.serve.faults import BadRequest, Fault, TooLarge, Unavailable
+from latentguard.serve.faults import BadRequest, Fault, TooLarge, Unavailable, place
+from latentguard.serve.judging import limit_of
 from latentguard.serve.options import Options
 from latentguard.serve.replies import Reply, usage_of
 
 log = logging.getLogger("latentguard.vllm")
 
 POLICY, REFUSAL = "LATENTGUARD_POLICY", "LATENTGUARD_REFUSAL"
+SLICE = "LATENTGUARD_SLICE_HEADER"
 
 CHAT = "/v1/chat/completions"
 HARMLESS = {
@@ -61,6 +64,7 @@ class GuardMiddleware:
         self._gate: Gate | None = None
         self._policy = os.environ.get(POLICY, "block")
         self._refusal = os.environ.get(REFUSAL, Options.refusal)
+        self._header = os.environ.get(SLICE, "").lower().encode()
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Guard, let through or refuse."""
@@ -85,60 +89,58 @@ class GuardMiddleware:
     async def _chat(self, scope: Any, receive: Receive, send: Send) -> None:
         body = await _read(receive)
         gate = await self._opened(scope)
-        question = gate.question(body)
+        part = dict(scope["headers"]).get(self._header, b"").decode("latin-1")
+        question = await gate.question(body, part or None)
         relay, stop = Relay(send), asyncio.Event()
         sent = json.dumps(body).encode()
         inner = asyncio.create_task(
             self._app(_resized(scope, len(sent)), _feed(sent, receive, stop), relay.take)
         )
+        besides = asyncio.create_task(gate.besides(question))
+        besides.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await asyncio.wait({inner, question.answer}, return_when=asyncio.FIRST_COMPLETED)
             gate.collect()
             if not question.answer.done() and relay.status != 200:
                 await relay.release({})  # an error of the server's own: nothing was generated
-            elif (note := self._judged(gate, question)) is not None:
-                await relay.release(note)
+            elif (values := self._read(question)) is None:
+                await relay.release({"latentguard": {"error": OtherTokens.code}})
             else:
-                stop.set()
-                await self._refuse(gate, question, body)(scope, receive, send)
+                verdict = await _verdict(gate, question, values, besides)
+                note = _note(gate, question, verdict)
+                if self._policy == "block" and (verdict.flagged or verdict.decision == "block"):
+                    stop.set()
+                    await self._refuse(question, note, body)(scope, receive, send)
+                else:
+                    await relay.release(note)
             await inner
         finally:
             stop.set()
+            besides.cancel()
             gate.forget(question)
             if not inner.done():
                 await asyncio.wait({inner}, timeout=5)
                 inner.cancel()
 
-    def _judged(self, gate: Gate, question: Question) -> dict[str, Any] | None:
-        """What is told of the verdict; None if the chat is blocked.
+    def _read(self, question: Question) -> tuple[float, ...] | None:
+        """What the engine read; None if it could not, and the chat is answered all the same.
 
         Raises:
-            Unavailable: if there is no verdict (fail closed).
+            Unavailable: if nothing was read (fail closed).
             OtherTokens: if the guard could not read what the engine was given.
         """
         if not question.answer.done():
             raise Unavailable("The engine gave no score for this chat.")
         values = question.answer.result()
-        if values is None:
-            fault = OtherTokens(
+        if values is None and self._policy == "block":
+            raise OtherTokens(
                 "The prompt's tokens are not those of its messages in the chat template: control "
                 "tokens in a message, tools, or template options. The guard cannot read it."
             )
-            if self._policy == "block":
-                raise fault
-            return {"latentguard": {"error": fault.code}}
-        try:
-            verdict = gate.verdict(question, values)
-        except GuardError as error:
-            log.error("No verdict: %s", error)
-            raise Unavailable("The guard cannot give a verdict on this chat.") from None
-        blocked = verdict.flagged or verdict.decision == "block"
-        return None if blocked and self._policy == "block" else _note(gate, verdict)
+        return values
 
-    def _refuse(self, gate: Gate, question: Question, body: dict[str, Any]) -> Any:
+    def _refuse(self, question: Question, note: dict[str, Any], body: dict[str, Any]) -> Any:
         """What a blocked chat is answered with, as by ``latentguard serve``."""
-        values = question.answer.result()
-        note = _note(gate, gate.verdict(question, values or ()))
         options = body.get("stream_options") or {}
         reply = Reply(
             question.ask.key, str(body.get("model")), note, usage=bool(options.get("include_usage"))
@@ -175,19 +177,35 @@ async def open_gate(state: Any) -> Gate:
 
     source = state.vllm_config.model_config.tokenizer
     guard = LatentGuard.load(os.environ[VARIABLE])
-    gate = Gate(guard, AutoTokenizer.from_pretrained(source))
+    gate = Gate(guard, AutoTokenizer.from_pretrained(source), state.engine_client)
     try:
-        await gate.check(state.engine_client)
+        await gate.check()
     except LatentGuardError:
         gate.close()
         raise
     return gate
 
 
-def _note(gate: Gate, verdict: Verdict) -> dict[str, Any]:
+async def _verdict(
+    gate: Gate, question: Question, values: tuple[float, ...], besides: Awaitable[list[Values]]
+) -> Verdict:
+    """The verdict, once all is read.
+
+    Raises:
+        Unavailable: if there is none (fail closed).
+    """
+    try:
+        return gate.verdict(question, values, await besides)
+    except Exception as error:  # whatever the engine raises, the chat is not answered
+        log.error("No verdict: %s", error if isinstance(error, GuardError) else place(error))
+        raise Unavailable("The guard cannot give a verdict on this chat.") from None
+
+
+def _note(gate: Gate, question: Question, verdict: Verdict) -> dict[str, Any]:
     known = dict(flagged=verdict.flagged, score=verdict.score, probability=verdict.probability)
     more = dict(beliefs=verdict.beliefs, decision=verdict.decision, quadrant=verdict.quadrant)
-    return {"latentguard": known | more | {"threshold": gate.guard.threshold}}
+    limit = limit_of(gate.guard, question.prompt, verdict)
+    return {"latentguard": known | more | dict(disguises=list(verdict.disguises), threshold=limit)}
 
 
 async def _read(receive: Receive) -> dict[str, Any]:
