@@ -10,14 +10,13 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Awaitable
 from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from latentguard.errors import GuardError, LatentGuardError
 from latentguard.guard import LatentGuard
-from latentguard.integrations.vllm.gate import Gate, Question, Values
+from latentguard.integrations.vllm.gate import Gate, Question
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.integrations.vllm.relay import Message, Receive, Relay, Send
 from latentguard.parts import Verdict
@@ -96,8 +95,6 @@ class GuardMiddleware:
         inner = asyncio.create_task(
             self._app(_resized(scope, len(sent)), _feed(sent, receive, stop), relay.take)
         )
-        besides = asyncio.create_task(gate.besides(question))
-        besides.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await asyncio.wait({inner, question.answer}, return_when=asyncio.FIRST_COMPLETED)
             gate.collect()
@@ -106,7 +103,7 @@ class GuardMiddleware:
             elif (values := self._read(question)) is None:
                 await relay.release({"latentguard": {"error": OtherTokens.code}})
             else:
-                verdict = await _verdict(gate, question, values, besides)
+                verdict = await _verdict(gate, question, values)
                 note = _note(gate, question, verdict)
                 if self._policy == "block" and (verdict.flagged or verdict.decision == "block"):
                     stop.set()
@@ -116,7 +113,6 @@ class GuardMiddleware:
             await inner
         finally:
             stop.set()
-            besides.cancel()
             gate.forget(question)
             if not inner.done():
                 await asyncio.wait({inner}, timeout=5)
@@ -186,16 +182,14 @@ async def open_gate(state: Any) -> Gate:
     return gate
 
 
-async def _verdict(
-    gate: Gate, question: Question, values: tuple[float, ...], besides: Awaitable[list[Values]]
-) -> Verdict:
-    """The verdict, once all is read.
+async def _verdict(gate: Gate, question: Question, values: tuple[float, ...]) -> Verdict:
+    """The verdict, once all is read; only a prompt that the engine took brings more passes.
 
     Raises:
         Unavailable: if there is none (fail closed).
     """
     try:
-        return gate.verdict(question, values, await besides)
+        return gate.verdict(question, values, await gate.besides(question))
     except Exception as error:  # whatever the engine raises, the chat is not answered
         log.error("No verdict: %s", error if isinstance(error, GuardError) else place(error))
         raise Unavailable("The guard cannot give a verdict on this chat.") from None
