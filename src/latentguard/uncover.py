@@ -24,7 +24,7 @@ UNSEEN = regex.compile(
 )
 FOREIGN = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
 BASE64 = re.compile(r"[A-Za-z0-9+/]{20,}={0,2}")
-SENTENCE = re.compile(r"[^.?!:\n]+")
+SENTENCE = re.compile(r"[^.?!:\n]+[.?!:\n]*")
 BETWEEN = re.compile(r"^\W*(?=\w*[A-Za-z])(?=\w*[013457])(?!\w*[2689_])[\w@$]+\W*$", re.ASCII)
 LETTERS = re.compile(r"[\w@$]+")
 CAPITAL, SMALL, RISING = re.compile("[A-Z]"), re.compile("[a-z]"), re.compile("[a-z][A-Z]")
@@ -87,23 +87,25 @@ def spacing(text: str) -> str:
 
 
 def base64_text(text: str) -> str:
-    """Base64 that is text, decoded."""
-    return BASE64.sub(lambda found: _decoded(found[0]), text)
+    """What base64 in the text says, alone: what stands around it is read with the text itself."""
+    said = (_decoded(code) for code in BASE64.findall(text))
+    return "\n".join(filter(None, said)) or text
 
 
 def _decoded(code: str) -> str:
     try:
         text = base64.b64decode(code, validate=True).decode()
     except (binascii.Error, UnicodeDecodeError):
-        return code
-    return text if text.isprintable() and " " in text else code
+        return ""
+    return text if text.isprintable() and " " in text else ""
 
 
 def rot13(text: str) -> str:
-    """Sentences that are English once each letter is moved by 13 places, moved."""
-    if not any(_moved(sentence) > 1 for sentence in SENTENCE.findall(text)):
+    """The sentences that are English once each letter is moved by 13 places, moved, and alone."""
+    sentences = [(_moved(sentence), sentence) for sentence in SENTENCE.findall(text)]
+    if not any(moved > 1 for moved, _ in sentences):
         return text
-    return SENTENCE.sub(lambda s: codecs.encode(s[0], "rot13") if _moved(s[0]) >= 0 else s[0], text)
+    return codecs.encode("".join(s for moved, s in sentences if moved >= 0), "rot13").strip()
 
 
 def _moved(sentence: str) -> int:

@@ -102,6 +102,12 @@ def test_ordinary_prompts_are_left_alone():
     assert [text for text in texts if uncover(text)[1]] == []
 
 
+def test_codes_are_read_without_what_stands_around_them():
+    text = ATTACK["base64"](REQUEST, seed=0)
+    assert uncover(f"{text}\nThank you so much.")[0] == REQUEST
+    assert uncover(ATTACK["rot13"](REQUEST, seed=0))[0] == REQUEST
+
+
 def test_disguises_on_top_of_each_other():
     text = ATTACK["zero width"](ATTACK["homoglyphs, all"](REQUEST.upper(), seed=1), seed=1)
     found, names = uncover(text)
