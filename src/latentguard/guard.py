@@ -18,7 +18,7 @@ from latentguard.binding import Shift, explain, require_like
 from latentguard.calibration import Rates
 from latentguard.canaries import Canary, canary_prompts
 from latentguard.categories import Categories
-from latentguard.disguises import Disguises, read_both, worse
+from latentguard.disguises import Disguises, read_through, worse
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.packing import Contents
 from latentguard.parts import Decision, Evidence, Verdict
@@ -138,35 +138,26 @@ class LatentGuard(Contents):
             GuardError: if a state is not finite (fail closed).
         """
         self.require_match(backend.fingerprint)
-        read = partial(self._read, backend, progress)
-        yield from read_both(self.part(Disguises), numbered(prompts), read, worse)
+        known, read = self.part(Disguises) is not None, partial(self._read, backend)
+        for verdict in read_through(known, numbered(prompts), read, worse):
+            if progress is not None:
+                progress(1)
+            yield verdict
 
-    def _read(
-        self, backend: Backend, progress: Progress | None, prompts: Iterator[Prompt]
-    ) -> Iterator[Verdict]:
+    def _read(self, backend: Backend, prompts: Iterator[Prompt]) -> Iterator[Verdict]:
+        """Verdicts on prompts as they stand."""
         if isinstance(backend, Scoring):
-            ready = map(self.reading.prepare, prompts)
-            yield from backend.verdicts(self, ready, progress=progress)
-            return
-        short = partial(self._scan, backend, progress)
-        long = partial(self._scan_long, backend, progress)
-        yield from read_apart(self.part(Windows), prompts, short, long)
+            return backend.verdicts(self, map(self.reading.prepare, prompts))
+        short, long = partial(self._read_short, backend), partial(self._read_long, backend)
+        return read_apart(self.part(Windows), prompts, short, long)
 
-    def _scan(
-        self, backend: Backend, progress: Progress | None, prompts: Iterator[Prompt]
-    ) -> Iterator[Verdict]:
-        ready = map(self.reading.prepare, prompts)
-        batches = backend.capture(
-            ready, positions=self.positions, layers=self.readout.layers, progress=progress
-        )
-        for states in batches:
+    def _read_short(self, backend: Backend, prompts: Iterator[Prompt]) -> Iterator[Verdict]:
+        ready, layers = map(self.reading.prepare, prompts), self.readout.layers
+        for states in backend.capture(ready, positions=self.positions, layers=layers):
             yield from self.judge(states)
 
-    def _scan_long(self, backend: Backend, progress: Progress | None, prompt: Prompt) -> Verdict:
-        verdict = next(self.judge(*self.examine(backend, prompt)))
-        if progress is not None:
-            progress(1)
-        return verdict
+    def _read_long(self, backend: Backend, prompt: Prompt) -> Verdict:
+        return next(self.judge(*self.examine(backend, prompt)))
 
     def examine(self, backend: Backend, prompt: Prompt) -> tuple[States, list[Evidence]]:
         """Read a long prompt or a chat: the states of the whole, and what its pieces show.

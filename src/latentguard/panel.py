@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, tee
 
-from latentguard.disguises import Disguises, Told, read_both, worse
+from latentguard.disguises import Disguises, Told, read_through, worse
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.parts import Verdict
@@ -49,29 +49,29 @@ def scan_many(
             raise GuardError(
                 "A guard with windows reads long prompts in passes of its own: scan with it alone."
             )
-    parts = [guard.part(Disguises) for guard in panel]
+    known = [guard.part(Disguises) is not None for guard in panel]
 
-    def choose(one: Verdicts, other: Verdicts, told: Told) -> Verdicts:
-        pairs = zip(one, other, parts, strict=True)
-        return tuple(worse(a, b, told) if part else a for a, b, part in pairs)
+    def choose(one: Verdicts, other: Verdicts, named: Told) -> Verdicts:
+        pairs = zip(one, other, known, strict=True)
+        return tuple(worse(a, b, named) if wanted else a for a, b, wanted in pairs)
 
-    read = partial(_read, panel, backend, progress)
-    yield from read_both(next(filter(None, parts), None), numbered(prompts), read, choose)
+    read = partial(_read, panel, backend)
+    for verdicts in read_through(any(known), numbered(prompts), read, choose):
+        if progress is not None:
+            progress(1)
+        yield verdicts
 
 
 def _read(
-    panel: Sequence[LatentGuard],
-    backend: Backend,
-    progress: Progress | None,
-    prompts: Iterator[Prompt],
+    panel: Sequence[LatentGuard], backend: Backend, prompts: Iterator[Prompt]
 ) -> Iterator[Verdicts]:
     """The verdicts of each guard on prompts as they stand."""
     sealed = [guard.reading.name == "sealed" for guard in panel]
     seats = [[i for i, s in enumerate(sealed) if s is kind] for kind in dict.fromkeys(sealed)]
     streams = tee(prompts, len(seats))
     passes = [
-        _together([panel[i] for i in seat], backend, stream, None if number else progress)
-        for number, (seat, stream) in enumerate(zip(seats, streams, strict=True))
+        _together([panel[i] for i in seat], backend, stream)
+        for seat, stream in zip(seats, streams, strict=True)
     ]
     order = list(chain(*seats))
     for rows in zip(*passes, strict=True):
@@ -80,14 +80,11 @@ def _read(
 
 
 def _together(
-    panel: Sequence[LatentGuard],
-    backend: Backend,
-    prompts: Iterable[Prompt],
-    progress: Progress | None,
+    panel: Sequence[LatentGuard], backend: Backend, prompts: Iterable[Prompt]
 ) -> Iterator[Verdicts]:
     """One pass for guards that read the same text."""
     positions = tuple(dict.fromkeys(name for guard in panel for name in guard.positions))
     layers = sorted({layer for guard in panel for layer in guard.readout.layers})
     ready = map(panel[0].reading.prepare, prompts)
-    for states in backend.capture(ready, positions=positions, layers=layers, progress=progress):
+    for states in backend.capture(ready, positions=positions, layers=layers):
         yield from zip(*(guard.judge(states) for guard in panel), strict=True)

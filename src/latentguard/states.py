@@ -230,9 +230,7 @@ class Backend(Protocol):
 class Scoring(Protocol):
     """A backend that lets no states out but reads a guard's scores itself, such as vLLM."""
 
-    def verdicts(
-        self, guard: Any, prompts: Iterable[Prompt], *, progress: Progress | None = None
-    ) -> Iterator[Any]:
+    def verdicts(self, guard: Any, prompts: Iterable[Prompt]) -> Iterator[Any]:
         """Yield the guard's verdict on each prompt, in order."""
 
 

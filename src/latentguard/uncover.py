@@ -1,8 +1,8 @@
 """Disguises: writing that a reader sees through and that a model's tokens do not.
 
-``uncover`` takes them off, one function each. A function leaves a text alone unless the whole of it
-looks disguised: what other scripts, mathematics, code and shouting look like stays as it is, as
-far as a rule can tell. What is undone is only ever read besides the text itself.
+``uncover`` finds what lies beneath, one function a disguise. A function leaves a text alone unless
+it looks disguised: what other scripts, mathematics, code and shouting look like stays as it is, as
+far as a rule can tell. What is found is only ever read besides the text itself.
 """
 
 from __future__ import annotations
@@ -12,38 +12,64 @@ import binascii
 import codecs
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import cache
 
 import regex
 from confusable_homoglyphs import confusables
 
-WORD = regex.compile(r"\w+")
-OVERRIDE = re.compile("\u202e([^\u202c\u2069]*)[\u202c\u2069]?")
+RULES = 1
+"""Version of what is undone; part of a guard's digest."""
+
+PILED = regex.compile(r"(?<=\p{M}{30})\p{M}+")
+"""More marks than any script puts on a letter (Unicode's stream-safe text); slow to compose."""
 UNSEEN = regex.compile(
-    r"(?<=[\p{Latin}[\p{ASCII}--\d]])[\p{Cf}\p{Mn}]++|(?<!\p{Cf})\p{Cf}++(?=\p{Latin})", regex.V1
+    r"(?<=[\p{Latin}[\p{ASCII}--\d]])[[\p{Cf}\p{Cc}\p{DI}\p{Me}\u0334-\u0338]--[\t\n\r]]++"
+    r"|(?<!\p{Cf})\p{Cf}++(?=\p{Latin})",
+    regex.V1,
 )
+"""What has no width, or strikes through, where it touches Latin letters."""
+LATIN, MARKED = regex.compile(r"\p{Latin}"), regex.compile(r"(?<=[\p{Latin}\p{ASCII}]\p{M}*)\p{M}")
 FOREIGN = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
-BASE64 = re.compile(r"[A-Za-z0-9+/]{20,}={0,2}")
+WORD, ASCII = regex.compile(r"\w+"), re.compile("[A-Za-z]")
+APART = re.compile(r"(?<!\S)(?:\S {1,3}){5,}\S(?!\S)")
+BASE64 = re.compile(r"[A-Za-z0-9+/_-]{20,}")
 SENTENCE = re.compile(r"[^.?!:\n]+[.?!:\n]*")
-BETWEEN = re.compile(r"^\W*(?=\w*[A-Za-z])(?=\w*[013457])(?!\w*[2689_])[\w@$]+\W*$", re.ASCII)
-LETTERS = re.compile(r"[\w@$]+")
-CAPITAL, SMALL, RISING = re.compile("[A-Z]"), re.compile("[a-z]"), re.compile("[a-z][A-Z]")
-LEET = str.maketrans("013457@$", "oieastas")
-COMMON = frozenset("a an and are can do for how i in is it my of on the to what with you".split())
+LEETISH = re.compile(r"^\W*(?=[\w@$]*[A-Za-z])(?=[\w@$]*[013457@$])[A-Za-z013457@$]+\W*$", re.ASCII)
+RISING = re.compile("[a-z][A-Z]")
+LEET, LEET_WORD = str.maketrans("013457@$", "oieastas"), re.compile(r"[\w@$]+")
+COMMON = frozenset(
+    "a all an and any are can do for from get give how i if in is it make me my not of on out tell "
+    "that the this to use what when where which who with write you your".split()
+)
 """Words that hardly any English sentence is without."""
-MOVED = frozenset(codecs.encode(word, "rot13") for word in COMMON)
-
-
-def overrides(text: str) -> str:
-    """What stands backwards under a right-to-left override, forwards."""
-    return OVERRIDE.sub(lambda found: found[1][::-1], text)
+ROTATED = frozenset(codecs.encode(word, "rot13") for word in COMMON)
 
 
 def unseen(text: str) -> str:
-    """Without characters of no width, and without marks that make no letter with a Latin one."""
-    composed = unicodedata.normalize("NFC", text)
+    """Without what has no width or strikes through; without marks, if many make no letter."""
+    composed = unicodedata.normalize("NFC", PILED.sub("", text))
     found = UNSEEN.sub("", composed)
-    return text if found == composed else found
+    marks = MARKED.findall(found)
+    if len(marks) > 3 and 4 * len(marks) > len(LATIN.findall(found)):
+        found = MARKED.sub("", unicodedata.normalize("NFD", found))
+    return text if found == composed == unicodedata.normalize("NFC", text) else found
+
+
+def forms(text: str) -> str:
+    """Letters shaped by typesetting (wide, bold, circled, ...), three or more, as plain ones."""
+    shaped = [letter for letter in text if _form(letter) != letter]
+    letters = sum(map(str.isalpha, map(_form, shaped)))
+    return "".join(map(_form, text)) if letters > 2 else text
+
+
+@cache
+def _form(letter: str) -> str:
+    """The printable ASCII that it is a form of (NFKC)."""
+    if letter < "\u0250":
+        return letter
+    plain = unicodedata.normalize("NFKC", letter)
+    return plain if len(plain) == 1 and "!" <= plain <= "~" else letter
 
 
 def lookalikes(text: str) -> str:
@@ -52,112 +78,139 @@ def lookalikes(text: str) -> str:
     Those are words that mix Latin letters with others, and whole ones if no word of the text is
     truly of another script.
     """
-    words = {word: _latin(word) for word in WORD.findall(text) if not word.isascii()}
+    words = {word: "".join(map(_like, word)) for word in WORD.findall(text) if not word.isascii()}
     wanted = {word: to for word, to in words.items() if to != word and not FOREIGN.search(to)}
+    mixed = {word: to for word, to in wanted.items() if ASCII.search(word)}
     if any(FOREIGN.search(to) for to in words.values()):
-        wanted = {word: to for word, to in wanted.items() if regex.search("[A-Za-z]", word)}
-    if not any(len(word) > 2 or regex.search("[A-Za-z]", word) for word in wanted):
+        wanted = mixed
+    if not mixed and not any(len(word) > 2 for word in wanted):
         return text
-    return unicodedata.normalize("NFKC", WORD.sub(lambda w: wanted.get(w[0], w[0]), text))
-
-
-def _latin(word: str) -> str:
-    return "".join(map(_letter, word))
+    return str(WORD.sub(lambda found: wanted.get(found[0], found[0]), text))
 
 
 @cache
-def _letter(letter: str) -> str:
-    """The ASCII letter that it is a form of (NFKC), or that it looks like (Unicode TR 39)."""
+def _like(letter: str) -> str:
+    """The ASCII letter that it looks like (Unicode TR 39)."""
     if letter < "\u0250" or not letter.isalpha():
         return letter
-    like = [unicodedata.normalize("NFKC", letter)]
-    for known in confusables.is_confusable(letter, preferred_aliases=[]) or ():
-        like += [one["c"] for one in known["homoglyphs"]]
-    found = next((one for one in like if len(one) == 1 and one.isascii() and one.isalpha()), letter)
+    known = confusables.is_confusable(letter, preferred_aliases=[]) or ()
+    like = (one["c"] for found in known for one in found["homoglyphs"])
+    found = next((one for one in like if len(one) == 1 and ASCII.match(one)), letter)
     return "I" if found == "l" and letter.isupper() else found  # to TR 39, these are one
 
 
 def spacing(text: str) -> str:
-    """Words whose letters stand apart, put together; two blanks part words then."""
-    words = text.split()
-    single = sum(len(word) == 1 and word.isalpha() for word in words)
-    if len(words) < 8 or single < 0.6 * len(words):
+    """Letters that stand apart, put together where that makes English; two blanks part words."""
+    return APART.sub(lambda found: _together(found[0]), text)
+
+
+def _together(letters: str) -> str:
+    words = " ".join("".join(word.split()) for word in re.split(" {2,}", letters))
+    return words if _count(words, COMMON) else letters
+
+
+def leetspeak(text: str) -> str:
+    """Words whose letters are digits that look like them, in letters, where that makes English."""
+    odd = [word for word in text.split() if len(word) < 40 and LEETISH.search(word)]
+    if len(odd) < 3 or not _count(" ".join(odd).translate(LEET), COMMON):
         return text
-    return " ".join(regex.sub(r"\s", "", word) for word in regex.split(r"\s{2,}", text.strip()))
+    return LEET_WORD.sub(lambda found: found[0].translate(LEET), text)
 
 
-def base64_text(text: str) -> str:
-    """What base64 in the text says, alone: what stands around it is read with the text itself."""
-    said = (_decoded(code) for code in BASE64.findall(text))
-    return "\n".join(filter(None, said)) or text
+def case(text: str) -> str:
+    """Shouting, and capitals by chance, in small letters."""
+    words = WORD.findall(text)
+    odd = {word.lower(): word for word in words if RISING.search(word)}
+    chance = len(odd) > max(2, 0.15 * len(words)) and _capitals("".join(odd.values())) > 0.38
+    shouted = sum(map(str.isupper, text)) >= 20 and _capitals(text) > 0.8
+    return text.capitalize() if chance or shouted else text
+
+
+def _capitals(text: str) -> float:
+    """Their share of the letters that have a case."""
+    upper, lower = sum(map(str.isupper, text)), sum(map(str.islower, text))
+    return upper / max(upper + lower, 1)
+
+
+def overridden(text: str) -> str:
+    """What stands under a right-to-left override, as it is seen."""
+    return "\n".join(part[::-1] for part in re.findall("\u202e([^\u202c\u2069]+)", text))
+
+
+def in_base64(text: str) -> str:
+    """What base64 in the text says."""
+    return "\n".join(filter(None, map(_decoded, BASE64.findall(text))))
 
 
 def _decoded(code: str) -> str:
     try:
-        text = base64.b64decode(code, validate=True).decode()
+        whole = code.translate({45: 43, 95: 47}) + "=" * (-len(code) % 4)
+        text = base64.b64decode(whole, validate=True).decode()
     except (binascii.Error, UnicodeDecodeError):
         return ""
-    return text if text.isprintable() and " " in text else ""
+    return text if " " in text and all(c.isprintable() or c.isspace() for c in text) else ""
 
 
-def rot13(text: str) -> str:
-    """The sentences that are English once each letter is moved by 13 places, moved, and alone."""
-    sentences = [(_moved(sentence), sentence) for sentence in SENTENCE.findall(text)]
-    if not any(moved > 1 for moved, _ in sentences):
-        return text
-    return codecs.encode("".join(s for moved, s in sentences if moved >= 0), "rot13").strip()
+def in_rot13(text: str) -> str:
+    """The sentences that are English once each letter is moved by 13 places."""
+    sentences = [(_rotated(sentence), sentence) for sentence in SENTENCE.findall(text)]
+    if not any(more > 1 for more, _ in sentences):
+        return ""
+    return codecs.encode("".join(s for more, s in sentences if more >= 0), "rot13").strip()
 
 
-def _moved(sentence: str) -> int:
+def _rotated(sentence: str) -> int:
     """By how much more it looks moved than plain."""
-    return _count(sentence, MOVED) - 2 * _count(sentence, COMMON)
+    return _count(sentence, ROTATED) - 2 * _count(sentence, COMMON)
 
 
 def _count(text: str, words: frozenset[str]) -> int:
     return len(words.intersection(text.lower().split()))
 
 
-def leetspeak(text: str) -> str:
-    """Words whose letters are digits that look like them, in letters."""
-    words = text.split()
-    odd = [word for word in words if len(word) < 40 and BETWEEN.search(word)]
-    if len(odd) < 3 or len(odd) < 0.3 * len(words):
-        return text
-    return LETTERS.sub(lambda found: found[0].translate(LEET), text)
+Rules = dict[str, Callable[[str], str]]
 
-
-def case(text: str) -> str:
-    """Shouting, and upper and lower case by chance, in lower case."""
-    capitals, small = len(CAPITAL.findall(text)), len(SMALL.findall(text))
-    shouted = capitals >= 20 and capitals > 4 * small
-    odd = sum(RISING.search(word) is not None for word in text.split())
-    return text.capitalize() if shouted or odd >= max(3, 0.3 * len(text.split())) else text
-
-
-DISGUISES = {
-    "direction override": overrides,
+UNDO: Rules = {
     "unseen characters": unseen,
+    "letter forms": forms,
     "look-alikes": lookalikes,
     "spaced letters": spacing,
-    "base64": base64_text,
-    "rot13": rot13,
     "leetspeak": leetspeak,
     "case": case,
 }
-"""In the order in which they are taken off."""
+"""In place, in this order."""
+
+REVEAL: Rules = {
+    "direction override": overridden,
+    "base64": in_base64,
+    "rot13": in_rot13,
+}
+"""What is read alone: what stands around it is read with the text itself."""
+
+DISGUISES = (*UNDO, *REVEAL)
 
 ROUNDS = 4
 """How often, at the most: what one hides, another may hide again."""
 
 
-def uncover(text: str) -> tuple[str, tuple[str, ...]]:
-    """The text beneath, and the names of the disguises; the text itself if there is none."""
-    beneath, names = text, dict[str, None]()
+def uncover(text: str) -> dict[str, tuple[str, ...]]:
+    """Each text beneath, and the names of the disguises; nothing if there is none."""
+    found = [undone(text)]
+    shown = undone(text, "unseen characters", "letter forms")[0]
+    for name, reveal in REVEAL.items():
+        said, more = undone(reveal(text) or reveal(shown))
+        found.append((said, (name, *more)))
+    return {said: names for said, names in found if said.strip() and said != text}
+
+
+def undone(text: str, *only: str) -> tuple[str, tuple[str, ...]]:
+    """The text with its disguises undone in place, and their names."""
+    names = dict[str, None]()
     for _ in range(ROUNDS):
-        first = beneath
-        for name, undone in DISGUISES.items():
-            before, beneath = beneath, undone(beneath)
-            names |= {name: None} if before != beneath else {}
-        if beneath == first:
+        first = text
+        for name in only or UNDO:
+            before, text = text, UNDO[name](text)
+            names |= {name: None} if before != text else {}
+        if text == first:
             break
-    return (beneath, tuple(names)) if beneath.strip() and beneath != text else (text, ())
+    return text, tuple(names)

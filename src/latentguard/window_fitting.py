@@ -15,6 +15,7 @@ import numpy as np
 
 from latentguard.contrast import Split, load_traffic
 from latentguard.contrast.frames import document, filler
+from latentguard.disguises import Disguises, beneath
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.metrics import threshold_for_fpr
@@ -61,10 +62,14 @@ def calibrate_windows(
     """
     windows, prompts = windows_of(guard), list(harmless)
     threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
-    scores = [
-        max(e.score for e in windows.find(*read))
-        for read in _read(backend, guard, prompts, progress)
-    ]
+    scores = list[float]()
+    for prompt in prompts:
+        others = beneath(prompt) if guard.part(Disguises) else []
+        readings = [prompt, *(other for other, _ in others)]
+        found = (windows.find(*_read(backend, guard, reading)) for reading in readings)
+        scores.append(max(e.score for evidence in found for e in evidence))
+        if progress is not None:
+            progress(1)
     bound = threshold_for_fpr(scores, max_fpr, confidence)
     fitted = {**(windows.fitted or {}), "calibration_sha256": digest_prompts(prompts)}
     return guard.with_part(replace(windows, threshold=bound.threshold, bound=bound, fitted=fitted))
@@ -120,15 +125,10 @@ def _chat(said: Sequence[str], name: str) -> Prompt:
     return Prompt(said[-1], name, False, history=tuple(history))
 
 
-def _read(
-    backend: Backend, guard: LatentGuard, prompts: Iterable[Prompt], progress: Progress | None
-) -> Iterable[tuple[list[Piece], list[float]]]:
-    """The pieces of each prompt and the guard's own scores, that of the whole first."""
-    for prompt in prompts:
-        pieces = windows_of(guard).pieces(prompt)
-        yield pieces, guard.read_pieces(backend, prompt, pieces)[1]
-        if progress is not None:
-            progress(1)
+def _read(backend: Backend, guard: LatentGuard, prompt: Prompt) -> tuple[list[Piece], list[float]]:
+    """The pieces of a prompt and the guard's own scores, that of the whole first."""
+    pieces = windows_of(guard).pieces(prompt)
+    return pieces, guard.read_pieces(backend, prompt, pieces)[1]
 
 
 def _normed(
@@ -137,10 +137,13 @@ def _normed(
     """Windows whose norms are those of harmless texts, at every size that these pass through."""
     guard = guard.with_part(Windows(fitted={"norms_sha256": digest_prompts(texts)}))
     greatest, whole = list[tuple[float, int]](), list[tuple[float, int]]()
-    for pieces, scores in _read(backend, guard, texts, progress):
+    for text in texts:
+        pieces, scores = _read(backend, guard, text)
         whole.append((scores[0], len(pieces)))
         running = np.maximum.accumulate(scores[1:])
         sizes = [2**k for k in range(len(pieces).bit_length() - 1)]
         greatest += [(float(running[n - 1]), n) for n in [*sizes, len(pieces)]]
+        if progress is not None:
+            progress(1)
     piece, end = (Norm.fit(*zip(*rows, strict=True)) for rows in (greatest, whole))
     return guard.with_part(replace(windows_of(guard), piece=piece, whole=end))

@@ -218,7 +218,6 @@ def read_apart(
         results = short(p for p, longer in zip(batch, apart, strict=True) if not longer)
         for prompt, longer in zip(batch, apart, strict=True):
             yield long(prompt) if longer else next(results)
-        yield from results  # none is left, but the last batch is not yet reported
     yield from short(prompts)
 
 

@@ -1,11 +1,12 @@
-"""A guard reads what is disguised twice, and the more harmful reading counts."""
+"""A guard reads what is disguised as it stands and undone, and the worst reading counts."""
 
+import base64
 from dataclasses import replace
 
 import pytest
 from fake_backend import FakeBackend, labelled, texts
 
-from latentguard.disguises import Disguises, beneath
+from latentguard.disguises import Disguises, beneath, worse
 from latentguard.guard import LatentGuard
 from latentguard.panel import scan_many
 from latentguard.prompts import Message, Prompt
@@ -39,7 +40,8 @@ def test_the_text_beneath_is_judged_too(guard):
 
 
 def test_the_more_harmful_reading_counts(guard):
-    as_it_stands, under = scores(bare(guard), [OPEN, beneath(Prompt(OPEN))[0]])
+    ((other, _),) = beneath(Prompt(OPEN))
+    as_it_stands, under = scores(bare(guard), [OPEN, other])
     (verdict,) = guard.scan(FakeBackend(), [OPEN])
     assert verdict.score == max(as_it_stands, under)
     assert bool(verdict.disguises) == (under > as_it_stands)
@@ -65,13 +67,13 @@ def test_verdicts_come_in_order_and_lazily(guard):
 
 def test_earlier_turns_of_the_user_are_undone(guard):
     turns = (Message("user", "h\u200bi"), Message("assistant", "h\u200bi"))
-    found, names = beneath(Prompt("good", history=turns))
+    ((found, names),) = beneath(Prompt("good", history=turns))
     assert [turn.content for turn in found.history] == ["hi", "h\u200bi"]
     assert names == ("unseen characters",)
 
 
 def test_one_that_says_nothing_beneath_is_read_as_it_stands():
-    assert beneath(Prompt(" \u200b")) == (Prompt(" \u200b"), ())
+    assert beneath(Prompt(" \u200b")) == []
 
 
 def test_the_papers_guard_reads_what_is_served(guard):
@@ -91,8 +93,9 @@ def test_saved_and_loaded_told_on_the_card(guard, tmp_path):
 
 def test_calibration_counts_prompts_not_readings(guard):
     calm = [Prompt(text.replace("good", "g\u200bood")) for text in texts(70, bad=False, start=90)]
-    found = guard.calibrate(FakeBackend(), calm, max_fpr=0.1)
-    assert found.bound.n == 70
+    seen = []
+    found = guard.calibrate(FakeBackend(), calm, max_fpr=0.1, progress=seen.append)
+    assert found.bound.n == sum(seen) == 70
 
 
 def test_a_panel_says_what_each_guard_says(guard):
@@ -109,3 +112,30 @@ def test_evidence_beneath_names_the_turn(guard):
     (verdict,) = long.scan(FakeBackend(), [Prompt(HIDDEN)])
     assert verdict.disguises
     assert [(e.message, e.start, e.end) for e in verdict.evidence] == [(0, 0, len(HIDDEN))]
+
+
+def test_codes_are_read_apart_from_what_is_undone_in_place(guard):
+    code = base64.b64encode(b"what a good day it is").decode()
+    backend = FakeBackend()
+    (verdict,) = guard.scan(backend, [f"{HIDDEN} {code}"])
+    assert len(backend.captured) == 3
+    assert verdict.flagged
+
+
+def test_turns_are_undone_together():
+    turns = (Message("user", "h\u200bi"), Message("assistant", "Hello."))
+    code = base64.b64encode(b"what a good day it is").decode()
+    found = beneath(Prompt(f"b\u200bad {code}", history=turns))
+    assert [(p.history[0].content, p.text[:4]) for p, _ in found] == [
+        ("hi", "bad "),
+        ("hi", "what"),
+    ]
+
+
+def test_a_flag_beats_a_higher_score(guard):
+    calm, alarmed = (next(guard.scan(FakeBackend(), texts(1, bad=bad))) for bad in (False, True))
+    high = replace(calm, score=alarmed.score + 1)
+    assert worse(high, alarmed, lambda verdict: verdict) is alarmed
+    assert worse(alarmed, high, lambda verdict: verdict) is alarmed
+    review = replace(calm, decision="review")
+    assert worse(high, review, lambda verdict: verdict) is review

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from latentguard.calibration import Calibration
-from latentguard.disguises import Disguises, Told, read_both, worse
+from latentguard.disguises import Disguises, Told, read_through, worse
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
 from latentguard.guard import LatentGuard
 from latentguard.model.converse import read_instruction
@@ -54,8 +54,8 @@ def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -
         PromptError: if a prompt is empty or too long.
         GuardError: if a state is not finite.
     """
-    read = partial(_judge_all, guard, model)
-    return list(read_both(guard.part(Disguises), prompts, read, _worse))
+    known, read = guard.part(Disguises) is not None, partial(_judge_all, guard, model)
+    return list(read_through(known, prompts, read, _worse))
 
 
 def _judge_all(
@@ -75,8 +75,8 @@ def _judge_all(
     return read_apart(guard.part(Windows), prompts, short, long)
 
 
-def _worse(one: Judgement, other: Judgement, told: Told) -> Judgement:
-    verdict = worse(one.verdict, other.verdict, told)
+def _worse(one: Judgement, other: Judgement, named: Told) -> Judgement:
+    verdict = worse(one.verdict, other.verdict, named)
     return one if verdict is one.verdict else replace(other, verdict=verdict)
 
 

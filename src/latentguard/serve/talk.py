@@ -120,6 +120,6 @@ def _read_alone(guard: LatentGuard, prompt: Prompt) -> bool:
     windows = guard.part(Windows)
     return (
         guard.reading.prepare(prompt) == prompt
-        and not (guard.part(Disguises) and beneath(prompt)[1])
+        and not (guard.part(Disguises) and beneath(prompt))
         and not (windows and windows.needed(prompt))
     )

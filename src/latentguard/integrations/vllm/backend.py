@@ -20,7 +20,7 @@ from latentguard.model.chat import ChatTokenizer
 from latentguard.model.sources import resolve
 from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
-from latentguard.states import Fingerprint, Progress, States
+from latentguard.states import Fingerprint, States
 
 WINDOW = 1024
 """Prompts that are handed to the engine together."""
@@ -95,12 +95,7 @@ class VllmModel:
         raise ModelError("vLLM lets no states out; fit a guard with ChatModel, and calibrate here.")
 
     def verdicts(
-        self,
-        guard: LatentGuard,
-        prompts: Iterable[Prompt],
-        *,
-        progress: Progress | None = None,
-        max_tokens: int = 1,
+        self, guard: LatentGuard, prompts: Iterable[Prompt], *, max_tokens: int = 1
     ) -> Iterator[Verdict]:
         """Yield a verdict for each prompt, in order; ``max_tokens`` are generated and dropped.
 
@@ -121,8 +116,6 @@ class VllmModel:
         for first in read:
             prompt, count = asked.popleft()
             yield verdict_of(inside, prompt, [first, *islice(read, count - 1)])
-            if progress is not None:
-                progress(1)
 
     def _read_all(self, rows: Iterator[Prompt], max_tokens: int) -> Iterator[tuple[float, ...]]:
         while window := list(islice(rows, WINDOW)):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentguard.canaries import TOLERANCE
-from latentguard.disguises import Disguises, beneath, told, worse
+from latentguard.disguises import Beneath, Disguises, beneath, told, worse
 from latentguard.errors import GuardError, ModelMismatch, PromptError, TemplateError
 from latentguard.guard import LatentGuard
 from latentguard.integrations.vllm.asking import Ask, ask_about, readable, rows_of, verdict_of
@@ -25,6 +25,9 @@ from latentguard.serve.messages import ChatMessage, prompt_of
 
 Values = tuple[float, ...] | None
 """What was read; None if the engine's tokens were not those that were asked about."""
+
+AT_ONCE = 64
+"""Passes of its own that a chat has in the engine."""
 
 
 class Chat(BaseModel):
@@ -48,11 +51,8 @@ class Question:
     pieces: tuple[Prompt, ...] = ()
     """Of a long prompt or a chat; each needs a pass of its own."""
 
-    beneath: tuple[Prompt, ...] = ()
-    """The same once more, undone, with its pieces, if it looks disguised."""
-
-    names: tuple[str, ...] = ()
-    """Of the disguises."""
+    beneath: tuple[Beneath, ...] = ()
+    """What lies beneath it, if it looks disguised; each is read with its pieces."""
 
 
 class Gate:
@@ -82,12 +82,12 @@ class Gate:
         self._waiting = dict[str, asyncio.Future[Values]]()
         asyncio.get_running_loop().add_reader(self._mailbox.socket, self.collect)
 
-    async def question(self, body: dict[str, Any], part: str | None = None) -> Question:
+    async def question(self, body: dict[str, Any], traffic: str | None = None) -> Question:
         """The question about a chat, put into its body; what a client sent in its place is dropped.
 
         Args:
             body: The request's.
-            part: The slice of the traffic that it belongs to.
+            traffic: The slice that it belongs to.
 
         Raises:
             BadRequest: if the guard cannot read the chat.
@@ -95,8 +95,8 @@ class Gate:
         if body.get("use_beam_search"):
             raise BadRequest("Beam search has no prefill of its own to read; leave it out.")
         try:
-            prompt = replace(prompt_of(Chat.model_validate(body).messages), slice=part)
-            layout, more = await asyncio.to_thread(self._plan, prompt)
+            prompt = replace(prompt_of(Chat.model_validate(body).messages), slice=traffic)
+            question = self._put(prompt, *await asyncio.to_thread(self._plan, prompt))
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))
             raise BadRequest(
@@ -104,16 +104,42 @@ class Gate:
             ) from None
         except (PromptError, TemplateError) as error:
             raise BadRequest(str(error)) from None
-        question = self._put(prompt, layout, **more)
         for name in ("ec_transfer_params", "vllm_xargs"):
             body.pop(name, None)
         body["kv_transfer_params"] = question.ask.params
         return question
 
-    async def besides(self, question: Question) -> list[Values]:
-        """What the engine reads of the pieces, and of what lies beneath, in passes of their own."""
-        rows = (*question.pieces, *question.beneath)
-        return await asyncio.gather(*map(self.read, rows))
+    async def judge(self, question: Question, values: tuple[float, ...]) -> Verdict:
+        """The verdict, once all that needs a pass of its own is read.
+
+        Raises:
+            GuardError: if a number is missing or not finite.
+            Exception: whatever the engine raises.
+        """
+        verdict = verdict_of(
+            self.guard, question.prompt, [values, *await self._read_all(question.pieces)]
+        )
+        for other, names in question.beneath:
+            if verdict.flagged:
+                break
+            read = await self._read_all(rows_of(self.guard, other))
+            found = verdict_of(self.guard, other, read)
+            verdict = worse(verdict, found, told(question.prompt, names))
+        return verdict
+
+    async def _read_all(self, rows: Sequence[Prompt]) -> list[tuple[float, ...]]:
+        turn = asyncio.Semaphore(AT_ONCE)
+
+        async def read(row: Prompt) -> Values:
+            async with turn:
+                return await self.read(row)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(read(row)) for row in rows]
+        found = [task.result() for task in tasks]
+        if None in found:
+            raise GuardError("The engine gave no score for what needs a pass of its own.")
+        return [values for values in found if values is not None]
 
     async def read(self, prompt: Prompt) -> Values:
         """What the engine reads of a prompt that nobody else sends it; None if it does not say."""
@@ -142,24 +168,6 @@ class Gate:
         """Nobody waits for this any more."""
         self._waiting.pop(question.ask.key, None)
 
-    def verdict(
-        self, question: Question, values: tuple[float, ...], besides: Sequence[Values]
-    ) -> Verdict:
-        """The verdict on what was read, ``besides`` in passes of its own.
-
-        Raises:
-            GuardError: if a number is missing or not finite.
-        """
-        read = [values, *(one for one in besides if one is not None)]
-        if len(read) <= len(besides):
-            raise GuardError("The engine gave no score for what needs a pass of its own.")
-        first = 1 + len(question.pieces)
-        verdict = verdict_of(self.guard, question.prompt, read[:first])
-        if not question.names:
-            return verdict
-        other = verdict_of(self.guard, question.beneath[0], read[first:])
-        return worse(verdict, other, told(question.prompt, question.names))
-
     async def check(self) -> None:
         """Score the guard's canaries in the running engine.
 
@@ -181,15 +189,20 @@ class Gate:
         asyncio.get_running_loop().remove_reader(self._mailbox.socket)
         self._mailbox.close()
 
-    def _plan(self, prompt: Prompt) -> tuple[Layout, dict[str, Any]]:
-        """The prompt's tokens, and what is read besides; a long text takes a while."""
+    def _plan(self, prompt: Prompt) -> tuple[Layout, Sequence[Prompt], Sequence[Beneath]]:
+        """The prompt's tokens, its pieces, and what lies beneath; a long text takes a while."""
         _, *pieces = rows_of(self.guard, prompt)
-        other, names = beneath(prompt) if self.guard.part(Disguises) else (prompt, ())
-        rows = rows_of(self.guard, other) if names else ()
-        return self.chat([prompt])[0], dict(pieces=tuple(pieces), beneath=rows, names=names)
+        others = beneath(prompt) if self.guard.part(Disguises) else []
+        return self.chat([prompt])[0], pieces, others
 
-    def _put(self, prompt: Prompt, layout: Layout, **more: Any) -> Question:
+    def _put(
+        self,
+        prompt: Prompt,
+        layout: Layout,
+        pieces: Sequence[Prompt] = (),
+        others: Sequence[Beneath] = (),
+    ) -> Question:
         ask = ask_about(layout, self._columns.positions, self._mailbox)
         answer = asyncio.get_running_loop().create_future()
         self._waiting[ask.key] = answer
-        return Question(prompt, layout.ids, ask, answer, **more)
+        return Question(prompt, layout.ids, ask, answer, tuple(pieces), tuple(others))

@@ -12,6 +12,7 @@ import logging
 import os
 from typing import Any
 
+from fastapi.datastructures import Headers
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from latentguard.errors import GuardError, LatentGuardError
@@ -63,7 +64,7 @@ class GuardMiddleware:
         self._gate: Gate | None = None
         self._policy = os.environ.get(POLICY, "block")
         self._refusal = os.environ.get(REFUSAL, Options.refusal)
-        self._header = os.environ.get(SLICE, "").lower().encode()
+        self._header = os.environ.get(SLICE, "")
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Guard, let through or refuse."""
@@ -88,8 +89,7 @@ class GuardMiddleware:
     async def _chat(self, scope: Any, receive: Receive, send: Send) -> None:
         body = await _read(receive)
         gate = await self._opened(scope)
-        part = dict(scope["headers"]).get(self._header, b"").decode("latin-1")
-        question = await gate.question(body, part or None)
+        question = await gate.question(body, Headers(scope=scope).get(self._header) or None)
         relay, stop = Relay(send), asyncio.Event()
         sent = json.dumps(body).encode()
         inner = asyncio.create_task(
@@ -176,7 +176,7 @@ async def open_gate(state: Any) -> Gate:
     gate = Gate(guard, AutoTokenizer.from_pretrained(source), state.engine_client)
     try:
         await gate.check()
-    except LatentGuardError:
+    except BaseException:
         gate.close()
         raise
     return gate
@@ -189,7 +189,7 @@ async def _verdict(gate: Gate, question: Question, values: tuple[float, ...]) ->
         Unavailable: if there is none (fail closed).
     """
     try:
-        return gate.verdict(question, values, await gate.besides(question))
+        return await gate.judge(question, values)
     except Exception as error:  # whatever the engine raises, the chat is not answered
         log.error("No verdict: %s", error if isinstance(error, GuardError) else place(error))
         raise Unavailable("The guard cannot give a verdict on this chat.") from None
