@@ -3,8 +3,8 @@
     python benchmarks/disguises.py --model M --guard G --data-dir DIR [--dtype D] [--out F.json]
 
 G is the default guard, fitted if it is not there. Of each set of DIR (JSON Lines) and of the
-built-in traffic's held-out splits: how many prompts are read twice, by which disguise, and how many
-of these are flagged with and without the second reading. Cost: microseconds of ``uncover``,
+built-in traffic's held-out splits: how many prompts are read more than once, by which disguise, and
+how many of these are flagged with and without it. Cost: microseconds of ``uncover``,
 and ``scan`` with the part over ``scan`` without it, in turns.
 """
 
@@ -51,11 +51,13 @@ def main() -> None:
 def told(guard: LatentGuard, model: ChatModel, prompts: list[Prompt]) -> dict[str, Any]:
     """Of one set."""
     began = time.perf_counter()
-    names = [uncover(prompt.text)[1] for prompt in prompts]
+    texts = [uncover(prompt.text) for prompt in prompts]
     spent = (time.perf_counter() - began) / len(prompts)
-    twice = [p for p, known in zip(prompts, names, strict=True) if known]
+    twice = [p for p, beneath in zip(prompts, texts, strict=True) if beneath]
     record: dict[str, Any] = dict(n=len(prompts), read_twice=len(twice), microseconds=spent * 1e6)
-    record["disguises"] = Counter(name for known in names for name in known)
+    record["disguises"] = Counter(
+        name for beneath in texts for names in beneath.values() for name in names
+    )
     for side, label in ((True, "harmful"), (False, "harmless")):
         mine = [p for p in twice if p.harmful is side]
         flags = [flagged(one, model, mine) for one in (bare(guard), guard)]

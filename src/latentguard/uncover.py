@@ -32,6 +32,7 @@ UNSEEN = regex.compile(
 LATIN, MARKED = regex.compile(r"\p{Latin}"), regex.compile(r"(?<=[\p{Latin}\p{ASCII}]\p{M}*)\p{M}")
 FOREIGN = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
 WORD, ASCII = regex.compile(r"\w+"), re.compile("[A-Za-z]")
+OVERRIDE, OVERRIDDEN = re.compile("[\u202c\u202e\u2069]"), re.compile("\u202e([^\u202c\u2069]+)")
 APART = re.compile(r"(?<!\S)(?:\S {1,3}){5,}\S(?!\S)")
 BASE64 = re.compile(r"[A-Za-z0-9+/_-]{20,}")
 SENTENCE = re.compile(r"[^.?!:\n]+[.?!:\n]*")
@@ -121,7 +122,7 @@ def case(text: str) -> str:
     """Shouting, and capitals by chance, in small letters."""
     words = WORD.findall(text)
     odd = {word.lower(): word for word in words if RISING.search(word)}
-    chance = len(odd) > max(2, 0.15 * len(words)) and _capitals("".join(odd.values())) > 0.38
+    chance = len(odd) > max(2, 0.15 * len(words)) and _capitals("".join(odd.values())) > 0.33
     shouted = sum(map(str.isupper, text)) >= 20 and _capitals(text) > 0.8
     return text.capitalize() if chance or shouted else text
 
@@ -134,7 +135,7 @@ def _capitals(text: str) -> float:
 
 def overridden(text: str) -> str:
     """What stands under a right-to-left override, as it is seen."""
-    return "\n".join(part[::-1] for part in re.findall("\u202e([^\u202c\u2069]+)", text))
+    return "\n".join(part[::-1] for part in OVERRIDDEN.findall(text))
 
 
 def in_base64(text: str) -> str:
@@ -196,6 +197,8 @@ ROUNDS = 4
 def uncover(text: str) -> dict[str, tuple[str, ...]]:
     """Each text beneath, and the names of the disguises; nothing if there is none."""
     found = [undone(text)]
+    if OVERRIDE.sub("", found[0][0]) == OVERRIDE.sub("", text):
+        found = []  # without its override alone, a text reads to a model as it stands
     shown = undone(text, "unseen characters", "letter forms")[0]
     for name, reveal in REVEAL.items():
         said, more = undone(reveal(text) or reveal(shown))
