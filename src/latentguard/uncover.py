@@ -29,7 +29,8 @@ UNSEEN = regex.compile(
     regex.V1,
 )
 """What has no width, or strikes through, where it touches Latin letters."""
-LATIN, MARKED = regex.compile(r"\p{Latin}"), regex.compile(r"(?<=[\p{Latin}\p{ASCII}]\p{M}*)\p{M}")
+PLAIN = re.compile(r"[ -~\t\n\r]*")
+LATIN, MARKED = regex.compile(r"\p{Latin}"), regex.compile(r"\p{M}(?<=[\p{Latin}\p{ASCII}]\p{M}+)")
 FOREIGN = regex.compile(r"[\p{L}--\p{Latin}]", regex.V1)
 WORD, ASCII = regex.compile(r"\w+"), re.compile("[A-Za-z]")
 OVERRIDE, OVERRIDDEN = re.compile("[\u202c\u202e\u2069]"), re.compile("\u202e([^\u202c\u2069]+)")
@@ -49,6 +50,8 @@ ROTATED = frozenset(codecs.encode(word, "rot13") for word in COMMON)
 
 def unseen(text: str) -> str:
     """Without what has no width or strikes through; without marks, if many make no letter."""
+    if PLAIN.fullmatch(text):
+        return text
     composed = unicodedata.normalize("NFC", PILED.sub("", text))
     found = UNSEEN.sub("", composed)
     marks = MARKED.findall(found)
@@ -59,6 +62,8 @@ def unseen(text: str) -> str:
 
 def forms(text: str) -> str:
     """Letters shaped by typesetting (wide, bold, circled, ...), three or more, as plain ones."""
+    if text.isascii():
+        return text
     shaped = [letter for letter in text if _form(letter) != letter]
     letters = sum(map(str.isalpha, map(_form, shaped)))
     return "".join(map(_form, text)) if letters > 2 else text
@@ -79,6 +84,8 @@ def lookalikes(text: str) -> str:
     Those are words that mix Latin letters with others, and whole ones if no word of the text is
     truly of another script.
     """
+    if text.isascii():
+        return text
     words = {word: "".join(map(_like, word)) for word in WORD.findall(text) if not word.isascii()}
     wanted = {word: to for word, to in words.items() if to != word and not FOREIGN.search(to)}
     mixed = {word: to for word, to in wanted.items() if ASCII.search(word)}
@@ -201,8 +208,9 @@ def uncover(text: str) -> dict[str, tuple[str, ...]]:
         found = []  # without its override alone, a text reads to a model as it stands
     shown = undone(text, "unseen characters", "letter forms")[0]
     for name, reveal in REVEAL.items():
-        said, more = undone(reveal(text) or reveal(shown))
-        found.append((said, (name, *more)))
+        if code := reveal(text) or reveal(shown):
+            said, more = undone(code)
+            found.append((said, (name, *more)))
     return {said: names for said, names in found if said.strip() and said != text}
 
 
