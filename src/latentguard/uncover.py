@@ -52,12 +52,13 @@ def unseen(text: str) -> str:
     """Without what has no width or strikes through; without marks, if many make no letter."""
     if PLAIN.fullmatch(text):
         return text
-    composed = unicodedata.normalize("NFC", PILED.sub("", text))
+    lean = PILED.sub("", text)
+    composed = unicodedata.normalize("NFC", lean)
     found = UNSEEN.sub("", composed)
     marks = MARKED.findall(found)
     if len(marks) > 3 and 4 * len(marks) > len(LATIN.findall(found)):
         found = MARKED.sub("", unicodedata.normalize("NFD", found))
-    return text if found == composed == unicodedata.normalize("NFC", text) else found
+    return text if found == composed and lean == text else found
 
 
 def forms(text: str) -> str:
