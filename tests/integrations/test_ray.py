@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from contextlib import suppress
 
@@ -127,15 +128,18 @@ def test_another_model_is_refused(guard, corpus, tmp_path, tokenizer):
 
 def test_a_node_is_killed_at_work(cluster, guard, corpus, verdicts, tmp_path):
     """The last test: the cluster has one node less after it."""
-    out, killed, told = tmp_path / "out", [], []
+    out, killed, told, over = tmp_path / "out", [], [], threading.Event()
 
-    def watch(rows):
-        told.append(rows)
-        if rows and not killed and at_work(cluster.victim):
+    def watch():
+        if at_work(cluster.victim, over):
             cluster.remove_node(cluster.victim, allow_graceful=False)
             killed.append(len(list(out.glob("part-*"))))
 
-    total = score_corpus(guard, corpus, out, workers=TWO, progress=watch)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    total = score_corpus(guard, corpus, out, workers=TWO, progress=told.append)
+    over.set()
+    watcher.join()
     assert killed
     assert killed[0] < total.parts
     for _ in range(300):  # the death is told a little later
@@ -147,12 +151,16 @@ def test_a_node_is_killed_at_work(cluster, guard, corpus, verdicts, tmp_path):
     require_same(out, verdicts)
 
 
-def at_work(node):
-    """Wait for an actor of the node that is in the middle of a block."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    for look in range(5000):
-        if look % 50 == 0:  # slow: it looks through all processes, and a block is short
+def at_work(node, over):
+    """Wait for an actor of the node that is in the middle of a block; False if all is over first.
+
+    In a thread of its own: an actor that waits for its next block is in the middle of none.
+    """
+    raylet, looks = psutil.Process(node.all_processes["raylet"][0].process.pid), 0
+    while not over.is_set():
+        if looks % 50 == 0:  # slow: it looks through all processes, and a block is short
             workers = raylet.children(recursive=True)
+        looks += 1
         for worker in workers:
             with suppress(psutil.Error):  # it may have ended by now
                 if ".submit" in " ".join(worker.cmdline()):
