@@ -77,16 +77,11 @@ def variants() -> dict[str, Fit]:
     known |= {f"penalty {s:g}": linear(solve=ridge(s)) for s in (0.1, 1, 3, 10, 30, 100)}
     known |= {f"read at {p} alone": linear(positions=(p,)) for p in POOLED.positions}
     known |= {"read at every token after the instruction, too": linear(positions=())}
-    known |= {
-        "read at t_inst, all after it and the mean, each alike": linear(positions=(), thirds=True)
-    }
     bands = ((0.0, 0.33), (0.47, 0.53), (0.67, 1.0), (0.0, 1.0))
     known |= {f"layers from {a:.0%} to {b:.0%} of the depth": linear(band=(a, b)) for a, b in bands}
     known |= {"one ridge a layer, added up": added_up}
     known |= {f"{k} principal components": linear(solve=low_rank(k)) for k in (64, 512)}
     known |= {f"logistic, penalty {s:g}": linear(solve=logistic(s)) for s in (0.1, 0.3, 1)}
-    alike = linear(positions=(), thirds=True, solve=logistic(0.3))
-    known |= {"logistic, penalty 0.3, at t_inst, all after it and the mean, each alike": alike}
     known |= {"every form weighs the same": linear(alike="form")}
     known |= {"every kind weighs the same": linear(alike="kind")}
     known |= {f"fitted on {one} of the traffic": part(n) for one, n in PARTS.items()}
@@ -112,7 +107,6 @@ def linear(
     sources: Sequence[str] = ("traffic",),
     kept: Callable[[Prompt], bool] | None = None,
     alike: str = "",
-    thirds: bool = False,
 ) -> Fit:
     """The default with something else in a place.
 
@@ -123,7 +117,6 @@ def linear(
         sources: Training sets.
         kept: Which rows of these.
         alike: ``form`` or ``kind``: each weighs the same within its class.
-        thirds: ``t_inst``, all positions after it together, and the mean weigh the same.
     """
 
     def fit(cache: Path) -> Score:
@@ -131,8 +124,6 @@ def linear(
         states = states.where(kept) if kept else states
         where = positions or states.positions
         design = design_of(states, where, weights_of(states, alike))
-        if thirds:
-            design.scale = design.scale / shares_of(where, len(states.layers)).sqrt()
         readout = Readout("linear", states.layers, *solved(solve or ridge(STRENGTH), design))
         return scorer(readout, where)
 
@@ -175,13 +166,6 @@ def design_of(states: States, positions: Sequence[str], weights: torch.Tensor) -
     """What predicts +1 and -1."""
     y = torch.from_numpy(labels_of(states))
     return Design(slots(states, positions), (y.double() * 2 - 1)[:, None], weights)
-
-
-def shares_of(positions: Sequence[str], layers: int) -> torch.Tensor:
-    """Of each slot, [s 1]: those after ``t_inst`` share one."""
-    after = len(positions) - 2
-    shares = [1.0 if name in ("t_inst", "mean") else 1 / after for name in positions]
-    return torch.tensor(shares).repeat_interleave(layers)[:, None]
 
 
 def weights_of(states: States, alike: str = "") -> torch.Tensor:

@@ -50,11 +50,15 @@ Beneath = tuple[Prompt, tuple[str, ...]]
 """A prompt as it is undone, and the names of the disguises."""
 
 
-def beneath(prompt: Prompt) -> list[Beneath]:
+def beneath(prompt: Prompt, wanted: bool = True) -> list[Beneath]:
     """The prompt with all that the user says undone: once for each text beneath, if there is any.
+
+    Nothing if it is not wanted, since the guard has no ``Disguises``.
 
     Where several turns are disguised, the first texts beneath go together, and so on.
     """
+    if not wanted:
+        return []
     turns = [*prompt.history, Message("user", prompt.text)]
     found = [list(uncover(t.content).items()) if t.role == "user" else [] for t in turns]
     return [_undone(prompt, turns, found, at) for at in range(max(map(len, found)))]
@@ -93,7 +97,7 @@ def read_through(
 
     def each() -> Iterator[Prompt]:
         for prompt in prompts:
-            others = beneath(prompt) if wanted else []
+            others = beneath(prompt, wanted)
             asked.append((prompt, others))
             yield prompt
             yield from (other for other, _ in others)

@@ -28,7 +28,7 @@ from latentguard.quadrants import Quadrants
 from latentguard.readings import Reading
 from latentguard.readouts import Kind, layers_of, require_kind
 from latentguard.states import Backend, Fingerprint, Progress, Scoring, States
-from latentguard.windows import Piece, Windows, read_apart
+from latentguard.windows import Piece, Windows, read_apart, with_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +176,7 @@ class LatentGuard(Contents):
         self, backend: Backend, prompt: Prompt, pieces: Sequence[Piece]
     ) -> tuple[States, list[float]]:
         """The states of a prompt, and its score and that of each piece as a prompt of its own."""
-        rows = [prompt, *(Prompt(piece.text, id=prompt.id) for piece in pieces)]
+        rows = with_pieces(prompt, pieces)
         how = dict(positions=self.positions, layers=self.readout.layers)
         whole, scores = None, list[float]()
         for states in backend.capture(map(self.reading.prepare, rows), **how):  # type: ignore[arg-type]

@@ -62,9 +62,9 @@ def calibrate_windows(
     """
     windows, prompts = windows_of(guard), list(harmless)
     threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
-    scores = list[float]()
+    wanted, scores = guard.part(Disguises) is not None, list[float]()
     for prompt in prompts:
-        others = beneath(prompt) if guard.part(Disguises) else []
+        others = beneath(prompt, wanted)
         readings = [prompt, *(other for other, _ in others)]
         found = (windows.find(*_read(backend, guard, reading)) for reading in readings)
         scores.append(max(e.score for evidence in found for e in evidence))

@@ -199,6 +199,11 @@ class Windows(Part):
         ]
 
 
+def with_pieces(prompt: Prompt, pieces: Sequence[Piece]) -> tuple[Prompt, ...]:
+    """What is read of a long prompt: itself, and each piece as a prompt of its own."""
+    return (prompt, *(Prompt(piece.text, id=prompt.id) for piece in pieces))
+
+
 def read_apart(
     windows: Windows | None,
     prompts: Iterator[Prompt],

@@ -120,6 +120,6 @@ def _read_alone(guard: LatentGuard, prompt: Prompt) -> bool:
     windows = guard.part(Windows)
     return (
         guard.reading.prepare(prompt) == prompt
-        and not (guard.part(Disguises) and beneath(prompt))
+        and not beneath(prompt, guard.part(Disguises) is not None)
         and not (windows and windows.needed(prompt))
     )

@@ -23,7 +23,7 @@ from latentguard.model.layout import Layout, spans_of
 from latentguard.parts import Evidence, Part, Verdict
 from latentguard.prompts import Prompt
 from latentguard.states import States
-from latentguard.windows import Windows
+from latentguard.windows import Windows, with_pieces
 
 UNSEEN = (KeyError, IndexError, RuntimeError)
 """What reading states raises where there are none."""
@@ -97,7 +97,7 @@ def rows_of(guard: LatentGuard, prompt: Prompt) -> tuple[Prompt, ...]:
     windows = guard.part(Windows)
     if windows is None or not windows.needed(prompt):
         return (prompt,)
-    return (prompt, *(Prompt(piece.text, id=prompt.id) for piece in windows.pieces(prompt)))
+    return with_pieces(prompt, windows.pieces(prompt))
 
 
 def verdict_of(guard: LatentGuard, prompt: Prompt, read: Sequence[Sequence[float]]) -> Verdict:

@@ -192,7 +192,7 @@ class Gate:
     def _plan(self, prompt: Prompt) -> tuple[Layout, Sequence[Prompt], Sequence[Beneath]]:
         """The prompt's tokens, its pieces, and what lies beneath; a long text takes a while."""
         _, *pieces = rows_of(self.guard, prompt)
-        others = beneath(prompt) if self.guard.part(Disguises) else []
+        others = beneath(prompt, self.guard.part(Disguises) is not None)
         return self.chat([prompt])[0], pieces, others
 
     def _put(
