@@ -161,7 +161,7 @@ def capture(model: ChatModel, name: str, rows: list[Prompt], cache: Path) -> Sta
     """All layers, wherever a rule reads."""
     path = cache / f"{name.replace(' ', '_')}.safetensors"
     if not path.exists():
-        positions = dict.fromkeys([*Reading.of("span", model.post).positions, "mean"])
+        positions = dict.fromkeys([*Reading.of("span", model.post).positions, "mean", "post"])
         States.collect(model.capture(rows, positions=tuple(positions))).save(path)
     return States.load(path)
 

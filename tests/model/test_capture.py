@@ -9,7 +9,7 @@ from latentguard.states import States
 from model.architectures import ARCHITECTURES, chat_model, hidden_states
 
 POINTS = ("t_inst", "t_post", "post+2")
-POSITIONS = (*POINTS, "mean")
+POSITIONS = (*POINTS, "mean", "post")
 DEPTH = 4
 QUESTION = "What is the capital of France and how many people live there today"
 PROMPTS = [Prompt(QUESTION[: 5 + 29 * n % 71] + "?", id=f"p{n}") for n in range(8)]

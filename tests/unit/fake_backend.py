@@ -60,7 +60,7 @@ class FakeBackend:
         return torch.stack([self._state(prompt, self._index(position)) for position in positions])
 
     def _index(self, position):
-        named = {"t_inst": 0, "t_post": self.post, "mean": -1}
+        named = {"t_inst": 0, "t_post": self.post, "mean": -1, "post": -2}
         return named[position] if position in named else int(position.removeprefix("post+"))
 
     def _state(self, prompt, index):

@@ -140,7 +140,8 @@ class ChatModel:
 
         Args:
             prompts: What to read; consumed lazily.
-            positions: ``t_inst``, ``t_post``, ``post+k`` or ``mean`` (of the instruction's tokens).
+            positions: ``t_inst``, ``t_post``, ``post+k``, ``mean`` (over the instruction's tokens)
+                or ``post`` (over those after it).
             layers: Layer indices; all, from 0 (embedding output) to L, if None.
             progress: Called after each batch with its number of prompts.
 

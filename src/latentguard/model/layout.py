@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from latentguard.errors import PromptError
+from latentguard.readings import MEANS
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ class Layout:
     def index(self, position: str) -> int:
         """Absolute index of ``t_inst``, ``t_post``, ``post+k`` or ``inst-k`` (k after, k before).
 
-        The position ``mean`` is every token of the instruction up to t_inst, read as their mean.
+        Two positions are means over tokens, of which this is the last: ``mean`` over those of the
+        instruction up to t_inst, ``post`` over those after it.
 
         Raises:
             PromptError: if there is no such position.
         """
-        if position == "mean":
-            return self.t_inst
+        if position in MEANS:
+            return self.t_inst if position == "mean" else self.t_post
         if position in ("t_inst", "t_post"):
             return int(getattr(self, position))
         if (back := re.fullmatch(r"inst-(\d+)", position)) and int(back[1]) <= self.t_inst:
@@ -63,6 +65,8 @@ class Layout:
 
     def start(self, position: str) -> int:
         """Absolute index of the first token that a position averages; ``index`` is the last."""
+        if position == "post":
+            return min(self.t_inst + 1, self.t_post)
         return self.instruction.start if position == "mean" else self.index(position)
 
 
