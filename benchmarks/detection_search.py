@@ -4,7 +4,7 @@
 
 DIR is the cache of ``detection.py`` for one model; no model is run. Each variant (``variants``) is
 fitted on built-in prompts and scored on the eight public contrasts. The table gives the mean AUROC
-and how far it is from the default's, with the 95 % interval of 1,000 bootstrap draws of prompts
+and how far it is from the start's, with the 95 % interval of 1,000 bootstrap draws of prompts
 within each class of each set, the same for all. The seed is fixed. Scores are kept in DIR/search,
 so a killed run goes on.
 """
@@ -29,7 +29,7 @@ from search_readouts import Dual, logistic, low_rank, ridge, solved
 from latentguard.fitting import fit_readout, slots
 from latentguard.metrics import auroc, resampled
 from latentguard.prompts import Prompt
-from latentguard.readings import Reading
+from latentguard.readings import DEFAULT, Reading
 from latentguard.readouts import BAND, Readout, layers_of
 from latentguard.report import write_text
 from latentguard.ridge import Design
@@ -41,10 +41,12 @@ Fit = Callable[[Path], Score]
 
 Scores = dict[str, NDArray[np.float64]]
 
-POOLED = Reading("pooled", ("t_inst", "t_post", "mean"))
+STARTED = Reading("pooled", ("t_inst", "t_post", "mean"))
+"""What the default read when the search began."""
 PUBLIC = "advbench alpaca_harmless catqa jailbreaks jbb openai_moderation xstest".split()
-DEFAULT, STRENGTH, SEED = "default", 3.0, 0
-"""The default chooses its penalty by cross-validation; other ridges take ``STRENGTH``."""
+START, STRENGTH, SEED = "start", 3.0, 0
+"""The start and the default choose their penalty by cross-validation; other ridges take
+``STRENGTH``."""
 
 PARTS = {"an eighth": 8, "a quarter": 4, "a half": 2}
 KINDS = (
@@ -62,7 +64,7 @@ def main() -> None:
     test = mixed({n: States.load(options.cache / f"{n}.safetensors") for n in PUBLIC})
     found = {}
     for name, fit in variants().items():
-        if name == DEFAULT or any(word in name for word in options.only or [""]):
+        if name == START or any(word in name for word in options.only or [""]):
             found[name] = scores_of(options.cache, name, fit, test)
             print(name, flush=True)
     table = compared(found, {name: labels_of(states) for name, states in test.items()})
@@ -73,9 +75,9 @@ def main() -> None:
 
 def variants() -> dict[str, Fit]:
     """Name -> how a readout is fitted."""
-    known: dict[str, Fit] = {DEFAULT: default}
+    known: dict[str, Fit] = {START: chosen(STARTED), "the default": chosen(Reading.of(DEFAULT, 0))}
     known |= {f"penalty {s:g}": linear(solve=ridge(s)) for s in (0.1, 1, 3, 10, 30, 100)}
-    known |= {f"read at {p} alone": linear(positions=(p,)) for p in POOLED.positions}
+    known |= {f"read at {p} alone": linear(positions=(p,)) for p in STARTED.positions}
     known |= {"read at every token after the instruction, too": linear(positions=())}
     bands = ((0.0, 0.33), (0.47, 0.53), (0.67, 1.0), (0.0, 1.0))
     known |= {f"layers from {a:.0%} to {b:.0%} of the depth": linear(band=(a, b)) for a, b in bands}
@@ -92,23 +94,27 @@ def variants() -> dict[str, Fit]:
     return known | {"fitted on traffic, AdvBench, Alpaca": linear(sources=("traffic", "paper"))}
 
 
-def default(cache: Path) -> Score:
-    """What ``latentguard fit`` does."""
-    states = States.load(cache / "traffic.safetensors")
-    readout = fit_readout(states, POOLED, "linear", max(states.layers)).readout
-    return scorer(readout, POOLED.positions)
+def chosen(reading: Reading) -> Fit:
+    """What ``latentguard fit`` does with a reading."""
+
+    def fit(cache: Path) -> Score:
+        states = States.load(cache / "traffic.safetensors")
+        readout = fit_readout(states, reading, "linear", max(states.layers)).readout
+        return scorer(readout, reading.positions)
+
+    return fit
 
 
 def linear(
     *,
     solve: Dual | None = None,
-    positions: tuple[str, ...] = POOLED.positions,
+    positions: tuple[str, ...] = STARTED.positions,
     band: tuple[float, float] = BAND,
     sources: Sequence[str] = ("traffic",),
     kept: Callable[[Prompt], bool] | None = None,
     alike: str = "",
 ) -> Fit:
-    """The default with something else in a place.
+    """The start with something else in a place.
 
     Args:
         solve: The readout; a ridge with ``STRENGTH``.
@@ -122,7 +128,7 @@ def linear(
     def fit(cache: Path) -> Score:
         states = training(cache, band, sources)
         states = states.where(kept) if kept else states
-        where = positions or states.positions
+        where = positions or tuple(p for p in states.positions if p != "post")
         design = design_of(states, where, weights_of(states, alike))
         readout = Readout("linear", states.layers, *solved(solve or ridge(STRENGTH), design))
         return scorer(readout, where)
@@ -146,11 +152,11 @@ def added_up(cache: Path) -> Score:
     states = training(cache, BAND)
     weights, parts = weights_of(states), []
     for layer in states.layers:
-        design = design_of(states.select((layer,)), POOLED.positions, weights)
+        design = design_of(states.select((layer,)), STARTED.positions, weights)
         parts.append(solved(ridge(STRENGTH), design))
     weight = torch.stack([w for w, _ in parts], dim=1).flatten(0, 1)  # positions, then layers
     readout = Readout("linear", states.layers, weight, sum(b for _, b in parts))
-    return scorer(readout, POOLED.positions)
+    return scorer(readout, STARTED.positions)
 
 
 def training(
@@ -207,10 +213,10 @@ def scores_of(cache: Path, name: str, fit: Fit, test: dict[str, States]) -> Scor
 
 
 def compared(found: dict[str, Scores], labels: dict[str, NDArray[np.bool_]]) -> list[dict]:
-    """A row a variant: AUROC of each set, the mean, and its distance from the default's."""
+    """A row a variant: AUROC of each set, the mean, and its distance from the start's."""
     rows = []
     for name, scores in found.items():
-        both = {n: np.stack([found[DEFAULT][n], scores[n]], axis=1) for n in labels}
+        both = {n: np.stack([found[START][n], scores[n]], axis=1) for n in labels}
         sides = [both[n][labels[n] == side] for n in labels for side in (True, False)]
         mean = resampled(lambda *drawn: means(drawn)[1], *sides, seed=SEED)
         change = resampled(lambda *drawn: float(np.diff(means(drawn))[0]), *sides, seed=SEED)
@@ -221,7 +227,7 @@ def compared(found: dict[str, Scores], labels: dict[str, NDArray[np.bool_]]) -> 
 
 
 def means(sides: Sequence[NDArray[np.float64]]) -> list[float]:
-    """The mean AUROC of the default and of a variant; harmful and harmless rows of each set."""
+    """The mean AUROC of the start and of a variant; harmful and harmless rows of each set."""
     figures = []
     for harmful, harmless in zip(sides[::2], sides[1::2], strict=True):
         y, scores = np.arange(len(harmful) + len(harmless)) < len(harmful), np.r_[harmful, harmless]

@@ -21,28 +21,36 @@ from latentguard.guard import LatentGuard
 from latentguard.metrics import threshold_for_fpr
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Backend, Progress, digest_prompts
-from latentguard.windows import Norm, Piece, Windows
+from latentguard.windows import OVER, Norm, Piece, Windows
 
 NORMING, CALIBRATION = 24, 100
 """Documents, and as many chats, that the norms and the threshold are taken from."""
 
 LONGEST = 3600
-"""Characters of the longest document, about."""
+"""Characters of the longest document, about; at least four times those of the shortest."""
 
 
 def fit_windows(
-    backend: Backend, guard: LatentGuard, *, max_fpr: float = 0.05, progress: Progress | None = None
+    backend: Backend,
+    guard: LatentGuard,
+    *,
+    over: int = OVER,
+    max_fpr: float = 0.05,
+    progress: Progress | None = None,
 ) -> LatentGuard:
     """A guard that also reads long prompts and chats, calibrated on built-in texts.
 
     Args:
         backend: The guard's model.
         guard: Whose readout scores the pieces.
+        over: Characters up to which a prompt without earlier turns is read as ever.
         max_fpr: False-positive rate to keep on long harmless prompts and chats.
         progress: Called with the number of texts read.
     """
-    guard = _normed(backend, guard, harmless_texts("train", NORMING), progress)
-    held_out = harmless_texts("validation", CALIBRATION)
+    texts = harmless_texts("train", NORMING, over)
+    guard = guard.with_part(Windows(over=over, fitted={"norms_sha256": digest_prompts(texts)}))
+    guard = _normed(backend, guard, texts, progress)
+    held_out = harmless_texts("validation", CALIBRATION, over)
     return calibrate_windows(backend, guard, held_out, max_fpr=max_fpr, progress=progress)
 
 
@@ -87,16 +95,17 @@ def windows_of(guard: LatentGuard) -> Windows:
     return windows
 
 
-def harmless_texts(split: Split, count: int) -> list[Prompt]:
-    """So many documents of 500 to 4,000 characters, and as many chats of harmless requests.
+def harmless_texts(split: Split, count: int, shortest: int = OVER) -> list[Prompt]:
+    """So many documents from ``shortest`` characters to about ``LONGEST``, and as many chats.
 
     Half of the documents are lines of one kind after the other with a request among them
     (``frames``), half are harmless prompts of all kinds as paragraphs.
     """
     said = [p.text for p in load_traffic(split) if not p.harmful]
     draw, texts = random.Random(f"{split} texts"), []
+    times = max(LONGEST / shortest, 4)
     for number in range(count):
-        size = round(LONGEST ** draw.uniform(0.75, 1))
+        size = round(shortest * times ** draw.random())
         seed = f"{split} {number}"
         text = document(draw.choice(said), size, seed=seed) if number % 2 else ""
         text = text or _paragraphs(said, size, draw)
@@ -134,8 +143,7 @@ def _read(backend: Backend, guard: LatentGuard, prompt: Prompt) -> tuple[list[Pi
 def _normed(
     backend: Backend, guard: LatentGuard, texts: Sequence[Prompt], progress: Progress | None
 ) -> LatentGuard:
-    """Windows whose norms are those of harmless texts, at every size that these pass through."""
-    guard = guard.with_part(Windows(fitted={"norms_sha256": digest_prompts(texts)}))
+    """Norms that are those of harmless texts, at every size that these pass through."""
     greatest, whole = list[tuple[float, int]](), list[tuple[float, int]]()
     for text in texts:
         pieces, scores = _read(backend, guard, text)

@@ -214,6 +214,11 @@ class TestFitting:
         assert min(windows.piece.spread, windows.whole.spread) > 0
         assert windows.piece.slope > 0  # the greatest of more pieces is greater
 
+    def test_windows_from_fewer_characters_on(self, guard):
+        fitted = fit_windows(FakeBackend(signal=0.0), replace(guard, parts=()), over=150)
+        assert fitted.part(Windows).over == 150
+        assert fitted.part(Windows).bound.n == 2 * CALIBRATION
+
     def test_calibration_keeps_the_rate_of_both_readings_together(self, backend, guard):
         harmless = [Prompt(f"{n} words. " * 8, id=str(n)) for n in range(150)]
         done = calibrate_windows(backend, guard, harmless, max_fpr=0.05)
@@ -235,6 +240,12 @@ class TestFitting:
         other = {p.text for p in load_traffic("train")}
         said = {m.content for p in found for m in p.history} | {p.text for p in found}
         assert not said & other
+
+    @pytest.mark.parametrize("shortest", [150, 500, 5000])
+    def test_documents_begin_at_the_length_that_is_called_long(self, shortest):
+        sizes = [len(p.text) for p in harmless_texts("train", 30, shortest) if not p.history]
+        assert 0.9 * shortest < min(sizes) < 2 * shortest
+        assert max(sizes) > 2.5 * shortest
 
     @pytest.mark.parametrize("seed", ["a", "b", "c"])
     def test_a_document_holds_its_request(self, seed):

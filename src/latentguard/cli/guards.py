@@ -70,6 +70,14 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     long: Annotated[
         bool, typer.Option("--long", help="Also read long prompts and chats by windows.")
     ] = False,
+    long_from: Annotated[
+        int | None,
+        typer.Option(
+            help="With --long: characters over which a prompt is long; 500, or 150 to look into "
+            "role play and other wrappers, too.",
+            min=1,
+        ),
+    ] = None,
     text_column: TextColumn = "text",
     dtype: Dtype = "auto",
     quantize: Annotated[
@@ -89,6 +97,8 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     from latentguard.audit import surface_warnings
     from latentguard.guard import LatentGuard
 
+    if long_from is not None and not long:
+        raise typer.BadParameter("it says which prompts --long reads", param_hint="--long-from")
     columns = Columns(text=text_column)
     sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
     prompts = sides + (load_traffic("train") if contrast or not sides else [])
@@ -104,10 +114,10 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
             progress=bar.advance,
         )
     if long:
-        from latentguard.window_fitting import fit_windows
+        from latentguard.window_fitting import OVER, fit_windows
 
         with progress("windows") as bar:
-            guard = fit_windows(backend, guard, progress=bar.advance)
+            guard = fit_windows(backend, guard, over=long_from or OVER, progress=bar.advance)
     guard.save(out)
     note(f"Guard written to {out}. Next: latentguard calibrate {out} --harmless FILE")
 
