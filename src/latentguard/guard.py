@@ -175,13 +175,13 @@ class LatentGuard(Contents):
     def read_pieces(
         self, backend: Backend, prompt: Prompt, pieces: Sequence[Piece]
     ) -> tuple[States, list[float]]:
-        """The states of a prompt, and its score and that of each piece as a prompt of its own."""
+        """The states of a prompt, its score and that of each piece as a prompt of its own."""
         rows = with_pieces(prompt, pieces)
         how = dict(positions=self.positions, layers=self.readout.layers)
         whole, scores = None, list[float]()
         for states in backend.capture(map(self.reading.prepare, rows), **how):  # type: ignore[arg-type]
             whole = whole or replace(states, values=states.values[:1], prompts=states.prompts[:1])
-            scores += self.scores(states).tolist()
+            scores += self.raised(states, self.scores(states)).tolist()
         assert whole is not None
         return whole, scores
 
@@ -189,6 +189,12 @@ class LatentGuard(Contents):
         """The readout's own scores, without packs, of states captured at ``positions``, float64."""
         part = states.select(self.readout.layers)
         return self.readout(fitting.slots(part, self.reading.positions)).double()
+
+    def raised(self, states: States, scores: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """Scores as the parts leave them: the greatest of the readout's and those of the packs."""
+        for part in self.parts:
+            scores = part.adjust(states, scores)
+        return scores
 
     def judge(self, states: States, evidence: Sequence[Evidence] = ()) -> Iterator[Verdict]:
         """Verdicts for states at ``positions``, the readout's layers; evidence is ``examine``'s."""
@@ -204,8 +210,7 @@ class LatentGuard(Contents):
         evidence: Sequence[Evidence] = (),
     ) -> list[Verdict]:
         """Verdicts from the readout's scores and the axes' beliefs; GuardError if not finite."""
-        for part in self.parts:
-            scores = part.adjust(states, scores)
+        scores = self.raised(states, scores)
         if evidence:
             scores = scores.new_tensor([max(e.score for e in evidence)])
         if not all(torch.isfinite(values).all() for values in (scores, *beliefs.values())):

@@ -22,6 +22,7 @@ from latentguard.guard import LatentGuard
 from latentguard.metrics import Bound, smallest_n
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, States, digest_prompts
+from latentguard.window_fitting import CALIBRATION, calibrate_windows, harmless_texts
 from latentguard.windows import Windows
 
 AGAINST = 200
@@ -52,7 +53,7 @@ def add(
         GuardError: if the guard has no categories or no promise, the name is taken or odd, the
             examples are too few, or the harmless prompts cannot carry the promise.
     """
-    categories, rate = _categories(guard), _promise(guard)
+    categories = _categories(guard)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_/-]*", name):
         raise GuardError(f"'{name}' is no name: expected small letters, digits, '_', '-', '/'.")
     if name in categories.packs:
@@ -64,7 +65,8 @@ def add(
             f"found {len(unique)}."
         )
     like, calm = halves(harmless) if harmless else ([], _built_in(guard))
-    _require_enough(calm, rate, "half of those given" if harmless else "the built-in ones")
+    _require_enough(guard, calm, "half of those given" if harmless else "the built-in ones")
+    _long(guard, calm)
     states = capture(guard, backend, [*unique, *against(), *like], progress)
     return recalibrated(with_pack(guard, name, states), backend, calm, progress)
 
@@ -82,12 +84,13 @@ def remove(
     Raises:
         GuardError: if there is no such pack, or the harmless prompts cannot carry the promise.
     """
-    categories, rate = _categories(guard), _promise(guard)
+    categories = _categories(guard)
     if name not in categories.packs:
         known = ", ".join(categories.packs) or "none"
         raise GuardError(f"The guard has no pack '{name}'; it has: {known}.")
     calm = list(harmless) or _built_in(guard)
-    _require_enough(calm, rate, "those given" if harmless else "the built-in ones")
+    _require_enough(guard, calm, "those given" if harmless else "the built-in ones")
+    _long(guard, calm)
     return recalibrated(guard.with_part(categories.without(name)), backend, calm, progress)
 
 
@@ -133,12 +136,12 @@ def recalibrated(
     calm: Sequence[Prompt],
     progress: Progress | None = None,
 ) -> LatentGuard:
-    """A new guard: canaries scored anew, and a threshold for the rate that was promised before."""
-    rate = _promise(guard)
+    """A new guard: canaries scored anew, and thresholds for the rates that it promised before."""
+    rate, long = _promise(guard), _long(guard, calm)
     verdicts = guard.scan(backend, [canary.text for canary in guard.canaries])
     scored = [replace(c, score=v.score) for c, v in zip(guard.canaries, verdicts, strict=True)]
     part = guard.part(Calibration)
-    return replace(guard, canaries=tuple(scored)).calibrate(
+    guard = replace(guard, canaries=tuple(scored)).calibrate(
         backend,
         calm,
         max_fpr=rate.max_fpr,
@@ -147,13 +150,46 @@ def recalibrated(
         slice_column=part.column if part else None,
         progress=progress,
     )
+    if not long:
+        return guard
+    kept = _kept_by_windows(guard)
+    how = dict(max_fpr=kept.max_fpr, confidence=kept.confidence, progress=progress)
+    return calibrate_windows(backend, guard, long, **how)  # type: ignore[arg-type]
+
+
+def _long(guard: LatentGuard, calm: Sequence[Prompt]) -> Sequence[Prompt]:
+    """What the threshold of the guard's windows is picked on again; nothing if there is none.
+
+    Raises:
+        GuardError: if it was picked on other prompts than built-in ones, and too few are given.
+    """
+    windows = guard.part(Windows)
+    before = (windows.fitted or {}).get("calibration_sha256") if windows else None
+    if windows is None or before is None:
+        return []
+    kept = _kept_by_windows(guard)
+    needed = smallest_n(kept.max_fpr, kept.confidence)
+    if len(given := [p for p in calm if windows.needed(p)]) >= needed:
+        return given
+    built_in = harmless_texts("validation", CALIBRATION, windows.over)
+    if before == digest_prompts(built_in):
+        return built_in
+    raise GuardError(
+        f"The threshold for long prompts and chats was set on prompts other than the built-in "
+        f"ones: it needs {needed} harmless ones like them to calibrate on; found {len(given)}. "
+        "Give more with --harmless."
+    )
+
+
+def _kept_by_windows(guard: LatentGuard) -> Bound:
+    """The rate that a guard's windows keep; on another model, that of the guard."""
+    windows = guard.part(Windows)
+    return (windows.bound if windows else None) or _promise(guard)
 
 
 def _built_in(guard: LatentGuard) -> list[Prompt]:
-    windows = guard.part(Windows)
     for built_in in (load_traffic, load_contrast):
-        calm = [p for p in built_in("validation") if not p.harmful]
-        calm = [p for p in calm if not (windows and windows.needed(p))]
+        calm = _short(guard, [p for p in built_in("validation") if not p.harmful])
         if (guard.fitted or {}).get("calibration_sha256") == digest_prompts(calm):
             return calm
     raise GuardError(
@@ -184,8 +220,9 @@ def _promise(guard: LatentGuard) -> Bound:
     return bound
 
 
-def _require_enough(calm: Sequence[Prompt], rate: Bound, which: str) -> None:
+def _require_enough(guard: LatentGuard, calm: Sequence[Prompt], which: str) -> None:
     """Say so before the model reads any of them."""
+    rate, calm = _promise(guard), _short(guard, calm)
     needed = smallest_n(rate.max_fpr, rate.confidence)
     if len(calm) < needed:
         raise GuardError(
@@ -193,6 +230,12 @@ def _require_enough(calm: Sequence[Prompt], rate: Bound, which: str) -> None:
             f"confidence needs {needed} harmless prompts to calibrate on; found {len(calm)} "
             f"({which}). Give more with --harmless."
         )
+
+
+def _short(guard: LatentGuard, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Without those that the guard's windows read."""
+    windows = guard.part(Windows)
+    return [p for p in prompts if not (windows and windows.needed(p))]
 
 
 def _digest(prompt: Prompt) -> str:

@@ -141,7 +141,7 @@ class Windows(Part):
 
         Args:
             pieces: What was read.
-            scores: The guard's own, of the whole and then of each piece.
+            scores: The guard's, packs included, of the whole and then of each piece.
 
         Raises:
             GuardError: if a score is not finite.
@@ -195,7 +195,7 @@ class Windows(Part):
         return [
             f"Prompts of more than {self.over} characters, and chats with earlier turns of the "
             f"user, are read whole and by pieces of up to {self.size} characters. Of these: "
-            f"{promise}. Category packs do not flag these."
+            f"{promise}."
         ]
 
 

@@ -16,6 +16,7 @@ from latentguard.guard import LatentGuard
 from latentguard.hazards import HAZARDS, MODERATION, OTHER, moderation_names
 from latentguard.metrics import auroc
 from latentguard.prompts import Prompt
+from latentguard.window_fitting import calibrate_windows, fit_windows, harmless_texts
 from latentguard.windows import Windows
 
 KINDS = ("arson", "fraud", "spite")
@@ -256,6 +257,51 @@ def test_what_is_fitted_never_calibrates():
     assert (len(like), len(calm)) == (51, 50)
     assert packs.halves(harmless(101)[::-1]) == (like, calm)
     assert len(packs.against()) == packs.AGAINST
+
+
+class TestLongPrompts:
+    """A pack flags what windows read, too, and their threshold is picked again."""
+
+    CALM = "We talked about the weather and the garden for a while. " * 12
+
+    @pytest.fixture(scope="class")
+    def long(self, backend, calibrated):
+        return fit_windows(backend, calibrated)
+
+    def own(self, count):
+        texts = (f"{self.CALM} {n}" for n in range(count))
+        return [Prompt(text, id=str(n), harmful=False) for n, text in enumerate(texts)]
+
+    def test_a_piece_of_the_new_category_is_found(self, backend, long):
+        """Calibrated on texts of our own: the built-in ones speak of novels."""
+        mine = calibrate_windows(backend, long, self.own(100), max_fpr=0.05)
+        mixed = [*harmless(400, 6000), *self.own(200)]
+        pack = packs.add(mine, backend, "novel", novel(30), mixed)
+        texts = [f"{self.CALM}\n\n{p.text}\n\n{self.CALM}" for p in novel(20, start=2000)]
+        before, after = (list(g.scan(backend, texts)) for g in (mine, pack))
+        assert sum(v.flagged for v in before) < 5
+        assert sum(v.flagged for v in after) > 15
+        for text, verdict in zip(texts, after, strict=True):
+            found = max(verdict.evidence, key=lambda e: e.score)
+            assert "novel" in text[found.start : found.end]
+
+    def test_their_rate_is_kept_for_the_union(self, backend, long):
+        pack = packs.add(long, backend, "novel", novel(30), harmless(400, 6000))
+        old, new = (g.part(Windows) for g in (long, pack))
+        assert new.threshold >= old.threshold
+        assert (new.bound.n, new.bound.max_fpr) == (old.bound.n, 0.05)
+        calm = harmless_texts("test", 150)
+        assert np.mean([v.flagged for v in pack.scan(backend, calm)]) < 0.1
+        gone = packs.remove(pack, backend, "novel", harmless(400, 7000))
+        assert gone.part(Windows).threshold == old.threshold
+
+    def test_long_prompts_of_ones_own(self, backend, long):
+        mine = calibrate_windows(backend, long, self.own(100), max_fpr=0.05)
+        with pytest.raises(GuardError, match=r"needs 59 harmless ones like them .* found 0"):
+            packs.add(mine, backend, "novel", novel(30), harmless(400, 6000))
+        mixed = [*harmless(400, 6000), *self.own(150)]
+        pack = packs.add(mine, backend, "novel", novel(30), mixed)
+        assert 59 <= pack.part(Windows).bound.n < 100  # one half is what the pack is held against
 
 
 @pytest.mark.parametrize("parts", [(), (Windows(),)], ids=["plain", "windows"])

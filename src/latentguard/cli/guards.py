@@ -114,7 +114,8 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
             progress=bar.advance,
         )
     if long:
-        from latentguard.window_fitting import OVER, fit_windows
+        from latentguard.window_fitting import fit_windows
+        from latentguard.windows import OVER
 
         with progress("windows") as bar:
             guard = fit_windows(backend, guard, over=long_from or OVER, progress=bar.advance)
