@@ -53,7 +53,7 @@ def add(
         GuardError: if the guard has no categories or no promise, the name is taken or odd, the
             examples are too few, or the harmless prompts cannot carry the promise.
     """
-    categories = _categories(guard)
+    categories, rate = _categories(guard), _promise(guard)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_/-]*", name):
         raise GuardError(f"'{name}' is no name: expected small letters, digits, '_', '-', '/'.")
     if name in categories.packs:
@@ -65,7 +65,8 @@ def add(
             f"found {len(unique)}."
         )
     like, calm = halves(harmless) if harmless else ([], _built_in(guard))
-    _require_enough(guard, calm, "half of those given" if harmless else "the built-in ones")
+    which = "half of those given" if harmless else "the built-in ones"
+    _require_enough(_short(guard, calm), rate, which)
     _long(guard, calm)
     states = capture(guard, backend, [*unique, *against(), *like], progress)
     return recalibrated(with_pack(guard, name, states), backend, calm, progress)
@@ -84,12 +85,13 @@ def remove(
     Raises:
         GuardError: if there is no such pack, or the harmless prompts cannot carry the promise.
     """
-    categories = _categories(guard)
+    categories, rate = _categories(guard), _promise(guard)
     if name not in categories.packs:
         known = ", ".join(categories.packs) or "none"
         raise GuardError(f"The guard has no pack '{name}'; it has: {known}.")
     calm = list(harmless) or _built_in(guard)
-    _require_enough(guard, calm, "those given" if harmless else "the built-in ones")
+    which = "those given" if harmless else "the built-in ones"
+    _require_enough(_short(guard, calm), rate, which)
     _long(guard, calm)
     return recalibrated(guard.with_part(categories.without(name)), backend, calm, progress)
 
@@ -220,9 +222,8 @@ def _promise(guard: LatentGuard) -> Bound:
     return bound
 
 
-def _require_enough(guard: LatentGuard, calm: Sequence[Prompt], which: str) -> None:
+def _require_enough(calm: Sequence[Prompt], rate: Bound, which: str) -> None:
     """Say so before the model reads any of them."""
-    rate, calm = _promise(guard), _short(guard, calm)
     needed = smallest_n(rate.max_fpr, rate.confidence)
     if len(calm) < needed:
         raise GuardError(

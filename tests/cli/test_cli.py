@@ -177,12 +177,15 @@ class TestFit:
         assert f"latentguard calibrate {out}" in err
         assert "Warning" not in err.replace("Warning: The length", "")
 
-    def test_the_papers_guard_on_the_built_in_set(self, lg, model, tmp_path):
+    def test_the_papers_guard_on_the_built_in_set(self, lg, model, tmp_path, monkeypatch):
+        """On a part of it, which is read in a tenth of the time."""
+        some = load_traffic("train")[:1000]
+        monkeypatch.setattr("latentguard.cli.guards.load_traffic", {"train": some}.__getitem__)
         rule = ["--reading", "t_inst", "--readout", "centroid"]
         code, _, err = lg("fit", "--model", model, "--out", tmp_path / "g", "--contrast", *rule)
         made = record(tmp_path / "g")
         assert code == 0
-        sides = [bool(p.harmful) for p in load_traffic("train")]
+        sides = [bool(p.harmful) for p in some]
         assert made["fitted"]["harmful"] == sum(sides)
         assert made["fitted"]["harmless"] == len(sides) - sum(sides)
         assert made["fitted"]["sources"] == ["traffic"]

@@ -35,8 +35,9 @@ def add(
     what the examples are held against, so that the pack learns harm and not the kind of text; the
     other half calibrates. Without them a pack may flag harmless texts that resemble its examples.
     A guard that was calibrated on your own prompts needs them. One that was fitted with --long is
-    calibrated anew for long prompts and chats, too, which takes minutes on a CPU. With --allow-mismatch the guard
-    becomes one of the model that it met: what it then promises was measured there.
+    calibrated anew for long prompts and chats, too, which takes minutes on a CPU. With
+    --allow-mismatch the guard becomes one of the model that it met: what it then promises was
+    measured there.
     """
     from latentguard import packs
 
