@@ -265,6 +265,55 @@ def test_without_a_reading_beneath_no_chat_is_answered(served, read, policy):
     assert SAID not in answer.text
 
 
+class Left(Hidden):
+    """Its client leaves while what lies beneath is read."""
+
+    async def __call__(self, scope, receive, send):
+        self.answer(json.loads((await receive())["body"]))
+        self.stopped = (await receive())["type"] == "http.disconnect"
+
+
+def test_a_client_that_leaves_stops_what_was_begun_for_it(monkeypatch):
+    server, begun, stopped, sent = Left(), [], [], []
+
+    async def opened(state):
+        gate = Gate(tiny_guard(), tiny_model().tokenizer)
+        gate.read = read
+        return gate
+
+    async def read(prompt):
+        begun.append(prompt.text)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            stopped.append(prompt.text)
+            raise
+
+    async def receive():
+        if not asked:
+            await asyncio.sleep(0.05)
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": asked.pop()}
+
+    async def send(message):
+        sent.append(message)
+
+    monkeypatch.setattr(module, "open_gate", opened)
+    asked = [json.dumps(chat(HIDDEN)).encode()]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    guarded = GuardMiddleware(server)
+
+    async def go():
+        await guarded(scope | {"app": SimpleNamespace(state=None)}, receive, send)
+        assert guarded._gate._waiting == {}
+        guarded._gate.close()
+
+    asyncio.run(go())
+    assert begun == stopped == [passed()]
+    assert server.stopped
+    assert sent == []
+
+
 def test_pieces_of_a_long_chat_are_read(served):
     guard = tiny_guard().with_part(Windows(threshold=1e-3, size=20, over=10))
     low, high = (values_of(offline()[text].score) for text in (passed(), flagged()))

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import Coroutine
 from typing import Any
 
 from fastapi.datastructures import Headers
@@ -90,10 +91,10 @@ class GuardMiddleware:
         body = await _read(receive)
         gate = await self._opened(scope)
         question = await gate.question(body, Headers(scope=scope).get(self._header) or None)
-        relay, stop = Relay(send), asyncio.Event()
+        relay, stop, left = Relay(send), asyncio.Event(), asyncio.Event()
         sent = json.dumps(body).encode()
         inner = asyncio.create_task(
-            self._app(_resized(scope, len(sent)), _feed(sent, receive, stop), relay.take)
+            self._app(_resized(scope, len(sent)), _feed(sent, receive, stop, left), relay.take)
         )
         try:
             await asyncio.wait({inner, question.answer}, return_when=asyncio.FIRST_COMPLETED)
@@ -102,8 +103,7 @@ class GuardMiddleware:
                 await relay.release({})  # an error of the server's own: nothing was generated
             elif (values := self._read(question)) is None:
                 await relay.release({"latentguard": {"error": OtherTokens.code}})
-            else:
-                verdict = await _verdict(gate, question, values)
+            elif (verdict := await _unless(left, _verdict(gate, question, values))) is not None:
                 note = _note(gate, question, verdict)
                 if self._policy == "block" and (verdict.flagged or verdict.decision == "block"):
                     stop.set()
@@ -195,6 +195,18 @@ async def _verdict(gate: Gate, question: Question, values: tuple[float, ...]) ->
         raise Unavailable("The guard cannot give a verdict on this chat.") from None
 
 
+async def _unless(left: asyncio.Event, work: Coroutine[Any, Any, Verdict]) -> Verdict | None:
+    """What some work gives; None if the client leaves before, and the work is stopped."""
+    task, gone = asyncio.ensure_future(work), asyncio.create_task(left.wait())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.wait({task})
+
+
 def _note(gate: Gate, question: Question, verdict: Verdict) -> dict[str, Any]:
     known = dict(flagged=verdict.flagged, score=verdict.score, probability=verdict.probability)
     more = dict(beliefs=verdict.beliefs, decision=verdict.decision, quadrant=verdict.quadrant)
@@ -228,17 +240,23 @@ def _resized(scope: Any, length: int) -> Any:
     return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 
-def _feed(body: bytes, receive: Receive, stop: asyncio.Event) -> Receive:
-    """The body, and then silence until the client leaves or the guard stops the chat."""
-    left = [body]
+def _feed(body: bytes, receive: Receive, stop: asyncio.Event, left: asyncio.Event) -> Receive:
+    """The body, and then silence until the client leaves or the guard stops the chat.
+
+    Tells by ``left`` that it is the client.
+    """
+    ready = [body]
 
     async def feed() -> Message:
-        if left:
-            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        if ready:
+            return {"type": "http.request", "body": ready.pop(), "more_body": False}
         gone, halt = asyncio.ensure_future(receive()), asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({gone, halt}, return_when=asyncio.FIRST_COMPLETED)
-            return gone.result() if gone.done() else {"type": "http.disconnect"}
+            if not gone.done():
+                return {"type": "http.disconnect"}
+            left.set()  # the body was read: nothing else can come
+            return gone.result()
         finally:
             gone.cancel()
             halt.cancel()
