@@ -160,10 +160,12 @@ def drawn(rows: list[Prompt], count: int) -> list[Prompt]:
 def capture(model: ChatModel, name: str, rows: list[Prompt], cache: Path) -> States:
     """All layers, wherever a rule reads."""
     path = cache / f"{name.replace(' ', '_')}.safetensors"
-    if not path.exists():
-        positions = dict.fromkeys([*Reading.of("span", model.post).positions, "mean", "post"])
-        States.collect(model.capture(rows, positions=tuple(positions))).save(path)
-    return States.load(path)
+    positions = dict.fromkeys([*Reading.of("span", model.post).positions, "mean", "post"])
+    states = States.load(path) if path.exists() else None
+    if states is None or not set(positions) <= set(states.positions):
+        states = States.collect(model.capture(rows, positions=tuple(positions)))
+        states.save(path)
+    return states
 
 
 def finish(

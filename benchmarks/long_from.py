@@ -85,9 +85,7 @@ def asked(model: ChatModel, folder: Path) -> dict[str, list[Prompt]]:
     )
     sets = {case.name: list(case.variants[0]) for case in found}
     plain = {"built-in traffic, test": load_traffic("test")}
-    plain |= {
-        n: read_prompts(folder / f"{n}.jsonl") for n in ("alpaca_harmless", "openai_moderation")
-    }
+    plain |= {n: read_prompts(folder / f"{n}.jsonl") for n in PUBLIC}
     return sets | {name: drawn(prompts) for name, prompts in plain.items()}
 
 

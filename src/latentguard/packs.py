@@ -104,8 +104,8 @@ def against() -> list[Prompt]:
 
 def halves(harmless: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """Which of the user's harmless prompts a pack is held against, and which calibrate."""
-    ranked = sorted({p.text: replace(p, harmful=False) for p in harmless}.values(), key=_digest)
-    return ranked[::2], ranked[1::2]
+    ranked = sorted({_digest(p): replace(p, harmful=False) for p in harmless}.items())
+    return [p for _, p in ranked[::2]], [p for _, p in ranked[1::2]]
 
 
 def capture(
@@ -154,9 +154,10 @@ def recalibrated(
     )
     if not long:
         return guard
-    kept = _kept_by_windows(guard)
-    how = dict(max_fpr=kept.max_fpr, confidence=kept.confidence, progress=progress)
-    return calibrate_windows(backend, guard, long, **how)  # type: ignore[arg-type]
+    max_fpr, sure = _kept_by_windows(guard)
+    return calibrate_windows(
+        backend, guard, long, max_fpr=max_fpr, confidence=sure, progress=progress
+    )
 
 
 def _long(guard: LatentGuard, calm: Sequence[Prompt]) -> Sequence[Prompt]:
@@ -169,24 +170,24 @@ def _long(guard: LatentGuard, calm: Sequence[Prompt]) -> Sequence[Prompt]:
     before = (windows.fitted or {}).get("calibration_sha256") if windows else None
     if windows is None or before is None:
         return []
-    kept = _kept_by_windows(guard)
-    needed = smallest_n(kept.max_fpr, kept.confidence)
+    needed = smallest_n(*_kept_by_windows(guard))
     if len(given := [p for p in calm if windows.needed(p)]) >= needed:
         return given
     built_in = harmless_texts("validation", CALIBRATION, windows.over)
-    if before == digest_prompts(built_in):
+    if before == digest_prompts(built_in) and len(built_in) >= needed:
         return built_in
     raise GuardError(
-        f"The threshold for long prompts and chats was set on prompts other than the built-in "
-        f"ones: it needs {needed} harmless ones like them to calibrate on; found {len(given)}. "
-        "Give more with --harmless."
+        f"The threshold for long prompts and chats was set on others than this version's built-in "
+        f"ones: it needs {needed} harmless ones like them to calibrate on; found {len(given)}, "
+        "the half that the pack is held against not counted. Give more with --harmless."
     )
 
 
-def _kept_by_windows(guard: LatentGuard) -> Bound:
-    """The rate that a guard's windows keep; on another model, that of the guard."""
+def _kept_by_windows(guard: LatentGuard) -> tuple[float, float]:
+    """The rate that a guard's windows keep, and how surely; on another model, too."""
     windows = guard.part(Windows)
-    return (windows.bound if windows else None) or _promise(guard)
+    fitted, bound = (windows.fitted or {}) if windows else {}, _promise(guard)
+    return fitted.get("max_fpr", bound.max_fpr), fitted.get("confidence", bound.confidence)
 
 
 def _built_in(guard: LatentGuard) -> list[Prompt]:
@@ -240,4 +241,5 @@ def _short(guard: LatentGuard, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _digest(prompt: Prompt) -> str:
-    return hashlib.sha256(prompt.text.encode()).hexdigest()
+    said = [prompt.text, *(part for m in prompt.history for part in (m.role, m.content))]
+    return hashlib.sha256("\0".join(said).encode()).hexdigest()

@@ -27,7 +27,7 @@ NORMING, CALIBRATION = 24, 100
 """Documents, and as many chats, that the norms and the threshold are taken from."""
 
 LONGEST = 3600
-"""Characters of the longest document, about; at least four times those of the shortest."""
+"""Characters of the longest document, about; at least twice those of the shortest."""
 
 
 def fit_windows(
@@ -79,7 +79,8 @@ def calibrate_windows(
         if progress is not None:
             progress(1)
     bound = threshold_for_fpr(scores, max_fpr, confidence)
-    fitted = {**(windows.fitted or {}), "calibration_sha256": digest_prompts(prompts)}
+    how = dict(max_fpr=max_fpr, confidence=confidence, calibration_sha256=digest_prompts(prompts))
+    fitted = {**(windows.fitted or {}), **how}
     return guard.with_part(replace(windows, threshold=bound.threshold, bound=bound, fitted=fitted))
 
 
@@ -103,7 +104,7 @@ def harmless_texts(split: Split, count: int, shortest: int = OVER) -> list[Promp
     """
     said = [p.text for p in load_traffic(split) if not p.harmful]
     draw, texts = random.Random(f"{split} texts"), []
-    times = max(LONGEST / shortest, 4)
+    times = max(LONGEST / shortest, 2)
     for number in range(count):
         size = round(shortest * times ** draw.random())
         seed = f"{split} {number}"
@@ -135,7 +136,7 @@ def _chat(said: Sequence[str], name: str) -> Prompt:
 
 
 def _read(backend: Backend, guard: LatentGuard, prompt: Prompt) -> tuple[list[Piece], list[float]]:
-    """The pieces of a prompt and the guard's own scores, that of the whole first."""
+    """The pieces of a prompt and the guard's scores, that of the whole first."""
     pieces = windows_of(guard).pieces(prompt)
     return pieces, guard.read_pieces(backend, prompt, pieces)[1]
 

@@ -1,7 +1,7 @@
 """Windows: how a guard reads long prompts and chats, where evidence may lie anywhere.
 
 What the user says is cut into pieces, sentences and lines of up to ``size`` characters of one
-paragraph, and each is scored as a prompt of its own, by the guard's own readout; so is the whole.
+paragraph, and each is scored as a prompt of its own, as the guard scores any; so is the whole.
 Both are put on one scale, on which harmless material has mean 0 and standard deviation 1 whatever
 its size: a longer text has more pieces, and so a higher maximum. The greatest of all is held
 against one threshold, so that the stated rate is that of both readings together.

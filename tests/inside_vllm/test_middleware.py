@@ -273,8 +273,9 @@ class Left(Hidden):
         self.stopped = (await receive())["type"] == "http.disconnect"
 
 
-def test_a_client_that_leaves_stops_what_was_begun_for_it(monkeypatch):
-    server, begun, stopped, sent = Left(), [], [], []
+@pytest.mark.parametrize("server", [Left(), Hidden()], ids=["at work", "done with its reply"])
+def test_a_client_that_leaves_stops_what_was_begun_for_it(monkeypatch, server):
+    begun, stopped, sent = [], [], []
 
     async def opened(state):
         gate = Gate(tiny_guard(), tiny_model().tokenizer)
@@ -310,7 +311,7 @@ def test_a_client_that_leaves_stops_what_was_begun_for_it(monkeypatch):
 
     asyncio.run(go())
     assert begun == stopped == [passed()]
-    assert server.stopped
+    assert server.stopped == isinstance(server, Left)
     assert sent == []
 
 

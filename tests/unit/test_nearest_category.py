@@ -15,7 +15,7 @@ from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.hazards import HAZARDS, MODERATION, OTHER, moderation_names
 from latentguard.metrics import auroc
-from latentguard.prompts import Prompt
+from latentguard.prompts import Message, Prompt
 from latentguard.window_fitting import calibrate_windows, fit_windows, harmless_texts
 from latentguard.windows import Windows
 
@@ -256,6 +256,9 @@ def test_what_is_fitted_never_calibrates():
     assert not {p.text for p in like} & {p.text for p in calm}
     assert (len(like), len(calm)) == (51, 50)
     assert packs.halves(harmless(101)[::-1]) == (like, calm)
+    said = [(Message("user", f"Tell me {n}"), Message("assistant", "So.")) for n in range(10)]
+    chats = [Prompt("Thanks, go on.", history=history) for history in said]
+    assert sorted(map(len, packs.halves([*chats, *chats]))) == [5, 5]
     assert len(packs.against()) == packs.AGAINST
 
 
@@ -294,6 +297,14 @@ class TestLongPrompts:
         assert np.mean([v.flagged for v in pack.scan(backend, calm)]) < 0.1
         gone = packs.remove(pack, backend, "novel", harmless(400, 7000))
         assert gone.part(Windows).threshold == old.threshold
+
+    def test_on_another_model_the_rates_are_those_of_before(self, backend, calibrated):
+        strict = calibrated.calibrate(backend, harmless(400), max_fpr=0.01)
+        other = Kinds(shift=0.01)
+        moved = fit_windows(backend, strict).rebind(other)
+        assert moved.part(Windows).bound is None
+        pack = packs.add(moved, other, "novel", novel(30), harmless(800, 6000))
+        assert (pack.bound.max_fpr, pack.part(Windows).bound.max_fpr) == (0.01, 0.05)
 
     def test_long_prompts_of_ones_own(self, backend, long):
         mine = calibrate_windows(backend, long, self.own(100), max_fpr=0.05)

@@ -76,6 +76,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
             help="With --long: characters over which a prompt is long; 500, or 150 to look into "
             "role play and other wrappers, too.",
             min=1,
+            max=4000,
         ),
     ] = None,
     text_column: TextColumn = "text",
@@ -113,13 +114,14 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
             readout=readout,  # type: ignore[arg-type]
             progress=bar.advance,
         )
+    guard.save(out)
     if long:
         from latentguard.window_fitting import fit_windows
         from latentguard.windows import OVER
 
         with progress("windows") as bar:
             guard = fit_windows(backend, guard, over=long_from or OVER, progress=bar.advance)
-    guard.save(out)
+        guard.save(out)
     note(f"Guard written to {out}. Next: latentguard calibrate {out} --harmless FILE")
 
 

@@ -94,8 +94,9 @@ class GuardMiddleware:
         relay, stop, left = Relay(send), asyncio.Event(), asyncio.Event()
         sent = json.dumps(body).encode()
         inner = asyncio.create_task(
-            self._app(_resized(scope, len(sent)), _feed(sent, receive, stop, left), relay.take)
+            self._app(_resized(scope, len(sent)), _feed(sent, stop, left), relay.take)
         )
+        client = asyncio.create_task(_watch(receive, left))
         try:
             await asyncio.wait({inner, question.answer}, return_when=asyncio.FIRST_COMPLETED)
             gate.collect()
@@ -113,6 +114,7 @@ class GuardMiddleware:
             await inner
         finally:
             stop.set()
+            client.cancel()
             gate.forget(question)
             if not inner.done():
                 await asyncio.wait({inner}, timeout=5)
@@ -240,25 +242,26 @@ def _resized(scope: Any, length: int) -> Any:
     return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 
-def _feed(body: bytes, receive: Receive, stop: asyncio.Event, left: asyncio.Event) -> Receive:
-    """The body, and then silence until the client leaves or the guard stops the chat.
+async def _watch(receive: Receive, left: asyncio.Event) -> None:
+    """Say when the client leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    left.set()
 
-    Tells by ``left`` that it is the client.
-    """
+
+def _feed(body: bytes, *ends: asyncio.Event) -> Receive:
+    """The body, and then silence until the client leaves or the guard stops the chat."""
     ready = [body]
 
     async def feed() -> Message:
         if ready:
             return {"type": "http.request", "body": ready.pop(), "more_body": False}
-        gone, halt = asyncio.ensure_future(receive()), asyncio.create_task(stop.wait())
+        waiting = [asyncio.create_task(end.wait()) for end in ends]
         try:
-            await asyncio.wait({gone, halt}, return_when=asyncio.FIRST_COMPLETED)
-            if not gone.done():
-                return {"type": "http.disconnect"}
-            left.set()  # the body was read: nothing else can come
-            return gone.result()
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            return {"type": "http.disconnect"}
         finally:
-            gone.cancel()
-            halt.cancel()
+            for task in waiting:
+                task.cancel()
 
     return feed
