@@ -3,8 +3,9 @@
 ``t_inst`` and ``t_post`` are the paper's. ``post+k`` is the k-th token after the instruction.
 ``sealed`` is t_inst after the instruction's ending is made uniform, so that its last character
 cannot leak the label. ``span`` is t_inst and every token after it, read together. ``pooled`` is
-t_inst and two means: ``post`` over the tokens after the instruction, where the model sums up what
-it was asked, and ``mean`` over the instruction's own, so that evidence far from its end counts.
+t_inst, t_post and two means: ``post`` over the tokens after the instruction, where the model sums
+up what it was asked, and ``mean`` over the instruction's own, so that evidence far from its end
+counts.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Reading:
         known: dict[str, tuple[str, ...]] = {"t_inst": ("t_inst",), "t_post": ("t_post",)}
         known["sealed"] = ("t_inst",)
         known["span"] = ("t_inst", *(f"post+{k}" for k in range(1, post)), "t_post")
-        known["pooled"] = ("t_inst", "post", "mean")
+        known["pooled"] = ("t_inst", "post", "t_post", "mean")
         known |= {f"post+{k}": (f"post+{k}",) for k in range(1, post + 1)}
         if name not in known:
             raise GuardError(

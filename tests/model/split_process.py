@@ -26,7 +26,7 @@ PROMPTS = load_contrast("validation")[:24]
 
 def states(model):
     """At every layer, in batches of several lengths."""
-    positions = ("t_inst", "post", "mean")
+    positions = ("t_inst", "post", "t_post", "mean")
     return States.collect(model.capture(PROMPTS, positions=positions))
 
 

@@ -75,7 +75,7 @@ class TestFit:
 
     def test_from_states_that_were_captured_already(self, guard, backend):
         reading = Reading.of("pooled", backend.post)
-        batches = backend.capture(labelled(80), positions=("t_inst", "t_post", "post", "mean"))
+        batches = backend.capture(labelled(80), positions=("t_inst", "post", "t_post", "mean"))
         again = LatentGuard.from_states(backend, States.collect(batches), reading)
         assert again.digest == guard.digest
 

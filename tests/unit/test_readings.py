@@ -18,7 +18,7 @@ class TestNames:
             ("post+1", ("post+1",)),
             ("post+3", ("post+3",)),
             ("sealed", ("t_inst",)),
-            ("pooled", ("t_inst", "post", "mean")),
+            ("pooled", ("t_inst", "post", "t_post", "mean")),
             ("span", ("t_inst", "post+1", "post+2", "t_post")),
         ],
     )

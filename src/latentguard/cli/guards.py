@@ -61,7 +61,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     reading: Annotated[
         str,
         typer.Option(
-            help="pooled (t_inst, means around it), t_inst, t_post, post+K, sealed, span."
+            help="pooled (t_inst, t_post, two means), t_inst, t_post, post+K, sealed, span."
         ),
     ] = "pooled",
     readout: Annotated[
