@@ -48,6 +48,13 @@ class TestEveryArchitecture:
         assert spread[:, 1:].min() > 0.02  # the prompts do differ, at each position and layer
         assert_same(states.values[:, :, :DEPTH], reference)
 
+    def test_post_is_the_mean_of_what_comes_after_the_instruction(self, architecture, tokenizer):
+        model = chat_model(architecture, tokenizer)
+        each = tuple(f"post+{k}" for k in range(1, model.post + 1))
+        states = captured(model, positions=(*each, "post"))
+        assert len(each) > 1
+        assert_same(states.values[:, -1], states.values[:, :-1].float().mean(1))
+
     def test_the_last_layer_is_before_the_final_norm(self, architecture, tokenizer):
         model = chat_model(architecture, tokenizer)
         states = captured(model, PROMPTS[:2], layers=[DEPTH], positions=POINTS)

@@ -278,6 +278,12 @@ class TestPositions:
         assert [self.LAYOUT.index(f"post+{k}") for k in (1, 4)] == [8, 11]
         assert (self.LAYOUT.index("t_inst"), self.LAYOUT.index("t_post")) == (7, 11)
 
+    def test_means(self):
+        ends = [(self.LAYOUT.start(p), self.LAYOUT.index(p)) for p in ("mean", "post")]
+        assert ends == [(5, 7), (8, 11)]
+        bare = Layout(self.LAYOUT.ids[:8], 7, self.LAYOUT.spans)  # nothing comes after
+        assert (bare.start("post"), bare.index("post")) == (7, 7)
+
     @pytest.mark.parametrize(
         "position",
         ["inst-8", "inst-99", "inst-", "inst--1", "inst+1", "inst-1.0", "inst-1 ", "post+0", ""],
