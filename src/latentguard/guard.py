@@ -84,10 +84,13 @@ class LatentGuard(Contents):
             guard = guard.with_part(Quadrants())
         if readout == "linear":  # the paper's guard reads what is served, and nothing else
             guard = guard.with_part(Disguises())
-        texts = canary_prompts()
-        scores = [v.score for v in guard.scan(backend, texts)]
-        canaries = tuple(Canary(p.text, s) for p, s in zip(texts, scores, strict=True))
-        return replace(guard, canaries=canaries)
+        return guard.with_canaries(backend, [p.text for p in canary_prompts()])
+
+    def with_canaries(self, backend: Backend, texts: Sequence[str] = ()) -> LatentGuard:
+        """The same guard, these canaries or its own scored as it scores now."""
+        texts = texts or [canary.text for canary in self.canaries]
+        scores = [verdict.score for verdict in self.scan(backend, texts)]
+        return replace(self, canaries=tuple(map(Canary, texts, scores)))
 
     def calibrate(
         self,
@@ -257,9 +260,7 @@ class LatentGuard(Contents):
         there = replace(
             self, fingerprint=backend.fingerprint, bound=None, fitted=record, parts=parts
         )
-        verdicts = there.scan(backend, [canary.text for canary in self.canaries])
-        scored = (replace(c, score=v.score) for c, v in zip(self.canaries, verdicts, strict=True))
-        return replace(there, canaries=tuple(scored))
+        return there.with_canaries(backend)
 
     @staticmethod
     def load(

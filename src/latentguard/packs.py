@@ -140,10 +140,8 @@ def recalibrated(
 ) -> LatentGuard:
     """A new guard: canaries scored anew, and thresholds for the rates that it promised before."""
     rate, long = _promise(guard), _long(guard, calm)
-    verdicts = guard.scan(backend, [canary.text for canary in guard.canaries])
-    scored = [replace(c, score=v.score) for c, v in zip(guard.canaries, verdicts, strict=True)]
     part = guard.part(Calibration)
-    guard = replace(guard, canaries=tuple(scored)).calibrate(
+    guard = guard.with_canaries(backend).calibrate(
         backend,
         calm,
         max_fpr=rate.max_fpr,

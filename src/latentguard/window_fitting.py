@@ -81,7 +81,8 @@ def calibrate_windows(
     bound = threshold_for_fpr(scores, max_fpr, confidence)
     how = dict(max_fpr=max_fpr, confidence=confidence, calibration_sha256=digest_prompts(prompts))
     fitted = {**(windows.fitted or {}), **how}
-    return guard.with_part(replace(windows, threshold=bound.threshold, bound=bound, fitted=fitted))
+    windows = replace(windows, threshold=bound.threshold, bound=bound, fitted=fitted)
+    return guard.with_part(windows).with_canaries(backend)  # those that are long move with it
 
 
 def windows_of(guard: LatentGuard) -> Windows:

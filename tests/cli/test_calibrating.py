@@ -126,6 +126,17 @@ class TestCalibrate:
         assert "n = 160 " in out
         assert LatentGuard.load(guard).part(Windows).threshold == 2.5
 
+    def test_the_built_in_prompts_leave_it_to_what_fit_picked_it_on(self, lg, guard, monkeypatch):
+        texts = [f"Tell me the kind thing number {n}" for n in range(100)]
+        long = [f"{n}. " + "Tell me the kind thing. " * 9 for n in range(70)]
+        said = [Prompt(text, harmful=False) for text in texts + long]
+        monkeypatch.setattr("latentguard.cli.calibration.load_traffic", lambda split: said)
+        LatentGuard.load(guard).with_part(Windows(threshold=2.5, over=150)).save(guard)
+        code, out, err = lg("calibrate", guard)
+        assert (code, "stays as it was" in err) == (0, False), err
+        assert "n = 100 " in out
+        assert LatentGuard.load(guard).part(Windows).threshold == 2.5
+
     def test_the_slice_is_read_when_scoring(self, lg, guard, files):
         words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--slice-column", "language"]
         assert lg("calibrate", guard, *words)[0] == 0

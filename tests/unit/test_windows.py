@@ -219,6 +219,12 @@ class TestFitting:
         assert fitted.part(Windows).over == 150
         assert fitted.part(Windows).bound.n == 2 * CALIBRATION
 
+    def test_canaries_that_are_long_are_scored_as_long(self, backend, guard, tmp_path):
+        fitted = fit_windows(backend, replace(guard, parts=()), over=90)
+        assert 0 < sum(len(canary.text) > 90 for canary in fitted.canaries) < 8
+        fitted.save(tmp_path / "g")
+        assert LatentGuard.load(tmp_path / "g", backend).digest == fitted.digest
+
     def test_calibration_keeps_the_rate_of_both_readings_together(self, backend, guard):
         harmless = [Prompt(f"{n} words. " * 8, id=str(n)) for n in range(150)]
         done = calibrate_windows(backend, guard, harmless, max_fpr=0.05)

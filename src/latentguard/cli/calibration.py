@@ -49,8 +49,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
 
     Rows with a column 'refused' (see 'latentguard label') calibrate the quadrants of a guard that
     has a refusal axis. A guard that was fitted with --long has a second threshold, for long prompts
-    and chats: it is set from those in HARMLESS if there are any. With --harmful,
-    GUARD/calibration/report.html shows how reliable probabilities are.
+    and chats: fit picks it on built-in texts, and those in HARMLESS move it, if there are any.
+    With --harmful, GUARD/calibration/report.html shows how reliable probabilities are.
     """
     from latentguard.calibration_report import calibration_report
 
@@ -71,7 +71,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
             slice_column=slice_column,
             progress=bar.advance,
         )
-    calm = [p for p in prompts if not p.harmful]
+    calm = [p for p in prompts if not p.harmful] if harmless else []
     calibrated = calibrated_long(calibrated, backend, calm, rate, confidence)
     calibrated.save(guard)
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
