@@ -5,7 +5,7 @@
 The default guard (fitted and calibrated into W/plain if it is not there) without windows, with the
 default ones, and with windows that read prompts of more than 150 characters by pieces. Each meets
 the suite's wrappers, double requests and imitated turns, and prompts over 150 characters as they
-are: built-in traffic's test split, Alpaca and the moderation set of DIR (none of them seen before).
+are: built-in traffic's test split and the moderation set of DIR (neither was seen before).
 Scores are kept in W, so a killed run goes on.
 """
 
@@ -37,7 +37,7 @@ from latentguard.verdicts import score_to_file
 from latentguard.window_fitting import fit_windows
 
 FAMILIES = ("wrappers", "two requests", "template imitation")
-PUBLIC = ("alpaca_harmless", "openai_moderation")
+PUBLIC = ("openai_moderation",)
 FROM = (500, 150)
 SHORTEST, LONGEST, ROWS = 150, 1500, 200
 """Characters of the prompts that are asked as they are, and how many of a set."""

@@ -73,8 +73,8 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     long_from: Annotated[
         int | None,
         typer.Option(
-            help="With --long: characters over which a prompt is long; 500, or 150 to look into "
-            "role play and other wrappers, too.",
+            help="With --long: characters over which a prompt is long; 500. Fewer find more in "
+            "some wrappers, cost more and flag less elsewhere (docs/long-input.md).",
             min=1,
             max=4000,
         ),
