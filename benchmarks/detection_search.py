@@ -75,7 +75,13 @@ def main() -> None:
 
 def variants() -> dict[str, Fit]:
     """Name -> how a readout is fitted."""
-    known: dict[str, Fit] = {START: chosen(STARTED), "the default": chosen(Reading.of(DEFAULT, 0))}
+    now, instead = Reading.of(DEFAULT, 0), Reading("instead", ("t_inst", "post", "mean"))
+    known: dict[str, Fit] = {START: chosen(STARTED), "the default": chosen(now)}
+    known["post in the place of t_post"] = chosen(instead)
+    for source, said in {"paper": "AdvBench and Alpaca", "pairs": "the form-matched set"}.items():
+        known |= {f"the start, from {said}": chosen(STARTED, source)}
+        known |= {f"post in the place of t_post, from {said}": chosen(instead, source)}
+        known |= {f"the default, from {said}": chosen(now, source)}
     known |= {f"penalty {s:g}": linear(solve=ridge(s)) for s in (0.1, 1, 3, 10, 30, 100)}
     known |= {f"read at {p} alone": linear(positions=(p,)) for p in STARTED.positions}
     known |= {"read at every token after the instruction, too": linear(positions=())}
@@ -94,11 +100,11 @@ def variants() -> dict[str, Fit]:
     return known | {"fitted on traffic, AdvBench, Alpaca": linear(sources=("traffic", "paper"))}
 
 
-def chosen(reading: Reading) -> Fit:
-    """What ``latentguard fit`` does with a reading."""
+def chosen(reading: Reading, source: str = "traffic") -> Fit:
+    """What ``latentguard fit`` does with a reading and a training set."""
 
     def fit(cache: Path) -> Score:
-        states = States.load(cache / "traffic.safetensors")
+        states = States.load(cache / f"{source}.safetensors")
         readout = fit_readout(states, reading, "linear", max(states.layers)).readout
         return scorer(readout, reading.positions)
 

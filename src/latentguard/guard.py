@@ -120,8 +120,8 @@ class LatentGuard(Contents):
         Raises:
             GuardError: if there are too few prompts for a rate; says how many are needed.
         """
-        windows, rates = self.part(Windows), Rates(max_fpr, review_fpr, confidence)
-        known = [p for p in prompts if not (windows and windows.needed(p))]
+        rates = Rates(max_fpr, review_fpr, confidence)
+        known = [p for p in prompts if not self.reads_pieces(p)]
         self.require_match(backend.fingerprint)
         calibrating.require_enough(known, rates)
         verdicts = list(self.scan(backend, known, progress=progress))

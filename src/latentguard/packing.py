@@ -23,6 +23,7 @@ from latentguard.disguises import Disguises
 from latentguard.errors import GuardError
 from latentguard.metrics import Bound
 from latentguard.parts import Part
+from latentguard.prompts import Prompt
 from latentguard.quadrants import Quadrants
 from latentguard.readings import Reading
 from latentguard.readouts import Readout
@@ -80,6 +81,11 @@ class Contents:
         """A new guard with this part, instead of the one of its class."""
         parts = [part for part in self.parts if type(part) is not type(new)] + [new]
         return replace(self, parts=tuple(sorted(parts, key=lambda part: PARTS.index(type(part)))))
+
+    def reads_pieces(self, prompt: Prompt) -> bool:
+        """Whether it has windows, and they read this prompt: it is long, or a chat."""
+        windows = self.part(Windows)
+        return windows is not None and windows.needed(prompt)
 
     @property
     def positions(self) -> tuple[str, ...]:

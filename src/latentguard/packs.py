@@ -22,7 +22,7 @@ from latentguard.guard import LatentGuard
 from latentguard.metrics import Bound, smallest_n
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, States, digest_prompts
-from latentguard.window_fitting import CALIBRATION, calibrate_windows, harmless_texts
+from latentguard.window_fitting import CALIBRATION, calibrate_windows, harmless_texts, windows_of
 from latentguard.windows import Windows
 
 AGAINST = 200
@@ -65,9 +65,7 @@ def add(
             f"found {len(unique)}."
         )
     like, calm = halves(harmless) if harmless else ([], _built_in(guard))
-    which = "half of those given" if harmless else "the built-in ones"
-    _require_enough(_short(guard, calm), rate, which)
-    _long(guard, calm)
+    _require_enough(guard, rate, calm, "half of those given" if harmless else "the built-in ones")
     states = capture(guard, backend, [*unique, *against(), *like], progress)
     return recalibrated(with_pack(guard, name, states), backend, calm, progress)
 
@@ -90,9 +88,7 @@ def remove(
         known = ", ".join(categories.packs) or "none"
         raise GuardError(f"The guard has no pack '{name}'; it has: {known}.")
     calm = list(harmless) or _built_in(guard)
-    which = "those given" if harmless else "the built-in ones"
-    _require_enough(_short(guard, calm), rate, which)
-    _long(guard, calm)
+    _require_enough(guard, rate, calm, "those given" if harmless else "the built-in ones")
     return recalibrated(guard.with_part(categories.without(name)), backend, calm, progress)
 
 
@@ -165,26 +161,24 @@ def _long(guard: LatentGuard, calm: Sequence[Prompt]) -> Sequence[Prompt]:
         GuardError: if it was picked on other prompts than built-in ones, and too few are given.
     """
     windows = guard.part(Windows)
-    before = (windows.fitted or {}).get("calibration_sha256") if windows else None
-    if windows is None or before is None:
+    if windows is None or "calibration_sha256" not in (fitted := windows.fitted or {}):
         return []
     needed = smallest_n(*_kept_by_windows(guard))
-    if len(given := [p for p in calm if windows.needed(p)]) >= needed:
+    if len(given := [p for p in calm if guard.reads_pieces(p)]) >= needed:
         return given
     built_in = harmless_texts("validation", CALIBRATION, windows.over)
-    if before == digest_prompts(built_in) and len(built_in) >= needed:
+    if fitted["calibration_sha256"] == digest_prompts(built_in) and len(built_in) >= needed:
         return built_in
     raise GuardError(
         f"The threshold for long prompts and chats was set on others than this version's built-in "
-        f"ones: it needs {needed} harmless ones like them to calibrate on; found {len(given)}, "
-        "the half that the pack is held against not counted. Give more with --harmless."
+        f"ones: it needs {needed} harmless ones like them to calibrate on; found {len(given)} that "
+        "no pack is held against. Give more with --harmless."
     )
 
 
 def _kept_by_windows(guard: LatentGuard) -> tuple[float, float]:
     """The rate that a guard's windows keep, and how surely; on another model, too."""
-    windows = guard.part(Windows)
-    fitted, bound = (windows.fitted or {}) if windows else {}, _promise(guard)
+    fitted, bound = windows_of(guard).fitted or {}, _promise(guard)
     return fitted.get("max_fpr", bound.max_fpr), fitted.get("confidence", bound.confidence)
 
 
@@ -221,21 +215,21 @@ def _promise(guard: LatentGuard) -> Bound:
     return bound
 
 
-def _require_enough(calm: Sequence[Prompt], rate: Bound, which: str) -> None:
+def _require_enough(guard: LatentGuard, rate: Bound, calm: Sequence[Prompt], which: str) -> None:
     """Say so before the model reads any of them."""
-    needed = smallest_n(rate.max_fpr, rate.confidence)
-    if len(calm) < needed:
+    needed, found = smallest_n(rate.max_fpr, rate.confidence), len(_short(guard, calm))
+    if found < needed:
         raise GuardError(
             f"A false-positive rate of {rate.max_fpr:.2%} with {100 * rate.confidence:g}% "
-            f"confidence needs {needed} harmless prompts to calibrate on; found {len(calm)} "
+            f"confidence needs {needed} harmless prompts to calibrate on; found {found} "
             f"({which}). Give more with --harmless."
         )
+    _long(guard, calm)
 
 
 def _short(guard: LatentGuard, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Without those that the guard's windows read."""
-    windows = guard.part(Windows)
-    return [p for p in prompts if not (windows and windows.needed(p))]
+    return [p for p in prompts if not guard.reads_pieces(p)]
 
 
 def _digest(prompt: Prompt) -> str:

@@ -243,12 +243,6 @@ class TestFit:
         assert reason in fails("fit", "--model", model, "--out", tmp_path / "g", *words)
         assert not (tmp_path / "g").exists()
 
-    def test_what_is_long_is_said_of_windows_alone(self, lg, model, tmp_path):
-        code, _, err = lg("fit", "--model", model, "--out", tmp_path / "g", "--long-from", 150)
-        assert code == 2
-        assert "which prompts --long reads" in err
-        assert not (tmp_path / "g").exists()
-
     def test_no_such_model(self, fails, tmp_path):
         words = ["fit", "--contrast", "--model", tmp_path / "none", "--out", tmp_path / "g"]
         assert "could not be loaded as a chat model" in fails(*words)

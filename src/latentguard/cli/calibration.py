@@ -71,8 +71,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
             slice_column=slice_column,
             progress=bar.advance,
         )
-    calm = [p for p in prompts if not p.harmful] if harmless else []
-    calibrated = calibrated_long(calibrated, backend, calm, rate, confidence)
+    if harmless:  # the built-in ones are no traffic: windows keep what fit picked
+        calm = [p for p in prompts if not p.harmful]
+        calibrated = calibrated_long(calibrated, backend, calm, rate, confidence)
     calibrated.save(guard)
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
     for part in calibrated.parts:
@@ -113,10 +114,8 @@ def calibrated_long(
     """The guard with the threshold of its windows set from the long ones of the prompts."""
     from latentguard.metrics import smallest_n
     from latentguard.window_fitting import calibrate_windows
-    from latentguard.windows import Windows
 
-    windows = guard.part(Windows)
-    long = [p for p in prompts if windows and windows.needed(p)]
+    long = [p for p in prompts if guard.reads_pieces(p)]
     if not long:
         return guard
     if len(long) < (enough := smallest_n(rate, confidence)):

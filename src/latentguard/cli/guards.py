@@ -70,15 +70,6 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     long: Annotated[
         bool, typer.Option("--long", help="Also read long prompts and chats by windows.")
     ] = False,
-    long_from: Annotated[
-        int | None,
-        typer.Option(
-            help="With --long: characters over which a prompt is long; 500. Fewer find more in "
-            "some wrappers, cost more and flag less elsewhere (docs/long-input.md).",
-            min=1,
-            max=4000,
-        ),
-    ] = None,
     text_column: TextColumn = "text",
     dtype: Dtype = "auto",
     quantize: Annotated[
@@ -98,8 +89,6 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     from latentguard.audit import surface_warnings
     from latentguard.guard import LatentGuard
 
-    if long_from is not None and not long:
-        raise typer.BadParameter("it says which prompts --long reads", param_hint="--long-from")
     columns = Columns(text=text_column)
     sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
     prompts = sides + (load_traffic("train") if contrast or not sides else [])
@@ -114,14 +103,12 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
             readout=readout,  # type: ignore[arg-type]
             progress=bar.advance,
         )
-    guard.save(out)
     if long:
         from latentguard.window_fitting import fit_windows
-        from latentguard.windows import OVER
 
         with progress("windows") as bar:
-            guard = fit_windows(backend, guard, over=long_from or OVER, progress=bar.advance)
-        guard.save(out)
+            guard = fit_windows(backend, guard, progress=bar.advance)
+    guard.save(out)
     note(f"Guard written to {out}. Next: latentguard calibrate {out} --harmless FILE")
 
 

@@ -14,7 +14,6 @@ from latentguard.model.converse import Conversation, Sampling
 from latentguard.model.hf import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.serve.judging import Judgement, judge_all, judge_states
-from latentguard.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,8 @@ def _read_alone(guard: LatentGuard, prompt: Prompt) -> bool:
 
     Another text (``sealed``), what is disguised and what is long need passes of their own.
     """
-    windows = guard.part(Windows)
     return (
         guard.reading.prepare(prompt) == prompt
         and not beneath(prompt, guard.part(Disguises) is not None)
-        and not (windows and windows.needed(prompt))
+        and not guard.reads_pieces(prompt)
     )

@@ -1,6 +1,6 @@
 """From how many characters on pieces are read: what that finds in wrappers, and what it costs.
 
-    python benchmarks/long_from.py --model M --data-dir DIR --work W [--dtype D] [--out F.json]
+    python benchmarks/windows_over.py --model M --data-dir DIR --work W [--dtype D] [--out F.json]
 
 The default guard (fitted and calibrated into W/plain if it is not there) without windows, with the
 default ones, and with windows that read prompts of more than 150 characters by pieces. Each meets
@@ -15,7 +15,6 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,9 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from default_guard import default_guard
+from long_input import told
+from numpy.typing import ArrayLike
 
-from latentguard.audit import ngram_model
+from latentguard.audit import ngram_scores
 from latentguard.contrast import load_contrast, load_traffic
+from latentguard.experiments.detection import length_scores
 from latentguard.guard import LatentGuard
 from latentguard.metrics import auroc, estimate, proportion
 from latentguard.model.hf import ChatModel
@@ -37,7 +39,6 @@ from latentguard.verdicts import score_to_file
 from latentguard.window_fitting import fit_windows
 
 FAMILIES = ("wrappers", "two requests", "template imitation")
-PUBLIC = ("openai_moderation",)
 FROM = (500, 150)
 SHORTEST, LONGEST, ROWS = 150, 1500, 200
 """Characters of the prompts that are asked as they are, and how many of a set."""
@@ -50,10 +51,13 @@ def main() -> None:
     torch.set_num_threads(1)
     model = ChatModel.load(options.model, dtype=options.dtype)
     guards, sets = fitted(model, options.work), asked(model, options.data_dir)
-    words = n_grams(sets)
+    train = load_traffic("train")
     record = dict(model=Path(options.model).name, dtype=guards["none"].fingerprint.dtype)
     record["sets"] = {
-        name: {"n-grams": area(prompts, words[name]), "length": area(prompts, lengths(prompts))}
+        name: {
+            "n-grams": area(prompts, ngram_scores(train, prompts)),
+            "length": area(prompts, length_scores(prompts)),
+        }
         | {
             kind: figures(guard, model, prompts, options.work / f"{kind}-{name}.jsonl")
             for kind, guard in guards.items()
@@ -84,27 +88,14 @@ def asked(model: ChatModel, folder: Path) -> dict[str, list[Prompt]]:
         tuple(load_contrast("test")), BUDGETS["small"], room_of(model), only=list(FAMILIES)
     )
     sets = {case.name: list(case.variants[0]) for case in found}
-    plain = {"built-in traffic, test": load_traffic("test")}
-    plain |= {n: read_prompts(folder / f"{n}.jsonl") for n in PUBLIC}
-    return sets | {name: drawn(prompts) for name, prompts in plain.items()}
+    sets["built-in traffic, test"] = drawn(load_traffic("test"))
+    return sets | {"openai_moderation": drawn(read_prompts(folder / "openai_moderation.jsonl"))}
 
 
 def drawn(prompts: list[Prompt]) -> list[Prompt]:
     """Some of those that are neither short nor very long."""
     kept = [p for p in prompts if SHORTEST < len(p.text) <= LONGEST]
     return random.Random(0).sample(kept, min(ROWS, len(kept)))
-
-
-def n_grams(sets: Mapping[str, list[Prompt]]) -> dict[str, list[float]]:
-    """The n-gram baseline, fitted on what the guard is fitted on."""
-    train = load_traffic("train")
-    words = ngram_model().fit([p.text for p in train], [bool(p.harmful) for p in train])
-    return {n: words.decision_function([p.text for p in rows]).tolist() for n, rows in sets.items()}
-
-
-def lengths(prompts: list[Prompt]) -> list[float]:
-    """Characters."""
-    return [float(len(p.text)) for p in prompts]
 
 
 def figures(
@@ -117,19 +108,13 @@ def figures(
     found = {"AUROC": area(prompts, [row["score"] for row in rows])}
     for name, side in {"TPR": True, "FPR": False}.items():
         flags = [row["flagged"] for row, p in zip(rows, prompts, strict=True) if p.harmful is side]
-        found[name] = as_json(proportion(flags)) if flags else None
+        found[name] = told(proportion(flags))
     return found
 
 
-def area(prompts: list[Prompt], scores: list[float]) -> dict[str, Any] | None:
-    """AUROC, if there are both classes."""
-    labels = [bool(p.harmful) for p in prompts]
-    return as_json(estimate(auroc, labels, scores)) if 0 < sum(labels) < len(labels) else None
-
-
-def as_json(found: Any) -> dict[str, Any]:
-    """A figure as JSON."""
-    return dict(value=found.value, low=found.low, high=found.high, n=found.n)
+def area(prompts: list[Prompt], scores: ArrayLike) -> dict[str, Any]:
+    """AUROC with its interval."""
+    return told(estimate(auroc, [bool(p.harmful) for p in prompts], scores))
 
 
 def ratios(guards: dict[str, LatentGuard], model: ChatModel) -> dict[str, Any]:
@@ -145,8 +130,8 @@ def ratios(guards: dict[str, LatentGuard], model: ChatModel) -> dict[str, Any]:
         for name, times in found.items():
             times.append(spent[name] / spent["none"])
     share = {over: float(np.mean([len(p.text) > over for p in prompts])) for over in FROM}
-    told = {name: dict(median=median(times), all=sorted(times)) for name, times in found.items()}
-    return dict(n=len(prompts), share_longer=share, **told)
+    medians = {name: dict(median=median(times), all=sorted(times)) for name, times in found.items()}
+    return dict(n=len(prompts), share_longer=share, **medians)
 
 
 def arguments() -> argparse.Namespace:
