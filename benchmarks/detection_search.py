@@ -95,7 +95,6 @@ def variants() -> dict[str, Fit]:
     known |= {f"fitted on {one} of the traffic": part(n) for one, n in PARTS.items()}
     known |= {f"fitted on all but {kind} prompts": without(kind) for kind in KINDS}
     known |= {"fitted on pairs of the traffic alone": linear(kept=lambda p: bool(p.pair))}
-    known |= {"fitted on the contrast set": linear(sources=("pairs",))}
     known |= {"fitted on traffic and contrast set": linear(sources=("traffic", "pairs"))}
     return known | {"fitted on traffic, AdvBench, Alpaca": linear(sources=("traffic", "paper"))}
 
