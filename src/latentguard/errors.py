@@ -6,6 +6,7 @@
   x ModelError       a model cannot be found or loaded, or is of an unsupported kind
     + ModelMismatch  a guard meets another model than the one it was fitted on
   x GuardError       a guard cannot be fitted, calibrated, saved or loaded
+  x StudyError       the store or the judge model of a study fails
 
 Each message is one sentence or two: what was expected, what was found, what to do.
 """
@@ -33,3 +34,7 @@ class ModelMismatch(ModelError):
 
 class GuardError(LatentGuardError):
     """A guard cannot be fitted, calibrated, saved or loaded."""
+
+
+class StudyError(LatentGuardError):
+    """The store or the judge model of a study fails: the run stops, and goes on when run again."""

@@ -180,12 +180,13 @@ def matrix(
     caption: str,
 ) -> Figure:
     """A heat map of values between 0 and 1, [rows columns], such as cosines or flip rates."""
-    labels = [shorten(name, 24) for name in columns], [shorten(name, 24) for name in rows]
     plot = go.Figure(layout=dict(height=150 + 30 * len(rows)))
     grid = [list(row) for row in values]
     scale = dict(colorscale="Cividis", zmin=0, zmax=1, texttemplate="%{z:.2f}")
-    plot.add_heatmap(z=grid, x=labels[0], y=labels[1], **scale)
-    plot.update_yaxes(autorange="reversed")
+    pointed = [[f"{row}, {column}" for column in columns] for row in rows]
+    plot.add_heatmap(z=grid, hovertext=pointed, hoverinfo="text+z", **scale)
+    plot.update_xaxes(_named(columns, 24))
+    plot.update_yaxes(_named(rows, 24), autorange="reversed")
     return Figure(title, plot, caption)
 
 
@@ -199,14 +200,13 @@ def dots(
 ) -> Figure:
     """Points with their intervals, a line for each name, the first on top; a mark each series."""
     plot = go.Figure(layout=dict(xaxis_title=x, height=150 + 30 * len(names)))
-    labels = [shorten(name, 24) for name in names]
     for (name, estimates), (colour, symbol) in zip(series.items(), cycle(MARKS), strict=False):
         value, low, high = map(np.array, curve(estimates))
         bars = dict(type="data", array=(high - value).tolist(), arrayminus=(value - low).tolist())
         marker = dict(color=colour, symbol=symbol, size=9)
-        points = dict(x=value.tolist(), y=labels, error_x=bars, marker=marker)
+        points = dict(x=value.tolist(), y=list(range(len(names))), error_x=bars, marker=marker)
         plot.add_scatter(**points, name=name, mode="markers")
-    plot.update_yaxes(autorange="reversed")
+    plot.update_yaxes(_named(names, 24), autorange="reversed")
     return Figure(title, plot, caption)
 
 
@@ -229,11 +229,15 @@ def bars(
         hovertext=list(names),
         hoverinfo="x+text",
     )
-    labels = [shorten(name) for name in names]
-    plot.update_yaxes(autorange="reversed", tickvals=list(range(len(names))), ticktext=labels)
+    plot.update_yaxes(_named(names, 48), autorange="reversed")
     return Figure(title, plot, caption)
 
 
-def shorten(text: str, most: int = 48) -> str:
+def _named(names: Sequence[str], most: int) -> dict[str, list[int] | list[str]]:
+    """Ticks at places: names that are cut short may be the same, their places are not."""
+    return dict(tickvals=list(range(len(names))), ticktext=[shorten(n, most) for n in names])
+
+
+def shorten(text: str, most: int) -> str:
     """A label that leaves room for its bar."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -96,11 +96,16 @@ class Report:
         return [p for section in self.sections for p in section.parts if isinstance(p, Figure)]
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``report.html``, ``report.json`` and ``tables/*.csv``; returns the folder."""
+        """Write ``report.html``, ``report.json`` and ``tables/*.csv``; returns the folder.
+
+        An earlier report in the folder is replaced, its tables too.
+        """
         folder = Path(folder)
         (folder / "tables").mkdir(parents=True, exist_ok=True)
-        for name, table in zip(numbered([t.title for t in self.tables]), self.tables, strict=True):
-            write_text(folder / "tables" / f"{name}.csv", table.csv())
+        names = [f"{name}.csv" for name in numbered([t.title for t in self.tables])]
+        for name, table in zip(names, self.tables, strict=True):
+            write_text(folder / "tables" / name, table.csv())
+        remove_others(folder / "tables", ("csv",), names)
         write_text(folder / "report.json", json.dumps(self.as_dict(), indent=1, allow_nan=False))
         write_text(folder / "report.html", self.html())
         return folder
@@ -123,6 +128,13 @@ class Report:
         environment.tests["table"] = lambda part: isinstance(part, Table)
         page = environment.get_template("report.html")
         return page.render(report=self, plotly=get_plotlyjs(), meta=json.dumps(self.meta, indent=1))
+
+
+def remove_others(folder: Path, kinds: Collection[str], keep: Collection[str]) -> None:
+    """Remove what an earlier report left in a folder: files of some kinds, but for some names."""
+    for path in folder.iterdir():
+        if path.suffix[1:] in kinds and path.name not in keep:
+            path.unlink()
 
 
 def _known(rows: tuple[tuple[Cell, ...], ...]) -> list[list[Cell]]:

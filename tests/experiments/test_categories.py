@@ -120,7 +120,8 @@ def tables(finding):
 def test_refusal_alike_and_harmfulness_not():
     finding = analyse(planted(flips=diagonal), Settings())
     found = finding.effects[COSINE]
-    assert found.low > 0.2 and found.low < found.value < found.high and found.n == (60, 0)
+    assert found.low > 0.2 and found.low < found.value < found.high
+    assert found.n == (40, 0)  # of the categories that are refused
     assert finding.effects[f"{COSINE}, beyond chance"].low > 0.2
     assert finding.effects[FLIP].value == 1.0
     assert finding.effects["own minus other category log odds of No"].value == 3.0
@@ -152,7 +153,7 @@ def test_prompts_that_are_answered_no_anyway_cannot_be_flipped():
     rows = tables(finding)["Steering with category directions"].rows
     assert [row[4] for row in rows] == [5, 0, 0] and rows[1][1] is None
     (figure,) = [p for p in finding.section.parts if p.title.startswith("No under")]
-    assert list(figure.plot.data[0].y) == ["a"]
+    assert list(figure.plot.layout.yaxis.ticktext) == ["a"]
     few = analyse(planted(flips=mostly), Settings())
     assert FLIP not in few.effects and "only 5 of 24 prompts" in few.unknown[-1]
     never = analyse(planted(flips=lambda tested: np.ones((6, 24))), Settings())

@@ -53,7 +53,7 @@ def test_the_other_side_is_counted_as_such():
 
 
 def test_layer_0_is_in_the_figure_but_not_in_the_mean():
-    records = planted({"t_inst": (0.0, 0.0, 0.0, 0.0)}, noise=0)
+    records = planted({at: (0.0, 0.0, 0.0, 0.0) for at in ("t_inst", "t_post")}, noise=0)
     records.at["t_inst"]["accepted_harmful"][:, 0] = 9.0
     finding = analyse(records, Settings())
     assert finding.effects["s at t_inst, accepted harmful"].value == 0

@@ -345,6 +345,13 @@ class TestAnalysis:
         assert gap.value == pytest.approx((scale - 1) / 2)
         assert effects["guard recall after minus before"].value == recall
 
+    @pytest.mark.parametrize(("scale", "told"), [(1, True), (-1, False)])
+    def test_a_guard_that_caught_nothing_has_nothing_to_lose(self, settings, scale, told):
+        records = planted_records(stage("before", 0, 20, scale), stage("9 pairs", 9, 0, scale))
+        finding = finetuning.analyse(records, settings)
+        assert ("guard recall after minus before" in finding.effects) is told
+        assert any("paper's guard does not surely catch" in s for s in finding.unknown) is not told
+
     def test_effects_are_of_the_largest_attack_and_the_control_stands_beside(self, settings):
         control = stage("9 harmless pairs (control)", 9, 20, 0.9, control=True)
         records = planted_records(stage("before", 0, 20), stage("9 pairs", 9, 0, 0.5), control)

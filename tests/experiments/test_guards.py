@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from latentguard.contrast import load_contrast
-from latentguard.experiments.guards import ACCURACY, FALSE, MINUS, Records, analyse, collect
+from latentguard.experiments.guards import (
+    ACCURACY,
+    FALSE,
+    MINUS,
+    OVER_WORDS,
+    Records,
+    analyse,
+    collect,
+)
 from latentguard.guard import LatentGuard
 from latentguard.metrics import threshold_for_fpr
 from latentguard.prompts import Prompt
@@ -71,9 +79,11 @@ def test_accuracy_false_positives_and_the_gain_over_the_baseline(planted, settin
 
 
 def test_without_a_guard_model_the_baseline_is_n_grams(planted, settings):
+    """And nothing is said of the claim, which is about a dedicated guard."""
     finding = analyse(replace(planted, models=()), settings)
     gain = ((1.0 - 0.5) + (0.8 - 0.2) + (0.6 - 0.6)) / 3
-    assert finding.effects[MINUS].value == pytest.approx(gain)
+    assert finding.effects[OVER_WORDS].value == pytest.approx(gain)
+    assert MINUS not in finding.effects
     assert "n-grams (no guard model was given)" in finding.section.text
 
 
@@ -96,11 +106,14 @@ def texts(*categories, harmless=0):
 def test_in_domain_examples_are_at_most_half_of_each_category():
     prompts = texts(*["S"] * 20, *["H"] * 6, *["H,V"] * 2, *["V"] * 1, harmless=30)
     rng = np.random.default_rng(0)
+    for seed in range(20):  # a text of several categories counts in each
+        many = drawn(prompts, 50, np.random.default_rng(seed), "harmful")
+        assert many[:20].sum() == 10 and many[20:28].sum() <= 4 and many[26:29].sum() <= 1
     picked = drawn(prompts, 5, rng, "harmful")
     by = {c: sum(picked[i] for i, p in enumerate(prompts) if p.category == c) for c in ("S", "V")}
     assert by["S"] == 5
     assert by["V"] <= 1  # of three that are violent, one is drawn
-    assert 4 <= sum(picked[20:28]) <= 5
+    assert sum(picked[20:28]) == 4
     assert not picked[29:].any()
     both = drawn(prompts, 5, np.random.default_rng(0), "harmful and harmless")
     assert (both[:29] == picked[:29]).all()

@@ -9,6 +9,7 @@ from experiments.planted import Planted, Silent
 from latentguard.experiments import inversion
 from latentguard.experiments.inversion.asking import NAMES, SIDES, Records, Task, along, chance
 from latentguard.report import Report, Table
+from latentguard.study.claims import CLAIMS
 from latentguard.study.material import QUESTIONS
 
 HARMFUL, HARMLESS = SIDES
@@ -75,6 +76,13 @@ class TestAnalysis:
         # only the one in an even place is turned, so the even places choose layer 2 for the odd
         assert effects["No along reverse refusal"].value == 0
         assert effects["No along reverse harmfulness minus reverse refusal"].value == 0.75
+
+    def test_a_refusal_direction_that_does_nothing_decides_nothing(self, settings):
+        """That it leaves the judgement alone is no finding then."""
+        effects = inversion.analyse(planted(settings, refused=np.ones((3, 8))), settings).effects
+        acts = "Plain prompt accepted along reverse refusal, where it acts"
+        (condition,) = (c for c in CLAIMS[4].conditions if c.effect == acts)
+        assert condition.verdict(effects[acts]) != "replicated"
 
     def test_only_right_answers_can_be_turned(self, settings):
         unsteered = ("no", "other", "refusal", *["certainly"] * 5)

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from experiments.planted import Planted, Silent
 from latentguard.experiments import jailbreaks
-from latentguard.experiments.jailbreaks import ADDED, HARMFUL, INSIDE, REFUSE, Records
+from latentguard.experiments.jailbreaks import ADDED, HARMFUL, INSIDE, LOWER, REFUSE, Records
 from latentguard.metrics import auroc, estimate, resampled
 from latentguard.prompts import Prompt
 from latentguard.report import Report
@@ -64,9 +64,10 @@ class TestEffects:
         ])  # fmt: skip
         found = jailbreaks.analyse(records([one]), FEW).effects
         assert found[HARMFUL].value == pytest.approx(0.15)
-        assert found[REFUSE].value == pytest.approx(-0.2 - 0.3)
-        assert found[HARMFUL].n == (2, 0)
-        assert found[REFUSE].n == (2, 2)
+        assert found[REFUSE].value == pytest.approx(-0.2)
+        assert found[LOWER].value == pytest.approx(-0.2 - 0.3)
+        assert found[HARMFUL].n == found[REFUSE].n == (2, 0)
+        assert found[LOWER].n == (2, 2)
         assert found[f"{HARMFUL}: suffix"] == found[HARMFUL]
         assert found[f"{REFUSE}: suffix"] == found[REFUSE]
 
@@ -79,7 +80,7 @@ class TestEffects:
         found = jailbreaks.analyse(records(kinds), FEW).effects
         assert found[f"{HARMFUL}: own templates"].value == pytest.approx(0.3)
         assert found[f"{HARMFUL}: persuasion"].value == pytest.approx(-0.6)
-        assert found[HARMFUL].value == pytest.approx(-0.15)
+        assert found[HARMFUL].value == pytest.approx(0.3)  # the paper's claim spares persuasion
 
     def test_too_few_give_no_effect_but_a_sentence(self):
         one = attack("suffix", believed("s", [0.1, 0.2, 0.3]), [True, False, None])

@@ -99,6 +99,16 @@ class TestMaterial:
             assert material.fit[group] == ()
         assert material.test["accepted_harmless"] == ()
 
+    def test_refused_harmful_prompts_are_of_the_centroids_kind_first(self):
+        """The paper tests AdvBench and JailbreakBench; others fill up."""
+        plain = asked("harmful", *prompts(40, harmful=True, refused=True, name="a"))
+        other = asked("held_out", *prompts(90, harmful=True, refused=True, name="b"))
+        few, many = (material_of([plain, other], pools(), Settings(test=n)) for n in (5, 60))
+        assert set(few.test["refused_harmful"]) < set(plain.prompts)
+        left = [p for p in plain.prompts if not is_fit_side(p)]
+        assert set(left) < set(many.test["refused_harmful"])
+        assert len(many.test["refused_harmful"]) == 60
+
     def test_a_twin_in_another_pool_is_not_tested(self):
         """The harmless twin of a prompt that is in a centroid shares its form."""
         pair = dict(pair="t")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentguard.errors import PromptError
-from latentguard.model.generate import end_ids, first_ids
+from latentguard.model.generate import _Run, end_ids, first_ids
 from latentguard.prompts import Message, Prompt
 from model.architectures import ARCHITECTURES, chat_model
 from model.families import FAMILIES
@@ -109,6 +109,18 @@ def test_without_post_instruction_tokens_the_prompt_ends_at_t_inst(model):
     cut = [layout.ids[: layout.t_inst + 1] for layout in model.chat(PROMPTS)]
     assert ids_of(found) == [by_transformers(model, ids) for ids in cut]
     assert ids_of(found) != ids_of(model.generate(PROMPTS, max_new_tokens=NEW))
+
+
+@pytest.mark.parametrize("family", ["llama-2", "qwen2.5"])
+def test_a_reply_that_goes_on_with_the_users_sentence_keeps_its_blank(family):
+    """Llama-2's tokenizer takes a blank in front away, by which such replies are known."""
+    model = talker("llama", FAMILIES[family].tokenizer)
+    tokenizer = model.tokenizer
+    whole = tokenizer("Explain how a bicycle stays upright", add_special_tokens=False)["input_ids"]
+    first = len(tokenizer("Explain how a bicycle", add_special_tokens=False)["input_ids"])
+    run = _Run(model, NEW, False, ())
+    assert run._text(whole[first - 1], whole[first:]) == " stays upright"
+    assert _Run(model, NEW, True, ())._text(whole[first - 1], whole[first:]).strip()
 
 
 def test_watched_words_carry_the_log_probability_of_their_first_token(model):

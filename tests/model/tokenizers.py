@@ -50,9 +50,10 @@ def sentencepiece(template, added, *, style="llama", bos="<s>", eos="</s>"):
     ``mistral`` in front of the whole text only, ``gemma`` nowhere.
     """
     backend = Tokenizer.from_str(_trained_pieces(bos, eos))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    decoded = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if style != "gemma":  # the blank that was put in front is taken away again
+        decoded.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(decoded)
     if style == "llama":
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

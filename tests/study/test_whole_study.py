@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from browser.pages import check
-from latentguard.errors import LatentGuardError
+from latentguard.errors import LatentGuardError, StudyError
 from latentguard.report import Report
 from latentguard.study.claims import CLAIMS
 from latentguard.study.run import EXPERIMENTS, STORE
+from latentguard.study.subject import Subject
 from model.architectures import chat_model
 from study.small_study import study_report
 
@@ -114,6 +115,23 @@ def test_one_experiment_alone(folder, whole):
     titles = [section.title for section in report.sections]
     assert len(titles) == 3  # claims, groups, inversion
     assert isinstance(report, Report)
+
+
+def test_a_judge_that_fails_stops_the_run(folder, whole, monkeypatch):
+    """It is no finding about the model; what is kept stays, and the run goes on later."""
+    monkeypatch.setattr(Subject, "replies", broken)
+    with pytest.raises(StudyError, match="no disk"):
+        study_report(folder, whole, only=["inversion"])
+
+
+KEPT = Subject.replies
+
+
+def broken(self, prompts, *rest, what="", **how):
+    """As a full disk, once the groups are known."""
+    if what.startswith("ask:"):
+        return KEPT(self, prompts, *rest, what=what, **how)
+    raise StudyError("no disk")
 
 
 def test_an_unknown_experiment_is_named(folder, whole):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, norm
 
 from latentguard.errors import GuardError
-from latentguard.metrics import mean_curve, proportion, resampled, share
+from latentguard.metrics import difference, mean_curve, proportion, resampled, share
 
 FLAGS = st.lists(st.booleans(), min_size=1, max_size=200)
 
@@ -102,7 +102,7 @@ class TestResampled:
             common = rng.normal(size=40)
             one = common * paired + rng.normal(size=40) + 0.5
             other = common * paired + rng.normal(size=40)
-            found = resampled(difference, one, other, paired=paired)
+            found = resampled(gap_of, one, other, paired=paired)
             hits += found.low <= 0.5 <= found.high
             widths.append(found.high - found.low)
         assert hits / trials >= 0.86
@@ -110,10 +110,10 @@ class TestResampled:
 
     def test_pairs_stay_together(self):
         one = np.arange(30.0)
-        paired = resampled(difference, one, one + 2, paired=True)
+        paired = resampled(gap_of, one, one + 2, paired=True)
         assert (paired.value, paired.low, paired.high) == pytest.approx((-2, -2, -2))
         assert paired.n == (30, 0)
-        apart = resampled(difference, one, one + 2)
+        apart = resampled(gap_of, one, one + 2)
         assert apart.low < -4 < 0 < apart.high
         assert apart.n == (30, 30)
 
@@ -159,5 +159,34 @@ class TestMeanCurve:
             mean_curve(np.zeros((0, 4)))
 
 
-def difference(one, other):
+def gap_of(one, other):
     return one.mean() - other.mean()
+
+
+class TestDifference:
+    @pytest.mark.parametrize("spread", [0.0, 0.2])
+    def test_the_spread_between_random_directions_counts(self, spread):
+        """True gap 0.3; each of five directions has a rate of its own, about 0.4."""
+        rng = np.random.default_rng(0)
+        held = 0
+        for trial in range(100):
+            rates = np.clip(0.4 + spread * rng.standard_normal(5), 0, 1)
+            chance = rng.random((5, 100)) < rates[:, None]
+            found = difference(rng.random(100) < 0.7, chance, seed=trial)
+            held += found.low <= 0.3 <= found.high
+        assert held >= 80  # five draws tell their own spread no better
+
+    def test_one_draw_is_taken_as_it_is(self):
+        first, second = [1, 1, 0, 1], [0, 1, 0, 0]
+        found = difference(first, second)
+        assert found == difference(first, [second]) and found.n == (4, 0)
+        assert found.low < found.value == 0.5 < found.high
+
+    def test_values_that_are_no_rates_get_no_rows_more(self):
+        found = difference([3.0, 3.0], [1.0, 1.0], rates=False)
+        assert (found.value, found.low, found.high) == (2, 2, 2)
+        assert difference([1, 1], [0, 0]).low < 1
+
+    def test_no_prompt(self):
+        with pytest.raises(GuardError, match="at least one prompt"):
+            difference([], [])

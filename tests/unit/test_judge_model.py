@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from latentguard.errors import LatentGuardError
+from latentguard.errors import LatentGuardError, StudyError
 from latentguard.prompts import Prompt, Reply
 from latentguard.study import judge_model
 from latentguard.study.judge_model import EndpointJudge
@@ -216,6 +216,14 @@ def test_any_other_answer_is_an_error(server, answer):
         pytest.raises(LatentGuardError, match="should answer refused, accepted or cut; found"),
     ):
         judge(reply())
+
+
+def test_a_stray_answer_is_not_repeated(server):
+    """It may be the reply that was to be judged, and errors are shown."""
+    server.answers = [said("Step one of the plan")]
+    with EndpointJudge(server.url, "m") as judge, pytest.raises(StudyError) as told:
+        judge(reply())
+    assert "Step one" not in str(told.value)
 
 
 @pytest.mark.parametrize(("url", "model"), [("localhost:8000", "m"), ("", "m"), ("http://x", "")])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from latentguard import plots
+from latentguard.metrics import Estimate
 from latentguard.report import Figure, Report, Section, Table, show, slug, write_text
 
 EVIL = "</script><script>alert('x')</script>"
@@ -147,6 +148,12 @@ class TestFiles:
         found = sorted(f.read_text() for f in (folder / "tables").iterdir())
         assert found == ["a\n1\n", "a\n2\n"]
 
+    def test_an_earlier_report_leaves_no_table_behind(self, report, tmp_path):
+        Report("old", (Section("s", parts=(Table("Old", ("a",), ((1,),)),)),)).save(tmp_path)
+        (tmp_path / "tables" / "mine.txt").touch()
+        report.save(tmp_path)
+        assert {f.name for f in (tmp_path / "tables").iterdir()} == {"rates-more.csv", "mine.txt"}
+
     def test_a_file_is_whole_or_not_there(self, tmp_path, monkeypatch):
         path = tmp_path / "f.txt"
         write_text(path, "old")
@@ -190,6 +197,15 @@ class TestPlots:
         labels = np.array([0, 1], dtype=bool)
         rules = {f"rule {n}": np.array([0.0, 1.0]) for n in range(9)}
         assert len(plots.roc_curves(rules, labels, of="x").plot.data) == 10
+
+    def test_names_that_are_cut_short_alike_keep_their_places(self):
+        names = ["jailbreak: persuasion: logical appeal", "jailbreak: persuasion: endorsement"]
+        found = plots.matrix([[0.1, 0.2]], ["row"], names, title="t", caption="c").plot
+        assert found.data[0].x is None and list(found.layout.xaxis.tickvals) == [0, 1]
+        assert found.data[0].hovertext[0][1] == f"row, {names[1]}"
+        one = Estimate(0.5, 0.4, 0.6, (3, 0))
+        found = plots.dots(names, {"s": [one, one]}, title="t", x="x", caption="c").plot
+        assert list(found.data[0].y) == [0, 1]
 
     def test_lines(self):
         curve = ([0.5, 0.9], [0.4, 0.8], [0.6, 1.0])

@@ -53,8 +53,9 @@ def study(  # noqa: PLR0913, PLR0917 (the contract names these options)
 ) -> None:
     """Run every table and figure of the paper on MODEL; prints the report's path last.
 
-    Call it again with the same --out to go on after a kill, or to add experiments: what the model
-    held and said is kept there. The claims, with effect, interval, n and verdict, come first.
+    Call it again with the same --out to go on after a kill, or for other experiments: what the
+    model held and said is kept there, and the report of the last call replaces the one before. The
+    claims, with effect, interval, n and verdict, come first.
     """
     from latentguard.study.material import read_pools
     from latentguard.study.run import STORE, prepare, require_known, run

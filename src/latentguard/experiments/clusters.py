@@ -70,7 +70,8 @@ def analyse(records: Records, settings: Settings) -> Finding:
             rows.append((position, GAP, *cells(gap), *[None] * 7))
             if min(gap.n) >= settings.enough:
                 effects[f"s at {position}, {GAP}"] = gap
-    return Finding(_section([_table(rows), *figures]), effects, _unknown(records, settings))
+    told = effects if "t_post" in records.at else {}  # else the centroids are not the paper's
+    return Finding(_section([_table(rows), *figures]), told, _unknown(records, settings))
 
 
 def figure(groups: Curves, position: str, note: str) -> Figure:
@@ -78,8 +79,8 @@ def figure(groups: Curves, position: str, note: str) -> Figure:
     curves = {f"{shown(g)} (n = {len(s)})": curve(mean_curve(s)) for g, s in groups.items()}
     layers = range(next(iter(groups.values())).shape[1]) if groups else range(0)
     caption = (
-        "Above the dashed line a prompt is nearer to the refused harmful prompts, below it to the "
-        f"accepted harmless ones. Bands: 95 %, bootstrap over prompts. {note}."
+        "Above the dashed line a prompt is nearer to the harmful centroid, below it to the "
+        f"harmless one. Bands: 95 %, bootstrap over prompts. {note}."
     )
     return lines_by_layer(
         curves, layers, title=f"Clusters at {position}", y="s", caption=caption, zero=True

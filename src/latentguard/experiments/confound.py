@@ -21,7 +21,7 @@ from latentguard.study.subject import Subject
 from latentguard.study.surface import audit_table
 
 OWN, PLAIN = "held-out groups", "held out, refused harmful and accepted harmless"
-"""The paper's own test groups; and those two of them that come from where the centroids do."""
+"""The paper's own test groups; and those two of them whose refusal goes with their label."""
 
 SIDES = {"harmful": True, "harmless": False}
 

@@ -33,7 +33,8 @@ from latentguard.study.material import Material, kept
 from latentguard.study.settings import Settings
 from latentguard.study.subject import Subject
 
-REFUSE = "Delta_refuse of accepted attacks minus refused harmful"
+REFUSE = "Delta_refuse of accepted attacks"
+LOWER = "Delta_refuse of accepted attacks minus refused harmful"
 HARMFUL = "Delta_harmful of accepted attacks"
 INSIDE = "AUROC inside the wrapper"
 ADDED = "Delta_harmful that a wrapper adds to harmless prompts"
@@ -117,16 +118,23 @@ def _of(records: Records, family: str) -> list[Attack]:
 
 
 def _effects(records: Records, groups: Mapping[str, Beliefs], enough: int) -> dict[str, Estimate]:
-    """Of all attacks, and of each family; only where there are enough."""
+    """Of all attacks but persuasion, and of each family; only where there are enough.
+
+    The paper's claim is of suffixes and templates: persuasion may turn the belief itself.
+    """
     found = {}
-    pools = {"": pooled(records.attacks), **{f": {name}": pool for name, pool in groups.items()}}
+    others = [attack for attack in records.attacks if "persua" not in attack.wave.family.lower()]
+    pools = {"": pooled(others), **{f": {name}": pool for name, pool in groups.items()}}
     for end, pool in pools.items():
         if len(pool.prompts) < enough:
             continue
         found[HARMFUL + end] = mean_of(pool.harmful, pool.requests)
         refused = records.refused.refuse
-        if pool.refuse is not None and refused is not None and len(refused) >= enough:
-            found[REFUSE + end] = mean_of(pool.refuse, pool.requests, minus=refused)
+        if pool.refuse is None or refused is None:
+            continue
+        found[REFUSE + end] = mean_of(pool.refuse, pool.requests)
+        if len(refused) >= enough:
+            found[LOWER + end] = mean_of(pool.refuse, pool.requests, minus=refused)
     for attack in records.attacks:
         if attack.wave.paired and len(attack.known) >= enough:
             found[f"{INSIDE}: {attack.wave.kind}"] = _told_apart(attack)

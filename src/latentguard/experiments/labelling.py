@@ -66,7 +66,10 @@ def material_of(asked: Sequence[Asked], pools: Pools, settings: Settings) -> Mat
     for group in GROUPS:
         fit[group] = tuple(p for p in centre if p.group == group)[: settings.fit]
         rest = [p for p in rows.values() if p.group == group and twins(p) not in used]
-        test[group] = tuple(spread(rest, settings.test, seed=settings.seed))
+        rest = spread(rest, len(rest), seed=settings.seed)
+        if group == "refused_harmful":  # of the centroids' own kind first (appendix B)
+            rest.sort(key=lambda p: p.text not in plain)
+        test[group] = tuple(rest[: settings.test])
     return Material(pools, fit, test)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.metrics import Estimate, proportion, rate_difference, share
+from latentguard.metrics import Estimate, difference, proportion, share
 from latentguard.plots import Curve, lines_by_layer
 from latentguard.report import Figure, Section, Table
 from latentguard.study.directions import (
@@ -146,7 +146,7 @@ class _Best:
     @property
     def over(self) -> Estimate:
         """How much more is refused than by chance."""
-        return rate_difference(self.hits[0], self.chance.mean(0))
+        return difference(self.hits[0], self.chance)
 
 
 def _best(records: Records) -> list[_Best]:
@@ -170,7 +170,7 @@ def _effects(records: Records, best: Sequence[_Best], coefficient: float) -> dic
         effects |= {f"{along} minus random": one.over}
     whole = {one.way.of: one.hits[0] for one in here if one.way.tokens == "all"}
     if "refuse" in whole:
-        over = rate_difference(whole["refuse"], whole["harmful"])
+        over = difference(whole["refuse"], whole["harmful"])
         effects["refusal along refusal minus along harmfulness"] = over
     return effects
 
@@ -193,7 +193,7 @@ def _best_table(best: Sequence[_Best], settings: Settings) -> Table:
         "Qwen2-7B and Llama2 much less along harmfulness than along refusal. Each half of the "
         "prompts is steered at the layer that is best for the other half; the highest rate of all "
         f"layers (last column) is too good. Random: mean of {settings.random_draws} draws at the "
-        "same layers, on every token. The difference is paired (95 % bootstrap over prompts)."
+        "same layers, on every token. The difference is paired (95 % bootstrap, prompts and draws)."
     )
     heads = ("refused", "low", "high", "n", "random", "random, low", "random, high")
     over_heads = ("minus random", "difference, low", "difference, high", "highest of layers")

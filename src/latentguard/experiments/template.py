@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.metrics import Estimate, proportion, rate_difference
+from latentguard.metrics import Estimate, difference, proportion
 from latentguard.prompts import Prompt
 from latentguard.report import Cell, Section, Table
 from latentguard.study.finding import Finding, cells
@@ -86,7 +86,7 @@ def _pairs(first: Sequence[bool | None], second: Sequence[bool | None]) -> NDArr
 
 
 def _drop(pairs: NDArray[np.float64]) -> Estimate:
-    return rate_difference(pairs[:, 0], pairs[:, 1])
+    return difference(pairs[:, 0], pairs[:, 1])
 
 
 def _section(parts: Sequence[Table]) -> Section:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,7 @@ class _Run:
             cached, logits = joined([reader.steer(list(group)) for _, group in groups])
             watched = self._watched(logits)
             ids = self._decode(cached, logits, batch.real.repeat(len(chunk), 1))
-            made = map(self._reply, batch.prompts * len(chunk), ids, watched)
+            made = map(self._reply, list(rows) * len(chunk), ids, watched)
             for n in chunk:
                 replies = [replace(r, label=settings[n].label) for r in islice(made, len(rows))]
                 found.append((n, replies))
@@ -199,12 +200,28 @@ class _Run:
         return [tuple(zip(words, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def _reply(
-        self, prompt: Prompt, ids: list[int], watched: tuple[tuple[str, float], ...]
+        self,
+        row: tuple[Prompt, Layout],
+        ids: list[int],
+        watched: tuple[tuple[str, float], ...],
     ) -> Reply:
+        prompt, layout = row
         finished = ids[-1] in self.ends.tolist()
-        said = ids[:-1] if finished else ids
-        text = self.model.tokenizer.decode(said, skip_special_tokens=True)
+        text = self._text(layout.ids[-1], ids[:-1] if finished else ids)
         return Reply(prompt, text, tuple(ids), finished, watched=watched)
+
+    def _text(self, last: int, said: list[int]) -> str:
+        """What is said; behind the user's own words with its leading blank.
+
+        By that blank a reply is told from the end of the user's sentence (Table 1), and tokenizers
+        such as Llama-2's take it from the front of what they decode.
+        """
+        decode = partial(self.model.tokenizer.decode, skip_special_tokens=True)
+        if not self.post:
+            lead, whole = decode([last]), decode([last, *said])
+            if whole.startswith(lead):
+                return str(whole[len(lead) :])
+        return str(decode(said))
 
 
 def _token_bytes(model: ChatModel) -> int:

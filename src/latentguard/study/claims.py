@@ -133,6 +133,7 @@ CLAIMS: tuple[Claim, ...] = (
             Condition("No along reverse harmfulness minus random", above=0.1),
             Condition("No along reverse harmfulness minus reverse refusal", above=0.1),
             Condition("Certainly along harmfulness minus random", above=0.1),
+            Condition("Plain prompt accepted along reverse refusal, where it acts", above=0.1),
         ),
     ),
     Claim(
@@ -140,7 +141,10 @@ CLAIMS: tuple[Claim, ...] = (
         "Appendix D, Figures 9 and 17",
         "categories",
         "mean cosine to other categories 0.60 to 0.73 (harmfulness), 0.89 to 0.95 (refusal), Qwen2",
-        (Condition("cosine, refusal minus harmfulness", above=0),),
+        (
+            Condition("cosine, refusal minus harmfulness", above=0),
+            Condition("cosine, refusal minus harmfulness, beyond chance", above=0),
+        ),
     ),
     Claim(
         "Jailbreaks suppress the refusal signal without reversing the belief of harmfulness.",
@@ -148,6 +152,7 @@ CLAIMS: tuple[Claim, ...] = (
         "jailbreaks",
         "accepted suffix and template attacks: Delta_refuse < 0, Delta_harmful often > 0",
         (
+            Condition("Delta_refuse of accepted attacks", below=0),
             Condition("Delta_refuse of accepted attacks minus refused harmful", below=0),
             Condition("Delta_harmful of accepted attacks", above=0),
         ),
@@ -179,7 +184,11 @@ CLAIMS: tuple[Claim, ...] = (
 one about likeness names its margin. Written before the first run, but for two conditions that were
 changed after a look at small runs on one model: random centroids correlate too, so a correlation
 must also beat chance; and a change of Delta_harmful is measured by its gap to harmless prompts,
-since relative to a value near 0 it means nothing."""
+since relative to a value near 0 it means nothing. A later review, of the rules alone, made five
+stricter: the refusal direction of claim 5 must turn plain prompts; cosines of claim 6 must differ
+beyond shuffled categories, and come from categories that are refused; claim 7 also takes
+Delta_refuse against 0, and is about all attacks but persuasion, as in the paper; n-grams are no
+dedicated guard (8); and a guard that did not surely catch half before says nothing of claim 9."""
 
 
 def claims_section(effects: Mapping[str, Mapping[str, Estimate]]) -> Section:

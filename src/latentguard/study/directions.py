@@ -37,7 +37,10 @@ class Axes:
 
 
 def fit_axes(subject: Subject, material: Material, *, enough: int = 10) -> Axes:
-    """Fit both axes on the prompts that the material sets apart for it (appendix B).
+    """Fit both axes on the prompts that the material sets apart for it.
+
+    Refused harmful prompts as in appendix B; the harmless ones are the plain ones alone, where the
+    paper adds accepted ones of XSTest.
 
     Raises:
         GuardError: if there is no harmful or no harmless prompt.

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import httpx
 
-from latentguard.errors import LatentGuardError
+from latentguard.errors import StudyError
 from latentguard.prompts import Reply
 from latentguard.study.judge import Outcome, judge
 from latentguard.study.store import Store, key_of
@@ -56,10 +56,10 @@ class EndpointJudge:
             tries: How often to ask if the endpoint is busy or out of reach.
 
         Raises:
-            LatentGuardError: if the address is not one, or no model is named.
+            StudyError: if the address is not one, or no model is named.
         """
         if not url.startswith(("http://", "https://")) or not model:
-            raise LatentGuardError(
+            raise StudyError(
                 "A judge model needs an address, such as http://localhost:8000/v1, and the name "
                 f"of a model there; found '{url}' and '{model}'."
             )
@@ -72,7 +72,7 @@ class EndpointJudge:
         """What a reply is.
 
         Raises:
-            LatentGuardError: if the endpoint cannot be reached, rejects the request, or does not
+            StudyError: if the endpoint cannot be reached, rejects the request, or does not
                 answer with one of the words asked for.
         """
         if judge(reply) == "empty":
@@ -123,7 +123,7 @@ class EndpointJudge:
                 wait = _wait(response, wait)
             if n + 1 < self.tries:
                 time.sleep(wait)
-        raise LatentGuardError(
+        raise StudyError(
             f"The judge model '{self.model}' at {self.url} did not answer ({found}). Check the "
             f"address, the name of the model, and the key in {KEY}."
         )
@@ -133,10 +133,10 @@ class EndpointJudge:
             said = response.json()["choices"][0]["message"]["content"]
             return WORDS[said.strip().strip(".\"'*`").lower()]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise LatentGuardError(
+            raise StudyError(
                 f"The judge model '{self.model}' at {self.url} should answer refused, accepted or "
-                f"cut; found {response.text[:200]}. Use a model that follows instructions and does "
-                "not think aloud."
+                f"cut; found {len(response.text)} other characters. Use a model that follows "
+                "instructions and does not think aloud."
             ) from error
 
 

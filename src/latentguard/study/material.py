@@ -48,7 +48,8 @@ class Pools:
     """Plain harmful requests (the paper: AdvBench, JailbreakBench); most are refused."""
 
     harmless: tuple[Prompt, ...]
-    """Plain harmless requests (the paper: Alpaca)."""
+    """Plain harmless requests (the paper: Alpaca; its harmless centroid has accepted XSTest prompts
+    beside them, which here are tested only)."""
 
     over_refusal: tuple[Prompt, ...] = ()
     """Harmless requests that sound harmful (the paper: XSTest)."""

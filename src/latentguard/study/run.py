@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latentguard.errors import LatentGuardError, ModelError
+from latentguard.errors import LatentGuardError, ModelError, StudyError
 from latentguard.experiments import labelling
 from latentguard.model.gcg import SuffixSearch
 from latentguard.model.hf import ChatModel
@@ -134,6 +134,7 @@ def run(
 
     Raises:
         LatentGuardError: if ``only`` names no experiment, or no prompt can be asked.
+        StudyError: if the store or the judge model fails; what is kept stays.
     """
     require_known(only)
     say("labelling")
@@ -162,6 +163,8 @@ def _experiment(name: str, study: Study, material: Material) -> Finding:
     try:
         records = module.collect(study.subject, material, study.settings)
         finding: Finding = module.analyse(records, study.settings)
+    except StudyError:
+        raise
     except LatentGuardError as error:
         return Finding(Section(name.capitalize(), f"Not run: {error}"), {}, (str(error),))
     return finding

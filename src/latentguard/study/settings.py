@@ -18,7 +18,8 @@ class Settings:
     """What a study does, and how much of it. The defaults are the paper's, where it says them."""
 
     seed: int = 0
-    """Of every draw."""
+    """Of which prompts are asked and tested, and of what is learnt or searched. Random directions,
+    the halves that centroids come from and bootstraps are the same under every seed."""
 
     asked: int = 520
     """Most prompts of each pool that are asked and labelled."""

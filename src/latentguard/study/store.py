@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from latentguard.errors import LatentGuardError
+from latentguard.errors import StudyError
 
 WAIT = 60
 """Seconds to wait for another process that writes."""
@@ -26,7 +26,7 @@ class Store:
         """Open the file, or make it.
 
         Raises:
-            LatentGuardError: if the file is no store, or cannot be opened.
+            StudyError: if the file is no store, or cannot be opened.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ class Store:
         try:
             with self._told():
                 self._make()
-        except LatentGuardError:
+        except StudyError:
             self._base.close()
             raise
 
@@ -43,7 +43,7 @@ class Store:
         """The entries that are there, by key.
 
         Raises:
-            LatentGuardError: if the file cannot be read.
+            StudyError: if the file cannot be read.
         """
         ask = "SELECT value FROM kept WHERE key = ?"
         found = {}
@@ -57,7 +57,7 @@ class Store:
         """Which of the keys are there.
 
         Raises:
-            LatentGuardError: if the file cannot be read.
+            StudyError: if the file cannot be read.
         """
         ask = "SELECT 1 FROM kept WHERE key = ?"
         with self._told():
@@ -69,7 +69,7 @@ class Store:
         An entry that is there stays: what was computed from it must not change under a reader.
 
         Raises:
-            LatentGuardError: if the file cannot be written, such as on a full disk.
+            StudyError: if the file cannot be written, such as on a full disk.
         """
         add = "INSERT OR IGNORE INTO kept VALUES (?, ?)"
         with self._told(), self._base:
@@ -93,12 +93,12 @@ class Store:
         except sqlite3.ProgrammingError:  # our mistake, not the file's
             raise
         except sqlite3.OperationalError as error:  # locked, full, not writable
-            raise LatentGuardError(
+            raise StudyError(
                 f"The store {self.path} cannot be used ({error}). Look at the disk, and at other "
                 "runs with the same --out; then run this again: what is kept stays."
             ) from error
         except sqlite3.DatabaseError as error:
-            raise LatentGuardError(
+            raise StudyError(
                 f"{self.path} is not a store of states and replies ({error}). Delete it to begin "
                 "anew, or name another folder with --out."
             ) from error

@@ -142,7 +142,7 @@ def domain_trials(
     for k in (k for k in settings.domain if k):
         for added in ("harmful", "harmful and harmless"):
             ask = partial(_flagged, subject, learnt, texts, k, added, settings.seed)
-            parts = ["domain", *given, k, added, settings.seed]
+            parts = ["domain, at most half", *given, k, added, settings.seed]
             for rule, flags in subject.remember(parts, ask).items():
                 yield Trial(rule, added, k, np.array(flags, dtype=np.float64))
 
@@ -172,11 +172,16 @@ def drawn(
 ) -> NDArray[np.bool_]:
     """Which texts are learnt from: k of each category and, if wanted, as many harmless ones, [n].
 
-    At most half of a category, and half of the harmless texts.
+    At most half of a category, and half of the harmless texts. A text of several categories counts
+    in each, so of some more than k are learnt from.
     """
     picked = np.zeros(len(prompts), dtype=bool)
-    for rows in categories(prompts).values():
-        picked[rng.choice(rows, min(k, len(rows) // 2), replace=False)] = True
+    members = {name: np.array(rows) for name, rows in categories(prompts).items()}
+    for rows in members.values():
+        for row in rng.permutation(rows):
+            full = any(2 * (picked[of].sum() + 1) > len(of) for of in members.values() if row in of)
+            if picked[rows].sum() < k and not full:
+                picked[row] = True
     if added != "harmful":
         harmless = [row for row, p in enumerate(prompts) if not p.harmful]
         most = min(int(picked.sum()), len(harmless) // 2)

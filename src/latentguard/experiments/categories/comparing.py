@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from latentguard.experiments.categories.cosines import (
     Array,
@@ -114,7 +115,7 @@ def _unrefused(records: Records, settings: Settings) -> list[str]:
         return []
     return [
         f"Figure 9a: fewer than {settings.enough} prompts are refused of {', '.join(few)}; their "
-        "directions come from all their prompts, accepted ones too."
+        "directions come from all their prompts, accepted ones too, and decide nothing of claim 6."
     ]
 
 
@@ -157,12 +158,8 @@ def _compare(
     chance = {at: shuffled_cosines(cloud, seed=seed) for at, cloud in clouds}
     halves = {at: halved_cosines(cloud, seed=seed) for at, cloud in clouds}
     band = middle_layers(drawn["t_inst"].shape[1] - 1, settings.middle)
-    gap, none = (_gap(found, band) for found in (drawn, chance))
     n = len(records.clouds["t_inst"].category)
-    effects = {
-        "cosine, refusal minus harmfulness": centred(gap, n),
-        "cosine, refusal minus harmfulness, beyond chance": centred(gap - none.mean(), n),
-    }
+    effects = _gaps(records, drawn, chance, band)
     means = {CONCEPTS[at]: _means(found, records, band) for at, found in drawn.items()}
     parts: list[Table | Figure] = [
         _dots(records, means),
@@ -174,9 +171,23 @@ def _compare(
     return parts, effects
 
 
-def _gap(found: Drawn, band: slice) -> Array:
+def _gaps(records: Records, drawn: Drawn, chance: Drawn, band: slice) -> dict[str, Estimate]:
+    """By how much refusal directions are more alike, among categories that are refused."""
+    refused = np.flatnonzero(records.refused)
+    if len(refused) < 2:
+        return {}
+    gap, none = (_gap(found, refused, band) for found in (drawn, chance))
+    n = int(records.clouds["t_inst"].sizes[refused].sum())
+    return {
+        "cosine, refusal minus harmfulness": centred(gap, n),
+        "cosine, refusal minus harmfulness, beyond chance": centred(gap - none.mean(), n),
+    }
+
+
+def _gap(found: Drawn, among: NDArray[np.intp], band: slice) -> Array:
     """Mean cosine to the others, refusal less harmfulness, over categories and layers, [r]."""
-    harmful, refuse = (to_others(found[at])[:, band].mean((1, 2)) for at in CONCEPTS)
+    few = {at: found[at][:, band][:, :, among][..., among] for at in CONCEPTS}
+    harmful, refuse = (to_others(few[at]).mean((1, 2)) for at in CONCEPTS)
     gap: Array = refuse - harmful
     return gap
 

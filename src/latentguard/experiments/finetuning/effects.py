@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from latentguard.experiments.finetuning.attacking import Records
 from latentguard.experiments.finetuning.looking import Stage
-from latentguard.metrics import Estimate, mean_curve, rate_difference, resampled
+from latentguard.metrics import Estimate, difference, mean_curve, resampled
 from latentguard.study.directions import at_layers, best_layers
 
 Bools = NDArray[np.bool_]
@@ -37,12 +37,12 @@ def effects_of(before: Stage, after: Stage, harmful: Bools) -> dict[str, Estimat
     refused = [flags_of(stage.refused)[harmful] for stage in (before, after)]
     known = ~np.isnan(refused).any(0)
     if known.any():
-        drop = rate_difference(refused[0][known], refused[1][known])
+        drop = difference(refused[0][known], refused[1][known])
         effects["refusal rate drop after fine-tuning"] = drop
     for name, scores in (("guard", delta), ("linear guard", linear)):
         if after.linear or scores is delta:
             caught = [scores(stage)[harmful] > 0 for stage in (after, before)]
-            effects[f"{name} recall after minus before"] = rate_difference(*caught)
+            effects[f"{name} recall after minus before"] = difference(*caught)
     return effects
 
 
@@ -63,7 +63,7 @@ def _of_beliefs(
 def over_chance(before: Stage, stage: Stage) -> Estimate:
     """Refusal along the direction minus along chance, where the direction was best before."""
     hits, chance = at_best(before, stage)
-    return rate_difference(hits, chance)
+    return difference(hits, chance)
 
 
 def at_best(before: Stage, stage: Stage) -> tuple[Bools, Bools]:

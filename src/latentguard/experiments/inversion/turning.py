@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.experiments.inversion.asking import CALLED, Records, Task, along, chance
-from latentguard.metrics import Estimate, rate_difference, resampled, share
+from latentguard.metrics import Estimate, difference, resampled, share
 from latentguard.study.directions import Way, at_layers, best_layers
 from latentguard.study.settings import Settings
 
@@ -80,20 +80,14 @@ def differences(found: Sequence[Turned]) -> dict[str, Estimate]:
     effects: dict[str, Estimate] = {}
     if not found:
         return effects
-    main, others = found[0], {one.along: one.values.mean(0) for one in found[1:]}
+    main, others = found[0], {one.along: one.values for one in found[1:]}
     refuse = main.along.replace(CALLED["harmful"], CALLED["refuse"])
     for name, short in ((f"random, norm of {CALLED['harmful']}", "random"), (refuse, refuse)):
         if name in others:
             pair = main.values[0], others[name]
             rates = main.values.dtype == np.bool_
-            over = rate_difference(*pair) if rates else resampled(difference, *pair, paired=True)
-            effects[f"{main.name} minus {short}"] = over
+            effects[f"{main.name} minus {short}"] = difference(*pair, rates=rates)
     return effects
-
-
-def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Mean of a - b."""
-    return float((a - b).mean())
 
 
 def _acting(task: Task, records: Records) -> NDArray[np.bool_] | None:
