@@ -76,11 +76,13 @@ class Row:
     """Why."""
 
 
-def find_files(source: str, columns: Columns, staging: Path) -> list[str]:
+def find_files(
+    source: str, columns: Columns, staging: Path, apart: Path | None = None
+) -> list[str]:
     """The Parquet and JSON Lines files of a file, a folder or a pattern, sorted by name.
 
     Anything else that ``prompts.stream_prompts`` reads, a Hub set above all, is first copied into
-    one Parquet file in ``staging``.
+    one Parquet file in ``staging``. What lies under ``apart``, where verdicts go, is left out.
 
     Raises:
         PromptError: if there is no such file, or a row of a copied source cannot be used.
@@ -92,8 +94,11 @@ def find_files(source: str, columns: Columns, staging: Path) -> list[str]:
     if Path(source).is_dir():
         found = [str(p) for p in Path(source).rglob("*") if not p.name.startswith(("_", "."))]
     else:
-        found = glob(source) if any(c in source for c in "*?[") else [source]
+        pattern = any(c in source for c in "*?[") and not Path(source).exists()
+        found = glob(source) if pattern else [source]
     files = sorted(here(p) for p in found if Path(p).suffix.lower() in (*LINES, ".parquet"))
+    if apart is not None:
+        files = [name for name in files if apart.resolve() not in Path(name).parents]
     if files:
         return files
     if found != [source] or Path(source).is_dir():

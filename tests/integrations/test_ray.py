@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from contextlib import suppress
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from latentguard.contrast import load_contrast
+from latentguard.corpora import cut, survey
 from latentguard.fitting import fit_axes as fit_in_one
 from latentguard.guard import LatentGuard
 from latentguard.integrations.ray import Workers, fit_axes, score_corpus
@@ -28,6 +30,7 @@ from latentguard.model.hf import ChatModel
 from latentguard.prompts import Columns, Prompt, read_prompts
 from latentguard.states import States
 from model.architectures import chat_model
+from model.families import FAMILIES
 
 SMALL = dict(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
 ROWS = [{"id": f"row-{n}", "text": f"Tell me of thing {n}, please."} for n in range(400)]
@@ -124,6 +127,43 @@ def test_another_model_is_refused(guard, corpus, tmp_path, tokenizer):
     said = actor({"index": 3})
     assert said["index"] == 3
     assert "weights" in said["failure"]
+
+
+class Undefined:
+    """A model that has no number for some prompts."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def capture(self, prompts, **how):
+        for states in self._inner.capture(prompts, **how):
+            for values, prompt in zip(states.values, states.prompts, strict=True):
+                if "NAN" in prompt.text:
+                    values.fill_(torch.nan)
+            yield states
+
+
+def test_a_row_that_cannot_be_judged_stops_no_run(tmp_path):
+    """A history that the chat template rejects, a text too long, a score that is no number."""
+    model = Undefined(chat_model("gemma", FAMILIES["gemma"].tokenizer))
+    guard = LatentGuard.fit(model, load_contrast("validation")[:80], readout="centroid")
+    system = [{"role": "system", "content": "Be brief."}]
+    rows = [dict(text="Hello"), dict(text="Well?", history=system), dict(text="NAN")]
+    rows += [dict(text="word " * 2000), dict(text="The last")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (block,) = cut([survey(str(path), 100)], 100, "mark")
+    actor = Scorer.__new__(Scorer)  # as one that has loaded this model
+    actor.guard, actor.backend, actor.columns = guard, model, Columns(label="")
+    actor.out, actor._failure = tmp_path, ""
+    assert actor(asdict(block)) == {"index": 0, "failure": "", "rows": 5}
+    found = pq.read_table(tmp_path / block.name).to_pylist()
+    assert [row["flagged"] is None for row in found] == [False, True, True, True, False]
+    for row, said in zip(found[1:4], ("template", "not a finite number", "512"), strict=True):
+        assert said in row["error"]
 
 
 def test_a_node_is_killed_at_work(cluster, guard, corpus, verdicts, tmp_path):

@@ -195,6 +195,30 @@ class TestKeys:
         with pytest.raises(LatentGuardError, match="no API key"):
             read_keys(file, None)
 
+    def test_a_key_may_hold_what_begins_a_comment(self, tmp_path):
+        from latentguard.serve.faults import Unauthorized
+        from latentguard.serve.keys import read_keys
+
+        file = tmp_path / "keys"
+        file.write_text("se#cret\n  # a comment\nother\t#one\n")
+        keys = read_keys(file, "a#b # ours, c")
+        for key in ("se#cret", "other", "a#b", "c"):
+            assert len(keys.require(f"Bearer {key}")) == 8
+        for key in ("se", "a", "#", "# a comment", "#one", "ours"):
+            with pytest.raises(Unauthorized):
+                keys.require(f"Bearer {key}")
+
+    @pytest.mark.parametrize("environment", ["#abc", "", " , ", "# none\n#at all"])
+    def test_a_variable_without_a_key_lets_nobody_in(self, environment, tmp_path):
+        from latentguard.errors import LatentGuardError
+        from latentguard.serve.keys import read_keys
+
+        file = tmp_path / "keys"
+        file.write_text("one\n")
+        for beside in (None, file):
+            with pytest.raises(LatentGuardError, match="LATENTGUARD_API_KEYS holds no API key"):
+                read_keys(beside, environment)
+
 
 class TestAnswers:
     def test_no_cors_no_server_name_and_a_request_id(self, service):

@@ -10,6 +10,8 @@ import time
 import httpx
 import pytest
 
+from latentguard.serve import server
+from latentguard.serve.options import Options
 from serve.running import (
     Nursery,
     band_guard,
@@ -156,6 +158,42 @@ def test_its_own_model_is_not_called_another(nursery, folder, url):
         assert "Not the guard's own model" not in child.stderr
 
 
+def test_a_port_in_use_is_said_before_anything_is_loaded(nursery, folder):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        number = str(other.getsockname()[1])
+        with nursery.process(folder, "--port", number) as child:
+            assert child.wait() == 1
+        assert f"Cannot listen on 127.0.0.1, port {number} (Address already in use)" in child.stderr
+        assert "Serving" not in child.stderr
+
+
+def test_run_says_that_it_cannot_listen(caplog):
+    """And promises an exit code: whoever calls it is not ended by an exception."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        loaded = []
+        how = dict(host="127.0.0.1", port=other.getsockname()[1])
+        made = server.make(lambda: loaded.append(1), Options(), **how)
+        assert server.run(made) == 1
+    assert "Stopped: Cannot listen" in caplog.text
+    assert not loaded
+
+
+def test_a_free_port_is_told(nursery, folder):
+    with nursery.process(folder, "--port", "0") as child:
+        until = time.monotonic() + 20
+        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)", child.stderr)):
+            assert time.monotonic() < until, child.stderr
+            time.sleep(0.02)
+        assert found[1] != "0"
+        wait_ready(found[0])
+        child.kill(signal.SIGTERM)
+        assert child.wait() == 0
+
+
 def test_keys_come_from_the_environment(nursery, folder, url):
     known = {"LATENTGUARD_API_KEYS": "secret"}
     with nursery.process(folder, *port(url), environment=known):
@@ -178,6 +216,7 @@ def test_keys_come_from_the_environment(nursery, folder, url):
         (["--api-keys", "/nowhere"], "nowhere"),
         (["--upstream", "localhost:8000/v1"], "expected a URL"),
         (["--queue", "0"], "queue"),
+        (["--port", "65536"], "port"),
     ],
 )
 def test_wrong_options_are_said(nursery, folder, arguments, said):

@@ -1,8 +1,10 @@
 """Batching, queues, crashes: every request gets the right verdict, or an error, and soon."""
 
 import asyncio
+import functools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -102,6 +104,36 @@ def test_a_deadline_cuts_and_the_next_prompt_is_judged():
         time.sleep(0.5)
         assert moderate(url, passed()).status_code == 200
     assert "0.2 seconds" in late.json()["error"]["message"]
+
+
+def test_chats_that_nobody_waits_for_any_more_fill_no_queue(monkeypatch):
+    """Behind one that goes on and on, others are given up: they neither wait nor are begun."""
+    from latentguard.serve import talk
+
+    over, begun = threading.Event(), []
+
+    def endless(self, sampling):
+        begun.append(self)
+        while not over.wait(0.01):
+            yield "on "
+
+    monkeypatch.setattr(talk.Conversation, "pieces", endless)
+    body = dict(messages=[{"role": "user", "content": passed()}])
+    with running(chats=1, queue=2, deadline=1.0) as url:
+        ask = functools.partial(post, f"{url}/v1/chat/completions", json=body, timeout=30)
+        with ThreadPoolExecutor(3) as pool:
+            first = pool.submit(ask)
+            while "latentguard_chats 1.0" not in get(f"{url}/metrics").text:
+                time.sleep(0.02)
+            late = [pool.submit(ask) for _ in range(2)]
+            assert [one.result().status_code for one in late] == [503, 503]
+            judged = [moderate(url, passed()).status_code for _ in range(2)]
+            waiting = get(f"{url}/metrics").text
+            over.set()
+            assert first.result().status_code == 200
+    assert judged == [200, 200]
+    assert "latentguard_queue_prompts 0.0" in waiting
+    assert len(begun) == 1
 
 
 def test_a_crash_fails_its_batch_and_nothing_else():

@@ -66,7 +66,7 @@ def build(service: Service) -> Limits:
     )
     app.include_router(moderation.routes(service))
     app.include_router(completions.routes(service, relay))
-    app.include_router(page.routes(service))
+    app.include_router(page.routes(service, relay))
     _watch(app, service)
     _explain(app)
     return Limits(app, service.options, service.keys, partial(_note, service))

@@ -22,7 +22,7 @@ MISSING = "latentguard serve needs the extra 'serve': pip install 'latentguard[s
 def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     guard: Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8400,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8400,
     upstream: Annotated[
         str | None, typer.Option(help="OpenAI-compatible URL that answers chats, as http://h/v1.")
     ] = None,
@@ -130,6 +130,7 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
         host=host,
         port=port,
     )
+    port = made.listen().getsockname()[1]
     typer.echo(f"Serving {guard} on http://{host}:{port} (see /readyz)", err=True)
     server.leave(server.run(made))
 

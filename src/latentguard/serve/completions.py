@@ -18,7 +18,7 @@ from latentguard.parts import Decision
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest, Fault, Unavailable
 from latentguard.serve.judging import Judgement
-from latentguard.serve.messages import ChatMessage, prompt_of, prompts_of
+from latentguard.serve.messages import ChatMessage, legible, prompt_of, prompts_of
 from latentguard.serve.replies import ChatResponse, Judged, Reply, event_of, note_of, usage_of
 from latentguard.serve.service import Case, Service
 from latentguard.serve.talk import End, Event, Talk
@@ -37,8 +37,8 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
-    """What is asked; an upstream gets whatever else is sent, unread."""
+class Chat(BaseModel):
+    """What the guard reads; an upstream gets whatever else is sent, unread, and checks it."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -46,6 +46,11 @@ class ChatRequest(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+
+class ChatRequest(Chat):
+    """What the guard's own model reads besides, in the ranges that it can use."""
+
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -62,21 +67,25 @@ def routes(service: Service, relay: Relay | None) -> APIRouter:
         200: {"model": ChatResponse, "content": {"text/event-stream": {}}}
     }
 
-    @router.post("/v1/chat/completions", response_model=None, responses=what)
-    async def completions(request: Request, body: ChatRequest) -> Response:
+    async def own(request: Request, body: ChatRequest) -> Response:
         """Answer a chat, unless the guard's verdict forbids it."""
-        case = Case(service, request, "chat")
-        if relay is not None:
-            return await _through(relay, case, body, request)
-        return await _own(case, body, request)
+        return await _own(Case(service, request, "chat"), body, request)
 
+    async def through(request: Request, body: Chat) -> Response:
+        """Have the upstream answer a chat, unless the guard's verdict forbids it."""
+        assert relay is not None
+        return await _through(relay, Case(service, request, "chat"), body, request)
+
+    how: dict[str, Any] = dict(methods=["POST"], name="completions", responses=what)
+    answer = own if relay is None else through
+    router.add_api_route("/v1/chat/completions", answer, response_model=None, **how)
     return router
 
 
-async def _through(relay: Relay, case: Case, body: ChatRequest, request: Request) -> Response:
+async def _through(relay: Relay, case: Case, body: Chat, request: Request) -> Response:
     """Judge, then ask the upstream."""
     try:
-        worst = await _worst(case, case.placed(prompts_of(body.messages)))
+        worst = await _worst(case, await _read(case, body.messages))
     except Fault as fault:
         if not case.service.forgives(fault):
             raise
@@ -86,10 +95,21 @@ async def _through(relay: Relay, case: Case, body: ChatRequest, request: Request
     return await relay.ask(request, bool(body.stream), note_of(case, worst))
 
 
+async def _read(case: Case, messages: list[ChatMessage]) -> list[Prompt]:
+    """The prompts of a chat; one that goes on unread is noted, by what of it is text."""
+    try:
+        prompts = prompts_of(messages)
+        if len(prompts) > case.service.options.max_inputs:
+            raise BadRequest("The chat has too many messages after one another by one role.")
+    except BadRequest as fault:
+        if case.service.forgives(fault):
+            await case.failed(case.placed([legible(messages)]), fault, answered=True)
+        raise
+    return case.placed(prompts)
+
+
 async def _worst(case: Case, prompts: list[Prompt]) -> Judgement:
     """Of a chat that the guard reads as several prompts, the judgement that counts."""
-    if len(prompts) > case.service.options.max_inputs:
-        raise BadRequest("The chat has too many messages after one another by one role.")
     found = await case.judge(prompts)
     await case.decided(prompts, found, [case.service.action(one) for one in found])
     return max(found, key=severity)
@@ -177,7 +197,7 @@ def _sampling(service: Service, body: ChatRequest) -> Sampling:
     return how if body.top_p is None else replace(how, top_p=body.top_p)
 
 
-def _reply(case: Case, body: ChatRequest, judged: Judged) -> Reply:
+def _reply(case: Case, body: Chat, judged: Judged) -> Reply:
     usage = body.stream_options is not None and body.stream_options.include_usage
     mark, name = case.id.removeprefix("req-"), case.service.options.name
     return Reply(mark, name, note_of(case, judged), usage=usage)
@@ -209,7 +229,7 @@ async def _whole(talk: Talk, reply: Reply, request: Request) -> Response:
     return reply.whole("".join(said), event.finish, usage)
 
 
-def _refusal(case: Case, body: ChatRequest, judged: Judgement) -> Response:
+def _refusal(case: Case, body: Chat, judged: Judgement) -> Response:
     """What a blocked chat is answered with."""
     text, reply = case.service.options.refusal, _reply(case, body, judged)
     if not body.stream:

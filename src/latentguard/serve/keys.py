@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from latentguard.serve.faults import Unauthorized
 
 VARIABLE = "LATENTGUARD_API_KEYS"
 """Environment variable with keys, separated by commas or line ends."""
+
+COMMENT = re.compile(r"(?:^|\s)#")
 
 
 class Keys:
@@ -43,22 +46,27 @@ class Keys:
 
 
 def read_keys(file: Path | None, environment: str | None) -> Keys:
-    """Keys of a file (one a line; ``#`` begins a comment) and of the environment.
+    """Keys of a file (one a line) and of the environment.
+
+    ``#`` begins a comment at the start of a line or after a blank; elsewhere it is part of a key.
 
     Raises:
-        LatentGuardError: if the file is given and holds no key.
+        LatentGuardError: if the file or the variable is given and holds no key, since without keys
+            everybody may come in.
     """
-    lines = (environment or "").replace(",", "\n").splitlines()
+    found = list[str]()
     if file is not None:
-        from_file = _clean(file.read_text("utf-8").splitlines())
-        if not from_file:
-            raise LatentGuardError(f"{file} holds no API key; expected one a line.")
-        lines += from_file
-    return Keys(_clean(lines))
+        found += _clean(file.read_text("utf-8"), f"{file} holds no API key; expected one a line.")
+    if environment is not None:
+        lack = f"{VARIABLE} holds no API key; expected keys with commas between, or no variable."
+        found += _clean(environment.replace(",", "\n"), lack)
+    return Keys(found)
 
 
-def _clean(lines: Sequence[str]) -> list[str]:
-    words = (line.split("#")[0].strip() for line in lines)
+def _clean(text: str, lack: str) -> list[str]:
+    words = [COMMENT.split(line)[0].strip() for line in text.splitlines()]
+    if not any(words):
+        raise LatentGuardError(lack)
     return [word for word in words if word]
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from time import perf_counter
 from typing import Any
 
@@ -60,12 +60,12 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer, began, ending = _Answer(send), perf_counter(), ExitStack()
+        answer, began, ending = _Answer(send), perf_counter(), AsyncExitStack()
         try:
             known = {"request": answer.request, "client": self._client(scope), "ending": ending}
             scope["state"] = {**scope.get("state", {}), **known}
             body = await self._body(scope, receive)
-            with ending:  # however it ends: a client may leave before its answer has begun
+            async with ending:  # however it ends: a client may leave before its answer has begun
                 await self.app(scope, _replay(body, receive), answer)
         except Fault as fault:
             await answer.fault(fault, close=True)

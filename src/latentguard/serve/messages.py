@@ -59,6 +59,13 @@ def only_text(parts: Sequence[Part]) -> str:
     return "\n".join(part.text or "" for part in parts)
 
 
+def legible(messages: Sequence[ChatMessage]) -> Prompt:
+    """What of a chat is text, for the log of one that cannot be judged."""
+    parts = [[m.content] if isinstance(m.content, str) else m.content or [] for m in messages]
+    texts = [one if isinstance(one, str) else one.text or "" for own in parts for one in own]
+    return Prompt("\n".join(texts), id="chat")
+
+
 def prompt_of(messages: Sequence[ChatMessage]) -> Prompt:
     """The one prompt of a chat that ends with a user's message; roles as they are.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from latentguard.prompts import Prompt
 from latentguard.serve.export import FOLDER, describe, point_of
 from latentguard.serve.judging import judge_all
 from latentguard.serve.service import Service
+from latentguard.serve.upstream import Relay
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -24,7 +25,7 @@ FILES = {
 }
 
 
-def routes(service: Service) -> APIRouter:
+def routes(service: Service, relay: Relay | None) -> APIRouter:
     """The page's files, ``/v1/guard`` and ``/v1/models``."""
     router = APIRouter()
     for path, (name, kind) in FILES.items():
@@ -39,9 +40,11 @@ def routes(service: Service) -> APIRouter:
         about = {"policy": options.policy, "on_review": options.on_review, "reference": known}
         return names | describe(service.scorer.guard) | about
 
-    @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The one model, in OpenAI's form."""
+    @router.get("/v1/models", response_model=None)
+    async def models(request: Request) -> dict[str, Any] | Response:
+        """The upstream's models, or the guard's own one, in OpenAI's form."""
+        if relay is not None:
+            return await relay.models(request)
         model = dict(id=service.options.name, object="model", created=0, owned_by="latentguard")
         return {"object": "list", "data": [model]}
 

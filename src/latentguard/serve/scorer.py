@@ -7,13 +7,13 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Any, Literal
 
 from latentguard.errors import LatentGuardError
 from latentguard.guard import LatentGuard
-from latentguard.model.converse import longest
+from latentguard.model.converse import longest, tokens_of
 from latentguard.model.hf import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import Busy, TooLarge, Unavailable, place
@@ -55,8 +55,8 @@ class Scorer:
         self.crashes = deque[float](maxlen=CRASHES)
         self._opener, self._on_batch = opener, on_batch
         self._lock, self._stopping = threading.Condition(), False
-        self._jobs, self._coming, self._talks = deque[Job](), deque[Talk](), list[Talk]()
-        self._flight = list[Job]()
+        self._jobs, self._flight = deque[Job](), list[Job]()
+        self._coming, self._talks = deque[Talk](), list[Talk]()
         self._busy: float | None = None
         self._thread = threading.Thread(target=self._live, name="scorer", daemon=True)
         self.guard: LatentGuard
@@ -82,7 +82,9 @@ class Scorer:
     @property
     def waiting(self) -> int:
         """How many prompts wait."""
-        return len(self._jobs) + len(self._coming)
+        with self._lock:
+            self._forget()
+            return len(self._jobs) + len(self._coming)
 
     @property
     def talking(self) -> int:
@@ -138,14 +140,13 @@ class Scorer:
 
     async def _require_short(self, prompt: Prompt) -> None:
         """Count tokens where there may be too many; a text has no more tokens than bytes."""
-        most = min(self.options.max_tokens, longest(self.model))
-        if 4 * size_of(prompt) <= most:
+        if 4 * size_of(prompt) <= (most := min(self.options.max_tokens, longest(self.model))):
             return
         try:
-            layouts = await asyncio.to_thread(self.model.chat, [prompt])
+            found = await self._within(asyncio.to_thread(tokens_of, self.model, prompt, most))
         except LatentGuardError as error:
             raise fault_of(error) from None
-        if (found := len(layouts[0].ids)) > most:
+        if found > most:
             raise TooLarge(f"The prompt is {found:,} tokens long; at most {most:,} are read.")
 
     def _submit(self, jobs: Sequence[Job]) -> None:
@@ -154,10 +155,10 @@ class Scorer:
             self._jobs.extend(jobs)
             self._lock.notify()
 
-    async def _within(self, future: asyncio.Future[Any]) -> Any:
+    async def _within(self, work: Awaitable[Any]) -> Any:
         try:
             async with asyncio.timeout(self.options.deadline):
-                return await future
+                return await work
         except TimeoutError:
             reason = f"No verdict came within {self.options.deadline:g} seconds."
             raise Unavailable(reason) from None
@@ -249,9 +250,14 @@ class Scorer:
     def _converse(self) -> None:
         """Let each chat take a step, and begin those that wait as others end."""
         with self._lock:
+            self._forget()
             room = self.options.chats - len(self._talks)
             self._talks += [self._coming.popleft() for _ in range(min(room, len(self._coming)))]
         self._talks = [talk for talk in self._talks if self._step(talk)]
+
+    def _forget(self) -> None:
+        """Drop chats that nobody waits for any more; for whoever holds the lock."""
+        self._coming = deque(talk for talk in self._coming if not talk.cancelled)
 
     def _step(self, talk: Talk) -> bool:
         """Whether the chat goes on."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from latentguard.errors import LatentGuardError
 from latentguard.serve.app import build
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.drift import Reference
@@ -32,6 +34,25 @@ class Server(uvicorn.Server):
     """Ends quietly on a signal, and with a failure if the scoring thread has ended."""
 
     failure: BaseException | None = None
+    _taken: socket.socket | None = None
+
+    def listen(self) -> socket.socket:
+        """Take the port, once, before anything is loaded.
+
+        Raises:
+            LatentGuardError: if it cannot be had.
+        """
+        if self._taken is None:
+            host, port = self.config.host, self.config.port
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            try:
+                self._taken = socket.create_server((host, port), family=family)
+            except OSError as error:
+                reason = str(error.strerror).split(" (")[0]  # Python says the address once more
+                raise LatentGuardError(
+                    f"Cannot listen on {host}, port {port} ({reason}); free it, or give another."
+                ) from None
+        return self._taken
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,7 +82,7 @@ def make(
     reference: Reference | None = None,
     **how: Any,
 ) -> Server:
-    """A server that is ready to run; ``how`` goes to uvicorn (``host``, ``port``, ``fd``)."""
+    """A server that is ready to run; ``how`` goes to uvicorn (``host``, ``port``)."""
     reference = reference or Reference()
     telemetry = Telemetry(reference.scores)
     scorer = Scorer(opener, options, on_batch=telemetry.batch)
@@ -80,10 +101,13 @@ def make(
 
 def run(server: Server) -> int:
     """Serve until a signal comes or the guard fails; 0 or 1, for the exit code."""
-    server.run()
+    try:
+        server.run([server.listen()])
+    except LatentGuardError as error:
+        server.failure = error
     if server.failure is None and server.started:
         return 0
-    logging.getLogger("latentguard.serve").error("Stopped: %s", server.failure or "cannot listen")
+    logging.getLogger("latentguard.serve").error("Stopped: %s", server.failure or "did not start")
     return 1
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 import httpx
@@ -13,11 +14,15 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from latentguard.serve.faults import BadRequest, Upstream
 from latentguard.serve.options import Options
+from latentguard.serve.replies import event_of
 
 log = logging.getLogger("latentguard.serve")
 
 TIMEOUT = httpx.Timeout(10.0, read=120.0)
-"""Seconds to connect, and between two pieces of an answer."""
+"""Seconds to connect, and until the answer begins or the next piece of it comes."""
+
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+"""As many chats as this service admits: one that waits for a connection would be a 502."""
 
 MOST = 8 << 20
 """Bytes of an answer that is read whole."""
@@ -46,47 +51,69 @@ class Relay:
         """Prepare.
 
         Args:
-            options: Where the upstream is, and its key.
+            options: Where the upstream is, its key, and whether a shadow only looks on.
             own_keys: Whether clients show this service's keys: these are never sent on.
         """
         assert options.upstream is not None
-        self._url = f"{options.upstream.rstrip('/')}/chat/completions"
+        self._url, self._shadow = options.upstream.rstrip("/"), options.policy == "shadow"
         self._key, self._own_keys = options.upstream_key, own_keys
-        self._client = httpx.AsyncClient(timeout=TIMEOUT)
+        self._client = httpx.AsyncClient(timeout=TIMEOUT, limits=LIMITS)
 
     async def ask(self, request: Request, stream: bool, note: Mapping[str, Any]) -> Response:
-        """The upstream's answer, with ``note`` in it.
+        """The upstream's answer to a chat, with ``note`` in it.
 
         Raises:
-            BadRequest: if the body holds NaN or infinity, or much in fields that nobody knows.
+            BadRequest: if the body holds NaN or infinity, or (a shadow does not mind) much in
+                fields that nobody knows.
             Upstream: if it cannot be reached, or fails.
         """
         body = await request.json()
-        _require_known(body)
+        if not self._shadow:
+            _require_known(body)
         try:
             content = json.dumps(body, allow_nan=False)
         except ValueError:
             raise BadRequest("The body holds a number that JSON does not know.") from None
-        sent = self._client.build_request(
-            "POST", self._url, content=content, headers=self._headers(request)
-        )
-        try:
-            answer = await self._client.send(sent, stream=True)
-            if answer.status_code >= 500:
-                log.error("The upstream answered %s.", answer.status_code)
-                await answer.aclose()
-                raise Upstream("The upstream service failed.")
-            if stream and answer.status_code == 200:
-                events = _noted(answer, note)
-                return StreamingResponse(events, media_type="text/event-stream")
-            return await _whole(answer, note)
-        except httpx.HTTPError as error:
-            log.error("The upstream cannot be reached: %r", error)
-            raise Upstream("The upstream service cannot be reached.") from None
+        sent = self._request("POST", "chat/completions", request, content)
+        return await self._told(request, self._answer(request, sent, stream, note))
+
+    async def models(self, request: Request) -> Response:
+        """The upstream's models, which chats name; the guard's own model need not be one of them.
+
+        Raises:
+            Upstream: if it cannot be reached, or fails.
+        """
+        sent = self._request("GET", "models", request)
+        return await self._told(request, self._answer(request, sent, stream=False, note={}))
 
     async def close(self) -> None:
         """Close connections."""
         await self._client.aclose()
+
+    async def _told(self, request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+        try:
+            return await _unless_left(request, answer)
+        except httpx.HTTPError as error:
+            log.error("The upstream cannot be reached: %r", error)
+            raise Upstream("The upstream service cannot be reached.") from None
+
+    async def _answer(
+        self, request: Request, sent: httpx.Request, stream: bool, note: Mapping[str, Any]
+    ) -> Response:
+        answer = await self._client.send(sent, stream=True)
+        request.state.ending.push_async_callback(answer.aclose)  # a stream may never be begun
+        if answer.status_code >= 500:
+            log.error("The upstream answered %s.", answer.status_code)
+            raise Upstream("The upstream service failed.")
+        if stream and answer.status_code == 200:
+            return StreamingResponse(_noted(answer, note), media_type="text/event-stream")
+        return await _whole(answer, note)
+
+    def _request(
+        self, method: str, path: str, request: Request, content: str | None = None
+    ) -> httpx.Request:
+        url, headers = f"{self._url}/{path}", self._headers(request)
+        return self._client.build_request(method, url, content=content, headers=headers)
 
     def _headers(self, request: Request) -> dict[str, str]:
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -95,6 +122,23 @@ class Relay:
         elif not self._own_keys and "authorization" in request.headers:
             headers["authorization"] = request.headers["authorization"]
         return headers
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What some work gives; if the client leaves before, the work is stopped, and nobody told."""
+    task, gone = asyncio.ensure_future(work), asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.wait({task, gone})
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _require_known(body: Mapping[str, Any]) -> None:
@@ -119,34 +163,48 @@ def _size(value: Any) -> int:
 
 async def _whole(answer: httpx.Response, note: Mapping[str, Any]) -> Response:
     content = b""
-    try:
-        async for piece in answer.aiter_bytes():
-            content += piece
-            if len(content) > MOST:
-                raise Upstream("The upstream's answer is too long.")
-    finally:
-        await answer.aclose()
+    async for piece in answer.aiter_bytes():
+        content += piece
+        if len(content) > MOST:
+            raise Upstream("The upstream's answer is too long.")
+    kept = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
+    body = _object(content, answer.status_code) | dict(note)
+    return JSONResponse(body, status_code=answer.status_code, headers=kept)
+
+
+def _object(content: bytes, status: int) -> dict[str, Any]:
+    """An answer's object; a proxy before the upstream may refuse in words that are no JSON."""
     try:
         body = json.loads(content)
     except ValueError:
         body = None
-    if not isinstance(body, dict):
+    if isinstance(body, dict):
+        return body
+    if status < 400:
         raise Upstream("The upstream's answer is no JSON object.")
-    kept = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
-    return JSONResponse(body | dict(note), status_code=answer.status_code, headers=kept)
+    return BadRequest(f"The upstream service refused the request with status {status}.").body
 
 
-async def _noted(answer: httpx.Response, note: Mapping[str, Any]) -> AsyncIterator[str]:
+async def _noted(answer: httpx.Response, note: Mapping[str, Any]) -> AsyncIterator[bytes]:
     """The events as they come; the note goes into the first."""
     left = dict(note)
     try:
-        async for line in answer.aiter_lines():
-            if left and line.startswith("data: {"):
-                line = f"data: {json.dumps(json.loads(line[6:]) | left)}"  # noqa: PLW2901
+        async for line in _lines(answer):
+            if left and line.startswith(b"data: {"):
+                line = b"data: " + json.dumps(json.loads(line[6:]) | left).encode()  # noqa: PLW2901
                 left = {}
-            yield f"{line}\n"
+            yield line + b"\n"
     except (httpx.HTTPError, ValueError) as error:
         log.error("The upstream broke off: %r", error)
-        yield f"data: {json.dumps(Upstream('The upstream service broke off.').body)}\n\n"
-    finally:
-        await answer.aclose()
+        yield event_of(Upstream("The upstream service broke off.").body).encode()
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines as events have them; ``aiter_lines`` ends one at U+2028, too, which JSON may hold."""
+    rest = b""
+    async for piece in answer.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest

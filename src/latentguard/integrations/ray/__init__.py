@@ -22,7 +22,7 @@ from latentguard.guard import LatentGuard
 from latentguard.integrations.ray.actors import Folder, Scorer
 from latentguard.integrations.ray.rounds import EACH_DEVICE, Workers, each, start, surveyed
 from latentguard.prompts import Columns
-from latentguard.shards import Summary, finished, write_success
+from latentguard.shards import SUCCESS, Summary, finished, write_success
 from latentguard.states import Progress
 
 __all__ = ["Workers", "fit_axes", "score_corpus"]
@@ -59,10 +59,12 @@ def score_corpus(
     """
     out, columns = Path(out), columns or Columns(label="")
     start()
-    files = surveyed(find_files(source, columns, out / "_staged"), workers)
+    files = surveyed(find_files(source, columns, out / "_staged", apart=out), workers)
     blocks = cut(files, workers.block_rows, f"{guard.digest} {columns}")
     there = finished(out, blocks)
     waiting = [block for block in blocks if block.name not in there]
+    if waiting:
+        (out / SUCCESS).unlink(missing_ok=True)  # of a smaller corpus
     tell = progress or (lambda _: None)
     tell(sum(block.stop - block.start for block in blocks if block.name in there))
     source = here(model or guard.fingerprint.model)

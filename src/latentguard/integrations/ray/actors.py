@@ -14,7 +14,7 @@ import torch
 from latentguard import corpora, shards
 from latentguard.axes import Centroid
 from latentguard.corpora import Block, Row
-from latentguard.errors import LatentGuardError, PromptError
+from latentguard.errors import GuardError, LatentGuardError, PromptError, TemplateError
 from latentguard.fitting import AXES, Poles, fold_axes, merge_poles
 from latentguard.guard import LatentGuard
 from latentguard.model.hf import WINDOW, ChatModel
@@ -74,11 +74,11 @@ class Scorer(Worker):
         shards.write_part(self.out, block, records)
 
     def _scored(self, rows: list[Row]) -> list[dict[str, Any]]:
-        """A prompt that the model cannot read costs no verdict but its own."""
+        """A prompt that cannot be read, or has no score, costs no verdict but its own."""
         try:
             prompts = [row.prompt for row in rows if row.prompt is not None]
             return list(map(shards.record, rows, self.guard.scan(self.backend, prompts)))
-        except PromptError as error:
+        except (PromptError, TemplateError, GuardError) as error:
             if len(rows) == 1:
                 return [shards.record(rows[0], None, str(error))]
             half = len(rows) // 2
