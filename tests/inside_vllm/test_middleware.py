@@ -16,6 +16,7 @@ from latentguard.integrations.vllm.gate import Gate
 from latentguard.integrations.vllm.mailbox import post
 from latentguard.integrations.vllm.middleware import GuardMiddleware
 from latentguard.prompts import Prompt
+from latentguard.serve.faults import BadRequest
 from latentguard.windows import Windows
 from serve.running import band_guard, flagged, offline, passed, tiny_guard, tiny_model
 
@@ -125,6 +126,7 @@ def served(monkeypatch):
         headers=None,
         guard=None,
         besides=(),
+        state=None,
     ):
         now.update(guard=guard or tiny_guard(), besides=besides)
         monkeypatch.setenv("LATENTGUARD_POLICY", policy)
@@ -132,7 +134,7 @@ def served(monkeypatch):
         guarded = GuardMiddleware(server)
 
         async def app(scope, receive, send):
-            await guarded(scope | {"app": SimpleNamespace(state=None)}, receive, send)
+            await guarded(scope | {"app": SimpleNamespace(state=state)}, receive, send)
 
         async def go():
             transport = httpx.ASGITransport(app=app)
@@ -410,6 +412,41 @@ def test_what_the_guard_cannot_read_is_an_error_of_the_client(served, body):
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [(None, 401), ("Bearer other", 401), ("Basic secret", 401), ("Bearer secret", 200)],
+)
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_the_servers_own_key_is_asked_for_before_a_chat_is_read(
+    served, monkeypatch, header, status, by
+):
+    server, laid_out, question = Server(), [], Gate.question
+
+    async def noted(gate, *given):
+        laid_out.append(given)
+        return await question(gate, *given)
+
+    monkeypatch.setattr(Gate, "question", noted)
+    monkeypatch.setenv("VLLM_API_KEY", "secret" if by == "variable" else "another")
+    state = SimpleNamespace(args=SimpleNamespace(api_key=["secret"] if by == "option" else None))
+    headers = {"authorization": header} if header else {}
+    answer = served(server, body=chat(passed()), headers=headers, state=state)
+    assert answer.status_code == status
+    assert len(laid_out) == len(server.seen) == (status == 200)
+
+
+def test_more_messages_than_tokens_are_not_laid_out():
+    async def go():
+        gate = Gate(tiny_guard(), tiny_model().tokenizer, most=8)
+        gate.chat._render = None
+        said = [{"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(9)]
+        with pytest.raises(BadRequest, match=r"at least 9 tokens .* at most 8"):
+            await gate.question({"messages": said})
+        gate.close()
+
+    asyncio.run(go())
 
 
 def test_an_error_of_the_server_is_handed_on(served):

@@ -20,6 +20,8 @@ OVER = max(map(len, tiny.TEXTS))
 HIDDEN = "\u0336".join(sorted(tiny.TEXTS, key=len)[0])
 """Struck through."""
 
+KEY = "secret"
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
@@ -35,6 +37,7 @@ def served(tmp_path_factory):
         port = free.getsockname()[1]
     options = "--enforce-eager --block-size 32 --max-num-seqs 16 --max-model-len 1024"
     command = [sys.executable, "-m", "latentguard.integrations.vllm", str(folder / "guard")]
+    options += f" --api-key {KEY}"
     more = f"{options} --gpu-memory-utilization 0.1 --host 127.0.0.1 --port {port}".split()
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (folder / "log").open("w") as log:
@@ -58,7 +61,7 @@ def served(tmp_path_factory):
 def client(served):
     from openai import OpenAI
 
-    return OpenAI(base_url=f"{served[0]}/v1", api_key="none", timeout=600)
+    return OpenAI(base_url=f"{served[0]}/v1", api_key=KEY, timeout=600)
 
 
 def say(client, text, **more):
@@ -135,6 +138,21 @@ def test_options_that_change_the_prompt_are_an_error(client, served):
             say(client, low[0], extra_body=more)
 
 
+def test_a_client_without_the_servers_key_is_sent_away(served):
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}  # unreadable
+    for headers in ({}, {"authorization": "Bearer other"}):
+        url = f"{served[0]}/v1/chat/completions"
+        assert httpx.post(url, json=body, headers=headers, timeout=600).status_code == 401
+
+
+def test_more_messages_than_the_engine_reads_tokens_are_an_error(client):
+    from openai import BadRequestError
+
+    said = [{"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(1025)]
+    with pytest.raises(BadRequestError, match=r"at least 1,025 tokens .* at most 1,024"):
+        client.chat.completions.create(model="m", messages=said, max_tokens=4)
+
+
 def test_what_a_client_sends_as_transfer_parameters_changes_nothing(client, served):
     _, high = sides(served[1])
     forged = {"kv_transfer_params": {"latentguard": {"to": "/tmp/x", "key": "k"}}}
@@ -173,7 +191,8 @@ def test_a_client_that_leaves_does_no_harm(client, served):
         "ignore_eos": True,
     }
     for _ in range(3):
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as answer:
+        how = dict(json=body, timeout=600, headers={"authorization": f"Bearer {KEY}"})
+        with httpx.stream("POST", f"{url}/v1/chat/completions", **how) as answer:
             next(answer.iter_lines())
     found = say(client, low[1]).model_extra["latentguard"]
     assert found["score"] == pytest.approx(verdicts[low[1]].score, abs=1e-5)

@@ -36,6 +36,33 @@ ARCHITECTURES = {
 }
 """Four experts and four blocks: the list of blocks must not be confused with one of experts."""
 
+LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2)
+LINEAR |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
+MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8)
+HYBRIDS = {
+    "bamba": ("BambaConfig", dict(attn_layer_indices=[1, 3], **MAMBA)),
+    "falcon_h1": ("FalconH1Config", dict(mamba_d_ssm=64, head_dim=8, **MAMBA)),
+    "lfm2": ("Lfm2Config", dict(full_attn_idxs=[1, 3])),
+    "minimax": ("MiniMaxConfig", dict(head_dim=8, num_local_experts=4)),
+    "qwen3_5": ("Qwen3_5TextConfig", dict(head_dim=8, **LINEAR)),
+    "recurrent_gemma": ("RecurrentGemmaConfig", dict(attention_window_size=16, lru_width=32)),
+}
+"""Blocks that remember other things than keys and values."""
+
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+STREAMS = dict(laurel_rank=8, hidden_size_per_layer_input=8, num_kv_shared_layers=0)
+ODD = {
+    "phi3_long": (
+        "Phi3Config",
+        dict(original_max_position_embeddings=48, rope_parameters=LONGROPE),
+    ),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        dict(head_dim=8, altup_num_inputs=2, activation_sparsity_pattern=None, **STREAMS),
+    ),
+}
+"""Positions that are scaled beyond 48 tokens; blocks that hand on several vectors a token."""
+
 
 WIDE = dict(hidden_size=64, intermediate_size=128)
 """Matrices whose rows are as long as a block of NF4; bitsandbytes takes no shorter ones."""
@@ -43,7 +70,7 @@ WIDE = dict(hidden_size=64, intermediate_size=128)
 
 def chat_model(architecture, tokenizer, *, dtype=torch.float32, seed=0, **wanted):
     """A ChatModel with random weights; of other sizes where they are given."""
-    kind, extra = ARCHITECTURES[architecture]
+    kind, extra = (ARCHITECTURES | HYBRIDS | ODD)[architecture]
     sizes = SIZES | extra | dict(vocab_size=len(tokenizer)) | wanted
     config = getattr(transformers, kind)(**{k: v for k, v in sizes.items() if v is not None})
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -125,6 +125,8 @@ class TestChanges:
         other._fingerprint = model.fingerprint
         with pytest.raises(ModelMismatch, match="looks like the guard's own but scores"):
             guard.check(other)
+        with pytest.raises(ModelMismatch, match=r"prints today's date .* calibrate again"):
+            guard.check(other)
         there = guard.admit(other)
         assert there is not guard
         assert "nothing that is hashed differs" in str(Shift.between(guard, there))

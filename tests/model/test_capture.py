@@ -6,7 +6,7 @@ import torch
 from latentguard.model import hf
 from latentguard.prompts import Message, Prompt
 from latentguard.states import States
-from model.architectures import ARCHITECTURES, chat_model, hidden_states
+from model.architectures import ARCHITECTURES, HYBRIDS, chat_model, hidden_states
 
 POINTS = ("t_inst", "t_post", "post+2")
 POSITIONS = (*POINTS, "mean", "post")
@@ -81,6 +81,34 @@ class TestEveryArchitecture:
         reference = torch.stack([expected(model, p, layers) for p in PROMPTS[:3]])
         assert states.layers == tuple(layers)
         assert_same(states.values, reference)
+
+
+@pytest.mark.parametrize("architecture", HYBRIDS)
+class TestHybrids:
+    """Blocks that remember more than keys and values, which no prefix can be shared of."""
+
+    def test_states_are_those_of_hugging_face(self, architecture, tokenizer):
+        model = chat_model(architecture, tokenizer)
+        states = captured(model)
+        assert model._prefix.ids == ()
+        reference = torch.stack([expected(model, prompt) for prompt in PROMPTS])
+        assert_same(states.values[:, :, :DEPTH], reference)
+
+    def test_a_batch_is_its_single_rows(self, architecture, tokenizer):
+        model = chat_model(architecture, tokenizer)
+        singles = torch.cat([captured(model, [prompt]).values for prompt in PROMPTS])
+        assert_same(captured(model).values, singles)
+
+
+class TestScaledPositions:
+    """LongRoPE: a batch that is longer than the original length has other factors, all of it."""
+
+    def test_prompts_of_both_lengths_are_read_as_if_alone(self, tokenizer):
+        model = chat_model("phi3_long", tokenizer)
+        lengths = [len(layout.ids) for layout in model.chat(PROMPTS)]
+        assert min(lengths) < 48 < max(lengths)
+        reference = torch.stack([expected(model, prompt) for prompt in PROMPTS])
+        assert_same(captured(model).values[:, :, :DEPTH], reference)
 
 
 class TestPadding:

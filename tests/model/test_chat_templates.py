@@ -1,8 +1,13 @@
-"""Templates that trim, wrap, move or hide what was said, and tokenizers that cannot be used."""
+"""Templates that trim, wrap, move, hide or date what was said; tokenizers that cannot be used."""
+
+import time
+from datetime import datetime
 
 import pytest
+from transformers.utils import chat_template_utils
 
 from latentguard.errors import PromptError, TemplateError
+from latentguard.model import chat as module
 from latentguard.model.chat import ChatTokenizer
 from latentguard.prompts import Message, Prompt
 from model.families import FAMILIES
@@ -152,6 +157,135 @@ class TestSystemMessages:
     def test_empty_and_given_in_every_family(self, name, system):
         prompt = Prompt("hello", history=(Message("system", system),))
         assert_same_as_plain(FAMILIES[name].tokenizer, prompt)
+
+
+class TestDates:
+    """Templates that print today's date, as those of Llama-3.2, SmolLM3 and gpt-oss do."""
+
+    AROUND = (
+        "{{ '<u>' + strftime_now('%d %b %Y') + '<e>' }}"
+        "{% for m in messages %}%s{% endfor %}{{ '<a>' }}"
+    )
+
+    @pytest.fixture
+    def today(self, monkeypatch):
+        """Sets the clock, ours and that of transformers."""
+
+        def on(day):
+            class Clock(datetime):
+                @classmethod
+                def now(cls, tz=None):
+                    return datetime(2026, 11, day)
+
+            for where in (module, chat_template_utils):
+                monkeypatch.setattr(where, "datetime", Clock, raising=False)
+
+        return on
+
+    def test_after_midnight_the_date_is_that_of_the_day(self, today):
+        tokenizer = tokenizer_with("{{ m.content + '<e>' }}", self.AROUND)
+        plain = [dict(role="user", content="hello")]
+        today(27)
+        chat = ChatTokenizer(tokenizer)
+        before = chat([Prompt("hello")])[0]
+        today(28)
+        after = chat([Prompt("hello")])[0]
+        assert list(after.ids) == tokenizer.apply_chat_template(plain)["input_ids"]
+        assert "28 Nov 2026" in tokenizer.decode(after.ids)
+        today(27)
+        assert chat([Prompt("hello")])[0] == before
+
+    def test_a_template_without_a_date_is_laid_out_once(self, today):
+        today(27)
+        chat = ChatTokenizer(tokenizer_with("{{ m.content }}"))
+        today(28)
+        chat([Prompt("hello")])
+        assert not chat.dated
+        assert chat._frame.cache_info().currsize == 1
+
+
+class TestManyMessages:
+    @staticmethod
+    def prompt_of(count):
+        """A chat of so many messages."""
+        turns = [Message(("user", "assistant")[n % 2], "a") for n in range(count - 1)]
+        return Prompt("a", id="p7", history=tuple(turns))
+
+    @pytest.mark.parametrize("count", [65, 101])
+    @pytest.mark.parametrize("name", ["qwen2.5", "llama-2", "mistral"])
+    def test_they_are_laid_out_as_few_are(self, name, count):
+        assert_same_as_plain(FAMILIES[name].tokenizer, self.prompt_of(count))
+
+    def test_time_grows_with_their_number_alone(self):
+        chat, began = ChatTokenizer(FAMILIES["qwen2.5"].tokenizer), time.process_time()
+        chat([self.prompt_of(10_001)])
+        assert time.process_time() - began < 5  # 20 s where each message is searched for
+
+    @pytest.mark.parametrize(
+        "prompt", [prompt_of(81), Prompt("a", history=(Message("system", " " * 1000),))]
+    )
+    def test_large_frames_are_not_kept(self, prompt):
+        chat = ChatTokenizer(FAMILIES["qwen2.5"].tokenizer)
+        assert chat([prompt]) == chat([prompt])
+        assert chat._frame.cache_info().currsize == 1
+
+    def test_more_than_the_model_reads_tokens_are_not_laid_out(self, monkeypatch):
+        chat = ChatTokenizer(tokenizer_with("{{ m.content }}"), most=100)
+        chat([self.prompt_of(99)])
+        monkeypatch.setattr(chat, "_render", None)
+        with pytest.raises(PromptError, match=r"'p7' is at least 101 tokens .* at most 100"):
+            chat([self.prompt_of(101)])
+
+    def test_empty_messages_have_no_tokens(self):
+        chat = ChatTokenizer(tokenizer_with("{{ m.content }}"), most=2)
+        assert chat([Prompt("a", history=(Message("system", ""),) * 9)])[0].t_inst == 0
+
+
+class TestThoughts:
+    """What comes before </think> in an earlier reply: many templates drop it."""
+
+    @pytest.mark.parametrize("name", ["qwen3", "deepseek"])
+    @pytest.mark.parametrize(
+        "said",
+        [
+            "<think>\nhm, a greeting\n</think>\n\nHello.",
+            "<think>\n\n</think>\n\n Hello.\n",
+            "a</think>b</think>Hello.",
+            "</think>Hello.",
+        ],
+    )
+    def test_they_are_dropped_where_the_template_drops_them(self, name, said):
+        turns = (Message("user", "Hi"), Message("assistant", said), Message("user", "So?"))
+        turns = (*turns, Message("assistant", "No thoughts."))
+        assert_same_as_plain(FAMILIES[name].tokenizer, Prompt("Thanks", history=turns))
+
+    @pytest.mark.parametrize("name", ["qwen3", "deepseek"])
+    @pytest.mark.parametrize("role", ["user", "system"])
+    def test_what_others_say_is_kept(self, name, role):
+        tokenizer = FAMILIES[name].tokenizer
+        turns = (Message(role, "one</think>two"), Message("assistant", "three"))
+        layout = ChatTokenizer(tokenizer)([Prompt("four</think>five", history=turns)])[0]
+        said = tokenizer.decode(layout.ids)
+        assert all(text in said for text in ("one</think>two", "four</think>five"))
+
+    @pytest.mark.parametrize(
+        "body", ["{{ m.content }}", "{{ m.content.replace('</think>', '<e>') }}"]
+    )
+    def test_they_stay_text_where_the_template_keeps_them(self, body):
+        around = "{% for m in messages %}%s{{ '<u>' }}{% endfor %}{{ '<a></think>' }}"
+        tokenizer = byte_level(around.replace("%s", body), special("<u>", "<a>", "</think>"))
+        turns = (Message("user", "Hi"), Message("assistant", "<u>x</think>y<u>"))
+        layout = ChatTokenizer(tokenizer)([Prompt("Thanks", history=turns)])[0]
+        tokens = tokenizer.convert_ids_to_tokens(layout.ids)
+        assert (tokens.count("<u>"), tokens.count("</think>")) == (3, 1)
+        assert "<u>x</think>y<u>" in tokenizer.decode(layout.ids)
+
+    def test_a_template_that_keeps_another_part_is_an_error(self):
+        body = "{{ m.content.split('</think>')[1] if '</think>' in m.content else m.content }}"
+        chat = ChatTokenizer(tokenizer_with(body))
+        turns = (Message("user", "Hi"), Message("assistant", "a</think>b</think>c"))
+        with pytest.raises(TemplateError, match="the assistant message, or shows it 0 times"):
+            chat([Prompt("Thanks", history=turns)])
 
 
 class TestDigests:

@@ -15,19 +15,31 @@ import hashlib
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from datetime import datetime
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from latentguard.errors import PromptError, TemplateError
-from latentguard.model.layout import Layout
-from latentguard.prompts import Prompt
+from latentguard.model.layout import (
+    Frame,
+    Layout,
+    Turn,
+    least_tokens,
+    strips_of,
+    too_long,
+    turns_of,
+)
+from latentguard.prompts import Message, Prompt
 
-_Turn = tuple[str, str | None]
-"""A role, and the content if that is blank: a template may ask whether there is any."""
+TURNS, TEXTS = 64, 256
+"""Frames are kept of chats with no more turns, and no more characters in what turns begin with."""
+
+THOUGHT = "</think>"
+"""Ends the thoughts that many templates drop from earlier replies."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +55,21 @@ class _Placed:
     """Where it would start had the template not trimmed it."""
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """A template around the messages of a chat: text, slot, text, slot, ..., text."""
-
-    texts: tuple[str, ...]
-    order: tuple[int, ...]
-    """Which message each slot takes; templates may move the system message."""
-
-    strips: tuple[tuple[str | None, str | None], ...]
-    """What each slot strips on the left and on the right: an argument of ``str.strip``."""
-
-
 class ChatTokenizer:
     """Turns prompts into layouts, for one tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, most: int = 1 << 62) -> None:
         """Prepare the copy in which control tokens have unspeakable names.
 
         Args:
             tokenizer: A fast Hugging Face tokenizer with a chat template.
+            most: Tokens that the model reads; a chat of more messages is not even laid out.
 
         Raises:
             TemplateError: if it has no chat template, one that hides the user's message, or is
                 not a fast tokenizer.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._most = tokenizer, most
         template = getattr(tokenizer, "chat_template", None)
         if not isinstance(template, str):
             raise TemplateError(
@@ -80,20 +81,28 @@ class ChatTokenizer:
         spec = _plain_spec(tokenizer)
         self.tokenizer_digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
         self.template_digest = hashlib.sha256(template.encode()).hexdigest()
+        self.dated = "strftime_now" in template
+        """Whether the template may print today's date."""
+
+        self._thinks = THOUGHT in template
         self._nonce = secrets.token_hex(4)
+        self._marks = re.compile(self._mark("([0-9]+)"))
         control = _control_tokens(spec, template + self._sample())
         self._names = {text: f"\ue000{self._nonce}x{n}\ue001" for n, text in enumerate(control)}
+        longest_first = sorted(self._names, key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, longest_first)))
         # text may hold unknown tokens, whatever the template holds
         self._control_ids = frozenset(control.values()) - {_unknown_id(spec["model"])}
         self._safe = _renamed(spec, self._names, control)
         self._frame = functools.lru_cache(maxsize=256)(self._new_frame)
-        self._frame((("user", None),))
+        self._fitted(())
 
     def __call__(self, prompts: Iterable[Prompt]) -> list[Layout]:
         """Lay out prompts.
 
         Raises:
-            PromptError: if a text is empty once the template has trimmed it, or is not Unicode.
+            PromptError: if a text is empty once the template has trimmed it, or is not Unicode, or
+                if there are more messages than the model reads tokens.
             TemplateError: if the template hides a message or rejects the order of the roles.
         """
         prompts = list(prompts)
@@ -121,14 +130,15 @@ class ChatTokenizer:
         return index not in self._control_ids
 
     def _place(self, prompt: Prompt) -> _Placed:
-        contents = [*(m.content for m in prompt.history), prompt.text]
-        turns = [(m.role, None if m.content.strip() else m.content) for m in prompt.history]
-        frame = self._frame((*turns, ("user", None)))
+        if (least := least_tokens(prompt)) > self._most:
+            raise too_long(prompt, f"at least {least:,}", self._most)
+        frame, said = self._fitted(prompt.history)
+        contents = [*said, prompt.text]
         text = frame.texts[0]
         start = stop = cut = 0
         for n, (left, right), after in zip(frame.order, frame.strips, frame.texts[1:], strict=True):
             content = contents[n].lstrip(left).rstrip(right)
-            if n == len(turns):
+            if n == len(said):
                 start, stop = len(text), len(text) + len(content)
                 cut = len(prompt.text) - len(prompt.text.lstrip(left))
             text += content + after
@@ -149,40 +159,63 @@ class ChatTokenizer:
             "there is no token to read t_inst at."
         )
 
-    def _new_frame(self, turns: tuple[_Turn, ...]) -> _Frame:
-        # mixed case and mark-up show templates that change what they are given
-        marks = [f"\ue002{self._nonce}m{n}Aa<&'\"\ue003" for n in range(len(turns))]
-        slots = {n: mark for n, mark in enumerate(marks) if turns[n][1] is None}
+    def _fitted(self, history: Sequence[Message]) -> tuple[Frame, list[str]]:
+        """The frame of a chat, and what of each earlier message goes into its slot.
+
+        Thoughts are left out if the template, which is shown them, writes what it writes without
+        them: it has dropped them, and nothing that was said became the template's text.
+        """
+        day, whole = self._today(), [m.content for m in history]
+        if (rest := [self._thoughtless(m) for m in history]) != whole:
+            thoughts = [a.removesuffix(b) for a, b in zip(whole, rest, strict=True)]
+            shown = self._new_frame(day, turns_of(history, rest, thoughts))
+            if shown.same_text(self._framed(day, turns_of(history, rest))):
+                return shown, rest
+        return self._framed(day, turns_of(history, whole)), whole
+
+    def _thoughtless(self, message: Message) -> str:
+        thinks = self._thinks and message.role == "assistant"
+        return message.content.rpartition(THOUGHT)[2] if thinks else message.content
+
+    def _today(self) -> str:
+        """The date if the template may print it, by the clock that ``strftime_now`` reads."""
+        return str(datetime.now().date()) if self.dated else ""
+
+    def _framed(self, day: str, turns: tuple[Turn, ...]) -> Frame:
+        """The frame, kept if it is small; others would fill the memory."""
+        small = len(turns) <= TURNS and sum(len(text) for _, text, _ in turns) <= TEXTS
+        return (self._frame if small else self._new_frame)(day, turns)
+
+    def _new_frame(self, _day: str, turns: tuple[Turn, ...]) -> Frame:  # a frame is of its day
         tight, spaced, lined = (
-            self._split(turns, slots, *edges) for edges in (("", ""), (" ", "  "), ("\n", "\n\n"))
+            self._split(turns, *edges) for edges in (("", ""), (" ", "  "), ("\n", "\n\n"))
         )
         if not tight[0] == spaced[0] == lined[0]:
             raise TemplateError("The chat template moves messages depending on their white space.")
-        spaces, lines = (_kept(tight[1], wide[1]) for wide in (spaced, lined))
-        strips = [
-            (_stripped(left, line_left), _stripped(right, line_right))
-            for (left, right), (line_left, line_right) in zip(spaces, lines, strict=True)
-        ]
-        return _Frame(tuple(map(self._rename, tight[1])), tight[0], tuple(strips))
+        strips = strips_of(tight[1], spaced[1], lined[1])
+        return Frame(tuple(map(self._rename, tight[1])), tight[0], strips)
+
+    def _mark(self, number: int | str) -> str:
+        """Stands for a message; mixed case and mark-up show templates that change what they get."""
+        return f"\ue002{self._nonce}m{number}Aa<&'\"\ue003"
 
     def _split(
-        self, turns: Sequence[_Turn], slots: dict[int, str], left: str, right: str
+        self, turns: Sequence[Turn], left: str, right: str
     ) -> tuple[tuple[int, ...], list[str]]:
         """Which message stands in each slot, and the template's text around the slots."""
         contents = [
-            f"{left}{slots[n]}{right}" if content is None else content
-            for n, (_, content) in enumerate(turns)
+            text + slot * f"{left}{self._mark(n)}{right}" for n, (_, text, slot) in enumerate(turns)
         ]
-        text = self._render([role for role, _ in turns], contents)
-        for n, mark in slots.items():
-            if text.count(mark) != 1:
+        pieces = self._marks.split(self._render([role for role, *_ in turns], contents))
+        order = tuple(map(int, pieces[1::2]))
+        shown = Counter(order)
+        for n, (role, _, slot) in enumerate(turns):
+            if slot and shown[n] != 1:
                 raise TemplateError(
-                    f"The chat template changes the {turns[n][0]} message, or shows it "
-                    f"{text.count(mark)} times instead of once, so the instruction cannot be "
-                    "located in it."
+                    f"The chat template changes the {role} message, or shows it {shown[n]} times "
+                    "instead of once, so the instruction cannot be located in it."
                 )
-        texts = re.split("|".join(map(re.escape, slots.values())), text)
-        return tuple(sorted(slots, key=lambda n: text.index(slots[n]))), texts
+        return order, pieces[::2]
 
     def _sample(self) -> str:
         """What the template writes, to see the tokens that it puts together from parts."""
@@ -208,23 +241,7 @@ class ChatTokenizer:
     def _rename(self, text: str) -> str:
         if not self._names:
             return text
-        longest_first = sorted(self._names, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first))
-        return re.sub(pattern, lambda found: self._names[found[0]], text)
-
-
-def _kept(tight: list[str], wide: list[str]) -> list[tuple[bool, bool]]:
-    """Whether each slot keeps the one blank that is put before it and the two after it."""
-    extra = [len(b) - len(a) for a, b in zip(tight, wide, strict=True)]
-    if not all(0 <= n <= 3 for n in extra):
-        raise TemplateError("The chat template writes more or less depending on white space.")
-    return [(n & 1 == 1, after & 2 == 2) for n, after in pairwise(extra)]
-
-
-def _stripped(space_kept: bool, line_kept: bool) -> str | None:
-    """What to give to ``str.strip``: None strips all white space, as templates mostly do."""
-    dropped = " " * (not space_kept) + "\n" * (not line_kept)
-    return None if dropped == " \n" else dropped
+        return self._spelled.sub(lambda found: self._names[found[0]], text)
 
 
 def _unicode(text: str, prompt: Prompt) -> str:

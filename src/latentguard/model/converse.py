@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentguard.errors import ModelError
 from latentguard.model.generate import end_ids
 from latentguard.model.hooks import read_positions
-from latentguard.model.layout import Layout
+from latentguard.model.layout import Layout, least_tokens
+from latentguard.model.loading import most_tokens
 from latentguard.prompts import Prompt
 from latentguard.states import States
 
@@ -64,6 +66,7 @@ class Conversation:
         Raises:
             PromptError: if the prompt is empty, too long, or has no such position.
             TemplateError: if the chat template rejects it.
+            ModelError: if the model keeps no cache that a reply could go on from.
         """
         self.model = model
         layout = model.chat([prompt])[0]
@@ -87,7 +90,7 @@ class Conversation:
         self.finish = "length"
         """``stop`` once the model or a stop text has ended the reply."""
 
-        self._logits, self._cache = output.logits[0, -1], output.past_key_values
+        self._logits, self._cache = output.logits[0, -1], _cache_of(output)
 
     def pieces(self, sampling: Sampling) -> Iterator[str]:
         """Yield the reply, a piece of text for each token; some pieces are empty."""
@@ -115,10 +118,25 @@ class Conversation:
         self._logits, self._cache = output.logits[0, -1], output.past_key_values
 
 
+def _cache_of(output: Any) -> Any:
+    """What the reply goes on from."""
+    if (cache := getattr(output, "past_key_values", None)) is None:
+        raise ModelError(
+            f"A reply goes on from the cache of the pass that read the prompt; this model gave a "
+            f"{type(output).__name__} without one. Score its prompts, or guard another model."
+        )
+    return cache
+
+
 def longest(model: ChatModel) -> int:
     """How many tokens a model can read, prompt and reply together."""
-    config = model.model.config.get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 62)
+    return most_tokens(model.model)
+
+
+def tokens_of(model: ChatModel, prompt: Prompt, most: int) -> int:
+    """How many tokens a prompt has; only the least it can have, if that is more than ``most``."""
+    least = least_tokens(prompt)
+    return least if least > most else len(model.chat([prompt])[0].ids)
 
 
 def read_instruction(

@@ -18,8 +18,9 @@ from latentguard.model.chat import ChatTokenizer
 from latentguard.model.fingerprint import reading_device, weights_digest
 from latentguard.model.generate import sweep
 from latentguard.model.hooks import decoder_blocks, read_positions
-from latentguard.model.layout import Row, alike
-from latentguard.model.loading import from_pretrained, is_split
+from latentguard.model.layout import Row, alike, too_long
+from latentguard.model.loading import from_pretrained, is_split, most_tokens, scaled_beyond
+from latentguard.model.prefill import remembers_tokens
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Fingerprint, Intervention, Progress, States
 
@@ -56,10 +57,11 @@ class ChatModel:
         """
         self.model: Any = model.eval()  # not nn.Module: it types each attribute as a tensor
         self.tokenizer = tokenizer
-        self.chat = ChatTokenizer(tokenizer)
+        self.chat = ChatTokenizer(tokenizer, most=most_tokens(model))
         self.source = source
         self.quantized = quantized
         self.blocks = decoder_blocks(model)
+        self._far = scaled_beyond(model)
         self.tokens_per_batch = TOKENS_PER_BATCH.get(self.device.type, 8192)
         self._prefix: _Prefix | None = None
         self._fingerprint: Fingerprint | None = None
@@ -194,7 +196,10 @@ class ChatModel:
         values = torch.empty(shape, dtype=self.model.dtype)
         todo = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
         while todo:
-            batch = todo[: max(1, self.tokens_per_batch // rows[todo[0]].length)]
+            longest = rows[todo[0]].length
+            batch = todo[: max(1, self.tokens_per_batch // longest)]
+            if longest > self._far:
+                batch = [i for i in batch if rows[i].length > self._far]
             try:
                 values[batch] = self._forward([rows[i] for i in batch], layers)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -207,13 +212,8 @@ class ChatModel:
 
     def check_length(self, length: int, prompt: Prompt) -> None:
         """Raise a PromptError if the model cannot read so many tokens."""
-        config = self.model.config.get_text_config(decoder=True)
-        most = getattr(config, "max_position_embeddings", None) or 1 << 62
-        if length > most:
-            raise PromptError(
-                f"Prompt '{prompt.id}' is {length:,} tokens long with its template; this "
-                f"model reads at most {most:,}. Shorten it or split it."
-            )
+        if length > (most := most_tokens(self.model)):
+            raise too_long(prompt, f"{length:,}", most)
 
     def shrink(self, error: Exception, tokens: int, rows: int) -> None:
         """Halve the token budget if memory ran out; anything else, or a lone prompt, is raised.
@@ -260,7 +260,7 @@ class ChatModel:
         if self._prefix is None or self._prefix.last_layer < last_layer:
             first, second = self.chat([Prompt("a"), Prompt("Z")])
             self._prefix = self._fill(first.ids[: alike(first.ids, second.ids)], last_layer)
-        short = all(row.length <= PREFIX_UP_TO for row in rows)
+        short = all(row.length <= min(PREFIX_UP_TO, self._far) for row in rows)
         usable = short and self._prefix.ids and all(row.fits(self._prefix.ids) for row in rows)
         return self._prefix if usable else None
 
@@ -268,13 +268,14 @@ class ChatModel:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config)
-        if not ids:
-            return _Prefix(ids, cache, last_layer)
+        if not ids or not remembers_tokens(cache):
+            return _Prefix((), cache, self.depth)
         columns = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         buffer = torch.empty(1, 1, 1, self.width, dtype=self.model.dtype, device=self.device)
         with read_positions(self.blocks, columns=columns, layers=(last_layer,), buffer=buffer):
             self._run(torch.tensor([ids]), None, cache)
-        return _Prefix(ids, cache, last_layer)
+        filled = all(layer.get_seq_length() == len(ids) for layer in cache.layers[:last_layer])
+        return _Prefix(ids if filled else (), cache, last_layer)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -122,7 +122,7 @@ def _register(blocks: Sequence[nn.Module], layer: int, see: Any) -> Any:
     if layer == 0:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            new = see(args[0] if args else kwargs["hidden_states"])
+            new = see(_stream(args[0] if args else kwargs["hidden_states"]))
             if new is None:
                 return None
             return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
@@ -130,10 +130,20 @@ def _register(blocks: Sequence[nn.Module], layer: int, see: Any) -> Any:
         return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        new = see(output[0] if isinstance(output, tuple) else output)
+        new = see(_stream(output[0] if isinstance(output, tuple) else output))
         return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
     return blocks[layer - 1].register_forward_hook(after)
+
+
+def _stream(hidden: Tensor) -> Float[Tensor, "b s d"]:
+    if hidden.ndim != 3:
+        raise ModelError(
+            "Blocks that hand on one vector for each token are needed; these hand on a tensor of "
+            f"shape {tuple(hidden.shape)} (such as Gemma-3n's, which keep several). Use another "
+            "model."
+        )
+    return hidden
 
 
 @contextmanager

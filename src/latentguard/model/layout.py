@@ -1,13 +1,14 @@
-"""Layout: one prompt as token ids, and which of them are what (paper, section 2)."""
+"""Layout: one prompt as token ids, and which of them are what (paper, section 2); its frame."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
-from latentguard.errors import PromptError
+from latentguard.errors import PromptError, TemplateError
+from latentguard.prompts import Message, Prompt
 from latentguard.readings import MEANS
 
 
@@ -70,6 +71,76 @@ class Layout:
         return self.instruction.start if position == "mean" else self.index(position)
 
 
+Turn = tuple[str, str, bool]
+"""A role, the text that its content begins with, and whether a slot follows."""
+
+
+def turns_of(
+    history: Sequence[Message], contents: Sequence[str], fronts: Sequence[str] = ()
+) -> tuple[Turn, ...]:
+    """The turns of a chat that a user's message ends.
+
+    Blank contents stand as they are, without a slot: a template may ask whether there is any.
+
+    Args:
+        history: The earlier messages.
+        contents: What of each is put into a slot.
+        fronts: What of each stands before the slot, in the turn itself.
+    """
+    turns = [
+        (message.role, front, True) if text.strip() else (message.role, front + text, False)
+        for message, text, front in zip(
+            history, contents, fronts or [""] * len(history), strict=True
+        )
+    ]
+    return (*turns, ("user", "", True))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A template around the messages of a chat: text, slot, text, slot, ..., text."""
+
+    texts: tuple[str, ...]
+    order: tuple[int, ...]
+    """Which message each slot takes; templates may move the system message."""
+
+    strips: tuple[tuple[str | None, str | None], ...]
+    """What each slot strips on the left and on the right: an argument of ``str.strip``."""
+
+    def same_text(self, other: Frame) -> bool:
+        """Whether it says the same around the same messages."""
+        return (self.texts, self.order) == (other.texts, other.order)
+
+
+def strips_of(
+    tight: list[str], spaced: list[str], lined: list[str]
+) -> tuple[tuple[str | None, str | None], ...]:
+    """What each slot strips, from the texts around slots without and with blanks at their edges.
+
+    Raises:
+        TemplateError: if the template writes more or less because of the blanks.
+    """
+    spaces, lines = (_kept(tight, wide) for wide in (spaced, lined))
+    return tuple(
+        (_stripped(left, line_left), _stripped(right, line_right))
+        for (left, right), (line_left, line_right) in zip(spaces, lines, strict=True)
+    )
+
+
+def _kept(tight: list[str], wide: list[str]) -> list[tuple[bool, bool]]:
+    """Whether each slot keeps the one blank that is put before it and the two after it."""
+    extra = [len(b) - len(a) for a, b in zip(tight, wide, strict=True)]
+    if not all(0 <= n <= 3 for n in extra):
+        raise TemplateError("The chat template writes more or less depending on white space.")
+    return [(n & 1 == 1, after & 2 == 2) for n, after in pairwise(extra)]
+
+
+def _stripped(space_kept: bool, line_kept: bool) -> str | None:
+    """What to give to ``str.strip``: None strips all white space, as templates mostly do."""
+    dropped = " " * (not space_kept) + "\n" * (not line_kept)
+    return None if dropped == " \n" else dropped
+
+
 class Row:
     """One prompt of a batch: the tokens up to the last wanted position, and the positions."""
 
@@ -93,3 +164,16 @@ def spans_of(layout: Layout, positions: Sequence[str]) -> list[tuple[int, int]]:
 def alike(a: Sequence[int], b: Sequence[int]) -> int:
     """With how many equal tokens two rows begin."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def least_tokens(prompt: Prompt) -> int:
+    """How many tokens a prompt has at the least: each message that says something has one."""
+    return 1 + sum(1 for message in prompt.history if message.content.strip())
+
+
+def too_long(prompt: Prompt, size: str, most: int) -> PromptError:
+    """What a model says that reads fewer tokens."""
+    return PromptError(
+        f"Prompt '{prompt.id}' is {size} tokens long with its template; this model reads at most "
+        f"{most:,}. Shorten it or split it."
+    )

@@ -55,6 +55,21 @@ def is_split(model: nn.Module) -> bool:
     return any(hasattr(weight, "full_tensor") for weight in model.parameters())
 
 
+def most_tokens(model: Any) -> int:
+    """How many tokens a model reads."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 62)
+
+
+def scaled_beyond(model: Any) -> int:
+    """How many tokens a batch may have before all of it gets other positions (LongRoPE)."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    scaled = [kind for kind in kinds if kind.get("rope_type") in ("longrope", "dynamic")]
+    found = [int(kind.get("original_max_position_embeddings") or 1 << 62) for kind in scaled]
+    return min(found, default=1 << 62)
+
+
 def quantization(scheme: str, number: torch.dtype) -> Any:
     """What ``from_pretrained`` takes as ``quantization_config``; it computes in ``number``.
 

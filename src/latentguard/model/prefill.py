@@ -228,6 +228,17 @@ def cache_of(cached: Cached) -> Any:
     return DynamicCache(cached) if cached else DynamicCache()
 
 
+def remembers_tokens(cache: Any) -> bool:
+    """Whether all that the blocks remember is keys and values of each token.
+
+    What else blocks keep (recurrent states, convolutions, indices) cannot be cut, copied and put
+    together token by token.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return all(type(block) in (DynamicLayer, DynamicSlidingWindowLayer) for block in cache.layers)
+
+
 def _cached(cache: Any, layer: int = 0) -> Cached:
     """What the blocks from ``layer`` on have cached."""
     return [(block.keys, block.values) for block in cache.layers[layer:]]

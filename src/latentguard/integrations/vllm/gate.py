@@ -58,19 +58,22 @@ class Question:
 class Gate:
     """One guard, for one engine; belongs to one event loop."""
 
-    def __init__(self, guard: LatentGuard, tokenizer: Any, engine: Any = None) -> None:
+    def __init__(
+        self, guard: LatentGuard, tokenizer: Any, engine: Any = None, *, most: int = 1 << 62
+    ) -> None:
         """Prepare.
 
         Args:
             guard: The guard.
             tokenizer: Of the engine's model.
             engine: That reads what needs a pass of its own.
+            most: Tokens that the engine reads; a chat of more messages is not even laid out.
 
         Raises:
             ModelMismatch: if tokenizer or template are not the guard's own.
             GuardError: if the guard cannot run inside vLLM.
         """
-        self.guard, self.chat = readable(guard), ChatTokenizer(tokenizer)
+        self.guard, self.chat = readable(guard), ChatTokenizer(tokenizer, most=most)
         self._columns, self._engine = Columns.of(guard), engine
         found = self.chat.tokenizer_digest, self.chat.template_digest
         if found != (guard.fingerprint.tokenizer, guard.fingerprint.template):
@@ -179,9 +182,10 @@ class Gate:
             values = await self.read(prompt)
             score = verdict_of(self.guard, prompt, [values]).score if values else float("nan")
             if not abs(score - canary.score) <= TOLERANCE * self.guard.spread:
+                dated = "; its chat template prints today's date" * self.chat.dated
                 raise ModelMismatch(
                     f"A canary scores {score:.4g} in this engine and {canary.score:.4g} when the "
-                    "guard was fitted; fit it again on what is served."
+                    f"guard was fitted{dated}; fit it again on what is served."
                 )
 
     def close(self) -> None:
@@ -191,9 +195,10 @@ class Gate:
 
     def _plan(self, prompt: Prompt) -> tuple[Layout, Sequence[Prompt], Sequence[Beneath]]:
         """The prompt's tokens, its pieces, and what lies beneath; a long text takes a while."""
+        layout = self.chat([prompt])[0]  # first: it refuses what is too long
         _, *pieces = rows_of(self.guard, prompt)
         others = beneath(prompt, self.guard.part(Disguises) is not None)
-        return self.chat([prompt])[0], pieces, others
+        return layout, pieces, others
 
     def _put(
         self,

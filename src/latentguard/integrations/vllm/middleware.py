@@ -24,6 +24,7 @@ from latentguard.integrations.vllm.relay import Message, Receive, Relay, Send
 from latentguard.parts import Verdict
 from latentguard.serve.faults import BadRequest, Fault, TooLarge, Unavailable, place
 from latentguard.serve.judging import limit_of
+from latentguard.serve.keys import Keys
 from latentguard.serve.options import Options
 from latentguard.serve.replies import Reply, usage_of
 
@@ -88,6 +89,7 @@ class GuardMiddleware:
                 await answer(scope, receive, send)
 
     async def _chat(self, scope: Any, receive: Receive, send: Send) -> None:
+        _keys(scope).require(Headers(scope=scope).get("authorization", ""))
         body = await _read(receive)
         gate = await self._opened(scope)
         question = await gate.question(body, Headers(scope=scope).get(self._header) or None)
@@ -165,6 +167,13 @@ class GuardMiddleware:
         return self._gate
 
 
+def _keys(scope: Any) -> Keys:
+    """VLLM's own keys: it asks for one only behind this middleware, once a chat is laid out."""
+    args = getattr(scope["app"].state, "args", None)
+    keys = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+    return Keys([key for key in keys if key])
+
+
 async def open_gate(state: Any) -> Gate:
     """The gate of the server's engine, once its canaries have passed.
 
@@ -173,9 +182,10 @@ async def open_gate(state: Any) -> Gate:
     """
     from transformers import AutoTokenizer
 
-    source = state.vllm_config.model_config.tokenizer
+    config = state.vllm_config.model_config
     guard = LatentGuard.load(os.environ[VARIABLE])
-    gate = Gate(guard, AutoTokenizer.from_pretrained(source), state.engine_client)
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    gate = Gate(guard, tokenizer, state.engine_client, most=config.max_model_len)
     try:
         await gate.check()
     except BaseException:
