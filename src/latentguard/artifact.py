@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,19 @@ POLES = ("positive", "negative")
 def write_folder(
     folder: str | Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
 ) -> None:
-    """Write a guard; each file is written under a temporary name and renamed, the JSON last."""
+    """Write a guard: all under temporary names and to the disk, then renamed, the JSON last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     packed = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(packed).hexdigest()
     head = {"schema": SCHEMA, "tensors_sha256": digest}
-    _replace(folder / TENSOR_FILE, packed)
-    _replace(folder / CARD_FILE, card.encode())
-    _replace(folder / JSON_FILE, json.dumps({**head, **record}, indent=1).encode())
+    written = [
+        _written(folder / TENSOR_FILE, packed),
+        _written(folder / CARD_FILE, card.encode()),
+        _written(folder / JSON_FILE, json.dumps({**head, **record}, indent=1).encode()),
+    ]
+    for partial in written:
+        partial.replace(partial.with_suffix(""))
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -97,10 +102,14 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _written(path: Path, content: bytes) -> Path:
+    """The content beside the file of that name, safe from a full disk and from a loss of power."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return partial
 
 
 def model_card(record: Mapping[str, Any], *, promise: str, notes: Sequence[str] = ()) -> str:

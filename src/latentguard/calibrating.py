@@ -26,7 +26,7 @@ def require_enough(prompts: Sequence[Prompt], rates: Rates) -> None:
     Raises:
         GuardError: if there are too few, for a rate or for probabilities; says how many it needs.
     """
-    harmful = np.array([bool(prompt.harmful) for prompt in prompts])
+    harmful = np.array([bool(prompt.harmful) for prompt in prompts], dtype=bool)
     for rate in filter(None, (rates.block, rates.review)):
         threshold_for_fpr(range(int((~harmful).sum())), rate, rates.confidence)
     if harmful.any():
@@ -50,13 +50,13 @@ def calibrated(
     calm = [prompt for prompt in prompts if not prompt.harmful]
     part = Calibration.of(calm, scores[~harmful], rates, column)
     if harmful.any():
-        groups = [prompt.pair or prompt.id or prompt.text for prompt in prompts]
+        groups = [prompt.pair or prompt.text for prompt in prompts]
         found = fit_probabilities(scores, harmful, groups, guard.platt)
         part = replace(part, knots=found.knots, reliability=found.reliability)
         guard = replace(guard, platt=found.platt)
     elif old := guard.part(Calibration):
         part = replace(part, knots=old.knots, reliability=old.reliability)
-    record = {**(guard.fitted or {}), "calibration_sha256": digest_prompts(prompts)}
+    record = {**(guard.fitted or {}), "calibration_sha256": digest_prompts(calm)}
     bound = part.common.block
     guard = replace(guard, threshold=bound.threshold, bound=bound, fitted=record).with_part(part)
     flagged = [replace(v, flagged=v.score > bound.threshold) for v in verdicts]

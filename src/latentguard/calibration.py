@@ -106,6 +106,9 @@ class Calibration(Part):
     reliability: Reliability | None = None
     """How well probabilities fit; None if they were not calibrated."""
 
+    moved: bool = False
+    """Whether the guard has met another model since."""
+
     @staticmethod
     def of(
         prompts: Sequence[Prompt],
@@ -157,7 +160,7 @@ class Calibration(Part):
 
     def rebound(self) -> Calibration:
         """See ``Part``: thresholds and Platt's map go on; the rest was of another model."""
-        return replace(self, knots=None, reliability=None)
+        return replace(self, knots=None, reliability=None, moved=True)
 
     def tables(self) -> list[Table]:
         """Thresholds by slice and, if they were calibrated, probabilities by bin."""
@@ -168,6 +171,8 @@ class Calibration(Part):
             "Shares of harmless prompts like these, at the most, with "
             f"{100 * self.common.block.confidence:g}% confidence for each bound."
         )
+        if self.moved:
+            note = "Of the model that the guard was calibrated on; of this one nothing is promised."
         if self.small:
             note += " Slices without a threshold of their own had too few prompts for one."
         thresholds = Table("Thresholds", heads, tuple(rows), note)
@@ -190,6 +195,7 @@ class Calibration(Part):
             "small": self.small,
             "knots": self.knots and asdict(self.knots),
             "reliability": self.reliability and asdict(self.reliability),
+            "moved": self.moved,
         }
         return record, {f"scores.{n}": torch.tensor(one.scores) for n, one in enumerate(limits)}
 
@@ -212,6 +218,7 @@ class Calibration(Part):
             small=dict(record["small"]),
             knots=None if knots is None else Knots.unpack(knots),
             reliability=None if reliability is None else Reliability.unpack(reliability),
+            moved=bool(record.get("moved", False)),
         )
 
 

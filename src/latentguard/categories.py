@@ -26,46 +26,19 @@ from scipy.special import expit
 from torch import Tensor
 from torch.nn.functional import linear
 
-from latentguard.errors import GuardError
 from latentguard.fitting import slots
 from latentguard.hazards import HAZARDS
 from latentguard.parts import Part, Verdict
 from latentguard.probabilities import fit_platt
 from latentguard.ridge import Design, Ridge, folds_of
 from latentguard.states import States
+from latentguard.tails import Tail
 
 FEWEST = 10
 """Harmful prompts that a category needs."""
 
 STRENGTH = 1.0
 """Ridge penalty, in units of the mean eigenvalue; cross-validation on training data chose it."""
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Where the scores of harmless prompts lie that were not fitted on."""
-
-    center: float
-    """Their median."""
-
-    width: float
-    """From there to the 95th percentile."""
-
-    @staticmethod
-    def of(scores: NDArray[np.float64]) -> Tail:
-        """The tail of some scores.
-
-        Raises:
-            GuardError: if they do not differ.
-        """
-        center, high = (float(np.quantile(scores, q)) for q in (0.5, 0.95))
-        if not high > center:
-            raise GuardError("The scores of harmless prompts do not differ; nothing can be fitted.")
-        return Tail(center, high - center)
-
-    def moved(self, scores: Float[Tensor, "n"], to: Tail) -> Float[Tensor, "n"]:
-        """Scores of this tail on the scale of another."""
-        return to.center + (scores - self.center) * (to.width / self.width)
 
 
 @dataclass(frozen=True)
@@ -83,6 +56,9 @@ class Pack:
 
     data_sha256: str
     """Of both."""
+
+    against: tuple[int, ...] = ()
+    """Marks of the user's own harmless prompts among them, which never calibrate (``learnt``)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +161,7 @@ class Categories(Part):
         directions = none
         if len(names) > 1:
             members = {name: [c == name for c in of] for name in names}
-            groups = [p.pair or p.id or p.text for p in prompts]
+            groups = [p.pair or p.text for p in prompts]
             directions = fit_directions(values, members, groups).directions
         calm = held_out[[not p.harmful for p in prompts]]
         return Categories(reads, directions, Tail.of(calm), {}, none)
@@ -256,17 +232,14 @@ class Categories(Part):
     def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """See ``Part``."""
         names, weight, bias = tuple(record["names"]), tensors["weight"], tensors["bias"]
-        packs = {
-            name: Pack(**{**held, "tail": _tail(held["tail"])})
-            for name, held in record["packs"].items()
-        }
+        packs = {name: _pack(held) for name, held in record["packs"].items()}
         sound = weight.ndim == 3 and len(weight) == len(bias) == len(names) + len(packs)
         if not sound or not all(torch.isfinite(t).all() for t in (weight, bias)):
             raise ValueError("the directions of the categories are damaged")
         cut = len(names)
         own = Directions(names, weight[:cut], bias[:cut])
         added = Directions(tuple(packs), weight[cut:], bias[cut:])
-        return cls(tuple(record["reads"]), own, _tail(record["tail"]), packs, added)
+        return cls(tuple(record["reads"]), own, Tail.unpack(record["tail"]), packs, added)
 
     def notes(self) -> list[str]:
         """See ``Part``."""
@@ -292,8 +265,7 @@ def _with_code(name: str) -> str:
     return f"{name} ({code})" if code else name
 
 
-def _tail(record: Mapping[str, Any]) -> Tail:
-    tail = Tail(float(record["center"]), float(record["width"]))
-    if not np.isfinite([tail.center, tail.width]).all() or not tail.width > 0:
-        raise ValueError("a tail of the categories is no range of scores")
-    return tail
+def _pack(record: Mapping[str, Any]) -> Pack:
+    """One without ``against`` is of an older version."""
+    kept = dict(tail=Tail.unpack(record["tail"]), against=tuple(record.get("against", ())))
+    return Pack(**{**record, **kept})

@@ -14,6 +14,7 @@ from latentguard import plots
 from latentguard.artifact import JSON_FILE
 from latentguard.audit import Audit, audit, ngram_scores
 from latentguard.contrast import load_contrast, load_samples
+from latentguard.errors import GuardError
 from latentguard.experiments.detection import (
     decision_table,
     detection_table,
@@ -78,6 +79,11 @@ def fitted_guards(backend: ChatModel, folder: Path, step: Step) -> tuple[LatentG
     if all((path / JSON_FILE).exists() for path in paths):
         guards = [LatentGuard.load(path, backend) for path in paths]
         return guards[0], guards[1]
+    if (folder / JSON_FILE).exists():
+        raise GuardError(
+            f"{folder} holds a guard that the demo did not make, and would be overwritten; name "
+            "another folder."
+        )
     train = load_contrast("train")
     reading = Reading.of(DEFAULT, backend.post)
     states = capture(backend, reading, train, progress=step("capture", len(train)))

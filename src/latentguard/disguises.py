@@ -75,7 +75,8 @@ def _undone(
         text, known = texts[min(at, len(texts) - 1)] if texts else (turn.content, ())
         names |= dict.fromkeys(known)
         said.append(replace(turn, content=text))
-    return replace(prompt, text=said[-1].content, history=tuple(said[:-1])), tuple(names)
+    text, size = said[-1].content, len(prompt.text)
+    return replace(prompt, text=text, history=tuple(said[:-1]), undone_from=size), tuple(names)
 
 
 def read_through(

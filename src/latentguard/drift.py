@@ -31,11 +31,18 @@ ALPHA = 0.05
 
 
 def cut(scores: ArrayLike) -> list[float]:
-    """Scores that cut a reference into ten equal parts; none if it is too small."""
+    """Scores that cut a reference into ten equal parts; none if it is too small.
+
+    Each lies half way between two scores: that of a prompt that is often asked is a little other
+    in another batch, and all its copies would change sides.
+    """
     ranked = np.sort(np.asarray(scores, dtype=np.float64))
     if len(ranked) < 2 * BINS:
         return []
-    return sorted({float(ranked[len(ranked) * k // BINS]) for k in range(1, BINS)})
+    lower = {float(ranked[len(ranked) * k // BINS]) for k in range(1, BINS)}
+    above = np.searchsorted(ranked, sorted(lower), side="right")
+    pairs = zip(sorted(lower), ranked[np.minimum(above, len(ranked) - 1)], strict=True)
+    return [float(one + other) / 2 for one, other in pairs]
 
 
 def shares(scores: ArrayLike, edges: Sequence[float]) -> list[float]:
@@ -43,6 +50,15 @@ def shares(scores: ArrayLike, edges: Sequence[float]) -> list[float]:
     where = np.searchsorted(np.asarray(edges), np.asarray(scores, dtype=np.float64))
     counts = np.bincount(where, minlength=len(edges) + 1) + 0.5
     return [float(share) for share in counts / counts.sum()]
+
+
+def on_grid(scores: ArrayLike, spread: float) -> NDArray[np.float64]:
+    """Scores in steps of a tenth of a guard's spread.
+
+    The same prompt scores a little otherwise in another batch; of one that is often asked, all
+    copies would lie beside those of the calibration, and the scores would seem to have moved.
+    """
+    return np.round(np.asarray(scores, dtype=np.float64) / (step := spread / 10)) * step
 
 
 def stability(found: Sequence[float], known: Sequence[float]) -> float:
@@ -155,7 +171,11 @@ def compare(
     for name in sorted(filter(None, slices)):
         own = [v for p, v in zip(prompts, verdicts, strict=True) if p.slice == name]
         groups.append((name, calibration.slices[name], own))
-    tests = [ks_2samp([v.score for v in own], limits.scores) for _, limits, own in groups]
+    spread = guard.spread
+    tests = [
+        ks_2samp(on_grid([v.score for v in own], spread), on_grid(limits.scores, spread))
+        for _, limits, own in groups
+    ]
     moved = holm([float(test.pvalue) for test in tests])
     exceeded = holm([_exceeded(own, limits) for _, limits, own in groups])
     return [

@@ -20,6 +20,7 @@ from latentguard.canaries import Canary, canary_prompts
 from latentguard.categories import Categories
 from latentguard.disguises import Disguises, read_through, worse
 from latentguard.errors import GuardError, ModelMismatch
+from latentguard.learnt import apart, mark, require_apart
 from latentguard.packing import Contents
 from latentguard.parts import Decision, Evidence, Verdict
 from latentguard.probabilities import fit_platt
@@ -77,6 +78,7 @@ class LatentGuard(Contents):
             platt=fit_platt(fit.held_out, np.array(labels)),
             spread=float(fit.held_out.std()),
             fitted=fitting.provenance(states, fit),
+            learnt=torch.tensor([mark(p) for p in states.prompts]),
         )
         part = states.select(guard.readout.layers)
         guard = guard.with_part(Categories.fit(part, reading.positions, fit.held_out))
@@ -108,7 +110,7 @@ class LatentGuard(Contents):
         Args:
             backend: The model.
             prompts: Like the traffic to come; harmless unless labelled harmful. Those that are
-                serve the probabilities, and must not be those that the guard was fitted on.
+                serve the probabilities. Those that packs are held against are left out.
             max_fpr: Rate at which harmless prompts may be flagged.
             review_fpr: Rate at which they may be flagged or reviewed; None for no review.
             confidence: Of each Clopper-Pearson bound.
@@ -118,12 +120,13 @@ class LatentGuard(Contents):
         Long ones are passed over if the guard has windows, which have a threshold of their own.
 
         Raises:
-            GuardError: if there are too few prompts for a rate; says how many are needed.
+            GuardError: if there are too few prompts for a rate, or the guard was fitted on them.
         """
-        rates = Rates(max_fpr, review_fpr, confidence)
+        rates, prompts = Rates(max_fpr, review_fpr, confidence), apart(prompts, self.held)[1]
         known = [p for p in prompts if not self.reads_pieces(p)]
         self.require_match(backend.fingerprint)
         calibrating.require_enough(known, rates)
+        require_apart(list(map(self.reading.prepare, prompts)), self.learnt.tolist())
         verdicts = list(self.scan(backend, known, progress=progress))
         return calibrating.calibrated(self, known, verdicts, rates, slice_column)
 

@@ -183,34 +183,6 @@ def resampled(
     return Estimate(float(statistic(*rows)), float(low), float(high), n)
 
 
-def difference(
-    first: ArrayLike, second: ArrayLike, *, rates: bool = True, seed: int = 0
-) -> Estimate:
-    """Mean of first - second over n prompts, with a paired 95 % bootstrap interval.
-
-    Args:
-        first: [n].
-        second: [n], or [draws n] of chance. Its d draws are drawn again too, d - 1 at a time, which
-            gives their mean the variance that it has.
-        rates: Add two rows, a difference of 1 and one of -1 (as Agresti and Coull add successes and
-            failures), so that a few prompts that all agree do not make the interval a point.
-        seed: Of the bootstrap.
-
-    Raises:
-        GuardError: if there is no row.
-    """
-    rows = np.atleast_2d(np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64))
-    d, n = rows.shape
-    if not n:
-        raise GuardError("A difference needs at least one prompt; found none.")
-    value, wide = float(rows.mean()), np.hstack([rows, np.tile([1.0, -1.0] * rates, (d, 1))])
-    rng, m = np.random.default_rng(seed), wide.shape[1]
-    prompts, draws = rng.integers(m, size=(1000, m)), rng.integers(d, size=(1000, max(d - 1, 1)))
-    means = [wide[np.ix_(of, at)].mean() for of, at in zip(draws, prompts, strict=True)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(value, min(float(low), value), max(float(high), value), (n, 0))
-
-
 def mean_curve(rows: ArrayLike, *, seed: int = 0) -> list[Estimate]:
     """The mean of each column of rows [n k], with its 95 % bootstrap interval over the rows.
 
@@ -266,7 +238,8 @@ def threshold_for_fpr(scores: ArrayLike, max_fpr: float, confidence: float = 0.9
     """The lowest threshold that keeps a false-positive rate, with confidence, from harmless scores.
 
     With the (k+1)-th highest of n harmless scores as threshold the false-positive rate is
-    Beta(k+1, n-k) distributed, so the bound holds for a threshold picked on the same scores.
+    Beta(k+1, n-k) distributed, so the bound holds for a threshold picked on the same scores, or
+    above: it lies half way to the next score.
 
     Raises:
         GuardError: if n is too small for the rate, or a score is undefined.
@@ -288,9 +261,21 @@ def threshold_for_fpr(scores: ArrayLike, max_fpr: float, confidence: float = 0.9
             f"{smallest_n(max_fpr, confidence)}, or ask for {best:.2%} or more."
         )
     k = allowed - 1
-    threshold = float(ranked[k])
+    threshold = _over(ranked, float(ranked[k]))
     upper, flagged = clopper_pearson_upper(k, n, confidence), int((ranked > threshold).sum())
     return Bound(threshold, max_fpr, upper, confidence, flagged, n)
+
+
+def _over(ranked: NDArray[np.float64], score: float) -> float:
+    """Half way from a score to the next greater one; over the greatest, as far as down half way.
+
+    In another batch a prompt scores a little otherwise: one that is often asked, and is the
+    threshold itself, would be flagged every time or never by its rounding.
+    """
+    above, below = ranked[ranked > score], ranked[ranked < score]
+    if len(above):
+        return (score + float(above[-1])) / 2
+    return score + (score - float(below[0])) / 2 if len(below) else score
 
 
 def smallest_n(max_fpr: float, confidence: float = 0.95) -> int:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from latentguard.artifact import POLES, model_card, read_folder, require_sound, write_folder
@@ -70,6 +73,9 @@ class Contents:
     fitted: dict[str, Any] | None = None
     """Provenance: counts, choices, digests of the data, versions."""
 
+    learnt: Int[Tensor, "n"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """Marks of the prompts that it was fitted on (``learnt``); none in older guards."""
+
     parts: tuple[Part, ...] = ()
     """Optional parts, at most one of each class, in the order in which they judge."""
 
@@ -81,6 +87,14 @@ class Contents:
         """A new guard with this part, instead of the one of its class."""
         parts = [part for part in self.parts if type(part) is not type(new)] + [new]
         return replace(self, parts=tuple(sorted(parts, key=lambda part: PARTS.index(type(part)))))
+
+    @property
+    def held(self) -> Counter[int]:
+        """Marks of the prompts that packs are held against, which never calibrate."""
+        categories, marks = self.part(Categories), Counter[int]()
+        for pack in categories.packs.values() if categories else ():
+            marks |= Counter(pack.against)
+        return marks
 
     def reads_pieces(self, prompt: Prompt) -> bool:
         """Whether it has windows, and they read this prompt: it is long, or a chat."""
@@ -120,7 +134,7 @@ class Contents:
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What JSON can hold, and tensors."""
         packed = {part.name: part.pack() for part in self.parts}
-        tensors = {"weight": self.readout.weight}
+        tensors = {"weight": self.readout.weight, "learnt": self.learnt}
         for axis in self.axes:
             tensors |= {f"{axis.name}.{pole}": getattr(axis, pole) for pole in POLES}
         for name, (_, held) in packed.items():
@@ -178,6 +192,7 @@ class Contents:
             threshold=float(record["threshold"]),
             bound=Bound(**record["bound"]) if record["bound"] else None,
             fitted=record["fitted"],
+            learnt=tensors.get("learnt", torch.zeros(0, dtype=torch.long)),
             parts=_parts(_records(record), tensors),
         )
 

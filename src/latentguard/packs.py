@@ -2,26 +2,31 @@
 
 What is fitted and what is calibrated never overlap. Harmless prompts of the user's own, where they
 are given, are halved: one half is what the examples are held against, so that the pack learns harm
-and not the domain, the other half calibrates. Without them the built-in ones serve; but a promise
-that was made on a user's own traffic is not silently exchanged for one on built-in prompts.
+and not the domain, the other half calibrates. A pack notes its half, which never calibrates again.
+Rows are halved, not texts: what occurs often in the traffic does so in both halves. Without them
+the built-in ones serve; but a promise that was made on a user's own traffic is not silently
+exchanged for one on built-in prompts.
 """
 
 from __future__ import annotations
 
-import hashlib
+import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from latentguard.calibration import Calibration
-from latentguard.categories import FEWEST, Categories, Pack, Tail, fit_directions
+from latentguard.categories import FEWEST, Categories, Pack, fit_directions
 from latentguard.contrast import load_contrast, load_traffic
 from latentguard.errors import GuardError
 from latentguard.fitting import slots
 from latentguard.guard import LatentGuard
+from latentguard.learnt import apart, mark
 from latentguard.metrics import Bound, smallest_n
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, States, digest_prompts
+from latentguard.tails import Tail
 from latentguard.window_fitting import CALIBRATION, calibrate_windows, harmless_texts, windows_of
 from latentguard.windows import Windows
 
@@ -64,10 +69,11 @@ def add(
             f"A pack needs at least {FEWEST} different harmful examples, better 20 to 50; "
             f"found {len(unique)}."
         )
-    like, calm = halves(harmless) if harmless else ([], _built_in(guard))
+    like, calm = halves(harmless, guard.held) if harmless else ([], _built_in(guard))
     _require_enough(guard, rate, calm, "half of those given" if harmless else "the built-in ones")
     states = capture(guard, backend, [*unique, *against(), *like], progress)
-    return recalibrated(with_pack(guard, name, states), backend, calm, progress)
+    guard = with_pack(guard, name, states, like)
+    return recalibrated(guard, backend, [*like, *calm], progress)
 
 
 def remove(
@@ -87,9 +93,10 @@ def remove(
     if name not in categories.packs:
         known = ", ".join(categories.packs) or "none"
         raise GuardError(f"The guard has no pack '{name}'; it has: {known}.")
-    calm = list(harmless) or _built_in(guard)
-    _require_enough(guard, rate, calm, "those given" if harmless else "the built-in ones")
-    return recalibrated(guard.with_part(categories.without(name)), backend, calm, progress)
+    calm, rest = list(harmless) or _built_in(guard), guard.with_part(categories.without(name))
+    left = apart(calm, rest.held)[1]
+    _require_enough(rest, rate, left, "those given" if harmless else "the built-in ones")
+    return recalibrated(rest, backend, calm, progress)
 
 
 def against() -> list[Prompt]:
@@ -98,10 +105,21 @@ def against() -> list[Prompt]:
     return train[:: max(1, len(train) // AGAINST)][:AGAINST]
 
 
-def halves(harmless: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """Which of the user's harmless prompts a pack is held against, and which calibrate."""
-    ranked = sorted({_digest(p): replace(p, harmful=False) for p in harmless}.items())
-    return [p for _, p in ranked[::2]], [p for _, p in ranked[1::2]]
+def halves(
+    harmless: Sequence[Prompt], held: Counter[int] | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Which of the user's harmless prompts a pack is held against, and which calibrate.
+
+    Args:
+        harmless: The user's.
+        held: What earlier packs are held against (``LatentGuard.held``); this one is, too.
+    """
+    calm = (replace(p, harmful=False) for p in harmless)
+    known, rest = apart(calm, held or Counter())
+    rest.sort(key=mark)
+    random.Random(0).shuffle(rest)  # rows in no order of theirs: each half is like the traffic
+    more = max(len(harmless) // 2 - len(known), 0)
+    return [*known, *rest[:more]], rest[more:]
 
 
 def capture(
@@ -116,15 +134,25 @@ def capture(
     return States.collect(backend.capture(ready, **how, progress=progress))  # type: ignore[arg-type]
 
 
-def with_pack(guard: LatentGuard, name: str, states: States) -> LatentGuard:
-    """A new guard with a category fitted on labelled states; to be calibrated anew."""
+def with_pack(
+    guard: LatentGuard, name: str, states: States, like: Sequence[Prompt] = ()
+) -> LatentGuard:
+    """A new guard with a category fitted on labelled states; to be calibrated anew.
+
+    Args:
+        guard: The guard.
+        name: Of the category.
+        states: Of its examples and of harmless prompts.
+        like: Those of the latter that are the user's own.
+    """
     categories, part = _categories(guard), states.select(guard.readout.layers)
     harmful = [bool(p.harmful) for p in part.prompts]
     groups = [p.text for p in part.prompts]
     fit = fit_directions(slots(part, categories.reads), {name: harmful}, groups)
     tail = Tail.of(fit.held_out[[not h for h in harmful], 0])
     count = sum(harmful)
-    pack = Pack(tail, count, len(harmful) - count, digest_prompts(part.prompts))
+    made = (count, len(harmful) - count, digest_prompts(part.prompts))
+    pack = Pack(tail, *made, against=tuple(map(mark, like)))
     return guard.with_part(categories.with_pack(pack, fit.directions))
 
 
@@ -135,8 +163,10 @@ def recalibrated(
     progress: Progress | None = None,
 ) -> LatentGuard:
     """A new guard: canaries scored anew, and thresholds for the rates that it promised before."""
-    rate, long = _promise(guard), _long(guard, calm)
+    rate, long = _promise(guard), _long(guard, apart(calm, guard.held)[1])
     part = guard.part(Calibration)
+    if part:  # how probabilities fitted was measured with other scores
+        guard = guard.with_part(replace(part, knots=None, reliability=None))
     guard = guard.with_canaries(backend).calibrate(
         backend,
         calm,
@@ -224,14 +254,17 @@ def _require_enough(guard: LatentGuard, rate: Bound, calm: Sequence[Prompt], whi
             f"confidence needs {needed} harmless prompts to calibrate on; found {found} "
             f"({which}). Give more with --harmless."
         )
+    part = guard.part(Calibration)
+    for name in part.slices if part else ():
+        if (found := sum(p.slice == name for p in _short(guard, calm))) < needed:
+            raise GuardError(
+                f"The slice '{name}' has a threshold of its own, which needs {needed} harmless "
+                f"prompts to calibrate on; found {found} ({which}). Give more with --harmless, "
+                "with the slice of each in its column."
+            )
     _long(guard, calm)
 
 
 def _short(guard: LatentGuard, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Without those that the guard's windows read."""
     return [p for p in prompts if not guard.reads_pieces(p)]
-
-
-def _digest(prompt: Prompt) -> str:
-    said = [prompt.text, *(part for m in prompt.history for part in (m.role, m.content))]
-    return hashlib.sha256("\0".join(said).encode()).hexdigest()

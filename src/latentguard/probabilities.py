@@ -18,11 +18,10 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from latentguard.errors import GuardError
 from latentguard.reliability import Labels, Method, Reliability, Scores, log_loss, weights_of
+from latentguard.ridge import FOLDS, require_groups
 
 FEWEST = 30
 """Prompts of each class that the choice needs."""
-
-FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,10 @@ def fit_probabilities(
         before: Slope and intercept of the map so far.
 
     Raises:
-        GuardError: if there are fewer than 30 prompts of a class.
+        GuardError: if there are fewer than 30 prompts of a class, or fewer groups than folds.
     """
     require_both(labels)
+    require_groups(groups, FOLDS)
     crossed = {m: _crossed(fit, scores, labels, groups) for m, fit in FITS.items()}
     fitted = expit(before[0] * scores + before[1])
     every: dict[str, Scores] = {"fitted": fitted, **{str(m): c for m, c in crossed.items()}}

@@ -68,6 +68,10 @@ class Prompt:
     slice: str | None = None
     """Which part of the traffic it belongs to: a language, a product, a client."""
 
+    undone_from: int = 0
+    """Characters of the text that it is what lies beneath of (``disguises``); 0 if it is as said.
+    What lies beneath a long text is read as long ones are."""
+
     @property
     def group(self) -> Group | None:
         """The paper's group (section 3.2); None unless both labels are known."""
@@ -122,7 +126,13 @@ class Columns:
 
 
 def numbered(prompts: Iterable[Prompt | str]) -> Iterator[Prompt]:
-    """The prompts; a bare text becomes one, whose id is its number, from 1."""
+    """The prompts; a bare text becomes one, whose id is its number, from 1.
+
+    Raises:
+        PromptError: if they are one text, of which each letter would be read as a prompt.
+    """
+    if isinstance(prompts, str):
+        raise PromptError("Prompts are a list; found one text. Put it in a list: [text].")
     for number, item in enumerate(prompts, start=1):
         yield item if isinstance(item, Prompt) else Prompt(item, id=str(number))
 
@@ -183,14 +193,19 @@ def prompt_of(row: Mapping[str, Any], columns: Columns, *, where: str = "row") -
     return Prompt(
         text=_text(row[columns.text], columns.text, where),
         id=str(_given(row.get(columns.id), "")),
-        harmful=_label(row.get(columns.label), columns.label, where),
+        harmful=_label(_at(row, columns.label), columns.label, where),
         refused=_label(row.get("refused"), "refused", where),
         category=_word(row.get(columns.category)),
-        slice=_word(row.get(columns.slice)),
+        slice=_word(_at(row, columns.slice)),
         source=_word(row.get("source")),
         pair=_word(row.get("pair")),
         history=_history(row.get("history"), where),
     )
+
+
+def _at(row: Mapping[str, Any], column: str) -> Any:
+    """What a column holds; an empty name is no column, though pandas writes its index under one."""
+    return row.get(column) if column else None
 
 
 def _word(value: object) -> str | None:

@@ -58,4 +58,4 @@ class Reading:
 
 def seal(text: str) -> str:
     """Replace closing white space and ``. ? !`` by one full stop."""
-    return re.sub(r"[\s.?!]+$", "", text) + "."
+    return re.sub(r"(?<![\s.?!])[\s.?!]+$", "", text) + "."  # looks at each run of blanks once

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentguard.errors import GuardError
+
 FOLDS = 5
 
 
@@ -89,8 +91,22 @@ def primal(
     return weight, torch.einsum("csd,sd->c", weight, design.mean)
 
 
+def require_groups(groups: Sequence[str], fewest: int) -> None:
+    """Raise a GuardError if there are too few groups, of pairs or of texts, to cross-validate."""
+    if (found := len(set(groups))) < fewest:
+        raise GuardError(
+            f"Cross-validation needs at least {fewest} different texts, or pairs of texts; found "
+            f"{found}. Is the same 'pair' given to all rows?"
+        )
+
+
 def folds_of(groups: Sequence[str], seed: int = 0) -> list[Tensor]:
-    """Row indices of each fold; a group never straddles folds."""
+    """Row indices of each fold; a group never straddles folds.
+
+    Raises:
+        GuardError: if there is one group alone.
+    """
+    require_groups(groups, 2)
     names = sorted(set(groups))
     order = np.random.default_rng(seed).permutation(len(names))
     fold_of = {names[i]: n % FOLDS for n, i in enumerate(order)}

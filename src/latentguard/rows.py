@@ -90,6 +90,8 @@ def json_row(line: str, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+        raise PromptError(f"{where}: JSON that cannot be read ({error}).") from None
     if not isinstance(row, dict):
         raise PromptError(f"{where}: expected a JSON object, found a {type(row).__name__}.")
     return row

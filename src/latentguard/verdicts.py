@@ -39,8 +39,11 @@ def score_to_file(
         How many prompts an earlier run had scored already.
 
     Raises:
-        PromptError: if the prompts are not those that the earlier run scored.
+        PromptError: if the prompts are not those that the earlier run scored, or ``out`` is a
+            folder.
     """
+    if Path(out).is_dir():
+        raise PromptError(f"--out should name a file for the verdicts; {out} is a folder.")
     partial, notes = Path(f"{out}.partial"), Path(f"{out}.partial.guard")
     partial.parent.mkdir(parents=True, exist_ok=True)
     if not partial.exists() or _whole_lines(notes)[:1] != [guard.digest]:
@@ -72,7 +75,7 @@ def _noted(prompts: Iterator[Prompt], marks: TextIO) -> Iterator[Prompt]:
 
 def _mark(prompt: Prompt) -> str:
     """What tells a prompt from another, on one line."""
-    return json.dumps([prompt.id, digest_prompts([prompt])])
+    return json.dumps([prompt.id, digest_prompts([prompt]), prompt.slice])
 
 
 def _write_line(file: TextIO, line: str) -> None:

@@ -119,7 +119,8 @@ class Windows(Part):
 
     def needed(self, prompt: Prompt) -> bool:
         """Whether a prompt is long, or a chat in which the user has spoken before."""
-        return len(prompt.text) > self.over or any(m.role == "user" for m in prompt.history)
+        size = max(len(prompt.text), prompt.undone_from)
+        return size > self.over or any(m.role == "user" for m in prompt.history)
 
     def pieces(self, prompt: Prompt) -> list[Piece]:
         """What the user says, cut up; a turn that says nothing has no piece.

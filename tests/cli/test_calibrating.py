@@ -127,7 +127,7 @@ class TestCalibrate:
         assert LatentGuard.load(guard).part(Windows).threshold == 2.5
 
     def test_the_built_in_prompts_leave_it_to_what_fit_picked_it_on(self, lg, guard, monkeypatch):
-        texts = [f"Tell me the kind thing number {n}" for n in range(100)]
+        texts = [f"Tell me the kind thing number {n}" for n in range(8000, 8100)]
         long = [f"{n}. " + "Tell me the kind thing. " * 9 for n in range(70)]
         said = [Prompt(text, harmful=False) for text in texts + long]
         monkeypatch.setattr("latentguard.cli.calibration.load_traffic", lambda split: said)
@@ -136,6 +136,11 @@ class TestCalibrate:
         assert (code, "stays as it was" in err) == (0, False), err
         assert "n = 100 " in out
         assert LatentGuard.load(guard).part(Windows).threshold == 2.5
+
+    def test_a_slice_that_no_prompt_has(self, lg, guard, files):
+        words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--slice-column", "langauge"]
+        code, _, err = lg("calibrate", guard, *words)
+        assert code == 1 and "'langauge', which no harmless prompt has" in " ".join(err.split())
 
     def test_the_slice_is_read_when_scoring(self, lg, guard, files):
         words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--slice-column", "language"]

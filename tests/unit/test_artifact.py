@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class TestFiles:
         assert record["fingerprint"] == asdict(guard.fingerprint)
         assert set(load((folder / TENSOR_FILE).read_bytes())) == {
             "weight",
+            "learnt",
             *(f"{axis}.{pole}" for axis in ("harmful", "refuse") for pole in POLES),
             *("categories.weight", "categories.bias"),
         }
@@ -83,6 +85,22 @@ class TestFiles:
             other.save(folder)
         with pytest.raises(GuardError, match="belongs to another guard"):
             LatentGuard.load(folder)
+
+    def test_a_full_disk_leaves_the_guard_as_it_was(self, guard, folder, monkeypatch):
+        other, before = (
+            LatentGuard.fit(FakeBackend(), labelled(20)),
+            LatentGuard.load(folder).digest,
+        )
+        calls = iter([True, False])
+
+        def full(number):
+            if not next(calls):
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            other.save(folder)
+        assert LatentGuard.load(folder).digest == before
 
     def test_a_guard_of_unknown_making(self, guard, tmp_path):
         replace(guard, fitted=None).save(tmp_path)

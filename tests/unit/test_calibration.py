@@ -121,7 +121,8 @@ class TestProbabilities:
     def test_harmful_prompts_set_no_threshold(self, backend, plain, likely):
         assert likely.bound.n == 300
         harmless = [p for p in labelled(300, start=40_000) if not p.harmful]
-        assert plain.calibrate(backend, harmless, max_fpr=0.05).threshold == likely.threshold
+        alone = plain.calibrate(backend, harmless, max_fpr=0.05)
+        assert alone.threshold == pytest.approx(likely.threshold, abs=1e-6)
 
     def test_they_fit(self, likely, plain):
         found = likely.part(Calibration).reliability

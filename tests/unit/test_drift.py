@@ -7,9 +7,10 @@ from math import log
 import numpy as np
 import pytest
 from fake_backend import FakeBackend, labelled, texts
+from scipy.stats import ks_2samp
 
 from latentguard.calibration import Calibration
-from latentguard.drift import compare, cut, holm, record_of, shares, stability
+from latentguard.drift import compare, cut, holm, on_grid, record_of, shares, stability
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.parts import Verdict
@@ -20,7 +21,7 @@ class TestArithmetic:
     def test_stability_by_brute_force(self):
         rng = np.random.default_rng(0)
         known, live = rng.normal(size=500), rng.normal(0.5, 1, 300)
-        edges = np.sort(known)[[50 * k for k in range(1, 10)]]
+        edges = (np.sort(known)[50:451:50] + np.sort(known)[51:452:50]) / 2
         total = 0.0
         for low, high in zip([-np.inf, *edges], [*edges, np.inf], strict=True):
             a = (((live > low) & (live <= high)).sum() + 0.5) / (300 + 5)
@@ -29,6 +30,15 @@ class TestArithmetic:
         assert cut(known) == pytest.approx(edges)
         found = stability(shares(live, cut(known)), shares(known, cut(known)))
         assert found == pytest.approx(total)
+
+    def test_a_prompt_that_is_often_asked_has_not_moved_by_rounding(self):
+        rng = np.random.default_rng(0)
+        known = np.concatenate([rng.normal(size=400), np.full(200, 0.3)])
+        live = np.concatenate([rng.normal(size=400), np.full(200, 0.3 + 1e-6)])
+        edges = cut(known)
+        assert stability(shares(live, edges), shares(known, edges)) < 0.1
+        assert ks_2samp(live, known).pvalue < 1e-4
+        assert ks_2samp(on_grid(live, 1.0), on_grid(known, 1.0)).pvalue > 0.1
 
     def test_too_few_to_cut(self):
         assert cut(range(19)) == []

@@ -377,7 +377,7 @@ class TestFailClosed:
 
     def test_calibrate(self, guard):
         with pytest.raises(GuardError, match="not a finite number"):
-            guard.calibrate(Broken(), harmless(60, start=0), max_fpr=0.05)
+            guard.calibrate(Broken(), harmless(60, start=3000), max_fpr=0.05)
 
     def test_a_belief_that_is_undefined(self, backend):
         """The score reads t_inst alone, the refuse axis t_post: no verdict if either is broken."""

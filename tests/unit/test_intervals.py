@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, norm
 
 from latentguard.errors import GuardError
-from latentguard.metrics import difference, mean_curve, proportion, resampled, share
+from latentguard.metrics import mean_curve, proportion, resampled, share
+from latentguard.study.differences import difference
 
 FLAGS = st.lists(st.booleans(), min_size=1, max_size=200)
 

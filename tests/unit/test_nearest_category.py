@@ -1,6 +1,7 @@
 """Categories and packs: planted directions, the kept rate, and what a verdict says."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,16 @@ import torch
 from fake_backend import FakeBackend, labelled, noise, planted, texts
 
 from latentguard import packs
-from latentguard.categories import FEWEST, Categories, Tail, fit_directions
+from latentguard.calibration import Calibration
+from latentguard.categories import FEWEST, Categories, fit_directions
 from latentguard.contrast import load_contrast, load_traffic
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.hazards import HAZARDS, MODERATION, OTHER, moderation_names
+from latentguard.learnt import mark
 from latentguard.metrics import auroc
 from latentguard.prompts import Message, Prompt
+from latentguard.tails import Tail
 from latentguard.window_fitting import calibrate_windows, fit_windows, harmless_texts
 from latentguard.windows import Windows
 
@@ -254,12 +258,67 @@ class TestRefused:
 def test_what_is_fitted_never_calibrates():
     like, calm = packs.halves(harmless(101))
     assert not {p.text for p in like} & {p.text for p in calm}
-    assert (len(like), len(calm)) == (51, 50)
+    assert (len(like), len(calm)) == (50, 51)
     assert packs.halves(harmless(101)[::-1]) == (like, calm)
+    more = [*harmless(101), *harmless(60, 3000)]  # what was held stays on its side
+    again, fresh = packs.halves(more, Counter(map(mark, like)))
+    assert again[:50] == sorted(like, key=harmless(101).index) and len(again) == 80
+    assert not {p.text for p in like} & {p.text for p in fresh}
     said = [(Message("user", f"Tell me {n}"), Message("assistant", "So.")) for n in range(10)]
     chats = [Prompt("Thanks, go on.", history=history) for history in said]
-    assert sorted(map(len, packs.halves([*chats, *chats]))) == [5, 5]
+    assert list(map(len, packs.halves([*chats, *chats]))) == [10, 10]  # rows, not texts
     assert len(packs.against()) == packs.AGAINST
+
+
+class TestThePromise:
+    """It is about the traffic: prompts as often as they are asked, none that was fitted on."""
+
+    @pytest.fixture(scope="class")
+    def traffic(self, backend, calibrated):
+        """One prompt that scores high is a sixth of it."""
+        calm = harmless(500, 20_000)
+        scores = [v.score for v in calibrated.scan(backend, calm)]
+        return [*calm, *[calm[int(np.argmax(scores))]] * 100]
+
+    def rate(self, guard, backend, prompts):
+        return np.mean([v.flagged for v in guard.scan(backend, prompts)])
+
+    def test_what_is_asked_often_counts_as_often(self, backend, calibrated, traffic):
+        packed = packs.add(calibrated, backend, "novel", novel(30), traffic)
+        assert self.rate(packed, backend, traffic) <= 0.05
+
+    def test_what_a_pack_is_held_against_never_calibrates_again(self, backend, calibrated):
+        given = harmless(400, 30_000)
+        packed = packs.add(calibrated, backend, "novel", novel(30), given)
+        assert len(packed.part(Categories).packs["novel"].against) == 200
+        assert packed.calibrate(backend, given, max_fpr=0.05).bound.n == 200
+        two = packs.add(packed, backend, "arson", kinds_of("arson", 30), given)
+        assert two.bound.n == 200 and two.held == packed.held
+        one = packs.remove(two, backend, "novel", given)
+        assert one.bound.n == 200
+        assert packs.remove(one, backend, "arson", given).bound.n == 400
+
+    def test_the_guards_own_prompts_do_not_calibrate(self, backend, calibrated):
+        with pytest.raises(GuardError, match="harmless prompts to calibrate on are among those"):
+            calibrated.calibrate(backend, [p for p in kinds(90) if not p.harmful], max_fpr=0.05)
+
+    def test_a_slice_keeps_its_threshold_or_nothing_is_done(self, backend, calibrated):
+        given = [replace(p, slice=("de", "en")[n % 2]) for n, p in enumerate(harmless(240, 40_000))]
+        sliced = calibrated.calibrate(backend, given, max_fpr=0.05)
+        assert set(sliced.part(Calibration).slices) == {"de", "en"}
+        packed = packs.add(sliced, backend, "novel", novel(30), [*given, *moved(given)])
+        assert set(packed.part(Calibration).slices) == {"de", "en"}
+        few = [p for p in given if p.slice == "de"] + given[:20]
+        with pytest.raises(GuardError, match="slice 'en' has a threshold of its own, which needs"):
+            packs.add(sliced, backend, "novel", novel(30), few)
+
+
+def moved(prompts):
+    return [replace(p, text=f"{p.text} again") for p in prompts]
+
+
+def kinds_of(kind, count):
+    return [p for p in kinds(3 * count, start=7000) if p.category == kind]
 
 
 class TestLongPrompts:

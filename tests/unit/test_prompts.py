@@ -11,6 +11,7 @@ from latentguard.prompts import (
     Columns,
     Message,
     Prompt,
+    numbered,
     prompt_of,
     read_prompts,
     side,
@@ -94,6 +95,8 @@ class TestJsonLines:
             ('{"text": "a", "history": [{"role": "user", "content": 1}]}', "found a int"),
             ('{"text": "a", "history": [{"role": "me", "content": "b"}]}', "found 'me'"),
             (b'{"text": "\xff"}', "not UTF-8 text"),
+            ('{"text": "a", "n": ' + "9" * 5000 + "}", "JSON that cannot be read"),
+            ("[" * 50_000, "JSON that cannot be read"),
         ],
     )
     def test_a_bad_row_is_named_by_file_line_and_reason(self, line, reason, written):
@@ -143,6 +146,10 @@ class TestLabels:
         assert side(prompts, harmful=True) == [Prompt("a", harmful=True), Prompt("c", harmful=True)]
         assert [p.text for p in side(prompts, harmful=False)] == ["b", "c"]
 
+    def test_one_text_is_no_list_of_prompts(self):
+        with pytest.raises(PromptError, match="Put it in a list"):
+            list(numbered("How do I kill a process?"))
+
     def test_groups_need_both_labels(self):
         groups = {
             (h, r): Prompt("a", harmful=h, refused=r).group
@@ -165,6 +172,12 @@ class TestTables:
         assert [p.text for p in prompts] == ["NA", "null", "None", "123", "nan"]
         assert [p.harmful for p in prompts] == [True, False, None, False, None]
         assert [p.id for p in prompts] == ["007", f"{name[0]}-2", "nan", "1e3", "x"]
+
+    def test_no_column_is_not_the_one_without_a_name(self, written):
+        """pandas writes its index under an empty name."""
+        path = written("f.csv", ",text,slice\n0,a,de\n1,b,en\n2,c,de\n")
+        found = read_prompts(path, columns=Columns(label="", slice=""))
+        assert [(p.harmful, p.slice) for p in found] == [(None, None)] * 3
 
     def test_quotes_new_lines_and_a_byte_order_mark(self, written):
         path = written("f.csv", '\ufefftext,category\n"a, ""b""\nc",x\n  d  ,\n')

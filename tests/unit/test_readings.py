@@ -1,5 +1,7 @@
 """Readings: names, positions, and the ending that ``sealed`` makes uniform."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +65,11 @@ class TestSeal:
     )
     def test_examples(self, text, sealed):
         assert seal(text) == sealed
+
+    def test_long_runs_of_blanks_cost_no_more_than_their_length(self):
+        began = time.process_time()
+        assert seal("a" + " " * 100_000 + "b. ! ") == "a" + " " * 100_000 + "b."
+        assert time.process_time() - began < 1  # took minutes
 
     @given(st.text(st.sampled_from("ab .?!\n\t,é")))
     def test_only_the_ending_changes(self, text):

@@ -252,7 +252,12 @@ class TestCrossValidation:
         assert fit.choices["cross_validated_auroc"] == 0.5
         assert fit.readout(torch.randn(3, len(fit.readout.layers), 16)).abs().max() < 1e-6
 
-    def test_fewer_groups_thanfolds_of(self, train):
+    def test_one_pair_for_all_rows(self, train):
+        states, labels, _ = train
+        with pytest.raises(GuardError, match=r"at least 2 different texts.* found 1"):
+            fit_linear(states, labels, ["data set"] * 120, LAYERS)
+
+    def test_fewer_groups_than_folds(self, train):
         states, labels, _ = train
         fit = fit_linear(states, labels, [f"{n % 3}" for n in range(120)], LAYERS)
         assert fit.choices["cross_validated_auroc"] == 1.0

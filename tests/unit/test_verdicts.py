@@ -1,7 +1,7 @@
 """Verdicts in a file: killed runs go on, nothing is scored twice, no line is torn."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
@@ -182,8 +182,9 @@ class TestAnotherRun:
             lambda prompts: [Prompt(p.text, id=f"other-{p.id}") for p in prompts],
             # such as a file whose rows have no ids, edited before the run was started again
             lambda prompts: [Prompt(f"{p.text}, please", id=p.id) for p in prompts],
+            lambda prompts: [replace(p, slice="de") for p in prompts],  # other thresholds
         ],
-        ids=["shifted", "reversed", "fewer", "none", "renamed", "edited"],
+        ids=["shifted", "reversed", "fewer", "none", "renamed", "edited", "sliced"],
     )
     def test_other_prompts_are_an_error(self, guard, prompts, tmp_path, change):
         out = tmp_path / "v.jsonl"

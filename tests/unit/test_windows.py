@@ -1,5 +1,6 @@
 """Windows: pieces, norms, one threshold for both readings, and who is read by them."""
 
+import base64
 import json
 import math
 import time
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from latentguard.contrast import load_traffic
 from latentguard.contrast.frames import document
+from latentguard.disguises import beneath
 from latentguard.errors import GuardError, PromptError
 from latentguard.guard import LatentGuard
 from latentguard.panel import scan_many
@@ -233,6 +235,16 @@ class TestFitting:
         assert sum(flagged) == bound.observed <= 0.05 * 150
         fresh = [Prompt(f"{n} words. " * 8, id=str(n)) for n in range(1000, 1300)]
         assert np.mean([v.flagged for v in done.scan(backend, fresh)]) < 0.07
+
+    def test_what_lies_beneath_a_long_prompt_is_read_as_calibrated(self, backend, guard):
+        """Though it is short itself: its threshold is that of long prompts."""
+        hidden = base64.b64encode(b"please do the bad bad thing for me now").decode()
+        long = [Prompt(f"{n} words. " * 8 + f"\n{hidden}\n", id=str(n)) for n in range(150)]
+        done = calibrate_windows(backend, guard, long, max_fpr=0.05)
+        flagged = [v.flagged for v in done.scan(backend, long)]
+        assert sum(flagged) == done.part(Windows).bound.observed <= 0.05 * 150
+        (short, _), *_ = beneath(long[0])
+        assert done.reads_pieces(short) and len(short.text) < done.part(Windows).over
 
     def test_the_guards_own_calibration_passes_over_long_ones(self, backend, guard):
         short = [Prompt(f"good {n}", id=str(n)) for n in range(100)]

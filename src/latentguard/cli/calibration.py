@@ -12,6 +12,8 @@ from latentguard.cli.app import app
 from latentguard.cli.console import columns_of, load_guard, note, progress, read_side
 from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
 from latentguard.contrast import load_traffic
+from latentguard.errors import PromptError
+from latentguard.learnt import apart
 from latentguard.prompts import Columns, Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -57,6 +59,11 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     columns = Columns(text=text_column, slice=slice_column or "")
     prompts = read_side(harmless, columns, harmful=False)
+    if slice_column and not any(p.slice for p in prompts):
+        raise PromptError(
+            f"--slice-column names '{slice_column}', which no harmless prompt has; look "
+            "at its spelling, and give the prompts with --harmless."
+        )
     if not harmless:
         prompts = [p for p in load_traffic("validation") if not p.harmful]
     prompts += read_side(harmful, columns, harmful=True)
@@ -72,7 +79,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
             progress=bar.advance,
         )
     if harmless:  # the built-in ones are no traffic: windows keep what fit picked
-        calm = [p for p in prompts if not p.harmful]
+        calm = apart((p for p in prompts if not p.harmful), calibrated.held)[1]
         calibrated = calibrated_long(calibrated, backend, calm, rate, confidence)
     calibrated.save(guard)
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")

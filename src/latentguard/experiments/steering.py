@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.metrics import Estimate, difference, proportion, share
-from latentguard.plots import Curve, lines_by_layer
+from latentguard.metrics import Estimate, proportion, share
+from latentguard.plots import curve, lines_by_layer
 from latentguard.report import Figure, Section, Table
+from latentguard.study.differences import difference
 from latentguard.study.directions import (
     Axes,
     Way,
@@ -259,14 +260,8 @@ def _curves(records: Records) -> list[Figure]:
 
 
 def _figure(records: Records, ways: Sequence[Way], title: str, caption: str) -> Figure:
-    curves: dict[str, Curve] = {}
-    for way in ways:
-        found = [share(flags) for flags in np.moveaxis(records.refused[way] == 1, 1, 0)]
-        curves[way.name] = (
-            [e.value for e in found],
-            [e.low for e in found],
-            [e.high for e in found],
-        )
+    by_layer = {way.name: np.moveaxis(records.refused[way] == 1, 1, 0) for way in ways}
+    curves = {name: curve([share(flags) for flags in of]) for name, of in by_layer.items()}
     return lines_by_layer(curves, records.layers, title=title, y="refusal rate", caption=caption)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.metrics import Estimate, difference, proportion
+from latentguard.metrics import Estimate, proportion
 from latentguard.prompts import Prompt
 from latentguard.report import Cell, Section, Table
+from latentguard.study.differences import difference
 from latentguard.study.finding import Finding, cells
 from latentguard.study.material import Material, spread
 from latentguard.study.settings import Settings

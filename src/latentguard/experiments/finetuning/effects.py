@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from latentguard.experiments.finetuning.attacking import Records
 from latentguard.experiments.finetuning.looking import Stage
-from latentguard.metrics import Estimate, difference, mean_curve, resampled
+from latentguard.metrics import Estimate, mean_curve, resampled
+from latentguard.study.differences import difference
 from latentguard.study.directions import at_layers, best_layers
 
 Bools = NDArray[np.bool_]

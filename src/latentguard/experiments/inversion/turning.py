@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.experiments.inversion.asking import CALLED, Records, Task, along, chance
-from latentguard.metrics import Estimate, difference, resampled, share
+from latentguard.metrics import Estimate, resampled, share
+from latentguard.study.differences import difference
 from latentguard.study.directions import Way, at_layers, best_layers
 from latentguard.study.settings import Settings
 
