@@ -73,8 +73,9 @@ class Quadrants(Part):
     ) -> Quadrants | None:
         """From calibration prompts; None if the guard has no refusal axis.
 
-        Labels of refusal give the cut-off of refusing; without ten of each, those of an old
-        calibration, or harmless traffic at the rate that prompts are flagged at.
+        Labels of refusal give the cut-off of refusing; without ten of each, or where beliefs do not
+        go with them, those of an old calibration, or harmless traffic at the rate that prompts are
+        flagged at.
 
         Raises:
             GuardError: if there are too few harmless prompts for the rate.
@@ -85,7 +86,7 @@ class Quadrants(Part):
         calm = np.array([not p.harmful for p in prompts])
         known = np.array([p.refused is not None for p in prompts])
         labels = np.array([bool(p.refused) for p in prompts])
-        if min((labels & known).sum(), (~labels & known).sum()) >= FEWEST:
+        if _tell(refuse[known], labels[known]):
             found = _from_labels(refuse[known], labels[known])
         elif old is not None and old.refused is not None:
             found = old
@@ -169,6 +170,12 @@ class Quadrants(Part):
 
 def _is(prompt: Prompt, side: str) -> bool:
     return HARMFUL[bool(prompt.harmful)] == side
+
+
+def _tell(beliefs: NDArray[np.float64], refused: NDArray[np.bool_]) -> bool:
+    """Whether labels can place the cut-off: enough of both, and refused ones believed refused."""
+    sides = beliefs[refused], beliefs[~refused]
+    return min(map(len, sides)) >= FEWEST and bool(sides[0].mean() > sides[1].mean())
 
 
 def _from_labels(beliefs: NDArray[np.float64], refused: NDArray[np.bool_]) -> Quadrants:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -39,13 +41,41 @@ def score_to_file(
         How many prompts an earlier run had scored already.
 
     Raises:
-        PromptError: if the prompts are not those that the earlier run scored, or ``out`` is a
-            folder.
+        PromptError: if the prompts are not those that the earlier run scored, ``out`` is a folder,
+            or another run is writing it.
     """
     if Path(out).is_dir():
         raise PromptError(f"--out should name a file for the verdicts; {out} is a folder.")
     partial, notes = Path(f"{out}.partial"), Path(f"{out}.partial.guard")
     partial.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(Path(f"{out}.partial.lock")):
+        return _scored(guard, backend, prompts, (partial, notes, Path(out)), progress)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Two runs that write one file would tear each other's lines."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PromptError(
+                f"Another run is writing {lock.name.removesuffix('.partial.lock')}; wait for it, "
+                "or name another file with --out."
+            ) from None
+        yield
+        lock.unlink(missing_ok=True)
+
+
+def _scored(
+    guard: LatentGuard,
+    backend: Backend,
+    prompts: Iterable[Prompt],
+    files: tuple[Path, Path, Path],
+    progress: Progress | None,
+) -> int:
+    """Go on in the partial file and its notes; how many verdicts were there."""
+    partial, notes, out = files
     if not partial.exists() or _whole_lines(notes)[:1] != [guard.digest]:
         partial.unlink(missing_ok=True)
         write_text(notes, f"{guard.digest}\n")

@@ -152,3 +152,12 @@ def test_a_lazy_guard_loads_once_and_only_when_asked(tmp_path, monkeypatch):
     assert guard(PROMPTS) == pytest.approx(made(PROMPTS), abs=1e-5)
     assert guard(PROMPTS[:1]) == pytest.approx(made(PROMPTS[:1]), abs=1e-5)
     assert len(loads) == 1
+
+
+def test_a_guard_that_is_not_there_is_noticed_at_once(tmp_path):
+    with pytest.raises(ModelError, match="could not be loaded as a chat model"):
+        LazyGuard(tmp_path / "typo")
+    tokenizer = FAMILIES["qwen3"].make()
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="that of no known guard model"):
+        LazyGuard(tmp_path)

@@ -201,3 +201,19 @@ class TestAnotherRun:
         kill(guard, prompts, out)
         assert score_to_file(guard, FakeBackend(), [*prompts, Prompt("one more")], out) == 21
         assert len(out.read_text().splitlines()) == COUNT + 1
+
+
+def test_two_runs_do_not_write_one_file(guard, prompts, tmp_path):
+    class Slow(FakeBackend):
+        def capture(self, *args, **how):
+            with pytest.raises(PromptError, match=r"Another run is writing v\.jsonl; wait for it"):
+                score_to_file(guard, FakeBackend(), prompts, tmp_path / "v.jsonl")
+            return super().capture(*args, **how)
+
+    assert score_to_file(guard, Slow(), prompts, tmp_path / "v.jsonl") == 0
+    assert [f.name for f in tmp_path.iterdir()] == ["v.jsonl"]
+
+
+def test_a_folder_is_no_file(guard, prompts, tmp_path):
+    with pytest.raises(PromptError, match="is a folder"):
+        score_to_file(guard, FakeBackend(), prompts, tmp_path)

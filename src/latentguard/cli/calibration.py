@@ -98,6 +98,7 @@ def drift(
     text_column: TextColumn = "text",
     model: Moved = None,
     allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Say whether scores lie as they did at calibration, and whether the thresholds still hold.
 
@@ -105,7 +106,7 @@ def drift(
     """
     from latentguard.drift import compare, record_of
 
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     rows = read_prompts(prompts, columns=replace(columns_of(loaded, text_column), label=""))
     with progress("drift", len(rows)) as bar:
         verdicts = list(loaded.scan(backend, rows, progress=bar.advance))

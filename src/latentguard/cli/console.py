@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,8 @@ def read(source: str, columns: Columns, harmful: bool | None) -> list[Prompt]:
 def read_side(sources: Sequence[str] | None, columns: Columns, *, harmful: bool) -> list[Prompt]:
     """The prompts of some sources that are of one side."""
     prompts: list[Prompt] = []
+    if twice := [source for source, count in Counter(sources or ()).items() if count > 1]:
+        raise PromptError(f"{twice[0]} is given twice; its prompts would count twice.")
     for source in sources or ():
         kept = side(read(source, columns, None), harmful=harmful)
         if not kept:

@@ -8,7 +8,7 @@ import typer
 
 from latentguard.cli.app import app
 from latentguard.cli.console import columns_of, load_guard, note, progress, read_side
-from latentguard.cli.options import AllowMismatch, GuardFolder, Moved, TextColumn
+from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
 
 packs = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard from examples.")
 app.add_typer(packs, name="pack")
@@ -20,7 +20,7 @@ Harmless = Annotated[
 
 
 @packs.command()
-def add(
+def add(  # noqa: PLR0913, PLR0917 (the contract names these options)
     guard: GuardFolder,
     name: Annotated[str, typer.Option(help="Of the category, such as sexual.")],
     examples: Annotated[list[str], typer.Option(help="20 to 50 harmful examples; repeatable.")],
@@ -28,6 +28,7 @@ def add(
     text_column: TextColumn = "text",
     model: Moved = None,
     allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Add a category that can flag, and calibrate anew for the rate that the guard promised.
 
@@ -41,7 +42,7 @@ def add(
     """
     from latentguard import packs
 
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     columns = columns_of(loaded, text_column)
     given = read_side(examples, columns, harmful=True)
     calm = read_side(harmless, columns, harmful=False)
@@ -77,11 +78,12 @@ def remove(
     text_column: TextColumn = "text",
     model: Moved = None,
     allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Remove a pack, and calibrate anew for the rate that the guard promised."""
     from latentguard import packs
 
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     calm = read_side(harmless, columns_of(loaded, text_column), harmful=False)
     with progress("pack") as bar:
         changed = packs.remove(loaded, backend, name, calm, progress=bar.advance)

@@ -10,7 +10,7 @@ import typer
 
 from latentguard.cli.app import app
 from latentguard.cli.console import load_guard, progress, read_side
-from latentguard.cli.options import AllowMismatch, GuardFolder, Moved, TextColumn
+from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
 from latentguard.contrast import load_contrast
 from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns
@@ -45,6 +45,7 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
     text_column: TextColumn = "text",
     model: Moved = None,
     allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
 ) -> None:
     """Attack GUARD: changed texts, other languages, padding, changed weights; prints the report.
 
@@ -69,7 +70,7 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
     sides += read_side(harmless, columns, harmful=False)
     amount: BudgetName = "small" if budget is Amount.small else "full"
     plan = Plan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch)
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     with progress("stress") as bar:
         subject = Subject(backend, Store(out / STORE), step=bar.step)
         report = run(Trial(loaded, backend, subject), plan)

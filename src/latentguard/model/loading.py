@@ -26,7 +26,7 @@ def from_pretrained(
     Raises:
         ModelError: if it cannot be found or loaded; says why.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     path = resolve(str(source))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,16 +38,34 @@ def from_pretrained(
         if scheme:
             packed = {"quantization_config": quantization(scheme, kind)}
             options = {"device_map": {"": device}} | options | packed
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = tokenizer_of(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **options)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"'{source}' could not be loaded as a chat model: {reason} Expected a Hub id, a "
-            "folder, a GGUF file, or 'default'."
-        ) from error
+        raise _unusable(source, error) from error
     placed = PLACING & options.keys() or is_split(model)
     return (model if placed else model.to(device)), tokenizer, scheme
+
+
+def tokenizer_of(source: str | Path) -> Any:
+    """The tokenizer alone, which is there in a moment.
+
+    Raises:
+        ModelError: if it cannot be found or loaded; says why.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(str(source)))
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise _unusable(source, error) from error
+
+
+def _unusable(source: str | Path, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0]
+    return ModelError(
+        f"'{source}' could not be loaded as a chat model: {reason} Expected a Hub id, a "
+        "folder, a GGUF file, or 'default'."
+    )
 
 
 def is_split(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from latentguard.errors import ModelError
 from latentguard.model.chat import ChatTokenizer
 from latentguard.model.generate import first_ids
 from latentguard.model.hf import ChatModel
+from latentguard.model.loading import tokenizer_of
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Progress
 
@@ -141,7 +142,12 @@ class LazyGuard:
     """A guard model that is loaded when it is first asked; implements ``subject.Unsafe``."""
 
     def __init__(self, source: str | Path, **how: Any) -> None:
-        """Say what to load; ``how`` is that of ``ChatModel.load``."""
+        """Say what to load; ``how`` is that of ``ChatModel.load``.
+
+        Raises:
+            ModelError: if there is no such guard model: now, and not when it is asked, hours later.
+        """
+        _recognised(tokenizer_of(source), str(source))
         self._source, self._how = source, how
         self._guard: Any = None
 
