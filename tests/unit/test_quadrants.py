@@ -69,6 +69,11 @@ class TestPlanted:
         }
         assert [share.total for _, _, share in part.shares] == [120] * 8
 
+    def test_labels_that_beliefs_contradict_place_no_cut_off(self, fitted, backend):
+        turned = [replace(p, refused=not p.refused) for p in mixed(60)]
+        part = fitted.calibrate(backend, turned, max_fpr=0.05).part(Quadrants)
+        assert part.refused is None and "at most 5.00% of harmless prompts" in part.basis
+
     def test_by_harmless_traffic_alone(self, backend, fitted):
         calm = [p for p in mixed(80, labels=False) if not p.harmful and "yes" in p.text]
         guard = fitted.calibrate(backend, calm, max_fpr=0.05)
