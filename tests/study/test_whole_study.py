@@ -65,7 +65,12 @@ NOT_ON_A_RANDOM_MODEL = {
     "No along reverse harmfulness minus random",  # nor does it say Certainly or No
     "No along reverse harmfulness minus reverse refusal",
     "Certainly along harmfulness minus random",
+    "Plain prompt accepted along reverse refusal, where it acts",
     "change of Delta_harmful over its gap to harmless",  # its beliefs may have no gap
+    "guard recall after minus before",  # nor does its guard catch half before
+    "cosine, refusal minus harmfulness",  # one category may have no two refused prompts
+    "cosine, refusal minus harmfulness, beyond chance",
+    "Latent Guard minus baseline guard accuracy",  # no guard model is given
 }
 
 
