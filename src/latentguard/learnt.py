@@ -20,7 +20,7 @@ MOST = 0.1
 def mark(prompt: Prompt) -> int:
     """What was said, in 63 bits."""
     said = [prompt.text, *(part for m in prompt.history for part in (m.role, m.content))]
-    return int.from_bytes(hashlib.sha256("\\0".join(said).encode()).digest()[:8]) >> 1
+    return int.from_bytes(hashlib.sha256("\0".join(said).encode()).digest()[:8]) >> 1
 
 
 def apart(prompts: Iterable[Prompt], marks: Counter[int]) -> tuple[list[Prompt], list[Prompt]]:
