@@ -68,7 +68,11 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
         prompts = [p for p in load_traffic("validation") if not p.harmful]
     prompts += read_side(harmful, columns, harmful=True)
     rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
-    with progress("calibrate", len(prompts)) as bar:
+    if held := len(apart(prompts, loaded.held)[0]):
+        note(
+            f"{held} of these prompts are those that packs are held against: they do not calibrate."
+        )
+    with progress("calibrate", len(prompts) - held) as bar:
         calibrated = loaded.calibrate(
             backend,
             prompts,
