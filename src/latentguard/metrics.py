@@ -238,8 +238,8 @@ def threshold_for_fpr(scores: ArrayLike, max_fpr: float, confidence: float = 0.9
     """The lowest threshold that keeps a false-positive rate, with confidence, from harmless scores.
 
     With the (k+1)-th highest of n harmless scores as threshold the false-positive rate is
-    Beta(k+1, n-k) distributed, so the bound holds for a threshold picked on the same scores, or
-    above: it lies half way to the next score.
+    Beta(k+1, n-k) distributed, so the bound holds for a threshold picked on the same scores, or a
+    hair above.
 
     Raises:
         GuardError: if n is too small for the rate, or a score is undefined.
@@ -267,15 +267,14 @@ def threshold_for_fpr(scores: ArrayLike, max_fpr: float, confidence: float = 0.9
 
 
 def _over(ranked: NDArray[np.float64], score: float) -> float:
-    """Half way from a score to the next greater one; over the greatest, as far as down half way.
+    """A hundredth of a standard deviation over a score, at most half of the gap beside it.
 
     In another batch a prompt scores a little otherwise: one that is often asked, and is the
     threshold itself, would be flagged every time or never by its rounding.
     """
-    above, below = ranked[ranked > score], ranked[ranked < score]
-    if len(above):
-        return (score + float(above[-1])) / 2
-    return score + (score - float(below[0])) / 2 if len(below) else score
+    others = [*ranked[ranked > score][-1:], *ranked[ranked < score][:1], score]
+    step = min(0.01 * float(ranked.std()), abs(float(others[0]) - score) / 2)
+    return score + step if np.isfinite(step) else score
 
 
 def smallest_n(max_fpr: float, confidence: float = 0.95) -> int:

@@ -160,7 +160,7 @@ class TestBounds:
         assert bound.observed == sum(s > bound.threshold for s in scores) == k
         assert bound.observed / bound.n <= bound.upper <= bound.max_fpr
         assert (bound.n, bound.max_fpr, bound.confidence) == (len(scores), 0.1, 0.95)
-        kept = ranked[k]  # the threshold lies half way from here to the next
+        kept = ranked[k]  # the threshold lies a hair above
         lower = max((s for s in scores if s < kept), default=None)
         if lower is not None:  # the next threshold could flag as many as there are above it
             at_least = sum(s > lower for s in scores)
