@@ -38,7 +38,7 @@ def from_pretrained(
         if scheme:
             packed = {"quantization_config": quantization(scheme, kind)}
             options = {"device_map": {"": device}} | options | packed
-        tokenizer = tokenizer_of(path)
+        tokenizer = tokenizer_of(source)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **options)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise _unusable(source, error) from error

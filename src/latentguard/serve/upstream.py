@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -14,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from latentguard.serve.faults import BadRequest, Upstream
 from latentguard.serve.options import Options
-from latentguard.serve.replies import event_of
+from latentguard.serve.replies import event_of, unless
 
 log = logging.getLogger("latentguard.serve")
 
@@ -92,7 +91,7 @@ class Relay:
 
     async def _told(self, request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
         try:
-            return await _unless_left(request, answer)
+            return await unless(_left(request), answer) or Response()  # nobody reads it
         except httpx.HTTPError as error:
             log.error("The upstream cannot be reached: %r", error)
             raise Upstream("The upstream service cannot be reached.") from None
@@ -122,18 +121,6 @@ class Relay:
         elif not self._own_keys and "authorization" in request.headers:
             headers["authorization"] = request.headers["authorization"]
         return headers
-
-
-async def _unless_left(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What some work gives; if the client leaves before, the work is stopped, and nobody told."""
-    task, gone = asyncio.ensure_future(work), asyncio.create_task(_left(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else Response()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.wait({task, gone})
 
 
 async def _left(request: Request) -> None:

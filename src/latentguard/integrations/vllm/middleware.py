@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Coroutine
 from typing import Any
 
 from fastapi.datastructures import Headers
@@ -26,7 +25,7 @@ from latentguard.serve.faults import BadRequest, Fault, TooLarge, Unavailable, p
 from latentguard.serve.judging import limit_of
 from latentguard.serve.keys import Keys
 from latentguard.serve.options import Options
-from latentguard.serve.replies import Reply, usage_of
+from latentguard.serve.replies import Reply, unless, usage_of
 
 log = logging.getLogger("latentguard.vllm")
 
@@ -106,7 +105,9 @@ class GuardMiddleware:
                 await relay.release({})  # an error of the server's own: nothing was generated
             elif (values := self._read(question)) is None:
                 await relay.release({"latentguard": {"error": OtherTokens.code}})
-            elif (verdict := await _unless(left, _verdict(gate, question, values))) is not None:
+            elif (
+                verdict := await unless(left.wait(), _verdict(gate, question, values))
+            ) is not None:
                 note = _note(gate, question, verdict)
                 if self._policy == "block" and (verdict.flagged or verdict.decision == "block"):
                     stop.set()
@@ -205,18 +206,6 @@ async def _verdict(gate: Gate, question: Question, values: tuple[float, ...]) ->
     except Exception as error:  # whatever the engine raises, the chat is not answered
         log.error("No verdict: %s", error if isinstance(error, GuardError) else place(error))
         raise Unavailable("The guard cannot give a verdict on this chat.") from None
-
-
-async def _unless(left: asyncio.Event, work: Coroutine[Any, Any, Verdict]) -> Verdict | None:
-    """What some work gives; None if the client leaves before, and the work is stopped."""
-    task, gone = asyncio.ensure_future(work), asyncio.create_task(left.wait())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        gone.cancel()
-        task.cancel()
-        await asyncio.wait({task})
 
 
 def _note(gate: Gate, question: Question, verdict: Verdict) -> dict[str, Any]:
