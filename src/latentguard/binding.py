@@ -85,8 +85,8 @@ class Shift:
         return (
             "The model looks like the guard's own but scores the canary prompts differently: by up "
             f"to {self.largest:.2f} standard deviations, allowed {TOLERANCE}. A few of its weights "
-            "or the software under it changed, or its chat template prints today's date "
-            "(strftime_now), which moves scores with time; fit again, or go on with "
+            "or the software under it changed, or the date, if its chat template prints it "
+            "(strftime_now); fit again, or go on with "
             "--allow-mismatch (allow_mismatch=True) and calibrate again."
         )
 

@@ -1,7 +1,9 @@
 """Batching, queues, crashes: every request gets the right verdict, or an error, and soon."""
 
 import asyncio
+import contextlib
 import functools
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -106,25 +108,38 @@ def test_a_deadline_cuts_and_the_next_prompt_is_judged():
     assert "0.2 seconds" in late.json()["error"]["message"]
 
 
-def test_chats_that_nobody_waits_for_any_more_fill_no_queue(monkeypatch):
-    """Behind one that goes on and on, others are given up: they neither wait nor are begun."""
+def endless(monkeypatch):
+    """Chats that go on until they are told to end: the event that ends them, and those begun."""
     from latentguard.serve import talk
 
     over, begun = threading.Event(), []
 
-    def endless(self, sampling):
+    def pieces(self, sampling):
         begun.append(self)
         while not over.wait(0.01):
             yield "on "
 
-    monkeypatch.setattr(talk.Conversation, "pieces", endless)
+    monkeypatch.setattr(talk.Conversation, "pieces", pieces)
+    return over, begun
+
+
+def wait_for(url, line):
+    """Until the service's metrics say so."""
+    until = time.monotonic() + 20
+    while line not in get(f"{url}/metrics").text:
+        assert time.monotonic() < until, line
+        time.sleep(0.02)
+
+
+def test_chats_that_nobody_waits_for_any_more_fill_no_queue(monkeypatch):
+    """Behind one that goes on and on, others are given up: they neither wait nor are begun."""
+    over, begun = endless(monkeypatch)
     body = dict(messages=[{"role": "user", "content": passed()}])
     with running(chats=1, queue=2, deadline=1.0) as url:
         ask = functools.partial(post, f"{url}/v1/chat/completions", json=body, timeout=30)
         with ThreadPoolExecutor(3) as pool:
             first = pool.submit(ask)
-            while "latentguard_chats 1.0" not in get(f"{url}/metrics").text:
-                time.sleep(0.02)
+            wait_for(url, "latentguard_chats 1.0")
             late = [pool.submit(ask) for _ in range(2)]
             assert [one.result().status_code for one in late] == [503, 503]
             judged = [moderate(url, passed()).status_code for _ in range(2)]
@@ -134,6 +149,64 @@ def test_chats_that_nobody_waits_for_any_more_fill_no_queue(monkeypatch):
     assert judged == [200, 200]
     assert "latentguard_queue_prompts 0.0" in waiting
     assert len(begun) == 1
+
+
+def leave(url, **body):
+    """Ask, and be gone before the answer."""
+    with contextlib.suppress(httpx.TimeoutException):
+        post(url, json=body, timeout=httpx.Timeout(10, read=0.3))
+
+
+def noted(audit):
+    return [json.loads(line).get("error") for line in audit.read_text().splitlines()]
+
+
+def test_a_chat_whose_client_leaves_waits_no_longer(monkeypatch, tmp_path):
+    """Long before the deadline its place is free, and the log says why there is no verdict."""
+    over, begun = endless(monkeypatch)
+    body, audit = dict(messages=[{"role": "user", "content": passed()}]), tmp_path / "audit.jsonl"
+    with running(chats=1, queue=1, deadline=300, audit=audit) as url, ThreadPoolExecutor() as pool:
+        first = pool.submit(post, f"{url}/v1/chat/completions", json=body, timeout=60)
+        wait_for(url, "latentguard_chats 1.0")
+        leave(f"{url}/v1/chat/completions", **body)
+        wait_for(url, "latentguard_queue_prompts 0.0")
+        over.set()
+        assert first.result().status_code == 200
+    assert len(begun) == 1
+    assert noted(audit) == [None, "client_left"]
+
+
+@pytest.mark.parametrize("policy", ["block", "shadow"])
+def test_prompts_whose_client_leaves_are_not_read(policy, tmp_path):
+    """Nor is a shadow's chat sent on, as nobody waits for its answer."""
+    audit, seen, over = tmp_path / "audit.jsonl", [], threading.Event()
+
+    def watched():
+        guard, model = faulty()
+        inner = model.capture
+
+        def capture(prompts, **how):
+            seen.extend(prompts := list(prompts))
+            if "LAST" in prompts[0].text:
+                over.wait(60)
+            return inner(prompts, **how)
+
+        model.capture = capture
+        return guard, model
+
+    how = dict(policy=policy, upstream="http://127.0.0.1:9/v1", wait=0.0, deadline=300)
+    with running(watched, audit=audit, **how) as url, ThreadPoolExecutor() as pool:
+        first = pool.submit(moderate, url, "LAST")
+        while not (seen and "LAST" in seen[-1].text):
+            time.sleep(0.02)
+        leave(f"{url}/v1/moderations", input="GONE")
+        leave(f"{url}/v1/chat/completions", messages=[{"role": "user", "content": "GONE TOO"}])
+        wait_for(url, "latentguard_queue_prompts 0.0")
+        over.set()
+        assert first.result().status_code == 200
+        assert moderate(url, passed()).status_code == 200
+    assert not [prompt for prompt in seen if "GONE" in prompt.text]
+    assert noted(audit) == ["client_left", "client_left", None, None]
 
 
 def test_a_crash_fails_its_batch_and_nothing_else():

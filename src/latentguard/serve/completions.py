@@ -18,6 +18,7 @@ from latentguard.parts import Decision
 from latentguard.prompts import Prompt
 from latentguard.serve.faults import BadRequest, Fault, Unavailable
 from latentguard.serve.judging import Judgement
+from latentguard.serve.leaving import wanted
 from latentguard.serve.messages import ChatMessage, legible, prompt_of, prompts_of
 from latentguard.serve.replies import ChatResponse, Judged, Reply, event_of, note_of, usage_of
 from latentguard.serve.service import Case, Service
@@ -134,7 +135,7 @@ async def _own(case: Case, body: ChatRequest, request: Request) -> Response:
 
     talk = Talk(prompt, sampling, halt)
     request.state.ending.callback(talk.cancel)
-    judged = await _judged(case, talk)
+    judged = await _judged(case, talk, request)
     if isinstance(judged, Judgement) and service.action(judged) == "block":
         return _refusal(case, body, judged)
     reply = _reply(case, body, judged)
@@ -143,7 +144,7 @@ async def _own(case: Case, body: ChatRequest, request: Request) -> Response:
     return await _whole(talk, reply, request)
 
 
-async def _judged(case: Case, talk: Talk) -> Judged:
+async def _judged(case: Case, talk: Talk, request: Request) -> Judged:
     """The verdict, logged; or the fault in its place, if the chat is to be answered all the same.
 
     Only a judgement that failed can be forgiven here: before it there is no pass to go on from.
@@ -151,7 +152,7 @@ async def _judged(case: Case, talk: Talk) -> Judged:
     prompts = [talk.prompt]
     try:
         await case.service.scorer.begin(talk)
-        event = await _soon(talk, case.service.options.deadline)
+        event = await wanted(_soon(talk, case.service.options.deadline), request)
     except Fault as fault:
         await case.failed(prompts, fault, answered=False)
         raise

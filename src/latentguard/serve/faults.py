@@ -42,6 +42,12 @@ class SlowClient(Fault):
     status, kind, code = 408, "invalid_request_error", "request_timeout"
 
 
+class Left(Fault):
+    """The client has left: nobody reads this, but the audit log notes it."""
+
+    status, kind, code = 499, "invalid_request_error", "client_left"
+
+
 class TooLarge(Fault):
     """The body or the prompt is too long."""
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from time import time
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
@@ -14,8 +13,6 @@ from pydantic import BaseModel, ConfigDict
 from latentguard.serve.faults import Fault
 from latentguard.serve.judging import Judgement
 from latentguard.serve.service import Case
-
-T = TypeVar("T")
 
 Judged = Judgement | Fault
 """A judgement, or why there is none though the chat is answered."""
@@ -123,15 +120,3 @@ def usage_of(prompt: int, reply: int) -> dict[str, int]:
 def event_of(content: Mapping[str, Any]) -> str:
     """One server-sent event."""
     return f"data: {json.dumps(content)}\n\n"
-
-
-async def unless(left: Coroutine[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T | None:
-    """What some work gives; None if the client leaves before, and the work is stopped."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left)
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.wait({task, gone})

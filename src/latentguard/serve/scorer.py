@@ -200,7 +200,7 @@ class Scorer:
 
     def _gather(self, until: float) -> None:
         """Wait a moment for more prompts, as long as they fit into one batch."""
-        while not (self._stopping or self._coming or self._jobs[0].work):
+        while self._jobs and not (self._stopping or self._coming or self._jobs[0].work):
             left = until - monotonic()
             if left <= 0 or sum(job.size for job in self._jobs) >= self._budget:
                 return
@@ -209,20 +209,19 @@ class Scorer:
     def _pop(self) -> list[Job]:
         """Take the oldest job and, of the other prompts, those nearest in length that fit.
 
-        Like lengths waste little on padding, and the oldest is never passed over. What nobody waits
-        for any more is dropped.
+        Like lengths waste little on padding, and the oldest is never passed over.
         """
-        live = [job for job in self._jobs if not job.future.done()]
-        taken = live[:1]
+        self._forget()
+        taken = [self._jobs.popleft()] if self._jobs else []
         if taken and taken[0].prompt:
             most = taken[0].size
-            others = sorted((j for j in live[1:] if j.prompt), key=lambda j: abs(j.size - most))
-            for job in others:
+            prompts = [job for job in self._jobs if job.prompt]
+            for job in sorted(prompts, key=lambda job: abs(job.size - most)):
                 most = max(most, job.size)
                 if most * (len(taken) + 1) > self._budget:
                     break
                 taken.append(job)
-        self._jobs = deque(job for job in live if job not in taken)
+        self._jobs = deque(job for job in self._jobs if job not in taken)
         return taken
 
     @property
@@ -256,7 +255,8 @@ class Scorer:
         self._talks = [talk for talk in self._talks if self._step(talk)]
 
     def _forget(self) -> None:
-        """Drop chats that nobody waits for any more; for whoever holds the lock."""
+        """Drop what nobody waits for any more; for whoever holds the lock."""
+        self._jobs = deque(job for job in self._jobs if not job.future.done())
         self._coming = deque(talk for talk in self._coming if not talk.cancelled)
 
     def _step(self, talk: Talk) -> bool:

@@ -14,9 +14,10 @@ from starlette.requests import Request
 from latentguard.prompts import Prompt
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.drift import Reference
-from latentguard.serve.faults import Fault, Unavailable
+from latentguard.serve.faults import Fault, Left, Unavailable
 from latentguard.serve.judging import Judgement
 from latentguard.serve.keys import Keys
+from latentguard.serve.leaving import wanted
 from latentguard.serve.options import Options
 from latentguard.serve.scorer import Scorer
 from latentguard.serve.telemetry import Telemetry
@@ -86,7 +87,7 @@ class Service:
         an unreadable prompt, or a full queue. A shadow never stands in the way.
         """
         if self.options.policy == "shadow":
-            return True
+            return not isinstance(fault, Left)
         return self.options.on_error == "allow" and isinstance(fault, Unavailable)
 
 
@@ -96,6 +97,7 @@ class Case:
     def __init__(self, service: Service, request: Request, endpoint: str) -> None:
         """Begin."""
         self.service, self.endpoint, self.began = service, endpoint, perf_counter()
+        self._request = request
         self.id: str = request.state.request
         self.client: str = request.state.client
         header = service.options.slice_header
@@ -108,7 +110,7 @@ class Case:
     async def judge(self, prompts: Sequence[Prompt]) -> list[Judgement]:
         """Judge prompts; a fault is noted, then raised."""
         try:
-            return await self.service.scorer.judge(prompts)
+            return await wanted(self.service.scorer.judge(prompts), self._request)
         except Fault as fault:
             forgiven = self.endpoint == "chat" and self.service.forgives(fault)
             await self.failed(prompts, fault, answered=forgiven)

@@ -86,7 +86,8 @@ class Talk:
             return False
         if self._conversation is None:
             verdict = self._read(guard, model)
-            self.cancelled = self._halt(verdict)
+            if self._halt(verdict):  # never set to False: the listener may have left meanwhile
+                self.cancelled = True
             self.tell(verdict)
             return not self.cancelled
         piece = next(self._pieces, None)

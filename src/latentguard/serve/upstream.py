@@ -12,8 +12,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from latentguard.serve.faults import BadRequest, Upstream
+from latentguard.serve.leaving import wanted
 from latentguard.serve.options import Options
-from latentguard.serve.replies import event_of, unless
+from latentguard.serve.replies import event_of
 
 log = logging.getLogger("latentguard.serve")
 
@@ -91,7 +92,7 @@ class Relay:
 
     async def _told(self, request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
         try:
-            return await unless(_left(request), answer) or Response()  # nobody reads it
+            return await wanted(answer, request)
         except httpx.HTTPError as error:
             log.error("The upstream cannot be reached: %r", error)
             raise Upstream("The upstream service cannot be reached.") from None
@@ -121,11 +122,6 @@ class Relay:
         elif not self._own_keys and "authorization" in request.headers:
             headers["authorization"] = request.headers["authorization"]
         return headers
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _require_known(body: Mapping[str, Any]) -> None:

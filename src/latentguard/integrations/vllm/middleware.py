@@ -21,11 +21,12 @@ from latentguard.integrations.vllm.gate import Gate, Question
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.integrations.vllm.relay import Message, Receive, Relay, Send
 from latentguard.parts import Verdict
-from latentguard.serve.faults import BadRequest, Fault, TooLarge, Unavailable, place
+from latentguard.serve.faults import BadRequest, Fault, Left, TooLarge, Unavailable, place
 from latentguard.serve.judging import limit_of
 from latentguard.serve.keys import Keys
+from latentguard.serve.leaving import stopped
 from latentguard.serve.options import Options
-from latentguard.serve.replies import Reply, unless, usage_of
+from latentguard.serve.replies import Reply, usage_of
 
 log = logging.getLogger("latentguard.vllm")
 
@@ -105,9 +106,8 @@ class GuardMiddleware:
                 await relay.release({})  # an error of the server's own: nothing was generated
             elif (values := self._read(question)) is None:
                 await relay.release({"latentguard": {"error": OtherTokens.code}})
-            elif (
-                verdict := await unless(left.wait(), _verdict(gate, question, values))
-            ) is not None:
+            else:
+                verdict = await stopped(_verdict(gate, question, values), left.wait())
                 note = _note(gate, question, verdict)
                 if self._policy == "block" and (verdict.flagged or verdict.decision == "block"):
                     stop.set()
@@ -220,7 +220,7 @@ async def _read(receive: Receive) -> dict[str, Any]:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise BadRequest("The client has left.")
+            raise Left("The client has left.")
         content += message.get("body", b"")
         more = message.get("more_body", False)
         if len(content) > MOST:
