@@ -13,7 +13,7 @@ from latentguard.model import prefill
 from latentguard.model.hooks import add_vector, note_output, read_positions, skip_blocks
 from latentguard.prompts import Prompt
 from latentguard.states import Intervention
-from model.architectures import ARCHITECTURES
+from model.architectures import ARCHITECTURES, HYBRIDS, chat_model
 from model.families import FAMILIES
 from model.test_generate import PROMPTS, TURNS, ids_of, talker
 
@@ -288,6 +288,11 @@ class TestErrors:
             setattr(model.model.config, name, value)
         with pytest.raises(ModelError, match="attention with their own cache"):
             model.generate(PROMPTS)
+
+    @pytest.mark.parametrize("architecture", HYBRIDS)
+    def test_hybrids_are_refused_too(self, architecture, tokenizer):
+        with pytest.raises(ModelError, match="attention with their own cache"):
+            chat_model(architecture, tokenizer).generate(PROMPTS)
 
 
 def test_blocks_that_return_tuples_are_skipped_too(tokenizer, monkeypatch):

@@ -41,7 +41,7 @@ DECODED = {"cpu": 16, "cuda": 4}
 KEPT_ON_CPU = 2 << 30
 """Bytes of their keys and values at most where no error tells that memory ran out."""
 
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of blocks that remember keys and values, and these alone, for each token."""
 
 
@@ -99,7 +99,8 @@ def sweep(
 
 def _check_blocks(model: ChatModel) -> None:
     config = model.model.config.get_text_config(decoder=True)
-    others = set(getattr(config, "layer_types", None) or ()) - ATTENTION
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    others = set(kinds or ()) - ATTENTION
     shared = getattr(config, "num_kv_shared_layers", 0)
     if others or shared:
         found = ", ".join(sorted(others)) or "keys and values that blocks share"
