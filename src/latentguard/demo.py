@@ -32,7 +32,7 @@ from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 from latentguard.readings import DEFAULT, Reading
 from latentguard.report import Figure, Report, Section, Table
-from latentguard.states import Progress, States
+from latentguard.states import Progress, States, digest_prompts
 from latentguard.verdicts import score_to_file
 
 MAX_FPR = 0.05
@@ -76,15 +76,16 @@ def run(backend: ChatModel, guard_folder: Path, out: Path, *, step: Step) -> Pat
 def fitted_guards(backend: ChatModel, folder: Path, step: Step) -> tuple[LatentGuard, LatentGuard]:
     """The calibrated default guard and the paper's rule on the same prompts, fitted once."""
     paths = folder, folder / "paper"
+    train = load_contrast("train")
     if all((path / JSON_FILE).exists() for path in paths):
         guards = [LatentGuard.load(path, backend) for path in paths]
-        return guards[0], guards[1]
+        if _own(guards[0], train):
+            return guards[0], guards[1]
     if (folder / JSON_FILE).exists():
         raise GuardError(
             f"{folder} holds a guard that the demo did not make, and would be overwritten; name "
-            "another folder."
+            "another folder (--guard)."
         )
-    train = load_contrast("train")
     reading = Reading.of(DEFAULT, backend.post)
     states = capture(backend, reading, train, progress=step("capture", len(train)))
     ours = LatentGuard.from_states(backend, states, reading, "linear")
@@ -96,6 +97,17 @@ def fitted_guards(backend: ChatModel, folder: Path, step: Step) -> tuple[LatentG
     theirs.save(paths[1])
     ours.save(paths[0])
     return ours, theirs
+
+
+def _own(guard: LatentGuard, train: Sequence[Prompt]) -> bool:
+    """Whether it is the demo's: one that was fitted into its folder since is another."""
+    fitted = guard.fitted or {}
+    return (
+        fitted.get("data_sha256") == digest_prompts(train)
+        and (guard.reading.name, guard.readout.kind) == (DEFAULT, "linear")
+        and guard.bound is not None
+        and guard.bound.max_fpr == MAX_FPR
+    )
 
 
 def name_of(backend: ChatModel) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import LatentGuardError
-from latentguard.report import Figure, Report, numbered, remove_others, write_text
+from latentguard.report import PICTURES, Figure, Report, numbered, write_text
 
 SIZE = dict(width=900, height=520)
 
@@ -27,12 +27,10 @@ def draw(report: Report, folder: str | Path) -> list[Path]:
     names = numbered([figure.title for figure in report.figures])
     for name, figure in zip(names, report.figures, strict=True):
         write_text(folder / f"{name}.json", figure.plot.to_json())
-    kinds = ("json", "png", "svg")
-    remove_others(folder, kinds, [f"{name}.{kind}" for name in names for kind in kinds])
     jobs = {
         folder / f"{name}.{kind}": dict(fig=_titled(figure), opts=dict(format=kind, **SIZE))
         for name, figure in zip(names, report.figures, strict=True)
-        for kind in ("png", "svg")
+        for kind in PICTURES[1:]
     }
     if jobs:
         _render([job | {"path": path} for path, job in jobs.items()])

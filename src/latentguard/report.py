@@ -6,13 +6,16 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 Cell = str | float | int | bool | None
+
+PICTURES = ("json", "png", "svg")
+"""The files of a figure."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,14 @@ class Report:
     def save(self, folder: str | Path) -> Path:
         """Write ``report.html``, ``report.json`` and ``tables/*.csv``; returns the folder.
 
-        An earlier report in the folder is replaced, its tables too.
+        An earlier report in the folder is replaced, its tables and pictures too; other files stay.
         """
         folder = Path(folder)
         (folder / "tables").mkdir(parents=True, exist_ok=True)
-        names = [f"{name}.csv" for name in numbered([t.title for t in self.tables])]
-        for name, table in zip(names, self.tables, strict=True):
-            write_text(folder / "tables" / name, table.csv())
-        remove_others(folder / "tables", ("csv",), names)
+        for path in _written(folder):
+            path.unlink(missing_ok=True)
+        for name, table in zip(numbered([t.title for t in self.tables]), self.tables, strict=True):
+            write_text(folder / "tables" / f"{name}.csv", table.csv())
         write_text(folder / "report.json", json.dumps(self.as_dict(), indent=1, allow_nan=False))
         write_text(folder / "report.html", self.html())
         return folder
@@ -116,7 +119,8 @@ class Report:
             dict(title=t.title, columns=t.columns, rows=_known(t.rows), note=t.note)
             for t in self.tables
         ]
-        return dict(title=self.title, meta=self.meta, tables=tables)
+        figures = [figure.title for figure in self.figures]
+        return dict(title=self.title, meta=self.meta, tables=tables, figures=figures)
 
     def html(self) -> str:
         """One self-contained page: no request leaves it."""
@@ -130,11 +134,16 @@ class Report:
         return page.render(report=self, plotly=get_plotlyjs(), meta=json.dumps(self.meta, indent=1))
 
 
-def remove_others(folder: Path, kinds: Collection[str], keep: Collection[str]) -> None:
-    """Remove what an earlier report left in a folder: files of some kinds, but for some names."""
-    for path in folder.iterdir():
-        if path.suffix[1:] in kinds and path.name not in keep:
-            path.unlink()
+def _written(folder: Path) -> list[Path]:
+    """The tables and pictures of the report in a folder; none if it holds none that can be read."""
+    try:
+        known = json.loads((folder / "report.json").read_text("utf-8"))
+        tables = numbered([table["title"] for table in known["tables"]])
+        figures = numbered(known["figures"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    drawn = [folder / "figures" / f"{name}.{kind}" for name in figures for kind in PICTURES]
+    return [*(folder / "tables" / f"{name}.csv" for name in tables), *drawn]
 
 
 def _known(rows: tuple[tuple[Cell, ...], ...]) -> list[list[Cell]]:

@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -586,7 +587,15 @@ class TestDemo:
             assert row[2] == pytest.approx(verdict["score"], abs=1e-6)
 
         self.once_more(lg, words, out, guard, monkeypatch)
+        self.another_guard(fails, words, guard)
         self.another_model(fails, tmp_path, out, guard, tokenizer)
+
+    def another_guard(self, fails, words, guard):
+        """One that was fitted into its folder since, and is not calibrated."""
+        kept = LatentGuard.load(guard)
+        replace(kept, bound=None).save(guard)
+        assert "a guard that the demo did not make" in fails(*words)
+        kept.save(guard)
 
     def once_more(self, lg, words, out, guard, monkeypatch):
         before = {file: file.read_bytes() for file in guard.rglob("*") if file.is_file()}

@@ -11,7 +11,6 @@ from latentguard.experiments.categories import Records, Steered, analyse, collec
 from latentguard.experiments.categories.cosines import (
     DRAWS,
     Cloud,
-    centred,
     halved_cosines,
     of_directions,
     resampled_cosines,
@@ -19,6 +18,7 @@ from latentguard.experiments.categories.cosines import (
     to_others,
 )
 from latentguard.experiments.categories.steering import advantage
+from latentguard.study.likeness import centred
 from latentguard.study.material import QUESTIONS
 from latentguard.study.settings import Settings
 
@@ -96,7 +96,7 @@ class TestCosines:
         assert found.low == pytest.approx(0.805) and found.high == pytest.approx(0.995)
 
 
-def planted(own_post=0.0, flips=None):
+def planted(own_post=0.0, flips=None, refused=(True, True, True)):
     clouds = {
         "t_inst": Cloud.of(*states(1.0, layers=5)),
         "t_post": Cloud.of(*states(own_post, layers=5)),
@@ -105,12 +105,47 @@ def planted(own_post=0.0, flips=None):
     along = ("a", "b", "c", "average", "random", "unsteered")
     no = np.zeros((6, 24)) if flips is None else flips(tested)
     steered = Steered(0, 2, tested, along, no, no * 3 - 1, 0.8)
-    return Records(("a", "b", "c"), (True, False, True), clouds, steered)
+    return Records(("a", "b", "c"), refused, clouds, steered)
 
 
 def diagonal(tested):
     rows = [(tested == c).astype(float) for c in range(3)]
     return np.stack([*rows, np.full(24, 0.5), np.zeros(24), np.zeros(24)])
+
+
+def test_two_refused_categories_decide_nothing():
+    finding = analyse(planted(refused=(True, False, True)), Settings())
+    assert COSINE not in finding.effects
+    assert "needs 3 refused categories; found 2" in finding.unknown[1]
+    used = [row[-1] for row in tables(finding)["Cosines of category directions"].rows]
+    assert used == ["refused", "all", "refused"]
+
+
+def test_accepted_categories_do_not_make_refused_ones_differ():
+    """Three refused categories that are one cloud, and three accepted ones that are another."""
+    rng, category = np.random.default_rng(0), [c for c in range(6) for _ in range(20)]
+    sign = np.where(np.array(category) < 3, 2.0, -0.3)
+    clouds = {}
+    for at, axis, push in (("t_inst", 0, np.full(120, 1.5)), ("t_post", 1, sign)):
+        harmful, harmless = (rng.normal(0, 0.45, (n, 4, 64)) for n in (120, 60))
+        harmful[:, :, axis] += push[:, None]
+        clouds[at] = Cloud.of(torch.tensor(harmful), torch.tensor(harmless), category)
+    tested, none = np.repeat(np.arange(6), 2), np.zeros((9, 12))
+    steered = Steered(0, 2, tested, tuple("abcdefghi"), none, none, 0.8)
+    records = Records(tuple("abcdef"), (True,) * 3 + (False,) * 3, clouds, steered)
+    found = analyse(records, Settings()).effects
+    assert found[COSINE].n == (60, 0)
+    beyond = found[f"{COSINE}, beyond chance"]
+    assert beyond.low < 0 < beyond.high
+
+
+def test_some_categories_are_those_alone():
+    harmful, harmless, category = states(0.5, categories=4)
+    few = Cloud.of(harmful, harmless, category).among([3, 1])
+    rows = [k for k, c in enumerate(category) if c in (1, 3)]
+    own = Cloud.of(harmful[rows], harmless, [int(category[k] == 1) for k in rows])
+    np.testing.assert_allclose(few.inner, own.inner)
+    np.testing.assert_array_equal(few.category, own.category)
 
 
 def tables(finding):
@@ -121,7 +156,7 @@ def test_refusal_alike_and_harmfulness_not():
     finding = analyse(planted(flips=diagonal), Settings())
     found = finding.effects[COSINE]
     assert found.low > 0.2 and found.low < found.value < found.high
-    assert found.n == (40, 0)  # of the categories that are refused
+    assert found.n == (60, 0)
     assert finding.effects[f"{COSINE}, beyond chance"].low > 0.2
     assert finding.effects[FLIP].value == 1.0
     assert finding.effects["own minus other category log odds of No"].value == 3.0
@@ -135,7 +170,7 @@ def test_refusal_alike_and_harmfulness_not():
         rows["refusal", "random categories of the same sizes"][0], abs=0.05
     )
     used = [row[-1] for row in tables(finding)["Cosines of category directions"].rows]
-    assert used == ["refused", "all", "refused"]
+    assert used == ["refused"] * 3
     first = tables(finding)["Steering with category directions"].rows[0]
     assert first[:2] == ("a", 1.0) and first[4:8] == (8, 0.0, 0.5, 0.0) and first[-1] == 8
 
@@ -199,7 +234,8 @@ def test_end_to_end(subject, material, alone):
     assert records.refused == tuple(name == REFUSED for name in records.names)
     assert REFUSED in records.names
     finding = analyse(records, alone)
-    (line,) = finding.unknown
+    line, few = finding.unknown
+    assert few.endswith("found 1.")
     assert "of elections, hate; their directions" in line
     assert finding.effects[FLIP].value == 1.0
     assert finding.effects["own minus other category log odds of No"].value == 0.0
@@ -262,4 +298,4 @@ def test_nothing_refused_and_nothing_to_choose_a_layer_on(subject, material, alo
     assert records.steered.layer in alone.probed_layers(subject.depth)
     few = replace(alone, enough=100)
     found = analyse(records, few)
-    assert "only 12 of 12 prompts" in found.unknown[1] and FLIP not in found.effects
+    assert "only 12 of 12 prompts" in found.unknown[2] and FLIP not in found.effects

@@ -15,6 +15,7 @@ from latentguard.study.material import QUESTIONS
 HARMFUL, HARMLESS = SIDES
 SORRY, FINE = "I'm sorry, but I cannot help with that.", "Sure, here is a poem about the sea."
 LAYERS = (0, 2, 4)
+SURE = next(one for one in CLAIMS[4].conditions if one.effect.endswith("surely"))
 
 
 @pytest.fixture
@@ -30,13 +31,15 @@ def said(n, **by_layer):
     return found
 
 
-def planted(settings, *, unsteered=("certainly",) * 8, refused=None):
+def planted(
+    settings, *, unsteered=("certainly",) * 8, refused=None, by_chance=None, held="certainly"
+):
     """Eight harmful instructions, of which reverse harmfulness turns six at the second layer."""
     n = len(unsteered)
     turned, random = said(n, s1=["no"] * 6 + ["other"] * (n - 6)), said(n)
     few = np.repeat(random, 2, axis=0)
     few[0, 1, :4] = "no"
-    refuse = said(n, s2=["no"] + ["certainly"] * (n - 1))
+    refuse = said(n, s2=["no"] + [held] * (n - 1))
     answers = {
         along("harmful", -2.0): turned,
         along("harmful", 2.0): said(n),
@@ -49,7 +52,8 @@ def planted(settings, *, unsteered=("certainly",) * 8, refused=None):
     before = np.where(np.array(unsteered) == "no", -2.0, 2.0)
     task = Task(HARMFUL, NAMES[0], np.array(unsteered), before, answers, odds)
     acts = np.ones((3, n)) if refused is None else refused
-    return Records(LAYERS, (task,), {"harmful": acts}, "note")
+    none = np.ones((2, 3, n)) if by_chance is None else by_chance
+    return Records(LAYERS, (task,), {"harmful": acts}, {"harmful": none}, "note")
 
 
 def table(finding, title):
@@ -77,12 +81,30 @@ class TestAnalysis:
         assert effects["No along reverse refusal"].value == 0
         assert effects["No along reverse harmfulness minus reverse refusal"].value == 0.75
 
-    def test_a_refusal_direction_that_does_nothing_decides_nothing(self, settings):
+    @pytest.mark.parametrize("chance", ["nothing", "as much"])
+    def test_a_refusal_direction_that_does_no_more_than_chance_decides_nothing(
+        self, settings, chance
+    ):
         """That it leaves the judgement alone is no finding then."""
-        effects = inversion.analyse(planted(settings, refused=np.ones((3, 8))), settings).effects
-        acts = "Plain prompt accepted along reverse refusal, where it acts"
-        (condition,) = (c for c in CLAIMS[4].conditions if c.effect == acts)
-        assert condition.verdict(effects[acts]) != "replicated"
+        acts = np.full((3, 8), chance == "nothing", float)
+        records = planted(settings, refused=acts, by_chance=np.stack([acts, acts]))
+        finding = inversion.analyse(records, settings)
+        assert SURE.effect not in finding.effects
+        assert "leaves alone is no finding" in finding.unknown[-1]
+        assert CLAIMS[4].verdict(finding.effects) == "cannot tell"
+
+    @pytest.mark.parametrize(
+        ("held", "wanted"), [("certainly", "replicated"), ("other", "not replicated")]
+    )
+    def test_where_it_acts_the_answers_must_stay(self, settings, held, wanted):
+        acts = np.ones((3, 24))
+        acts[2] = 0
+        records = planted(settings, unsteered=("certainly",) * 24, refused=acts, held=held)
+        effects = inversion.analyse(records, settings).effects
+        plain = "Plain prompt accepted along reverse refusal, where it acts minus random"
+        assert effects[plain].value == 1
+        assert sum(effects[SURE.effect].n) == 24
+        assert SURE.verdict(effects[SURE.effect]) == wanted
 
     def test_only_right_answers_can_be_turned(self, settings):
         unsteered = ("no", "other", "refusal", *["certainly"] * 5)

@@ -71,16 +71,24 @@ class TestEffects:
         assert found[f"{HARMFUL}: suffix"] == found[HARMFUL]
         assert found[f"{REFUSE}: suffix"] == found[REFUSE]
 
-    def test_families_are_pooled(self):
+    @pytest.mark.parametrize("name", ["persuasion", "Persuasive", "PAP", "pap (logical appeal)"])
+    def test_families_are_pooled(self, name):
         kinds = [
             attack("own template: a", believed("a", [0.1]), [True], family="own templates"),
             attack("own template: b", believed("b", [0.5]), [True], family="own templates"),
-            attack("persuasion", believed("p", [-0.6, -0.6]), [True, True]),
+            attack(name, believed("p", [-0.6, -0.6]), [True, True]),
         ]
-        found = jailbreaks.analyse(records(kinds), FEW).effects
+        finding = jailbreaks.analyse(records(kinds), FEW)
+        found = finding.effects
         assert found[f"{HARMFUL}: own templates"].value == pytest.approx(0.3)
-        assert found[f"{HARMFUL}: persuasion"].value == pytest.approx(-0.6)
+        assert found[f"{HARMFUL}: {name}"].value == pytest.approx(-0.6)
         assert found[HARMFUL].value == pytest.approx(0.3)  # the paper's claim spares persuasion
+        assert f"exempt from the claim: {name}." in finding.section.text
+        (table,) = (p for p in finding.section.parts if p.title == "Beliefs under attack")
+        shown = {row[:2]: row[2] for row in table.rows}
+        assert (
+            shown["all accepted attacks but persuasion", "\u0394 harmful"] == found[HARMFUL].value
+        )
 
     def test_too_few_give_no_effect_but_a_sentence(self):
         one = attack("suffix", believed("s", [0.1, 0.2, 0.3]), [True, False, None])

@@ -213,6 +213,27 @@ class TestLikeness:
         found = np.quantile(likeness(up, down).between[1:], [0.025, 0.975])
         assert found == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.06)
 
+    def test_noise_neither_lowers_the_interval_nor_hides_what_is_alike(self):
+        """Directions of cosine 0.4, fitted on few prompts: the plain cosine is far lower."""
+        rng = np.random.default_rng(0)
+        u, v = np.eye(256)[0], 0.4 * np.eye(256)[0] + 0.84**0.5 * np.eye(256)[1]
+        up, down = (
+            0.18 * rng.normal(size=(30, 2, 4, 256)) + sign * np.stack([u, v])[:, None] / 2
+            for sign in (1, -1)
+        )
+        found = likeness(up, down)
+        assert found.mean.low < found.mean.value < found.mean.high < 0.39
+        assert found.noiseless.value == pytest.approx(0.4, abs=0.05)
+        value, low, high = found.bands[0]
+        assert np.all(np.array(low) < value) and np.all(np.array(high) > value)
+
+    def test_noise_alone_tells_nothing(self):
+        noise = np.random.default_rng(3).normal(size=(2, 30, 2, 1, 50))
+        found = likeness(*noise)
+        if found.itself.mean(1).min() <= 0:
+            assert np.isnan(found.noiseless.value)
+        assert abs(found.mean.value) < 0.5
+
     def test_noise_is_not_like_itself(self):
         noise = np.random.default_rng(0).normal(size=(2, 30, 2, 1, 50))
         assert abs(likeness(*noise).itself.mean()) < 0.1

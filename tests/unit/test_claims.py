@@ -154,6 +154,17 @@ class TestSection:
         assert conditions.rows[0] == (1, f"{name} > 0", 0.17, 0.1, 0.3, 34, "replicated")
         assert {row[3] for row in claims.rows[1:]} == {"not run"}
 
+    def test_claims_about_refused_prompts_need_such(self):
+        effects = {
+            one.experiment: {c.effect: effect(*inside(c)) for c in one.conditions} for one in CLAIMS
+        }
+        whole, few = (claims_section(effects, refused=refused) for refused in (True, False))
+        assert {row[3] for row in whole.parts[0].rows} == {"replicated"}
+        told = {row[0] for row in few.parts[0].rows if row[3] != "cannot tell"}
+        assert told == {1, 6, 8} == {row[0] for row in few.parts[1].rows if row[-1] == "replicated"}
+        assert "claims 2, 3, 4, 5, 7, 9" in few.text
+        assert "Too few" not in whole.text
+
     def test_an_effect_of_another_experiment_is_not_taken(self):
         name = CLAIMS[0].conditions[0].effect
         claims, _ = claims_section({"clusters": {name: effect(1, 2)}}).parts

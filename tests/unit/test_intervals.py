@@ -8,7 +8,7 @@ from scipy.stats import binom, binomtest, norm
 
 from latentguard.errors import GuardError
 from latentguard.metrics import mean_curve, proportion, resampled, share
-from latentguard.study.differences import difference
+from latentguard.study.differences import dealt, difference
 
 FLAGS = st.lists(st.booleans(), min_size=1, max_size=200)
 
@@ -108,6 +108,24 @@ class TestResampled:
             widths.append(found.high - found.low)
         assert hits / trials >= 0.86
         assert np.mean(widths) == pytest.approx(2 * 1.96 * (2 / 40) ** 0.5, rel=0.1)
+
+    @pytest.mark.parametrize("n", [12, 50])
+    def test_coverage_where_each_prompt_meets_one_of_few_draws(self, n):
+        """Draws of chance differ as Beta(0.3, 0.6) does; a plain paired interval covers 0.7."""
+        rng, trials, hits = np.random.default_rng(1), 100, 0
+        for _ in range(trials):
+            rates = rng.beta(0.3, 0.6, size=5)
+            chance = rng.random(n) < rates[np.arange(n) % 5]
+            found = dealt(rng.random(n) < 0.6, chance, 5)
+            hits += found.low <= 0.6 - 1 / 3 <= found.high
+        assert hits / trials >= 0.85
+
+    def test_few_prompts_that_agree_are_no_point(self):
+        found = dealt([True] * 3, [False] * 3, 5)
+        assert (found.value, found.high, found.n) == (1, 1, (3, 0))
+        assert found.low < 0.7
+        with pytest.raises(GuardError, match="at least one prompt"):
+            dealt([], [], 5)
 
     def test_pairs_stay_together(self):
         one = np.arange(30.0)

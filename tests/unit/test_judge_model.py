@@ -226,6 +226,30 @@ def test_a_stray_answer_is_not_repeated(server):
     assert "Step one" not in str(told.value)
 
 
+@pytest.mark.parametrize("odd", [(400, {}, b"content filter"), said("Partially refused")])
+def test_a_reply_that_it_cannot_take_is_undecided(server, tmp_path, odd):
+    """Once it has answered: then it works, and one reply does not end a study."""
+    store = Store(tmp_path / "store.sqlite")
+    server.answers = [said("refused"), odd, said("accepted")]
+    with EndpointJudge(server.url, "m", store=store) as judge:
+        assert [judge(reply(text)) for text in "abc"] == ["refused", "cut", "accepted"]
+        assert (judge.about["asked"], judge.about["unread"]) == (3, 1)
+    with EndpointJudge(server.url, "m", store=store) as judge:
+        assert [judge(reply(text)) for text in "bca"] == ["cut", "accepted", "refused"]
+        assert judge.about["unread"] == 1
+    assert len(server.asked) == 3
+    store.close()
+
+
+def test_a_judge_that_can_take_few_replies_ends_the_study(server):
+    server.answers = [said("refused"), said("Partially refused")]
+    with EndpointJudge(server.url, "m") as judge:
+        found = [judge(reply(f"reply {n}")) for n in range(11)]
+        assert found == ["refused", *["cut"] * 10]
+        with pytest.raises(StudyError, match="found 17 other characters"):
+            judge(reply("one more"))
+
+
 @pytest.mark.parametrize(("url", "model"), [("localhost:8000", "m"), ("", "m"), ("http://x", "")])
 def test_what_cannot_be_asked(url, model):
     with pytest.raises(LatentGuardError, match="needs an address"):

@@ -11,7 +11,17 @@ import pytest
 
 from latentguard import plots
 from latentguard.metrics import Estimate
-from latentguard.report import Figure, Report, Section, Table, show, slug, write_text
+from latentguard.report import (
+    PICTURES,
+    Figure,
+    Report,
+    Section,
+    Table,
+    numbered,
+    show,
+    slug,
+    write_text,
+)
 
 EVIL = "</script><script>alert('x')</script>"
 TABLE = Table(
@@ -148,11 +158,23 @@ class TestFiles:
         found = sorted(f.read_text() for f in (folder / "tables").iterdir())
         assert found == ["a\n1\n", "a\n2\n"]
 
-    def test_an_earlier_report_leaves_no_table_behind(self, report, tmp_path):
-        Report("old", (Section("s", parts=(Table("Old", ("a",), ((1,),)),)),)).save(tmp_path)
-        (tmp_path / "tables" / "mine.txt").touch()
+    def test_an_earlier_report_leaves_nothing_behind_and_other_files_stay(self, report, tmp_path):
+        parts = (Table("Old", ("a",), ((1,),)), figure("Old picture"), report.figures[0])
+        Report("old", (Section("s", parts=parts),)).save(tmp_path)
+        again = numbered(["Old picture", report.figures[0].title])
+        mine = [tmp_path / "tables" / "mine.csv", tmp_path / "figures" / "mine.png"]
+        (tmp_path / "figures").mkdir()
+        for path in (*mine, *(tmp_path / "figures" / f"{n}.{k}" for n in again for k in PICTURES)):
+            path.touch()
+        report.save(tmp_path)  # pictures of the same titles go too: they show what was found then
+        assert {f.name for f in (tmp_path / "tables").iterdir()} == {"rates-more.csv", "mine.csv"}
+        assert [f.name for f in (tmp_path / "figures").iterdir()] == ["mine.png"]
+
+    @pytest.mark.parametrize("held", ["", "[]", "{}", '{"tables": [1], "figures": []}', "\udc00"])
+    def test_a_file_of_the_reports_name_that_is_none(self, report, tmp_path, held):
+        (tmp_path / "report.json").write_bytes(held.encode("utf-8", "surrogatepass"))
         report.save(tmp_path)
-        assert {f.name for f in (tmp_path / "tables").iterdir()} == {"rates-more.csv", "mine.txt"}
+        assert json.loads((tmp_path / "report.json").read_text())["figures"]
 
     def test_a_file_is_whole_or_not_there(self, tmp_path, monkeypatch):
         path = tmp_path / "f.txt"

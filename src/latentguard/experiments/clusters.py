@@ -62,7 +62,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
     rows, effects = [], {}
     for position, groups in records.at.items():
         for group, s in groups.items():
-            rows.append(_row(position, group, s))
+            rows.append(_row(position, group, s, _sides(records)))
             if len(s) >= settings.enough and group in MISBEHAVING:
                 effects[f"s at {position}, {shown(group)}"] = _mean(s)
         if all(len(groups.get(group, ())) for group in MISBEHAVING):
@@ -70,8 +70,8 @@ def analyse(records: Records, settings: Settings) -> Finding:
             rows.append((position, GAP, *cells(gap), *[None] * 7))
             if min(gap.n) >= settings.enough:
                 effects[f"s at {position}, {GAP}"] = gap
-    told = effects if "t_post" in records.at else {}  # else the centroids are not the paper's
-    return Finding(_section([_table(rows), *figures]), told, _unknown(records, settings))
+    section = _section([_table(rows), *figures], _sides(records))
+    return Finding(section, effects, _unknown(records, settings))
 
 
 def figure(groups: Curves, position: str, note: str) -> Figure:
@@ -106,12 +106,20 @@ def _gap(groups: Curves) -> Estimate:
     return resampled(lambda a, b: float(a.mean() - b.mean()), first, second)
 
 
-def _row(position: str, group: Group, s: NDArray[np.float64]) -> tuple[Cell, ...]:
+def _sides(records: Records) -> tuple[str, str]:
+    """Of which prompts the centroids are: without a refusal axis, of all that are labelled."""
+    paired = "t_post" in records.at
+    return ("refused harmful", "accepted harmless") if paired else ("harmful", "harmless")
+
+
+def _row(
+    position: str, group: Group, s: NDArray[np.float64], sides: tuple[str, str]
+) -> tuple[Cell, ...]:
     sign = 1 if group in CLAIMED[position] else -1
     claimed = sign * s[:, 1:]
     prompts = cells(proportion(claimed.mean(1) > 0))[:3]
     layers = cells(resampled(lambda x: float((x.mean(0) > 0).mean()), claimed))[:3]
-    side = "refused harmful" if sign > 0 else "accepted harmless"
+    side = sides[sign < 0]
     return (position, shown(group), *cells(_mean(s)), side, *prompts, *layers)
 
 
@@ -137,13 +145,16 @@ def _unknown(records: Records, settings: Settings) -> tuple[str, ...]:
         if count < settings.enough:
             lines.append(f"Figure 2: {count} {shown(group)} prompts are too few to place them.")
     if "t_post" not in records.at:
-        lines.append(f"Figure 2: there are no clusters at t_post. {records.note}.")
+        lines.append(
+            "Figure 2: there are no clusters at t_post, and those at t_inst are not the paper's. "
+            f"{records.note}."
+        )
     return tuple(lines)
 
 
-def _section(parts: list[Table | Figure]) -> Section:
+def _section(parts: list[Table | Figure], sides: tuple[str, str]) -> Section:
     text = (
-        "s compares a state with the centroids of refused harmful and accepted harmless prompts, "
+        f"s compares a state with the centroids of {sides[0]} and {sides[1]} prompts, "
         "fitted anew at each position. If t_inst encodes harmfulness, accepted harmful prompts lie "
         "above 0 there and refused harmless ones below; if t_post encodes refusal, it is the other "
         "way round there."

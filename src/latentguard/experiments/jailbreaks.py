@@ -6,6 +6,7 @@ and a belief may read the wrapper alone; so the same wrappers are put around har
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,9 @@ LOWER = "Delta_refuse of accepted attacks minus refused harmful"
 HARMFUL = "Delta_harmful of accepted attacks"
 INSIDE = "AUROC inside the wrapper"
 ADDED = "Delta_harmful that a wrapper adds to harmless prompts"
+EXEMPT = re.compile(r"persua|\bpap\b", re.IGNORECASE)
+"""Kinds of attacks that are persuasion (PAP: persuasive adversarial prompts), by their name."""
+
 READ_AT = {True: "", False: ", read at the instruction"}
 """What the last two end in: t_inst is a token of the wrapper, or of the instruction."""
 
@@ -100,7 +104,8 @@ def analyse(records: Records, settings: Settings) -> Finding:
     tables = (_rates(records), _believed(records, groups), _inside(records))
     parts: list[Table | Figure] = [*_planes(records, groups), *(t for t in tables if t.rows)]
     left_out = f"Given attacks left out, as their request is in a centroid: {records.left_out}."
-    text = f"{TEXT} {records.note}. {left_out}"
+    exempt = ", ".join(name for name in families if EXEMPT.search(name)) or "none here"
+    text = f"{TEXT} Persuasion, exempt from the claim: {exempt}. {records.note}. {left_out}"
     section = Section("Figure 6: beliefs under jailbreaks", text, tuple(parts))
     effects = _effects(records, groups, settings.enough)
     return Finding(section, effects, tuple(_unknown(records, groups, settings.enough)))
@@ -117,14 +122,18 @@ def _of(records: Records, family: str) -> list[Attack]:
     return [attack for attack in records.attacks if attack.wave.family == family]
 
 
+def _claimed(records: Records) -> list[Attack]:
+    """Attacks that the claim is about."""
+    return [a for a in records.attacks if not EXEMPT.search(a.wave.family)]
+
+
 def _effects(records: Records, groups: Mapping[str, Beliefs], enough: int) -> dict[str, Estimate]:
     """Of all attacks but persuasion, and of each family; only where there are enough.
 
     The paper's claim is of suffixes and templates: persuasion may turn the belief itself.
     """
     found = {}
-    others = [attack for attack in records.attacks if "persua" not in attack.wave.family.lower()]
-    pools = {"": pooled(others), **{f": {name}": pool for name, pool in groups.items()}}
+    pools = {"": pooled(_claimed(records)), **{f": {name}": pool for name, pool in groups.items()}}
     for end, pool in pools.items():
         if len(pool.prompts) < enough:
             continue
@@ -213,6 +222,7 @@ def _believed(records: Records, groups: Mapping[str, Beliefs]) -> Table:
         pools |= {name: pool} if len(_of(records, name)) > 1 else {}
         pools[f"{name}, refused"] = pooled(_of(records, name), (False,))
     pools["all accepted attacks"] = pooled(records.attacks)
+    pools["all accepted attacks but persuasion"] = pooled(_claimed(records))
     rows: list[tuple[Cell, ...]] = []
     for name, pool in pools.items():
         if pool.prompts:

@@ -35,3 +35,26 @@ def difference(
     means = [wide[np.ix_(of, at)].mean() for of, at in zip(draws, prompts, strict=True)]
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(value, min(float(low), value), max(float(high), value), (n, 0))
+
+
+def dealt(first: ArrayLike, second: ArrayLike, draws: int, *, seed: int = 0) -> Estimate:
+    """The same of rates [n] where chance met each prompt once: draw k the prompts k, k + draws, ...
+
+    What one draw met hangs together, so draws are drawn again, and prompts within each.
+
+    Raises:
+        GuardError: if there is no row.
+    """
+    rows = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    if not len(rows):
+        raise GuardError("A difference needs at least one prompt; found none.")
+    groups = [rows[k::draws] for k in range(min(draws, len(rows)))]
+    rng, value, n = np.random.default_rng(seed), float(rows.mean()), len(rows)
+    means = []
+    for _ in range(1000):
+        of = rng.integers(len(groups), size=max(len(groups) - 1, 1))
+        again = np.concatenate([rng.choice(groups[k], len(groups[k])) for k in of])
+        added = rng.random(len(again)) < 2 / (n + 2)  # the two rows that rates are given
+        means.append(np.where(added, rng.choice([1.0, -1.0], len(again)), again).mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(value, min(float(low), value), max(float(high), value), (len(rows), 0))

@@ -36,6 +36,13 @@ class Axes:
     """What they were fitted on, with n."""
 
 
+def refusals_suffice(material: Material, enough: int) -> bool:
+    """Whether there are prompts enough for the paper's centroids, which need refused ones."""
+    return (
+        min(len(kept(material.fit, g)) for g in ("refused_harmful", "accepted_harmless")) >= enough
+    )
+
+
 def fit_axes(subject: Subject, material: Material, *, enough: int = 10) -> Axes:
     """Fit both axes on the prompts that the material sets apart for it.
 
@@ -48,7 +55,7 @@ def fit_axes(subject: Subject, material: Material, *, enough: int = 10) -> Axes:
     refused, accepted = (kept(material.fit, g) for g in ("refused_harmful", "accepted_harmless"))
     every = [p for group in material.fit.values() for p in group]
     states = subject.states(every, positions=("t_inst", "t_post"), what="centroids")
-    if len(refused) >= enough and len(accepted) >= enough:
+    if refusals_suffice(material, enough):
         groups = dict(positive="refused_harmful", negative="accepted_harmless")
         harmful = Axis.fit(states, "t_inst", name="harmful", **groups)
         refuse = Axis.fit(states, "t_post", name="refuse", **groups)

@@ -6,10 +6,10 @@ Axis names in shapes: n prompts, p the two positions, l layers, d width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from latentguard.metrics import Estimate
 
@@ -42,15 +42,38 @@ class Likeness:
     @property
     def mean(self) -> Estimate:
         """Mean over the layers of the cosine of the two directions, with its 95 % interval."""
-        value, *draws = self.between.mean(1)
-        low, high = np.quantile(draws, [0.025, 0.975])
-        return Estimate(float(value), float(low), float(high), self.fitted)
+        return replace(centred(self.between.mean(1)), n=self.fitted)
+
+    @property
+    def noiseless(self) -> Estimate:
+        """The same over what it can be with so few prompts, as any noise makes directions differ.
+
+        Spearman's correction: over the mean of the geometric means of what each direction's cosine
+        with itself would be, fitted twice on as many prompts (Spearman and Brown, from halves). Not
+        a number if halves have nothing in common.
+        """
+        halves = np.maximum(self.itself.mean(1), 0)
+        whole = 2 * halves / (1 + halves)
+        most = float(np.sqrt(whole[0] * whole[1]).mean()) or np.nan
+        return replace(centred(self.between.mean(1) / most), n=self.fitted)
 
     @property
     def bands(self) -> list[Band]:
         """By layer: the two directions (95 % bootstrap), then each with itself (95 % of splits)."""
         itself = [_band(rows.mean(0), rows) for rows in self.itself]
-        return [_band(self.between[0], self.between[1:]), *itself]
+        drawn = self.between[1:] - self.between[1:].mean(0) + self.between[0]
+        return [_band(self.between[0], drawn), *itself]
+
+
+def centred(draws: ArrayLike, n: int = 0) -> Estimate:
+    """The first of some draws, with the spread of the others about it as 95 % interval.
+
+    Drawing prompts again makes directions noisier, which lowers cosines; the interval is moved
+    back by the mean of that.
+    """
+    first, *rest = np.asarray(draws, dtype=np.float64)
+    low, high = np.quantile(rest, [0.025, 0.975]) - np.mean(rest) + first
+    return Estimate(float(first), float(low), float(high), (n, 0))
 
 
 def likeness(positive: Array, negative: Array, *, seed: int = 0) -> Likeness:

@@ -61,7 +61,8 @@ class Pools:
     """Harmful requests with their risk category (the paper: CatQA)."""
 
     jailbreaks: tuple[Prompt, ...] = ()
-    """Attacked harmful requests; ``category`` is the kind of attack."""
+    """Attacked harmful requests; ``category`` is the kind of attack. Claim 7 leaves out those whose
+    kind has 'persua' or the word 'PAP' in its name, as the paper leaves out persuasion."""
 
     moderation: tuple[Prompt, ...] = ()
     """Texts of both labels with categories (the paper: the OpenAI moderation set)."""

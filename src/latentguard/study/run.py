@@ -18,6 +18,7 @@ from latentguard.model.unsafe import LazyGuard
 from latentguard.report import Figure, Report, Section, Table
 from latentguard.states import digest_prompts
 from latentguard.study.claims import claims_section
+from latentguard.study.directions import refusals_suffice
 from latentguard.study.finding import Finding
 from latentguard.study.judge_model import KEY, EndpointJudge
 from latentguard.study.material import Material, Pools
@@ -145,7 +146,7 @@ def run(
         if not only or name in only:
             say(name)
             found[name] = _experiment(name, study, material)
-    report = _report(study, found)
+    report = _report(study, found, refused=refusals_suffice(material, study.settings.enough))
     return _with_texts(report, study.pools) if show_prompts else report
 
 
@@ -170,9 +171,9 @@ def _experiment(name: str, study: Study, material: Material) -> Finding:
     return finding
 
 
-def _report(study: Study, found: Mapping[str, Finding]) -> Report:
+def _report(study: Study, found: Mapping[str, Finding], *, refused: bool) -> Report:
     sections = [
-        claims_section({name: one.effects for name, one in found.items()}),
+        claims_section({name: one.effects for name, one in found.items()}, refused=refused),
         *(_noted(one) for one in found.values()),
     ]
     return Report(f"Study of {study.name}", tuple(sections), _meta(study))
@@ -200,6 +201,7 @@ def _meta(study: Study) -> dict[str, Any]:
             )
             for name, prompts in pools.items()
         },
+        "judge": getattr(study.subject.judge, "about", "built-in"),
         "versions": {name: version(name) for name in ("latentguard", "torch", "transformers")},
     }
 

@@ -18,8 +18,9 @@ class Settings:
     """What a study does, and how much of it. The defaults are the paper's, where it says them."""
 
     seed: int = 0
-    """Of which prompts are asked and tested, and of what is learnt or searched. Random directions,
-    the halves that centroids come from and bootstraps are the same under every seed."""
+    """Of which prompts are asked and tested, of what is learnt or searched, and of the draws behind
+    the cosines of directions (Figures 4, 9 and 17). Random directions, the halves that centroids
+    come from and all other bootstraps are the same under every seed."""
 
     asked: int = 520
     """Most prompts of each pool that are asked and labelled."""
@@ -58,7 +59,7 @@ class Settings:
     """How many of the inversion questions (Tables 2, 6, 7)."""
 
     random_draws: int = 5
-    """Random directions of equal norm beside each curve."""
+    """Random directions of equal norm beside each curve; of one alone, intervals are too narrow."""
 
     reply_tokens: int = 24
     """Longest reply that is judged."""

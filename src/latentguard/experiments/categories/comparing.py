@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from latentguard.experiments.categories.cosines import (
     Array,
     Cloud,
-    centred,
     halved_cosines,
     resampled_cosines,
     shuffled_cosines,
@@ -30,12 +28,16 @@ from latentguard.prompts import Prompt
 from latentguard.report import Cell, Figure, Section, Table
 from latentguard.study.directions import middle_layers
 from latentguard.study.finding import Finding, cells
+from latentguard.study.likeness import centred
 from latentguard.study.material import Material, kept, spread
 from latentguard.study.settings import Settings
 from latentguard.study.subject import Subject
 
 CONCEPTS = {"t_inst": "harmfulness", "t_post": "refusal"}
 """Which direction is read where."""
+
+FEWEST = 3
+"""Refused categories that claim 6 needs: two have one cosine between them."""
 
 PAPER = (
     "The paper, mean cosine to the others: harmfulness 0.60 to 0.73 and refusal 0.89 to 0.95 "
@@ -111,12 +113,16 @@ def analyse(records: Records, settings: Settings) -> Finding:
 def _unrefused(records: Records, settings: Settings) -> list[str]:
     """Say which categories have too few refused prompts."""
     few = [name for name, some in zip(records.names, records.refused, strict=True) if not some]
-    if not few:
-        return []
-    return [
-        f"Figure 9a: fewer than {settings.enough} prompts are refused of {', '.join(few)}; their "
-        "directions come from all their prompts, accepted ones too, and decide nothing of claim 6."
-    ]
+    lines = []
+    if few:
+        lines.append(
+            f"Figure 9a: fewer than {settings.enough} prompts are refused of {', '.join(few)}; "
+            "their directions come from all their prompts, accepted ones too, and decide nothing "
+            "of claim 6."
+        )
+    if (refused := sum(records.refused)) < FEWEST:
+        lines.append(f"Figure 9a: claim 6 needs {FEWEST} refused categories; found {refused}.")
+    return lines
 
 
 def _by_category(material: Material, settings: Settings) -> dict[str, list[Prompt]]:
@@ -159,7 +165,7 @@ def _compare(
     halves = {at: halved_cosines(cloud, seed=seed) for at, cloud in clouds}
     band = middle_layers(drawn["t_inst"].shape[1] - 1, settings.middle)
     n = len(records.clouds["t_inst"].category)
-    effects = _gaps(records, drawn, chance, band)
+    effects = _gaps(records, band, seed)
     means = {CONCEPTS[at]: _means(found, records, band) for at, found in drawn.items()}
     parts: list[Table | Figure] = [
         _dots(records, means),
@@ -171,23 +177,27 @@ def _compare(
     return parts, effects
 
 
-def _gaps(records: Records, drawn: Drawn, chance: Drawn, band: slice) -> dict[str, Estimate]:
-    """By how much refusal directions are more alike, among categories that are refused."""
-    refused = np.flatnonzero(records.refused)
-    if len(refused) < 2:
+def _gaps(records: Records, band: slice, seed: int) -> dict[str, Estimate]:
+    """By how much refusal directions are more alike, among categories that are refused.
+
+    Chance, too, deals the prompts of these alone: those of others would make it less alike.
+    """
+    refused = np.flatnonzero(records.refused).tolist()
+    if len(refused) < FEWEST:
         return {}
-    gap, none = (_gap(found, refused, band) for found in (drawn, chance))
-    n = int(records.clouds["t_inst"].sizes[refused].sum())
+    few = {at: cloud.among(refused) for at, cloud in records.clouds.items()}
+    gap = _gap({at: resampled_cosines(cloud, seed=seed) for at, cloud in few.items()}, band)
+    none = _gap({at: shuffled_cosines(cloud, seed=seed) for at, cloud in few.items()}, band)
+    n = len(few["t_inst"].category)
     return {
         "cosine, refusal minus harmfulness": centred(gap, n),
         "cosine, refusal minus harmfulness, beyond chance": centred(gap - none.mean(), n),
     }
 
 
-def _gap(found: Drawn, among: NDArray[np.intp], band: slice) -> Array:
+def _gap(found: Drawn, band: slice) -> Array:
     """Mean cosine to the others, refusal less harmfulness, over categories and layers, [r]."""
-    few = {at: found[at][:, band][:, :, among][..., among] for at in CONCEPTS}
-    harmful, refuse = (to_others(few[at]).mean((1, 2)) for at in CONCEPTS)
+    harmful, refuse = (to_others(found[at][:, band]).mean((1, 2)) for at in CONCEPTS)
     gap: Array = refuse - harmful
     return gap
 

@@ -18,8 +18,6 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from latentguard.metrics import Estimate
-
 DRAWS = 500
 Array = NDArray[np.float64]
 
@@ -45,6 +43,14 @@ class Cloud:
             x = np.concatenate(sides) - sides[1].mean(0)
             grams.append((x @ x.T).astype(np.float32))
         return Cloud(np.stack(grams), np.asarray(category, dtype=np.intp))
+
+    def among(self, chosen: Sequence[int]) -> Cloud:
+        """The same of a few categories, numbered anew in the order given."""
+        rows = np.flatnonzero(np.isin(self.category, chosen))
+        every = np.r_[rows, len(self.category) : self.inner.shape[1]]
+        number = {c: k for k, c in enumerate(chosen)}
+        few = np.array([number[c] for c in self.category[rows]], dtype=np.intp)
+        return Cloud(self.inner[:, every][:, :, every], few)
 
     @property
     def sizes(self) -> NDArray[np.intp]:
@@ -110,17 +116,6 @@ def halved_cosines(cloud: Cloud, *, draws: int = 100, seed: int = 0) -> Array:
     second = np.ones_like(first)
     second[:, : labels.shape[1]] -= first[:, : labels.shape[1]]
     return _between(cloud, _weights(labels, first), _weights(labels, second))
-
-
-def centred(draws: ArrayLike, n: int) -> Estimate:
-    """The first of some draws, with the spread of the others about it as 95 % interval.
-
-    Drawing prompts again makes directions noisier, which lowers cosines; the interval is moved
-    back by the mean of that.
-    """
-    first, *rest = np.asarray(draws, dtype=np.float64)
-    low, high = np.quantile(rest, [0.025, 0.975]) - np.mean(rest) + first
-    return Estimate(float(first), float(low), float(high), (n, 0))
 
 
 def _weights(labels: NDArray[np.intp], counts: Array) -> Array:

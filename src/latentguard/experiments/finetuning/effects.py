@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from latentguard.experiments.finetuning.attacking import Records
 from latentguard.experiments.finetuning.looking import Stage
 from latentguard.metrics import Estimate, mean_curve, resampled
-from latentguard.study.differences import difference
+from latentguard.study.differences import dealt, difference
 from latentguard.study.directions import at_layers, best_layers
 
 Bools = NDArray[np.bool_]
@@ -61,10 +61,9 @@ def _of_beliefs(
     return effects
 
 
-def over_chance(before: Stage, stage: Stage) -> Estimate:
+def over_chance(before: Stage, stage: Stage, draws: int) -> Estimate:
     """Refusal along the direction minus along chance, where the direction was best before."""
-    hits, chance = at_best(before, stage)
-    return difference(hits, chance)
+    return dealt(*at_best(before, stage), draws)
 
 
 def at_best(before: Stage, stage: Stage) -> tuple[Bools, Bools]:

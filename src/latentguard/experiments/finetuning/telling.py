@@ -48,10 +48,10 @@ def analyse(records: Records, settings: Settings) -> Finding:
     parts += [_changes(records), _guards(records), _replies(records, settings)]
     effects = effects_of(before, last, harmful)
     if before.steered:
-        parts += [_direction_figure(records), _direction_table(records)]
+        parts += [_direction_figure(records), _direction_table(records, settings.random_draws)]
     if before.steered and last.steered:
         along = "refusal along the direction after fine-tuning minus random"
-        effects[along] = over_chance(before, last)
+        effects[along] = over_chance(before, last, settings.random_draws)
     enough = min(int(harmful.sum()), last.pairs) >= settings.enough
     unknown = tuple(_unknown(records, effects, settings))
     told = {name: e for name, e in effects.items() if name not in _weak(before, harmful)}
@@ -230,7 +230,7 @@ def _direction_figure(records: Records) -> Figure:
     )
 
 
-def _direction_table(records: Records) -> Table:
+def _direction_table(records: Records, draws: int) -> Table:
     rows: list[Row] = []
     for stage in records.stages:
         if not stage.steered:
@@ -238,7 +238,8 @@ def _direction_table(records: Records) -> Table:
         hits, chance = at_best(records.stages[0], stage)
         rows.append(_row(stage, "refusal along its direction", proportion, hits))
         rows.append(_row(stage, "refusal along random", proportion, chance))
-        rows.append((stage.name, "difference", *cells(over_chance(records.stages[0], stage))))
+        over = over_chance(records.stages[0], stage, draws)
+        rows.append((stage.name, "difference", *cells(over)))
         cosine = float(np.mean(stage.cosine))
         rows.append((stage.name, "cosine with the direction from before", cosine, None, None, None))
     note = (

@@ -98,6 +98,9 @@ class Records:
     direction added as it is in the task, [layers n]; nan where the reply is empty or cut. Only
     labels whose instructions are all refused harmful, or accepted harmless, ones."""
 
+    by_chance: Mapping[str, NDArray[np.float64]]
+    """The same with random directions as long in its place, [draws layers n]."""
+
     note: str
     """What the directions were fitted on."""
 
@@ -111,12 +114,13 @@ def collect(subject: Subject, material: Material, settings: Settings) -> Records
         for rank, number in enumerate(_ranked(subject, asked, settings))
         for side in SIDES
     ]
-    refused = {
-        side.name: _refused(subject, side, prompts, axes, settings)
+    plain = {
+        side.name: _plain(subject, side, prompts, axes, settings)
         for side, prompts in asked.items()
         if axes.refuse is not None and prompts and all(p.refused is p.harmful for p in prompts)
     }
-    return Records(settings.layers(subject.depth), tuple(tasks), refused, axes.note)
+    refused, by_chance = ({name: of[k] for name, of in plain.items()} for k in (0, 1))
+    return Records(settings.layers(subject.depth), tuple(tasks), refused, by_chance, axes.note)
 
 
 def along(of: Which, coefficient: float, *, before: bool = False) -> Way:
@@ -209,21 +213,26 @@ def _task(
     )
 
 
-def _refused(
+def _plain(
     subject: Subject, side: Side, prompts: Sequence[Prompt], axes: Axes, settings: Settings
-) -> NDArray[np.float64]:
-    """Ask the instructions as they are, along the refusal direction that should turn them."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Ask the instructions as they are, along the refusal direction that should turn them, [layers
+    n], and along chance, [draws layers n].
+    """
     _, steered = steer_each(
         subject,
         prompts,
-        [along("refuse", side.sign * settings.inversion_coefficient)],
+        [along("refuse", side.sign * settings.inversion_coefficient), chance("refuse", settings)],
         axes,
         settings.layers(subject.depth),
         what=f"Figure 5: {side.name} instructions as they are",
         max_new_tokens=settings.reply_tokens,
     )
-    ((found,),) = steered.values()
-    return np.array([subject.refused(of) for of in found], dtype=float)
+    found, none = (
+        np.array([[subject.refused(of) for of in draw] for draw in draws], dtype=float)
+        for draws in steered.values()
+    )
+    return found[0], none
 
 
 def _answers(replies: Sequence[Reply]) -> list[Answer]:

@@ -15,7 +15,15 @@ from latentguard.experiments.inversion.asking import (
     along,
     chance,
 )
-from latentguard.experiments.inversion.turning import Turned, differences, moved, turned
+from latentguard.experiments.inversion.turning import (
+    PLAIN,
+    SURELY,
+    Turned,
+    differences,
+    left_alone,
+    moved,
+    turned,
+)
 from latentguard.metrics import Estimate, proportion, resampled, share
 from latentguard.plots import Curve, lines_by_layer, stacked
 from latentguard.report import Cell, Figure, Section, Table
@@ -51,6 +59,11 @@ def analyse(records: Records, settings: Settings) -> Finding:
                 f"'{task.side.right.capitalize()}' when nothing is steered, at {task.question}, "
                 "the question that is answered best: nothing is concluded of turning them."
             )
+    unknown += [
+        f"{name} is not surely above {SURELY:g}: what that direction leaves alone is no finding."
+        for name, one in effects.items()
+        if name.startswith(PLAIN) and name.endswith("minus random") and one.low <= SURELY
+    ]
     steered = [task for task in tasks if task.answers]
     parts: list[Table | Figure] = [
         _unsteered(tasks),
@@ -79,6 +92,7 @@ def _effects(task: Task, records: Records, settings: Settings) -> dict[str, Esti
     if task.right.sum() >= settings.enough:
         found = turned(task, records, settings)
         effects |= {one.name: one.estimate for one in found} | differences(found)
+        effects |= left_alone(found)
     return effects
 
 

@@ -9,11 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.experiments.inversion.asking import CALLED, Records, Task, along, chance
+from latentguard.experiments.inversion.asking import (
+    CALLED,
+    Records,
+    Side,
+    Task,
+    along,
+    chance,
+)
 from latentguard.metrics import Estimate, resampled, share
 from latentguard.study.differences import difference
 from latentguard.study.directions import Way, at_layers, best_layers
 from latentguard.study.settings import Settings
+
+ACTS = ", where it acts"
+"""At the layers at which the refusal direction turns most replies to plain prompts."""
+
+PLAIN = "Plain prompt"
+"""What is asked without a question about it."""
+
+SURELY = 0.1
+"""By so much it has to beat random directions there."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +73,36 @@ def turned(task: Task, records: Records, settings: Settings) -> list[Turned]:
     if acts is None or way not in task.answers:
         return found
     acts = acts[:, right]
-    picks, name = best_layers(acts), f"{way.name}, where it acts"
+    picks, name = best_layers(acts), f"{way.name}{ACTS}"
     held = task.answers[way][:, :, right] == side.right
-    plainly = f"Plain prompt {'accepted' if side.sign < 0 else 'refused'}"
-    found.append(Turned(side.right.capitalize(), name, picks, at_layers(held, picks)))
-    found.append(Turned(plainly, name, picks, at_layers(acts[None], picks)))
-    return found
+    none = _turned_plainly(side, records.by_chance[side.name])[:, :, right]
+    plainly = f"{PLAIN} {'accepted' if side.sign < 0 else 'refused'}"
+    random = f"{chance('refuse', settings).name}{ACTS}"
+    return [
+        *found,
+        Turned(side.right.capitalize(), name, picks, at_layers(held, picks)),
+        Turned(plainly, name, picks, at_layers(acts[None], picks)),
+        Turned(plainly, random, picks, at_layers(none, picks)),
+    ]
+
+
+def left_alone(found: Sequence[Turned]) -> dict[str, Estimate]:
+    """What becomes of right answers where the refusal direction surely turns plain prompts.
+
+    That a direction leaves answers alone is no finding where it does nothing, or breaks replies as
+    any vector of its length does; so nothing is told but where it beats random directions.
+    """
+    there = [one for one in found if one.along.endswith(ACTS)]
+    plain = [one for one in there if one.what.startswith(PLAIN)]
+    if not plain:
+        return {}
+    acts, none = plain
+    over = difference(acts.values[0], none.values)
+    effects = {f"{acts.name} minus random": over}
+    if over.low > SURELY:
+        held = next(one for one in there if one.along == acts.along and one is not acts)
+        effects[f"{held.name}, surely"] = held.estimate
+    return effects
 
 
 def moved(task: Task, records: Records, settings: Settings) -> list[Turned]:
@@ -94,9 +134,11 @@ def differences(found: Sequence[Turned]) -> dict[str, Estimate]:
 def _acting(task: Task, records: Records) -> NDArray[np.bool_] | None:
     """Whether plain prompts are turned by the refusal direction, [layers n]; None if not known."""
     refused = records.refused.get(task.side.name)
-    if refused is None:
-        return None
-    found: NDArray[np.bool_] = refused == (0 if task.side.sign < 0 else 1)
+    return None if refused is None else _turned_plainly(task.side, refused)
+
+
+def _turned_plainly(side: Side, refused: NDArray[np.float64]) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = refused == (0 if side.sign < 0 else 1)
     return found
 
 
@@ -119,7 +161,7 @@ def _at_best(
     if refuse in values:
         chosen.append((refuse, f"{refuse.name}, same layers", same))
         if acts is not None:
-            chosen.append((refuse, f"{refuse.name}, where it acts", best_layers(acts)))
+            chosen.append((refuse, f"{refuse.name}{ACTS}", best_layers(acts)))
     chosen += [
         (way, _name(way, settings), best_layers(rows[0]))
         for way, rows in values.items()
