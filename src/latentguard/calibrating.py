@@ -30,7 +30,12 @@ def require_enough(prompts: Sequence[Prompt], rates: Rates) -> None:
     for rate in filter(None, (rates.block, rates.review)):
         threshold_for_fpr(range(int((~harmful).sum())), rate, rates.confidence)
     if harmful.any():
-        require_both(harmful)
+        require_both(harmful, groups_of(prompts))
+
+
+def groups_of(prompts: Sequence[Prompt]) -> list[str]:
+    """What must not straddle folds: pairs, and copies of a text."""
+    return [prompt.pair or prompt.text for prompt in prompts]
 
 
 def calibrated(
@@ -50,8 +55,7 @@ def calibrated(
     calm = [prompt for prompt in prompts if not prompt.harmful]
     part = Calibration.of(calm, scores[~harmful], rates, column)
     if harmful.any():
-        groups = [prompt.pair or prompt.text for prompt in prompts]
-        found = fit_probabilities(scores, harmful, groups, guard.platt)
+        found = fit_probabilities(scores, harmful, groups_of(prompts), guard.platt)
         part = replace(part, knots=found.knots, reliability=found.reliability)
         guard = replace(guard, platt=found.platt)
     elif old := guard.part(Calibration):

@@ -60,6 +60,9 @@ class Pack:
     against: tuple[int, ...] = ()
     """Marks of the user's own harmless prompts among them, which never calibrate (``learnt``)."""
 
+    learnt: tuple[int, ...] = ()
+    """Marks of the harmful ones, on which probabilities are not measured."""
+
 
 @dataclass(frozen=True, eq=False)
 class Directions:
@@ -266,6 +269,6 @@ def _with_code(name: str) -> str:
 
 
 def _pack(record: Mapping[str, Any]) -> Pack:
-    """One without ``against`` is of an older version."""
-    kept = dict(tail=Tail.unpack(record["tail"]), against=tuple(record.get("against", ())))
-    return Pack(**{**record, **kept})
+    """One without marks is of an older version."""
+    marks = {name: tuple(record.get(name, ())) for name in ("against", "learnt")}
+    return Pack(**{**record, "tail": Tail.unpack(record["tail"]), **marks})

@@ -96,11 +96,15 @@ def find_files(
     else:
         pattern = any(c in source for c in "*?[") and not Path(source).exists()
         found = glob(source) if pattern else [source]
-    files = sorted(here(p) for p in found if Path(p).suffix.lower() in (*LINES, ".parquet"))
-    if apart is not None:
-        files = [name for name in files if apart.resolve() not in Path(name).parents]
+    every = sorted(here(p) for p in found if Path(p).suffix.lower() in (*LINES, ".parquet"))
+    files = [f for f in every if apart is None or apart.resolve() not in Path(f).parents]
     if files:
         return files
+    if kept := len(every):
+        raise PromptError(
+            f"All of the {kept} files of {source} lie in {apart}, where verdicts are to go; name "
+            "another folder with --out."
+        )
     if found != [source] or Path(source).is_dir():
         raise PromptError(f"{source} holds no .parquet, .jsonl or .ndjson file.")
     return [_staged(source, columns, staging)]

@@ -26,23 +26,37 @@ from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
 
 BINS = 10
+REACH = 0.02
+"""Standard deviations by which a cut may be moved to where no score lies near."""
+
 ALPHA = 0.05
 """Chance of a false alarm over all comparisons together, for each of the two tests."""
 
 
 def cut(scores: ArrayLike) -> list[float]:
-    """Scores that cut a reference into ten equal parts; none if it is too small.
-
-    Each lies half way between two scores: that of a prompt that is often asked is a little other
-    in another batch, and all its copies would change sides.
-    """
+    """Scores that cut a reference into about ten equal parts; none if it is too small."""
     ranked = np.sort(np.asarray(scores, dtype=np.float64))
     if len(ranked) < 2 * BINS:
         return []
-    lower = {float(ranked[len(ranked) * k // BINS]) for k in range(1, BINS)}
-    above = np.searchsorted(ranked, sorted(lower), side="right")
-    pairs = zip(sorted(lower), ranked[np.minimum(above, len(ranked) - 1)], strict=True)
-    return [float(one + other) / 2 for one, other in pairs]
+    reach = REACH * float(ranked.std())
+    tenths = ranked[len(ranked) * np.arange(1, BINS) // BINS]
+    return _between(ranked, tenths - reach, 2 * reach)
+
+
+def _between(scores: NDArray[np.float64], starts: NDArray[np.float64], wide: float) -> list[float]:
+    """The middle of the widest gap that reaches into each stretch, from its start on.
+
+    The same prompt scores a little otherwise in another batch. Of one that is often asked, a cut
+    through its copies would have some on the other side, and the scores would seem to have moved.
+    """
+    ranked, found = np.unique(scores), set[float]()
+    low, high = ranked[:-1], ranked[1:]
+    for start in starts:
+        there = np.flatnonzero((high > start) & (low < start + wide))
+        if len(there):
+            widest = there[np.argmax(high[there] - low[there])]
+            found.add(float(low[widest] + high[widest]) / 2)
+    return sorted(found)
 
 
 def shares(scores: ArrayLike, edges: Sequence[float]) -> list[float]:
@@ -52,13 +66,17 @@ def shares(scores: ArrayLike, edges: Sequence[float]) -> list[float]:
     return [float(share) for share in counts / counts.sum()]
 
 
-def on_grid(scores: ArrayLike, spread: float) -> NDArray[np.float64]:
-    """Scores in steps of a tenth of a guard's spread.
-
-    The same prompt scores a little otherwise in another batch; of one that is often asked, all
-    copies would lie beside those of the calibration, and the scores would seem to have moved.
-    """
-    return np.round(np.asarray(scores, dtype=np.float64) / (step := spread / 10)) * step
+def in_steps(
+    live: ArrayLike, known: ArrayLike, spread: float
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Both in steps of about a tenth of a spread; none parts the copies of a prompt."""
+    sides = [np.asarray(side, dtype=np.float64) for side in (live, known)]
+    every = np.concatenate(sides)
+    wide = max(spread / 10, float(np.ptp(every)) / 1000)
+    starts = np.arange(every.min(), every.max() - wide, wide or 1.0)
+    cuts = _between(every, starts, wide)
+    one, other = (np.searchsorted(cuts, side) for side in sides)
+    return one, other
 
 
 def stability(found: Sequence[float], known: Sequence[float]) -> float:
@@ -171,9 +189,8 @@ def compare(
     for name in sorted(filter(None, slices)):
         own = [v for p, v in zip(prompts, verdicts, strict=True) if p.slice == name]
         groups.append((name, calibration.slices[name], own))
-    spread = guard.spread
     tests = [
-        ks_2samp(on_grid([v.score for v in own], spread), on_grid(limits.scores, spread))
+        ks_2samp(*in_steps([v.score for v in own], limits.scores, guard.spread))
         for _, limits, own in groups
     ]
     moved = holm([float(test.pvalue) for test in tests])

@@ -21,6 +21,7 @@ from latentguard.categories import Categories
 from latentguard.disguises import Disguises, read_through, worse
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.learnt import apart, mark, require_apart
+from latentguard.metrics import smallest_n
 from latentguard.packing import Contents
 from latentguard.parts import Decision, Evidence, Verdict
 from latentguard.probabilities import fit_platt
@@ -126,7 +127,8 @@ class LatentGuard(Contents):
         known = [p for p in prompts if not self.reads_pieces(p)]
         self.require_match(backend.fingerprint)
         calibrating.require_enough(known, rates)
-        require_apart(list(map(self.reading.prepare, prompts)), self.learnt.tolist())
+        fewest = smallest_n(max_fpr, confidence)
+        require_apart(list(map(self.reading.prepare, known)), self.marks, fewest)
         verdicts = list(self.scan(backend, known, progress=progress))
         return calibrating.calibrated(self, known, verdicts, rates, slice_column)
 

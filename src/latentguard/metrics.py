@@ -267,14 +267,18 @@ def threshold_for_fpr(scores: ArrayLike, max_fpr: float, confidence: float = 0.9
 
 
 def _over(ranked: NDArray[np.float64], score: float) -> float:
-    """A hundredth of a standard deviation over a score, at most half of the gap beside it.
+    """A hundredth of a standard deviation over a score, but no more than half way to the next.
 
     In another batch a prompt scores a little otherwise: one that is often asked, and is the
-    threshold itself, would be flagged every time or never by its rounding.
+    threshold itself, would be flagged every time or never by its rounding. So scores that lie a
+    hundredth above count as the same.
     """
-    others = [*ranked[ranked > score][-1:], *ranked[ranked < score][:1], score]
-    step = min(0.01 * float(ranked.std()), abs(float(others[0]) - score) / 2)
-    return score + step if np.isfinite(step) else score
+    hair = 0.01 * float(ranked.std())
+    if not np.isfinite(hair):
+        return score
+    top = float(ranked[(ranked >= score) & (ranked <= score + hair)].max())
+    above = ranked[ranked > top]
+    return top + (min(hair, float(above[-1] - top) / 2) if len(above) else hair)
 
 
 def smallest_n(max_fpr: float, confidence: float = 0.95) -> int:

@@ -89,12 +89,17 @@ class Contents:
         return replace(self, parts=tuple(sorted(parts, key=lambda part: PARTS.index(type(part)))))
 
     @property
-    def held(self) -> Counter[int]:
-        """Marks of the prompts that packs are held against, which never calibrate."""
-        categories, marks = self.part(Categories), Counter[int]()
-        for pack in categories.packs.values() if categories else ():
-            marks |= Counter(pack.against)
-        return marks
+    def held(self) -> list[Counter[int]]:
+        """Marks of the prompts that each pack is held against, which never calibrate."""
+        categories = self.part(Categories)
+        return [Counter(p.against) for p in categories.packs.values()] if categories else []
+
+    @property
+    def marks(self) -> list[int]:
+        """Of all that the guard was fitted on, and of the examples of its packs."""
+        categories = self.part(Categories)
+        packs = categories.packs.values() if categories else ()
+        return [*self.learnt.tolist(), *(mark for pack in packs for mark in pack.learnt)]
 
     def reads_pieces(self, prompt: Prompt) -> bool:
         """Whether it has windows, and they read this prompt: it is long, or a chat."""

@@ -106,7 +106,7 @@ def against() -> list[Prompt]:
 
 
 def halves(
-    harmless: Sequence[Prompt], held: Counter[int] | None = None
+    harmless: Sequence[Prompt], held: Sequence[Counter[int]] = ()
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Which of the user's harmless prompts a pack is held against, and which calibrate.
 
@@ -115,7 +115,7 @@ def halves(
         held: What earlier packs are held against (``LatentGuard.held``); this one is, too.
     """
     calm = (replace(p, harmful=False) for p in harmless)
-    known, rest = apart(calm, held or Counter())
+    known, rest = apart(calm, held)
     rest.sort(key=mark)
     random.Random(0).shuffle(rest)  # rows in no order of theirs: each half is like the traffic
     more = max(len(harmless) // 2 - len(known), 0)
@@ -152,7 +152,8 @@ def with_pack(
     tail = Tail.of(fit.held_out[[not h for h in harmful], 0])
     count = sum(harmful)
     made = (count, len(harmful) - count, digest_prompts(part.prompts))
-    pack = Pack(tail, *made, against=tuple(map(mark, like)))
+    learnt = tuple(mark(p) for p in part.prompts if p.harmful)
+    pack = Pack(tail, *made, against=tuple(map(mark, like)), learnt=learnt)
     return guard.with_part(categories.with_pack(pack, fit.directions))
 
 

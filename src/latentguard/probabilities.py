@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,7 @@ def fit_probabilities(
     Raises:
         GuardError: if there are fewer than 30 prompts of a class, or fewer groups than folds.
     """
-    require_both(labels)
-    require_groups(groups, FOLDS)
+    require_both(labels, groups)
     crossed = {m: _crossed(fit, scores, labels, groups) for m, fit in FITS.items()}
     fitted = expit(before[0] * scores + before[1])
     every: dict[str, Scores] = {"fitted": fitted, **{str(m): c for m, c in crossed.items()}}
@@ -91,14 +91,16 @@ def fit_probabilities(
     return Probabilities(fit_platt(scores, labels), knots, reliability)
 
 
-def require_both(labels: Labels) -> None:
-    """Raise ``GuardError`` if there are fewer than 30 prompts of a class."""
+def require_both(labels: Labels, groups: Sequence[str]) -> None:
+    """Raise ``GuardError`` if there are fewer than 30 prompts, or five groups, of a class."""
     harmful, harmless = int(labels.sum()), int((~labels).sum())
     if min(harmful, harmless) < FEWEST:
         raise GuardError(
             f"Probabilities need at least {FEWEST} held-out prompts of each class; found "
             f"{harmful} harmful and {harmless} harmless. Give more, or leave --harmful out."
         )
+    for side in (labels, ~labels):
+        require_groups(list(compress(groups, side)), FOLDS)
 
 
 def fit_platt(scores: Scores, labels: Labels) -> tuple[float, float]:

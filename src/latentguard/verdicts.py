@@ -63,8 +63,12 @@ def _alone(lock: Path) -> Iterator[None]:
                 f"Another run is writing {lock.name.removesuffix('.partial.lock')}; wait for it, "
                 "or name another file with --out."
             ) from None
-        yield
-        lock.unlink(missing_ok=True)
+        except OSError:
+            pass  # a file system that knows no locks: nothing tells whether another run is there
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _scored(

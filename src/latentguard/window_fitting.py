@@ -18,6 +18,7 @@ from latentguard.contrast.frames import document, filler
 from latentguard.disguises import Disguises, beneath
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
+from latentguard.learnt import require_apart
 from latentguard.metrics import threshold_for_fpr
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Backend, Progress, digest_prompts
@@ -70,6 +71,7 @@ def calibrate_windows(
     """
     windows, prompts = windows_of(guard), list(harmless)
     threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
+    require_apart(list(map(guard.reading.prepare, prompts)), guard.marks)
     wanted, scores = guard.part(Disguises) is not None, list[float]()
     for prompt in prompts:
         others = beneath(prompt, wanted)

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
 import latentguard
 from latentguard.calibration import Calibration
 from latentguard.cli import main
+from latentguard.cli.console import keep
 from latentguard.guard import LatentGuard
 from latentguard.prompts import Prompt
 from latentguard.quadrants import Quadrants
@@ -107,6 +109,26 @@ class TestCalibrate:
         assert set(loaded.part(Calibration).slices) == {"en", "de"}
         assert "40 refused and 160 accepted" in loaded.part(Quadrants).basis
         assert "Expected calibration error" in lg("show", guard)[1]
+
+    def test_the_page_goes_on_with_the_guard(self, lg, guard, files):
+        """A later calibration writes it anew; a guard that is fitted there anew has none."""
+        words = ["calibrate", guard, "--harmless", files["calm"], "--max-fpr"]
+        assert lg(*words, "0.05")[0] == 0
+        page = guard / "calibration" / "report.html"
+        assert not page.exists()
+        assert lg(*words, "0.05", "--harmful", files["sly"])[0] == 0
+        assert "At most 5.00%" in page.read_text()
+        assert lg(*words, "0.2")[0] == 0
+        assert "At most 20.00%" in page.read_text()
+        keep(replace(LatentGuard.load(guard), parts=(), bound=None), guard)
+        assert not page.exists()
+
+    def test_harmful_prompts_of_one_pair(self, lg, guard, files, tmp_path):
+        one = written(tmp_path / "one.jsonl", [r | dict(pair="p") for r in rows(40, "sly")])
+        words = ["--harmless", files["calm"], "--harmful", one, "--max-fpr", "0.05"]
+        code, _, err = lg("calibrate", guard, *words)
+        assert code == 1
+        assert "at least 5 different texts, or pairs of texts; found 1" in err
 
     def test_few_harmful_prompts(self, lg, guard, files, tmp_path):
         few = written(tmp_path / "few.jsonl", rows(5, "sly"))

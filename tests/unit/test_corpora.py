@@ -144,6 +144,11 @@ class TestSources:
         with pytest.raises(PromptError, match=reason):
             find_files(source.format(tmp_path), COLUMNS, tmp_path / "staged")
 
+    def test_verdicts_that_are_to_go_where_the_corpus_lies(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+        with pytest.raises(PromptError, match=r"All of the 1 files .* name another folder"):
+            find_files(str(tmp_path), COLUMNS, tmp_path / "staged", apart=tmp_path)
+
     @pytest.mark.parametrize("name", ["no.parquet", "no.jsonl"])
     def test_a_file_that_cannot_be_read(self, name, tmp_path):
         with pytest.raises(PromptError, match="cannot be read"):

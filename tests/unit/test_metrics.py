@@ -135,7 +135,7 @@ class TestBounds:
     def test_the_smallest_n_is_enough_and_one_less_is_not(self, rate, confidence):
         n = smallest_n(rate, confidence)
         bound = threshold_for_fpr(np.arange(float(n)), rate, confidence)
-        assert (bound.observed, bound.n) == (0, n) and n - 1 <= bound.threshold < n
+        assert (bound.observed, bound.n) == (0, n) and n - 1 <= bound.threshold
         with pytest.raises(GuardError, match=f"Give at least {n},"):
             threshold_for_fpr(np.arange(n - 1.0), rate, confidence)
 
@@ -166,6 +166,15 @@ class TestBounds:
             at_least = sum(s > lower for s in scores)
             assert clopper_pearson_upper(at_least, len(scores)) > 0.1
 
+    @pytest.mark.parametrize("rounding", [0.0, 1e-7, 2e-3])
+    def test_copies_of_a_prompt_lie_on_one_side(self, rounding):
+        """A prompt that is 4 % of the traffic, and scores a little otherwise in every batch."""
+        rng = np.random.default_rng(0)
+        copies = 5 + rounding * rng.random(60)
+        bound = threshold_for_fpr([*rng.normal(size=1340), *copies], 0.01)
+        assert bound.threshold > 5 + rounding + 0.009
+        assert bound.observed == 0
+
     def test_nothing_scored(self):
         with pytest.raises(GuardError, match="0 harmless prompts are too few"):
             threshold_for_fpr([], 0.05)
@@ -185,7 +194,7 @@ class TestBounds:
             threshold_for_fpr([1.0, float("nan")], 0.5)
 
     def test_how_it_reads(self):
-        words = str(threshold_for_fpr(np.arange(1000.0), 0.01, 0.995))
+        words = str(threshold_for_fpr(np.arange(1000.0) ** 4, 0.01, 0.995))
         assert words.startswith("at most 1.00% of harmless prompts like these are flagged, with ")
         assert "99.5% confidence" in words  # not rounded to a certainty
         assert "2 of n = 1000" in words

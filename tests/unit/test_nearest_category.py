@@ -16,7 +16,7 @@ from latentguard.contrast import load_contrast, load_traffic
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.hazards import HAZARDS, MODERATION, OTHER, moderation_names
-from latentguard.learnt import mark
+from latentguard.learnt import apart, mark
 from latentguard.metrics import auroc
 from latentguard.prompts import Message, Prompt
 from latentguard.tails import Tail
@@ -261,7 +261,7 @@ def test_what_is_fitted_never_calibrates():
     assert (len(like), len(calm)) == (50, 51)
     assert packs.halves(harmless(101)[::-1]) == (like, calm)
     more = [*harmless(101), *harmless(60, 3000)]  # what was held stays on its side
-    again, fresh = packs.halves(more, Counter(map(mark, like)))
+    again, fresh = packs.halves(more, [Counter(map(mark, like))])
     assert again[:50] == sorted(like, key=harmless(101).index) and len(again) == 80
     assert not {p.text for p in like} & {p.text for p in fresh}
     said = [(Message("user", f"Tell me {n}"), Message("assistant", "So.")) for n in range(10)]
@@ -293,13 +293,59 @@ class TestThePromise:
         assert len(packed.part(Categories).packs["novel"].against) == 200
         assert packed.calibrate(backend, given, max_fpr=0.05).bound.n == 200
         two = packs.add(packed, backend, "arson", kinds_of("arson", 30), given)
-        assert two.bound.n == 200 and two.held == packed.held
+        assert two.bound.n == 200 and two.held == packed.held * 2
         one = packs.remove(two, backend, "novel", given)
         assert one.bound.n == 200
         assert packs.remove(one, backend, "arson", given).bound.n == 400
 
+    def test_traffic_that_is_drawn_anew_is_as_it_is(self, backend, calibrated, traffic):
+        """What is asked often is in every week's file, in the half of a pack too."""
+        packed = packs.add(calibrated, backend, "novel", novel(30), traffic)
+        often = traffic[-1]
+        week = [*harmless(250, 50_000), *[often] * 50]
+        again = packed.calibrate(backend, week, max_fpr=0.05)
+        assert again.bound.n == 300
+        assert not next(again.scan(backend, [often])).flagged
+        two = packs.add(packed, backend, "arson", kinds_of("arson", 30), week)
+        assert two.bound.n == 150
+        assert not next(two.scan(backend, [often])).flagged
+
+    def test_copies_are_held_in_every_slice(self, backend, calibrated, traffic):
+        sliced = [replace(p, slice=s) for s in ("en", "de") for p in traffic]
+        packed = packs.add(calibrated, backend, "novel", novel(30), sliced)
+        rest = apart(sliced, packed.held)[1]
+        often = Counter(p.slice for p in rest if p.text == traffic[-1].text)
+        assert sum(often.values()) == pytest.approx(100, abs=20) and min(often.values()) > 25
+
+    def test_the_examples_of_a_pack_do_not_calibrate_probabilities(self, backend, calibrated):
+        examples = novel(40)
+        packed = packs.add(calibrated, backend, "novel", examples, harmless(400, 60_000))
+        fresh = harmless(200, 70_000)
+        with pytest.raises(GuardError, match="40 of the 40 different harmful prompts"):
+            packed.calibrate(backend, [*fresh, *examples], max_fpr=0.05)
+        assert packed.calibrate(backend, [*fresh, *novel(40, start=900)], max_fpr=0.05)
+
+    def test_what_does_not_calibrate_does_not_dilute(self, backend, calibrated):
+        """Three hundred chats, which windows read, beside prompts that were fitted on."""
+        fitted = [p for p in kinds(90) if not p.harmful]
+        turns = (Message("user", "Hello"), Message("assistant", "Hello."))
+        chats = [replace(p, history=turns) for p in harmless(1500, 80_000)]
+        guard = calibrated.with_part(Windows())
+        with pytest.raises(GuardError, match="are among those"):
+            guard.calibrate(backend, [*fitted, *chats], max_fpr=0.05)
+        few = [replace(p, slice="de") for p in fitted]
+        with pytest.raises(GuardError, match=r"\(slice 'de'\) prompts"):
+            calibrated.calibrate(backend, [*few, *harmless(1500, 80_000)], max_fpr=0.05)
+
+    def test_a_greeting_that_was_fitted_on_is_asked_again(self, backend, calibrated):
+        known = next(p for p in kinds(90) if not p.harmful)
+        given = [*harmless(200, 90_000), *[known] * 60]
+        assert calibrated.calibrate(backend, given, max_fpr=0.05).bound.n == 260
+
     def test_the_guards_own_prompts_do_not_calibrate(self, backend, calibrated):
-        with pytest.raises(GuardError, match="harmless prompts to calibrate on are among those"):
+        with pytest.raises(
+            GuardError, match="different harmless prompts to calibrate on are among"
+        ):
             calibrated.calibrate(backend, [p for p in kinds(90) if not p.harmful], max_fpr=0.05)
 
     def test_a_slice_keeps_its_threshold_or_nothing_is_done(self, backend, calibrated):

@@ -1,5 +1,6 @@
 """Verdicts in a file: killed runs go on, nothing is scored twice, no line is torn."""
 
+import errno
 import json
 from dataclasses import asdict, replace
 from itertools import islice
@@ -7,6 +8,7 @@ from itertools import islice
 import pytest
 from fake_backend import FakeBackend, labelled, texts
 
+from latentguard import verdicts
 from latentguard.errors import PromptError
 from latentguard.guard import LatentGuard
 from latentguard.prompts import Prompt
@@ -212,6 +214,16 @@ def test_two_runs_do_not_write_one_file(guard, prompts, tmp_path):
 
     assert score_to_file(guard, Slow(), prompts, tmp_path / "v.jsonl") == 0
     assert [f.name for f in tmp_path.iterdir()] == ["v.jsonl"]
+
+
+def test_a_file_system_without_locks(guard, prompts, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(verdicts.fcntl, "flock", flock)
+    kill(guard, prompts, tmp_path / "v.jsonl")
+    assert not list(tmp_path.glob("*.lock"))
+    assert score_to_file(guard, FakeBackend(), prompts, tmp_path / "v.jsonl") > 0
 
 
 def test_a_folder_is_no_file(guard, prompts, tmp_path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentguard.cli.app import app
-from latentguard.cli.console import columns_of, load_guard, note, progress, read_side
+from latentguard.cli.console import columns_of, keep, load_guard, note, progress, read_side
 from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
 from latentguard.contrast import load_traffic
 from latentguard.errors import PromptError
@@ -54,8 +54,6 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     and chats: fit picks it on built-in texts, and those in HARMLESS move it, if there are any.
     With --harmful, GUARD/calibration/report.html shows how reliable probabilities are.
     """
-    from latentguard.calibration_report import calibration_report
-
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     columns = Columns(text=text_column, slice=slice_column or "")
     prompts = read_side(harmless, columns, harmful=False)
@@ -85,13 +83,11 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     if harmless:  # the built-in ones are no traffic: windows keep what fit picked
         calm = apart((p for p in prompts if not p.harmful), calibrated.held)[1]
         calibrated = calibrated_long(calibrated, backend, calm, rate, confidence)
-    calibrated.save(guard)
+    keep(calibrated, guard, report=bool(harmful))
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
     for part in calibrated.parts:
         for said in part.notes():
             typer.echo(f"\n{said}")
-    if harmful:
-        note(f"Report: {calibration_report(calibrated).save(guard / 'calibration')}/report.html")
 
 
 @app.command()

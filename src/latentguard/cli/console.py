@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING
 
 import typer
@@ -55,6 +56,19 @@ def load_guard(
     if met is not guard:
         note(f"Warning: {Shift.between(guard, met)}")
     return met, backend
+
+
+def keep(guard: LatentGuard, folder: Path, *, report: bool = False) -> None:
+    """Save a guard, and the page of its calibration if it is asked for, or one is there."""
+    from latentguard.calibration import Calibration
+    from latentguard.calibration_report import calibration_report
+
+    guard.save(folder)
+    page = folder / "calibration"
+    if guard.part(Calibration) is None:
+        rmtree(page, ignore_errors=True)  # of the guard that was there before
+    elif report or page.is_dir():
+        note(f"Report: {calibration_report(guard).save(page)}/report.html")
 
 
 def columns_of(guard: LatentGuard, text: str) -> Columns:

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from latentguard.cli.app import app
-from latentguard.cli.console import columns_of, load, load_guard, note, progress, read, read_side
+from latentguard.cli.console import (
+    columns_of,
+    keep,
+    load,
+    load_guard,
+    note,
+    progress,
+    read,
+    read_side,
+)
 from latentguard.cli.options import (
     AllowMismatch,
     DeviceMap,
@@ -108,7 +117,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
 
         with progress("windows") as bar:
             guard = fit_windows(backend, guard, progress=bar.advance)
-    guard.save(out)
+    keep(guard, out)
     note(f"Guard written to {out}. Next: latentguard calibrate {out} --harmless FILE")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from latentguard.cli.app import app
-from latentguard.cli.console import columns_of, load_guard, note, progress, read_side
+from latentguard.cli.console import columns_of, keep, load_guard, note, progress, read_side
 from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
 
 packs = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard from examples.")
@@ -48,7 +48,7 @@ def add(  # noqa: PLR0913, PLR0917 (the contract names these options)
     calm = read_side(harmless, columns, harmful=False)
     with progress("pack") as bar:
         changed = packs.add(loaded, backend, name, given, calm, progress=bar.advance)
-    changed.save(guard)
+    keep(changed, guard)
     note(f"Pack '{name}' added to {guard}.")
     typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")
 
@@ -87,6 +87,6 @@ def remove(
     calm = read_side(harmless, columns_of(loaded, text_column), harmful=False)
     with progress("pack") as bar:
         changed = packs.remove(loaded, backend, name, calm, progress=bar.advance)
-    changed.save(guard)
+    keep(changed, guard)
     note(f"Pack '{name}' removed from {guard}.")
     typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")

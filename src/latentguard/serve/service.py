@@ -22,9 +22,12 @@ from latentguard.serve.options import Options
 from latentguard.serve.scorer import Scorer
 from latentguard.serve.telemetry import Telemetry
 
-Action = Literal["score", "pass", "review", "block", "annotate", "shadow", "error", "unjudged"]
+Action = Literal[
+    "score", "pass", "review", "block", "annotate", "shadow", "error", "unjudged", "left"
+]
 """What was done: the verdict told; a chat answered; answered, though it is to be reviewed; what the
-policy says of a flagged one; no verdict, so refused; no verdict, and answered all the same."""
+policy says of a flagged one; no verdict, so refused; no verdict, and answered all the same; no
+verdict, as the client left before."""
 
 
 @dataclass(eq=False)
@@ -119,6 +122,7 @@ class Case:
     async def failed(self, prompts: Sequence[Prompt], fault: Fault, *, answered: bool) -> None:
         """Note that there is no verdict, and whether the chat is answered all the same."""
         action: Action = "unjudged" if answered else "error"
+        action = "left" if isinstance(fault, Left) else action
         for _ in prompts:
             self.service.telemetry.verdict(self.endpoint, action)
         await self._write([self._line(p, action) | {"error": fault.code} for p in prompts])
