@@ -92,8 +92,9 @@ class Plain:
             layout = self.chat([prompt])[0]
             ids = torch.tensor([layout.ids])
             hidden = self.model.base_model(ids, output_hidden_states=True).hidden_states
-            columns = [layout.index(position) for position in positions]
-            values = torch.stack([hidden[layer][0, columns] for layer in layers], dim=1)
+            spans = [slice(layout.start(at), layout.index(at) + 1) for at in positions]
+            read = [[hidden[layer][0, span].mean(0) for layer in layers] for span in spans]
+            values = torch.stack([torch.stack(row) for row in read])
             yield States(values[None], (prompt,), tuple(positions), tuple(layers), self.fingerprint)
 
 
