@@ -58,7 +58,10 @@ class Pack:
     """Of both."""
 
     against: tuple[int, ...] = ()
-    """Marks of the user's own harmless prompts among them, which never calibrate (``learnt``)."""
+    """Marks of the user's own harmless texts among them, which never calibrate (``learnt``)."""
+
+    shared: tuple[int, ...] = ()
+    """Of such that the user's other rows have, too."""
 
     learnt: tuple[int, ...] = ()
     """Marks of the harmful ones, on which probabilities are not measured."""
@@ -270,5 +273,5 @@ def _with_code(name: str) -> str:
 
 def _pack(record: Mapping[str, Any]) -> Pack:
     """One without marks is of an older version."""
-    marks = {name: tuple(record.get(name, ())) for name in ("against", "learnt")}
+    marks = {name: tuple(record.get(name, ())) for name in ("against", "shared", "learnt")}
     return Pack(**{**record, "tail": Tail.unpack(record["tail"]), **marks})

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
@@ -19,42 +18,54 @@ MOST = 0.1
 """Share of the texts of a label that may happen to be among those that a guard was fitted on."""
 
 
+FEW = 0.05
+"""A part that may be missing without a word: the others are hardly more frequent for it."""
+
+
 def mark(prompt: Prompt) -> int:
     """What was said, in 63 bits."""
     said = [prompt.text, *(part for m in prompt.history for part in (m.role, m.content))]
     return int.from_bytes(hashlib.sha256("\0".join(said).encode()).digest()[:8]) >> 1
 
 
-def apart(
-    prompts: Iterable[Prompt], held: Iterable[Counter[int]]
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Those that were learnt from, and the others, in order.
+@dataclass(frozen=True)
+class Held:
+    """Marks of the user's texts that were learnt from; the user's other rows calibrate."""
 
-    Prompts that occur often are counted: as many as were learnt from, and no more, are set apart,
-    so that the others are as frequent among the rest as they are in the traffic. From traffic that
-    was drawn anew they are not: there, too, they will score as they do.
+    alone: frozenset[int] = frozenset()
+    """Of texts that no other row has."""
 
-    Args:
-        prompts: The prompts.
-        held: Marks of what was learnt from, for each time that this was done.
+    shared: frozenset[int] = frozenset()
+    """Of texts that other rows have, too."""
+
+    @staticmethod
+    def of(learnt: Iterable[Prompt], others: Iterable[Prompt]) -> Held:
+        """From the rows that were learnt from, and the others."""
+        one, other = set(map(mark, learnt)), set(map(mark, others))
+        return Held(frozenset(one - other), frozenset(one & other))
+
+    def __or__(self, other: Held) -> Held:
+        """Both; a text that one had alone is alone."""
+        alone = self.alone | other.alone
+        return Held(alone, (self.shared | other.shared) - alone)
+
+
+def apart(prompts: Iterable[Prompt], held: Held) -> tuple[list[Prompt], list[Prompt]]:
+    """Rows that do not calibrate, as they were learnt from, and the others, each in order.
+
+    A text that was asked but once scores lower, once it was learnt from, than those to come, and is
+    set apart. One that is asked again and again scores then as it does now. But it must stay as
+    frequent beside the others: so as large a part of such rows is set apart as of the rest.
     """
-    rows, left = list(prompts), Counter[int]()
-    marks = [mark(prompt) for prompt in rows]
-    for of in held:
-        left |= of if _given_again(of, set(marks)) else Counter({m for m in of if of[m] == 1})
-    known = set[int]()
-    for row in random.Random(0).sample(range(len(rows)), len(rows)):  # of any slice alike
-        if left[marks[row]] > 0:
-            left[marks[row]] -= 1
-            known.add(row)
+    rows = list(prompts)
+    marks = {n: mark(prompt) for n, prompt in enumerate(rows) if not prompt.harmful}
+    known = {n for n, of in marks.items() if of in held.alone}
+    shared = [n for n, of in marks.items() if of in held.shared]
+    if len(known) > FEW * len(marks):
+        part = len(known) / (len(marks) - len(shared))
+        known |= set(random.Random(0).sample(shared, round(part * len(shared))))
     sides = ([p for n, p in enumerate(rows) if (n in known) is side] for side in (True, False))
     return next(sides), next(sides)
-
-
-def _given_again(learnt: Counter[int], there: AbstractSet[int]) -> bool:
-    """Whether these are the rows that were learnt from, by what occurs but once among them."""
-    once = [m for m, count in learnt.items() if count == 1] or list(learnt)
-    return sum(m in there for m in once) > len(once) / 2
 
 
 def require_apart(prompts: Sequence[Prompt], marks: Iterable[int], fewest: int = 1) -> None:
@@ -68,7 +79,8 @@ def require_apart(prompts: Sequence[Prompt], marks: Iterable[int], fewest: int =
         fewest: Prompts that a slice needs for a threshold of its own.
 
     Raises:
-        GuardError: if more than ``MOST`` of the texts of a label, or of a slice, are among them.
+        GuardError: if more than ``MOST`` of the texts of a label, or of a slice, and more than two,
+            are among them.
     """
     learnt, harmless = set(marks), [p for p in prompts if not p.harmful]
     groups = {"harmless": harmless, "harmful": [p for p in prompts if p.harmful]}
@@ -77,7 +89,7 @@ def require_apart(prompts: Sequence[Prompt], marks: Iterable[int], fewest: int =
         groups |= {f"harmless (slice '{name}')": own} if len(own) >= fewest else {}
     for name, group in groups.items():
         texts = {mark(p) for p in group}
-        if (seen := len(texts & learnt)) > MOST * len(texts):
+        if (seen := len(texts & learnt)) > max(2, MOST * len(texts)):
             raise GuardError(
                 f"{seen} of the {len(texts)} different {name} prompts to calibrate on are among "
                 "those that the guard was fitted on, whose scores would promise too much; give "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from latentguard.canaries import Canary
 from latentguard.categories import Categories
 from latentguard.disguises import Disguises
 from latentguard.errors import GuardError
+from latentguard.learnt import Held
 from latentguard.metrics import Bound
 from latentguard.parts import Part
 from latentguard.prompts import Prompt
@@ -89,10 +89,12 @@ class Contents:
         return replace(self, parts=tuple(sorted(parts, key=lambda part: PARTS.index(type(part)))))
 
     @property
-    def held(self) -> list[Counter[int]]:
-        """Marks of the prompts that each pack is held against, which never calibrate."""
-        categories = self.part(Categories)
-        return [Counter(p.against) for p in categories.packs.values()] if categories else []
+    def held(self) -> Held:
+        """Marks of the user's prompts that packs are held against, which never calibrate."""
+        categories, found = self.part(Categories), Held()
+        for pack in categories.packs.values() if categories else ():
+            found |= Held(frozenset(pack.against), frozenset(pack.shared))
+        return found
 
     @property
     def marks(self) -> list[int]:

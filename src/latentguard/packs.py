@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,7 +21,7 @@ from latentguard.contrast import load_contrast, load_traffic
 from latentguard.errors import GuardError
 from latentguard.fitting import slots
 from latentguard.guard import LatentGuard
-from latentguard.learnt import apart, mark
+from latentguard.learnt import Held, apart, mark
 from latentguard.metrics import Bound, smallest_n
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, States, digest_prompts
@@ -70,10 +69,11 @@ def add(
             f"found {len(unique)}."
         )
     like, calm = halves(harmless, guard.held) if harmless else ([], _built_in(guard))
-    _require_enough(guard, rate, calm, "half of those given" if harmless else "the built-in ones")
+    held, every = Held.of(like, calm), [*like, *calm]
+    rest = apart(every, guard.held | held)[1]
+    _require_enough(guard, rate, rest, "half of those given" if harmless else "the built-in ones")
     states = capture(guard, backend, [*unique, *against(), *like], progress)
-    guard = with_pack(guard, name, states, like)
-    return recalibrated(guard, backend, [*like, *calm], progress)
+    return recalibrated(with_pack(guard, name, states, held), backend, every, progress)
 
 
 def remove(
@@ -106,7 +106,8 @@ def against() -> list[Prompt]:
 
 
 def halves(
-    harmless: Sequence[Prompt], held: Sequence[Counter[int]] = ()
+    harmless: Sequence[Prompt],
+    held: Held = Held(),  # noqa: B008 (it cannot be changed)
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Which of the user's harmless prompts a pack is held against, and which calibrate.
 
@@ -135,7 +136,10 @@ def capture(
 
 
 def with_pack(
-    guard: LatentGuard, name: str, states: States, like: Sequence[Prompt] = ()
+    guard: LatentGuard,
+    name: str,
+    states: States,
+    held: Held = Held(),  # noqa: B008
 ) -> LatentGuard:
     """A new guard with a category fitted on labelled states; to be calibrated anew.
 
@@ -143,7 +147,7 @@ def with_pack(
         guard: The guard.
         name: Of the category.
         states: Of its examples and of harmless prompts.
-        like: Those of the latter that are the user's own.
+        held: Marks of those of the latter that are the user's own.
     """
     categories, part = _categories(guard), states.select(guard.readout.layers)
     harmful = [bool(p.harmful) for p in part.prompts]
@@ -153,7 +157,8 @@ def with_pack(
     count = sum(harmful)
     made = (count, len(harmful) - count, digest_prompts(part.prompts))
     learnt = tuple(mark(p) for p in part.prompts if p.harmful)
-    pack = Pack(tail, *made, against=tuple(map(mark, like)), learnt=learnt)
+    against, shared = sorted(held.alone), sorted(held.shared)
+    pack = Pack(tail, *made, tuple(against), tuple(shared), learnt)
     return guard.with_part(categories.with_pack(pack, fit.directions))
 
 

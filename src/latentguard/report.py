@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -134,12 +135,23 @@ class Report:
         return page.render(report=self, plotly=get_plotlyjs(), meta=json.dumps(self.meta, indent=1))
 
 
+def clear(folder: Path) -> None:
+    """Remove the report in a folder, and the folder if nothing else is in it."""
+    for path in _written(folder):
+        path.unlink(missing_ok=True)
+    for name in ("report.html", "report.json"):
+        (folder / name).unlink(missing_ok=True)
+    for place in (folder / "tables", folder / "figures", folder):
+        with contextlib.suppress(OSError):  # it is not there, or holds something else
+            place.rmdir()
+
+
 def _written(folder: Path) -> list[Path]:
     """The tables and pictures of the report in a folder; none if it holds none that can be read."""
     try:
         known = json.loads((folder / "report.json").read_text("utf-8"))
         tables = numbered([table["title"] for table in known["tables"]])
-        figures = numbered(known["figures"])
+        figures = numbered(known.get("figures", []))  # older ones name none
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     drawn = [folder / "figures" / f"{name}.{kind}" for name in figures for kind in PICTURES]

@@ -71,7 +71,7 @@ def calibrate_windows(
     """
     windows, prompts = windows_of(guard), list(harmless)
     threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
-    require_apart(list(map(guard.reading.prepare, prompts)), guard.marks)
+    require_apart([replace(guard.reading.prepare(p), slice=None) for p in prompts], guard.marks)
     wanted, scores = guard.part(Disguises) is not None, list[float]()
     for prompt in prompts:
         others = beneath(prompt, wanted)

@@ -120,8 +120,13 @@ class TestCalibrate:
         assert "At most 5.00%" in page.read_text()
         assert lg(*words, "0.2")[0] == 0
         assert "At most 20.00%" in page.read_text()
-        keep(replace(LatentGuard.load(guard), parts=(), bound=None), guard)
-        assert not page.exists()
+        bare = replace(LatentGuard.load(guard), parts=(), bound=None)
+        (page.parent / "mine.txt").touch()
+        keep(bare, guard)
+        assert [file.name for file in page.parent.iterdir()] == ["mine.txt"]
+        keep(bare, guard)
+        assert lg(*words, "0.05")[0] == 0
+        assert [file.name for file in page.parent.iterdir()] == ["mine.txt"]
 
     def test_harmful_prompts_of_one_pair(self, lg, guard, files, tmp_path):
         one = written(tmp_path / "one.jsonl", [r | dict(pair="p") for r in rows(40, "sly")])

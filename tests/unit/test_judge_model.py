@@ -131,7 +131,7 @@ def test_a_reply_is_judged_once(server, tmp_path):
 
 def test_a_wrong_answer_is_not_kept(server, tmp_path):
     store = Store(tmp_path / "store.sqlite")
-    server.answers = [said("maybe"), said("refused")]
+    server.answers = [said("maybe"), said("maybe"), said("refused")]
     with EndpointJudge(server.url, "m", store=store) as judge:
         with pytest.raises(LatentGuardError):
             judge(reply())
@@ -169,7 +169,7 @@ def test_a_rejected_request_is_not_repeated(server, waits, status):
         pytest.raises(LatentGuardError, match=f"status {status}: no such model"),
     ):
         judge(reply())
-    assert len(server.asked) == 1
+    assert len(server.asked) == (2 if status == 400 else 1)  # is it this reply alone?
     assert not waits
 
 
@@ -233,12 +233,27 @@ def test_a_reply_that_it_cannot_take_is_undecided(server, tmp_path, odd):
     server.answers = [said("refused"), odd, said("accepted")]
     with EndpointJudge(server.url, "m", store=store) as judge:
         assert [judge(reply(text)) for text in "abc"] == ["refused", "cut", "accepted"]
-        assert (judge.about["asked"], judge.about["unread"]) == (3, 1)
-    with EndpointJudge(server.url, "m", store=store) as judge:
-        assert [judge(reply(text)) for text in "bca"] == ["cut", "accepted", "refused"]
         assert judge.about["unread"] == 1
-    assert len(server.asked) == 3
+    server.answers = [said("refused")]
+    with EndpointJudge(server.url, "m", store=store) as judge:  # it is asked again, and alone
+        assert [judge(reply(text)) for text in "bca"] == ["refused", "accepted", "refused"]
+        assert "unread" not in judge.about
+    assert len(server.asked) == 4
     store.close()
+
+
+def test_a_first_reply_that_it_cannot_take(server):
+    """Something that nobody would reject shows whether the model works."""
+    server.answers = [(400, {}, b"content filter"), said("accepted"), said("refused")]
+    with EndpointJudge(server.url, "m") as judge:
+        assert [judge(reply(text)) for text in "ab"] == ["cut", "refused"]
+    assert "How can I help you" in server.asked[1][2]["messages"][1]["content"]
+
+
+def test_what_is_told_of_it_holds_no_key():
+    with EndpointJudge("https://user:secret@host/v1?key=secret", "m") as judge:
+        assert "secret" not in json.dumps(judge.about)
+        assert judge.about["host"] == "host"
 
 
 def test_a_judge_that_can_take_few_replies_ends_the_study(server):

@@ -16,7 +16,7 @@ from latentguard.contrast import load_contrast, load_traffic
 from latentguard.errors import GuardError
 from latentguard.guard import LatentGuard
 from latentguard.hazards import HAZARDS, MODERATION, OTHER, moderation_names
-from latentguard.learnt import apart, mark
+from latentguard.learnt import Held, apart, mark
 from latentguard.metrics import auroc
 from latentguard.prompts import Message, Prompt
 from latentguard.tails import Tail
@@ -261,7 +261,7 @@ def test_what_is_fitted_never_calibrates():
     assert (len(like), len(calm)) == (50, 51)
     assert packs.halves(harmless(101)[::-1]) == (like, calm)
     more = [*harmless(101), *harmless(60, 3000)]  # what was held stays on its side
-    again, fresh = packs.halves(more, [Counter(map(mark, like))])
+    again, fresh = packs.halves(more, Held.of(like, calm))
     assert again[:50] == sorted(like, key=harmless(101).index) and len(again) == 80
     assert not {p.text for p in like} & {p.text for p in fresh}
     said = [(Message("user", f"Tell me {n}"), Message("assistant", "So.")) for n in range(10)]
@@ -293,7 +293,7 @@ class TestThePromise:
         assert len(packed.part(Categories).packs["novel"].against) == 200
         assert packed.calibrate(backend, given, max_fpr=0.05).bound.n == 200
         two = packs.add(packed, backend, "arson", kinds_of("arson", 30), given)
-        assert two.bound.n == 200 and two.held == packed.held * 2
+        assert two.bound.n == 200 and two.held == packed.held
         one = packs.remove(two, backend, "novel", given)
         assert one.bound.n == 200
         assert packs.remove(one, backend, "arson", given).bound.n == 400
@@ -307,7 +307,7 @@ class TestThePromise:
         assert again.bound.n == 300
         assert not next(again.scan(backend, [often])).flagged
         two = packs.add(packed, backend, "arson", kinds_of("arson", 30), week)
-        assert two.bound.n == 150
+        assert two.bound.n == pytest.approx(150, abs=3)
         assert not next(two.scan(backend, [often])).flagged
 
     def test_copies_are_held_in_every_slice(self, backend, calibrated, traffic):
@@ -336,6 +336,60 @@ class TestThePromise:
         few = [replace(p, slice="de") for p in fitted]
         with pytest.raises(GuardError, match=r"\(slice 'de'\) prompts"):
             calibrated.calibrate(backend, [*few, *harmless(1500, 80_000)], max_fpr=0.05)
+
+    def test_a_closed_set_of_questions_is_asked_again(self, backend, calibrated):
+        """A hundred texts, some of them often: this week's file holds nearly all of last week's."""
+        asked, rng = harmless(100, 95_000), np.random.default_rng(0)
+        often = 1 / np.arange(1, 101)
+        last, this = (
+            [asked[k] for k in rng.choice(100, n, p=often / often.sum())] for n in (1000, 600)
+        )
+        packed = packs.add(calibrated, backend, "novel", novel(30), last)
+        kept = apart(this, packed.held)[1]
+        assert len(kept) > 280
+        shares = [
+            np.mean([p.text in {q.text for q in asked[:10]} for p in rows]) for rows in (this, kept)
+        ]
+        assert shares[0] == pytest.approx(shares[1], abs=0.06)
+        assert packed.calibrate(backend, this, max_fpr=0.05)
+
+    def test_part_of_a_file_brings_back_nothing_that_was_learnt(self, backend, calibrated):
+        given = [p for p in harmless(200, 97_000) for _ in range(2)]
+        packed = packs.add(calibrated, backend, "novel", novel(30), given)
+        held = packed.held
+        kept = apart(given[:150], held)[1]
+        assert not {mark(p) for p in kept} & held.alone
+        assert (
+            packs.add(packed, backend, "arson", kinds_of("arson", 30), given).held.alone
+            >= held.alone
+        )
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_a_pack_keeps_every_threshold_or_is_refused(self, backend, calibrated, seed):
+        """Slices of the same texts, near the fewest that a threshold needs."""
+        rng, texts_of = np.random.default_rng(seed), harmless(130, 98_000)
+        given = [
+            replace(texts_of[k], slice=("de", "en")[int(rng.random() < 0.5)])
+            for k in rng.integers(130, size=250)
+        ]
+        sliced = calibrated.calibrate(backend, given, max_fpr=0.05)
+        assert set(sliced.part(Calibration).slices) == {"de", "en"}
+        try:
+            packed = packs.add(sliced, backend, "novel", novel(30), given)
+        except GuardError as error:
+            assert "needs 59 harmless" in str(error)
+        else:
+            assert set(packed.part(Calibration).slices) == {"de", "en"}
+
+    def test_a_slice_of_few_texts(self, backend, calibrated):
+        known = next(p for p in kinds(90) if not p.harmful)
+        kiosk = [
+            replace(p, slice="kiosk") for p in [known, *harmless(7, 99_000)] for _ in range(50)
+        ]
+        given = [*harmless(300, 99_500), *kiosk]
+        assert (
+            "kiosk" in calibrated.calibrate(backend, given, max_fpr=0.05).part(Calibration).slices
+        )
 
     def test_a_greeting_that_was_fitted_on_is_asked_again(self, backend, calibrated):
         known = next(p for p in kinds(90) if not p.harmful)

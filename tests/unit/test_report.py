@@ -17,6 +17,7 @@ from latentguard.report import (
     Report,
     Section,
     Table,
+    clear,
     numbered,
     show,
     slug,
@@ -169,6 +170,21 @@ class TestFiles:
         report.save(tmp_path)  # pictures of the same titles go too: they show what was found then
         assert {f.name for f in (tmp_path / "tables").iterdir()} == {"rates-more.csv", "mine.csv"}
         assert [f.name for f in (tmp_path / "figures").iterdir()] == ["mine.png"]
+
+    def test_a_report_of_an_older_version(self, report, tmp_path):
+        Report("old", (Section("s", parts=(Table("Old", ("a",), ((1,),)),)),)).save(tmp_path)
+        known = json.loads((tmp_path / "report.json").read_text())
+        del known["figures"]
+        (tmp_path / "report.json").write_text(json.dumps(known))
+        report.save(tmp_path)
+        assert [f.name for f in (tmp_path / "tables").iterdir()] == ["rates-more.csv"]
+
+    def test_it_is_cleared_away(self, report, tmp_path):
+        clear(report.save(tmp_path / "r"))
+        assert not (tmp_path / "r").exists()
+        (report.save(tmp_path / "r") / "tables" / "mine.csv").touch()
+        clear(tmp_path / "r")
+        assert [f.name for f in (tmp_path / "r").rglob("*")] == ["tables", "mine.csv"]
 
     @pytest.mark.parametrize("held", ["", "[]", "{}", '{"tables": [1], "figures": []}', "\udc00"])
     def test_a_file_of_the_reports_name_that_is_none(self, report, tmp_path, held):

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING
 
 import typer
@@ -62,12 +61,14 @@ def keep(guard: LatentGuard, folder: Path, *, report: bool = False) -> None:
     """Save a guard, and the page of its calibration if it is asked for, or one is there."""
     from latentguard.calibration import Calibration
     from latentguard.calibration_report import calibration_report
+    from latentguard.report import clear
 
     guard.save(folder)
     page = folder / "calibration"
-    if guard.part(Calibration) is None:
-        rmtree(page, ignore_errors=True)  # of the guard that was there before
-    elif report or page.is_dir():
+    there = (page / "report.json").exists()
+    if there and guard.part(Calibration) is None:
+        clear(page)  # it is of the guard that was there before
+    elif report or there:
         note(f"Report: {calibration_report(guard).save(page)}/report.html")
 
 

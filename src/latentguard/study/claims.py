@@ -191,12 +191,13 @@ CLAIMS: tuple[Claim, ...] = (
 one about likeness names its margin. Written before the first run, but for two conditions that were
 changed after a look at small runs on one model: random centroids correlate too, so a correlation
 must also beat chance; and a change of Delta_harmful is measured by its gap to harmless prompts,
-since relative to a value near 0 it means nothing. A later review, of the rules alone, made five
-stricter: the refusal direction of claim 5 must turn plain prompts, else it says
-nothing; cosines of claim 6 must differ
-beyond shuffled categories, and come from categories that are refused; claim 7 also takes
-Delta_refuse against 0, and is about all attacks but persuasion, as in the paper; n-grams are no
-dedicated guard (8); and a guard that did not surely catch half before says nothing of claim 9."""
+since relative to a value near 0 it means nothing. Two later reviews, of the rules alone, made them
+stricter: claims on centroids of refused prompts need such; the cosine of claim 4 is freed of the
+noise that makes any two directions differ; claim 5 needs a refusal direction that turns plain
+prompts more than random ones do, and leaves most answers; cosines of claim 6 are of categories that
+are refused, and must differ beyond the same prompts shuffled; claim 7 also takes Delta_refuse
+against 0, and is about all attacks but persuasion, as in the paper; n-grams are no dedicated guard
+(8); and a guard that did not surely catch half before says nothing of claim 9."""
 
 
 def claims_section(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -33,7 +35,10 @@ WORDS: dict[str, Outcome] = {"refused": "refused", "accepted": "accepted", "cut"
 """What a judge model may answer."""
 
 UNREAD = "unread"
-"""What is kept of a reply that the judge model could not take; it counts as cut."""
+"""Of a reply that the judge model could not take; it counts as cut, and is not kept."""
+
+PROBE = {"instruction": "Say hello.", "reply": "Hello! How can I help you?", "ended": True}
+"""Shows whether a judge model works, if the first reply is rejected."""
 
 FEW = 10
 """So many of these pass; then at most a twentieth of what was asked."""
@@ -93,7 +98,7 @@ class EndpointJudge:
         place = key_of("judged", self.url, self.model, TASK, asked)
         kept = self._store.get([place]) if self._store else {}
         word = kept[place].decode() if place in kept else self._word(asked)
-        if self._store and place not in kept:
+        if self._store and place not in kept and word != UNREAD:
             self._store.put({place: word.encode()})
         self.asked += 1
         self.unread += word == UNREAD
@@ -101,17 +106,27 @@ class EndpointJudge:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Which model it is, and how many replies it could not take."""
-        return dict(url=self.url, model=self.model, asked=self.asked, unread=self.unread)
+        """Which model it is, without a key, and how many replies it could not take, if any."""
+        at = urlsplit(self.url)
+        known = dict(host=at.hostname, path=at.path, model=self.model)
+        return known | ({"unread": self.unread} if self.unread else {})
 
     def _word(self, asked: dict[str, Any]) -> str:
         """What it says; a content filter, or a stray word, should not end a study of hours."""
         try:
             return self._read(self._ask(json.dumps(asked, ensure_ascii=False)))
         except _Unread:
-            if not self.asked > self.unread < max(FEW, self.asked / 20):
+            if not (self.unread < max(FEW, self.asked / 20) and self._works()):
                 raise
             return UNREAD
+
+    def _works(self) -> bool:
+        """Whether it has answered before, or answers what nobody would reject."""
+        if self.asked > self.unread:
+            return True
+        with contextlib.suppress(_Unread):
+            return bool(self._read(self._ask(json.dumps(PROBE))))
+        return False
 
     def close(self) -> None:
         """Close the connections."""
