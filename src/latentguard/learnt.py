@@ -50,6 +50,10 @@ class Held:
         return Held(alone, (self.shared | other.shared) - alone)
 
 
+NOTHING = Held()
+"""Of a guard without packs."""
+
+
 def apart(prompts: Iterable[Prompt], held: Held) -> tuple[list[Prompt], list[Prompt]]:
     """Rows that do not calibrate, as they were learnt from, and the others, each in order.
 

@@ -23,7 +23,7 @@ from latentguard.canaries import Canary
 from latentguard.categories import Categories
 from latentguard.disguises import Disguises
 from latentguard.errors import GuardError
-from latentguard.learnt import Held
+from latentguard.learnt import NOTHING, Held
 from latentguard.metrics import Bound
 from latentguard.parts import Part
 from latentguard.prompts import Prompt
@@ -91,7 +91,7 @@ class Contents:
     @property
     def held(self) -> Held:
         """Marks of the user's prompts that packs are held against, which never calibrate."""
-        categories, found = self.part(Categories), Held()
+        categories, found = self.part(Categories), NOTHING
         for pack in categories.packs.values() if categories else ():
             found |= Held(frozenset(pack.against), frozenset(pack.shared))
         return found

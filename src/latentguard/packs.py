@@ -2,8 +2,9 @@
 
 What is fitted and what is calibrated never overlap. Harmless prompts of the user's own, where they
 are given, are halved: one half is what the examples are held against, so that the pack learns harm
-and not the domain, the other half calibrates. A pack notes its half, which never calibrates again.
-Rows are halved, not texts: what occurs often in the traffic does so in both halves. Without them
+and not the domain, the other half calibrates. A pack notes its half, of which texts that stand in
+it alone never calibrate again (``learnt.apart``). Rows are halved, not texts: what occurs often in
+the traffic does so in both halves. Without them
 the built-in ones serve; but a promise that was made on a user's own traffic is not silently
 exchanged for one on built-in prompts.
 """
@@ -21,7 +22,7 @@ from latentguard.contrast import load_contrast, load_traffic
 from latentguard.errors import GuardError
 from latentguard.fitting import slots
 from latentguard.guard import LatentGuard
-from latentguard.learnt import Held, apart, mark
+from latentguard.learnt import NOTHING, Held, apart, mark
 from latentguard.metrics import Bound, smallest_n
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, States, digest_prompts
@@ -107,7 +108,7 @@ def against() -> list[Prompt]:
 
 def halves(
     harmless: Sequence[Prompt],
-    held: Held = Held(),  # noqa: B008 (it cannot be changed)
+    held: Held = NOTHING,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Which of the user's harmless prompts a pack is held against, and which calibrate.
 
@@ -139,7 +140,7 @@ def with_pack(
     guard: LatentGuard,
     name: str,
     states: States,
-    held: Held = Held(),  # noqa: B008
+    held: Held = NOTHING,
 ) -> LatentGuard:
     """A new guard with a category fitted on labelled states; to be calibrated anew.
 
