@@ -2,11 +2,10 @@
 
 What is fitted and what is calibrated never overlap. Harmless prompts of the user's own, where they
 are given, are halved: one half is what the examples are held against, so that the pack learns harm
-and not the domain, the other half calibrates. A pack notes its half, of which texts that stand in
-it alone never calibrate again (``learnt.apart``). Rows are halved, not texts: what occurs often in
-the traffic does so in both halves. Without them
-the built-in ones serve; but a promise that was made on a user's own traffic is not silently
-exchanged for one on built-in prompts.
+and not the domain, the other half calibrates. A pack notes its half; texts that stand in it alone
+never calibrate again (``learnt.apart``). Rows are halved, not texts: what occurs often in the
+traffic does so in both halves. Without such prompts the built-in ones serve; but a promise that was
+made on a user's own traffic is not silently exchanged for one on built-in prompts.
 """
 
 from __future__ import annotations
