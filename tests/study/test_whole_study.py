@@ -65,7 +65,7 @@ NOT_ON_A_RANDOM_MODEL = {
     "No along reverse harmfulness minus random",  # nor does it say Certainly or No
     "No along reverse harmfulness minus reverse refusal",
     "Certainly along harmfulness minus random",
-    "Plain prompt accepted along reverse refusal, where it acts",
+    "Certainly along reverse refusal, where it acts, surely",
     "change of Delta_harmful over its gap to harmless",  # its beliefs may have no gap
     "guard recall after minus before",  # nor does its guard catch half before
     "cosine, refusal minus harmfulness",  # one category may have no two refused prompts
@@ -78,7 +78,8 @@ def test_every_number_has_company(whole):
     """Settings, versions, seeds and data digests are in the report; no reply is."""
     meta = json.loads((whole / "report.json").read_text())["meta"]
     assert meta["settings"]["seed"] == 0
-    assert set(meta) == {"model", "settings", "pools", "versions"}
+    assert set(meta) == {"model", "settings", "pools", "judge", "versions"}
+    assert meta["judge"] == "built-in"
     assert all(len(pool["sha256"]) == 64 for pool in meta["pools"].values())
 
 
