@@ -17,7 +17,6 @@ from latentguard.prompts import Prompt
 MOST = 0.1
 """Share of the texts of a label that may happen to be among those that a guard was fitted on."""
 
-
 FEW = 0.05
 """A part that may be missing without a word: the others are hardly more frequent for it."""
 
@@ -68,8 +67,8 @@ def apart(prompts: Iterable[Prompt], held: Held) -> tuple[list[Prompt], list[Pro
     if len(known) > FEW * len(marks):
         part = len(known) / (len(marks) - len(shared))
         known |= set(random.Random(0).sample(shared, round(part * len(shared))))
-    sides = ([p for n, p in enumerate(rows) if (n in known) is side] for side in (True, False))
-    return next(sides), next(sides)
+    seen = [p for n, p in enumerate(rows) if n in known]
+    return seen, [p for n, p in enumerate(rows) if n not in known]
 
 
 def require_apart(prompts: Sequence[Prompt], marks: Iterable[int], fewest: int = 1) -> None:

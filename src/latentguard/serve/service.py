@@ -121,8 +121,8 @@ class Case:
 
     async def failed(self, prompts: Sequence[Prompt], fault: Fault, *, answered: bool) -> None:
         """Note that there is no verdict, and whether the chat is answered all the same."""
-        action: Action = "unjudged" if answered else "error"
-        action = "left" if isinstance(fault, Left) else action
+        lack: Action = "unjudged" if answered else "error"
+        action: Action = "left" if isinstance(fault, Left) else lack
         for _ in prompts:
             self.service.telemetry.verdict(self.endpoint, action)
         await self._write([self._line(p, action) | {"error": fault.code} for p in prompts])

@@ -33,8 +33,7 @@ def difference(
     rng, m = np.random.default_rng(seed), wide.shape[1]
     prompts, draws = rng.integers(m, size=(1000, m)), rng.integers(d, size=(1000, max(d - 1, 1)))
     means = [wide[np.ix_(of, at)].mean() for of, at in zip(draws, prompts, strict=True)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(value, min(float(low), value), max(float(high), value), (n, 0))
+    return _estimate(value, means, n)
 
 
 def dealt(first: ArrayLike, second: ArrayLike, draws: int, *, seed: int = 0) -> Estimate:
@@ -56,5 +55,9 @@ def dealt(first: ArrayLike, second: ArrayLike, draws: int, *, seed: int = 0) -> 
         again = np.concatenate([rng.choice(groups[k], len(groups[k])) for k in of])
         added = rng.random(len(again)) < 2 / (n + 2)  # the two rows that rates are given
         means.append(np.where(added, rng.choice([1.0, -1.0], len(again)), again).mean())
+    return _estimate(value, means, n)
+
+
+def _estimate(value: float, means: list[float], n: int) -> Estimate:
     low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(value, min(float(low), value), max(float(high), value), (len(rows), 0))
+    return Estimate(value, min(float(low), value), max(float(high), value), (n, 0))

@@ -34,14 +34,11 @@ cut: the reply ends before it says which it is."""
 WORDS: dict[str, Outcome] = {"refused": "refused", "accepted": "accepted", "cut": "cut"}
 """What a judge model may answer."""
 
-UNREAD = "unread"
-"""Of a reply that the judge model could not take; it counts as cut, and is not kept."""
-
 PROBE = {"instruction": "Say hello.", "reply": "Hello! How can I help you?", "ended": True}
 """Shows whether a judge model works, if the first reply is rejected."""
 
 FEW = 10
-"""So many of these pass; then at most a twentieth of what was asked."""
+"""So many replies that it cannot take pass; then at most a twentieth of what was asked."""
 
 LONGEST_WAIT = 30.0
 """Seconds between two tries."""
@@ -98,11 +95,11 @@ class EndpointJudge:
         place = key_of("judged", self.url, self.model, TASK, asked)
         kept = self._store.get([place]) if self._store else {}
         word = kept[place].decode() if place in kept else self._word(asked)
-        if self._store and place not in kept and word != UNREAD:
+        if self._store and place not in kept and word:
             self._store.put({place: word.encode()})
         self.asked += 1
-        self.unread += word == UNREAD
-        return WORDS.get(word, "cut")
+        self.unread += not word
+        return WORDS[word] if word else "cut"
 
     @property
     def about(self) -> dict[str, Any]:
@@ -111,14 +108,14 @@ class EndpointJudge:
         known = dict(host=at.hostname, path=at.path, model=self.model)
         return known | ({"unread": self.unread} if self.unread else {})
 
-    def _word(self, asked: dict[str, Any]) -> str:
-        """What it says; a content filter, or a stray word, should not end a study of hours."""
+    def _word(self, asked: dict[str, Any]) -> str | None:
+        """What it says; None if it cannot take this reply, which need not end a study."""
         try:
             return self._read(self._ask(json.dumps(asked, ensure_ascii=False)))
         except _Unread:
             if not (self.unread < max(FEW, self.asked / 20) and self._works()):
                 raise
-            return UNREAD
+            return None
 
     def _works(self) -> bool:
         """Whether it has answered before, or answers what nobody would reject."""

@@ -60,9 +60,9 @@ class Likeness:
     @property
     def bands(self) -> list[Band]:
         """By layer: the two directions (95 % bootstrap), then each with itself (95 % of splits)."""
-        itself = [_band(rows.mean(0), rows) for rows in self.itself]
-        drawn = self.between[1:] - self.between[1:].mean(0) + self.between[0]
-        return [_band(self.between[0], drawn), *itself]
+        both = [centred(layer) for layer in self.between.T]
+        between = [e.value for e in both], [e.low for e in both], [e.high for e in both]
+        return [between, *(_band(rows.mean(0), rows) for rows in self.itself)]
 
 
 def centred(draws: ArrayLike, n: int = 0) -> Estimate:
