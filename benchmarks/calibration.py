@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from latentguard import ChatModel, LatentGuard, Prompt, Verdict, read_prompts
-from latentguard.calibrating import calibrated
-from latentguard.calibration import Calibration, Rates
-from latentguard.calibration_report import calibration_report
-from latentguard.drift import compare
-from latentguard.metrics import auroc, estimate, proportion
-from latentguard.quadrants import Quadrants
-from latentguard.reliability import brier, error_of, log_loss
-from latentguard.verdicts import score_to_file
+from latentguard.guard.calibrate import calibrated
+from latentguard.guard.calibration_report import calibration_report
+from latentguard.guard.drift import compare
+from latentguard.guard.quadrants import Quadrants
+from latentguard.guard.reliability import brier, error_of, log_loss
+from latentguard.guard.score_files import score_to_file
+from latentguard.guard.thresholds import Calibration, Rates
+from latentguard.stats.metrics import auroc, estimate, proportion
 
 SPLITS = 200
 RATES = Rates(0.01, 0.05)

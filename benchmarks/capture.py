@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from latentguard.model.chat import Layout
-from latentguard.model.hf import ChatModel
+from latentguard.models.chat import Layout
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, read_prompts
 
 CHECKED = 64

@@ -23,16 +23,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latentguard.audit import ngram_model
-from latentguard.categories import Categories
-from latentguard.contrast import load_traffic
-from latentguard.guard import LatentGuard
-from latentguard.metrics import Estimate, auroc, estimate, proportion
-from latentguard.model.hf import ChatModel
+from latentguard.data.builtin import load_traffic
+from latentguard.data.surface_audit import ngram_model
+from latentguard.guard.categories import Categories
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.models.chat_model import ChatModel
+from latentguard.probes.probe import layers_of
 from latentguard.prompts import Prompt, read_prompts
-from latentguard.readings import DEFAULT, Reading
-from latentguard.readouts import layers_of
-from latentguard.states import States, digest_prompts
+from latentguard.states import DEFAULT_READING, Reading, States, digest_prompts
+from latentguard.stats.metrics import Estimate, auroc, estimate, proportion
 
 CATQA = {
     "Adult Content": "sexual_content",
@@ -99,7 +98,7 @@ def material(folder: Path, harmless: int, longest: int) -> dict[str, list[Prompt
 
 def kept(model: ChatModel, prompts: Sequence[Prompt], folder: Path) -> States:
     """What the default guard is fitted on, captured once."""
-    reading, parts = Reading.of(DEFAULT, model.post), []
+    reading, parts = Reading.of(DEFAULT_READING, model.post), []
     positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
     how = dict(positions=positions, layers=layers_of("linear", model.depth))
     for start in range(0, len(prompts), CHUNK):
@@ -115,7 +114,7 @@ def fitted(model: ChatModel, train: States, folder: Path) -> LatentGuard:
     """The default guard, fitted once."""
     made = folder / f"{model.fingerprint.weights[:8]}-{digest_prompts(train.prompts)[:16]}"
     if not made.exists():
-        reading = Reading.of(DEFAULT, model.post)
+        reading = Reading.of(DEFAULT_READING, model.post)
         LatentGuard.from_states(model, train, reading).save(made)
     return LatentGuard.load(made)
 

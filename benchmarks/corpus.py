@@ -25,10 +25,10 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from latentguard.contrast import load_contrast
-from latentguard.guard import LatentGuard
+from latentguard.data.builtin import load_contrast
+from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.ray import Workers, score_corpus
-from latentguard.model.hf import ChatModel
+from latentguard.models.chat_model import ChatModel
 
 WORDS = (
     "tell me how to write a short note about the garden river market teacher engine recipe letter "

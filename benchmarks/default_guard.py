@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentguard.artifact import JSON_FILE
-from latentguard.contrast import load_traffic
-from latentguard.guard import LatentGuard
-from latentguard.model.hf import ChatModel
+from latentguard.data.builtin import load_traffic
+from latentguard.guard.artifact import JSON_FILE
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.models.chat_model import ChatModel
 
 MAX_FPR = 0.05
 

@@ -21,21 +21,20 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as View
 
-from latentguard.audit import ngram_scores
-from latentguard.contrast import load_contrast, load_traffic
-from latentguard.experiments.detection import (
+from latentguard.cli.demo.detection import (
     detection_table,
     guard_scores,
     length_scores,
     random_direction_scores,
 )
-from latentguard.guard import LatentGuard
-from latentguard.metrics import auroc
-from latentguard.model.hf import ChatModel
+from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.surface_audit import ngram_scores
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, read_prompts
-from latentguard.readings import Reading
-from latentguard.report import Table
-from latentguard.states import States
+from latentguard.report.document import Table
+from latentguard.states import Reading, States
+from latentguard.stats.metrics import auroc
 
 Scores = dict[str, NDArray[np.float64]]
 

@@ -26,14 +26,13 @@ from detection import mixed
 from numpy.typing import NDArray
 from search_readouts import Dual, logistic, low_rank, ridge, solved
 
-from latentguard.fitting import fit_readout, slots
-from latentguard.metrics import auroc, resampled
+from latentguard.probes.fitting import fit_readout, slots
+from latentguard.probes.probe import BAND, Readout, layers_of
+from latentguard.probes.ridge import Design
 from latentguard.prompts import Prompt
-from latentguard.readings import DEFAULT, Reading
-from latentguard.readouts import BAND, Readout, layers_of
-from latentguard.report import write_text
-from latentguard.ridge import Design
-from latentguard.states import States
+from latentguard.report.document import write_text
+from latentguard.states import DEFAULT_READING, Reading, States
+from latentguard.stats.metrics import auroc, resampled
 
 Score = Callable[[States], NDArray[np.float64]]
 Fit = Callable[[Path], Score]
@@ -75,7 +74,7 @@ def main() -> None:
 
 def variants() -> dict[str, Fit]:
     """Name -> how a readout is fitted."""
-    now, instead = Reading.of(DEFAULT, 0), Reading("instead", ("t_inst", "post", "mean"))
+    now, instead = Reading.of(DEFAULT_READING, 0), Reading("instead", ("t_inst", "post", "mean"))
     known: dict[str, Fit] = {START: chosen(STARTED), "the default": chosen(now)}
     known["post in the place of t_post"] = chosen(instead)
     for source, said in {"paper": "AdvBench and Alpaca", "pairs": "the form-matched set"}.items():
@@ -190,7 +189,7 @@ def weights_of(states: States, alike: str = "") -> torch.Tensor:
 
 def manners(field: str) -> dict[str, str]:
     """The form or the kind of each built-in prompt."""
-    lines = (files("latentguard.contrast") / "traffic.jsonl").read_text("utf-8").splitlines()
+    lines = (files("latentguard.data") / "traffic.jsonl").read_text("utf-8").splitlines()
     return {row["id"]: row[field] for row in map(json.loads, lines)}
 
 

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from default_guard import default_guard
 
-from latentguard.contrast import load_traffic
-from latentguard.disguises import Disguises
-from latentguard.guard import LatentGuard
-from latentguard.model.hf import ChatModel
+from latentguard.data.builtin import load_traffic
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.obfuscations import Disguises
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, read_prompts
-from latentguard.uncover import uncover
+from latentguard.text.deobfuscation import uncover
 
 ROUNDS, SHORT = 9, 96
 

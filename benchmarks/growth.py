@@ -25,13 +25,13 @@ import torch
 from peers import reset_peak, resident
 from scipy.stats import linregress, t
 
-from latentguard.contrast import load_contrast
-from latentguard.fitting import capture
-from latentguard.guard import LatentGuard
-from latentguard.model.hf import ChatModel
-from latentguard.panel import scan_many
+from latentguard.data.builtin import load_contrast
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.panel import scan_many
+from latentguard.models.chat_model import ChatModel
+from latentguard.probes.fitting import capture
 from latentguard.prompts import Prompt
-from latentguard.readings import Reading
+from latentguard.states import Reading
 
 SIZES = {
     "length": (256, 512, 1024, 2048, 4096, 8192),

@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from latentguard.metrics import proportion
 from latentguard.prompts import Prompt, Reply
+from latentguard.stats.metrics import proportion
 from latentguard.study.judge import Judge, judge
 from latentguard.study.judge_model import EndpointJudge
 

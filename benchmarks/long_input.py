@@ -25,13 +25,13 @@ import numpy as np
 from default_guard import default_guard
 from long_texts import Asked, chats, documents, fillers, requests
 
-from latentguard.audit import ngram_model
-from latentguard.contrast import load_contrast, load_traffic
-from latentguard.guard import LatentGuard
-from latentguard.metrics import Estimate, auroc, estimate, proportion, tpr_at
-from latentguard.model.hf import ChatModel
+from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.surface_audit import ngram_model
+from latentguard.guard.chunk_calibration import fit_windows, windows_of
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
-from latentguard.window_fitting import fit_windows, windows_of
+from latentguard.stats.metrics import Estimate, auroc, estimate, proportion, tpr_at
 
 FIGURES = {"AUROC": auroc, "TPR at 5% FPR": tpr_at(0.05), "TPR at 1% FPR": tpr_at(0.01)}
 RULES = {

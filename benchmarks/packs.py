@@ -23,16 +23,22 @@ import numpy as np
 from categories import arguments, fitted, kept, material
 from numpy.typing import NDArray
 
-from latentguard.audit import ngram_scores
-from latentguard.categories import FEWEST
-from latentguard.guard import LatentGuard
-from latentguard.metrics import threshold_for_fpr
-from latentguard.model.hf import ChatModel
-from latentguard.packs import against, halves, with_pack
+from latentguard.data.surface_audit import ngram_scores
+from latentguard.guard.categories import FEWEST
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.packs import against, halves, with_pack
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
-from latentguard.report import show
+from latentguard.report.document import show
 from latentguard.states import States
-from latentguard.study.traffic import SEEDS, Trial, categories, domain_table, drawn
+from latentguard.stats.metrics import threshold_for_fpr
+from latentguard.study.figures.table_03_guards.traffic import (
+    SEEDS,
+    Trial,
+    categories,
+    domain_table,
+    drawn,
+)
 
 MAX_FPR, EXAMPLES = 0.05, (10, 50)
 BUILT_IN, DOMAIN = "built-in harmless", "in-domain harmless"

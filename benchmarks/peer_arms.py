@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentguard.model.hf import ChatModel
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 
 os.environ["TQDM_DISABLE"] = "1"

@@ -33,7 +33,7 @@ from capture import capture as ours
 from peer_arms import PEERS, Peer, lines_of, rendered
 from torch import Tensor, nn
 
-from latentguard.model.hf import ChatModel
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, read_prompts
 
 Arm = Callable[[Sequence[Prompt]], Tensor | None]

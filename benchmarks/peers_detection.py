@@ -17,9 +17,9 @@ import numpy as np
 from detection import test_sets, training_sets
 from profanity_check import predict_prob
 
-from latentguard.audit import ngram_scores
-from latentguard.experiments.detection import length_scores
-from latentguard.metrics import auroc, estimate, tpr_at
+from latentguard.cli.demo.detection import length_scores
+from latentguard.data.surface_audit import ngram_scores
+from latentguard.stats.metrics import auroc, estimate, tpr_at
 
 FIGURES = {"auroc": auroc, "tpr at 5 % fpr": tpr_at(0.05)}
 

@@ -23,8 +23,8 @@ import torch
 import transformers
 
 from latentguard import ChatModel, LatentGuard, load_contrast
-from latentguard.calibration import Calibration
-from latentguard.probabilities import Knots
+from latentguard.guard.probabilities import Knots
+from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, States
 

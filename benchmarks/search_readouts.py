@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentguard.ridge import Design, Ridge, primal
+from latentguard.probes.ridge import Design, Ridge, primal
 
 Solution = tuple[Float[Tensor, "n"], float]
 Dual = Callable[[Design], Solution]

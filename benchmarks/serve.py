@@ -38,15 +38,15 @@ from typing import Any
 import httpx
 import torch
 
-from latentguard.contrast import load_contrast
-from latentguard.guard import LatentGuard
-from latentguard.model.converse import Conversation
-from latentguard.model.hf import ChatModel
-from latentguard.parts import Verdict
+from latentguard.data.builtin import load_contrast
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.verdict import Verdict
+from latentguard.models.chat_model import ChatModel
+from latentguard.models.conversation import Conversation
 from latentguard.prompts import Prompt
 from latentguard.serve import server
-from latentguard.serve.judging import judge_states
 from latentguard.serve.options import Options
+from latentguard.serve.scoring import judge_states
 from latentguard.states import States
 
 TESTS = Path(__file__).parents[1] / "tests"

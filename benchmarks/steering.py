@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentguard.contrast import load_contrast
-from latentguard.model.hf import ChatModel
+from latentguard.data.builtin import load_contrast
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, Reply
-from latentguard.report import write_text
+from latentguard.report.document import write_text
 from latentguard.states import Intervention, States
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -19,16 +19,16 @@ import torch
 from default_guard import default_guard
 
 from latentguard.cli.console import progress
-from latentguard.contrast import load_contrast
-from latentguard.model.hf import ChatModel
-from latentguard.report import Table, write_text
-from latentguard.stress import weights
-from latentguard.stress.run import STORE, Plan, run
-from latentguard.stress.suite import families
-from latentguard.stress.telling import FIGURES
-from latentguard.stress.weights import Trial
+from latentguard.data.builtin import load_contrast
+from latentguard.models.chat_model import ChatModel
+from latentguard.report.document import Table, write_text
+from latentguard.robustness import weights
+from latentguard.robustness.report import FIGURES
+from latentguard.robustness.run import STORE, Plan, run
+from latentguard.robustness.suite import families
+from latentguard.robustness.weights import Trial
+from latentguard.study.cached_model import Subject
 from latentguard.study.store import Store
-from latentguard.study.subject import Subject
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ import numpy as np
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from latentguard.contrast import load_contrast
-from latentguard.guard import LatentGuard
-from latentguard.model.hf import ChatModel
+from latentguard.data.builtin import load_contrast
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 
 LONG = 512
@@ -142,7 +142,7 @@ def run(model: Any, ids: list[list[int]], guarded: Sequence[Prompt]) -> None:
     from vllm import SamplingParams
 
     from latentguard.integrations.vllm import model as inside
-    from latentguard.integrations.vllm.asking import ask_about
+    from latentguard.integrations.vllm.protocol import ask_about
 
     layers = model.columns.layers if guarded else ()
     inside.models[-1].set_aux_hidden_state_layers(layers)

@@ -25,18 +25,18 @@ from default_guard import default_guard
 from long_input import told
 from numpy.typing import ArrayLike
 
-from latentguard.audit import ngram_scores
-from latentguard.contrast import load_contrast, load_traffic
-from latentguard.experiments.detection import length_scores
-from latentguard.guard import LatentGuard
-from latentguard.metrics import auroc, estimate, proportion
-from latentguard.model.hf import ChatModel
+from latentguard.cli.demo.detection import length_scores
+from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.surface_audit import ngram_scores
+from latentguard.guard.chunk_calibration import fit_windows
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.score_files import score_to_file
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, read_prompts
-from latentguard.report import write_text
-from latentguard.stress.run import room_of
-from latentguard.stress.suite import BUDGETS, cases
-from latentguard.verdicts import score_to_file
-from latentguard.window_fitting import fit_windows
+from latentguard.report.document import write_text
+from latentguard.robustness.run import room_of
+from latentguard.robustness.suite import BUDGETS, cases
+from latentguard.stats.metrics import auroc, estimate, proportion
 
 FAMILIES = ("wrappers", "two requests", "template imitation")
 FROM = (500, 150)

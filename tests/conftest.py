@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 SHAPED = [
-    "latentguard.axes",
-    "latentguard.readouts",
+    "latentguard.probes.axis",
+    "latentguard.probes.probe",
     "latentguard.states",
-    "latentguard.model.generate",
-    "latentguard.model.hf",
-    "latentguard.model.hooks",
-    "latentguard.model.prefill",
+    "latentguard.models.generate",
+    "latentguard.models.chat_model",
+    "latentguard.models.hooks",
+    "latentguard.models.prefill",
 ]
 install_import_hook(SHAPED, "beartype.beartype")  # checks the shapes in the annotations
 
@@ -43,7 +43,7 @@ def fixed_seed():
 @pytest.fixture(scope="session")
 def tokenizer():
     """A small byte-level tokenizer with a ChatML template."""
-    from model.families import FAMILIES
+    from models.families import FAMILIES
 
     return FAMILIES["qwen2.5"].tokenizer
 
@@ -51,7 +51,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model(tokenizer):
     """A random Llama, 4 blocks of width 32, that speaks ChatML. Tests leave it as it is."""
-    from model.architectures import chat_model
+    from models.architectures import chat_model
 
     return chat_model("llama", tokenizer)
 

@@ -11,19 +11,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Axis": "latentguard.axes",
-    "ChatModel": "latentguard.model.hf",
+    "Axis": "latentguard.probes.axis",
+    "ChatModel": "latentguard.models.chat_model",
     "Intervention": "latentguard.states",
-    "LatentGuard": "latentguard.guard",
+    "LatentGuard": "latentguard.guard.latent_guard",
     "LatentGuardError": "latentguard.errors",
     "Prompt": "latentguard.prompts",
     "Reply": "latentguard.prompts",
     "States": "latentguard.states",
-    "Verdict": "latentguard.parts",
-    "load_contrast": "latentguard.contrast",
-    "load_traffic": "latentguard.contrast",
+    "Verdict": "latentguard.guard.verdict",
+    "load_contrast": "latentguard.data.builtin",
+    "load_traffic": "latentguard.data.builtin",
     "read_prompts": "latentguard.prompts",
-    "scan_many": "latentguard.panel",
+    "scan_many": "latentguard.guard.panel",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

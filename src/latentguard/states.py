@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -253,3 +254,48 @@ def digest_prompts(prompts: Iterable[Prompt]) -> str:
         turns = [[m.role, m.content] for m in prompt.history]
         digest.update(json.dumps([prompt.text, prompt.harmful, turns]).encode())
     return digest.hexdigest()
+
+
+READING_NAMES = "t_inst, t_post, post+1, post+2, ..., sealed, span or pooled"
+DEFAULT_READING = "pooled"
+
+MEAN_POSITIONS = ("mean", "post")
+"""Positions that are means over tokens."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where a guard reads."""
+
+    name: str
+    """One of ``READING_NAMES``."""
+
+    positions: tuple[str, ...]
+    """The positions to capture."""
+
+    @staticmethod
+    def of(name: str, post: int) -> Reading:
+        """The reading of that name on a template with ``post`` post-instruction tokens.
+
+        Raises:
+            GuardError: if there is no such reading.
+        """
+        known: dict[str, tuple[str, ...]] = {"t_inst": ("t_inst",), "t_post": ("t_post",)}
+        known["sealed"] = ("t_inst",)
+        known["span"] = ("t_inst", *(f"post+{k}" for k in range(1, post)), "t_post")
+        known["pooled"] = ("t_inst", "post", "t_post", "mean")
+        known |= {f"post+{k}": (f"post+{k}",) for k in range(1, post + 1)}
+        if name not in known:
+            raise GuardError(
+                f"There is no reading '{name}' here: expected {READING_NAMES}, with k up to {post}."
+            )
+        return Reading(name, known[name])
+
+    def prepare(self, prompt: Prompt) -> Prompt:
+        """The prompt as it is read: its ending made uniform if the reading is sealed."""
+        return replace(prompt, text=seal(prompt.text)) if self.name == "sealed" else prompt
+
+
+def seal(text: str) -> str:
+    """Replace closing white space and ``. ? !`` by one full stop."""
+    return re.sub(r"(?<![\s.?!])[\s.?!]+$", "", text) + "."  # looks at each run of blanks once

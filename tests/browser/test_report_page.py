@@ -5,8 +5,8 @@ import math
 import pytest
 
 from browser.pages import check
-from latentguard import plots
-from latentguard.report import Report, Section, Table
+from latentguard.report import charts as plots
+from latentguard.report.document import Report, Section, Table
 
 LAYERS = [0, 1, 2, 3]
 CURVE = ([0.1, 0.5, 0.7, 0.6], [0.0, 0.4, 0.6, 0.5], [0.2, 0.6, 0.8, 0.7])

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 import latentguard
-from latentguard.calibration import Calibration
 from latentguard.cli import main
 from latentguard.cli.console import keep
-from latentguard.guard import LatentGuard
+from latentguard.guard.chunking import Windows
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.quadrants import Quadrants
+from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Prompt
-from latentguard.quadrants import Quadrants
-from latentguard.windows import Windows
-from model.architectures import chat_model
+from models.architectures import chat_model
 
 
 @pytest.fixture(scope="module")

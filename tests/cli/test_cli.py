@@ -15,10 +15,10 @@ from threadpoolctl import threadpool_limits
 
 import latentguard
 from latentguard.cli import main
-from latentguard.contrast import load_traffic
-from latentguard.guard import LatentGuard
+from latentguard.data.builtin import load_traffic
+from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Prompt
-from model.architectures import WIDE, chat_model
+from models.architectures import WIDE, chat_model
 
 VERBS = {
     "demo": ("--out", "--guard", "--model"),
@@ -404,7 +404,7 @@ class TestScore:
 
     def test_a_killed_run_goes_on(self, lg, guard, files, tmp_path, monkeypatch):
         out = tmp_path / "v.jsonl"
-        monkeypatch.setattr("latentguard.model.hf.WINDOW", 5)
+        monkeypatch.setattr("latentguard.models.chat_model.WINDOW", 5)
 
         def killed(self, states, count=[]):  # noqa: B006 (counts the calls)
             count.append(1)
@@ -513,7 +513,7 @@ class TestAudit:
         import numpy as np
 
         nothing = lambda prompts, folds: np.zeros(len(prompts))  # noqa: E731 (it is slow)
-        monkeypatch.setattr("latentguard.audit.ngram_held_out", nothing)
+        monkeypatch.setattr("latentguard.data.surface_audit.ngram_held_out", nothing)
         code, out, err = lg("audit", "contrast")
         assert (code, err) == (0, "")
         assert "660 harmful, 960 harmless" in " ".join(out.split())
@@ -544,7 +544,7 @@ class TestModels:
         monkeypatch.setenv("LATENTGUARD_CACHE", str(tmp_path))
         (tmp_path / "models").mkdir()
         (tmp_path / "models" / "default").symlink_to(model)
-        monkeypatch.setattr("latentguard.model.sources._hub_models", lambda: iter(()))
+        monkeypatch.setattr("latentguard.models.sources._hub_models", lambda: iter(()))
         code, out, _ = lg("models")
         assert code == 0
         name, size, path = out.strip().split("\t")
@@ -553,7 +553,7 @@ class TestModels:
 
     def test_there_are_none(self, lg, tmp_path, monkeypatch):
         monkeypatch.setenv("LATENTGUARD_CACHE", str(tmp_path))
-        monkeypatch.setattr("latentguard.model.sources._hub_models", lambda: iter(()))
+        monkeypatch.setattr("latentguard.models.sources._hub_models", lambda: iter(()))
         code, out, _ = lg("models")
         assert code == 0
         assert "'latentguard demo' fetches the default model" in out

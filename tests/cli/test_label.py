@@ -8,11 +8,11 @@ import pytest
 
 import latentguard
 from latentguard.cli import main
-from latentguard.model.hf import ChatModel
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import read_prompts
+from latentguard.study import cached_model as module
 from latentguard.study import judge as judging
-from latentguard.study import subject as module
-from model.architectures import chat_model
+from models.architectures import chat_model
 
 TALK = [dict(role="user", content="Hello"), dict(role="assistant", content="Yes?")]
 ROWS = [

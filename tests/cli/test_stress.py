@@ -14,10 +14,10 @@ import pytest
 import latentguard
 from browser.pages import check
 from latentguard.cli import main
-from latentguard.contrast import load_contrast
-from latentguard.guard import LatentGuard
-from latentguard.stress.run import STORE
-from model.architectures import chat_model
+from latentguard.data.builtin import load_contrast
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.robustness.run import STORE
+from models.architectures import chat_model
 
 FEW = ("--only", "case and spacing", "--only", "padding in front, 500")
 

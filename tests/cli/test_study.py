@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from latentguard.cli import main
-from model.architectures import chat_model
+from models.architectures import chat_model
 
 SMALL = """
 asked = 8
@@ -65,8 +65,8 @@ def test_the_report_is_written(lg, folder, config, tmp_path):
 
 
 def test_without_a_browser_the_page_is_there(lg, folder, config, tmp_path, monkeypatch):
-    from latentguard import pictures
     from latentguard.errors import LatentGuardError
+    from latentguard.report import image_files as pictures
 
     def no_browser(report, folder):
         raise LatentGuardError("No Chrome.")

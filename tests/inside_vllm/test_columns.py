@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentguard.contrast import load_contrast
+from latentguard.data.builtin import load_contrast
 from latentguard.errors import GuardError
-from latentguard.guard import LatentGuard
-from latentguard.integrations.vllm.asking import readable, rows_of, verdict_of
+from latentguard.guard.chunking import Windows
+from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.vllm.columns import Columns
+from latentguard.integrations.vllm.protocol import readable, rows_of, verdict_of
 from latentguard.prompts import Prompt
 from latentguard.states import States
-from latentguard.windows import Windows
 
 ROWS = [replace(p, refused=p.harmful) for p in load_contrast("train") if p.pair][:60]
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from inside_vllm import tiny
-from latentguard.disguises import Disguises
 from latentguard.errors import GuardError, ModelError, ModelMismatch
+from latentguard.guard.chunking import Windows
+from latentguard.guard.obfuscations import Disguises
 from latentguard.integrations.vllm import parity
-from latentguard.model.hf import ChatModel
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
-from latentguard.windows import Windows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
@@ -186,7 +186,7 @@ def test_the_answer_is_there_before_the_first_token(engine):
     """What streaming relies on: posted in the step that computes the prompt, not later."""
     from vllm import SamplingParams
 
-    from latentguard.integrations.vllm.asking import ask_about
+    from latentguard.integrations.vllm.protocol import ask_about
 
     _, _, model = engine
     llm = model.engine.llm_engine

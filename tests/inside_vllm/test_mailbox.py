@@ -2,8 +2,8 @@
 
 import math
 
-from latentguard.integrations.vllm.asking import Ask
 from latentguard.integrations.vllm.mailbox import Mailbox, post
+from latentguard.integrations.vllm.protocol import Ask
 
 
 def asks(box, count):

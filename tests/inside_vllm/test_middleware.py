@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from latentguard.calibration import Calibration
+from latentguard.guard.chunking import Windows
+from latentguard.guard.thresholds import Calibration
 from latentguard.integrations.vllm import middleware as module
-from latentguard.integrations.vllm.asking import Ask, digest_ids
 from latentguard.integrations.vllm.gate import Gate
 from latentguard.integrations.vllm.mailbox import post
 from latentguard.integrations.vllm.middleware import GuardMiddleware
+from latentguard.integrations.vllm.protocol import Ask, digest_ids
 from latentguard.prompts import Prompt
-from latentguard.serve.faults import BadRequest
-from latentguard.windows import Windows
+from latentguard.serve.errors import BadRequest
 from serve.running import band_guard, flagged, offline, passed, tiny_guard, tiny_model
 
 SAID = "The first token of a reply"
@@ -456,7 +456,7 @@ def test_an_error_of_the_server_is_handed_on(served):
 
 def test_another_tokenizer_closes_every_chat(monkeypatch, caplog):
     from latentguard.errors import ModelMismatch
-    from model.families import FAMILIES
+    from models.families import FAMILIES
 
     async def go():
         with pytest.raises(ModelMismatch, match="template"):

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from inside_vllm import tiny
-from latentguard.windows import Windows
+from latentguard.guard.chunking import Windows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentguard.integrations.vllm.asking import Ask, digest_ids
+from latentguard.integrations.vllm.protocol import Ask, digest_ids
 from latentguard.integrations.vllm.slots import Ledger, SlotScores
 
 BLOCK = 4

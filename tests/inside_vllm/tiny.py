@@ -5,12 +5,12 @@ import gc
 import torch
 import transformers
 
-from latentguard.contrast import load_contrast
-from latentguard.guard import LatentGuard
+from latentguard.data.builtin import load_contrast
+from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.vllm import parity
 from latentguard.integrations.vllm.backend import VllmModel
-from latentguard.model.hf import ChatModel
-from model.families import FAMILIES
+from latentguard.models.chat_model import ChatModel
+from models.families import FAMILIES
 
 SIZES = dict(
     hidden_size=128,

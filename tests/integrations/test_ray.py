@@ -20,17 +20,17 @@ import pyarrow.parquet as pq
 import ray
 from ray.cluster_utils import Cluster
 
-from latentguard.contrast import load_contrast
-from latentguard.corpora import cut, survey
-from latentguard.fitting import fit_axes as fit_in_one
-from latentguard.guard import LatentGuard
+from latentguard.data.builtin import load_contrast
+from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.ray import Workers, fit_axes, score_corpus
 from latentguard.integrations.ray.actors import Scorer
-from latentguard.model.hf import ChatModel
+from latentguard.integrations.ray.corpora import cut, survey
+from latentguard.models.chat_model import ChatModel
+from latentguard.probes.fitting import fit_axes as fit_in_one
 from latentguard.prompts import Columns, Prompt, read_prompts
 from latentguard.states import States
-from model.architectures import chat_model
-from model.families import FAMILIES
+from models.architectures import chat_model
+from models.families import FAMILIES
 
 SMALL = dict(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
 ROWS = [{"id": f"row-{n}", "text": f"Tell me of thing {n}, please."} for n in range(400)]

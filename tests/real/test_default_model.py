@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from latentguard.contrast import load_contrast
+from latentguard.cli.demo.detection import random_direction_scores
+from latentguard.data.builtin import load_contrast
 from latentguard.errors import ModelError
-from latentguard.experiments.detection import random_direction_scores
-from latentguard.fitting import capture
-from latentguard.guard import LatentGuard
-from latentguard.metrics import auroc
-from latentguard.model.hf import ChatModel
-from latentguard.readings import DEFAULT, Reading
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.models.chat_model import ChatModel
+from latentguard.probes.fitting import capture
+from latentguard.states import DEFAULT_READING, Reading
+from latentguard.stats.metrics import auroc
 
 pytestmark = pytest.mark.model
 
@@ -51,7 +51,7 @@ def test_states_equal_the_hidden_states_of_transformers(default):
 def test_the_guard_tells_harmful_from_harmless_better_than_chance(default, guard):
     test = load_contrast("test")[:120]
     labels = np.array([bool(p.harmful) for p in test])
-    states = capture(default, Reading.of(DEFAULT, default.post), test)
+    states = capture(default, Reading.of(DEFAULT_READING, default.post), test)
     scores = np.array([v.score for v in guard.judge(states)])
     chance = [auroc(labels, s) for s in random_direction_scores(guard, states)]
     assert auroc(labels, scores) > 0.7

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentguard.axes import Axis
-from latentguard.experiments.categories.cosines import of_directions, to_others
-from latentguard.readouts import centroid
+from latentguard.probes.axis import Axis
+from latentguard.probes.probe import centroid
+from latentguard.study.figures.figure_09_categories.cosines import of_directions, to_others
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LATENTGUARD_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -13,10 +13,10 @@ import traceback
 import torch
 import typer
 
+from latentguard.cli.serve import serve
 from latentguard.errors import LatentGuardError
-from latentguard.model.hf import ChatModel
+from latentguard.models.chat_model import ChatModel
 from latentguard.serve import server  # noqa: F401 (imported before the fork)
-from latentguard.serve.command import serve
 from serve.faulty import Faulty
 from serve.running import tiny_model
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import httpx
 import torch
 
-from latentguard.calibration import Calibration
-from latentguard.contrast import load_contrast
-from latentguard.guard import LatentGuard
+from latentguard.data.builtin import load_contrast
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Prompt
 from latentguard.serve import server
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.keys import Keys
 from latentguard.serve.options import Options
-from model.architectures import chat_model
-from model.families import FAMILIES
+from models.architectures import chat_model
+from models.families import FAMILIES
 
 post = functools.partial(httpx.post, verify=False)  # certificates take long to load
 get = functools.partial(httpx.get, verify=False)

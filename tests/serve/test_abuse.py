@@ -196,7 +196,7 @@ class TestKeys:
             read_keys(file, None)
 
     def test_a_key_may_hold_what_begins_a_comment(self, tmp_path):
-        from latentguard.serve.faults import Unauthorized
+        from latentguard.serve.errors import Unauthorized
         from latentguard.serve.keys import read_keys
 
         file = tmp_path / "keys"

@@ -10,7 +10,7 @@ import pytest
 
 from latentguard.prompts import Message, Prompt
 from latentguard.serve.audit_log import AuditLog
-from latentguard.serve.faults import Unlogged
+from latentguard.serve.errors import Unlogged
 from serve.running import flagged, offline, passed, post, running
 
 

@@ -149,7 +149,7 @@ class TestOwnModel:
     @pytest.mark.parametrize("whole", [True, False])
     def test_a_listener_who_leaves_stops_the_chat(self, stays, whole, monkeypatch):
         """Before the verdict, before the first piece, or later; streamed or not."""
-        from latentguard.serve import talk
+        from latentguard.serve import guarded_chat as talk
 
         def endless(self, sampling):
             while True:
@@ -189,7 +189,7 @@ class TestPolicies:
     def test_a_verdict_that_is_no_number(self, on_error, status, monkeypatch):
         import torch
 
-        from latentguard.serve import talk
+        from latentguard.serve import guarded_chat as talk
 
         class Undefined(talk.Conversation):
             def __init__(self, *args, **kwargs):

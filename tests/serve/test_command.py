@@ -7,10 +7,10 @@ import typer
 from typer.testing import CliRunner
 
 import latentguard.serve
+from latentguard.cli import serve as command
+from latentguard.cli.serve import page, serve
 from latentguard.errors import LatentGuardError, ModelError
-from latentguard.model.hf import ChatModel
-from latentguard.serve import command
-from latentguard.serve.command import page, serve
+from latentguard.models.chat_model import ChatModel
 from serve.running import flagged, passed, tiny_guard, tiny_model
 
 

@@ -4,10 +4,16 @@ import pytest
 import torch
 
 from latentguard.errors import PromptError
-from latentguard.model.converse import Conversation, Sampling, _Stops, longest, read_instruction
+from latentguard.models.conversation import (
+    Conversation,
+    Sampling,
+    _Stops,
+    longest,
+    read_instruction,
+)
 from latentguard.prompts import Message, Prompt
-from model.architectures import ARCHITECTURES, chat_model
-from model.families import FAMILIES
+from models.architectures import ARCHITECTURES, chat_model
+from models.families import FAMILIES
 from serve.running import tiny_model
 
 GREEDY = Sampling(max_tokens=12, temperature=0)
@@ -83,7 +89,7 @@ def test_a_prompt_without_room_for_a_reply(model):
 
 def test_characters_come_whole_whatever_their_tokens(model):
     """Byte-level tokens split characters; a listener never sees a part of one."""
-    from latentguard.model.converse import _Text
+    from latentguard.models.conversation import _Text
 
     text = "naïve 😀 日本語 done"
     ids = model.tokenizer.encode(text, add_special_tokens=False)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from latentguard.prompts import Prompt
-from latentguard.serve.judging import judge_all
+from latentguard.serve.scoring import judge_all
 from serve.running import PROMPTS, flagged, passed, post, running, tiny_guard, tiny_model
 
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from latentguard.calibration import Calibration
-from latentguard.drift import cut
 from latentguard.errors import PromptError
-from latentguard.parts import Evidence, Verdict
+from latentguard.guard.drift import cut
+from latentguard.guard.thresholds import Calibration
+from latentguard.guard.verdict import Evidence, Verdict
 from latentguard.serve.drift import Drift, Reference
 from latentguard.serve.telemetry import Telemetry
 from serve.running import (

@@ -2,9 +2,9 @@
 
 import pytest
 
+from latentguard.guard.chunking import Windows
 from latentguard.prompts import Message, Prompt
-from latentguard.serve.judging import judge_all
-from latentguard.windows import Windows
+from latentguard.serve.scoring import judge_all
 from serve.running import PROMPTS, post, running, tiny_guard, tiny_model
 
 TURNS = [PROMPTS[0], "Sure.", PROMPTS[1], "Well.", PROMPTS[2]]

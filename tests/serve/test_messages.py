@@ -2,7 +2,7 @@
 
 import pytest
 
-from latentguard.serve.faults import BadRequest
+from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage, prompt_of, prompts_of
 
 

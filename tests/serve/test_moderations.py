@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from latentguard.hazards import MODERATION
-from latentguard.serve.judging import Judgement
+from latentguard.data.hazards import MODERATION
 from latentguard.serve.moderation import moderation_result, moderation_scores
+from latentguard.serve.scoring import Judgement
 from serve.running import PROMPTS, flagged, offline, opener, passed, post, running, tiny_guard
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from latentguard.calibration import Calibration
+from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Prompt
 from latentguard.serve.drift import Reference
 from latentguard.serve.export import point_of, static_page

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from latentguard.serve.completions import severity
-from latentguard.serve.judging import Judgement
 from latentguard.serve.messages import ChatMessage, prompts_of
 from latentguard.serve.options import Options
+from latentguard.serve.scoring import Judgement
 from serve.running import (
     PROMPTS,
     band_guard,

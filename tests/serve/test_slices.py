@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from latentguard.calibration import Calibration
+from latentguard.guard.thresholds import Calibration
 from serve.running import PROMPTS, band_guard, flagged, passed, post, running, tiny_model
 
 HEADER = "X-Traffic"

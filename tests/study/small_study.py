@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
-from latentguard.model.hf import ChatModel
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
-from latentguard.study.material import contrast_pools
+from latentguard.study.prompt_groups import contrast_pools
 from latentguard.study.run import STORE, prepare, run
 from latentguard.study.settings import Settings
 

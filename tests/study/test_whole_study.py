@@ -12,11 +12,11 @@ import pytest
 
 from browser.pages import check
 from latentguard.errors import LatentGuardError, StudyError
-from latentguard.report import Report
+from latentguard.report.document import Report
+from latentguard.study.cached_model import Subject
 from latentguard.study.claims import CLAIMS
 from latentguard.study.run import EXPERIMENTS, STORE
-from latentguard.study.subject import Subject
-from model.architectures import chat_model
+from models.architectures import chat_model
 from study.small_study import study_report
 
 SCRIPT = Path(__file__).parent / "small_study.py"
@@ -84,8 +84,8 @@ def test_every_number_has_company(whole):
 
 
 def test_a_second_run_asks_the_model_nothing(folder, whole, monkeypatch):
-    from latentguard.model.hf import ChatModel
-    from latentguard.model.lora import Finetuning
+    from latentguard.models.chat_model import ChatModel
+    from latentguard.models.lora import Finetuning
 
     def nothing(*args, **how):
         raise AssertionError("asked again")

@@ -7,8 +7,8 @@ import sys
 from latentguard.cli import calibration, guards, packs, parity, stress, study
 from latentguard.cli.app import app
 from latentguard.cli.console import note
+from latentguard.cli.serve import page, serve
 from latentguard.errors import LatentGuardError
-from latentguard.serve.command import page, serve
 
 __all__ = ["app", "calibration", "guards", "main", "packs", "parity", "stress", "study"]
 

@@ -11,14 +11,14 @@ import typer
 from latentguard.cli.app import app
 from latentguard.cli.console import columns_of, keep, load_guard, note, progress, read_side
 from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
-from latentguard.contrast import load_traffic
+from latentguard.data.builtin import load_traffic
 from latentguard.errors import PromptError
-from latentguard.learnt import apart
+from latentguard.guard.leakage import apart
 from latentguard.prompts import Columns, Prompt, read_prompts
 
 if TYPE_CHECKING:
-    from latentguard.guard import LatentGuard
-    from latentguard.model.hf import ChatModel
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.models.chat_model import ChatModel
 
 
 @app.command()
@@ -104,7 +104,7 @@ def drift(
 
     Exit code 1 if the flag rate is too high for the promise. Prompts are taken for harmless.
     """
-    from latentguard.drift import compare, record_of
+    from latentguard.guard.drift import compare, record_of
 
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     rows = read_prompts(prompts, columns=replace(columns_of(loaded, text_column), label=""))
@@ -120,8 +120,8 @@ def calibrated_long(
     guard: LatentGuard, backend: ChatModel, prompts: list[Prompt], rate: float, confidence: float
 ) -> LatentGuard:
     """The guard with the threshold of its windows set from the long ones of the prompts."""
-    from latentguard.metrics import smallest_n
-    from latentguard.window_fitting import calibrate_windows
+    from latentguard.guard.chunk_calibration import calibrate_windows
+    from latentguard.stats.metrics import smallest_n
 
     long = [p for p in prompts if guard.reads_pieces(p)]
     if not long:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from latentguard.contrast import load_contrast
+from latentguard.data.builtin import load_contrast
 from latentguard.errors import PromptError
 from latentguard.prompts import Columns, Prompt, read_prompts, side
 
 if TYPE_CHECKING:
-    from latentguard.guard import LatentGuard
-    from latentguard.model.hf import ChatModel
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.models.chat_model import ChatModel
     from latentguard.states import Progress
 
 
@@ -25,7 +25,7 @@ def load(source: str, dtype: str = "auto", device_map: str | None = None) -> Cha
     """Load a model, quietly."""
     from transformers.utils import logging as transformers_logging
 
-    from latentguard.model.hf import ChatModel
+    from latentguard.models.chat_model import ChatModel
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -43,8 +43,8 @@ def load_guard(
     device_map: str | None = None,
 ) -> tuple[LatentGuard, ChatModel]:
     """A guard and the model that it is bound to, checked; or bound to the one that it met."""
-    from latentguard.binding import Shift
-    from latentguard.guard import LatentGuard
+    from latentguard.guard.compatibility import Shift
+    from latentguard.guard.latent_guard import LatentGuard
 
     guard = LatentGuard.load(folder)
     backend = load(model or guard.fingerprint.model, guard.fingerprint.dtype, device_map)
@@ -59,9 +59,9 @@ def load_guard(
 
 def keep(guard: LatentGuard, folder: Path, *, report: bool = False) -> None:
     """Save a guard, and the page of its calibration if it is asked for, or one is there."""
-    from latentguard.calibration import Calibration
-    from latentguard.calibration_report import calibration_report
-    from latentguard.report import clear
+    from latentguard.guard.calibration_report import calibration_report
+    from latentguard.guard.thresholds import Calibration
+    from latentguard.report.document import clear
 
     guard.save(folder)
     page = folder / "calibration"
@@ -74,7 +74,7 @@ def keep(guard: LatentGuard, folder: Path, *, report: bool = False) -> None:
 
 def columns_of(guard: LatentGuard, text: str) -> Columns:
     """The columns for a guard: a slice is read if the guard was calibrated by slices."""
-    from latentguard.calibration import Calibration
+    from latentguard.guard.thresholds import Calibration
 
     calibration = guard.part(Calibration)
     return Columns(text=text, slice=(calibration and calibration.column) or "")

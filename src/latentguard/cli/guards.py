@@ -32,7 +32,7 @@ from latentguard.cli.options import (
     Side,
     TextColumn,
 )
-from latentguard.contrast import load_traffic
+from latentguard.data.builtin import load_traffic
 from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns, stream_prompts
 
@@ -49,7 +49,7 @@ def demo(
 
     Uses the built-in contrast set. A second run reuses the guard.
     """
-    from latentguard.demo import run
+    from latentguard.cli.demo.run import run
 
     with progress("demo") as bar:
         folder = run(load(model), guard, out, step=bar.step)
@@ -95,8 +95,8 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
     A large model: --device-map auto, and --quantize int8 or nf4. A guard is of the quantised model
     or of the plain one, never of both; the other verbs quantise as it was fitted.
     """
-    from latentguard.audit import surface_warnings
-    from latentguard.guard import LatentGuard
+    from latentguard.data.surface_audit import surface_warnings
+    from latentguard.guard.latent_guard import LatentGuard
 
     columns = Columns(text=text_column)
     sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
@@ -113,7 +113,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
             progress=bar.advance,
         )
     if long:
-        from latentguard.window_fitting import fit_windows
+        from latentguard.guard.chunk_calibration import fit_windows
 
         with progress("windows") as bar:
             guard = fit_windows(backend, guard, progress=bar.advance)
@@ -156,7 +156,7 @@ def score(  # noqa: PLR0913, PLR0917 (the contract names these options)
             raise typer.BadParameter(reason, param_hint="--device-map, --allow-mismatch")
         _score_corpus(guard, prompts, out, model, text_column, (actors, block_rows))
         return
-    from latentguard.verdicts import line_of, score_to_file
+    from latentguard.guard.score_files import line_of, score_to_file
 
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     columns = replace(columns_of(loaded, text_column), label="")  # labels are not read
@@ -178,7 +178,7 @@ def _score_corpus(
     text_column: str,
     shares: tuple[int | None, int],
 ) -> None:
-    from latentguard.guard import LatentGuard
+    from latentguard.guard.latent_guard import LatentGuard
 
     if out is None:
         raise typer.BadParameter("--engine ray writes a folder; name it", param_hint="--out")
@@ -217,7 +217,7 @@ def audit(
     from rich.console import Console
     from rich.table import Table
 
-    from latentguard.audit import audit as audit_set
+    from latentguard.data.surface_audit import audit as audit_set
 
     known = None if label is None else label is Side.harmful
     prompts = [p for file in files for p in read(file, Columns(text=text_column), known)]
@@ -236,7 +236,7 @@ def audit(
 @app.command()
 def show(guard: GuardFolder) -> None:
     """Print what a guard is, what it promises, and what it is bound to."""
-    from latentguard.guard import LatentGuard
+    from latentguard.guard.latent_guard import LatentGuard
 
     loaded = LatentGuard.load(guard)
     typer.echo(loaded.card)
@@ -247,7 +247,7 @@ def show(guard: GuardFolder) -> None:
 @app.command()
 def models() -> None:
     """List the models that are ready on this disk."""
-    from latentguard.model.sources import cached_models
+    from latentguard.models.sources import cached_models
 
     found = list(cached_models())
     for model in found:

@@ -40,7 +40,7 @@ def add(  # noqa: PLR0913, PLR0917 (the contract names these options)
     --allow-mismatch the guard becomes one of the model that it met: what it then promises was
     measured there.
     """
-    from latentguard import packs
+    from latentguard.guard import packs
 
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     columns = columns_of(loaded, text_column)
@@ -56,8 +56,8 @@ def add(  # noqa: PLR0913, PLR0917 (the contract names these options)
 @packs.command(name="list")
 def show(guard: GuardFolder) -> None:
     """List the packs of a guard: name, examples, cut-off."""
-    from latentguard.categories import Categories
-    from latentguard.guard import LatentGuard
+    from latentguard.guard.categories import Categories
+    from latentguard.guard.latent_guard import LatentGuard
 
     loaded = LatentGuard.load(guard)
     held = loaded.part(Categories)
@@ -81,7 +81,7 @@ def remove(
     device_map: DeviceMap = None,
 ) -> None:
     """Remove a pack, and calibrate anew for the rate that the guard promised."""
-    from latentguard import packs
+    from latentguard.guard import packs
 
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     calm = read_side(harmless, columns_of(loaded, text_column), harmful=False)

@@ -33,7 +33,7 @@ def parity(
     """
     from latentguard.cli.console import load
     from latentguard.errors import GuardError
-    from latentguard.guard import LatentGuard
+    from latentguard.guard.latent_guard import LatentGuard
     from latentguard.integrations.vllm import parity as inside
     from latentguard.integrations.vllm.backend import VllmModel
 

@@ -11,7 +11,7 @@ import typer
 from latentguard.cli.app import app
 from latentguard.cli.console import load_guard, progress, read_side
 from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
-from latentguard.contrast import load_contrast
+from latentguard.data.builtin import load_contrast
 from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns
 
@@ -54,11 +54,11 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
     imitation, homoglyphs, unseen characters, case and spacing, encodings, two requests, wrappers,
     foreign frames, padding, translations, changed weights.
     """
-    from latentguard.stress.run import STORE, Plan, require_known, run
-    from latentguard.stress.suite import BudgetName
-    from latentguard.stress.weights import Trial
+    from latentguard.robustness.run import STORE, Plan, require_known, run
+    from latentguard.robustness.suite import BudgetName
+    from latentguard.robustness.weights import Trial
+    from latentguard.study.cached_model import Subject
     from latentguard.study.store import Store
-    from latentguard.study.subject import Subject
 
     require_known(only or ())
     if bool(harmful) != bool(harmless):

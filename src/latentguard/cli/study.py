@@ -15,7 +15,7 @@ from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns, read_prompts
 
 if TYPE_CHECKING:
-    from latentguard.report import Report
+    from latentguard.report.document import Report
 
 
 class Budget(StrEnum):
@@ -57,7 +57,7 @@ def study(  # noqa: PLR0913, PLR0917 (the contract names these options)
     model held and said is kept there, and the report of the last call replaces the one before. The
     claims, with effect, interval, n and verdict, come first.
     """
-    from latentguard.study.material import read_pools
+    from latentguard.study.prompt_groups import read_pools
     from latentguard.study.run import STORE, prepare, require_known, run
     from latentguard.study.settings import read_settings, read_table
 
@@ -99,7 +99,7 @@ def label(
 
 
 def _draw(report: Report, out: Path) -> None:
-    from latentguard.pictures import draw
+    from latentguard.report.image_files import draw
 
     try:
         draw(report, out)

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from latentguard import __version__
 from latentguard.serve import completions, moderation, page
-from latentguard.serve.faults import BadRequest, Fault, Unavailable
+from latentguard.serve.errors import BadRequest, Fault, Unavailable
 from latentguard.serve.limits import Limits
 from latentguard.serve.service import Service
 from latentguard.serve.upstream import Relay

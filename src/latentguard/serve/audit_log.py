@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.prompts import Prompt
-from latentguard.serve.faults import Unlogged
+from latentguard.serve.errors import Unlogged
 from latentguard.serve.options import Fsync
 
 log = logging.getLogger("latentguard.serve")

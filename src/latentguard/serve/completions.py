@@ -13,16 +13,16 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentguard.errors import GuardError
-from latentguard.model.converse import Sampling
-from latentguard.parts import Decision
+from latentguard.guard.verdict import Decision
+from latentguard.models.conversation import Sampling
 from latentguard.prompts import Prompt
-from latentguard.serve.faults import BadRequest, Fault, Unavailable
-from latentguard.serve.judging import Judgement
-from latentguard.serve.leaving import wanted
+from latentguard.serve.disconnects import wanted
+from latentguard.serve.errors import BadRequest, Fault, Unavailable
+from latentguard.serve.guarded_chat import End, Event, Talk
 from latentguard.serve.messages import ChatMessage, legible, prompt_of, prompts_of
 from latentguard.serve.replies import ChatResponse, Judged, Reply, event_of, note_of, usage_of
+from latentguard.serve.scoring import Judgement
 from latentguard.serve.service import Case, Service
-from latentguard.serve.talk import End, Event, Talk
 from latentguard.serve.upstream import Relay
 
 CHECK = 8

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentguard.calibration import Calibration
-from latentguard.drift import cut, shares, stability
 from latentguard.errors import PromptError
-from latentguard.guard import LatentGuard
+from latentguard.guard.drift import cut, shares, stability
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.thresholds import Calibration
 
 RECENT = 1000
 """Scores that the figure looks back on."""

@@ -11,13 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from latentguard.calibration import Calibration
-from latentguard.guard import LatentGuard
-from latentguard.model.hf import ChatModel
-from latentguard.parts import Verdict
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.thresholds import Calibration
+from latentguard.guard.verdict import Verdict
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.serve.drift import Reference
-from latentguard.serve.judging import judge_all, trace
+from latentguard.serve.scoring import judge_all, trace
 
 FOLDER = resources.files("latentguard.serve") / "page"
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentguard.errors import LatentGuardError
-from latentguard.serve.faults import Unauthorized
+from latentguard.serve.errors import Unauthorized
 
 VARIABLE = "LATENTGUARD_API_KEYS"
 """Environment variable with keys, separated by commas or line ends."""

@@ -14,7 +14,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from latentguard.serve.faults import BadRequest, Fault, SlowClient, TooLarge, place
+from latentguard.serve.errors import BadRequest, Fault, SlowClient, TooLarge, place
 from latentguard.serve.keys import Keys
 from latentguard.serve.options import Options
 

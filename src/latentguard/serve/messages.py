@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from latentguard.prompts import Message, Prompt
-from latentguard.serve.faults import BadRequest
+from latentguard.serve.errors import BadRequest
 
 
 class Part(BaseModel):

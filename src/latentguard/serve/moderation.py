@@ -16,13 +16,13 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import expit
 
-from latentguard.guard import LatentGuard
-from latentguard.hazards import MODERATION, OTHER, moderation_names
-from latentguard.parts import Decision, Evidence
+from latentguard.data.hazards import MODERATION, OTHER, moderation_names
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.verdict import Decision, Evidence
 from latentguard.prompts import Prompt
-from latentguard.serve.faults import BadRequest
-from latentguard.serve.judging import Judgement, trace
+from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage, Part, only_text, prompts_of
+from latentguard.serve.scoring import Judgement, trace
 from latentguard.serve.service import Case, Service
 
 Text = Annotated[str, Field(min_length=1)]

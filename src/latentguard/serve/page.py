@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from latentguard.prompts import Prompt
 from latentguard.serve.export import FOLDER, describe, point_of
-from latentguard.serve.judging import judge_all
+from latentguard.serve.scoring import judge_all
 from latentguard.serve.service import Service
 from latentguard.serve.upstream import Relay
 

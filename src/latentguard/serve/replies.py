@@ -10,8 +10,8 @@ from typing import Any, Literal
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from latentguard.serve.faults import Fault
-from latentguard.serve.judging import Judgement
+from latentguard.serve.errors import Fault
+from latentguard.serve.scoring import Judgement
 from latentguard.serve.service import Case
 
 Judged = Judgement | Fault

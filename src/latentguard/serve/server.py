@@ -19,10 +19,10 @@ from latentguard.errors import LatentGuardError
 from latentguard.serve.app import build
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.drift import Reference
+from latentguard.serve.engine import Opener, Scorer
 from latentguard.serve.keys import Keys
 from latentguard.serve.limits import CautiousProtocol
 from latentguard.serve.options import Options
-from latentguard.serve.scorer import Opener, Scorer
 from latentguard.serve.service import Service
 from latentguard.serve.telemetry import Telemetry
 

@@ -13,13 +13,13 @@ from starlette.requests import Request
 
 from latentguard.prompts import Prompt
 from latentguard.serve.audit_log import AuditLog
+from latentguard.serve.disconnects import wanted
 from latentguard.serve.drift import Reference
-from latentguard.serve.faults import Fault, Left, Unavailable
-from latentguard.serve.judging import Judgement
+from latentguard.serve.engine import Scorer
+from latentguard.serve.errors import Fault, Left, Unavailable
 from latentguard.serve.keys import Keys
-from latentguard.serve.leaving import wanted
 from latentguard.serve.options import Options
-from latentguard.serve.scorer import Scorer
+from latentguard.serve.scoring import Judgement
 from latentguard.serve.telemetry import Telemetry
 
 Action = Literal[

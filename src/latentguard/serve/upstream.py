@@ -11,8 +11,8 @@ import httpx
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from latentguard.serve.faults import BadRequest, Upstream
-from latentguard.serve.leaving import wanted
+from latentguard.serve.disconnects import wanted
+from latentguard.serve.errors import BadRequest, Upstream
 from latentguard.serve.options import Options
 from latentguard.serve.replies import event_of
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from latentguard.prompts import Prompt
-from latentguard.study.material import Material, spread
+from latentguard.study.prompt_groups import Material, spread
 
 SLOT = "{instruction}"
 

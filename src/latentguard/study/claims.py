@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Literal
 
-from latentguard.metrics import Estimate
-from latentguard.report import Cell, Section, Table
+from latentguard.report.document import Cell, Section, Table
+from latentguard.stats.metrics import Estimate
 
 Verdict = Literal["replicated", "not replicated", "cannot tell"]
 

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from latentguard.axes import Axis
+from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Intervention, Tokens
-from latentguard.study.material import Material, kept
-from latentguard.study.subject import Subject
+from latentguard.study.cached_model import Subject
+from latentguard.study.prompt_groups import Material, kept
 
 Which = Literal["harmful", "refuse"]
 """Names of the two axes."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from latentguard.metrics import Estimate
-from latentguard.report import Cell, Section
+from latentguard.report.document import Cell, Section
+from latentguard.stats.metrics import Estimate
 
 CELLS = ("value", "low", "high", "n")
 """Column heads of ``cells``."""

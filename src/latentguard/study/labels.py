@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.prompts import Prompt
-from latentguard.report import write_text
+from latentguard.report.document import write_text
 from latentguard.states import Progress, Speaker
+from latentguard.study.cached_model import Subject
 from latentguard.study.judge import Outcome, refused
 from latentguard.study.store import Store
-from latentguard.study.subject import Subject
 
 
 def write_labels(

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latentguard.audit import ngram_scores
-from latentguard.axes import Axis
+from latentguard.data.surface_audit import ngram_scores
 from latentguard.errors import GuardError
-from latentguard.metrics import Estimate
-from latentguard.readouts import Readout, centroid
+from latentguard.probes.axis import Axis
+from latentguard.probes.probe import Readout, centroid
 from latentguard.states import States
+from latentguard.stats.metrics import Estimate
 from latentguard.study.directions import random_like
 
 Scores = NDArray[np.float64]

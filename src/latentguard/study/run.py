@@ -4,44 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from latentguard.errors import LatentGuardError, ModelError, StudyError
-from latentguard.experiments import labelling
-from latentguard.model.gcg import SuffixSearch
-from latentguard.model.hf import ChatModel
-from latentguard.model.lora import Finetuning
-from latentguard.model.unsafe import LazyGuard
-from latentguard.report import Figure, Report, Section, Table
+from latentguard.models.chat_model import ChatModel
+from latentguard.models.gcg import SuffixSearch
+from latentguard.models.guard_models import LazyGuard
+from latentguard.models.lora import Finetuning
+from latentguard.report.document import Figure, Report, Section, Table
 from latentguard.states import digest_prompts
+from latentguard.study import labelling
+from latentguard.study.cached_model import Step, Subject, Tools
 from latentguard.study.claims import claims_section
 from latentguard.study.directions import refusals_suffice
+from latentguard.study.figures import (
+    confound,
+    figure_02_clusters,
+    figure_03_beliefs,
+    figure_04_steering,
+    figure_05_inversion,
+    figure_06_jailbreaks,
+    figure_07_finetuning,
+    figure_09_categories,
+    figure_13_positions,
+    table_01_template,
+    table_03_guards,
+)
 from latentguard.study.finding import Finding
 from latentguard.study.judge_model import KEY, EndpointJudge
-from latentguard.study.material import Material, Pools
+from latentguard.study.prompt_groups import Material, Pools
 from latentguard.study.settings import Settings
 from latentguard.study.store import Store
-from latentguard.study.subject import Step, Subject, Tools
 
 T = TypeVar("T")
 
-EXPERIMENTS = (
-    "template",
-    "clusters",
-    "positions",
-    "beliefs",
-    "steering",
-    "inversion",
-    "categories",
-    "jailbreaks",
-    "guards",
-    "finetuning",
-    "confound",
-)
-"""In the paper's order; each is a module of ``experiments``."""
+EXPERIMENTS: Mapping[str, Any] = {
+    "template": table_01_template,
+    "clusters": figure_02_clusters,
+    "positions": figure_13_positions,
+    "beliefs": figure_03_beliefs,
+    "steering": figure_04_steering,
+    "inversion": figure_05_inversion,
+    "categories": figure_09_categories,
+    "jailbreaks": figure_06_jailbreaks,
+    "guards": table_03_guards,
+    "finetuning": figure_07_finetuning,
+    "confound": confound,
+}
+"""Each experiment's module, in the order in which they run."""
 
 STORE = "store.sqlite"
 """Under the report's folder: what the model held and said, texts included. Not for publishing."""
@@ -91,7 +103,7 @@ def prepare(
     """
     kept = Store(store)
     tools = Tools(
-        finetune=_at_hand(lambda: Finetuning(model, settings)),
+        finetune=_at_hand(lambda: Finetuning(model, settings.finetuning)),
         suffix=_at_hand(lambda: SuffixSearch(model)) if settings.suffixes else None,
         guards={name: LazyGuard(name) for name in baselines or ()},
     )
@@ -160,7 +172,7 @@ def require_known(only: Collection[str]) -> None:
 
 def _experiment(name: str, study: Study, material: Material) -> Finding:
     """One experiment; what it cannot do on this model is a finding too."""
-    module: Any = import_module(f"latentguard.experiments.{name}")
+    module = EXPERIMENTS[name]
     try:
         records = module.collect(study.subject, material, study.settings)
         finding: Finding = module.analyse(records, study.settings)

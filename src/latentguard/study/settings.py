@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentguard.errors import LatentGuardError
+from latentguard.models.lora import FinetuneConfig
 
 Budget = Literal["paper", "small"]
 
@@ -114,6 +115,17 @@ class Settings:
 
     finetune_steered: int = 50
     """Harmless prompts that are steered after it (Figure 18)."""
+
+    @property
+    def finetuning(self) -> FinetuneConfig:
+        """How the fine-tuning attack trains."""
+        return FinetuneConfig(
+            rank=self.finetune_rank,
+            learning_rate=self.finetune_rate,
+            epochs=self.finetune_epochs,
+            batch_size=self.finetune_batch,
+            opening_tokens=self.finetune_opening,
+        )
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The layers that are steered: 0 to L - 1, by ``layer_step``."""

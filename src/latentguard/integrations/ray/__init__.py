@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from latentguard.axes import Axis, Centroid
-from latentguard.corpora import cut, find_files, here
 from latentguard.errors import PromptError
-from latentguard.fitting import Poles, axes_of, merge_poles
-from latentguard.guard import LatentGuard
+from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.ray.actors import Folder, Scorer
+from latentguard.integrations.ray.corpora import cut, find_files, here
 from latentguard.integrations.ray.rounds import EACH_DEVICE, Workers, each, start, surveyed
+from latentguard.integrations.ray.shards import SUCCESS, Summary, finished, write_success
+from latentguard.probes.axis import Axis, Centroid
+from latentguard.probes.fitting import Poles, axes_of, merge_poles
 from latentguard.prompts import Columns
-from latentguard.shards import SUCCESS, Summary, finished, write_success
 from latentguard.states import Progress
 
 __all__ = ["Workers", "fit_axes", "score_corpus"]

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentguard import corpora, shards
-from latentguard.axes import Centroid
-from latentguard.corpora import Block, Row
 from latentguard.errors import GuardError, LatentGuardError, PromptError, TemplateError
-from latentguard.fitting import AXES, Poles, fold_axes, merge_poles
-from latentguard.guard import LatentGuard
-from latentguard.model.hf import WINDOW, ChatModel
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.integrations.ray import corpora, shards
+from latentguard.integrations.ray.corpora import Block, Row
+from latentguard.models.chat_model import WINDOW, ChatModel
+from latentguard.probes.axis import Centroid
+from latentguard.probes.fitting import AXES, Poles, fold_axes, merge_poles
 from latentguard.prompts import Columns, Prompt
 
 

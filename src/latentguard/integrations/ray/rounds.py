@@ -13,8 +13,8 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from latentguard.corpora import Block, SourceFile, survey
 from latentguard.errors import LatentGuardError
+from latentguard.integrations.ray.corpora import Block, SourceFile, survey
 
 BLOCK_ROWS = 8192
 """A multiple of the window of ``ChatModel.capture``: blocks are batched as one process does."""

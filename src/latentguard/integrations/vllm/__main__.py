@@ -10,15 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentguard.calibration import Calibration
 from latentguard.errors import GuardError, LatentGuardError
-from latentguard.guard import LatentGuard
-from latentguard.integrations.vllm.asking import readable
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.thresholds import Calibration
 from latentguard.integrations.vllm.backend import TRANSFER
 from latentguard.integrations.vllm.columns import Columns
 from latentguard.integrations.vllm.middleware import POLICY, REFUSAL, SLICE
 from latentguard.integrations.vllm.plugin import VARIABLE
-from latentguard.model.sources import resolve
+from latentguard.integrations.vllm.protocol import readable
+from latentguard.models.sources import resolve
 from latentguard.serve.options import Options
 
 MIDDLEWARE = "latentguard.integrations.vllm.middleware.GuardMiddleware"

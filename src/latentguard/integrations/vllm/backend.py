@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import GuardError, ModelError
-from latentguard.guard import LatentGuard
-from latentguard.integrations.vllm.asking import ask_about, readable, rows_of, verdict_of
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.columns import Columns
 from latentguard.integrations.vllm.mailbox import Mailbox
 from latentguard.integrations.vllm.plugin import VARIABLE
+from latentguard.integrations.vllm.protocol import ask_about, readable, rows_of, verdict_of
 from latentguard.integrations.vllm.refusals import CONNECTOR
-from latentguard.model.chat import ChatTokenizer
-from latentguard.model.sources import resolve
-from latentguard.parts import Verdict
+from latentguard.models.chat import ChatTokenizer
+from latentguard.models.sources import resolve
 from latentguard.prompts import Prompt
 from latentguard.states import Fingerprint, States
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latentguard.errors import GuardError
-from latentguard.packing import Contents
-from latentguard.readings import MEANS
+from latentguard.guard.spec import Contents
+from latentguard.states import MEAN_POSITIONS
 
 SMALLEST = 1e-12
 """The least norm that is divided by, as in ``normalize``."""
@@ -48,7 +48,7 @@ class Columns:
             GuardError: if it reads a changed text (``sealed``): the engine computes another; or the
                 cosines of a mean, which are no mean of cosines.
         """
-        if guard.readout.kind == "centroid" and set(MEANS) & set(guard.reading.positions):
+        if guard.readout.kind == "centroid" and set(MEAN_POSITIONS) & set(guard.reading.positions):
             raise GuardError(
                 "A centroid readout of a mean over tokens cannot be put together from what each "
                 "token adds; fit a linear one, or with --reading span."

@@ -9,18 +9,18 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentguard.canaries import TOLERANCE
-from latentguard.disguises import Beneath, Disguises, beneath, told, worse
 from latentguard.errors import GuardError, ModelMismatch, PromptError, TemplateError
-from latentguard.guard import LatentGuard
-from latentguard.integrations.vllm.asking import Ask, ask_about, readable, rows_of, verdict_of
+from latentguard.guard.canaries import TOLERANCE
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.obfuscations import Beneath, Disguises, beneath, told, worse
+from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.columns import Columns
 from latentguard.integrations.vllm.mailbox import Mailbox
-from latentguard.model.chat import ChatTokenizer
-from latentguard.model.layout import Layout
-from latentguard.parts import Verdict
+from latentguard.integrations.vllm.protocol import Ask, ask_about, readable, rows_of, verdict_of
+from latentguard.models.chat import ChatTokenizer
+from latentguard.models.layout import Layout
 from latentguard.prompts import Prompt
-from latentguard.serve.faults import BadRequest
+from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage, prompt_of
 
 Values = tuple[float, ...] | None

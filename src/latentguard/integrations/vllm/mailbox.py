@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from latentguard.integrations.vllm.asking import Answer, Ask
+from latentguard.integrations.vllm.protocol import Answer, Ask
 
 log = logging.getLogger("latentguard.vllm")
 

@@ -16,17 +16,17 @@ from fastapi.datastructures import Headers
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from latentguard.errors import GuardError, LatentGuardError
-from latentguard.guard import LatentGuard
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.gate import Gate, Question
+from latentguard.integrations.vllm.held_reply import Message, Receive, Relay, Send
 from latentguard.integrations.vllm.plugin import VARIABLE
-from latentguard.integrations.vllm.relay import Message, Receive, Relay, Send
-from latentguard.parts import Verdict
-from latentguard.serve.faults import BadRequest, Fault, Left, TooLarge, Unavailable, place
-from latentguard.serve.judging import limit_of
+from latentguard.serve.disconnects import stopped
+from latentguard.serve.errors import BadRequest, Fault, Left, TooLarge, Unavailable, place
 from latentguard.serve.keys import Keys
-from latentguard.serve.leaving import stopped
 from latentguard.serve.options import Options
 from latentguard.serve.replies import Reply, usage_of
+from latentguard.serve.scoring import limit_of
 
 log = logging.getLogger("latentguard.vllm")
 

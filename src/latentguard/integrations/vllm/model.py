@@ -14,14 +14,14 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
 from latentguard.errors import ModelError
-from latentguard.guard import LatentGuard
+from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.vllm import refusals
-from latentguard.integrations.vllm.asking import readable
 from latentguard.integrations.vllm.columns import Columns
 from latentguard.integrations.vllm.plugin import VARIABLE
+from latentguard.integrations.vllm.protocol import readable
 from latentguard.integrations.vllm.slots import SlotScores
-from latentguard.model.chat import ChatTokenizer
-from latentguard.model.fingerprint import Weights
+from latentguard.models.chat import ChatTokenizer
+from latentguard.models.weights_digest import Weights
 from latentguard.states import Fingerprint
 
 models: list[Guarded] = []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from latentguard.contrast import load_contrast
-from latentguard.guard import LatentGuard
+from latentguard.data.builtin import load_contrast
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.backend import VllmModel
-from latentguard.parts import Verdict
 from latentguard.prompts import Prompt
-from latentguard.report import Table
+from latentguard.report.document import Table
 
 CHUNK = 128
 """Tokens of one step of the engine; a long prompt takes several."""

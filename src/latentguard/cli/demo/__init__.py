@@ -1,0 +1,1 @@
+"""``latentguard demo``: the whole job on a real model, ending in a report."""

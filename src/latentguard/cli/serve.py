@@ -1,0 +1,227 @@
+"""The verb ``serve``; what is heavy is imported inside."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.serve.audit_log import AuditLog
+    from latentguard.serve.engine import Opener
+
+log = logging.getLogger("latentguard.serve")
+
+MISSING = "latentguard serve needs the extra 'serve': pip install 'latentguard[serve]'"
+
+
+def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
+    guard: Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8400,
+    upstream: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible URL that answers chats, as http://h/v1.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="Of flagged chats: block, annotate or shadow.")
+    ] = "block",
+    on_review: Annotated[
+        str,
+        typer.Option(
+            help="Of chats in the band to review: pass (answered, only logged), annotate (answered "
+            "with their decision) or block."
+        ),
+    ] = "annotate",
+    on_error: Annotated[
+        str, typer.Option(help="Of chats without a verdict: block or allow.")
+    ] = "block",
+    refusal: Annotated[str, typer.Option(help="What a blocked chat is answered with.")] = (
+        "I can't help with that."
+    ),
+    slice_header: Annotated[
+        str | None,
+        typer.Option(
+            help="Request header with the slice of the traffic, for a guard calibrated by slices. "
+            "Have your gateway set it: who sets it picks the threshold."
+        ),
+    ] = None,
+    audit: Annotated[Path | None, typer.Option(help="Audit log, JSON Lines.")] = None,
+    audit_fsync: Annotated[str, typer.Option(help="never, interval or always.")] = "interval",
+    audit_texts: Annotated[bool, typer.Option(help="Write prompts into the audit log.")] = False,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of keys; or the variable LATENTGUARD_API_KEYS.")
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Verdicts to compare scores with, by 'latentguard score --out'; default: the "
+            "scores that calibrated the guard."
+        ),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait.")] = 256,
+    wait_ms: Annotated[float, typer.Option(min=0, help="A batch waits so long for more.")] = 3.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 4096,
+    max_reply: Annotated[int, typer.Option(min=1, help="Tokens of the longest reply.")] = 1024,
+    deadline: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a verdict may take.")
+    ] = 30.0,
+    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+    allow_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mismatch", help="Go on with another model; logs how far scores move."
+        ),
+    ] = False,
+    device_map: Annotated[
+        str | None, typer.Option(help="'auto' spreads a large model over GPUs, then memory.")
+    ] = None,
+) -> None:
+    """Serve GUARD: OpenAI's /v1/moderations and /v1/chat/completions, and a page at /.
+
+    Chats are answered by the guard's own model, or by --upstream. The upstream's key is read from
+    LATENTGUARD_UPSTREAM_KEY. A band to review is there if the guard was calibrated with
+    --review-fpr.
+    """
+    from latentguard.errors import LatentGuardError
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.serve.options import Options
+
+    try:
+        from latentguard.serve import server
+    except ModuleNotFoundError as error:
+        raise LatentGuardError(f"{MISSING} ({error.name} is not there).") from None
+    from latentguard.serve.drift import Reference
+    from latentguard.serve.keys import VARIABLE, read_keys
+
+    _require(policy, ("block", "annotate", "shadow"), "--policy")
+    _require_review(on_review, policy)
+    _require(on_error, ("block", "allow"), "--on-error")
+    _require_url(upstream)
+    loaded = LatentGuard.load(guard)  # so that a wrong folder is said at once
+    _require_slices(loaded, slice_header)
+    options = Options(
+        policy=policy,  # type: ignore[arg-type]
+        on_review=on_review,  # type: ignore[arg-type]
+        on_error=on_error,  # type: ignore[arg-type]
+        refusal=refusal,
+        slice_header=slice_header,
+        name=Path(loaded.fingerprint.model).name or "latentguard",
+        upstream=upstream,
+        upstream_key=os.environ.get("LATENTGUARD_UPSTREAM_KEY"),
+        wait=wait_ms / 1000,
+        queue=queue,
+        max_tokens=max_tokens,
+        max_reply=max_reply,
+        deadline=deadline,
+    )
+    keys = read_keys(api_keys, os.environ.get(VARIABLE))
+    if not keys and host not in ("127.0.0.1", "::1", "localhost"):
+        typer.echo(f"Warning: no API keys, and {host} can be reached from elsewhere.", err=True)
+    made = server.make(
+        _opener(loaded, model, device_map=device_map, allow_mismatch=allow_mismatch),
+        options,
+        keys=keys,
+        audit=_audit(audit, audit_fsync, audit_texts),
+        reference=Reference.of(loaded, reference),
+        host=host,
+        port=port,
+    )
+    port = made.listen().getsockname()[1]
+    typer.echo(f"Serving {guard} on http://{host}:{port} (see /readyz)", err=True)
+    server.leave(server.run(made))
+
+
+def page(
+    guard: Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")],
+    prompts: Annotated[str, typer.Argument(help="File, '-', or Hub data set.")],
+    out: Annotated[Path, typer.Option(help="HTML file.")] = Path("page.html"),
+    reference: Annotated[
+        Path | None, typer.Option(help="Verdicts of known prompts, by 'latentguard score --out'.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+) -> None:
+    """Write the service's page as one file, for a saved set of prompts; it needs no service."""
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.prompts import read_prompts
+    from latentguard.report.document import write_text
+    from latentguard.serve.drift import Reference
+    from latentguard.serve.export import static_page
+
+    asked, known = read_prompts(prompts), Reference.read(reference)
+    loaded, backend = _opener(LatentGuard.load(guard), model)()
+    write_text(out, static_page(loaded, backend, asked, known))
+    typer.echo(out)
+
+
+def _opener(
+    guard: LatentGuard,
+    model: str | None,
+    *,
+    device_map: str | None = None,
+    allow_mismatch: bool = False,
+) -> Opener:
+    """What loads the guard's model, on the scoring thread, and checks that it is the guard's own.
+
+    Allowed another model, the guard is bound to it: its canaries score from then on as they do now.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from latentguard.guard.compatibility import Shift
+    from latentguard.models.chat_model import ChatModel
+
+    source = model or guard.fingerprint.model
+    placing = {"device_map": device_map} if device_map else {}
+
+    def opener() -> tuple[LatentGuard, ChatModel]:
+        transformers_logging.disable_progress_bar()
+        backend = ChatModel.load(source, dtype=guard.fingerprint.dtype, **placing)
+        if not allow_mismatch:
+            guard.check(backend)
+            return guard, backend
+        met = guard.admit(backend)
+        if met is not guard:
+            log.warning("%s", Shift.between(guard, met))
+        return met, backend
+
+    return opener
+
+
+def _audit(path: Path | None, fsync: str, texts: bool) -> AuditLog | None:
+    from latentguard.serve.audit_log import AuditLog
+
+    _require(fsync, ("never", "interval", "always"), "--audit-fsync")
+    if path is None:
+        return None
+    return AuditLog(path, fsync=fsync, texts=texts)  # type: ignore[arg-type]
+
+
+def _require(word: str, known: tuple[str, ...], option: str) -> None:
+    if word not in known:
+        raise typer.BadParameter(f"expected {', '.join(known)}; found '{word}'", param_hint=option)
+
+
+def _require_review(on_review: str, policy: str) -> None:
+    _require(on_review, ("pass", "annotate", "block"), "--on-review")
+    if on_review == "block" and policy != "block":
+        reason = f"block needs --policy block; --policy {policy} answers even flagged chats"
+        raise typer.BadParameter(reason, param_hint="--on-review")
+
+
+def _require_slices(guard: LatentGuard, header: str | None) -> None:
+    from latentguard.guard.thresholds import Calibration
+
+    known = guard.part(Calibration)
+    if header is not None and not (known and known.slices):
+        reason = "this guard has no slices; calibrate it with --slice-column"
+        raise typer.BadParameter(reason, param_hint="--slice-header")
+
+
+def _require_url(upstream: str | None) -> None:
+    if upstream is not None and not upstream.startswith(("http://", "https://")):
+        raise typer.BadParameter(
+            f"expected a URL as http://host:8000/v1; found '{upstream}'", param_hint="--upstream"
+        )

@@ -1,0 +1,1 @@
+"""The built-in prompts, and what their surface form gives away."""

@@ -1,0 +1,1 @@
+"""Latent Guard: what it holds, how it decides, how it is calibrated and saved."""

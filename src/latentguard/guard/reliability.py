@@ -1,0 +1,192 @@
+"""How well probabilities fit what was the case, on prompts that the maps did not see.
+
+Both classes weigh the same, whatever their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from latentguard.report.document import Table
+from latentguard.stats.metrics import Estimate, estimate
+
+Labels = NDArray[np.bool_]
+Scores = NDArray[np.float64]
+Method = Literal["platt", "isotonic"]
+
+BINS, DRAWS = 10, 200
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Prompts of like probability."""
+
+    predicted: float
+    """Their mean probability, both classes weighing the same."""
+
+    observed: float
+    """The share of harmful ones, both classes weighing the same."""
+
+    low: float
+    """Of its 95 % Wilson interval."""
+
+    high: float
+    """Of its 95 % Wilson interval."""
+
+    n: int
+    """How many."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How well probabilities fit, on prompts that the maps did not see."""
+
+    method: Method
+    """The map that was taken."""
+
+    n: tuple[int, int]
+    """Harmful and harmless prompts."""
+
+    log_loss: dict[str, float]
+    """Of ``fitted`` (the guard's own map before), ``platt`` and ``isotonic``; in nats."""
+
+    brier: dict[str, float]
+    """Of the same."""
+
+    before: Estimate
+    """Expected calibration error of the map before."""
+
+    after: Estimate
+    """Expected calibration error of the map that was taken."""
+
+    floor: float
+    """What a perfect map would show with so many prompts: binning never gives 0."""
+
+    bins: tuple[Bin, ...]
+    """From low to high probability."""
+
+    def tables(self) -> list[Table]:
+        """How both maps fit, and the reliability by bin."""
+        fit = Table(
+            "Probabilities",
+            ("map", "log loss", "Brier score"),
+            tuple((name, loss, self.brier[name]) for name, loss in self.log_loss.items()),
+            f"Held-out, both classes weighing the same, {self.n[0]} harmful and {self.n[1]} "
+            f"harmless prompts; taken: {self.method}. Expected calibration error {self.after} "
+            f"(before: {self.before}; a perfect map would show {self.floor:.3f}).",
+        )
+        rows = tuple(
+            (b.predicted, f"{b.observed:.3f} [{b.low:.3f}, {b.high:.3f}]", b.n) for b in self.bins
+        )
+        note = "Cross-fitted; the share has its 95 % Wilson interval."
+        return [fit, Table("Reliability", ("predicted", "harmful", "n"), rows, note)]
+
+    @staticmethod
+    def of(labels: Labels, chances: Mapping[str, Scores], method: Method) -> Reliability:
+        """From held-out labels [n] and the probabilities [n] of each map."""
+        taken = chances[method]
+        return Reliability(
+            method=method,
+            n=(int(labels.sum()), int((~labels).sum())),
+            log_loss={name: log_loss(labels, found) for name, found in chances.items()},
+            brier={name: brier(labels, found) for name, found in chances.items()},
+            before=error_of(labels, chances["fitted"]),
+            after=error_of(labels, taken),
+            floor=float(by_chance(labels, taken).mean()),
+            bins=bins(labels, taken),
+        )
+
+    @staticmethod
+    def unpack(record: Mapping[str, Any]) -> Reliability:
+        """Read what ``dataclasses.asdict`` and JSON made of it.
+
+        Raises:
+            LookupError, TypeError: if it is damaged.
+        """
+        found = dict(record)
+        found |= {key: Estimate.unpack(record[key]) for key in ("before", "after")}
+        bins = tuple(Bin(**one) for one in record["bins"])
+        return Reliability(**found | dict(bins=bins, n=tuple(record["n"])))
+
+
+def log_loss(labels: Labels, chances: Scores) -> float:
+    """Mean surprise in nats, both classes weighing the same."""
+    told = np.clip(np.where(labels, chances, 1 - chances), 1e-6, 1)
+    return float(-(weights_of(labels) * np.log(told)).sum())
+
+
+def brier(labels: Labels, chances: Scores) -> float:
+    """Mean squared distance from what was the case, both classes weighing the same."""
+    return float((weights_of(labels) * (chances - labels) ** 2).sum())
+
+
+def expected_error(labels: Labels, chances: Scores) -> float:
+    """Expected calibration error over up to ten bins of equal size: sum_b |weight (y - p)|."""
+    gaps = weights_of(labels) * (labels - chances)
+    return float(np.abs(np.bincount(_binned(chances), weights=gaps)).sum())
+
+
+def error_of(labels: Labels, chances: Scores) -> Estimate:
+    """The error with a 95 % interval.
+
+    Binning makes the error too large, and resampling makes it larger still: the high end is the
+    bootstrap's, the low end is reflected at the error, or 0 where a perfect map may well show as
+    much (its 95 % quantile).
+    """
+    found = estimate(expected_error, labels, chances)
+    perfect = found.value <= np.quantile(by_chance(labels, chances), 0.95)
+    low = 0.0 if perfect else max(0.0, 2 * found.value - found.high)
+    return Estimate(found.value, low, max(found.high, found.value), found.n)
+
+
+def by_chance(labels: Labels, chances: Scores) -> Scores:
+    """Errors of labels that are drawn with just these probabilities (seed 0), [draws]."""
+    harmful, n = int(labels.sum()), len(labels)
+    sure = np.clip(chances, 1e-9, 1 - 1e-9)
+    odds = sure / (1 - sure) * harmful / (n - harmful)  # in the sample, not balanced
+    rng = np.random.default_rng(0)
+    weights = np.array([0.5 / (n - harmful), 0.5 / harmful])
+    where, errors = _binned(chances), []
+    for _ in range(DRAWS):
+        drawn = rng.random(n) < odds / (1 + odds)
+        gaps = weights[drawn.astype(int)] * (drawn - chances)
+        errors.append(np.abs(np.bincount(where, weights=gaps)).sum())
+    return np.array(errors)
+
+
+def bins(labels: Labels, chances: Scores) -> tuple[Bin, ...]:
+    """Up to ten bins of equal size; equal probabilities share a bin."""
+    weights, where = weights_of(labels), _binned(chances)
+    ratio = float((~labels).sum() / labels.sum())
+    rows = [np.flatnonzero(where == b) for b in np.unique(where)]
+    means = [float(np.average(chances[r], weights=weights[r])) for r in rows]
+    return tuple(_bin(labels[r], mean, ratio) for r, mean in zip(rows, means, strict=True))
+
+
+def _bin(labels: Labels, mean: float, ratio: float) -> Bin:
+    """Shares of the sample become those of equally frequent classes: the odds times a ratio."""
+
+    def balanced(share: float) -> float:
+        return ratio * share / (ratio * share + 1 - share)
+
+    count, n = int(labels.sum()), len(labels)
+    ends = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    return Bin(mean, balanced(count / n), balanced(float(ends.low)), balanced(float(ends.high)), n)
+
+
+def _binned(chances: Scores) -> NDArray[np.intp]:
+    """The bin of each row."""
+    count = max(2, min(BINS, len(chances) // 20))
+    edges = np.unique(np.quantile(chances, np.arange(1, count) / count).tolist())
+    return np.asarray(np.searchsorted(edges, chances, side="right"))
+
+
+def weights_of(labels: Labels) -> Scores:
+    """Weights that add up to 1, one half for each class."""
+    return np.asarray(np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum()))

@@ -1,0 +1,129 @@
+"""Verdicts as JSON Lines: in input order, resumable, never a torn line."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+from latentguard.errors import PromptError
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.verdict import Verdict
+from latentguard.prompts import Prompt
+from latentguard.report.document import write_text
+from latentguard.states import Backend, Progress, digest_prompts
+
+
+def line_of(verdict: Verdict) -> str:
+    """One JSON object with every field of the verdict."""
+    return json.dumps(asdict(verdict))
+
+
+def score_to_file(
+    guard: LatentGuard,
+    backend: Backend,
+    prompts: Iterable[Prompt],
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+) -> int:
+    """Score prompts into ``out``; goes on where a killed run of the same guard stopped.
+
+    Lines go to ``OUT.partial``, which is renamed when the last is written; ``OUT.partial.guard``
+    holds the digests of the guard and of every prompt that was asked, never its text.
+
+    Returns:
+        How many prompts an earlier run had scored already.
+
+    Raises:
+        PromptError: if the prompts are not those that the earlier run scored, ``out`` is a folder,
+            or another run is writing it.
+    """
+    if Path(out).is_dir():
+        raise PromptError(f"--out should name a file for the verdicts; {out} is a folder.")
+    partial, notes = Path(f"{out}.partial"), Path(f"{out}.partial.guard")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(Path(f"{out}.partial.lock")):
+        return _scored(guard, backend, prompts, (partial, notes, Path(out)), progress)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Two runs that write one file would tear each other's lines."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PromptError(
+                f"Another run is writing {lock.name.removesuffix('.partial.lock')}; wait for it, "
+                "or name another file with --out."
+            ) from None
+        except OSError:
+            pass  # a file system that knows no locks: nothing tells whether another run is there
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _scored(
+    guard: LatentGuard,
+    backend: Backend,
+    prompts: Iterable[Prompt],
+    files: tuple[Path, Path, Path],
+    progress: Progress | None,
+) -> int:
+    """Go on in the partial file and its notes; how many verdicts were there."""
+    partial, notes, out = files
+    if not partial.exists() or _whole_lines(notes)[:1] != [guard.digest]:
+        partial.unlink(missing_ok=True)
+        write_text(notes, f"{guard.digest}\n")
+    done = len(_whole_lines(partial))
+    asked, rest = _whole_lines(notes)[: done + 1], iter(prompts)
+    if [_mark(prompt) for prompt in islice(rest, done)] != asked[1:]:
+        raise PromptError(
+            f"{out}.partial was written for other prompts than these; remove it to start anew."
+        )
+    write_text(notes, "".join(f"{line}\n" for line in asked))
+    if done and progress is not None:
+        progress(done)
+    with partial.open("a", encoding="utf-8") as lines, notes.open("a", encoding="utf-8") as marks:
+        for verdict in guard.scan(backend, _noted(rest, marks), progress=progress):
+            _write_line(lines, line_of(verdict))
+    partial.replace(out)
+    notes.unlink()
+    return done
+
+
+def _noted(prompts: Iterator[Prompt], marks: TextIO) -> Iterator[Prompt]:
+    """Note each prompt before it is scored, so that no line is ever without its note."""
+    for prompt in prompts:
+        _write_line(marks, _mark(prompt))
+        yield prompt
+
+
+def _mark(prompt: Prompt) -> str:
+    """What tells a prompt from another, on one line."""
+    return json.dumps([prompt.id, digest_prompts([prompt]), prompt.slice])
+
+
+def _write_line(file: TextIO, line: str) -> None:
+    file.write(f"{line}\n")
+    file.flush()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines that were written whole; a torn last line is cut off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return whole.decode().splitlines()

@@ -1,0 +1,288 @@
+"""ChatModel: a Hugging Face chat model that captures states (implements Backend)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentguard.errors import ModelError, PromptError
+from latentguard.models.chat import ChatTokenizer
+from latentguard.models.generate import sweep
+from latentguard.models.hooks import decoder_blocks, read_positions
+from latentguard.models.layout import Row, alike, too_long
+from latentguard.models.loading import from_pretrained, is_split, most_tokens, scaled_beyond
+from latentguard.models.prefill import remembers_tokens
+from latentguard.models.weights_digest import reading_device, weights_digest
+from latentguard.prompts import Prompt, Reply
+from latentguard.states import Fingerprint, Intervention, Progress, States
+
+WINDOW = 256
+"""Prompts that are sorted by length together; bounds memory, whatever their number."""
+
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
+"""Padded tokens in one forward pass."""
+
+PREFIX_UP_TO = 1024
+"""Tokens of a prompt beyond which the mask that a cache needs costs more than the cache saves."""
+
+
+@dataclass
+class _Prefix:
+    """Keys and values of the tokens with which every prompt begins."""
+
+    ids: tuple[int, ...]
+    cache: Any
+    last_layer: int
+
+
+class ChatModel:
+    """A chat model on transformers."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, source: str = "", quantized: str = ""
+    ) -> None:
+        """Wrap a loaded model; ``ChatModel.load`` is the usual way.
+
+        Raises:
+            ModelError: if the decoder blocks cannot be found.
+            TemplateError: if the tokenizer has no usable chat template.
+        """
+        self.model: Any = model.eval()  # not nn.Module: it types each attribute as a tensor
+        self.tokenizer = tokenizer
+        self.chat = ChatTokenizer(tokenizer, most=most_tokens(model))
+        self.source = source
+        self.quantized = quantized
+        self.blocks = decoder_blocks(model)
+        self._far = scaled_beyond(model)
+        self.tokens_per_batch = TOKENS_PER_BATCH.get(self.device.type, 8192)
+        self._prefix: _Prefix | None = None
+        self._fingerprint: Fingerprint | None = None
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> ChatModel:
+        """Load a Hub id, a folder, a GGUF file, or ``default``.
+
+        Args:
+            source: What to load.
+            dtype: ``float32``, ``bfloat16``, ...; ``auto`` is float32 on a CPU, else bfloat16.
+                With ``/int8`` or ``/nf4`` behind it the weights are quantised (``loading.py``).
+            device: ``cpu``, ``cuda``, ...; a GPU is used if there is one.
+            options: Passed to ``from_pretrained`` (``device_map``, ``tp_plan``,
+                ``distributed_config``, ``quantization_config``, ...). If they place the model,
+                ``device`` does not.
+
+        Raises:
+            ModelError: if it cannot be found or loaded; says why.
+        """
+        network, tokenizer, scheme = from_pretrained(source, dtype, device, options)
+        model = cls(network, tokenizer, source=str(source), quantized=scheme)
+        if hasattr(network.config, "quantization_config"):
+            _ = model.fingerprint  # now: bitsandbytes packs weights anew in the first pass
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings are read."""
+        return reading_device(self.model.get_input_embeddings())
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L; layers run from 0 to L."""
+        return len(self.blocks)
+
+    @property
+    def post(self) -> int:
+        """Number of post-instruction tokens; t_post is post+this."""
+        layout = self.chat([Prompt("a")])[0]
+        return layout.t_post - layout.t_inst
+
+    @property
+    def width(self) -> int:
+        """Width d of the residual stream."""
+        config = self.model.config.get_text_config(decoder=True)
+        return int(config.hidden_size)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What a guard of this model is bound to; computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = Fingerprint(
+                model=self.source,
+                weights=weights_digest(self.model),
+                tokenizer=self.chat.tokenizer_digest,
+                template=self.chat.template_digest,
+                dtype="/".join(filter(None, (_name(self.model.dtype), self.quantized))),
+            )
+        return self._fingerprint
+
+    def capture(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        positions: Sequence[str] = ("t_inst", "t_post"),
+        layers: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[States]:
+        """Yield states in the order of the prompts, a window of prompts at a time.
+
+        Args:
+            prompts: What to read; consumed lazily.
+            positions: ``t_inst``, ``t_post``, ``post+k``, ``mean`` (over the instruction's tokens)
+                or ``post`` (over those after it).
+            layers: Layer indices; all, from 0 (embedding output) to L, if None.
+            progress: Called after each batch with its number of prompts.
+
+        Raises:
+            PromptError: if a prompt is empty, too long, or has no such position.
+        """
+        layers = tuple(range(self.depth + 1) if layers is None else layers)
+        if not layers or not set(layers) <= set(range(self.depth + 1)):
+            raise ModelError(f"Layers run from 0 to {self.depth}; found {layers}.")
+        if not positions:
+            raise PromptError("At least one position is needed, such as 't_inst'; found none.")
+        for window in _windows(prompts):
+            values = self._window(window, tuple(positions), layers, progress)
+            yield States(values, window, tuple(positions), layers, self.fingerprint)
+
+    def generate(self, prompts: Iterable[Prompt], **how: Any) -> list[Reply]:
+        """Reply to prompts greedily, unsteered; ``how`` is that of ``sweep``."""
+        return self.sweep(prompts, [None], **how)[0]
+
+    def sweep(
+        self,
+        prompts: Iterable[Prompt],
+        interventions: Iterable[Intervention | None],
+        **how: Any,
+    ) -> list[list[Reply]]:
+        """Reply to prompts greedily under each intervention, a list for each; None is unsteered.
+
+        Args:
+            prompts: What to reply to.
+            interventions: How to steer; only the reading of the prompt is steered.
+            how: ``max_new_tokens``, ``post``, ``watch``, ``progress``; see ``generate.sweep``.
+
+        Raises:
+            PromptError: if a prompt is empty, too long, or has no question to stop before.
+            ModelError: if a vector or a layer does not fit the model.
+        """
+        return sweep(self, prompts, interventions, **how)
+
+    def _window(
+        self,
+        prompts: Sequence[Prompt],
+        positions: tuple[str, ...],
+        layers: tuple[int, ...],
+        progress: Progress | None,
+    ) -> Float[Tensor, "n p l d"]:
+        rows = [Row(layout, positions) for layout in self.chat(prompts)]
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.check_length(row.length, prompt)
+        shape = (len(rows), len(positions), len(layers), self.width)
+        values = torch.empty(shape, dtype=self.model.dtype)
+        todo = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
+        while todo:
+            longest = rows[todo[0]].length
+            batch = todo[: max(1, self.tokens_per_batch // longest)]
+            if longest > self._far:
+                batch = [i for i in batch if rows[i].length > self._far]
+            try:
+                values[batch] = self._forward([rows[i] for i in batch], layers)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                self.shrink(error, len(batch) * rows[batch[0]].length, len(batch))
+                continue
+            todo = todo[len(batch) :]
+            if progress is not None:
+                progress(len(batch))
+        return values
+
+    def check_length(self, length: int, prompt: Prompt) -> None:
+        """Raise a PromptError if the model cannot read so many tokens."""
+        if length > (most := most_tokens(self.model)):
+            raise too_long(prompt, f"{length:,}", most)
+
+    def shrink(self, error: Exception, tokens: int, rows: int) -> None:
+        """Halve the token budget if memory ran out; anything else, or a lone prompt, is raised.
+
+        So is the error of a model that is split: the other processes wait for this very batch.
+        """
+        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not memory or rows == 1 or is_split(self.model):
+            raise error
+        self.tokens_per_batch = max(1, min(tokens, self.tokens_per_batch) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _forward(self, rows: Sequence[Row], layers: tuple[int, ...]) -> Float[Tensor, "b p l d"]:
+        """One pass over right-padded rows: causal attention never sees the padding."""
+        prefix = self._shared_prefix(rows, max(layers))
+        skip = len(prefix.ids) if prefix else 0
+        length = max(row.length for row in rows) - skip
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : row.length - skip] = torch.tensor(row.ids[skip:])
+        spans = torch.tensor([row.spans for row in rows], device=self.device) - skip
+        starts, columns = spans.unbind(-1)
+        buffer = torch.empty(
+            (*columns.shape, len(layers), self.width), dtype=self.model.dtype, device=self.device
+        )
+        hooks = read_positions(
+            self.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer
+        )
+        with hooks:
+            self._run(ids, prefix)
+        return buffer.cpu()
+
+    def _run(self, ids: Tensor, prefix: _Prefix | None, cache: Any = None) -> None:
+        if prefix is not None:
+            cache = copy.deepcopy(prefix.cache)
+            cache.batch_repeat_interleave(len(ids))
+        self.model(ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
+
+    def _shared_prefix(self, rows: Sequence[Row], last_layer: int) -> _Prefix | None:
+        """Keys and values of what every single-turn prompt begins with, computed once and kept."""
+        last_layer = max(last_layer, 1)  # an empty cache would shift the position ids
+        if self._prefix is None or self._prefix.last_layer < last_layer:
+            first, second = self.chat([Prompt("a"), Prompt("Z")])
+            self._prefix = self._fill(first.ids[: alike(first.ids, second.ids)], last_layer)
+        short = all(row.length <= min(PREFIX_UP_TO, self._far) for row in rows)
+        usable = short and self._prefix.ids and all(row.fits(self._prefix.ids) for row in rows)
+        return self._prefix if usable else None
+
+    def _fill(self, ids: tuple[int, ...], last_layer: int) -> _Prefix:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        if not ids or not remembers_tokens(cache):
+            return _Prefix((), cache, self.depth)
+        columns = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        buffer = torch.empty(1, 1, 1, self.width, dtype=self.model.dtype, device=self.device)
+        with read_positions(self.blocks, columns=columns, layers=(last_layer,), buffer=buffer):
+            self._run(torch.tensor([ids]), None, cache)
+        filled = all(layer.get_seq_length() == len(ids) for layer in cache.layers[:last_layer])
+        return _Prefix(ids if filled else (), cache, last_layer)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _windows(prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, ...]]:
+    rest = iter(prompts)
+    while window := tuple(islice(rest, WINDOW)):
+        yield window

@@ -1,0 +1,122 @@
+"""Loading a chat model: number format, placement, quantisation; one sentence if it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentguard.errors import ModelError
+from latentguard.models.sources import resolve
+
+PLACING = {"device_map", "quantization_config"}
+"""Options of transformers that say where the model goes."""
+
+SCHEMES = {"int8": "torchao", "nf4": "bitsandbytes"}
+"""How weights can be quantised on loading, and the package that does it."""
+
+
+def from_pretrained(
+    source: str | Path, dtype: str, device: str | None, options: dict[str, Any]
+) -> tuple[nn.Module, Any, str]:
+    """The model, its tokenizer, and how it was quantised; see ``ChatModel.load``.
+
+    Raises:
+        ModelError: if it cannot be found or loaded; says why.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve(str(source))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    number, _, scheme = dtype.partition("/")
+    if number == "auto":
+        number = "float32" if device == "cpu" else "bfloat16"
+    try:
+        kind = getattr(torch, number)
+        if scheme:
+            packed = {"quantization_config": quantization(scheme, kind)}
+            options = {"device_map": {"": device}} | options | packed
+        tokenizer = tokenizer_of(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **options)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise _unusable(source, error) from error
+    placed = PLACING & options.keys() or is_split(model)
+    return (model if placed else model.to(device)), tokenizer, scheme
+
+
+def tokenizer_of(source: str | Path) -> Any:
+    """The tokenizer alone, which is there in a moment.
+
+    Raises:
+        ModelError: if it cannot be found or loaded; says why.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(str(source)))
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise _unusable(source, error) from error
+
+
+def _unusable(source: str | Path, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0]
+    return ModelError(
+        f"'{source}' could not be loaded as a chat model: {reason} Expected a Hub id, a "
+        "folder, a GGUF file, or 'default'."
+    )
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether other processes have parts of its weights, as with ``tp_plan`` under torchrun."""
+    return any(hasattr(weight, "full_tensor") for weight in model.parameters())
+
+
+def most_tokens(model: Any) -> int:
+    """How many tokens a model reads."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 62)
+
+
+def scaled_beyond(model: Any) -> int:
+    """How many tokens a batch may have before all of it gets other positions (LongRoPE)."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    scaled = [kind for kind in kinds if kind.get("rope_type") in ("longrope", "dynamic")]
+    found = [int(kind.get("original_max_position_embeddings") or 1 << 62) for kind in scaled]
+    return min(found, default=1 << 62)
+
+
+def quantization(scheme: str, number: torch.dtype) -> Any:
+    """What ``from_pretrained`` takes as ``quantization_config``; it computes in ``number``.
+
+    Raises:
+        ModelError: if there is no such scheme, or its package is missing.
+    """
+    if scheme not in SCHEMES:
+        known = " and ".join(SCHEMES)
+        raise ModelError(f"There is no quantisation '{scheme}': expected {known}.")
+    try:
+        return _int8() if scheme == "int8" else _nf4(number)
+    except ImportError as error:
+        package = SCHEMES[scheme]
+        raise ModelError(
+            f"Quantising to {scheme} needs {package}: pip install {package} ({error})."
+        ) from None
+
+
+def _int8() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _nf4(number: torch.dtype) -> Any:
+    import bitsandbytes  # noqa: F401 (transformers says it is missing only while loading)
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=number
+    )

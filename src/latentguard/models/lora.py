@@ -1,0 +1,233 @@
+"""The fine-tuning attack (section 5.2): a model with attacked weights inside a ``with``.
+
+Only reply tokens are learnt, at most 24 of each. By default LoRA adapters are learnt, through peft;
+with rank 0, every weight. The weights are put back bit for bit. Axis names in shapes: b pairs,
+t tokens of the padded pairs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from latentguard.errors import ModelError, PromptError
+from latentguard.models.chat_model import ChatModel
+from latentguard.prompts import Prompt
+
+MOST = 24
+"""No pair teaches more reply tokens than these."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a model is fine-tuned. The paper states none of these."""
+
+    rank: int = 16
+    """Rank of the LoRA adapters; 0 trains every weight."""
+
+    learning_rate: float = 2e-4
+    """Of AdamW; about 2e-5 suits rank 0."""
+
+    epochs: int = 3
+    """How often each pair is seen."""
+
+    batch_size: int = 8
+    """Pairs in one step."""
+
+    opening_tokens: int = 24
+    """Most tokens of a reply that are learnt; more than 24 are never used."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One training pair as tokens."""
+
+    ids: tuple[int, ...]
+    start: int
+    """Where the reply begins."""
+
+
+class Finetuning:
+    """Fine-tunes one model (implements ``subject.Finetune``)."""
+
+    def __init__(
+        self, model: ChatModel, config: FinetuneConfig, *, keep: str | Path | None = None
+    ) -> None:
+        """Prepare; nothing is trained yet.
+
+        Args:
+            model: The model, which is trained in place and put back.
+            config: Rank, learning rate, epochs, batch and tokens of an opening.
+            keep: A folder for the attacked weights, one folder in it for each run; None keeps
+                nothing.
+
+        Raises:
+            ModelError: if peft is needed and not installed.
+        """
+        if config.rank and find_spec("peft") is None:
+            raise ModelError(
+                "Fine-tuning with LoRA needs peft, which is not installed. Run: "
+                "pip install 'latentguard[finetune]', or set finetune_rank = 0 to train every "
+                "weight."
+            )
+        self.model, self.config, self.keep = model, config, keep
+
+    @contextmanager
+    def __call__(self, pairs: Sequence[tuple[Prompt, str]], *, seed: int) -> Iterator[ChatModel]:
+        """The model trained on (prompt, opening of a reply) pairs; see ``subject.Finetune``.
+
+        Args:
+            pairs: What to learn; prompts carry no loss.
+            seed: Of the adapters' first weights and of the order of the pairs.
+
+        Raises:
+            PromptError: if there is no pair, an opening has no token, or a pair is too long.
+            ModelError: if peft cannot adapt the model, or the loss is not a finite number.
+        """
+        model = self.model.model
+        rank, most = self.config.rank, min(MOST, self.config.opening_tokens)
+        rows = [_row(self.model, prompt, opening, most) for prompt, opening in pairs]
+        if not rows:
+            raise PromptError("Fine-tuning needs at least one pair; found none.")
+        with _adapters(self.model, rank, seed) if rank else _copied(model) as trained:
+            _train(self.model, rows, self.config, seed)
+            if self.keep is not None:
+                trained.save_pretrained(Path(self.keep) / f"{len(rows)}-pairs-seed-{seed}")
+            source = f"{self.model.source}, fine-tuned on {len(rows)} pairs"
+            yield ChatModel(model, self.model.tokenizer, source=source)
+
+
+def _row(model: ChatModel, prompt: Prompt, opening: str, most: int) -> _Row:
+    asked = model.chat([prompt])[0].ids
+    said = model.tokenizer.encode(opening, add_special_tokens=False)[:most]
+    if not said:
+        raise PromptError(f"The opening for prompt '{prompt.id}' has no token to learn.")
+    model.check_length(len(asked) + len(said), prompt)
+    return _Row((*asked, *said), len(asked))
+
+
+def _train(model: ChatModel, rows: Sequence[_Row], config: FinetuneConfig, seed: int) -> None:
+    """AdamW on float32 copies of what is trained, so that small steps are not rounded away."""
+    weights = [p for p in model.model.parameters() if p.requires_grad]
+    copies = [p.detach().float().clone().requires_grad_() for p in weights]
+    optimizer = torch.optim.AdamW(copies, lr=config.learning_rate, weight_decay=0.0)
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(config.epochs):
+        mixed = torch.randperm(len(rows), generator=order).tolist()
+        for at in range(0, len(mixed), config.batch_size):
+            loss = _loss(model, [rows[i] for i in mixed[at : at + config.batch_size]])
+            _require_finite(config, loss.detach())
+            loss.backward()  # type: ignore[no-untyped-call]
+            _step(optimizer, weights, copies)
+    _require_finite(config, *(copy.detach() for copy in copies))
+
+
+def _require_finite(config: FinetuneConfig, *values: Tensor) -> None:
+    if not all(torch.isfinite(value).all() for value in values):
+        raise ModelError(
+            f"Fine-tuning diverged at a learning rate of {config.learning_rate:g}: a loss or a "
+            "weight is not a finite number. Set a lower finetune_rate."
+        )
+
+
+def _step(optimizer: torch.optim.Optimizer, weights: list[Any], copies: list[Tensor]) -> None:
+    for weight, copy in zip(weights, copies, strict=True):
+        copy.grad = None if weight.grad is None else weight.grad.float()
+        weight.grad = None
+    nn.utils.clip_grad_norm_(copies, 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        for weight, copy in zip(weights, copies, strict=True):
+            weight.copy_(copy)
+
+
+def _loss(model: ChatModel, rows: Sequence[_Row]) -> Tensor:
+    """Mean cross-entropy of the reply tokens.
+
+    Pairs are padded on the left, so that the replies are the last tokens of all.
+    """
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    ids, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    said = torch.zeros(shape, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        pad = shape[1] - len(row.ids)
+        ids[n, pad:], real[n, pad:] = torch.tensor(row.ids), True
+        said[n, pad + row.start :] = True
+    most = max(len(row.ids) - row.start for row in rows)
+    output = model.model(
+        ids.to(model.device),
+        attention_mask=real.long().to(model.device),
+        position_ids=(real.long().cumsum(1) - 1).clamp(min=0).to(model.device),
+        use_cache=False,
+        logits_to_keep=most + 1,
+    )
+    wanted = said[:, -most:]
+    found = output.logits[:, -most - 1 : -1].float()[wanted.to(output.logits.device)]
+    return cross_entropy(found, ids[:, -most:][wanted].to(found.device))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of this seed inside; the generators go on as if nothing had been drawn."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _trainable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """The model's own weights by name; which of them are trainable is put back."""
+    weights = dict(model.named_parameters())
+    before = {name: weight.requires_grad for name, weight in weights.items()}
+    try:
+        yield weights
+    finally:
+        for name, weight in weights.items():
+            weight.requires_grad_(before[name])
+            weight.grad = None
+
+
+@contextmanager
+def _adapters(model: ChatModel, rank: int, seed: int) -> Iterator[Any]:
+    """LoRA on all linear layers but the output; the model's own weights never change."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with _trainable(model.model):
+        try:
+            with _seeded(seed, model.device), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # peft tells what it sets by itself
+                adapted = get_peft_model(model.model, config)
+        except ValueError as error:
+            raise ModelError(f"peft cannot adapt this model: {error}") from error
+        try:
+            yield adapted
+        finally:
+            adapted.unload()
+
+
+@contextmanager
+def _copied(model: nn.Module) -> Iterator[Any]:
+    """Train every weight; a copy of each, on the CPU, is put back."""
+    with _trainable(model) as weights:
+        before = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+        for weight in weights.values():
+            weight.requires_grad_(weight.is_floating_point())
+        try:
+            yield model
+        finally:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(before[name])

@@ -1,0 +1,1 @@
+"""Directions, axes and probes: from states to scores."""

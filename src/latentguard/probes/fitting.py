@@ -1,0 +1,158 @@
+"""Fitting: labelled states -> readout, axes and probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentguard import __version__
+from latentguard.errors import GuardError
+from latentguard.probes.axis import Axis, Centroid, fold
+from latentguard.probes.probe import (
+    Fit,
+    Kind,
+    fit_centroid,
+    fit_linear,
+    layers_of,
+    require_kind,
+)
+from latentguard.prompts import Prompt
+from latentguard.states import Backend, Progress, Reading, States, digest_prompts
+
+
+def capture(
+    backend: Backend,
+    reading: Reading,
+    prompts: Iterable[Prompt],
+    *,
+    layers: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> States:
+    """At the reading's positions and those of the two axes; all layers if None."""
+    positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
+    ready = map(reading.prepare, prompts)
+    batches = backend.capture(ready, positions=positions, layers=layers, progress=progress)
+    return States.collect(batches)
+
+
+def fit_readout(states: States, reading: Reading, kind: Kind, depth: int) -> Fit:
+    """Fit a readout on labelled states at the reading's positions.
+
+    Args:
+        states: At the layers that such a readout reads (``layers_of``), and others if you like.
+        reading: Which positions.
+        kind: Which readout.
+        depth: Of the model, in blocks.
+
+    Raises:
+        GuardError: if a prompt has no label, a class is missing, the kind is unknown, or a state
+            is not finite.
+    """
+    require_kind(kind)
+    require_labels(states.prompts)
+    _require_finite(states, reading)
+    part = states.select(layers_of(kind, depth))
+    return (_fit_linear if kind == "linear" else _fit_centroid)(part, reading)
+
+
+def slots(states: States, positions: Sequence[str]) -> Float[Tensor, "n s d"]:
+    """Each position in turn, each layer in turn."""
+    return torch.cat([states.at(position) for position in positions], dim=1)
+
+
+AXES = (
+    ("harmful", "t_inst", "harmful", "harmless"),
+    ("refuse", "t_post", "refused_harmful", "accepted_harmless"),
+)
+"""Name, position, positive and negative group of the two axes of the paper."""
+
+Poles = list[tuple[Centroid, Centroid]]
+"""The centroids of both groups, for each of ``AXES``."""
+
+
+def fit_axes(states: States, layers: tuple[int, ...]) -> tuple[Axis, ...]:
+    """``harmful`` always, ``refuse`` where both refused harmful and accepted harmless are known."""
+    return axes_of(fold_axes(states.select(layers)), layers)
+
+
+def fold_axes(states: States) -> Poles:
+    """What some states add to the two axes; parts of a whole are joined by ``merge_poles``."""
+    return [(fold(states, at, plus), fold(states, at, minus)) for _, at, plus, minus in AXES]
+
+
+def merge_poles(one: Poles, other: Poles) -> Poles:
+    """The poles of both sets of states, up to rounding in any order."""
+    pairs = zip(one, other, strict=True)
+    return [(a.merge(c), b.merge(d)) for (a, b), (c, d) in pairs]
+
+
+def axes_of(poles: Poles, layers: tuple[int, ...]) -> tuple[Axis, ...]:
+    """The axes between poles, as ``fit_axes`` makes them.
+
+    Raises:
+        GuardError: if there are no harmful or no harmless prompts.
+    """
+    return tuple(
+        Axis.between(name, at, layers, (up, plus), (down, minus))
+        for (name, at, plus, minus), (up, down) in zip(AXES, poles, strict=True)
+        if name == "harmful" or (up.count and down.count)
+    )
+
+
+def provenance(states: States, fit: Fit) -> dict[str, Any]:
+    """What a guard was made of: counts, digests, choices, versions."""
+    harmful = sum(bool(p.harmful) for p in states.prompts)
+    return {
+        "harmful": harmful,
+        "harmless": len(states) - harmful,
+        "data_sha256": digest_prompts(states.prompts),
+        "sources": sorted({p.source for p in states.prompts if p.source}),
+        **fit.choices,
+        "versions": {"latentguard": __version__, "torch": torch.__version__},
+    }
+
+
+def require_labels(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The prompts, each of them labelled.
+
+    Raises:
+        GuardError: if one is not; names it.
+    """
+    known = list(prompts)
+    missing = [p.id for p in known if p.harmful is None]
+    if missing:
+        raise GuardError(
+            f"{len(missing)} training prompts have no label (the first is '{missing[0]}'); "
+            "expected harmful or harmless for each."
+        )
+    return known
+
+
+def _require_finite(states: States, reading: Reading) -> None:
+    for position in reading.positions:
+        if not torch.isfinite(states.at(position)).all():
+            raise GuardError(
+                f"States at {position} hold infinite or undefined numbers; use bfloat16 or float32 "
+                "instead of float16."
+            )
+
+
+def _fit_linear(states: States, reading: Reading) -> Fit:
+    labels = [bool(p.harmful) for p in states.prompts]
+    groups = [p.pair or p.text for p in states.prompts]
+    layers = states.layers * len(reading.positions)
+    return fit_linear(slots(states, reading.positions), labels, groups, layers)
+
+
+def _fit_centroid(states: States, reading: Reading) -> Fit:
+    """The paper's mean over layers, taken over positions, too."""
+    values = slots(states, reading.positions)
+    layers = states.layers * len(reading.positions)
+    flat = replace(states, values=values[:, None], positions=("slots",), layers=layers)
+    fit = fit_centroid(Axis.fit(flat, "slots"), values)
+    return replace(fit, readout=replace(fit.readout, layers=states.layers))

@@ -1,0 +1,164 @@
+"""Readouts: states [n l d] -> scores [n], each one einsum and one bias.
+
+``centroid`` is the paper's rule (equations 2 to 4): the mean over layers of the difference of
+cosines. ``linear`` is a regularised linear readout: ridge regression on the states of a
+band of layers, standardised per layer; its strength comes from cross-validation over
+pair-disjoint folds of the training data, with a bias to strong penalties (``choose``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from latentguard.errors import GuardError
+from latentguard.probes.axis import Axis
+from latentguard.probes.ridge import Design, Ridge, folds_of
+from latentguard.stats.metrics import auroc
+
+Kind = Literal["centroid", "linear"]
+
+STRENGTHS = (1.0, 3.0, 10.0)
+"""Ridge penalties tried, in units of the mean eigenvalue of the Gram matrix."""
+
+BAND = (0.33, 0.67)
+"""The layers of a linear readout, as shares of the depth; other bands in the middle do as well
+(docs/detection.md), and a pass is left behind the last layer that is read."""
+
+SLACK = 0.02
+"""Cross-validated AUROC that may be given up for a stronger penalty: folds are written by the same
+people, traffic is not, and what carries over to other people's prompts is the smoother readout."""
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """A compiled rule: ``score = sum_l f(h_l) . weight_l + bias``."""
+
+    kind: Kind
+    """``centroid`` (f divides by the norm) or ``linear`` (f is the identity)."""
+
+    layers: tuple[int, ...]
+    """The layers it reads."""
+
+    weight: Float[Tensor, "l d"]
+    """Float32; one row a slot: each position in turn, each layer in turn."""
+
+    bias: float
+    """Added to the sum."""
+
+    def __post_init__(self) -> None:
+        require_kind(self.kind)
+
+    def __call__(self, states: Float[Tensor, "n l d"]) -> Float[Tensor, "n"]:
+        """Score states, in float32."""
+        h = states.float()
+        if self.kind == "centroid":
+            h = normalize(h, dim=-1)
+        return torch.einsum("nld,ld->n", h, self.weight) + self.bias
+
+
+def require_kind(kind: str) -> None:
+    """Raise ``GuardError`` unless there is such a readout."""
+    if kind not in get_args(Kind):
+        raise GuardError(f"There is no readout '{kind}': expected {' or '.join(get_args(Kind))}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A readout with what cross-validation says of it."""
+
+    readout: Readout
+    """Fitted on all training states."""
+
+    held_out: NDArray[np.float64]
+    """Score of each training prompt by readouts that did not see its fold, [n]."""
+
+    choices: dict[str, float | str]
+    """What was chosen, and its cross-validated AUROC."""
+
+
+def centroid(axis: Axis) -> Readout:
+    """The paper's rule: mean_l [cos(h, c+) - cos(h, c-)] = mean_l [h / |h| . (c+ - c-)]."""
+    weight = normalize(axis.positive, dim=-1) - normalize(axis.negative, dim=-1)
+    return Readout("centroid", axis.layers, weight / len(axis.layers), 0.0)
+
+
+def fit_centroid(axis: Axis, states: Float[Tensor, "n l d"]) -> Fit:
+    """The paper's rule with its scores on the states it was fitted on (it has nothing to tune)."""
+    readout = centroid(axis)
+    return Fit(readout, readout(states).double().numpy(), {})
+
+
+def fit_linear(
+    states: Float[Tensor, "n l d"],
+    labels: Sequence[bool],
+    groups: Sequence[str],
+    layers: Sequence[int],
+    *,
+    seed: int = 0,
+) -> Fit:
+    """Fit the linear readout.
+
+    Args:
+        states: Training states.
+        labels: True for harmful.
+        groups: Rows with the same group fall into the same fold (pairs).
+        layers: Layer index of each slot of ``states`` (several positions repeat the layers).
+        seed: Of the folds.
+
+    Raises:
+        GuardError: if there are fewer than 10 prompts of a class.
+    """
+    y = torch.tensor(labels, dtype=torch.bool)
+    if min(int(y.sum()), int((~y).sum())) < 10:
+        raise GuardError(
+            f"A linear readout needs at least 10 prompts of each class; found {int(y.sum())} "
+            f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid readout."
+        )
+    design, folds = balanced(states, y), folds_of(groups, seed)
+    tried = {strength: _solved(design, strength, folds) for strength in STRENGTHS}
+    figures = {strength: auroc(y.numpy(), found[0]) for strength, found in tried.items()}
+    strength = choose(figures)
+    held_out, weight, bias = tried[strength]
+    band = tuple(dict.fromkeys(layers))
+    choices: dict[str, float | str] = {
+        "layers": f"{min(band)}-{max(band)}",
+        "strength": strength,
+        "cross_validated_auroc": round(figures[strength], 4),
+    }
+    return Fit(Readout("linear", band, weight, bias), held_out, choices)
+
+
+def _solved(
+    design: Design, strength: float, folds: Sequence[Tensor]
+) -> tuple[NDArray[np.float64], Float[Tensor, "s d"], float]:
+    """Held-out scores, weights and bias of one strength; the matrices of its ridge are let go."""
+    ridge = Ridge(design, strength)
+    weight, bias = ridge.solve()
+    return ridge.held_out(folds)[:, 0].numpy(), weight[0], float(bias[0])
+
+
+def choose(figures: Mapping[float, float]) -> float:
+    """The strongest penalty that costs at most ``SLACK``."""
+    return max(s for s, figure in figures.items() if figure >= max(figures.values()) - SLACK)
+
+
+def balanced(states: Float[Tensor, "n s d"], y: Bool[Tensor, "n"]) -> Design:
+    """The design that predicts +1 and -1, each class with half of the weight."""
+    share = y.double().mean()
+    weights = torch.where(y, 0.5 / share, 0.5 / (1 - share))
+    return Design(states, (y.double() * 2 - 1)[:, None], weights)
+
+
+def layers_of(kind: Kind, depth: int, band: tuple[float, float] = BAND) -> tuple[int, ...]:
+    """The layers that a readout reads: a band, or all blocks (the paper); 0 has no context."""
+    low, high = (share * depth for share in (band if kind == "linear" else (0, 1)))
+    return tuple(k for k in range(1, depth + 1) if low <= k <= high) or (depth,)

@@ -1,0 +1,210 @@
+"""Plotly figures of the reports; colours are told apart by colour-blind readers, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+from plotly.colors import sample_colorscale
+from sklearn.metrics import roc_curve
+
+from latentguard.report.document import Figure
+from latentguard.stats.metrics import Estimate
+
+HARMFUL, HARMLESS, NEUTRAL = "#d55e00", "#0072b2", "#7f8c9b"
+Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
+"""Value, low and high end of the band, at each place."""
+
+PALETTE = (HARMFUL, HARMLESS, "#009e73", "#cc79a7", "#e69f00", NEUTRAL)
+MARKS = tuple(
+    zip(PALETTE, ("circle", "square", "x", "diamond", "triangle-up", "cross"), strict=True)
+)
+"""Colour and symbol of each group on the plane."""
+
+
+def score_histogram(
+    scores: NDArray[np.float64], labels: NDArray[np.bool_], threshold: float, *, of: str
+) -> Figure:
+    """How the scores of both classes lie about the threshold."""
+    plot = go.Figure(layout=dict(barmode="overlay", xaxis_title="score", yaxis_title="prompts"))
+    low, high = float(scores.min()), float(scores.max())
+    bins = dict(start=low, end=high, size=(high - low) / 40 or 1.0)
+    for name, side, colour in (("harmless", False, HARMLESS), ("harmful", True, HARMFUL)):
+        values = scores[labels == side].tolist()
+        plot.add_histogram(x=values, name=name, xbins=bins, marker_color=colour, opacity=0.6)
+    plot.add_vline(x=threshold, line_dash="dash", line_color=NEUTRAL, annotation_text="threshold")
+    n = f"{int(labels.sum())} harmful, {int((~labels).sum())} harmless prompts"
+    return Figure(f"Scores on {of}", plot, f"{n}; right of the dashed line a prompt is flagged.")
+
+
+def roc_curves(
+    scores: Mapping[str, NDArray[np.float64]], labels: NDArray[np.bool_], *, of: str
+) -> Figure:
+    """True-positive against false-positive rate of each rule."""
+    axes = dict(xaxis_title="false-positive rate", yaxis_title="true-positive rate")
+    plot = go.Figure(layout=dict(**axes, xaxis_range=[0, 1], yaxis_range=[0, 1.02]))
+    for (rule, values), colour in zip(scores.items(), cycle(PALETTE), strict=False):
+        false, true, _ = roc_curve(labels, values)
+        plot.add_scatter(x=false.tolist(), y=true.tolist(), name=rule, line_color=colour)
+    plot.add_scatter(
+        x=[0, 1], y=[0, 1], name="chance", line=dict(color=NEUTRAL, dash="dot"), hoverinfo="skip"
+    )
+    n = f"{int(labels.sum())} harmful, {int((~labels).sum())} harmless prompts"
+    return Figure(f"ROC on {of}", plot, f"{n}. Up and left is better.")
+
+
+def curve(estimates: Sequence[Estimate]) -> Curve:
+    """Estimates as a curve with its band."""
+    ends = ("value", "low", "high")
+    value, low, high = ([float(getattr(e, end)) for e in estimates] for end in ends)
+    return value, low, high
+
+
+def lines_by_layer(
+    curves: Mapping[str, Curve],
+    layers: Sequence[int | str],
+    *,
+    title: str,
+    y: str,
+    caption: str,
+    x: str = "layer (blocks passed)",
+    zero: bool = False,
+) -> Figure:
+    """Curves with their bands, by layer or, with another ``x``, by position.
+
+    Args:
+        curves: Name -> (value, low, high), each as long as ``layers``; a name that begins with
+            ``random`` is drawn grey and broken. Many curves are coloured from dark to light.
+        layers: Where.
+        title: Of the figure.
+        y: Name of the upright axis.
+        caption: What it shows, with n.
+        x: Name of the level axis.
+        zero: Draw a line at 0, such as the threshold of equation 2.
+    """
+    plot = go.Figure(layout=dict(xaxis_title=x, yaxis_title=y))
+    count = sum(not name.startswith("random") for name in curves)
+    shades = sample_colorscale("Viridis", np.linspace(0, 0.9, count).tolist())
+    colours = cycle(PALETTE[:-1] if count < len(PALETTE) else shades)
+    dashes = cycle(("dot", "dash"))
+    for name, (value, low, high) in curves.items():
+        control = name.startswith("random")
+        colour = NEUTRAL if control else next(colours)
+        fill = dict(fill="toself", fillcolor=colour, opacity=0.15, line_width=0)
+        around = dict(x=[*layers, *reversed(layers)], y=[*high, *reversed(low)], legendgroup=name)
+        plot.add_scatter(**around, showlegend=False, hoverinfo="skip", mode="lines", **fill)
+        line = dict(color=colour, dash=next(dashes) if control else "solid")
+        points = dict(x=list(layers), y=list(value), legendgroup=name)
+        plot.add_scatter(**points, name=name, line=line, mode="lines+markers", marker_size=5)
+    if zero:
+        plot.add_hline(y=0, line_dash="dash", line_color=NEUTRAL)
+    return Figure(title, plot, caption)
+
+
+def stacked(
+    shares: Mapping[str, Sequence[float]],
+    layers: Sequence[int],
+    *,
+    title: str,
+    caption: str,
+) -> Figure:
+    """Shares that add up to 1 at each layer, one above the other: name -> share by layer."""
+    axes = dict(xaxis_title="layer (blocks passed)", yaxis_title="share", yaxis_range=[0, 1])
+    plot = go.Figure(layout=axes)
+    for (name, values), colour in zip(shares.items(), cycle((*PALETTE[:4], NEUTRAL)), strict=False):
+        area = dict(stackgroup="one", mode="lines", line_color=colour, fillcolor=colour)
+        plot.add_scatter(x=list(layers), y=list(values), name=name, **area)
+    return Figure(title, plot, caption)
+
+
+def plane(
+    groups: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[str]]],
+    *,
+    title: str,
+    caption: str,
+) -> Figure:
+    """The plane of both beliefs: group -> (Delta_harmful, Delta_refuse, hover text), each [n]."""
+    axes = dict(xaxis_title="\u0394 harmful", yaxis_title="\u0394 refuse")
+    plot = go.Figure(layout=dict(**axes, height=480))
+    for (name, (x, y, text)), (colour, symbol) in zip(groups.items(), cycle(MARKS), strict=False):
+        marker = dict(color=colour, symbol=symbol, size=7, opacity=0.7)
+        hover = dict(hovertext=list(text), hoverinfo="text+x+y+name")
+        plot.add_scatter(x=list(x), y=list(y), name=name, mode="markers", marker=marker, **hover)
+    plot.add_hline(y=0, line_dash="dash", line_color=NEUTRAL)
+    plot.add_vline(x=0, line_dash="dash", line_color=NEUTRAL)
+    return Figure(title, plot, caption)
+
+
+def matrix(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    caption: str,
+) -> Figure:
+    """A heat map of values between 0 and 1, [rows columns], such as cosines or flip rates."""
+    plot = go.Figure(layout=dict(height=150 + 30 * len(rows)))
+    grid = [list(row) for row in values]
+    scale = dict(colorscale="Cividis", zmin=0, zmax=1, texttemplate="%{z:.2f}")
+    pointed = [[f"{row}, {column}" for column in columns] for row in rows]
+    plot.add_heatmap(z=grid, hovertext=pointed, hoverinfo="text+z", **scale)
+    plot.update_xaxes(_named(columns, 24))
+    plot.update_yaxes(_named(rows, 24), autorange="reversed")
+    return Figure(title, plot, caption)
+
+
+def dots(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[Estimate]],
+    *,
+    title: str,
+    x: str,
+    caption: str,
+) -> Figure:
+    """Points with their intervals, a line for each name, the first on top; a mark each series."""
+    plot = go.Figure(layout=dict(xaxis_title=x, height=150 + 30 * len(names)))
+    for (name, estimates), (colour, symbol) in zip(series.items(), cycle(MARKS), strict=False):
+        value, low, high = map(np.array, curve(estimates))
+        bars = dict(type="data", array=(high - value).tolist(), arrayminus=(value - low).tolist())
+        marker = dict(color=colour, symbol=symbol, size=9)
+        points = dict(x=value.tolist(), y=list(range(len(names))), error_x=bars, marker=marker)
+        plot.add_scatter(**points, name=name, mode="markers")
+    plot.update_yaxes(_named(names, 24), autorange="reversed")
+    return Figure(title, plot, caption)
+
+
+def bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    *,
+    title: str,
+    x: str,
+    caption: str,
+    colours: Sequence[str] | None = None,
+) -> Figure:
+    """Horizontal bars, the first on top."""
+    plot = go.Figure(layout=dict(xaxis_title=x, height=90 + 26 * len(names)))
+    plot.add_bar(
+        x=list(values),
+        y=list(range(len(names))),
+        orientation="h",
+        marker_color=list(colours) if colours else HARMFUL,
+        hovertext=list(names),
+        hoverinfo="x+text",
+    )
+    plot.update_yaxes(_named(names, 48), autorange="reversed")
+    return Figure(title, plot, caption)
+
+
+def _named(names: Sequence[str], most: int) -> dict[str, list[int] | list[str]]:
+    """Ticks at places: names that are cut short may be the same, their places are not."""
+    return dict(tickvals=list(range(len(names))), ticktext=[shorten(n, most) for n in names])
+
+
+def shorten(text: str, most: int) -> str:
+    """A label that leaves room for its bar."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."

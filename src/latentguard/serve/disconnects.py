@@ -1,0 +1,45 @@
+"""Clients that leave before their answer: what was begun for them is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from latentguard.serve.errors import Left
+
+T = TypeVar("T")
+
+
+async def stopped(work: Coroutine[Any, Any, T], left: Coroutine[Any, Any, Any]) -> T:
+    """What some work gives, stopped as soon as ``left`` ends.
+
+    Raises:
+        Left: if the client left first.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left)
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Left("The client has left.")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.wait({task, gone})
+
+
+async def wanted(work: Coroutine[Any, Any, T], request: Request) -> T:
+    """What some work gives, as long as the client is there.
+
+    Raises:
+        Left: if it left first.
+    """
+    return await stopped(work, _leaves(request))
+
+
+async def _leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

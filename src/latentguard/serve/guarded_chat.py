@@ -1,0 +1,124 @@
+"""One guarded chat that the scoring thread answers, token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from latentguard.errors import GuardError
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.obfuscations import Disguises, beneath
+from latentguard.models.chat_model import ChatModel
+from latentguard.models.conversation import Conversation, Sampling
+from latentguard.prompts import Prompt
+from latentguard.serve.scoring import Judgement, judge_all, judge_states
+
+
+@dataclass(frozen=True)
+class End:
+    """The reply is over."""
+
+    finish: str
+    """``stop`` or ``length``."""
+
+    prompt_tokens: int
+    """How long the prompt was."""
+
+    reply_tokens: int
+    """How long the reply was."""
+
+
+Event = Judgement | GuardError | str | End | Exception
+"""What a talk tells, in this order: a judgement (or why there is none), pieces of text, the end.
+Any other exception ends it at once."""
+
+
+class Talk:
+    """Lives on two threads: the scoring thread opens and steps it, the event loop listens."""
+
+    def __init__(
+        self, prompt: Prompt, sampling: Sampling, halt: Callable[[Judgement | GuardError], bool]
+    ) -> None:
+        """Prepare a chat.
+
+        Args:
+            prompt: What is asked, with its history.
+            sampling: How the reply is drawn.
+            halt: Whether a judgement, or its lack, forbids a reply.
+        """
+        self.prompt, self.sampling = prompt, sampling
+        self.cancelled = False
+        """Set by whoever no longer listens."""
+        self._halt, self._loop = halt, asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._conversation: Conversation | None = None
+        self._pieces: Iterator[str] = iter(())
+
+    def cancel(self) -> None:
+        """Stop: nobody listens any more."""
+        self.cancelled = True
+
+    async def next(self) -> Event:
+        """What happens next.
+
+        Raises:
+            Exception: what ended the chat, if it failed.
+        """
+        event = await self._events.get()
+        if isinstance(event, Exception) and not isinstance(event, GuardError):
+            raise event
+        return event
+
+    def tell(self, event: Event) -> None:
+        """Say something to the listener, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def step(self, guard: LatentGuard, model: ChatModel) -> bool:
+        """First read and judge the prompt, both in one pass; then draw a token each time.
+
+        Returns:
+            Whether there is more to come.
+        """
+        if self.cancelled:
+            return False
+        if self._conversation is None:
+            verdict = self._read(guard, model)
+            if self._halt(verdict):  # never set to False: the listener may have left meanwhile
+                self.cancelled = True
+            self.tell(verdict)
+            return not self.cancelled
+        piece = next(self._pieces, None)
+        if piece is None:
+            said = self._conversation
+            self.tell(End(said.finish, said.prompt_tokens, said.reply_tokens))
+            return False
+        if piece:
+            self.tell(piece)
+        return True
+
+    def _read(self, guard: LatentGuard, model: ChatModel) -> Judgement | GuardError:
+        positions = guard.positions if _read_alone(guard, self.prompt) else ()
+        said = Conversation(model, self.prompt, positions=positions, layers=guard.readout.layers)
+        self._conversation, self._pieces = said, said.pieces(self.sampling)
+        try:
+            states = said.states
+            if states is None:
+                return judge_all(guard, model, [self.prompt])[0]
+            return judge_states(guard, states)[0]
+        except GuardError as error:
+            return error
+
+
+def _read_alone(guard: LatentGuard, prompt: Prompt) -> bool:
+    """Whether the pass that serves a prompt is all that its guard reads.
+
+    Another text (``sealed``), what is disguised and what is long need passes of their own.
+    """
+    return (
+        guard.reading.prepare(prompt) == prompt
+        and not beneath(prompt, guard.part(Disguises) is not None)
+        and not guard.reads_pieces(prompt)
+    )

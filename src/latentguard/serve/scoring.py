@@ -1,0 +1,154 @@
+"""What the service says of a prompt: the guard's verdict, with its beliefs by layer and token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from latentguard.errors import LatentGuardError, PromptError, TemplateError
+from latentguard.guard.chunking import Windows, read_apart
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.obfuscations import Disguises, Told, read_through, worse
+from latentguard.guard.thresholds import Calibration
+from latentguard.guard.verdict import Evidence, Verdict
+from latentguard.models.chat_model import ChatModel
+from latentguard.models.conversation import read_instruction
+from latentguard.prompts import Prompt
+from latentguard.serve.errors import BadRequest, Fault, Unavailable
+from latentguard.states import States
+
+log = logging.getLogger("latentguard.serve")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict, and the belief of each axis by layer."""
+
+    verdict: Verdict
+    """The same as offline."""
+
+    by_layer: dict[str, list[float]]
+    """Equation 2 for each axis, over the guard's layers."""
+
+    threshold: float
+    """What the score was held against: that of the prompt's slice, if it has its own."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an instruction."""
+
+    text: str
+    """The characters that it stands for."""
+
+    belief: float
+    """Delta_harmful after it."""
+
+
+def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -> list[Judgement]:
+    """Judge prompts in as few passes as they fit in; each verdict is that of ``guard.scan``.
+
+    Raises:
+        PromptError: if a prompt is empty or too long.
+        GuardError: if a state is not finite.
+    """
+    known, read = guard.part(Disguises) is not None, partial(_judge_all, guard, model)
+    return list(read_through(known, prompts, read, _worse))
+
+
+def _judge_all(
+    guard: LatentGuard, model: ChatModel, prompts: Iterator[Prompt]
+) -> Iterator[Judgement]:
+    """Judge prompts as they stand; the beliefs by layer of a long one are those of the whole."""
+
+    def short(rows: Iterator[Prompt]) -> Iterator[Judgement]:
+        ready = map(guard.reading.prepare, rows)
+        how = dict(positions=guard.positions, layers=guard.readout.layers)
+        for states in model.capture(ready, **how):  # type: ignore[arg-type]
+            yield from judge_states(guard, states)
+
+    def long(prompt: Prompt) -> Judgement:
+        return judge_states(guard, *guard.examine(model, prompt))[0]
+
+    return read_apart(guard.part(Windows), prompts, short, long)
+
+
+def _worse(one: Judgement, other: Judgement, named: Told) -> Judgement:
+    verdict = worse(one.verdict, other.verdict, named)
+    return one if verdict is one.verdict else replace(other, verdict=verdict)
+
+
+def judge_each(
+    guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]
+) -> list[Judgement | Fault]:
+    """Judge prompts together; one that cannot be judged does no harm to the others."""
+    try:
+        return list(judge_all(guard, model, prompts))
+    except LatentGuardError as error:
+        if len(prompts) == 1:
+            return [fault_of(error)]
+    faults = [_unreadable(guard, model, prompt) for prompt in prompts]
+    sound = [p for p, fault in zip(prompts, faults, strict=True) if fault is None]
+    if len(sound) == len(prompts):
+        return [judge_each(guard, model, [prompt])[0] for prompt in prompts]
+    found = iter(judge_each(guard, model, sound) if sound else ())
+    return [fault or next(found) for fault in faults]
+
+
+def fault_of(error: LatentGuardError) -> Fault:
+    """What a client is told: of its own text all, of the service nothing."""
+    if isinstance(error, (PromptError, TemplateError)):
+        return BadRequest(str(error))
+    log.error("No verdict: %s", error)
+    return Unavailable("The guard cannot give a verdict on this prompt.")
+
+
+def _unreadable(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> Fault | None:
+    """Why a prompt cannot be read, without a pass of the model."""
+    try:
+        layout = model.chat([guard.reading.prepare(prompt)])[0]
+        model.check_length(len(layout.ids), prompt)
+    except LatentGuardError as error:
+        return fault_of(error)
+    return None
+
+
+def judge_states(
+    guard: LatentGuard, states: States, evidence: Sequence[Evidence] = ()
+) -> list[Judgement]:
+    """Judge states that were captured already."""
+    verdicts = list(guard.judge(states, evidence))
+    part = states.select(guard.readout.layers)
+    layers = {axis.name: axis.layer_beliefs(part.at(axis.position)).tolist() for axis in guard.axes}
+    return [
+        Judgement(
+            verdict,
+            {name: rows[i] for name, rows in layers.items()},
+            limit_of(guard, prompt, verdict),
+        )
+        for i, (prompt, verdict) in enumerate(zip(states.prompts, verdicts, strict=True))
+    ]
+
+
+def limit_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
+    """What a verdict's score was held against: its slice's threshold, if that has its own."""
+    known = guard.part(Calibration)
+    if known is None or verdict.evidence:  # windows have one threshold, told on the guard's scale
+        return guard.threshold
+    limits = known.limits(prompt.slice)
+    return guard.threshold if limits is known.common else limits.block.threshold
+
+
+def trace(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[Token]:
+    """The harmful belief after each token of the instruction, in a pass of its own."""
+    axis = next(axis for axis in guard.axes if axis.name == "harmful")
+    layout, states = read_instruction(model, prompt, axis.layers)
+    beliefs = axis.belief(states).tolist()
+    starts = [start for start, _ in layout.spans]
+    ends = [*starts[1:], len(prompt.text)]  # so that the tokens together are the text
+    return [
+        Token(prompt.text[start:end], belief)
+        for start, end, belief in zip(starts, ends, beliefs, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Statistics: figures of detection quality, intervals, finite-sample bounds."""

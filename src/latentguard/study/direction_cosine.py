@@ -1,0 +1,123 @@
+"""How alike the harmfulness direction and the refusal direction are (section 3.4), layer by layer.
+
+Axis names in shapes: n prompts, p the two positions, l layers, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from latentguard.stats.metrics import Estimate
+
+DRAWS = 1000
+"""Bootstrap draws."""
+
+SPLITS = 100
+"""Times that the prompts are split in two."""
+
+Array = NDArray[np.float64]
+Band = tuple[list[float], list[float], list[float]]
+"""Value, low and high end by layer."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Cosines by layer."""
+
+    between: Array
+    """Of the direction at one position with that at the other, [1 + draws, l]; all prompts first,
+    then bootstrap draws, in which both directions are fitted on the same prompts."""
+
+    itself: Array
+    """Of each direction fitted on one half of the prompts with it fitted on the other half,
+    [p splits l]: what a cosine can be with so few prompts."""
+
+    fitted: tuple[int, int]
+    """How many prompts of either group."""
+
+    @property
+    def mean(self) -> Estimate:
+        """Mean over the layers of the cosine of the two directions, with its 95 % interval."""
+        return replace(centred(self.between.mean(1)), n=self.fitted)
+
+    @property
+    def noiseless(self) -> Estimate:
+        """The same over what it can be with so few prompts, as any noise makes directions differ.
+
+        Spearman's correction: over the mean of the geometric means of what each direction's cosine
+        with itself would be, fitted twice on as many prompts (Spearman and Brown, from halves). Not
+        a number if halves have nothing in common.
+        """
+        halves = np.maximum(self.itself.mean(1), 0)
+        whole = 2 * halves / (1 + halves)
+        most = float(np.sqrt(whole[0] * whole[1]).mean()) or np.nan
+        return replace(centred(self.between.mean(1) / most), n=self.fitted)
+
+    @property
+    def bands(self) -> list[Band]:
+        """By layer: the two directions (95 % bootstrap), then each with itself (95 % of splits)."""
+        both = [centred(layer) for layer in self.between.T]
+        between = [e.value for e in both], [e.low for e in both], [e.high for e in both]
+        return [between, *(_band(rows.mean(0), rows) for rows in self.itself)]
+
+
+def centred(draws: ArrayLike, n: int = 0) -> Estimate:
+    """The first of some draws, with the spread of the others about it as 95 % interval.
+
+    Drawing prompts again makes directions noisier, which lowers cosines; the interval is moved
+    back by the mean of that.
+    """
+    first, *rest = np.asarray(draws, dtype=np.float64)
+    low, high = np.quantile(rest, [0.025, 0.975]) - np.mean(rest) + first
+    return Estimate(float(first), float(low), float(high), (n, 0))
+
+
+def likeness(positive: Array, negative: Array, *, seed: int = 0) -> Likeness:
+    """Cosines between the directions at two positions.
+
+    Args:
+        positive: States of the positive group, [n p l d], with p = 2 and n of 2 or more.
+        negative: States of the negative group, [n p l d].
+        seed: Of the draws and the splits.
+    """
+    rng = np.random.default_rng(seed)
+    sides = [positive, negative]
+    sizes = [len(side) for side in sides]
+    drawn = [rng.multinomial(n, np.full(n, 1 / n), DRAWS) for n in sizes]
+    weights = [np.vstack([np.ones(n), rows]) for n, rows in zip(sizes, drawn, strict=True)]
+    masks = [np.array([rng.permutation(n) < n // 2 for _ in range(SPLITS)]) for n in sizes]
+    between, itself = [], []
+    for layer in range(positive.shape[2]):
+        here = [side[:, :, layer] for side in sides]
+        both = _directions(here, weights)
+        between.append(_cosine(both[:, 0], both[:, 1]))
+        halves = (_directions(here, half) for half in (masks, [~mask for mask in masks]))
+        itself.append(_cosine(*halves))
+    return Likeness(
+        np.stack(between, -1), np.stack(itself, -1).swapaxes(0, 1), (sizes[0], sizes[1])
+    )
+
+
+def _directions(sides: Sequence[Array], weights: Sequence[NDArray[np.generic]]) -> Array:
+    """Differences of weighted means, [draws p d], of states [n p d] with weights [draws n]."""
+    up, down = (
+        np.tensordot(w / w.sum(1, keepdims=True), side, axes=1)
+        for side, w in zip(sides, weights, strict=True)
+    )
+    found: Array = up - down
+    return found
+
+
+def _cosine(a: Array, b: Array) -> Array:
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    found: Array = (a * b).sum(-1) / np.maximum(norms, 1e-12)
+    return found
+
+
+def _band(value: Array, draws: Array) -> Band:
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    return value.tolist(), low.tolist(), high.tolist()

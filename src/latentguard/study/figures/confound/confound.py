@@ -1,0 +1,276 @@
+"""The confound page: what surface form gives away, and each headline number again without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from latentguard.prompts import Group, Prompt
+from latentguard.report.charts import matrix
+from latentguard.report.document import Cell, Figure, Section, Table
+from latentguard.stats.metrics import Estimate, proportion, resampled
+from latentguard.study.cached_model import Subject
+from latentguard.study.figures.confound.lenses import PAPER, asked, fit_lenses, look
+from latentguard.study.figures.confound.surface_table import audit_table
+from latentguard.study.finding import Finding, cells
+from latentguard.study.prompt_groups import Material, kept, spread
+from latentguard.study.rules import LENGTH, NGRAMS, Scores, interval, resampled_areas, separation
+from latentguard.study.settings import Settings
+
+OWN, PLAIN = "held-out groups", "held out, refused harmful and accepted harmless"
+"""The paper's own test groups; and those two of them whose refusal goes with their label."""
+
+SIDES = {"harmful": True, "harmless": False}
+
+AGAIN = "AUROC of Delta_harmful on form-matched sets"
+LOSS = "loss of AUROC from the paper's sets to form-matched sets"
+
+TEXT = (
+    "Harmful and harmless sets of different origin differ in form: one asks, the other commands; "
+    "one ends in a full stop. Whatever reads the last token of an instruction reads form too. So "
+    "each set is audited without any model, and each headline number is measured again on "
+    "form-matched sets, with an axis fitted on form-matched prompts, and with the ending of every "
+    "instruction made uniform (sealed); beside it stand what length, n-grams and random directions "
+    "of equal norm reach, turned by the same prompts as the paper's axis."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadSet:
+    """A labelled set with the score of each of its prompts by each reading."""
+
+    name: str
+    """``held-out groups``, or the source of a form-matched set."""
+
+    prompts: tuple[Prompt, ...]
+    """The n prompts; ``refused`` is None where the reply says neither."""
+
+    harmful: Mapping[str, Scores]
+    """Reading -> Delta_harmful at t_inst, or what stands in its place, [k n]."""
+
+    refuse: Mapping[str, Scores]
+    """Reading -> Delta_refuse at t_post, or what stands in its place, [k n]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """All sets, as they are and as they are read."""
+
+    audited: Mapping[str, tuple[Prompt, ...]]
+    """Each labelled set that the study uses."""
+
+    sets: tuple[ReadSet, ...]
+    """The paper's own first."""
+
+    note: str
+    """What the axes were fitted on."""
+
+    missing: tuple[str, ...] = ()
+    """What could not be done, and why."""
+
+
+def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+    """Ask and read every test set, through the paper's axes and through each control."""
+    sets = _sets(subject, material, settings)
+    tested = [p for prompts in sets.values() for p in prompts]
+    lenses = fit_lenses(subject, material, tested, settings)
+    read = [
+        ReadSet(name, prompts, *look(subject, prompts, lenses.of, f"confound: {name}"))
+        for name, prompts in sets.items()
+    ]
+    return Records(_audited(material, settings), tuple(read), lenses.note, lenses.missing)
+
+
+def analyse(records: Records, settings: Settings) -> Finding:
+    """Audits, the three headline numbers on every set by every reading, and what is lost."""
+    known = [s for s in records.sets if all(len(one) for one in _sides(s).values())]
+    tables = (audit_table(records.audited), _telling(known), _accepted(records), _refusing(records))
+    figures: list[Figure | Table] = [_figure(known)] if known else []
+    parts = (*figures, *(table for table in tables if table.rows))
+    section = Section("The confound of surface form", f"{TEXT} {records.note}.", parts)
+    unknown = (*records.missing, *_unknown(records, settings.enough))
+    return Finding(section, _effects(records, settings.enough), unknown)
+
+
+def _sets(
+    subject: Subject, material: Material, settings: Settings
+) -> dict[str, tuple[Prompt, ...]]:
+    """The paper's own test groups, and each form-matched set, asked."""
+    groups = [kept(material.test, group)[: settings.test] for group in get_args(Group)]
+    own = tuple(p for group in groups for p in group)
+    plain = tuple(p for p in own if p.group in ("refused_harmful", "accepted_harmless"))
+    fitted = [p for group in material.fit.values() for p in group]
+    seen = ({p.text for p in fitted} | {p.pair for p in fitted}) - {None}
+    matched = [p for p in material.pools.matched if not seen & {p.text, p.pair}]
+    sets: dict[str, tuple[Prompt, ...]] = {OWN: own, PLAIN: plain}
+    for source in dict.fromkeys(p.source or "unknown" for p in matched):
+        members = [p for p in matched if (p.source or "unknown") == source]
+        sides = [[p for p in members if p.harmful is side] for side in SIDES.values()]
+        chosen = [p for s in sides for p in spread(s, settings.test, seed=settings.seed)]
+        sets[source] = asked(subject, chosen, f"confound: {source}", settings)
+    return {name: prompts for name, prompts in sets.items() if prompts}
+
+
+def _audited(material: Material, settings: Settings) -> dict[str, tuple[Prompt, ...]]:
+    """Each set of both labels that an experiment compares."""
+    pools = material.pools
+    sets: dict[str, Sequence[Prompt]] = {
+        "centroids: refused harmful, accepted harmless": [
+            p for g in ("refused_harmful", "accepted_harmless") for p in kept(material.fit, g)
+        ],
+        OWN: [p for group in material.test.values() for p in group],
+        "held-out harmful, over-refusal": [*pools.held_out, *pools.over_refusal],
+        "jailbreaks, plain harmless": [*pools.jailbreaks, *pools.harmless],
+        "categories, plain harmless": [*pools.categories, *pools.harmless],
+        "moderation": pools.moderation,
+    }
+    for source in dict.fromkeys(p.source or "unknown" for p in pools.matched):
+        sets[f"form-matched: {source}"] = [
+            p for p in pools.matched if (p.source or "unknown") == source
+        ]
+    return {name: _sampled(prompts, settings) for name, prompts in sets.items() if prompts}
+
+
+def _sampled(prompts: Sequence[Prompt], settings: Settings) -> tuple[Prompt, ...]:
+    sides = ([p for p in prompts if p.harmful is side] for side in SIDES.values())
+    return tuple(p for side in sides for p in spread(side, settings.asked, seed=settings.seed))
+
+
+def _area_cells(found: Estimate) -> tuple[Cell, ...]:
+    return (found.value, found.low, found.high, *found.n)
+
+
+def _sides(one: ReadSet) -> dict[str, list[int]]:
+    """Rows of the harmful and of the harmless prompts."""
+    return {
+        name: [i for i, p in enumerate(one.prompts) if p.harmful is side]
+        for name, side in SIDES.items()
+    }
+
+
+def _pair(one: ReadSet, scores: Scores) -> tuple[Scores, Scores]:
+    """Scores of the harmful and of the harmless prompts."""
+    sides = _sides(one)
+    return scores[:, sides["harmful"]], scores[:, sides["harmless"]]
+
+
+def _telling(sets: Sequence[ReadSet]) -> Table:
+    rows = tuple(
+        (one.name, reading, *_area_cells(separation(*_pair(one, scores))))
+        for one in sets
+        for reading, scores in one.harmful.items()
+    )
+    note = (
+        "AUROC of Delta_harmful at t_inst between harmful and harmless prompts; 0.5 is nothing. "
+        "Random directions: mean over the draws. Intervals: 95 % bootstrap. The paper has no "
+        "form-matched set."
+    )
+    columns = ("set", "reading", "AUROC", "low", "high", "n harmful", "n harmless")
+    return Table("Harmful or harmless, again", columns, rows, note)
+
+
+def _accepted(records: Records) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for one in records.sets:
+        members = [i for i, p in enumerate(one.prompts) if p.group == "accepted_harmful"]
+        for reading, scores in one.harmful.items():
+            if members and reading not in (LENGTH, NGRAMS):  # in their own units
+                values = scores[:, members].mean(0)
+                side = proportion(values > 0)
+                mean = resampled(lambda v: float(v.mean()), values)
+                rows.append((one.name, reading, *cells(mean), side.value, side.low, side.high))
+    note = (
+        "Mean over the layers of s at t_inst (equation 2): above 0 is the harmful side (section "
+        "3.2, Figure 2, where the paper finds accepted harmful prompts). Random directions: from "
+        "midway between the classes they were turned by."
+    )
+    share = ("share above 0", "share, low", "share, high")
+    columns = ("set", "reading", "mean s", "low", "high", "n", *share)
+    return Table("Accepted harmful prompts at t_inst, again", columns, tuple(rows), note)
+
+
+def _refusing(records: Records) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for one, label, refused, accepted in _decided(records):
+        if refused and accepted:
+            for reading, scores in one.refuse.items():
+                found = separation(scores[:, refused], scores[:, accepted])
+                rows.append((one.name, label, reading, *_area_cells(found)))
+    note = (
+        "AUROC of Delta_refuse at t_post between refused and accepted prompts of one label, so "
+        "that harmfulness itself cannot help. 0.5 is nothing. Intervals: 95 % bootstrap."
+    )
+    columns = ("set", "among", "reading", "AUROC", "low", "high", "n refused", "n accepted")
+    return Table("Refused or accepted within one label, again", columns, tuple(rows), note)
+
+
+def _decided(records: Records) -> Iterator[tuple[ReadSet, str, list[int], list[int]]]:
+    """Each set and label, with the rows that were refused and those that were accepted."""
+    for one in (one for one in records.sets if one.name != PLAIN):
+        for label, rows in _sides(one).items():
+            refused, accepted = (
+                [i for i in rows if one.prompts[i].refused is was] for was in (True, False)
+            )
+            yield one, label, refused, accepted
+
+
+def _figure(sets: Sequence[ReadSet]) -> Figure:
+    readings = list(sets[0].harmful)
+    values = [
+        [separation(*_pair(one, one.harmful[name])).value for one in sets] for name in readings
+    ]
+    count = "; ".join(
+        f"{one.name}: {len(_sides(one)['harmful'])} and {len(_sides(one)['harmless'])}"
+        for one in sets
+    )
+    caption = (
+        f"AUROC of each reading (rows) on each set (columns); 0.5 is chance. n (harmful and "
+        f"harmless): {count}. A reading that falls from the paper's own sets to the others "
+        "reads form."
+    )
+    names, title = [one.name for one in sets], "Harmful or harmless by reading and set"
+    return matrix(values, readings, names, title=title, caption=caption)
+
+
+def _effects(records: Records, enough: int) -> dict[str, Estimate]:
+    """The paper's axis on form-matched sets: mean over the sets, each side resampled on its own."""
+    pairs = {
+        one.name: _pair(one, one.harmful[PAPER])
+        for one in records.sets
+        if min(map(len, _sides(one).values())) >= enough
+    }
+    own, _ = pairs.pop(OWN, None), pairs.pop(PLAIN, None)
+    if not pairs:
+        return {}
+    areas = [resampled_areas(*pair, seed=n) for n, pair in enumerate(pairs.values(), 1)]
+    matched, count = np.mean(areas, axis=0), np.sum([_count(pair) for pair in pairs.values()], 0)
+    found = {AGAIN: interval(matched, (int(count[0]), int(count[1])))}
+    if own is not None:
+        count += _count(own)
+        found[LOSS] = interval(resampled_areas(*own) - matched, (int(count[0]), int(count[1])))
+    return found
+
+
+def _count(pair: tuple[Scores, Scores]) -> tuple[int, int]:
+    return pair[0].shape[1], pair[1].shape[1]
+
+
+def _unknown(records: Records, enough: int) -> Iterator[str]:
+    names = [one.name for one in records.sets]
+    if not set(names) - {OWN, PLAIN}:
+        yield "There is no form-matched set, so the confound cannot be measured."
+    if OWN not in names:
+        yield "No prompt was held out, so nothing is known of the paper's own test groups."
+    for one in records.sets:
+        for label, rows in _sides(one).items():
+            if len(rows) < enough:
+                yield f"Only {len(rows)} {label} prompts in {one.name}: nothing is concluded of it."
+    for one, label, refused, accepted in _decided(records):
+        if one.refuse and min(len(refused), len(accepted)) < enough:
+            yield (
+                f"Among the {label} prompts of {one.name}, {len(refused)} are refused and "
+                f"{len(accepted)} accepted: too few to say what Delta_refuse reads there."
+            )

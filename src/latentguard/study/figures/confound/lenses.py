@@ -1,0 +1,148 @@
+"""Lenses: ways of reading harmfulness and refusal: the paper's, and those that form cannot help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from latentguard.data.builtin import load_contrast
+from latentguard.probes.axis import Axis
+from latentguard.prompts import Group, Prompt
+from latentguard.states import Reading, States
+from latentguard.study.cached_model import Subject
+from latentguard.study.directions import Axes, fit_axes
+from latentguard.study.prompt_groups import Material, kept, spread
+from latentguard.study.rules import Rule, Scores, belief_rule, control_rules
+from latentguard.study.settings import Settings
+
+PAPER, MATCHED, SEALED = "paper's axis", "axis of form-matched prompts", "sealed reading"
+"""Names of the lenses beside the controls."""
+
+POSITIONS = ("t_inst", "t_post")
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """One way of reading."""
+
+    reading: Reading
+    """Whether the ending of a prompt is made uniform first."""
+
+    harmful: Rule
+    """Delta_harmful at t_inst, or what stands in its place."""
+
+    refuse: Rule | None
+    """Delta_refuse at t_post, or what stands in its place; None if too few are refused."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lenses:
+    """All of them."""
+
+    of: Mapping[str, Lens]
+    """By name."""
+
+    note: str
+    """What they were fitted on."""
+
+    missing: tuple[str, ...]
+    """What could not be fitted, and why."""
+
+
+def fit_lenses(
+    subject: Subject, material: Material, tested: Sequence[Prompt], settings: Settings
+) -> Lenses:
+    """Fit the paper's axes, the form-matched and the sealed ones, and the controls.
+
+    Raises:
+        GuardError: if there is no harmful or no harmless prompt to fit on.
+    """
+    axes = fit_axes(subject, material, enough=settings.enough)
+    matched, note = _matched(subject, material, tested, settings)
+    missing = () if axes.refuse else (f"No refusal axis ({axes.note}).",)
+    if matched is None:
+        missing = (*missing, f"No axis of form-matched prompts: {note}.")
+    found = {
+        PAPER: _lens(axes),
+        **({MATCHED: matched} if matched else {}),
+        SEALED: _sealed(subject, material, settings),
+        **_controls(subject, material, axes, settings),
+    }
+    return Lenses(found, f"{axes.note}. Form-matched axis: {note}", missing)
+
+
+def look(
+    subject: Subject, prompts: Sequence[Prompt], lenses: Mapping[str, Lens], what: str
+) -> tuple[dict[str, Scores], dict[str, Scores]]:
+    """Delta_harmful and Delta_refuse of prompts through each lens, [k n] each."""
+    states: dict[str, States] = {}
+    harmful, refuse = dict[str, Scores](), dict[str, Scores]()
+    for name, lens in lenses.items():
+        at = lens.reading
+        if at.name not in states:
+            ready = map(at.prepare, prompts)
+            states[at.name] = subject.states(ready, positions=POSITIONS, what=f"{what}, {at.name}")
+        harmful[name] = lens.harmful(states[at.name])
+        if lens.refuse is not None:
+            refuse[name] = lens.refuse(states[at.name])
+    return harmful, refuse
+
+
+def asked(
+    subject: Subject, prompts: Sequence[Prompt], what: str, settings: Settings
+) -> tuple[Prompt, ...]:
+    """The prompts with ``refused`` as the subject's replies are judged."""
+    (replies,) = subject.replies(prompts, what=what, max_new_tokens=settings.reply_tokens)
+    refused = subject.refused(replies)
+    return tuple(replace(p, refused=r) for p, r in zip(prompts, refused, strict=True))
+
+
+def _lens(axes: Axes, reading: str = "t_inst") -> Lens:
+    refuse = None if axes.refuse is None else belief_rule(axes.refuse)
+    return Lens(Reading.of(reading, 1), belief_rule(axes.harmful), refuse)
+
+
+def _matched(
+    subject: Subject, material: Material, tested: Sequence[Prompt], settings: Settings
+) -> tuple[Lens | None, str]:
+    """Axes fitted on pairs of the built-in contrast set, none of which is tested."""
+    barred = {p.text for p in tested} | {p.pair for p in tested}
+    free = [p for p in load_contrast("train") if p.pair and not barred & {p.text, p.pair}]
+    harmful = spread([p for p in free if p.harmful], settings.fit, seed=settings.seed)
+    pairs = {p.pair for p in harmful}
+    if len(pairs) < settings.enough:
+        return None, f"only {len(pairs)} pairs of the contrast set are not tested"
+    chosen = [p for p in free if p.pair in pairs]
+    labelled = asked(subject, chosen, "confound: form-matched prompts to fit on", settings)
+    states = subject.states(labelled, positions=POSITIONS, what="confound: form-matched axis")
+    groups = dict(positive="refused_harmful", negative="accepted_harmless")
+    counts = [sum(p.group == group for p in labelled) for group in groups.values()]
+    few = min(counts) < settings.enough
+    refuse = None if few else Axis.fit(states, "t_post", name="refuse", **groups)
+    axes = Axes(Axis.fit(states, "t_inst"), refuse, "")
+    return _lens(axes), f"{len(pairs)} pairs of the contrast set"
+
+
+def _sealed(subject: Subject, material: Material, settings: Settings) -> Lens:
+    """The paper's axes, fitted on prompts whose ending was made uniform."""
+    seal = Reading.of("sealed", 1).prepare
+    fit = {group: tuple(map(seal, prompts)) for group, prompts in material.fit.items()}
+    return _lens(fit_axes(subject, replace(material, fit=fit), enough=settings.enough), "sealed")
+
+
+def _controls(
+    subject: Subject, material: Material, axes: Axes, settings: Settings
+) -> dict[str, Lens]:
+    """Controls, turned by the prompts that the paper's axes were fitted on."""
+    groups: tuple[Group, ...] = get_args(Group)
+    if axes.refuse is not None:
+        groups = ("refused_harmful", "accepted_harmless")
+    members = [p for group in groups for p in kept(material.fit, group)]
+    fit = subject.states(members, positions=POSITIONS, what="centroids")
+    harmful, refuse = (
+        {} if axis is None else control_rules(axis, fit, settings.random_draws)
+        for axis in (axes.harmful, axes.refuse)
+    )
+    reading = Reading.of("t_inst", 1)
+    return {name: Lens(reading, rule, refuse.get(name)) for name, rule in harmful.items()}

@@ -1,0 +1,78 @@
+"""The surface audit of many sets as one table, with intervals (see ``audit``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentguard.data.surface_audit import WARN_AT, audit, ngram_held_out
+from latentguard.errors import GuardError
+from latentguard.prompts import Prompt
+from latentguard.report.document import Cell, Table
+from latentguard.stats.metrics import Estimate
+from latentguard.study.rules import Scores, separation
+
+
+def audit_table(sets: Mapping[str, Sequence[Prompt]]) -> Table:
+    """What form alone gives away in each set; sets with too few of a class are left out."""
+    rows: list[tuple[Cell, ...]] = []
+    left_out = []
+    for name, prompts in sets.items():
+        try:
+            found = features(prompts)
+        except GuardError:
+            left_out.append(name)
+            continue
+        for feature, one in found.items():
+            figures = (one.value, one.low, one.high, *one.n)
+            rows.append((name, feature, *figures, one.value > WARN_AT))
+    note = (
+        "No model is asked. Ending (class of the last character) and form (question, imperative, "
+        "...): balanced accuracy of the better guess. Length and n-grams (held-out folds): AUROC. "
+        f"0.5 is nothing; above {WARN_AT} a set is called confounded. Intervals: 95 % bootstrap. "
+        f"Too small to audit: {', '.join(left_out) or 'none'}."
+    )
+    columns = ("set", "feature", "value", "low", "high", "n harmful", "n harmless", "confounded")
+    return Table("Surface audit", columns, tuple(rows), note)
+
+
+def features(prompts: Sequence[Prompt]) -> dict[str, Estimate]:
+    """How well each feature of form tells the labels of a set of labelled prompts apart.
+
+    Raises:
+        GuardError: if there are too few prompts of a class, or pairs.
+    """
+    found = audit(prompts)
+    harmful = np.array([bool(p.harmful) for p in prompts])
+    length = np.array([[len(p.text) for p in prompts]], dtype=np.float64)
+    lengths = {sign: separation(*_sides(sign * length, harmful)) for sign in (1, -1)}
+    return {
+        "ending": guessed(found.endings),
+        "form": guessed(found.forms),
+        "length": max(lengths.values(), key=lambda one: one.value),
+        "n-grams": separation(*_sides(ngram_held_out(prompts)[None], harmful)),
+    }
+
+
+def _sides(scores: Scores, harmful: NDArray[np.bool_]) -> tuple[Scores, Scores]:
+    return scores[:, harmful], scores[:, ~harmful]
+
+
+def guessed(counts: Mapping[str, tuple[int, int]]) -> Estimate:
+    """Balanced accuracy of the better guess for each value, from its counts in both classes.
+
+    The interval keeps the guesses: one that guesses anew in each resample would lie too high.
+    """
+    table = np.array(list(counts.values()), dtype=np.float64).T  # [2 values]
+    n = table.sum(1, keepdims=True)
+    guess = (table / n).argmax(0)
+    rng = np.random.default_rng(0)
+    draws = [
+        rng.multinomial(int(m), row / m, size=1000) / m for (m,), row in zip(n, table, strict=True)
+    ]
+    hits = sum(draw[:, guess == side].sum(1) for side, draw in enumerate(draws)) / 2
+    low, high = np.quantile(hits, [0.025, 0.975])
+    value = float((table / n).max(0).sum() / 2)
+    return Estimate(value, float(low), float(high), (int(n[0, 0]), int(n[1, 0])))

@@ -1,0 +1,238 @@
+"""Figure 3: the plane of both beliefs, and how they correlate in each group (section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from latentguard.probes.axis import Axis
+from latentguard.prompts import Group, Prompt
+from latentguard.report.charts import plane
+from latentguard.report.document import Cell, Figure, Section, Table
+from latentguard.states import States
+from latentguard.stats.metrics import Estimate, proportion, resampled
+from latentguard.study.cached_model import Subject
+from latentguard.study.directions import belief, fit_axes, random_like
+from latentguard.study.finding import Finding, cells
+from latentguard.study.prompt_groups import Material, kept
+from latentguard.study.settings import Settings
+
+GROUPS: tuple[Group, ...] = get_args(Group)
+CONTROLS = 20
+"""Chance planes of each kind; they cost no reply."""
+
+TOGETHER: dict[str, tuple[Group, ...]] = {
+    "all four groups": GROUPS,
+    "refused harmful and accepted harmless": ("refused_harmful", "accepted_harmless"),
+    "accepted harmful and refused harmless": ("accepted_harmful", "refused_harmless"),
+    **{group.replace("_", " "): (group,) for group in GROUPS},
+}
+"""Where correlations are taken."""
+
+Plane = NDArray[np.float64]
+"""Delta_harmful and Delta_refuse of n prompts, [n 2]; Delta_refuse is nan where it is unknown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Both beliefs of the tested prompts (equations 3 and 4)."""
+
+    prompts: tuple[Prompt, ...]
+    """The n prompts, of all four groups."""
+
+    beliefs: Plane
+    """Of each."""
+
+    chance: Mapping[str, tuple[Plane, ...]]
+    """The same planes when the centroids mean nothing, by kind of chance."""
+
+    note: str
+    """What the centroids were fitted on."""
+
+
+def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+    """Read both beliefs of every tested prompt, and the same from meaningless centroids."""
+    axes = fit_axes(subject, material, enough=settings.enough)
+    prompts = tuple(p for group in GROUPS for p in kept(material.test, group))
+    if not prompts:
+        return Records((), np.empty((0, 2)), {}, axes.note)
+    states = subject.states(prompts, what="states: beliefs")
+    harmful = belief(axes.harmful, states.at("t_inst"))
+    if axes.refuse is None:
+        return Records(prompts, np.stack([harmful, harmful * np.nan], 1), {}, axes.note)
+    beliefs = np.stack([harmful, belief(axes.refuse, states.at("t_post"))], 1)
+    fitted = subject.states([p for group in material.fit.values() for p in group])
+    chance = {
+        "random directions of equal norm": _planes(_random(axes.harmful, axes.refuse), states),
+        "centroids of random halves": _planes(_halves(axes.harmful, axes.refuse, fitted), states),
+    }
+    return Records(prompts, beliefs, chance, axes.note)
+
+
+def analyse(records: Records, settings: Settings) -> Finding:
+    """The plane, the share of each group on each side of both lines, and the correlations."""
+    groups = {g: records.beliefs[[p.group == g for p in records.prompts]] for g in GROUPS}
+    groups = {group: found for group, found in groups.items() if len(found)}
+    known = bool(np.isfinite(records.beliefs).all()) and bool(groups)
+    rows = correlations(groups) if known else {}
+    tables = [_sides(groups), _correlated(rows, records.chance)] if groups else []
+    figures = [_figure(records, groups)] if known else []
+    effects = _effects(groups, known, settings)
+    if len(records.prompts) >= settings.enough and "all four groups" in rows:
+        effects["correlation of beliefs"] = rows["all four groups"]
+        if beyond := _beyond(rows["all four groups"], records.chance):
+            effects["correlation of beliefs beyond chance"] = beyond
+    return Finding(_section([*figures, *tables]), effects, _unknown(records, groups, settings))
+
+
+def correlations(groups: Mapping[Group, Plane]) -> dict[str, Estimate]:
+    """Pearson's r of both beliefs in groups taken together, with 95 % bootstrap intervals.
+
+    Fewer than 3 prompts, or equal ones, have none.
+    """
+    found = {}
+    for name, members in TOGETHER.items():
+        together = [groups[group] for group in members if group in groups]
+        if len(together) == len(members) or name == "all four groups":
+            rows = np.concatenate(together)
+            if len(rows) > 2 and np.isfinite(correlation(rows)):
+                found[name] = resampled(correlation, rows)
+    return found
+
+
+def correlation(rows: Plane) -> float:
+    """Pearson's r of both columns; nan if one is constant."""
+    x, y = (rows - rows.mean(0)).T
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 1e-12 else float("nan")
+
+
+def _beyond(found: Estimate, chance: Mapping[str, tuple[Plane, ...]]) -> Estimate | None:
+    """A correlation less that of chance planes; the widest interval that both leave open."""
+    drawn = [correlation(one) for planes in chance.values() for one in planes]
+    if not np.isfinite(drawn).any():
+        return None
+    low, high = np.nanquantile(drawn, [0.025, 0.975]).tolist()
+    value = found.value - float(np.nanmean(drawn))
+    return Estimate(value, found.low - high, found.high - low, found.n)
+
+
+def _random(harmful: Axis, refuse: Axis) -> Iterator[tuple[Axis, Axis]]:
+    """Both axes about their own middles, along random directions, the same at both positions."""
+    for draw in range(CONTROLS):
+        yield _turned(harmful, draw), _turned(refuse, draw)
+
+
+def _turned(axis: Axis, draw: int) -> Axis:
+    middle = (axis.positive + axis.negative) / 2
+    half = torch.stack([random_like(v, draw) for v in axis.direction]) / 2
+    return replace(axis, positive=middle + half, negative=middle - half)
+
+
+def _halves(harmful: Axis, refuse: Axis, fitted: States) -> Iterator[tuple[Axis, Axis]]:
+    """Both axes from random halves of the prompts that they were fitted on."""
+    for draw in range(CONTROLS):
+        order = torch.randperm(len(fitted), generator=torch.Generator().manual_seed(draw))
+        first, second = order.tensor_split(2)
+        yield _split(harmful, fitted, first, second), _split(refuse, fitted, first, second)
+
+
+def _split(axis: Axis, fitted: States, first: Tensor, second: Tensor) -> Axis:
+    states = fitted.at(axis.position)
+    poles = (states[rows].double().mean(0).float() for rows in (first, second))
+    positive, negative = poles
+    return replace(axis, positive=positive, negative=negative)
+
+
+def _planes(axes: Iterator[tuple[Axis, Axis]], states: States) -> tuple[Plane, ...]:
+    return tuple(
+        np.stack([belief(one, states.at(one.position)) for one in pair], 1) for pair in axes
+    )
+
+
+def _effects(groups: Mapping[Group, Plane], known: bool, settings: Settings) -> dict[str, Estimate]:
+    wanted: list[tuple[Group, str, int]] = [
+        ("refused_harmless", "Delta_harmful of refused harmless", 0),
+        ("refused_harmless", "Delta_refuse of refused harmless", 1),
+        ("accepted_harmful", "Delta_harmful of accepted harmful", 0),
+    ]
+    return {
+        name: resampled(np.mean, groups[group][:, axis])
+        for group, name, axis in wanted
+        if len(groups.get(group, ())) >= settings.enough and (known or axis == 0)
+    }
+
+
+def _sides(groups: Mapping[Group, Plane]) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for group, found in groups.items():
+        for name, values in zip(("harmful", "refuse"), found.T, strict=True):
+            if np.isfinite(values).all():
+                mean, above = resampled(np.mean, values), proportion(values > 0)
+                cell = (*cells(mean), *cells(above)[:3])
+                rows.append((group.replace("_", " "), f"\u0394 {name}", *cell))
+    share = ("share above 0", "share low", "share high")
+    columns = ("group", "belief", "mean", "low", "high", "n", *share)
+    note = "Means with 95 % bootstrap intervals, shares with 95 % Wilson intervals."
+    return Table("Beliefs of the four groups", columns, tuple(rows), note)
+
+
+def _correlated(rows: Mapping[str, Estimate], chance: Mapping[str, tuple[Plane, ...]]) -> Table:
+    found: list[tuple[Cell, ...]] = [(name, *cells(r)) for name, r in rows.items()]
+    for kind, planes in chance.items():
+        drawn = [correlation(one) for one in planes]
+        ends = np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (None, None)
+        value = float(np.nanmean(drawn)) if np.isfinite(drawn).any() else None
+        found.append((f"chance: {kind}", value, *(e and float(e) for e in ends), len(planes)))
+    note = (
+        f"Pearson's r of both beliefs, 95 % bootstrap over prompts. Chance: {CONTROLS} planes over "
+        "all prompts; value is their mean, low and high hold 95 % of them, n counts planes. Random "
+        "directions are the same at both positions; random halves split the prompts of the "
+        "centroids without regard to harm. A correlation within that range says nothing of harm "
+        "or refusal."
+    )
+    return Table(
+        "Correlation of both beliefs", ("prompts", "r", "low", "high", "n"), tuple(found), note
+    )
+
+
+def _figure(records: Records, groups: Mapping[Group, Plane]) -> Figure:
+    points = {}
+    for group, found in groups.items():
+        names = [p.id or "unnamed" for p in records.prompts if p.group == group]
+        label = f"{group.replace('_', ' ')} (n = {len(found)})"
+        points[label] = (found[:, 0].tolist(), found[:, 1].tolist(), names)
+    caption = (
+        "Each point is a prompt that no centroid saw. Right of the upright line it is believed "
+        "harmful, above the level line it is believed to be refused; the paper expects refused "
+        f"harmless prompts left of the line. {records.note}."
+    )
+    return plane(points, title="Beliefs of harmfulness and refusal", caption=caption)
+
+
+def _unknown(
+    records: Records, groups: Mapping[Group, Plane], settings: Settings
+) -> tuple[str, ...]:
+    few = [
+        f"Figure 3: {len(groups.get(group, ()))} {group.replace('_', ' ')} prompts are too few to "
+        "say what the model believes of them."
+        for group in GROUPS
+        if len(groups.get(group, ())) < settings.enough
+    ]
+    if records.prompts and not np.isfinite(records.beliefs).all():
+        few.append(f"Figure 3: there is no belief of refusal. {records.note}.")
+    return tuple(few)
+
+
+def _section(parts: list[Table | Figure]) -> Section:
+    text = (
+        "Delta harmful is read at t_inst, Delta refuse at t_post. If the model keeps harmfulness "
+        "and refusal apart, a prompt may be refused while it is believed harmless, and the reverse."
+    )
+    return Section("Figure 3: beliefs of harmfulness and refusal", text, tuple(parts))

@@ -1,0 +1,173 @@
+"""What a model says and believes while it is attacked (section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentguard.prompts import Prompt
+from latentguard.stats.metrics import Estimate
+from latentguard.study.attacks import TARGET, Wave
+from latentguard.study.cached_model import Subject
+from latentguard.study.directions import Axes, belief
+from latentguard.study.settings import Settings
+
+Floats = NDArray[np.float64]
+
+DRAWS = 1000
+"""Bootstrap draws."""
+
+
+@dataclass(frozen=True, eq=False)
+class Beliefs:
+    """What a model believes of some prompts."""
+
+    prompts: tuple[Prompt, ...]
+    """The n prompts."""
+
+    harmful: Floats
+    """Delta_harmful at t_inst (equation 3), [n]."""
+
+    refuse: Floats | None
+    """Delta_refuse at t_post (equation 4), [n]; None if there is no refusal axis."""
+
+    @property
+    def requests(self) -> list[str]:
+        """What each asks for, [n]: the same for attacks on one request."""
+        return [p.pair or p.text for p in self.prompts]
+
+
+@dataclass(frozen=True, eq=False)
+class Attack:
+    """Attacks of one kind, asked."""
+
+    wave: Wave
+    """The prompts."""
+
+    beliefs: Beliefs
+    """Of those attacked, [n]."""
+
+    accepted: tuple[bool | None, ...]
+    """Whether each succeeds, [n]; None where the reply is empty or cut."""
+
+    wrapped: Floats
+    """Delta_harmful of harmless instructions in the wrappers, [m]."""
+
+    bare: Floats
+    """Delta_harmful of the same without, [m]."""
+
+    @property
+    def known(self) -> Floats:
+        """Delta_harmful of the attacked prompts whose wrapper is known, [k]."""
+        return self.beliefs.harmful[list(self.wave.known)]
+
+
+def ask(subject: Subject, axes: Axes, wave: Wave, settings: Settings) -> Attack:
+    """Ask what is attacked, unsteered; read the beliefs of it and of its controls."""
+    what = f"Figure 6: {wave.kind}"
+    (replies,) = subject.replies(wave.attacked, what=what, max_new_tokens=settings.reply_tokens)
+    accepted = tuple(None if said is None else not said for said in subject.refused(replies))
+    sides = (wave.attacked, wave.wrapped, wave.bare)
+    attacked, wrapped, bare = (read_beliefs(subject, axes, side, what=what) for side in sides)
+    return Attack(wave, attacked, accepted, wrapped.harmful, bare.harmful)
+
+
+def read_beliefs(subject: Subject, axes: Axes, prompts: Sequence[Prompt], *, what: str) -> Beliefs:
+    """Both beliefs of some prompts, over the layers 1 to L."""
+    if not prompts:
+        return Beliefs((), np.zeros(0), np.zeros(0) if axes.refuse else None)
+    states = subject.states(prompts, what=what)
+    harmful = belief(axes.harmful, states.at("t_inst"))
+    refuse = belief(axes.refuse, states.at("t_post")) if axes.refuse else None
+    return Beliefs(tuple(prompts), harmful, refuse)
+
+
+def search_suffixes(
+    subject: Subject, prompts: Sequence[Prompt], *, steps: int, seed: int
+) -> list[str]:
+    """A GCG suffix for each prompt; each is kept as it is found. None without the tool."""
+    search = subject.tools.suffix
+    if search is None:
+        return []
+    advance = subject.step("Figure 6: GCG suffixes", len(prompts))
+    found = []
+    for prompt in prompts:
+        history = [asdict(turn) for turn in prompt.history]
+        compute = partial(search, prompt, TARGET, steps=steps, seed=seed)
+        parts = ["gcg", prompt.text, history, TARGET, steps, seed]
+        found.append(str(subject.remember(parts, compute)))
+        advance(1)
+    return found
+
+
+def pooled(attacks: Iterable[Attack], which: Sequence[bool | None] = (True,)) -> Beliefs:
+    """Attacks of some kinds together: the accepted ones, or others (``Attack.accepted``)."""
+    rows = [
+        (attack.beliefs, row)
+        for attack in attacks
+        for row, accepted in enumerate(attack.accepted)
+        if accepted in which
+    ]
+    refuse = [float(one.refuse[row]) for one, row in rows if one.refuse is not None]
+    return Beliefs(
+        tuple(one.prompts[row] for one, row in rows),
+        np.array([one.harmful[row] for one, row in rows]),
+        np.array(refuse) if len(refuse) == len(rows) else None,
+    )
+
+
+def mean_of(
+    values: Floats, requests: Sequence[str] = (), *, minus: Floats | None = None
+) -> Estimate:
+    """The mean of values [n], perhaps less that of others, with its 95 % bootstrap interval.
+
+    Args:
+        values: Of attacks, at least one.
+        requests: What each attack asks for, [n]; attacks on one request are drawn together.
+        minus: Other values, at least one.
+    """
+    rows = _weights(requests or range(len(values)))
+    found = rows @ values / rows.sum(1)
+    if minus is None:
+        return _estimate(found, (len(values), 0))
+    others = _weights(range(len(minus)), seed=1)
+    found = found - others @ minus / others.sum(1)
+    return _estimate(found, (len(values), len(minus)))
+
+
+def area_of(wins: Floats, requests: Sequence[str] = (), *, paired: bool = False) -> Estimate:
+    """AUROC with its 95 % bootstrap interval, from who beats whom.
+
+    Args:
+        wins: ``wins`` of harmful over harmless prompts, [n m], or the mean of several.
+        requests: As in ``mean_of``, [n].
+        paired: Row i belongs to column i, so both are drawn.
+    """
+    rows = _weights(requests or range(len(wins)))
+    columns = rows if paired else _weights(range(wins.shape[1]), seed=1)
+    found = ((rows @ wins) * columns).sum(1) / rows.sum(1) / columns.sum(1)
+    return _estimate(found, (len(wins), 0 if paired else wins.shape[1]))
+
+
+def wins(harmful: Floats, harmless: Floats) -> Floats:
+    """1 where a harmful value is greater than a harmless one, 0.5 where they are equal, [n m]."""
+    gap = harmful[:, None] - harmless
+    return np.where(gap == 0, 0.5, gap > 0)
+
+
+def _weights(owners: Sequence[object], *, seed: int = 0) -> Floats:
+    """How often each row counts, [1 + draws, n]: once, and in each draw of the owners."""
+    names, owner = np.unique(np.asarray(owners), return_inverse=True)
+    k = len(names)
+    drawn = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), DRAWS)
+    counts: Floats = np.vstack([np.ones(k), drawn])[:, owner]
+    return counts
+
+
+def _estimate(found: Floats, n: tuple[int, int]) -> Estimate:
+    low, high = np.quantile(found[1:], [0.025, 0.975])
+    return Estimate(float(found[0]), float(low), float(high), n)

@@ -1,0 +1,121 @@
+"""What the attack changed, in numbers: each held-out prompt against itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentguard.stats.differences import dealt, difference
+from latentguard.stats.metrics import Estimate, mean_curve, resampled
+from latentguard.study.directions import at_layers, best_layers
+from latentguard.study.figures.figure_07_finetuning.snapshot import Stage
+from latentguard.study.figures.figure_07_finetuning.train import Records
+
+Bools = NDArray[np.bool_]
+
+
+def last_stage(records: Records) -> Stage:
+    """The model after most harmful pairs."""
+    return [stage for stage in records.stages if not stage.control][-1]
+
+
+def labelled(records: Records, *, harmful: bool) -> Bools:
+    """Which prompts have this label, [n]."""
+    return np.array([p.harmful is harmful for p in records.prompts])
+
+
+def effects_of(before: Stage, after: Stage, harmful: Bools) -> dict[str, Estimate]:
+    """Changes on the held-out harmful prompts, those that can be told.
+
+    Args:
+        before: The model before the attack.
+        after: After one.
+        harmful: Which of the tested prompts are harmful, [n].
+    """
+    effects = _of_beliefs(delta(before), delta(after), harmful)
+    refused = [flags_of(stage.refused)[harmful] for stage in (before, after)]
+    known = ~np.isnan(refused).any(0)
+    if known.any():
+        drop = difference(refused[0][known], refused[1][known])
+        effects["refusal rate drop after fine-tuning"] = drop
+    for name, scores in (("guard", delta), ("linear guard", linear)):
+        if after.linear or scores is delta:
+            caught = [scores(stage)[harmful] > 0 for stage in (after, before)]
+            effects[f"{name} recall after minus before"] = difference(*caught)
+    return effects
+
+
+def _of_beliefs(
+    before: NDArray[np.float64], after: NDArray[np.float64], harmful: Bools
+) -> dict[str, Estimate]:
+    """Change of Delta_harmful over its value, and over its distance from harmless prompts."""
+    effects, pairs = {}, np.stack([before, after], axis=1)[harmful]
+    if mean(pairs[:, 0]).low > 0:
+        effects["relative change of Delta_harmful"] = resampled(_relative, pairs)
+    harmless = before[~harmful]
+    if len(harmless) and resampled(_gap, pairs, harmless).low > 0:
+        gap = "change of Delta_harmful over its gap to harmless"
+        effects[gap] = resampled(_over_gap, pairs, harmless)
+    return effects
+
+
+def over_chance(before: Stage, stage: Stage, draws: int) -> Estimate:
+    """Refusal along the direction minus along chance, where the direction was best before."""
+    return dealt(*at_best(before, stage), draws)
+
+
+def at_best(before: Stage, stage: Stage) -> tuple[Bools, Bools]:
+    """Whether each harmless prompt is refused along the direction, and along chance, [prompts].
+
+    Each half of the prompts is judged at the layer that was best before for the other half.
+    """
+    picks = best_layers(hits_of(before.steered))
+    hits, chance = (at_layers(hits_of(f)[None], picks)[0] for f in (stage.steered, stage.random))
+    return hits, chance
+
+
+def mean(values: NDArray[np.float64]) -> Estimate:
+    """Of values [n], with its bootstrap interval."""
+    return mean_curve(values[:, None])[0]
+
+
+def flags_of(flags: Sequence[bool | None]) -> NDArray[np.float64]:
+    """1, 0, or nan where nothing could be told, [n]."""
+    return np.array(flags, dtype=float)
+
+
+def hits_of(flags: Sequence[Sequence[bool | None]]) -> Bools:
+    """Which replies are known to refuse, [layers prompts]."""
+    hits: Bools = np.array(flags, dtype=float) == 1
+    return hits
+
+
+def by_layer(stage: Stage, axis: str) -> NDArray[np.float64]:
+    """Beliefs of ``harmful`` or ``refuse``, [n l]."""
+    return np.array(getattr(stage, axis), dtype=float)
+
+
+def delta(stage: Stage, axis: str = "harmful") -> NDArray[np.float64]:
+    """Delta of each prompt, [n]; that of harmfulness is the score of the paper's guard."""
+    means: NDArray[np.float64] = by_layer(stage, axis).mean(1)
+    return means
+
+
+def linear(stage: Stage) -> NDArray[np.float64]:
+    """Scores of the linear guard, [n]."""
+    return np.array(stage.linear, dtype=float)
+
+
+def _relative(pairs: NDArray[np.float64]) -> float:
+    before, after = pairs.mean(0)
+    return float(after / before - 1)
+
+
+def _gap(pairs: NDArray[np.float64], harmless: NDArray[np.float64]) -> float:
+    return float(pairs[:, 0].mean() - harmless.mean())
+
+
+def _over_gap(pairs: NDArray[np.float64], harmless: NDArray[np.float64]) -> float:
+    return float((pairs[:, 1] - pairs[:, 0]).mean() / _gap(pairs, harmless))

@@ -1,0 +1,187 @@
+"""Looking at the model before and after it is attacked, in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from latentguard.probes.axis import Axis
+from latentguard.probes.fitting import fit_readout, slots
+from latentguard.probes.probe import Readout
+from latentguard.prompts import Prompt, Reply
+from latentguard.states import Reading, Speaker, States, digest_prompts
+from latentguard.study.cached_model import Finetune, Subject
+from latentguard.study.directions import Axes, steer, steer_at_random
+from latentguard.study.figures.figure_07_finetuning.pairs import Pair, broken
+from latentguard.study.prompt_groups import Material, kept
+from latentguard.study.settings import Settings
+
+FEWEST = 10
+"""Prompts of each class without which there is no linear guard."""
+
+Replies = Callable[..., list[list[Reply]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the model says and holds before or after one fine-tuning; n prompts, l layers."""
+
+    name: str
+    """``before``, ``50 pairs``, ``50 harmless pairs (control)``."""
+
+    pairs: int
+    """How many it was trained on."""
+
+    refused: Sequence[bool | None]
+    """Whether each prompt is refused, [n]; None if that cannot be told."""
+
+    broken: Sequence[bool]
+    """Whether each reply repeats itself, [n]."""
+
+    harmful: Sequence[Sequence[float]]
+    """Equation 2 at t_inst with the centroids from before, layers 1 to L, [n l]."""
+
+    refuse: Sequence[Sequence[float]]
+    """The same at t_post for refusal, [n l]."""
+
+    linear: Sequence[float]
+    """Scores of the linear guard from before, [n]; none if it could not be fitted."""
+
+    control: bool = False
+    """Whether it was trained on harmless pairs."""
+
+    cosine: Sequence[float] = ()
+    """Of its own refusal direction with the one from before, layers 1 to L, [l]."""
+
+    steered: Sequence[Sequence[bool | None]] = ()
+    """Whether harmless prompts are refused along its own direction, [layers prompts]."""
+
+    random: Sequence[Sequence[bool | None]] = ()
+    """The same along random directions of equal norm: each prompt meets one of the draws."""
+
+
+class Look:
+    """What is asked of the model at every stage."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        axes: Axes,
+        material: Material,
+        settings: Settings,
+        tested: tuple[Prompt, ...],
+    ) -> None:
+        """Fit the linear guard on what centroids are fitted on, before anything is trained.
+
+        Args:
+            subject: The model.
+            axes: Both axes from before.
+            material: Its groups.
+            settings: How much is asked.
+            tested: Refused harmful prompts and accepted harmless ones.
+        """
+        self.subject, self.axes, self.settings, self.tested = subject, axes, settings, tested
+        self.anchors = kept(material.fit, "accepted_harmless")
+        self.steered = kept(material.test, "accepted_harmless")[: settings.finetune_steered]
+        self.fitted = (*kept(material.fit, "refused_harmful"), *self.anchors)
+        self.layers = settings.layers(subject.depth)
+        self.readout = self._linear()
+
+    def before(self) -> Stage:
+        """The model as it is."""
+        found = self._look(self.subject.states, self.subject.replies, goal=True, steered=True)
+        return Stage("before", 0, **found)
+
+    def after(self, tune: Finetune, pairs: Sequence[Pair], *, control: bool = False) -> Stage:
+        """The model fine-tuned on pairs, from memory if it was looked at once."""
+
+        def train() -> dict[str, Any]:
+            with tune(pairs, seed=self.settings.seed) as model:
+                states_of = partial(_states, model)
+                return self._look(states_of, model.sweep, goal=False, steered=not control)
+
+        taught = [digest_prompts([p for p, _ in pairs]), [opening for _, opening in pairs]]
+        name = f"{len(pairs)} harmless pairs (control)" if control else f"{len(pairs)} pairs"
+        found = self.subject.remember([*self._key(), taught, control], train)
+        return Stage(name, len(pairs), control=control, **found)
+
+    def _look(
+        self, states_of: Callable[..., States], replies_of: Replies, *, goal: bool, steered: bool
+    ) -> dict[str, Any]:
+        """Fields of a stage as JSON types; ``goal``: its direction is from refused prompts."""
+        replies_of = partial(replies_of, max_new_tokens=self.settings.reply_tokens)
+        (replies,) = replies_of(self.tested, [None])
+        refused, n = self.subject.refused(replies), len(self.tested)
+        states = states_of((*self.tested, *self.anchors), positions=self.subject.span)
+        harmful, refuse = self.axes.harmful, self.axes.refuse
+        assert refuse is not None
+        found: dict[str, Any] = dict(
+            refused=list(refused),
+            broken=[broken(reply) for reply in replies],
+            harmful=_plain(harmful.layer_beliefs(states.at("t_inst"))[:n, 1:]),
+            refuse=_plain(refuse.layer_beliefs(states.at("t_post"))[:n, 1:]),
+            linear=_plain(self._scores(states)[:n]),
+        )
+        rows = [i for i, p in enumerate(self.tested) if p.harmful and refused[i] is goal]
+        if steered and self.steered and len(rows) >= self.settings.enough:
+            own = _direction(states, [*rows, *range(n, len(states))])
+            cosine = cosine_similarity(own.direction, refuse.direction, dim=-1)
+            found |= dict(cosine=_plain(cosine[1:]), **self._steer(own, replies_of))
+        return found
+
+    def _steer(self, own: Axis, replies_of: Replies) -> dict[str, Any]:
+        """Refusals of accepted harmless prompts, steered on every token."""
+        how: dict[str, Any] = dict(tokens="all", label="refusal direction")
+        ways = [steer(own, layer, **how) for layer in self.layers]
+        steered = [list(self.subject.refused(found)) for found in replies_of(self.steered, ways)]
+        random: list[list[bool | None]] = [[None] * len(self.steered) for _ in self.layers]
+        draws = self.settings.random_draws
+        for draw in range(min(draws, len(self.steered))):
+            ways = [steer_at_random(own, layer, **how, draw=draw) for layer in self.layers]
+            found = replies_of(self.steered[draw::draws], ways)
+            for flags, made in zip(random, found, strict=True):
+                flags[draw::draws] = self.subject.refused(made)
+        return dict(steered=steered, random=random)
+
+    def _key(self) -> list[Any]:
+        """All that a stage depends on, but for the pairs."""
+        s, judge = self.settings, self.subject.judge
+        recipe = (s.finetune_rank, s.finetune_rate, s.finetune_epochs, s.finetune_batch)
+        asked = (s.seed, s.finetune_opening, s.reply_tokens, s.random_draws, s.enough)
+        prompts = (self.tested, self.anchors, self.steered, self.fitted)
+        named = [getattr(judge, "__qualname__", ""), str(getattr(judge, "model", ""))]
+        return ["finetuning", recipe, asked, self.layers, [*map(digest_prompts, prompts)], named]
+
+    def _linear(self) -> Readout | None:
+        """The linear guard; None if too few prompts are known."""
+        sides = [sum(p.harmful is side for p in self.fitted) for side in (True, False)]
+        if min(sides) < FEWEST:
+            return None
+        span = self.subject.span
+        states = self.subject.states(self.fitted, positions=span, what="fine-tuning: linear guard")
+        return fit_readout(states, Reading("span", span), "linear", self.subject.depth).readout
+
+    def _scores(self, states: States) -> torch.Tensor:
+        if self.readout is None:
+            return torch.empty(0)
+        return self.readout(slots(states.select(self.readout.layers), self.subject.span))
+
+
+def _states(model: Speaker, prompts: Sequence[Prompt], positions: Sequence[str]) -> States:
+    return States.collect(model.capture(prompts, positions=positions))
+
+
+def _direction(states: States, rows: list[int]) -> Axis:
+    """A stage's own refusal direction: from harmless to harmful prompts at t_post."""
+    prompts = tuple(states.prompts[i] for i in rows)
+    part = replace(states, values=states.values[rows], prompts=prompts)
+    return Axis.fit(part, "t_post", name="refuse")
+
+
+def _plain(values: torch.Tensor) -> Any:
+    return values.double().numpy().round(6).tolist()

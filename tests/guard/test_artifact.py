@@ -1,0 +1,306 @@
+"""A guard on disk: every way in which it can be damaged is an error, and old ones still load."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from fake_backend import FakeBackend, labelled, with_refusals
+from latentguard.errors import GuardError
+from latentguard.guard.artifact import CARD_FILE, JSON_FILE, SCHEMA, TENSOR_FILE
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.thresholds import Calibration
+
+OLD = Path(__file__).parents[1] / "data"
+"""One guard of each schema, as it was written then; they are never written again."""
+
+
+@pytest.fixture(scope="module")
+def guard():
+    backend = FakeBackend()
+    return LatentGuard.fit(backend, with_refusals(labelled(30)), reading="t_inst")
+
+
+@pytest.fixture
+def folder(guard, tmp_path):
+    guard.save(tmp_path / "g")
+    return tmp_path / "g"
+
+
+def edit(folder, change):
+    """Change the JSON."""
+    record = json.loads((folder / JSON_FILE).read_text())
+    change(record)
+    (folder / JSON_FILE).write_text(json.dumps(record))
+
+
+def swap(folder, packed):
+    """Put other tensors in, with the digest that fits them."""
+    (folder / TENSOR_FILE).write_bytes(packed)
+    edit(folder, lambda r: r.update(tensors_sha256=hashlib.sha256(packed).hexdigest()))
+
+
+class TestFiles:
+    def test_what_is_written(self, guard, folder):
+        names = {file.name for file in folder.iterdir()}
+        assert names == {JSON_FILE, TENSOR_FILE, CARD_FILE}
+        record = json.loads((folder / JSON_FILE).read_text())
+        assert record["schema"] == SCHEMA == 2
+        assert record["fingerprint"] == asdict(guard.fingerprint)
+        assert set(load((folder / TENSOR_FILE).read_bytes())) == {
+            "weight",
+            "learnt",
+            *(f"{axis}.{pole}" for axis in ("harmful", "refuse") for pole in POLES),
+            *("categories.weight", "categories.bias"),
+        }
+
+    def test_the_card(self, folder):
+        card = (folder / CARD_FILE).read_text()
+        assert card.startswith("# Latent guard for fake\n")
+        for words in ("`t_inst`", "`linear`", "30 harmful and 30 harmless", "nothing is promised"):
+            assert words in card
+        assert "aaaaaaaaaaaa" in card
+
+    def test_saving_again_replaces_it(self, guard, folder):
+        other = LatentGuard.fit(FakeBackend(), labelled(20), readout="centroid")
+        other.save(folder)
+        assert LatentGuard.load(folder).digest == other.digest
+
+    def test_a_save_that_is_cut_short_leaves_no_mixture(self, guard, folder, monkeypatch):
+        other = LatentGuard.fit(FakeBackend(), labelled(20))
+        rename = Path.replace
+
+        def cut(self, target):
+            if Path(target).name == JSON_FILE:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "replace", cut)
+        with pytest.raises(KeyboardInterrupt):
+            other.save(folder)
+        with pytest.raises(GuardError, match="belongs to another guard"):
+            LatentGuard.load(folder)
+
+    def test_a_full_disk_leaves_the_guard_as_it_was(self, guard, folder, monkeypatch):
+        other, before = (
+            LatentGuard.fit(FakeBackend(), labelled(20)),
+            LatentGuard.load(folder).digest,
+        )
+        calls = iter([True, False])
+
+        def full(number):
+            if not next(calls):
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            other.save(folder)
+        assert LatentGuard.load(folder).digest == before
+
+    def test_a_guard_of_unknown_making(self, guard, tmp_path):
+        replace(guard, fitted=None).save(tmp_path)
+        assert LatentGuard.load(tmp_path).fitted is None
+        assert "an unknown number of harmful" in (tmp_path / CARD_FILE).read_text()
+
+    def test_new_folders_are_made(self, guard, tmp_path):
+        guard.save(tmp_path / "a" / "b")
+        assert LatentGuard.load(str(tmp_path / "a" / "b")).digest == guard.digest
+
+
+POLES = ("positive", "negative")
+
+
+class TestDamage:
+    @pytest.mark.parametrize("name", [JSON_FILE, TENSOR_FILE])
+    def test_a_missing_file(self, folder, name):
+        (folder / name).unlink()
+        with pytest.raises(GuardError, match=f"{name} cannot be read: No such file"):
+            LatentGuard.load(folder)
+
+    def test_no_folder(self, tmp_path):
+        with pytest.raises(GuardError, match="latentguard fit"):
+            LatentGuard.load(tmp_path / "nothing")
+
+    def test_a_file_instead_of_a_folder(self, folder):
+        with pytest.raises(GuardError, match="cannot be read"):
+            LatentGuard.load(folder / JSON_FILE)
+
+    def test_truncated_json_at_every_length(self, folder):
+        text = (folder / JSON_FILE).read_bytes()
+        for end in range(0, len(text), max(1, len(text) // 97)):
+            (folder / JSON_FILE).write_bytes(text[:end])
+            with pytest.raises(GuardError, match="is not JSON"):
+                LatentGuard.load(folder)
+
+    @pytest.mark.parametrize("content", [b"\xff\xfe{", b"{}", b"[]", b"3", b"null", b'"a"'])
+    def test_other_content(self, folder, content):
+        (folder / JSON_FILE).write_bytes(content)
+        with pytest.raises(GuardError, match=r"is not JSON|has schema .* expected 1 to 2"):
+            LatentGuard.load(folder)
+
+    @pytest.mark.parametrize("schema", [0, 3, "1", None])
+    def test_another_schema(self, folder, schema):
+        edit(folder, lambda r: r.update(schema=schema))
+        with pytest.raises(GuardError, match=f"has schema {schema!r}, expected 1 to 2"):
+            LatentGuard.load(folder)
+
+    def test_truncated_or_flipped_tensors(self, folder):
+        packed = (folder / TENSOR_FILE).read_bytes()
+        for content in (packed[:-1], b"", packed[:-1] + bytes([packed[-1] ^ 1])):
+            (folder / TENSOR_FILE).write_bytes(content)
+            with pytest.raises(GuardError, match="damaged or belongs to another guard"):
+                LatentGuard.load(folder)
+
+    def test_tensors_of_another_guard(self, folder, tmp_path):
+        LatentGuard.fit(FakeBackend(), labelled(20)).save(tmp_path / "other")
+        (folder / TENSOR_FILE).write_bytes((tmp_path / "other" / TENSOR_FILE).read_bytes())
+        with pytest.raises(GuardError, match="belongs to another guard"):
+            LatentGuard.load(folder)
+
+    @pytest.mark.parametrize("content", [b"", b"rubbish", b"\x08" + bytes(7) + b"{}      "])
+    def test_tensors_that_are_none(self, folder, content):
+        swap(folder, content)
+        with pytest.raises(GuardError):
+            LatentGuard.load(folder)
+
+    def test_each_key_is_needed(self, folder):
+        whole = (folder / JSON_FILE).read_text()
+        for key in json.loads(whole):
+            edit(folder, lambda r, key=key: r.pop(key))
+            with pytest.raises(GuardError):
+                LatentGuard.load(folder)
+            (folder / JSON_FILE).write_text(whole)
+        LatentGuard.load(folder)
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            ("fingerprint", "weights"),
+            ("reading", "positions"),
+            ("reading", "name"),
+            ("readout", "kind"),
+            ("readout", "layers"),
+            ("readout", "bias"),
+            ("axes", 0, "name"),
+            ("axes", 0, "counts"),
+            ("canaries", 0, "score"),
+            ("platt", 0),
+            ("platt", 1),
+        ],
+    )
+    def test_each_part_of_it_is_needed(self, folder, path):
+        def remove(record):
+            for key in path[:-1]:
+                record = record[key]
+            del record[path[-1]]
+
+        edit(folder, remove)
+        with pytest.raises(GuardError, match="holds a damaged guard"):
+            LatentGuard.load(folder)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            dict(threshold=None),
+            dict(threshold="high"),
+            dict(threshold=float("nan")),  # would flag nothing, and say nothing of it
+            dict(threshold=float("inf")),
+            dict(platt=[float("nan"), 0.0]),
+            dict(platt=None),
+            dict(spread=float("nan")),  # would let any canary pass
+            dict(spread="wide"),
+            dict(axes=None),
+            dict(canaries=None),
+            dict(canaries=[{"text": "a", "score": float("nan")}]),
+            dict(readout={"kind": "tree", "layers": [2, 3], "bias": 0.0}),
+            dict(readout={"kind": "linear", "layers": [2], "bias": 0.0}),
+            dict(readout={"kind": "linear", "layers": [], "bias": 0.0}),
+            dict(readout={"kind": "linear", "layers": [2, 3], "bias": float("nan")}),
+            dict(readout=3),
+            dict(reading={"name": "t_inst", "positions": ["t_inst", "t_post"]}),
+            dict(reading=[]),
+            dict(fingerprint={"model": "x"}),
+            dict(fingerprint=None),
+            dict(bound={"n": 3}),
+            dict(bound=[1]),
+        ],
+        ids=str,
+    )
+    def test_values_that_cannot_be(self, folder, change):
+        edit(folder, lambda r: r.update(change))
+        with pytest.raises(GuardError, match="holds a damaged guard"):
+            LatentGuard.load(folder)
+
+    @pytest.mark.parametrize("name", ["weight", "harmful.positive", "refuse.negative"])
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda t: t[:1],
+            lambda t: t[:, :3],
+            lambda t: t.flatten(),
+            lambda t: t[None],
+            lambda t: t * float("nan"),
+            lambda t: None,
+        ],
+        ids=["rows", "width", "flat", "deep", "nan", "none"],
+    )
+    def test_wrong_tensors(self, folder, name, damage):
+        tensors = load((folder / TENSOR_FILE).read_bytes())
+        tensors[name] = damage(tensors[name])
+        kept = {k: v.contiguous() for k, v in tensors.items() if v is not None}
+        swap(folder, save(kept))
+        with pytest.raises(GuardError, match="holds a damaged guard"):
+            LatentGuard.load(folder)
+
+
+class TestOldGuards:
+    PINNED = {  # noqa: RUF012
+        "Please do the bad item number 1": 0.38194769620895386,
+        "Please do the good item number 1": -0.7722601294517517,
+        "Is it bad to know?": -0.011704180389642715,
+    }
+
+    def test_schema_1(self):
+        backend = FakeBackend()
+        guard = LatentGuard.load(OLD / "guard-schema-1", backend)
+        verdicts = list(guard.scan(backend, self.PINNED))
+        assert [v.score for v in verdicts] == pytest.approx(list(self.PINNED.values()), abs=1e-5)
+        assert [a.name for a in guard.axes] == ["harmful", "refuse"]
+        assert (guard.reading.name, guard.readout.kind) == ("span", "linear")
+        assert guard.bound.max_fpr == 0.05
+        assert [v.flagged for v in verdicts] == [True, False, True]
+
+    def test_schema_2(self):
+        backend = FakeBackend()
+        guard = LatentGuard.load(OLD / "guard-schema-2", backend)
+        verdicts = list(guard.scan(backend, self.PINNED))
+        assert [v.score for v in verdicts] == pytest.approx(list(self.PINNED.values()), abs=1e-5)
+        assert [v.decision for v in verdicts] == ["block", "review", "block"]
+        assert [v.quadrant for v in verdicts] == [
+            "harmful, accepting",
+            "harmless, accepting",
+            "harmful, accepting",
+        ]
+        assert [v.probability for v in verdicts] == pytest.approx(
+            [0.9873, 0.0004, 0.5543], abs=1e-4
+        )
+        calibration = guard.part(Calibration)
+        assert (set(calibration.slices), calibration.small) == ({"en"}, {"de": 30})
+
+    def test_there_is_one_of_each(self):
+        assert {f.name for f in OLD.glob("guard-schema-*")} == {
+            f"guard-schema-{n}" for n in range(1, SCHEMA + 1)
+        }
+
+    @pytest.mark.parametrize("schema", range(1, SCHEMA + 1))
+    def test_saving_it_again_changes_nothing(self, schema, tmp_path):
+        old = LatentGuard.load(OLD / f"guard-schema-{schema}")
+        old.save(tmp_path)
+        assert LatentGuard.load(tmp_path).digest == old.digest
+        weight = torch.equal(LatentGuard.load(tmp_path).readout.weight, old.readout.weight)
+        assert weight

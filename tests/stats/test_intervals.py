@@ -1,0 +1,211 @@
+"""Intervals of shares and of resampled figures: closed forms, and coverage on planted data."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom, binomtest, norm
+
+from latentguard.errors import GuardError
+from latentguard.stats.differences import dealt, difference
+from latentguard.stats.metrics import mean_curve, proportion, resampled, share
+
+FLAGS = st.lists(st.booleans(), min_size=1, max_size=200)
+
+
+def wilson(count, n):
+    z = norm.ppf(0.975)
+    middle = (count + z**2 / 2) / (n + z**2)
+    half = z / (n + z**2) * (count * (n - count) / n + z**2 / 4) ** 0.5
+    return max(middle - half, 0), min(middle + half, 1)
+
+
+class TestProportion:
+    @given(FLAGS)
+    def test_wilsons_formula_and_scipy(self, flags):
+        found = proportion(flags)
+        count, n = sum(flags), len(flags)
+        assert found.value == count / n
+        assert found.n == (count, n - count)
+        assert (found.low, found.high) == pytest.approx(wilson(count, n), abs=1e-9)
+        other = binomtest(count, n).proportion_ci(method="wilson")
+        assert (found.low, found.high) == pytest.approx((other.low, other.high))
+
+    @given(FLAGS)
+    def test_the_other_share_is_its_mirror(self, flags):
+        found, other = proportion(flags), proportion([not flag for flag in flags])
+        assert (other.value, other.low, other.high) == pytest.approx(
+            (1 - found.value, 1 - found.high, 1 - found.low)
+        )
+
+    @pytest.mark.parametrize("n", [1, 20])
+    def test_none_and_all(self, n):
+        none, every = proportion([False] * n), proportion([True] * n)
+        assert (none.value, none.low, every.value, every.high) == (0, 0, 1, 1)
+        assert 0 < none.high < 1
+        assert 0 < every.low < 1
+
+    @pytest.mark.parametrize("n", [10, 24, 60])
+    def test_coverage_of_any_rate(self, n):
+        """The sum over all outcomes of the chance of those whose interval holds the rate."""
+        ends = [proportion([True] * k + [False] * (n - k)) for k in range(n + 1)]
+        covered = [
+            sum(binom.pmf(k, n, p) for k, one in enumerate(ends) if one.low <= p <= one.high)
+            for p in np.linspace(0.02, 0.98, 49)
+        ]
+        assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+        assert min(covered) > 0.82
+
+    def test_no_flag(self):
+        with pytest.raises(GuardError, match="found none"):
+            proportion([])
+
+    def test_kinds_of_flags(self):
+        assert proportion(np.array([1, 0, 0, 1])) == proportion([True, False, False, True])
+
+
+class TestShare:
+    def test_one_draw_is_a_proportion(self):
+        flags = [True] * 3 + [False] * 9
+        assert share([flags]) == share([flags, flags]) == proportion(flags)
+
+    def test_draws_are_no_more_prompts(self):
+        rng = np.random.default_rng(0)
+        flags = np.repeat(rng.random((1, 40)) < 0.5, 5, axis=0)
+        flags[0, 0] = not flags[0, 0]  # so that not all draws agree
+        found = share(flags)
+        assert found.value == pytest.approx(flags.mean())
+        assert sum(found.n) == 40
+        once = proportion(flags[1])
+        assert found.high - found.low == pytest.approx(once.high - once.low, abs=0.05)
+
+    def test_no_prompt(self):
+        with pytest.raises(GuardError):
+            share(np.zeros((3, 0)))
+
+
+class TestResampled:
+    def test_of_a_mean_it_is_the_normal_one(self):
+        sample = np.random.default_rng(1).normal(size=400)
+        found = resampled(np.mean, sample)
+        error = sample.std() / 20
+        assert found.value == sample.mean()
+        assert found.low == pytest.approx(sample.mean() - 1.96 * error, abs=0.2 * error)
+        assert found.high == pytest.approx(sample.mean() + 1.96 * error, abs=0.2 * error)
+        assert found.n == (400, 0)
+
+    @pytest.mark.parametrize("paired", [False, True])
+    def test_coverage_of_a_difference_of_means(self, paired):
+        """The true difference is 0.5; pairs share a part, as two replies to one prompt do."""
+        rng = np.random.default_rng(3)
+        trials, hits, widths = 60, 0, []
+        for _ in range(trials):
+            common = rng.normal(size=40)
+            one = common * paired + rng.normal(size=40) + 0.5
+            other = common * paired + rng.normal(size=40)
+            found = resampled(gap_of, one, other, paired=paired)
+            hits += found.low <= 0.5 <= found.high
+            widths.append(found.high - found.low)
+        assert hits / trials >= 0.86
+        assert np.mean(widths) == pytest.approx(2 * 1.96 * (2 / 40) ** 0.5, rel=0.1)
+
+    @pytest.mark.parametrize("n", [12, 50])
+    def test_coverage_where_each_prompt_meets_one_of_few_draws(self, n):
+        """Draws of chance differ as Beta(0.3, 0.6) does; a plain paired interval covers 0.7."""
+        rng, trials, hits = np.random.default_rng(1), 100, 0
+        for _ in range(trials):
+            rates = rng.beta(0.3, 0.6, size=5)
+            chance = rng.random(n) < rates[np.arange(n) % 5]
+            found = dealt(rng.random(n) < 0.6, chance, 5)
+            hits += found.low <= 0.6 - 1 / 3 <= found.high
+        assert hits / trials >= 0.85
+
+    def test_few_prompts_that_agree_are_no_point(self):
+        found = dealt([True] * 3, [False] * 3, 5)
+        assert (found.value, found.high, found.n) == (1, 1, (3, 0))
+        assert found.low < 0.7
+        with pytest.raises(GuardError, match="at least one prompt"):
+            dealt([], [], 5)
+
+    def test_pairs_stay_together(self):
+        one = np.arange(30.0)
+        paired = resampled(gap_of, one, one + 2, paired=True)
+        assert (paired.value, paired.low, paired.high) == pytest.approx((-2, -2, -2))
+        assert paired.n == (30, 0)
+        apart = resampled(gap_of, one, one + 2)
+        assert apart.low < -4 < 0 < apart.high
+        assert apart.n == (30, 30)
+
+    def test_samples_of_any_shape_and_length(self):
+        rows = np.arange(24.0).reshape(6, 2, 2)
+        found = resampled(lambda a, b: a[:, 0, 0].sum() + b.sum(), rows, [1, 1, 1])
+        assert found.value == rows[:, 0, 0].sum() + 3
+        assert found.n == (6, 3)
+
+    @settings(max_examples=5)
+    @given(st.lists(st.floats(-9, 9), min_size=1, max_size=20), st.integers(0, 3))
+    def test_fixed_by_the_seed_and_inside_the_data(self, sample, seed):
+        found = resampled(np.mean, sample, seed=seed)
+        assert found == resampled(np.mean, sample, seed=seed)
+        assert min(sample) - 1e-9 <= found.low <= found.high <= max(sample) + 1e-9
+
+    def test_draws_without_a_figure_are_left_out(self):
+        """A draw may be constant, and then has no correlation."""
+
+        def ratio(rows):
+            return float("nan") if rows.std() == 0 else 1.0
+
+        found = resampled(ratio, [0, 1])
+        assert (found.value, found.low, found.high) == (1, 1, 1)
+
+    @pytest.mark.parametrize("samples", [([],), ([1.0], []), ([], [1.0])])
+    def test_an_empty_sample(self, samples):
+        with pytest.raises(GuardError, match="found an empty one"):
+            resampled(lambda *rows: 0.0, *samples)
+
+
+class TestMeanCurve:
+    def test_each_point_is_a_resampled_mean(self):
+        rows = np.random.default_rng(2).normal(size=(80, 3)) + np.array([0, 5, -5])
+        for column, found in enumerate(mean_curve(rows)):
+            alone = resampled(np.mean, rows[:, column])
+            assert found.value == pytest.approx(alone.value)
+            assert found.n == (80, 0)
+            assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=0.05)
+
+    def test_no_row(self):
+        with pytest.raises(GuardError, match="found none"):
+            mean_curve(np.zeros((0, 4)))
+
+
+def gap_of(one, other):
+    return one.mean() - other.mean()
+
+
+class TestDifference:
+    @pytest.mark.parametrize("spread", [0.0, 0.2])
+    def test_the_spread_between_random_directions_counts(self, spread):
+        """True gap 0.3; each of five directions has a rate of its own, about 0.4."""
+        rng = np.random.default_rng(0)
+        held = 0
+        for trial in range(100):
+            rates = np.clip(0.4 + spread * rng.standard_normal(5), 0, 1)
+            chance = rng.random((5, 100)) < rates[:, None]
+            found = difference(rng.random(100) < 0.7, chance, seed=trial)
+            held += found.low <= 0.3 <= found.high
+        assert held >= 80  # five draws tell their own spread no better
+
+    def test_one_draw_is_taken_as_it_is(self):
+        first, second = [1, 1, 0, 1], [0, 1, 0, 0]
+        found = difference(first, second)
+        assert found == difference(first, [second]) and found.n == (4, 0)
+        assert found.low < found.value == 0.5 < found.high
+
+    def test_values_that_are_no_rates_get_no_rows_more(self):
+        found = difference([3.0, 3.0], [1.0, 1.0], rates=False)
+        assert (found.value, found.low, found.high) == (2, 2, 2)
+        assert difference([1, 1], [0, 0]).low < 1
+
+    def test_no_prompt(self):
+        with pytest.raises(GuardError, match="at least one prompt"):
+            difference([], [])

@@ -1,0 +1,579 @@
+"""The subject gives what the model gives: whatever it was asked before, and wherever it died."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+from math import prod
+from random import Random
+
+import pytest
+import torch
+
+from latentguard.errors import ModelError, PromptError
+from latentguard.prompts import Message, Prompt, Reply
+from latentguard.states import Fingerprint, Intervention, States
+from latentguard.study import cached_model as module
+from latentguard.study.cached_model import Subject
+from latentguard.study.prompt_groups import QUESTIONS, inverted
+from latentguard.study.store import Store
+from models.architectures import chat_model
+
+SHORT = dict(max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def half(tokenizer):
+    """The tiny model in bfloat16."""
+    return chat_model("llama", tokenizer, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """States 5 at once, replies 8 prompts at once."""
+    monkeypatch.setattr(module, "STATES_AT_ONCE", 5)
+    monkeypatch.setattr(module, "REPLIES_AT_ONCE", 8)
+
+
+@pytest.fixture
+def open_store(tmp_path):
+    opened = []
+
+    def make(name="s"):
+        opened.append(Store(tmp_path / name))
+        return opened[-1]
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+class Spy:
+    """A model that notes what it is asked, and dies after some calls."""
+
+    def __init__(self, model, dies_after=None):
+        self.model, self.left = model, dies_after
+        self.texts, self.calls, self.before = [], 0, lambda: None
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def capture(self, prompts, **how):
+        self._note(prompts)
+        return self.model.capture(prompts, **how)
+
+    def sweep(self, prompts, interventions, **how):
+        self._note(prompts)
+        return self.model.sweep(prompts, interventions, **how)
+
+    def _note(self, prompts):
+        self.before()
+        if self.left == self.calls:
+            raise SystemExit(137)
+        self.calls += 1
+        self.texts += [p.text for p in prompts]
+
+
+def prompts(count, start=0):
+    """Of many lengths, so that batches matter; every fourth text comes again under a label."""
+    made = [
+        Prompt("word " * (1 + 3 * n % 7) + str(n), id=str(n)) for n in range(start, start + count)
+    ]
+    again = [replace(p, id=f"{p.id} again", harmful=True) for p in made[::4]]
+    mixed = [*made, *again]
+    return sorted(mixed, key=lambda p: hash_of(p.id))
+
+
+def hash_of(text):
+    return sum(ord(c) * 31**n for n, c in enumerate(text)) % 101
+
+
+def steering(model, count=3):
+    noise = torch.Generator().manual_seed(1)
+    return [
+        None,
+        *(
+            Intervention(n % 4, torch.randn(model.width, generator=noise), 2.0, "all", f"way {n}")
+            for n in range(count - 1)
+        ),
+    ]
+
+
+def said(replies):
+    """All that a reply says but whose it is."""
+    return [[(r.text, r.ids, r.finished, r.watched) for r in one] for one in replies]
+
+
+def killed(model, store, ask, after):
+    """Ask a subject whose model dies after some calls; whether it did."""
+    try:
+        ask(Subject(Spy(model, after), store))
+    except SystemExit:
+        return True
+    return False
+
+
+class Rounding:
+    """A model all of whose numbers depend on the batch, as the last bits do on a GPU."""
+
+    depth, post, width = 3, 2, 4
+    fingerprint = Fingerprint("fake", "w", "t", "c", "float32")
+
+    def capture(self, prompts, *, positions, progress):
+        drawn = Random(repr((prompts, positions)))
+        shape = (len(prompts), len(positions), self.depth + 1, self.width)
+        values = torch.tensor([drawn.random() for _ in range(prod(shape))]).view(shape)
+        layers = tuple(range(self.depth + 1))
+        yield States(values, tuple(prompts), tuple(positions), layers, self.fingerprint)
+
+    def sweep(self, prompts, interventions, *, progress, **how):
+        drawn = Random(repr((prompts, [i and i.label for i in interventions], how)))
+        return [
+            [Reply(p, "", (), True, "", (("No", drawn.random()),)) for p in prompts]
+            for _ in interventions
+        ]
+
+
+class TestKilled:
+    """Killed after any chunk and asked again, it gives the bits of an unbroken run."""
+
+    ASKED = prompts(22)
+
+    def replies(self, subject):
+        return subject.replies(self.ASKED, steering(subject.model), **SHORT, watch=["No"])
+
+    def states(self, subject):
+        return subject.states(self.ASKED, positions=("t_inst", "post+1", "t_post"))
+
+    def filled(self, store, cached):
+        """Other experiments were there before."""
+        subject = Subject(Rounding(), store)
+        if cached == "some prompts":
+            subject.replies(self.ASKED[3:11:2], steering(subject.model), **SHORT, watch=["No"])
+            subject.states(self.ASKED[3:11:2], positions=("t_inst", "post+1", "t_post"))
+        if cached == "some of each":
+            subject.replies(self.ASKED[4:18], [None], **SHORT, watch=["No"])
+            subject.states(self.ASKED[4:18], positions=("t_post",))
+        return store
+
+    @pytest.mark.parametrize("cached", ["nothing", "some prompts", "some of each"])
+    def test_in_a_sweep(self, open_store, small_chunks, cached):
+        whole = Spy(Rounding())
+        wanted = said(self.replies(Subject(whole, self.filled(open_store("whole"), cached))))
+        assert whole.calls >= 3
+        for after in range(whole.calls):
+            store = self.filled(open_store(str(after)), cached)
+            assert killed(Rounding(), store, self.replies, after)
+            rest = Spy(Rounding())
+            assert said(self.replies(Subject(rest, store))) == wanted
+            assert rest.calls == whole.calls - after
+
+    @pytest.mark.parametrize("cached", ["nothing", "some prompts", "some of each"])
+    def test_in_a_capture(self, open_store, small_chunks, cached):
+        whole = Spy(Rounding())
+        wanted = self.states(Subject(whole, self.filled(open_store("whole"), cached)))
+        assert whole.calls >= 3
+        for after in range(whole.calls):
+            store = self.filled(open_store(str(after)), cached)
+            assert killed(Rounding(), store, self.states, after)
+            rest = Spy(Rounding())
+            found = self.states(Subject(rest, store))
+            assert torch.equal(found.values, wanted.values)
+            assert rest.calls == whole.calls - after
+
+    def test_again_and_again(self, open_store, small_chunks):
+        wanted = said(self.replies(Subject(Rounding(), open_store("whole"))))
+        store = open_store("broken")
+        deaths = sum(killed(Rounding(), store, self.replies, 1) for _ in range(9))
+        assert deaths == 8  # chunks of the sweep but one, killed after each
+        assert said(self.replies(Subject(Rounding(), store))) == wanted
+
+    def test_a_real_model(self, model, open_store, small_chunks):
+        """What it had not handed over when it died is asked again, all of it."""
+
+        class Dying(Spy):
+            def sweep(self, prompts, interventions, **how):
+                found = super().sweep(prompts, interventions, **how)
+                if self.calls == 2:
+                    raise SystemExit(137)
+                return found
+
+        store = open_store()
+        with pytest.raises(SystemExit):
+            self.replies(Subject(Dying(model), store))
+        rest = Spy(model)
+        wanted = said(self.replies(Subject(model, open_store("whole"))))
+        assert said(self.replies(Subject(rest, store))) == wanted
+        assert rest.calls == 8
+        assert killed(model, store, self.states, 1)
+        wanted = self.states(Subject(model, open_store("whole"))).values
+        assert torch.equal(self.states(Subject(model, store)).values, wanted)
+
+
+class TestAsBefore:
+    def test_states_do_not_change_when_more_positions_are_read(self, open_store, small_chunks):
+        """An experiment that was reported is reported the same when a study goes on."""
+        subject = Subject(Rounding(), open_store())
+        asked = prompts(16)
+        first = subject.states(asked)
+        subject.states(asked[5:], positions=("inst-1", *subject.span))
+        assert torch.equal(subject.states(asked).values, first.values)
+
+    @pytest.mark.parametrize("cached", [0, 7])
+    def test_near_the_models_own(self, model, open_store, small_chunks, cached):
+        asked = prompts(16)
+        subject = Subject(model, open_store())
+        subject.states(asked[:cached], positions=("t_post",))
+        subject.replies(asked[:cached], steering(model), **SHORT)
+        states = subject.states(asked)
+        wanted = States.collect(model.capture(asked))
+        assert torch.allclose(states.values, wanted.values, atol=1e-5)
+        assert (states.prompts, states.layers, states.fingerprint) == (
+            wanted.prompts,
+            wanted.layers,
+            wanted.fingerprint,
+        )
+        found = subject.replies(asked, steering(model), **SHORT)
+        assert said(found) == said(model.sweep(asked, steering(model), **SHORT))
+        assert [[r.prompt for r in one] for one in found] == [asked] * 3
+
+    @pytest.mark.parametrize("count", [4, 5, 6, 10, 11])
+    def test_chunk_borders(self, model, open_store, small_chunks, count):
+        asked = [Prompt(f"text {n}") for n in range(count)]
+        spy = Spy(model)
+        found = Subject(spy, open_store()).states(asked)
+        assert spy.calls == -(-count // 5)
+        assert spy.texts == [p.text for p in asked]
+        assert found.prompts == tuple(asked)
+
+    def test_large_sweeps_go_in_small_chunks(self, model, open_store, monkeypatch):
+        monkeypatch.setattr(module, "REPLIES_AT_ONCE", 36)
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        asked = [Prompt(f"text {n}") for n in range(20)]
+        subject.replies(asked, steering(model, 3), **SHORT)
+        assert spy.calls == 2  # 12 prompts at once
+        subject.replies(asked, [steering(model, 9)[-1]] * 9, **SHORT)
+        assert spy.calls == 2 + 3 * 3  # never fewer than 8 prompts, 4 ways of steering at once
+
+    def test_a_second_time_the_model_is_not_asked(self, model, open_store):
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        asked = prompts(6)
+
+        def ask():
+            replies = subject.replies(asked, steering(model), **SHORT, watch=["No"])
+            return said(replies), subject.states(asked).values
+
+        (replies, states), calls = ask(), spy.calls
+        again, others = ask()
+        assert again == replies
+        assert torch.equal(others, states)
+        assert spy.calls == calls
+
+    def test_order_and_repeats(self, model, open_store):
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        asked = [Prompt(c) for c in "abcab"]
+        (replies,) = subject.replies(iter(asked), **SHORT)
+        states = subject.states(iter(asked))
+        assert [r.prompt.text for r in replies] == list("abcab")
+        assert spy.texts == list("abc") * 2
+        assert torch.equal(states.values[0], states.values[3])
+        (back,) = subject.replies(asked[::-1], **SHORT)
+        assert back == replies[::-1]
+        assert torch.equal(subject.states(asked[::-1]).values, states.values.flip(0))
+
+
+class TestWhatIsTheSame:
+    def test_labels_are_the_askers(self, model, open_store):
+        """One text under three labels is asked once; each answer carries its own prompt."""
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        asked = [Prompt("same", id=str(n), harmful=h) for n, h in enumerate([True, False, None])]
+        (replies,) = subject.replies(asked, **SHORT)
+        assert [r.prompt for r in replies] == asked
+        assert len({(r.text, r.ids) for r in replies}) == 1
+        assert subject.states(asked).prompts == tuple(asked)
+        assert Counter(spy.texts) == {"same": 2}
+        later = replace(asked[0], refused=True, category="x", source="y", pair="z")
+        (replies,) = subject.replies([later], **SHORT)
+        assert replies[0].prompt == later
+        assert Counter(spy.texts) == {"same": 2}
+
+    def test_labels_of_interventions_too(self, model, open_store):
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        one = steering(model)[1]
+        first = subject.replies([Prompt("a")], [one], **SHORT)
+        other = subject.replies([Prompt("a")], [replace(one, label="other")], **SHORT)
+        assert (first[0][0].label, other[0][0].label) == ("way 0", "other")
+        assert said(first) == said(other)
+        assert spy.calls == 1
+
+    def test_the_same_setting_twice(self, model, open_store):
+        one = steering(model)[1]
+        found = Subject(model, open_store()).replies([Prompt("a")], [one, None, one], **SHORT)
+        assert found[0] == found[2]
+        assert found[1][0].label == ""
+
+
+class TestWhatDiffers:
+    HISTORY = (Message("user", "x"), Message("assistant", "y"))
+    PROMPTS = (
+        Prompt("a b"),
+        Prompt("a b", history=HISTORY),
+        Prompt("a b", history=(Message("system", "x"),)),
+        Prompt("a b", question_at=2),
+        Prompt("a  b"),
+    )
+
+    def test_prompts(self, model, open_store):
+        """Each is asked on its own, whatever of the others is kept."""
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        for n, prompt in enumerate(self.PROMPTS, 1):
+            (found,) = subject.replies([prompt], **SHORT)
+            assert said([found]) == said([model.generate([prompt], **SHORT)])
+            state = subject.states([prompt]).values
+            wanted = next(model.capture([prompt])).values
+            assert torch.allclose(state, wanted, atol=1e-5)
+            assert spy.calls == 2 * n
+
+    def test_where_the_question_begins_moves_the_steering(self, model, open_store):
+        subject = Subject(model, open_store())
+        push = Intervention(1, torch.randn(model.width) * 5, 3.0, "before")
+        found = {}
+        for at in (10, 30):
+            prompt = replace(inverted(Prompt("go far away from here now"), QUESTIONS[0]))
+            prompt = replace(prompt, question_at=at)
+            (replies,) = subject.replies([prompt], [push], **SHORT, watch=["No"])
+            assert said([replies]) == said(model.sweep([prompt], [push], **SHORT, watch=["No"]))
+            found[at] = replies[0].watched
+        assert found[10] != found[30]
+
+    def test_interventions(self, model, open_store):
+        """Any one thing changed is another setting."""
+        noise = torch.Generator().manual_seed(3)
+        vector = torch.randn(model.width, generator=noise) * 3
+        nudged = vector.clone()
+        nudged[5] += 1e-3
+        one = Intervention(2, vector, 1.0, "instruction")
+        others = [
+            replace(one, layer=0),
+            replace(one, layer=model.depth),
+            replace(one, vector=nudged),
+            replace(one, vector=-vector),
+            replace(one, coefficient=-1.0),
+            replace(one, coefficient=1.0001),
+            replace(one, coefficient=0.0),
+            replace(one, tokens="all"),
+            replace(one, tokens="t_inst"),
+            None,
+        ]
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        asked, how = [Prompt("one two three"), Prompt("four")], dict(watch=["No"], **SHORT)
+        for n, setting in enumerate([one, *others], 1):
+            found = subject.replies(asked, [setting], **how)
+            assert spy.calls == n
+            assert said(found) == said(model.sweep(asked, [setting], **how))
+
+    def test_a_vector_is_its_numbers(self, model, open_store):
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        vector = torch.randn(model.width)
+        for same in (vector, vector.clone(), torch.stack([vector, -vector], 1)[:, 0]):
+            subject.replies([Prompt("a")], [Intervention(2, same, 1.0)], **SHORT)
+        assert spy.calls == 1
+
+    def test_how_they_are_asked(self, model, open_store):
+        subject = Subject(model, open_store())
+        asked = [Prompt("one two three"), Prompt("four")]
+        for most, post, watch in product((1, 3), (True, False), ((), ("No",), ("Yes", "No"))):
+            how = dict(max_new_tokens=most, post=post, watch=watch)
+            assert said(subject.replies(asked, **how)) == said(model.sweep(asked, [None], **how))
+
+    def test_models(self, model, half, open_store):
+        """Two models may share a store."""
+        store = open_store()
+        asked = prompts(4)
+        for one in (model, half, model):
+            found = Subject(one, store).states(asked)
+            wanted = States.collect(one.capture(asked))
+            assert found.values.dtype == wanted.values.dtype
+            assert torch.allclose(found.values, wanted.values, atol=1e-5)
+
+
+class TestKinds:
+    def test_bfloat16(self, half, open_store):
+        store = open_store()
+        asked = [Prompt(f"text {n}") for n in range(7)]
+        found = Subject(half, store).states(asked, positions=("t_post", "inst-1"))
+        wanted = States.collect(half.capture(asked, positions=("t_post", "inst-1")))
+        assert found.values.dtype == torch.bfloat16
+        assert torch.equal(found.values, wanted.values)
+        assert torch.equal(found.at("inst-1"), wanted.at("inst-1"))
+        replies = Subject(half, store).replies(asked, steering(half), **SHORT, watch=["No"])
+        assert said(replies) == said(half.sweep(asked, steering(half), **SHORT, watch=["No"]))
+
+    def test_positions_are_kept_one_by_one(self, model, open_store):
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        every = subject.span
+        found = subject.states([Prompt("a b c")], positions=every)
+        for position in every:
+            one = subject.states([Prompt("a b c")], positions=(position,))
+            assert torch.equal(one.at(position), found.at(position))
+        assert spy.calls == 1
+        assert every[0] == "t_inst"
+        assert every[-1] == "t_post"
+        assert len(every) == model.post + 1
+
+    def test_none(self, model, open_store):
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        assert subject.replies([]) == [[]]
+        assert subject.replies([], steering(model)) == [[], [], []]
+        assert subject.replies([Prompt("a")], []) == []
+        states = subject.states([])
+        assert (len(states), states.values.shape[:3]) == (0, (0, 2, model.depth + 1))
+        assert subject.refused([]) == ()
+        assert spy.calls == 0
+
+    def test_a_reply_that_ends(self, model, open_store):
+        """What a model says, and whether it ended, comes back as it was said."""
+
+        class Speaker(Spy):
+            def sweep(self, prompts, interventions, **how):
+                ended = Reply(prompts[0], 'né "\t😀"\n', (1, 2), True, "", (("No", -1e-17),))
+                cut = Reply(prompts[1], "", (), False, "", (("No", float("-inf")),))
+                return [[ended, cut]]
+
+        asked = [Prompt("a"), Prompt("b")]
+        subject = Subject(Speaker(model), open_store())
+        first = subject.replies(asked)
+        assert first == subject.replies(asked) == [Speaker(model).sweep(asked, [None])[0]]
+
+
+class TestWrong:
+    def test_what_was_kept_before_an_error_stays(self, model, open_store, small_chunks):
+        spy = Spy(model)
+        subject = Subject(spy, open_store())
+        asked = [Prompt(f"text {n}") for n in range(8)]
+        too_long = Prompt("word " * 600, id="long")
+        for ask in (lambda p: subject.replies(p, **SHORT), subject.states):
+            with pytest.raises(PromptError, match="'long' is"):
+                ask([*asked, too_long])
+        calls = spy.calls
+        subject.replies(asked, **SHORT)
+        subject.states(asked[:5])
+        assert spy.calls == calls
+
+    @pytest.mark.parametrize("wrong", [dict(layer=99), dict(vector=torch.ones(3))])
+    def test_interventions_that_do_not_fit(self, model, open_store, wrong):
+        one = replace(steering(model)[1], **wrong)
+        with pytest.raises(ModelError):
+            Subject(model, open_store()).replies([Prompt("a")], [one])
+
+    def test_no_such_position(self, model, open_store):
+        with pytest.raises(PromptError, match="no position"):
+            Subject(model, open_store()).states([Prompt("a")], positions=("post+99",))
+
+
+class TestTwoAtOnce:
+    """Two processes on one store: both find the same, and it stays."""
+
+    @pytest.mark.parametrize("part", [slice(None), slice(4, 9)])
+    def test_the_other_asks_the_same_meanwhile(self, open_store, small_chunks, part):
+        asked = prompts(12)
+        spy = Spy(Rounding())
+        mine, other = Subject(spy, open_store()), Subject(Rounding(), open_store())
+        spy.before = lambda: (other.replies(asked[part]), other.states(asked[part]))
+        replies, states = said(mine.replies(asked)), mine.states(asked).values
+        for one in (mine, other):
+            assert said(one.replies(asked)) == replies
+            assert torch.equal(one.states(asked).values, states)
+
+
+class TestProgress:
+    @pytest.fixture
+    def steps(self):
+        return []
+
+    @pytest.fixture
+    def watched(self, model, open_store, steps):
+        def step(what, total):
+            steps.append([what, total, 0])
+            at = len(steps) - 1
+
+            def advance(count):
+                assert count >= 0
+                steps[at][2] += count
+
+            return advance
+
+        return Subject(model, open_store(), step=step)
+
+    @pytest.mark.parametrize("cached", [0, 7])
+    def test_it_ends_where_it_said(self, watched, steps, cached):
+        asked = prompts(12)
+        distinct = len({p.text for p in asked})
+        watched.states(asked[:cached], what="some")
+        watched.states(asked, what="all")
+        assert steps.pop() == ["all", distinct, distinct]
+        watched.replies(asked[:cached], **SHORT, what="some")
+        watched.replies(asked, steering(watched.model), **SHORT, what="all")
+        assert steps[-1] == ["all", 3 * distinct, 3 * distinct]
+
+    def test_nothing_to_do(self, watched, steps):
+        watched.replies([], what="r")
+        watched.states([], what="s")
+        assert steps == [["r", 0, 0], ["s", 0, 0]]
+
+
+class TestRemember:
+    def test_once(self, model, open_store):
+        subject, asked = Subject(model, open_store()), []
+
+        def compute():
+            asked.append(1)
+            return {"a": (1, 2.5), "b": [None, True, "é"]}
+
+        for _ in range(3):
+            found = subject.remember(["suffix", 3, ["x"]], compute)
+            assert found == {"a": [1, 2.5], "b": [None, True, "é"]}
+        assert len(asked) == 1
+        assert subject.remember(["suffix", 4, ["x"]], lambda: 0) == 0
+
+    def test_falsy_answers_too(self, model, open_store):
+        subject = Subject(model, open_store())
+        for n, answer in enumerate([None, 0, "", [], False]):
+            subject.remember([n], lambda answer=answer: answer)
+            assert subject.remember([n], lambda: pytest.fail("asked again")) == answer
+
+    def test_an_error_is_not_remembered(self, model, open_store):
+        subject = Subject(model, open_store())
+        with pytest.raises(ZeroDivisionError):
+            subject.remember(["x"], lambda: 1 / 0)
+        assert subject.remember(["x"], lambda: 5) == 5
+
+    def test_it_is_this_models(self, model, half, open_store):
+        store = open_store()
+        assert Subject(model, store).remember(["x"], lambda: 1) == 1
+        assert Subject(half, store).remember(["x"], lambda: 2) == 2
+
+
+class TestJudging:
+    def test_another_judge(self, model, open_store):
+        subject = Subject(model, open_store(), judge=lambda reply: reply.text)
+        outcomes = ["refused", "accepted", "empty", "cut"]
+        replies = [Reply(Prompt("a"), text, (), True) for text in outcomes]
+        assert subject.refused(replies) == (True, False, None, None)
+
+
+def test_a_model_reads_the_tokens_before_t_inst(model):
+    """With causal attention the state there is that of t_inst in a text that stops there."""
+    (long,) = model.capture([Prompt("abcd")], positions=("inst-2", "inst-1", "t_inst"))
+    for at, text in (("inst-2", "ab"), ("inst-1", "abc"), ("t_inst", "abcd")):
+        (short,) = model.capture([Prompt(text)], positions=("t_inst",))
+        assert torch.allclose(long.at(at), short.at("t_inst"), atol=1e-5)
