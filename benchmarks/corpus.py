@@ -143,7 +143,7 @@ def main() -> None:
     source = options.folder / "corpus.parquet"
     corpus(source, options.count)
     model = ChatModel.load(tiny_model(options.folder / "model", options.tokenizer))
-    guard = LatentGuard.fit(model, load_contrast("validation"), readout="centroid")
+    guard = LatentGuard.fit(model, load_contrast("validation"), probe="centroid")
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
     found = []
     for actors in map(int, options.actors.split(",")):

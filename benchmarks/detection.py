@@ -1,4 +1,4 @@
-"""Detection on public sets: readings, readouts and training sets beside their baselines.
+"""Detection on public sets: readings, probes and training sets beside their baselines.
 
     python benchmarks/detection.py --model M --data-dir DIR --cache DIR [--out F.json] [--dtype D]
 
@@ -39,7 +39,7 @@ from latentguard.stats.metrics import auroc
 Scores = dict[str, NDArray[np.float64]]
 
 DEFAULT = "default: traffic, pooled, linear"
-RULES = {  # rule -> (training set, reading, readout)
+RULES = {  # rule -> (training set, reading, probe)
     "the paper's guard: AdvBench + Alpaca, t_inst, centroid": ("paper", "t_inst", "centroid"),
     "AdvBench + Alpaca, t_inst, linear": ("paper", "t_inst", "linear"),
     "AdvBench + Alpaca, pooled, linear": ("paper", "pooled", "linear"),

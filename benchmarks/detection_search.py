@@ -1,4 +1,4 @@
-"""What each choice in the default guard is worth: readings, readouts, training sets, one at a time.
+"""What each choice in the default guard is worth: readings, probes, training sets, one at a time.
 
     python benchmarks/detection_search.py --cache DIR [--out F.json] [--only WORD ...]
 
@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from detection import mixed
 from numpy.typing import NDArray
-from search_readouts import Dual, logistic, low_rank, ridge, solved
+from search_probes import Dual, logistic, low_rank, ridge, solved
 
-from latentguard.probes.fitting import fit_readout, slots
-from latentguard.probes.probe import BAND, Readout, layers_of
+from latentguard.probes.fitting import fit_probe, slots
+from latentguard.probes.probe import BAND, Probe, layers_of
 from latentguard.probes.ridge import Design
 from latentguard.prompts import Prompt
 from latentguard.report.document import write_text
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def variants() -> dict[str, Fit]:
-    """Name -> how a readout is fitted."""
+    """Name -> how a probe is fitted."""
     now, instead = Reading.of(DEFAULT_READING, 0), Reading("instead", ("t_inst", "post", "mean"))
     known: dict[str, Fit] = {START: chosen(STARTED), "the default": chosen(now)}
     known["post in the place of t_post"] = chosen(instead)
@@ -103,8 +103,8 @@ def chosen(reading: Reading, source: str = "traffic") -> Fit:
 
     def fit(cache: Path) -> Score:
         states = States.load(cache / f"{source}.safetensors")
-        readout = fit_readout(states, reading, "linear", max(states.layers)).readout
-        return scorer(readout, reading.positions)
+        probe = fit_probe(states, reading, "linear", max(states.layers)).probe
+        return scorer(probe, reading.positions)
 
     return fit
 
@@ -121,7 +121,7 @@ def linear(
     """The start with something else in a place.
 
     Args:
-        solve: The readout; a ridge with ``STRENGTH``.
+        solve: The probe; a ridge with ``STRENGTH``.
         positions: Where it reads; at all captured ones if none is named.
         band: The layers, as shares of the depth.
         sources: Training sets.
@@ -134,8 +134,8 @@ def linear(
         states = states.where(kept) if kept else states
         where = positions or tuple(p for p in states.positions if p != "post")
         design = design_of(states, where, weights_of(states, alike))
-        readout = Readout("linear", states.layers, *solved(solve or ridge(STRENGTH), design))
-        return scorer(readout, where)
+        probe = Probe("linear", states.layers, *solved(solve or ridge(STRENGTH), design))
+        return scorer(probe, where)
 
     return fit
 
@@ -159,8 +159,8 @@ def added_up(cache: Path) -> Score:
         design = design_of(states.select((layer,)), STARTED.positions, weights)
         parts.append(solved(ridge(STRENGTH), design))
     weight = torch.stack([w for w, _ in parts], dim=1).flatten(0, 1)  # positions, then layers
-    readout = Readout("linear", states.layers, weight, sum(b for _, b in parts))
-    return scorer(readout, STARTED.positions)
+    probe = Probe("linear", states.layers, weight, sum(b for _, b in parts))
+    return scorer(probe, STARTED.positions)
 
 
 def training(
@@ -193,9 +193,9 @@ def manners(field: str) -> dict[str, str]:
     return {row["id"]: row[field] for row in map(json.loads, lines)}
 
 
-def scorer(readout: Readout, positions: Sequence[str]) -> Score:
-    """A readout at positions."""
-    return lambda test: readout(slots(test.select(readout.layers), positions)).double().numpy()
+def scorer(probe: Probe, positions: Sequence[str]) -> Score:
+    """A probe at positions."""
+    return lambda test: probe(slots(test.select(probe.layers), positions)).double().numpy()
 
 
 def labels_of(states: States) -> NDArray[np.bool_]:

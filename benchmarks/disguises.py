@@ -1,4 +1,4 @@
-"""Disguises: how much ordinary text is taken for disguised, what that changes, and what it costs.
+"""Obfuscations: how much ordinary text looks disguised, what that changes, what it costs.
 
     python benchmarks/disguises.py --model M --guard G --data-dir DIR [--dtype D] [--out F.json]
 
@@ -25,7 +25,7 @@ from default_guard import default_guard
 
 from latentguard.data.builtin import load_traffic
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Disguises
+from latentguard.guard.obfuscations import Obfuscations
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, read_prompts
 from latentguard.text.deobfuscation import uncover
@@ -38,7 +38,7 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
     model = ChatModel.load(options.model, dtype=options.dtype)
-    guard = default_guard(model, options.guard).with_part(Disguises())
+    guard = default_guard(model, options.guard).with_part(Obfuscations())
     sets = {path.stem: read_prompts(path) for path in sorted(options.data_dir.glob("*.jsonl"))}
     sets |= {f"traffic, {split}": load_traffic(split) for split in ("validation", "test")}
     found = {name: told(guard, model, prompts) for name, prompts in sets.items()}
@@ -55,7 +55,7 @@ def told(guard: LatentGuard, model: ChatModel, prompts: list[Prompt]) -> dict[st
     spent = (time.process_time() - began) / len(prompts)
     twice = [p for p, beneath in zip(prompts, texts, strict=True) if beneath]
     record: dict[str, Any] = dict(n=len(prompts), read_twice=len(twice), microseconds=spent * 1e6)
-    record["disguises"] = Counter(
+    record["obfuscations"] = Counter(
         name for beneath in texts for names in beneath.values() for name in names
     )
     for side, label in ((True, "harmful"), (False, "harmless")):
@@ -67,7 +67,7 @@ def told(guard: LatentGuard, model: ChatModel, prompts: list[Prompt]) -> dict[st
 
 def bare(guard: LatentGuard) -> LatentGuard:
     """The guard without the second reading."""
-    return replace(guard, parts=tuple(p for p in guard.parts if not isinstance(p, Disguises)))
+    return replace(guard, parts=tuple(p for p in guard.parts if not isinstance(p, Obfuscations)))
 
 
 def flagged(guard: LatentGuard, model: ChatModel, prompts: list[Prompt]) -> int:

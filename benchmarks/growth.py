@@ -84,8 +84,8 @@ def guards(model: ChatModel) -> list[LatentGuard]:
     kinds = [("span", "linear"), ("t_inst", "linear"), ("t_post", "linear")]
     kinds += [("t_inst", "centroid"), ("span", "centroid")]
     fitted = [
-        LatentGuard.from_states(model, states, Reading.of(reading, model.post), readout)
-        for reading, readout in kinds
+        LatentGuard.from_states(model, states, Reading.of(reading, model.post), probe)
+        for reading, probe in kinds
     ]
     return [replace(fitted[i % 5], threshold=float(i)) for i in range(max(SIZES["guards"]))]
 

@@ -7,7 +7,7 @@ made of k in-domain examples (at most half of the category; the rest is tested).
 against, and the guard is calibrated on, either built-in harmless prompts alone, or half of the
 in-domain harmless texts as well, as ``latentguard pack add --harmless`` does it; the other half is
 tested. "calibrated in the domain" without packs is what those harmless texts give by themselves.
-The mean of three draws. The paper's way, examples added to one readout, is Table 9 of the study
+The mean of three draws. The paper's way, examples added to one probe, is Table 9 of the study
 (``experiments/guards.py``), whose draws and table these are. Baseline: n-grams, trained and
 calibrated on the same prompts.
 """
@@ -54,7 +54,7 @@ def main() -> None:
         for name in ("train", "validation", "moderation")
     }
     guard = fitted(model, states["train"], options.states)
-    states = {name: part.select(guard.readout.layers) for name, part in states.items()}
+    states = {name: part.select(guard.probe.layers) for name, part in states.items()}
     trials = list(tried(guard, states))
     table = domain_table(states["moderation"].prompts, trials)
     named = {f"k = {k}, {added}": named_right(guard, states, k, added) for k, added in runs()}

@@ -78,7 +78,7 @@ def judging(
     """
     states, found = {}, {name: list[float]() for name in guards}
     for name, guard in guards.items():
-        read = backend.capture(prompts, positions=guard.positions, layers=guard.readout.layers)
+        read = backend.capture(prompts, positions=guard.positions, layers=guard.probe.layers)
         states[name] = States.collect(read)
     for _ in range(rounds):
         for name, guard in guards.items():

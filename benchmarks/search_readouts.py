@@ -1,4 +1,4 @@
-"""Readouts that ``detection_search.py`` tries, in dual form: a coefficient a row, and a level.
+"""Probes that ``detection_search.py`` tries, in dual form: a coefficient a row, and a level.
 
 Axis names in shapes: n rows, s slots.
 """
@@ -18,7 +18,7 @@ Dual = Callable[[Design], Solution]
 """From a design to a coefficient for each of its weighted rows, and the level of the scores."""
 
 STEPS, CLOSE = 12, 0.01
-"""Newton steps of the logistic readout at the most; they end where no score moves by more."""
+"""Newton steps of the logistic probe at the most; they end where no score moves by more."""
 
 
 def ridge(strength: float) -> Dual:

@@ -341,7 +341,7 @@ def first_token(asked: argparse.Namespace) -> dict[str, Any]:
     guard, model = opened(asked)()
 
     def guarded(prompt: Prompt) -> None:
-        said = Conversation(model, prompt, positions=guard.positions, layers=guard.readout.layers)
+        said = Conversation(model, prompt, positions=guard.positions, layers=guard.probe.layers)
         assert said.states is not None
         judge_states(guard, said.states)
         int(said._logits.argmax())

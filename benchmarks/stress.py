@@ -27,7 +27,7 @@ from latentguard.robustness.report import FIGURES
 from latentguard.robustness.run import STORE, Plan, run
 from latentguard.robustness.suite import families
 from latentguard.robustness.weights import Trial
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.store import Store
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     plan = Plan(tuple(load_contrast("test")), options.budget, (*only, *options.only))
     with progress("stress") as bar:
         guard = default_guard(model, options.out / "guard")
-        trial = Trial(guard, model, Subject(model, Store(options.out / STORE), step=bar.step))
+        trial = Trial(guard, model, CachedModel(model, Store(options.out / STORE), step=bar.step))
         report = run(trial, plan)
     report.save(options.out)
     text = "\n\n".join(

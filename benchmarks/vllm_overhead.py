@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def fit(asked: argparse.Namespace) -> None:
-    """A guard with the default reading and readout."""
+    """A guard with the default reading and probe."""
     rows = [p for p in load_contrast("train") if p.pair][: asked.rows]
     LatentGuard.fit(ChatModel.load(asked.model, dtype=asked.dtype), rows).save(asked.guard)
 

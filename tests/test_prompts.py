@@ -175,9 +175,9 @@ class TestTables:
 
     def test_no_column_is_not_the_one_without_a_name(self, written):
         """pandas writes its index under an empty name."""
-        path = written("f.csv", ",text,slice\n0,a,de\n1,b,en\n2,c,de\n")
-        found = read_prompts(path, columns=Columns(label="", slice=""))
-        assert [(p.harmful, p.slice) for p in found] == [(None, None)] * 3
+        path = written("f.csv", ",text,segment\n0,a,de\n1,b,en\n2,c,de\n")
+        found = read_prompts(path, columns=Columns(label="", segment=""))
+        assert [(p.harmful, p.segment) for p in found] == [(None, None)] * 3
 
     def test_quotes_new_lines_and_a_byte_order_mark(self, written):
         path = written("f.csv", '\ufefftext,category\n"a, ""b""\nc",x\n  d  ,\n')

@@ -68,11 +68,11 @@ class Prompt:
     question_at: int | None = None
     """Where in ``text`` the inversion question begins (section 3.5); None if there is none."""
 
-    slice: str | None = None
+    segment: str | None = None
     """Which part of the traffic it belongs to: a language, a product, a client."""
 
     undone_from: int = 0
-    """Characters of the text that it is what lies beneath of (``disguises``); 0 if it is as said.
+    """Characters of the obfuscated text that this is decoded from; 0 if it is as said.
     What lies beneath a long text is read as long ones are."""
 
     @property
@@ -124,7 +124,7 @@ class Columns:
     category: str = "category"
     """Risk category."""
 
-    slice: str = "slice"
+    segment: str = "segment"
     """Which part of the traffic a row belongs to."""
 
 
@@ -199,7 +199,7 @@ def prompt_of(row: Mapping[str, Any], columns: Columns, *, where: str = "row") -
         harmful=_label(_at(row, columns.label), columns.label, where),
         refused=_label(row.get("refused"), "refused", where),
         category=_word(row.get(columns.category)),
-        slice=_word(_at(row, columns.slice)),
+        segment=_word(_at(row, columns.segment)),
         source=_word(row.get("source")),
         pair=_word(row.get("pair")),
         history=_history(row.get("history"), where),

@@ -97,7 +97,7 @@ def ready(lg, guard, files):
 class TestCalibrate:
     def test_everything(self, lg, guard, files):
         words = ["--harmless", files["calm"], "--harmful", files["sly"], "--max-fpr", "0.05"]
-        more = ["--review-fpr", "0.2", "--slice-column", "language"]
+        more = ["--review-fpr", "0.2", "--segment-column", "language"]
         code, out, err = lg("calibrate", guard, *words, *more)
         assert code == 0, err
         assert out.startswith("Threshold ")
@@ -106,7 +106,7 @@ class TestCalibrate:
         page = (guard / "calibration" / "report.html").read_text()
         assert "Reliability" in page
         loaded = LatentGuard.load(guard)
-        assert set(loaded.part(Calibration).slices) == {"en", "de"}
+        assert set(loaded.part(Calibration).segments) == {"en", "de"}
         assert "40 refused and 160 accepted" in loaded.part(Quadrants).basis
         assert "Expected calibration error" in lg("show", guard)[1]
 
@@ -164,13 +164,13 @@ class TestCalibrate:
         assert "n = 100 " in out
         assert LatentGuard.load(guard).part(Windows).threshold == 2.5
 
-    def test_a_slice_that_no_prompt_has(self, lg, guard, files):
-        words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--slice-column", "langauge"]
+    def test_a_segment_that_no_prompt_has(self, lg, guard, files):
+        words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--segment-column", "langauge"]
         code, _, err = lg("calibrate", guard, *words)
         assert code == 1 and "'langauge', which no harmless prompt has" in " ".join(err.split())
 
-    def test_the_slice_is_read_when_scoring(self, lg, guard, files):
-        words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--slice-column", "language"]
+    def test_the_segment_is_read_when_scoring(self, lg, guard, files):
+        words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--segment-column", "language"]
         assert lg("calibrate", guard, *words)[0] == 0
         found = LatentGuard.load(guard)
         limits = found.part(Calibration)

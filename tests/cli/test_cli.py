@@ -109,7 +109,7 @@ def fitted(model, files, tmp_path_factory):
         Prompt(r["text"], harmful=word == "sly") for word in ("sly", "kind") for r in rows(20, word)
     ]
     backend = latentguard.ChatModel.load(model)
-    LatentGuard.fit(backend, prompts, reading="t_inst", readout="centroid").save(folder)
+    LatentGuard.fit(backend, prompts, reading="t_inst", probe="centroid").save(folder)
     return folder
 
 
@@ -173,7 +173,7 @@ class TestFit:
         made = record(out)
         assert (made["fitted"]["harmful"], made["fitted"]["harmless"]) == (15, 6 + 14)
         assert made["fingerprint"]["model"] == str(model)
-        assert made["readout"]["kind"] == "linear"
+        assert made["probe"]["kind"] == "linear"
         assert made["reading"]["name"] == "pooled"
         assert f"latentguard calibrate {out}" in err
         assert "Warning" not in err.replace("Warning: The length", "")
@@ -182,7 +182,7 @@ class TestFit:
         """On a part of it, which is read in a tenth of the time."""
         some = load_traffic("train")[:1000]
         monkeypatch.setattr("latentguard.cli.guards.load_traffic", {"train": some}.__getitem__)
-        rule = ["--reading", "t_inst", "--readout", "centroid"]
+        rule = ["--reading", "t_inst", "--probe", "centroid"]
         code, _, err = lg("fit", "--model", model, "--out", tmp_path / "g", "--contrast", *rule)
         made = record(tmp_path / "g")
         assert code == 0
@@ -190,8 +190,8 @@ class TestFit:
         assert made["fitted"]["harmful"] == sum(sides)
         assert made["fitted"]["harmless"] == len(sides) - sum(sides)
         assert made["fitted"]["sources"] == ["traffic"]
-        assert (made["reading"]["name"], made["readout"]["kind"]) == ("t_inst", "centroid")
-        assert made["readout"]["layers"] == [1, 2, 3, 4]
+        assert (made["reading"]["name"], made["probe"]["kind"]) == ("t_inst", "centroid")
+        assert made["probe"]["layers"] == [1, 2, 3, 4]
         assert "Warning" not in err
 
     def test_quantised_weights_and_where_they_lie(self, lg, tokenizer, files, tmp_path):
@@ -235,7 +235,7 @@ class TestFit:
             (["--harmful", "{mixed}"], "0 harmless"),
             (["--harmful", "{mixed}", "--harmless", "{mixed}"], "at least 10 prompts of each"),
             (["--contrast", "--reading", "t_last"], "no reading 't_last'"),
-            (["--contrast", "--readout", "tree"], "no readout 'tree'"),
+            (["--contrast", "--probe", "tree"], "no probe 'tree'"),
             (["--contrast", "--dtype", "float99"], "float99"),
         ],
     )
@@ -266,7 +266,7 @@ class TestCalibrate:
         after = record(guard)
         assert after["threshold"] != before["threshold"] == 0.0
         assert after["bound"]["max_fpr"] == 0.05
-        assert after["readout"] == before["readout"]
+        assert after["probe"] == before["probe"]
 
     def test_on_the_built_in_prompts(self, lg, guard):
         code, out, _ = lg("calibrate", guard, "--max-fpr", "0.05")

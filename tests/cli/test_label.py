@@ -48,11 +48,13 @@ def judge(monkeypatch):
     def by_tokens(reply):
         return ("refused", "accepted", "cut", "empty")[sum(reply.ids) % 4]
 
-    monkeypatch.setattr(module.Subject.__init__, "__kwdefaults__", DEFAULTS | {"judge": by_tokens})
+    monkeypatch.setattr(
+        module.CachedModel.__init__, "__kwdefaults__", DEFAULTS | {"judge": by_tokens}
+    )
     return by_tokens
 
 
-DEFAULTS = dict(module.Subject.__init__.__kwdefaults__)
+DEFAULTS = dict(module.CachedModel.__init__.__kwdefaults__)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def guard(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "tiny")
     train = [p for p in load_contrast("train") if p.pair][:40]
     backend = latentguard.ChatModel.load(folder / "tiny")
-    LatentGuard.fit(backend, train, reading="t_inst", readout="centroid").save(folder / "guard")
+    LatentGuard.fit(backend, train, reading="t_inst", probe="centroid").save(folder / "guard")
     return folder / "guard"
 
 

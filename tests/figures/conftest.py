@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from latentguard.data.builtin import load_contrast
-from latentguard.study.cached_model import Subject
-from latentguard.study.prompt_groups import Material, contrast_pools
+from latentguard.study.cached_model import CachedModel
+from latentguard.study.prompt_groups import PromptGroups, contrast_pools
 from latentguard.study.settings import Settings
 from latentguard.study.store import Store
 
@@ -14,7 +14,7 @@ from latentguard.study.store import Store
 @pytest.fixture
 def subject(model, tmp_path):
     store = Store(tmp_path / "store.sqlite")
-    yield Subject(model, store)
+    yield CachedModel(model, store)
     store.close()
 
 
@@ -53,4 +53,4 @@ def material():
         members = [p for p in prompts if p.group == group]
         fit[group], test[group] = tuple(members[:6]), tuple(members[6:12])
     fit = {g: fit[g] if g in ("refused_harmful", "accepted_harmless") else () for g in fit}
-    return Material(contrast_pools(), fit, test)
+    return PromptGroups(contrast_pools(), fit, test)

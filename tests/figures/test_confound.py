@@ -25,7 +25,7 @@ from latentguard.study.figures.confound.confound import (
 )
 from latentguard.study.figures.confound.lenses import MATCHED, PAPER, SEALED
 from latentguard.study.figures.confound.surface_table import features, guessed
-from latentguard.study.prompt_groups import Material
+from latentguard.study.prompt_groups import PromptGroups
 from latentguard.study.rules import (
     LENGTH,
     NGRAMS,
@@ -226,7 +226,7 @@ def test_a_model_that_does_not_refuse_has_no_refusal_rows(subject, material, set
     fit = {"accepted_harmful": never(material.fit["refused_harmful"])}
     fit["accepted_harmless"] = material.fit["accepted_harmless"]
     test = {"accepted_harmless": material.test["accepted_harmless"]}
-    records = collect(subject, Material(material.pools, fit, test), settings)
+    records = collect(subject, PromptGroups(material.pools, fit, test), settings)
     assert not any(PAPER in one.refuse for one in records.sets)
     finding = analyse(records, settings)
     assert any("No refusal axis" in sentence for sentence in finding.unknown)

@@ -14,7 +14,7 @@ from latentguard.prompts import Prompt
 from latentguard.report.document import Report
 from latentguard.stats.metrics import auroc, estimate, resampled
 from latentguard.study.attacks import TARGET, TEMPLATES, Wave
-from latentguard.study.cached_model import Subject, Tools
+from latentguard.study.cached_model import CachedModel, Tools
 from latentguard.study.figures.figure_06_jailbreaks import jailbreaks
 from latentguard.study.figures.figure_06_jailbreaks.attacked_beliefs import (
     Attack,
@@ -320,11 +320,11 @@ class TestCollect:
 
     def test_a_second_time_nothing_is_asked(self, subject, material, settings):
         tools = Tools(suffix=lambda prompt, target, *, steps, seed: f" {steps}")
-        first = Subject(subject.model, subject.store, tools=tools)
+        first = CachedModel(subject.model, subject.store, tools=tools)
         settings = replace(settings, suffixes=2)
         material = given(material, settings)
         once = jailbreaks.collect(first, material, settings)
-        silent = Subject(Silent(subject.model), subject.store, tools=Tools(suffix=never_again))
+        silent = CachedModel(Silent(subject.model), subject.store, tools=Tools(suffix=never_again))
         again = jailbreaks.collect(silent, material, settings)
         for one, other in zip(once.attacks, again.attacks, strict=True):
             assert (one.wave, one.accepted) == (other.wave, other.accepted)

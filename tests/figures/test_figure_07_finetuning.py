@@ -13,7 +13,7 @@ from experiments.planted import Planted, Silent
 from latentguard.models.lora import Finetuning
 from latentguard.prompts import Prompt, Reply
 from latentguard.report.document import Report
-from latentguard.study.cached_model import Subject, Tools
+from latentguard.study.cached_model import CachedModel, Tools
 from latentguard.study.directions import fit_axes
 from latentguard.study.figures import figure_07_finetuning as finetuning
 from latentguard.study.figures.figure_07_finetuning import pairs
@@ -59,7 +59,7 @@ def no_attack(taught, *, seed):
 def aim(model, subject):
     """A subject that refuses what is harmful, and its attack."""
     attack = Attack(model)
-    planted = Subject(Planted(model, aligned), subject.store, tools=Tools(finetune=attack))
+    planted = CachedModel(Planted(model, aligned), subject.store, tools=Tools(finetune=attack))
     return planted, attack
 
 
@@ -73,7 +73,7 @@ class TestTiny:
     ):
         settings = replace(settings, finetune_sizes=(2, 4))
         tools = Tools(finetune=Finetuning(model, settings.finetuning))
-        aim = Subject(Planted(model, aligned), subject.store, tools=tools)
+        aim = CachedModel(Planted(model, aligned), subject.store, tools=tools)
         before = model.fingerprint
         records = finetuning.collect(aim, material, settings)
         model._fingerprint = None
@@ -86,7 +86,7 @@ class TestTiny:
             shape = (len(records.prompts), model.depth)
             assert np.shape(stage.harmful) == np.shape(stage.refuse) == shape
 
-        silent = Subject(Silent(model), subject.store, tools=Tools(finetune=no_attack))
+        silent = CachedModel(Silent(model), subject.store, tools=Tools(finetune=no_attack))
         assert finetuning.collect(silent, material, settings) == records
         finding = finetuning.analyse(records, settings)
         assert Report("r", (finding.section,)).html()
@@ -152,7 +152,7 @@ class TestPairs:
             turned = one is not None and one.coefficient < 0 and len(prompt.text) % 2
             return FINE if turned or not prompt.harmful else SORRY
 
-        planted = Subject(Planted(model, stubborn), subject.store)
+        planted = CachedModel(Planted(model, stubborn), subject.store)
         axes = fit_axes(planted, material, enough=2)
         settings = replace(settings, asked=60, finetune_sizes=(40,))
         taught, how = pairs.harmful_pairs(planted, axes.refuse, material, settings)
@@ -171,7 +171,7 @@ class TestPairs:
                 FINE if one is not None and (one.layer, one.coefficient) == (layer, -2) else SORRY
             )
 
-        planted = Subject(Planted(model, acts), subject.store)
+        planted = CachedModel(Planted(model, acts), subject.store)
         refuse = fit_axes(planted, material, enough=2).refuse
         prompts = material.test["refused_harmful"]
         settings = replace(settings, coefficients=(1.0, 2.0))
@@ -235,9 +235,9 @@ class TestLook:
         def fit(states, reading, kind, depth):
             seen.append(states)
             weight = torch.full((1, states.values.shape[-1]), 0.5)
-            return type("Fit", (), {"readout": looking.Readout("linear", (2,), weight, 1.0)})
+            return type("Fit", (), {"probe": looking.Probe("linear", (2,), weight, 1.0)})
 
-        monkeypatch.setattr(looking, "fit_readout", fit)
+        monkeypatch.setattr(looking, "fit_probe", fit)
         monkeypatch.setattr(looking, "slots", lambda states, span: states.at("t_inst"))
         records = finetuning.collect(planted, material, settings)
         assert set(seen[0].prompts) == {p for g in GROUPS for p in material.fit[g]}
@@ -273,7 +273,7 @@ class TestMissing:
 
     def test_without_refused_prompts_to_train_on(self, model, subject, material, settings):
         tools = Tools(finetune=no_attack)
-        planted = Subject(Planted(model, lambda *_: FINE), subject.store, tools=tools)
+        planted = CachedModel(Planted(model, lambda *_: FINE), subject.store, tools=tools)
         self.says(finetuning.collect(planted, material, settings), settings, "no harmful prompt")
 
     @staticmethod

@@ -9,10 +9,10 @@ import pytest
 from latentguard.data.builtin import load_contrast
 from latentguard.prompts import Prompt
 from latentguard.stats.metrics import proportion
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.claims import CLAIMS
 from latentguard.study.figures.table_01_template import Records, analyse, collect
-from latentguard.study.prompt_groups import Material, Pools, contrast_pools, spread
+from latentguard.study.prompt_groups import PromptGroups, PromptPools, contrast_pools, spread
 from latentguard.study.settings import Settings
 
 EFFECT = "drop without post-instruction tokens"
@@ -112,7 +112,7 @@ class TestOnAModel:
 
     def test_both_ways_are_asked(self, subject, whole, settings):
         asked = []
-        subject = Subject(Spy(subject.model, asked), subject.store)
+        subject = CachedModel(Spy(subject.model, asked), subject.store)
         found = collect(subject, whole, settings)
         wanted = spread(whole.pools.harmful, settings.test, seed=settings.seed)
         assert found.prompts == tuple(wanted)
@@ -126,7 +126,7 @@ class TestOnAModel:
 
     def test_what_labelling_asked_is_not_asked_again(self, subject, whole, settings):
         asked = []
-        subject = Subject(Spy(subject.model, asked), subject.store)
+        subject = CachedModel(Spy(subject.model, asked), subject.store)
         prompts = spread(whole.pools.harmful, settings.asked, seed=settings.seed)
         subject.replies(prompts, max_new_tokens=settings.reply_tokens)
         collect(subject, whole, settings)
@@ -141,13 +141,13 @@ class TestOnAModel:
                 said = "I cannot help with that." if post else " to a friend."
                 return [[replace(r, text=said, finished=True) for r in replies]]
 
-        subject = Subject(Speaker(subject.model, []), subject.store)
-        pools = Pools(tuple(load_contrast("test")[:4]), ())
-        found = collect(subject, Material(pools, {}, {}), settings)
+        subject = CachedModel(Speaker(subject.model, []), subject.store)
+        pools = PromptPools(tuple(load_contrast("test")[:4]), ())
+        found = collect(subject, PromptGroups(pools, {}, {}), settings)
         assert (set(found.whole), set(found.cut), set(found.answered)) == ({True}, {False}, {None})
 
     def test_no_harmful_prompt(self, subject, settings):
-        found = collect(subject, Material(Pools((), ()), {}, {}), settings)
+        found = collect(subject, PromptGroups(PromptPools((), ()), {}, {}), settings)
         assert found == records()
         assert len(analyse(found, settings).unknown) == 1
 

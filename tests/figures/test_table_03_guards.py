@@ -12,7 +12,7 @@ from latentguard.prompts import Prompt
 from latentguard.report.document import Figure
 from latentguard.states import Fingerprint, Reading, States
 from latentguard.stats.metrics import threshold_for_fpr
-from latentguard.study.cached_model import Subject, Tools
+from latentguard.study.cached_model import CachedModel, Tools
 from latentguard.study.figures.table_03_guards.contenders import (
     LINEAR,
     PAPER,
@@ -38,7 +38,7 @@ from latentguard.study.figures.table_03_guards.traffic import (
     drawn,
     traffic_parts,
 )
-from latentguard.study.prompt_groups import Material, is_fit_side
+from latentguard.study.prompt_groups import PromptGroups, is_fit_side
 from latentguard.study.rules import LENGTH, NGRAMS, RANDOM
 from latentguard.study.store import Store
 
@@ -193,7 +193,7 @@ def large(material, settings):
         "accepted_harmless": [p for p in train if not p.harmful and is_fit_side(p)][:12],
     }
     fit = {name: tuple(prompts) for name, prompts in fit.items()}
-    return Material(material.pools, fit, material.test), replace(settings, fit=32)
+    return PromptGroups(material.pools, fit, material.test), replace(settings, fit=32)
 
 
 def test_training_takes_accepted_harmful_prompts_too_and_never_a_tested_one(subject, material):
@@ -254,7 +254,7 @@ def test_end_to_end(model, tmp_path, large, monkeypatch):
     attacks = [replace(p, text=f"{p.text} !!", category="suffix") for p in harmful[12:20]]
     pools = replace(material.pools, moderation=tuple(moderation), jailbreaks=tuple(attacks))
     material, guard = replace(material, pools=pools), Baseline()
-    subject = Subject(model, Store(tmp_path / "s"), tools=Tools(guards={"some/guard": guard}))
+    subject = CachedModel(model, Store(tmp_path / "s"), tools=Tools(guards={"some/guard": guard}))
     monkeypatch.setattr(subject, "judge", lambda reply: "accepted")
     records = collect(subject, material, settings)
     rules = [PAPER, LINEAR, RANDOM, LENGTH, NGRAMS, "some/guard"]

@@ -67,7 +67,7 @@ class TestFiles:
         assert "aaaaaaaaaaaa" in card
 
     def test_saving_again_replaces_it(self, guard, folder):
-        other = LatentGuard.fit(FakeBackend(), labelled(20), readout="centroid")
+        other = LatentGuard.fit(FakeBackend(), labelled(20), probe="centroid")
         other.save(folder)
         assert LatentGuard.load(folder).digest == other.digest
 
@@ -183,9 +183,9 @@ class TestDamage:
             ("fingerprint", "weights"),
             ("reading", "positions"),
             ("reading", "name"),
-            ("readout", "kind"),
-            ("readout", "layers"),
-            ("readout", "bias"),
+            ("probe", "kind"),
+            ("probe", "layers"),
+            ("probe", "bias"),
             ("axes", 0, "name"),
             ("axes", 0, "counts"),
             ("canaries", 0, "score"),
@@ -217,11 +217,11 @@ class TestDamage:
             dict(axes=None),
             dict(canaries=None),
             dict(canaries=[{"text": "a", "score": float("nan")}]),
-            dict(readout={"kind": "tree", "layers": [2, 3], "bias": 0.0}),
-            dict(readout={"kind": "linear", "layers": [2], "bias": 0.0}),
-            dict(readout={"kind": "linear", "layers": [], "bias": 0.0}),
-            dict(readout={"kind": "linear", "layers": [2, 3], "bias": float("nan")}),
-            dict(readout=3),
+            dict(probe={"kind": "tree", "layers": [2, 3], "bias": 0.0}),
+            dict(probe={"kind": "linear", "layers": [2], "bias": 0.0}),
+            dict(probe={"kind": "linear", "layers": [], "bias": 0.0}),
+            dict(probe={"kind": "linear", "layers": [2, 3], "bias": float("nan")}),
+            dict(probe=3),
             dict(reading={"name": "t_inst", "positions": ["t_inst", "t_post"]}),
             dict(reading=[]),
             dict(fingerprint={"model": "x"}),
@@ -271,7 +271,7 @@ class TestOldGuards:
         verdicts = list(guard.scan(backend, self.PINNED))
         assert [v.score for v in verdicts] == pytest.approx(list(self.PINNED.values()), abs=1e-5)
         assert [a.name for a in guard.axes] == ["harmful", "refuse"]
-        assert (guard.reading.name, guard.readout.kind) == ("span", "linear")
+        assert (guard.reading.name, guard.probe.kind) == ("span", "linear")
         assert guard.bound.max_fpr == 0.05
         assert [v.flagged for v in verdicts] == [True, False, True]
 
@@ -290,7 +290,7 @@ class TestOldGuards:
             [0.9873, 0.0004, 0.5543], abs=1e-4
         )
         calibration = guard.part(Calibration)
-        assert (set(calibration.slices), calibration.small) == ({"en"}, {"de": 30})
+        assert (set(calibration.segments), calibration.small) == ({"en"}, {"de": 30})
 
     def test_there_is_one_of_each(self):
         assert {f.name for f in OLD.glob("guard-schema-*")} == {
@@ -302,5 +302,5 @@ class TestOldGuards:
         old = LatentGuard.load(OLD / f"guard-schema-{schema}")
         old.save(tmp_path)
         assert LatentGuard.load(tmp_path).digest == old.digest
-        weight = torch.equal(LatentGuard.load(tmp_path).readout.weight, old.readout.weight)
+        weight = torch.equal(LatentGuard.load(tmp_path).probe.weight, old.probe.weight)
         assert weight

@@ -78,20 +78,20 @@ class TestArithmetic:
 @pytest.fixture(scope="module")
 def guard():
     prompts = [
-        Prompt(text, slice=name)
+        Prompt(text, segment=name)
         for name, count in (("en", 300), ("de", 200))
         for text in texts(count, bad=False, start=5000, name=name)
     ]
     backend = FakeBackend(signal=0.6)
     fitted = LatentGuard.fit(backend, labelled(60))
-    return fitted.calibrate(backend, prompts, max_fpr=0.05, slice_column="slice")
+    return fitted.calibrate(backend, prompts, max_fpr=0.05, segment_column="segment")
 
 
 def live(guard, count, shift=0.0, seed=0, part="en"):
     """Verdicts drawn from the calibration's own scores, moved."""
     known = guard.part(Calibration).limits(part)
     drawn = np.random.default_rng(seed).choice(known.scores, count) + shift * guard.spread
-    prompts = [Prompt("x", slice=part)] * count
+    prompts = [Prompt("x", segment=part)] * count
     rows = [Verdict("1", float(s), 0.5, bool(s > guard.threshold), {}) for s in drawn]
     return prompts, guard.part(Calibration).decide(prompts, rows)
 
@@ -126,13 +126,13 @@ class TestCompare:
         assert found.stability is None
         assert "so few prompts cannot prove it" in str(found)
 
-    def test_one_slice_among_several(self, guard):
+    def test_one_segment_among_several(self, guard):
         calm, moved = live(guard, 200), live(guard, 200, shift=1.0, part="de")
         found = compare(guard, calm[0] + moved[0], calm[1] + moved[1])
         by_name = {one.traffic: one.holds for one in found}
         assert (by_name["en"], by_name["de"]) == (True, False)
 
-    def test_a_slice_without_limits_is_compared_with_the_rest_alone(self, guard):
+    def test_a_segment_without_limits_is_compared_with_the_rest_alone(self, guard):
         prompts, verdicts = live(guard, 50, part="nl")
         assert [one.traffic for one in compare(guard, prompts, verdicts)] == ["all"]
 

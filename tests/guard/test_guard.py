@@ -40,18 +40,18 @@ def guard(backend):
 
 @pytest.fixture(scope="module")
 def paper(backend):
-    return LatentGuard.fit(backend, labelled(80), reading="t_inst", readout="centroid")
+    return LatentGuard.fit(backend, labelled(80), reading="t_inst", probe="centroid")
 
 
 class TestFit:
-    @pytest.mark.parametrize("readout", ["linear", "centroid"])
+    @pytest.mark.parametrize("probe", ["linear", "centroid"])
     @pytest.mark.parametrize("reading", READINGS)
-    def test_the_planted_truth_is_found(self, backend, reading, readout):
-        guard = LatentGuard.fit(backend, labelled(80), reading=reading, readout=readout)
+    def test_the_planted_truth_is_found(self, backend, reading, probe):
+        guard = LatentGuard.fit(backend, labelled(80), reading=reading, probe=probe)
         fresh = labelled(60, start=900)
         labels = np.array([p.harmful for p in fresh])
         assert auroc(labels, scores(guard, backend, fresh)) > 0.999
-        assert (guard.reading.name, guard.readout.kind) == (reading, readout)
+        assert (guard.reading.name, guard.probe.kind) == (reading, probe)
         verdicts = list(guard.scan(backend, fresh))
         found = np.array([v.probability > 0.5 for v in verdicts])
         assert np.mean(found == labels) > 0.95
@@ -95,7 +95,7 @@ class TestFit:
                 s.append(cosines[0] - cosines[1])
             assert verdict.score == pytest.approx(np.mean(s), abs=1e-6)
             assert verdict.beliefs["harmful"] == pytest.approx(np.mean(s), abs=1e-6)
-        assert paper.readout.layers == tuple(range(1, 7))
+        assert paper.probe.layers == tuple(range(1, 7))
 
     def test_platt_scaling(self, backend, guard):
         verdict = next(guard.scan(backend, ["Please do the bad item number 1"]))
@@ -244,7 +244,7 @@ class TestCalibrate:
 class TestSaveAndLoad:
     def guards(self, backend):
         yield LatentGuard.fit(backend, labelled(30))
-        yield LatentGuard.fit(backend, labelled(30), reading="t_post", readout="centroid")
+        yield LatentGuard.fit(backend, labelled(30), reading="t_post", probe="centroid")
         yield LatentGuard.fit(backend, with_refusals(labelled(30)), reading="sealed").calibrate(
             backend, harmless(60), max_fpr=0.05
         )
@@ -265,8 +265,8 @@ class TestSaveAndLoad:
             replace(guard, threshold=1.0),
             replace(guard, platt=(1.0, 2.0)),
             replace(guard, reading=Reading("sealed", guard.reading.positions)),
-            replace(guard, readout=replace(guard.readout, bias=9.0)),
-            replace(guard, readout=replace(guard.readout, weight=guard.readout.weight + 1e-6)),
+            replace(guard, probe=replace(guard.probe, bias=9.0)),
+            replace(guard, probe=replace(guard.probe, weight=guard.probe.weight + 1e-6)),
             replace(guard, axes=()),
             replace(guard, fingerprint=replace(guard.fingerprint, dtype="bfloat16")),
         ]
@@ -318,9 +318,9 @@ class TestCanaries:
         assert len(guard.canaries) == COUNT
         assert len({c.score for c in guard.canaries}) == COUNT
 
-    @pytest.mark.parametrize("readout", ["linear", "centroid"])
-    def test_they_notice_shifted_states(self, backend, readout, tmp_path):
-        guard = LatentGuard.fit(backend, labelled(40), readout=readout)
+    @pytest.mark.parametrize("probe", ["linear", "centroid"])
+    def test_they_notice_shifted_states(self, backend, probe, tmp_path):
+        guard = LatentGuard.fit(backend, labelled(40), probe=probe)
         guard.save(tmp_path)
         shifted = FakeBackend(shift=0.5 * backend.harm)
         assert shifted.fingerprint == guard.fingerprint
@@ -361,10 +361,10 @@ class Broken(FakeBackend):
 
 class TestFailClosed:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-    @pytest.mark.parametrize("readout", ["linear", "centroid"])
-    def test_fit(self, readout, value):
+    @pytest.mark.parametrize("probe", ["linear", "centroid"])
+    def test_fit(self, probe, value):
         with pytest.raises(GuardError, match="infinite or undefined"):
-            LatentGuard.fit(Broken(value), labelled(30), readout=readout)
+            LatentGuard.fit(Broken(value), labelled(30), probe=probe)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_scan(self, guard, paper, value):
@@ -390,12 +390,12 @@ class TestFailClosed:
             LatentGuard.fit(backend, prompts)
 
     @pytest.mark.parametrize("side", [True, False])
-    @pytest.mark.parametrize("readout", ["linear", "centroid"])
-    def test_one_class_only(self, backend, side, readout):
+    @pytest.mark.parametrize("probe", ["linear", "centroid"])
+    def test_one_class_only(self, backend, side, probe):
         one = [p for p in labelled(20) if p.harmful is side]
         missing = "harmless" if side else "harmful"
         with pytest.raises(GuardError, match=f"0 {missing}|needs {missing} prompts"):
-            LatentGuard.fit(backend, one, readout=readout)
+            LatentGuard.fit(backend, one, probe=probe)
 
     def test_nothing_to_fit_on(self, backend):
         with pytest.raises(GuardError, match="expected at least one prompt"):
@@ -406,7 +406,7 @@ class TestFailClosed:
         [
             (dict(reading="t_last"), "no reading 't_last'"),
             (dict(reading="post+3"), "up to 2"),
-            (dict(readout="tree"), "no readout 'tree': expected centroid or linear"),
+            (dict(probe="tree"), "no probe 'tree': expected centroid or linear"),
         ],
     )
     def test_what_there_is_not(self, how, words):

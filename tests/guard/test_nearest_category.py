@@ -18,7 +18,7 @@ from latentguard.guard.chunk_calibration import calibrate_windows, fit_windows, 
 from latentguard.guard.chunking import Windows
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.leakage import Held, apart, mark
-from latentguard.guard.score_scale import Tail
+from latentguard.guard.score_scale import ScoreScale
 from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Message, Prompt
 from latentguard.stats.metrics import auroc
@@ -116,9 +116,9 @@ class TestNaming:
         (verdict,) = guard.scan(backend, ["something bad"])
         assert (verdict.category, verdict.category_scores) == (None, {})
 
-    @pytest.mark.parametrize("readout", ["linear", "centroid"])
-    def test_any_reading_and_readout(self, backend, readout, tmp_path):
-        guard = LatentGuard.fit(backend, kinds(60), reading="t_post", readout=readout)
+    @pytest.mark.parametrize("probe", ["linear", "centroid"])
+    def test_any_reading_and_probe(self, backend, probe, tmp_path):
+        guard = LatentGuard.fit(backend, kinds(60), reading="t_post", probe=probe)
         guard.save(tmp_path)
         again = LatentGuard.load(tmp_path, backend)
         assert again.digest == guard.digest
@@ -252,7 +252,7 @@ class TestRefused:
 
     def test_scores_that_do_not_differ(self):
         with pytest.raises(GuardError, match="do not differ"):
-            Tail.of(np.ones(30))
+            ScoreScale.of(np.ones(30))
 
 
 def test_what_is_fitted_never_calibrates():
@@ -310,11 +310,11 @@ class TestThePromise:
         assert two.bound.n == pytest.approx(150, abs=3)
         assert not next(two.scan(backend, [often])).flagged
 
-    def test_copies_are_held_in_every_slice(self, backend, calibrated, traffic):
-        sliced = [replace(p, slice=s) for s in ("en", "de") for p in traffic]
+    def test_copies_are_held_in_every_segment(self, backend, calibrated, traffic):
+        sliced = [replace(p, segment=s) for s in ("en", "de") for p in traffic]
         packed = packs.add(calibrated, backend, "novel", novel(30), sliced)
         rest = apart(sliced, packed.held)[1]
-        often = Counter(p.slice for p in rest if p.text == traffic[-1].text)
+        often = Counter(p.segment for p in rest if p.text == traffic[-1].text)
         assert sum(often.values()) == pytest.approx(100, abs=20) and min(often.values()) > 25
 
     def test_the_examples_of_a_pack_do_not_calibrate_probabilities(self, backend, calibrated):
@@ -333,8 +333,8 @@ class TestThePromise:
         guard = calibrated.with_part(Windows())
         with pytest.raises(GuardError, match="are among those"):
             guard.calibrate(backend, [*fitted, *chats], max_fpr=0.05)
-        few = [replace(p, slice="de") for p in fitted]
-        with pytest.raises(GuardError, match=r"\(slice 'de'\) prompts"):
+        few = [replace(p, segment="de") for p in fitted]
+        with pytest.raises(GuardError, match=r"\(segment 'de'\) prompts"):
             calibrated.calibrate(backend, [*few, *harmless(1500, 80_000)], max_fpr=0.05)
 
     def test_a_closed_set_of_questions_is_asked_again(self, backend, calibrated):
@@ -369,26 +369,26 @@ class TestThePromise:
         """Slices of the same texts, near the fewest that a threshold needs."""
         rng, texts_of = np.random.default_rng(seed), harmless(130, 98_000)
         given = [
-            replace(texts_of[k], slice=("de", "en")[int(rng.random() < 0.5)])
+            replace(texts_of[k], segment=("de", "en")[int(rng.random() < 0.5)])
             for k in rng.integers(130, size=250)
         ]
         sliced = calibrated.calibrate(backend, given, max_fpr=0.05)
-        assert set(sliced.part(Calibration).slices) == {"de", "en"}
+        assert set(sliced.part(Calibration).segments) == {"de", "en"}
         try:
             packed = packs.add(sliced, backend, "novel", novel(30), given)
         except GuardError as error:
             assert "needs 59 harmless" in str(error)
         else:
-            assert set(packed.part(Calibration).slices) == {"de", "en"}
+            assert set(packed.part(Calibration).segments) == {"de", "en"}
 
-    def test_a_slice_of_few_texts(self, backend, calibrated):
+    def test_a_segment_of_few_texts(self, backend, calibrated):
         known = next(p for p in kinds(90) if not p.harmful)
         kiosk = [
-            replace(p, slice="kiosk") for p in [known, *harmless(7, 99_000)] for _ in range(50)
+            replace(p, segment="kiosk") for p in [known, *harmless(7, 99_000)] for _ in range(50)
         ]
         given = [*harmless(300, 99_500), *kiosk]
         assert (
-            "kiosk" in calibrated.calibrate(backend, given, max_fpr=0.05).part(Calibration).slices
+            "kiosk" in calibrated.calibrate(backend, given, max_fpr=0.05).part(Calibration).segments
         )
 
     def test_a_greeting_that_was_fitted_on_is_asked_again(self, backend, calibrated):
@@ -402,13 +402,15 @@ class TestThePromise:
         ):
             calibrated.calibrate(backend, [p for p in kinds(90) if not p.harmful], max_fpr=0.05)
 
-    def test_a_slice_keeps_its_threshold_or_nothing_is_done(self, backend, calibrated):
-        given = [replace(p, slice=("de", "en")[n % 2]) for n, p in enumerate(harmless(240, 40_000))]
+    def test_a_segment_keeps_its_threshold_or_nothing_is_done(self, backend, calibrated):
+        given = [
+            replace(p, segment=("de", "en")[n % 2]) for n, p in enumerate(harmless(240, 40_000))
+        ]
         sliced = calibrated.calibrate(backend, given, max_fpr=0.05)
-        assert set(sliced.part(Calibration).slices) == {"de", "en"}
+        assert set(sliced.part(Calibration).segments) == {"de", "en"}
         packed = packs.add(sliced, backend, "novel", novel(30), [*given, *moved(given)])
-        assert set(packed.part(Calibration).slices) == {"de", "en"}
-        few = [p for p in given if p.slice == "de"] + given[:20]
+        assert set(packed.part(Calibration).segments) == {"de", "en"}
+        few = [p for p in given if p.segment == "de"] + given[:20]
         with pytest.raises(GuardError, match="slice 'en' has a threshold of its own, which needs"):
             packs.add(sliced, backend, "novel", novel(30), few)
 

@@ -8,7 +8,7 @@ import pytest
 from fake_backend import FakeBackend, labelled, texts
 from latentguard.guard.chunking import Norm, Windows
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Disguises, beneath, worse
+from latentguard.guard.obfuscations import Obfuscations, beneath, worse
 from latentguard.guard.panel import scan_many
 from latentguard.prompts import Message, Prompt
 
@@ -23,7 +23,7 @@ def guard():
 
 
 def bare(guard):
-    return replace(guard, parts=tuple(p for p in guard.parts if not isinstance(p, Disguises)))
+    return replace(guard, parts=tuple(p for p in guard.parts if not isinstance(p, Obfuscations)))
 
 
 def scores(guard, prompts):
@@ -32,7 +32,7 @@ def scores(guard, prompts):
 
 def test_the_text_beneath_is_judged_too(guard):
     (verdict,) = guard.scan(FakeBackend(), [Prompt(HIDDEN, id="h")])
-    assert (verdict.id, verdict.disguises) == ("h", ("unseen characters",))
+    assert (verdict.id, verdict.obfuscations) == ("h", ("unseen characters",))
     (open_,) = guard.scan(FakeBackend(), [PLAIN])
     assert verdict.score == open_.score
     assert verdict.flagged
@@ -44,7 +44,7 @@ def test_the_more_harmful_reading_counts(guard):
     as_it_stands, under = scores(bare(guard), [OPEN, other])
     (verdict,) = guard.scan(FakeBackend(), [OPEN])
     assert verdict.score == max(as_it_stands, under)
-    assert bool(verdict.disguises) == (under > as_it_stands)
+    assert bool(verdict.obfuscations) == (under > as_it_stands)
 
 
 def test_plain_prompts_are_read_once_and_score_as_ever(guard):
@@ -52,13 +52,13 @@ def test_plain_prompts_are_read_once_and_score_as_ever(guard):
     found = list(guard.scan(backend, asked))
     assert backend.captured == asked
     assert found == list(bare(guard).scan(FakeBackend(), asked))
-    assert not any(verdict.disguises for verdict in found)
+    assert not any(verdict.obfuscations for verdict in found)
 
 
 def test_verdicts_come_in_order_and_lazily(guard):
     asked = [p for pair in zip(texts(20, bad=False), [HIDDEN] * 20, strict=True) for p in pair]
     found = list(guard.scan(FakeBackend(batch=7), asked))
-    assert [bool(v.disguises) for v in found] == [False, True] * 20
+    assert [bool(v.obfuscations) for v in found] == [False, True] * 20
     drawn = []
     rows = guard.scan(FakeBackend(batch=4), (drawn.append(t) or t for t in asked))
     next(rows)
@@ -77,9 +77,9 @@ def test_one_that_says_nothing_beneath_is_read_as_it_stands():
 
 
 def test_the_papers_guard_reads_what_is_served(guard):
-    paper = LatentGuard.fit(FakeBackend(), labelled(60), reading="t_inst", readout="centroid")
-    assert paper.part(Disguises) is None
-    assert guard.part(Disguises) is not None
+    paper = LatentGuard.fit(FakeBackend(), labelled(60), reading="t_inst", probe="centroid")
+    assert paper.part(Obfuscations) is None
+    assert guard.part(Obfuscations) is not None
     assert len(scores(paper, [HIDDEN])) == 1
 
 
@@ -102,7 +102,7 @@ def test_a_panel_says_what_each_guard_says(guard):
     panel, asked = [guard, bare(guard)], [HIDDEN, PLAIN, OPEN, *texts(5, bad=False)]
     alone = zip(*(one.scan(FakeBackend(), asked) for one in panel), strict=True)
     for found, wanted in zip(scan_many(panel, FakeBackend(), asked), alone, strict=True):
-        assert [v.disguises for v in found] == [v.disguises for v in wanted]
+        assert [v.obfuscations for v in found] == [v.obfuscations for v in wanted]
         assert [v.score for v in found] == pytest.approx([v.score for v in wanted])
 
 
@@ -110,7 +110,7 @@ def test_evidence_beneath_names_the_turn(guard):
     windows = Windows(Norm(0, 0, 1), Norm(0, 0, 1), threshold=0.0, size=20, over=10)
     long = guard.with_part(windows)
     (verdict,) = long.scan(FakeBackend(), [Prompt(HIDDEN)])
-    assert verdict.disguises
+    assert verdict.obfuscations
     assert [(e.message, e.start, e.end) for e in verdict.evidence] == [(0, 0, len(HIDDEN))]
 
 

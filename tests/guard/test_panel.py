@@ -20,7 +20,7 @@ def guards():
     rows = with_refusals(labelled(60))
     kinds = ("linear", "centroid", "linear", "linear", "centroid", "centroid")
     return [
-        LatentGuard.fit(FakeBackend(), rows, reading=reading, readout=kind)
+        LatentGuard.fit(FakeBackend(), rows, reading=reading, probe=kind)
         for reading, kind in zip(READINGS, kinds, strict=True)
     ]
 

@@ -36,7 +36,7 @@ def guard():
 
 @pytest.fixture(scope="module")
 def other(guard):
-    return LatentGuard.fit(FakeBackend(), labelled(30), readout="centroid")
+    return LatentGuard.fit(FakeBackend(), labelled(30), probe="centroid")
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ class TestAnotherRun:
             lambda prompts: [Prompt(p.text, id=f"other-{p.id}") for p in prompts],
             # such as a file whose rows have no ids, edited before the run was started again
             lambda prompts: [Prompt(f"{p.text}, please", id=p.id) for p in prompts],
-            lambda prompts: [replace(p, slice="de") for p in prompts],  # other thresholds
+            lambda prompts: [replace(p, segment="de") for p in prompts],  # other thresholds
         ],
         ids=["shifted", "reversed", "fewer", "none", "renamed", "edited", "sliced"],
     )

@@ -1,4 +1,4 @@
-"""Calibration: thresholds by slice, the band to review, probabilities; saved and loaded."""
+"""Calibration: thresholds by segment, the band to review, probabilities; saved and loaded."""
 
 import json
 from dataclasses import replace
@@ -19,12 +19,12 @@ LANGUAGES = {"en": 300, "de": 120, "fr": 20}
 
 
 def traffic(counts, *, start=5000):
-    """Harmless prompts of some slices; German ones score higher: half of them say "bad"."""
+    """Harmless prompts of some segments; German ones score higher: half of them say "bad"."""
     found = []
     for name, count in counts.items():
         for n, text in enumerate(texts(count, bad=False, start=start, name=name or "item")):
             worse = text.replace("good", "bad") if name == "de" and n % 2 else text
-            found.append(Prompt(worse, id=f"{name}-{n}", harmful=False, slice=name))
+            found.append(Prompt(worse, id=f"{name}-{n}", harmful=False, segment=name))
     return found
 
 
@@ -41,39 +41,39 @@ def plain(backend):
 @pytest.fixture(scope="module")
 def guard(backend, plain):
     return plain.calibrate(
-        backend, traffic(LANGUAGES), max_fpr=0.05, review_fpr=0.2, slice_column="language"
+        backend, traffic(LANGUAGES), max_fpr=0.05, review_fpr=0.2, segment_column="language"
     )
 
 
 class TestSlices:
     def test_each_that_has_enough_gets_its_own(self, guard):
         part = guard.part(Calibration)
-        assert set(part.slices) == {"en", "de"}
+        assert set(part.segments) == {"en", "de"}
         assert part.small == {"fr": 20}
         assert part.column == "language"
         assert part.common.block == guard.bound
         assert part.common.block.n == 440
-        assert part.slices["de"].block.n == 120
-        assert part.slices["de"].block.threshold > part.slices["en"].block.threshold
+        assert part.segments["de"].block.n == 120
+        assert part.segments["de"].block.threshold > part.segments["en"].block.threshold
         assert part.limits("fr") is part.limits(None) is part.limits("nl") is part.common
 
     def test_the_rate_is_kept_in_each(self, backend, guard):
         fresh = traffic({"en": 400, "de": 400}, start=90_000)
         found = list(guard.scan(backend, fresh))
         for name in ("en", "de"):
-            own = [v.flagged for v, p in zip(found, fresh, strict=True) if p.slice == name]
+            own = [v.flagged for v, p in zip(found, fresh, strict=True) if p.segment == name]
             assert np.mean(own) < 0.07
 
-    def test_a_prompt_of_a_slice_is_judged_by_it(self, backend, guard):
+    def test_a_prompt_of_a_segment_is_judged_by_it(self, backend, guard):
         part = guard.part(Calibration)
-        between = (part.slices["en"].block.threshold + part.slices["de"].block.threshold) / 2
-        prompts = [Prompt("x", slice=name) for name in ("en", "de")]
+        between = (part.segments["en"].block.threshold + part.segments["de"].block.threshold) / 2
+        prompts = [Prompt("x", segment=name) for name in ("en", "de")]
         verdicts = [replace(v, score=between) for v in guard.scan(backend, ["x", "x"])]
         assert [v.flagged for v in part.decide(prompts, verdicts)] == [True, False]
 
-    def test_without_slices(self, backend, plain):
+    def test_without_segments(self, backend, plain):
         found = plain.calibrate(backend, traffic({None: 100}), max_fpr=0.05).part(Calibration)
-        assert (found.slices, found.small) == ({}, {})
+        assert (found.segments, found.small) == ({}, {})
 
 
 class TestDecisions:
@@ -106,7 +106,7 @@ class TestDecisions:
         with pytest.raises(GuardError, match="between the rate to flag at"):
             plain.calibrate(backend, traffic({None: 100}), max_fpr=0.05, review_fpr=review)
 
-    def test_the_guards_own_threshold_decides_where_no_slice_does(self, backend, guard):
+    def test_the_guards_own_threshold_decides_where_no_segment_does(self, backend, guard):
         """It can be changed by hand; the part must not bring the old one back."""
         there = replace(guard, threshold=1e9)
         assert not any(v.flagged for v in there.scan(backend, texts(20, bad=True)))
@@ -163,7 +163,7 @@ class TestKept:
         "damage",
         [
             lambda c: c["limits"].pop(),
-            lambda c: c.pop("slices"),
+            lambda c: c.pop("segments"),
             lambda c: c["limits"][0]["block"].update(threshold=float("nan")),
             lambda c: c["limits"][0].update(block=None),
             lambda c: c.update(knots={"scores": [1]}),

@@ -21,8 +21,8 @@ ROWS = [replace(p, refused=p.harmful) for p in load_contrast("train") if p.pair]
     scope="module", params=[("pooled", "linear"), ("span", "linear"), ("t_inst", "centroid")]
 )
 def guard(model, request):
-    reading, readout = request.param
-    return LatentGuard.fit(model, ROWS, reading=reading, readout=readout)
+    reading, probe = request.param
+    return LatentGuard.fit(model, ROWS, reading=reading, probe=probe)
 
 
 def read_columns(guard, states):
@@ -37,7 +37,7 @@ def read_columns(guard, states):
 
 def test_columns_add_up_to_the_guards_verdicts(model, guard):
     states = States.collect(
-        model.capture(ROWS[:12], positions=guard.positions, layers=guard.readout.layers)
+        model.capture(ROWS[:12], positions=guard.positions, layers=guard.probe.layers)
     )
     inside, read = readable(guard), read_columns(guard, states).tolist()
     for prompt, values, theirs in zip(states.prompts, read, guard.judge(states), strict=True):
@@ -48,15 +48,15 @@ def test_columns_add_up_to_the_guards_verdicts(model, guard):
 
 
 def test_unsorted_layers_are_read_in_rising_order(guard):
-    readout = guard.readout
-    turned = tuple(reversed(readout.layers))
+    probe = guard.probe
+    turned = tuple(reversed(probe.layers))
     shape = (len(guard.reading.positions), len(turned), -1)
-    weight = readout.weight.reshape(shape).flip(1).reshape(readout.weight.shape)
+    weight = probe.weight.reshape(shape).flip(1).reshape(probe.weight.shape)
     axes = tuple(
         replace(a, layers=turned, positive=a.positive.flip(0), negative=a.negative.flip(0))
         for a in guard.axes
     )
-    other = replace(guard, readout=replace(readout, layers=turned, weight=weight), axes=axes)
+    other = replace(guard, probe=replace(probe, layers=turned, weight=weight), axes=axes)
     assert Columns.of(other).same_as(Columns.of(guard))
 
 
@@ -68,7 +68,7 @@ def test_a_number_that_is_missing_gives_no_verdict(guard, value):
 
 
 def test_a_centroid_of_a_mean_is_refused(model):
-    pooled = LatentGuard.fit(model, ROWS, reading="pooled", readout="centroid")
+    pooled = LatentGuard.fit(model, ROWS, reading="pooled", probe="centroid")
     with pytest.raises(GuardError, match="mean over tokens"):
         Columns.of(pooled)
 
@@ -99,7 +99,7 @@ def test_long_prompts_are_read_by_pieces_as_elsewhere(model, guard):
     for prompt in (ROWS[0], long):
         rows = rows_of(readable(guard), prompt)
         states = States.collect(
-            model.capture(rows, positions=guard.positions, layers=guard.readout.layers)
+            model.capture(rows, positions=guard.positions, layers=guard.probe.layers)
         )
         ours = verdict_of(readable(guard), prompt, read_columns(guard, states).tolist())
         (theirs,) = guard.scan(model, [prompt])

@@ -9,7 +9,7 @@ import pytest
 from inside_vllm import tiny
 from latentguard.errors import GuardError, ModelError, ModelMismatch
 from latentguard.guard.chunking import Windows
-from latentguard.guard.obfuscations import Disguises
+from latentguard.guard.obfuscations import Obfuscations
 from latentguard.integrations.vllm import parity
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 PROMPTS = [Prompt(text, id=str(n)) for n, text in enumerate([*tiny.TEXTS, *tiny.LONG])]
 TOLERANCE = 1e-5
-"""In the score's unit and, as the unit of a linear readout is arbitrary, in its spread too."""
+"""In the score's unit and, as the unit of a linear probe is arbitrary, in its spread too."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +32,10 @@ def in_this_process(monkeypatch):
     ids=lambda p: "-".join(map(str, p)),
 )
 def fitted(request, tmp_path_factory):
-    kind, reading, readout, tied = request.param
+    kind, reading, probe, tied = request.param
     folder = tmp_path_factory.mktemp(kind)
     tiny.save_model(kind, folder / "model", tied=tied)
-    guard, model = tiny.fit(
-        str(folder / "model"), folder / "guard", reading=reading, readout=readout
-    )
+    guard, model = tiny.fit(str(folder / "model"), folder / "guard", reading=reading, probe=probe)
     return guard, list(guard.scan(model, PROMPTS)), folder
 
 
@@ -106,7 +104,7 @@ def test_the_guard_is_checked_and_calibrated_inside(engine):
     )
     with pytest.raises(ModelError, match="no states out"):
         model.capture(PROMPTS)
-    other = replace(guard, readout=replace(guard.readout, weight=guard.readout.weight * 2))
+    other = replace(guard, probe=replace(guard.probe, weight=guard.probe.weight * 2))
     with pytest.raises(GuardError, match="another guard"):
         list(other.scan(model, PROMPTS[:1]))
 
@@ -114,13 +112,13 @@ def test_the_guard_is_checked_and_calibrated_inside(engine):
 def test_long_and_disguised_prompts_are_read_as_on_transformers(engine, fitted):
     guard, _, model = engine
     asked = [*tiny.LONG, "\u0336".join(tiny.TEXTS[0]), tiny.TEXTS[1]]
-    wide = guard.with_part(Windows(threshold=1.0, size=60, over=300)).with_part(Disguises())
+    wide = guard.with_part(Windows(threshold=1.0, size=60, over=300)).with_part(Obfuscations())
     here = ChatModel.load(str(fitted[2] / "model"), dtype="float32")
     found, reference = (list(wide.scan(backend, asked)) for backend in (model, here))
     assert [len(verdict.evidence) for verdict in found] == [1] * len(tiny.LONG) + [0, 0]
     for ours, theirs in zip(found, reference, strict=True):
         assert abs(ours.score - theirs.score) <= 1e-3 * guard.spread
-        assert ours.disguises == theirs.disguises
+        assert ours.obfuscations == theirs.obfuscations
 
 
 def test_aborted_requests_leave_nothing_behind(engine):

@@ -79,7 +79,7 @@ class Server:
             post([(ask, None)])
             return
         width = len(self.guard.reading.positions)
-        score = (offline()[text].score - self.guard.readout.bias) / width
+        score = (offline()[text].score - self.guard.probe.bias) / width
         values = [score] * width + [0.5] * len(self.guard.axes)
         post([(ask, [math.nan] * len(values) if self.read == "nan" else values)])
 
@@ -227,7 +227,7 @@ def values_of(score, guard=None):
     """What an engine reads where the score is this."""
     guard = guard or tiny_guard()
     width = len(guard.reading.positions)
-    return [(score - guard.readout.bias) / width] * width + [0.5] * len(guard.axes)
+    return [(score - guard.probe.bias) / width] * width + [0.5] * len(guard.axes)
 
 
 HIDDEN = "\u0336".join(passed())
@@ -253,7 +253,7 @@ def test_what_lies_beneath_a_disguise_blocks(served, stream):
 def test_a_harmless_text_beneath_lets_through(served):
     low = values_of(offline()[passed()].score - 1)
     answer = served(Hidden(), body=chat(HIDDEN), besides=[low]).json()
-    assert answer["latentguard"]["disguises"] == []
+    assert answer["latentguard"]["obfuscations"] == []
     assert answer["choices"][0]["message"]["content"] == SAID
 
 
@@ -330,12 +330,12 @@ def test_pieces_of_a_long_chat_are_read(served):
     assert told[0]["score"] < told[1]["score"]
 
 
-def test_the_slice_that_the_header_names(served):
+def test_the_segment_that_the_header_names(served):
     guard = band_guard()
     part = guard.part(Calibration)
     strict = replace(part.common.block, threshold=offline()[passed()].score - 1)
     guard = guard.with_part(
-        replace(part, slices={"strict": replace(part.common, block=strict, review=None)})
+        replace(part, segments={"strict": replace(part.common, block=strict, review=None)})
     )
     answer = served(Server(), body=chat(passed()), guard=guard, headers={"x-traffic": "strict"})
     found = answer.json()["latentguard"]

@@ -94,11 +94,11 @@ def test_plain_chats(client, served):
 @pytest.mark.parametrize("text", [*tiny.LONG, HIDDEN])
 def test_what_needs_passes_of_its_own(client, served, text):
     verdict = served[1][text]
-    assert verdict.evidence or verdict.disguises or text == HIDDEN
+    assert verdict.evidence or verdict.obfuscations or text == HIDDEN
     found = say(client, text).model_extra["latentguard"]
     assert found["score"] == pytest.approx(verdict.score, abs=1e-4)
     assert found["flagged"] == verdict.flagged
-    assert found["disguises"] == list(verdict.disguises)
+    assert found["obfuscations"] == list(verdict.obfuscations)
 
 
 def test_streamed_chats(client, served):

@@ -44,13 +44,13 @@ def save_model(kind, folder, *, dtype=torch.float32, seed=0, tied=True, scale=1.
     return str(folder)
 
 
-def fit(folder, out, *, reading="span", readout="linear", dtype="float32"):
+def fit(folder, out, *, reading="span", probe="linear", dtype="float32"):
     """Fit and save a guard of a saved model, with both axes."""
     from dataclasses import replace
 
     rows = [replace(p, refused=p.harmful) for p in load_contrast("train") if p.pair][:80]
     model = ChatModel.load(folder, dtype=dtype)
-    guard = LatentGuard.fit(model, rows, reading=reading, readout=readout)
+    guard = LatentGuard.fit(model, rows, reading=reading, probe=probe)
     scores = sorted(v.score for v in guard.scan(model, TEXTS))
     middle = len(scores) // 2
     replace(guard, threshold=(scores[middle - 1] + scores[middle]) / 2).save(out)

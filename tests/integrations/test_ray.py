@@ -62,7 +62,7 @@ def backend(source):
 
 @pytest.fixture(scope="module")
 def guard(backend):
-    return LatentGuard.fit(backend, load_contrast("validation")[:80], readout="centroid")
+    return LatentGuard.fit(backend, load_contrast("validation")[:80], probe="centroid")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ class Undefined:
 def test_a_row_that_cannot_be_judged_stops_no_run(tmp_path):
     """A history that the chat template rejects, a text too long, a score that is no number."""
     model = Undefined(chat_model("gemma", FAMILIES["gemma"].tokenizer))
-    guard = LatentGuard.fit(model, load_contrast("validation")[:80], readout="centroid")
+    guard = LatentGuard.fit(model, load_contrast("validation")[:80], probe="centroid")
     system = [{"role": "system", "content": "Be brief."}]
     rows = [dict(text="Hello"), dict(text="Well?", history=system), dict(text="NAN")]
     rows += [dict(text="word " * 2000), dict(text="The last")]

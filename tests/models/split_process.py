@@ -37,7 +37,7 @@ def replies(model):
 
 
 def guard_of(model):
-    return LatentGuard.fit(model, load_contrast("validation")[:80], readout="centroid")
+    return LatentGuard.fit(model, load_contrast("validation")[:80], probe="centroid")
 
 
 def refusal(guard, model):

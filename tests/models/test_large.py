@@ -83,7 +83,7 @@ class TestOffload:
         require_same_model(ChatModel.load(folder, device_map="auto"), plain)
 
     def test_a_guard_goes_from_one_to_the_other(self, folder, plain, tmp_path):
-        guard = LatentGuard.fit(plain, load_contrast("validation"), readout="centroid")
+        guard = LatentGuard.fit(plain, load_contrast("validation"), probe="centroid")
         found = ChatModel.load(folder, device_map=DISK, offload_folder=str(tmp_path))
         guard.check(found)
 
@@ -124,7 +124,7 @@ class TestQuantised:
         assert states(found).isfinite().all()
         assert 0 < gap(states(found), states(plain)) < GAPS[scheme]
 
-        guard = LatentGuard.fit(found, load_contrast("validation")[:80], readout="centroid")
+        guard = LatentGuard.fit(found, load_contrast("validation")[:80], probe="centroid")
         guard.save(tmp_path)
         loaded = LatentGuard.load(tmp_path)
         loaded.check(ChatModel.load(wide, dtype=loaded.fingerprint.dtype))

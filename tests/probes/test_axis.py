@@ -133,7 +133,7 @@ class TestBelief:
         truth = torch.tensor([p.harmful for p in fresh.prompts])
         assert belief[truth].min() > belief[~truth].max()
 
-    def test_the_kernel_of_the_centroid_readout_is_the_belief(self, whole):
+    def test_the_kernel_of_the_centroid_probe_is_the_belief(self, whole):
         axis = Axis.fit(whole.select((1, 2, 4)), "t_inst")
         h = whole.select((1, 2, 4)).at("t_inst")
         for values in (h, h.bfloat16(), h * 1000, h / 1000):

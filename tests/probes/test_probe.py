@@ -1,4 +1,4 @@
-"""Readouts: planted truth, and cross-validation against refitting by hand."""
+"""Probes: planted truth, and cross-validation against refitting by hand."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from latentguard.errors import GuardError
 from latentguard.probes.axis import Axis
 from latentguard.probes.probe import (
     STRENGTHS,
-    Readout,
+    Probe,
     balanced,
     centroid,
     choose,
@@ -51,50 +51,50 @@ class TestCentroid:
         backend = FakeBackend()
         axis = Axis.fit(backend.capture(labelled(60)), "t_inst")
         found = fit_centroid(axis, states)
-        assert torch.equal(found.readout.weight, centroid(axis).weight)
-        assert (found.readout.kind, found.readout.bias) == ("centroid", 0.0)
+        assert torch.equal(found.probe.weight, centroid(axis).weight)
+        assert (found.probe.kind, found.probe.bias) == ("centroid", 0.0)
         assert found.choices == {}
         scores = axis.belief(states).double().numpy()
         assert np.allclose(found.held_out, scores, atol=1e-6)
         assert auroc(np.array(labels), found.held_out) == 1.0
 
     def test_size_does_not_count_only_direction(self, train):
-        readout = centroid(Axis.fit(FakeBackend().capture(labelled(60)), "t_inst"))
+        probe = centroid(Axis.fit(FakeBackend().capture(labelled(60)), "t_inst"))
         sizes = torch.rand(len(train[0]), 7, 1) * 100 + 0.01
-        assert torch.allclose(readout(train[0] * sizes), readout(train[0]), rtol=0, atol=1e-6)
+        assert torch.allclose(probe(train[0] * sizes), probe(train[0]), rtol=0, atol=1e-6)
 
 
 class TestLinear:
     def test_the_planted_truth_is_found(self, fit):
         assert fit.choices["cross_validated_auroc"] == 1.0
         states, labels, _ = drawn(100, start=700)
-        slots = list(fit.readout.layers)
-        scores = fit.readout(states[:, slots]).double().numpy()
+        slots = list(fit.probe.layers)
+        scores = fit.probe(states[:, slots]).double().numpy()
         assert auroc(np.array(labels), scores) == 1.0
         backend = FakeBackend()
-        found = fit.readout.weight.flatten(), backend.harm[slots].flatten()
+        found = fit.probe.weight.flatten(), backend.harm[slots].flatten()
         assert cosine_similarity(*found, dim=0) > 0.9
 
     def test_the_layers_are_those_given(self, fit):
-        assert fit.readout.layers == LAYERS
+        assert fit.probe.layers == LAYERS
         assert fit.choices["layers"] == "0-6"
 
     def test_the_score_is_the_sum_that_it_says(self, fit, train):
-        h = train[0][:, list(fit.readout.layers)].double()
-        wanted = (h * fit.readout.weight.double()).sum((1, 2)) + fit.readout.bias
-        assert torch.allclose(fit.readout(h).double(), wanted, atol=1e-4)
+        h = train[0][:, list(fit.probe.layers)].double()
+        wanted = (h * fit.probe.weight.double()).sum((1, 2)) + fit.probe.bias
+        assert torch.allclose(fit.probe(h).double(), wanted, atol=1e-4)
 
     def test_bfloat16_states_are_scored_in_float32(self, fit, train):
-        h = train[0][:, list(fit.readout.layers)].bfloat16()
-        assert fit.readout(h).dtype == torch.float32
-        assert torch.equal(fit.readout(h), fit.readout(h.float()))
+        h = train[0][:, list(fit.probe.layers)].bfloat16()
+        assert fit.probe(h).dtype == torch.float32
+        assert torch.equal(fit.probe(h), fit.probe(h.float()))
 
     def test_an_imbalanced_set_is_scored_about_zero_too(self):
         states, labels, groups = drawn(120)
         rows = [n for n, harmful in enumerate(labels) if not harmful or n < 40]
         fit = fit_linear(states[rows], [labels[n] for n in rows], [groups[n] for n in rows], LAYERS)
         fresh, truth, _ = drawn(100, start=700)
-        scores = fit.readout(fresh[:, list(fit.readout.layers)])
+        scores = fit.probe(fresh[:, list(fit.probe.layers)])
         truth = torch.tensor(truth)
         assert abs(float(scores[truth].mean() + scores[~truth].mean())) < 0.2
         assert ((scores > 0) == truth).all()
@@ -102,7 +102,7 @@ class TestLinear:
     def test_the_unit_of_a_coordinate_does_not_matter(self, train, fit):
         units = torch.rand(7, 16) * 100 + 0.1
         other = fit_linear(train[0] * units + 3, *train[1:], LAYERS)
-        assert other.readout.layers == fit.readout.layers
+        assert other.probe.layers == fit.probe.layers
         assert np.allclose(other.held_out, fit.held_out, atol=1e-3)
 
     @pytest.mark.parametrize("constant", [0.0, 0.1, -3000.1234, 1e6])
@@ -113,10 +113,10 @@ class TestLinear:
         data = states[rows], [labels[n] for n in rows], [groups[n] for n in rows]
         wide = torch.cat([data[0], torch.full((len(rows), 7, 1), constant)], dim=-1)
         without, with_it = (fit_linear(h, *data[1:], LAYERS) for h in (data[0], wide))
-        assert with_it.readout.layers == without.readout.layers
-        assert with_it.readout.weight[:, -1].abs().max() == 0
+        assert with_it.probe.layers == without.probe.layers
+        assert with_it.probe.weight[:, -1].abs().max() == 0
         assert np.allclose(with_it.held_out, without.held_out, atol=1e-3)
-        assert with_it.readout.bias == pytest.approx(without.readout.bias, abs=1e-3)
+        assert with_it.probe.bias == pytest.approx(without.probe.bias, abs=1e-3)
 
     def test_several_positions_are_a_concatenation(self):
         states = States.collect(FakeBackend(post=2, signal=0.4).capture(labelled(50)))
@@ -126,22 +126,22 @@ class TestLinear:
         wide = fit_linear(torch.cat([first, second], dim=2), labels, groups, LAYERS)
         assert slots.choices == wide.choices
         assert np.allclose(slots.held_out, wide.held_out, atol=1e-5)
-        band = len(wide.readout.layers)
-        halves = torch.cat([slots.readout.weight[:band], slots.readout.weight[band:]], dim=1)
-        assert torch.allclose(halves, wide.readout.weight, atol=1e-5)
-        assert slots.readout.bias == pytest.approx(wide.readout.bias, abs=1e-4)
+        band = len(wide.probe.layers)
+        halves = torch.cat([slots.probe.weight[:band], slots.probe.weight[band:]], dim=1)
+        assert torch.allclose(halves, wide.probe.weight, atol=1e-5)
+        assert slots.probe.bias == pytest.approx(wide.probe.bias, abs=1e-4)
 
     def test_layers_in_any_order(self, train, fit):
         order = [3, 6, 0, 5, 1, 2, 4]
         other = fit_linear(train[0][:, order], *train[1:], [LAYERS[k] for k in order])
-        read = [order.index(layer) for layer in other.readout.layers]
-        found = other.readout(train[0][:, order][:, read])
-        wanted = fit.readout(train[0][:, list(fit.readout.layers)])
+        read = [order.index(layer) for layer in other.probe.layers]
+        found = other.probe(train[0][:, order][:, read])
+        wanted = fit.probe(train[0][:, list(fit.probe.layers)])
         assert torch.allclose(found, wanted, atol=1e-4)
 
     def test_the_seed_fixes_it(self, train, fit):
         again = fit_linear(*train, LAYERS)
-        assert torch.equal(again.readout.weight, fit.readout.weight)
+        assert torch.equal(again.probe.weight, fit.probe.weight)
         assert np.array_equal(again.held_out, fit.held_out)
 
     @pytest.mark.parametrize(("harmful", "harmless"), [(9, 30), (30, 9), (0, 30), (0, 0)])
@@ -250,7 +250,7 @@ class TestCrossValidation:
     def test_states_that_are_all_alike(self):
         fit = fit_linear(torch.full((40, 7, 16), 2.5), [True, False] * 20, ["a", "b"] * 20, LAYERS)
         assert fit.choices["cross_validated_auroc"] == 0.5
-        assert fit.readout(torch.randn(3, len(fit.readout.layers), 16)).abs().max() < 1e-6
+        assert fit.probe(torch.randn(3, len(fit.probe.layers), 16)).abs().max() < 1e-6
 
     def test_one_pair_for_all_rows(self, train):
         states, labels, _ = train
@@ -278,9 +278,9 @@ class TestLayers:
 class TestBitForBit:
     @pytest.mark.parametrize("kind", ["linear", "centroid"])
     def test_over_a_file(self, train, fit, kind):
-        readout = dataclasses.replace(fit.readout, kind=kind)
-        h = train[0][:, list(readout.layers)]
-        packed = load(save({"weight": readout.weight}))
-        again = Readout(kind, readout.layers, packed["weight"], float(repr(readout.bias)))
-        assert torch.equal(again(h), readout(h))
-        assert torch.equal(readout(h), readout(h.clone()))
+        probe = dataclasses.replace(fit.probe, kind=kind)
+        h = train[0][:, list(probe.layers)]
+        packed = load(save({"weight": probe.weight}))
+        again = Probe(kind, probe.layers, packed["weight"], float(repr(probe.bias)))
+        assert torch.equal(again(h), probe(h))
+        assert torch.equal(probe(h), probe(h.clone()))

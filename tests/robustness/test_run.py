@@ -27,7 +27,7 @@ from latentguard.robustness.suite import (
     names,
 )
 from latentguard.robustness.weights import Trial
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.settings import read_settings
 from latentguard.study.store import Store
 
@@ -49,12 +49,12 @@ class Planted(FakeBackend):
         return [SimpleNamespace(ids=p.text.split()) for p in prompts]
 
 
-def planted_trial(folder, backend=None, readout="linear"):
+def planted_trial(folder, backend=None, probe="linear"):
     backend = backend or Planted()
-    guard = LatentGuard.fit(backend, labelled(40, start=100), reading="t_inst", readout=readout)
+    guard = LatentGuard.fit(backend, labelled(40, start=100), reading="t_inst", probe=probe)
     harmless = [Prompt(text) for text in texts(100, bad=False, start=500)]
     guard = guard.calibrate(backend, harmless, max_fpr=0.05)
-    return Trial(guard, backend, Subject(backend, Store(folder / "s.sqlite")))
+    return Trial(guard, backend, CachedModel(backend, Store(folder / "s.sqlite")))
 
 
 def table(report, title):
@@ -166,7 +166,7 @@ class TestPlantedTruth:
         assert (row["AUROC"], row["TPR"], row["change of AUROC"]) == (1, 1, 0)
 
     def test_what_hides_the_word_is_shown_as_weak(self, tmp_path):
-        trial = planted_trial(tmp_path, readout="centroid")  # it undoes nothing
+        trial = planted_trial(tmp_path, probe="centroid")  # it undoes nothing
         report = run(trial, Plan(PROMPTS, "small", ("spaced letters",)))
         row = table(report, "All figures")["spaced letters"]
         assert 0.3 < row["AUROC"] < 0.7
@@ -261,9 +261,9 @@ class TestWeights:
         )  # fmt: skip
         monkeypatch.setattr(weights, "SETTINGS", small)
         train = [p for p in load_contrast("train") if p.pair][:40]
-        guard = LatentGuard.fit(model, train, reading="t_inst", readout="centroid")
+        guard = LatentGuard.fit(model, train, reading="t_inst", probe="centroid")
         store = Store(tmp_path / "s.sqlite")
-        return Trial(guard, model, Subject(model, store, judge=planted_judge))
+        return Trial(guard, model, CachedModel(model, store, judge=planted_judge))
 
     def test_every_change_has_its_row_and_leaves_no_trace(self, trial, model):
         pytest.importorskip("peft")

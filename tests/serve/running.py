@@ -40,12 +40,12 @@ def tiny_model():
 
 
 @functools.cache
-def tiny_guard(reading="span", readout="linear"):
+def tiny_guard(reading="span", probe="linear"):
     """A guard of it that flags about half of all prompts."""
     torch.set_num_threads(1)
     rows = [replace(p, refused=p.harmful) for p in load_contrast("train") if p.pair]
     model = tiny_model()
-    guard = LatentGuard.fit(model, rows[:80], reading=reading, readout=readout)
+    guard = LatentGuard.fit(model, rows[:80], reading=reading, probe=probe)
     scores = sorted(v.score for v in guard.scan(model, PROMPTS))
     return replace(guard, threshold=(scores[len(scores) // 2 - 1] + scores[len(scores) // 2]) / 2)
 
@@ -94,9 +94,9 @@ def reviewed():
     return sorted(band)[len(band) // 2][1]
 
 
-def opener(reading="span", readout="linear"):
+def opener(reading="span", probe="linear"):
     """Guard and model, checked."""
-    guard, model = tiny_guard(reading, readout), tiny_model()
+    guard, model = tiny_guard(reading, probe), tiny_model()
     guard.check(model)
     return guard, model
 

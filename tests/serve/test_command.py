@@ -56,10 +56,10 @@ def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
         raise run("serve", folder / "guard").exception
 
 
-def test_a_slice_header_needs_a_guard_with_slices(folder):
-    told = run("serve", folder / "guard", "--slice-header", "X-Traffic")
+def test_a_segment_header_needs_a_guard_with_slices(folder):
+    told = run("serve", folder / "guard", "--segment-header", "X-Traffic")
     assert told.exit_code == 2
-    assert "calibrate it with --slice-column" in " ".join(told.output.replace("│", " ").split())
+    assert "calibrate it with --segment-column" in " ".join(told.output.replace("│", " ").split())
 
 
 def test_help_says_what_there_is():

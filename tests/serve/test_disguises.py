@@ -18,7 +18,9 @@ def most_hidden():
     """A hidden prompt whose text beneath scores higher than it does as it stands."""
     guard, model = tiny_guard(), tiny_model()
     asked = [Prompt(hidden(text)) for text in sorted(PROMPTS, key=len)[:20]]
-    return next(p.text for p, v in zip(asked, guard.scan(model, asked), strict=True) if v.disguises)
+    return next(
+        p.text for p, v in zip(asked, guard.scan(model, asked), strict=True) if v.obfuscations
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def test_verdicts_are_those_of_scan_in_order():
     found = [judgement.verdict for judgement in judge_all(guard, model, mixed)]
     for one, other in zip(found, guard.scan(model, mixed), strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-4)
-        assert one.disguises == other.disguises
+        assert one.obfuscations == other.obfuscations
 
 
 def test_each_endpoint_names_what_was_undone(served):
@@ -45,7 +47,7 @@ def test_each_endpoint_names_what_was_undone(served):
     body = dict(messages=[dict(role="user", content=text)], max_tokens=2)
     chat = post(f"{url}/v1/chat/completions", json=body).json()
     for found in (score, moderation["latentguard"], chat["latentguard"]):
-        assert found["disguises"] == ["unseen characters"]
+        assert found["obfuscations"] == ["unseen characters"]
         assert found["score"] == pytest.approx(score["score"], abs=1e-4)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["disguises"] for line in lines] == [["unseen characters"]] * 3
+    assert [line["obfuscations"] for line in lines] == [["unseen characters"]] * 3

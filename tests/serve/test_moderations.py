@@ -83,7 +83,7 @@ def test_score_tells_beliefs_by_layer_and_token(service):
     answer = post(f"{service}/v1/score", json={"input": text, "tokens": True}).json()
     (result,), guard = answer["results"], tiny_guard()
     assert answer["threshold"] == guard.threshold
-    assert answer["layers"] == list(guard.readout.layers)
+    assert answer["layers"] == list(guard.probe.layers)
     assert set(result["by_layer"]) == {"harmful", "refuse"}
     for name, layers in result["by_layer"].items():
         assert sum(layers) / len(layers) == pytest.approx(result["beliefs"][name], abs=1e-5)

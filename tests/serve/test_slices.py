@@ -1,4 +1,4 @@
-"""A guard calibrated by slices: the header that names one, and who may not use it."""
+"""A guard calibrated by segments: the header that names one, and who may not use it."""
 
 import json
 from dataclasses import replace
@@ -13,13 +13,13 @@ ENDPOINTS = ("moderations", "score", "chat/completions")
 
 
 def strict_guard():
-    """A guard whose slice ``strict`` flags whatever it reads."""
+    """A guard whose segment ``strict`` flags whatever it reads."""
     guard = band_guard()
     part = guard.part(Calibration)
     low = min(v.score for v in guard.scan(tiny_model(), PROMPTS)) - 1
     block = replace(part.common.block, threshold=low)
     return guard.with_part(
-        replace(part, slices={"strict": replace(part.common, block=block, review=None)})
+        replace(part, segments={"strict": replace(part.common, block=block, review=None)})
     )
 
 
@@ -30,7 +30,7 @@ def opener():
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     with running(
-        opener, slice_header=HEADER, audit=tmp_path_factory.mktemp("audit") / "log"
+        opener, segment_header=HEADER, audit=tmp_path_factory.mktemp("audit") / "log"
     ) as made:
         yield made
 
@@ -48,9 +48,9 @@ def asked(url, endpoint, text, **headers):
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_a_slice_has_its_own_threshold(url, endpoint):
+def test_a_segment_has_its_own_threshold(url, endpoint):
     guard = strict_guard()
-    strict = guard.part(Calibration).slices["strict"].block.threshold
+    strict = guard.part(Calibration).segments["strict"].block.threshold
     assert asked(url, endpoint, passed(), **{HEADER: "strict"}) == (True, strict)
     assert asked(url, endpoint, passed()) == (False, guard.threshold)
 
@@ -62,23 +62,23 @@ def test_another_value_is_judged_by_the_common_threshold(url, value):
     assert asked(url, "score", flagged(), **{HEADER: value}) == (True, guard.threshold)
 
 
-def test_a_category_is_over_a_half_exactly_if_the_slice_flags(url):
+def test_a_category_is_over_a_half_exactly_if_the_segment_flags(url):
     for headers in ({}, {HEADER: "strict"}):
         answer = post(f"{url}/v1/moderations", json={"input": PROMPTS}, headers=headers).json()
         for result in answer["results"]:
             assert (max(result["category_scores"].values()) > 0.5) is result["flagged"]
 
 
-def test_the_log_says_which_slice(tmp_path):
-    with running(opener, slice_header=HEADER, audit=tmp_path / "log") as url:
+def test_the_log_says_which_segment(tmp_path):
+    with running(opener, segment_header=HEADER, audit=tmp_path / "log") as url:
         asked(url, "score", passed(), **{HEADER: "strict"})
         asked(url, "score", passed())
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert [line["slice"] for line in lines] == ["strict", None]
+    assert [line["segment"] for line in lines] == ["strict", None]
     assert [line["flagged"] for line in lines] == [True, False]
 
 
-def test_without_the_option_a_client_cannot_pick_a_slice(tmp_path):
+def test_without_the_option_a_client_cannot_pick_a_segment(tmp_path):
     with running(opener, audit=tmp_path / "log") as url:
-        assert asked(url, "score", passed(), slice="strict", **{HEADER: "strict"})[0] is False
-    assert "slice" not in json.loads((tmp_path / "log").read_text())
+        assert asked(url, "score", passed(), segment="strict", **{HEADER: "strict"})[0] is False
+    assert "segment" not in json.loads((tmp_path / "log").read_text())

@@ -20,7 +20,7 @@ from latentguard.study.attacks import (
     with_suffix,
     wrap,
 )
-from latentguard.study.prompt_groups import Material, Pools
+from latentguard.study.prompt_groups import PromptGroups, PromptPools
 
 ASK = Prompt("Do {a} thing", id="h1", harmful=True, refused=True, source="set", question_at=3)
 HARMLESS = (Prompt("Bake bread", id="b0", harmful=False), Prompt("Sing", id="b1", harmful=False))
@@ -85,8 +85,8 @@ class TestGoals:
 
 
 def material(jailbreaks, fit):
-    pools = Pools((Prompt("Do A"), Prompt("Do B"), Prompt("Do C")), (), jailbreaks=jailbreaks)
-    return Material(pools, {"refused_harmful": fit}, {})
+    pools = PromptPools((Prompt("Do A"), Prompt("Do B"), Prompt("Do C")), (), jailbreaks=jailbreaks)
+    return PromptGroups(pools, {"refused_harmful": fit}, {})
 
 
 ATTACKS = (

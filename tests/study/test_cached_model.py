@@ -13,7 +13,7 @@ from latentguard.errors import ModelError, PromptError
 from latentguard.prompts import Message, Prompt, Reply
 from latentguard.states import Fingerprint, Intervention, States
 from latentguard.study import cached_model as module
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.prompt_groups import QUESTIONS, inverted
 from latentguard.study.store import Store
 from models.architectures import chat_model
@@ -106,7 +106,7 @@ def said(replies):
 def killed(model, store, ask, after):
     """Ask a subject whose model dies after some calls; whether it did."""
     try:
-        ask(Subject(Spy(model, after), store))
+        ask(CachedModel(Spy(model, after), store))
     except SystemExit:
         return True
     return False
@@ -146,7 +146,7 @@ class TestKilled:
 
     def filled(self, store, cached):
         """Other experiments were there before."""
-        subject = Subject(Rounding(), store)
+        subject = CachedModel(Rounding(), store)
         if cached == "some prompts":
             subject.replies(self.ASKED[3:11:2], steering(subject.model), **SHORT, watch=["No"])
             subject.states(self.ASKED[3:11:2], positions=("t_inst", "post+1", "t_post"))
@@ -158,34 +158,34 @@ class TestKilled:
     @pytest.mark.parametrize("cached", ["nothing", "some prompts", "some of each"])
     def test_in_a_sweep(self, open_store, small_chunks, cached):
         whole = Spy(Rounding())
-        wanted = said(self.replies(Subject(whole, self.filled(open_store("whole"), cached))))
+        wanted = said(self.replies(CachedModel(whole, self.filled(open_store("whole"), cached))))
         assert whole.calls >= 3
         for after in range(whole.calls):
             store = self.filled(open_store(str(after)), cached)
             assert killed(Rounding(), store, self.replies, after)
             rest = Spy(Rounding())
-            assert said(self.replies(Subject(rest, store))) == wanted
+            assert said(self.replies(CachedModel(rest, store))) == wanted
             assert rest.calls == whole.calls - after
 
     @pytest.mark.parametrize("cached", ["nothing", "some prompts", "some of each"])
     def test_in_a_capture(self, open_store, small_chunks, cached):
         whole = Spy(Rounding())
-        wanted = self.states(Subject(whole, self.filled(open_store("whole"), cached)))
+        wanted = self.states(CachedModel(whole, self.filled(open_store("whole"), cached)))
         assert whole.calls >= 3
         for after in range(whole.calls):
             store = self.filled(open_store(str(after)), cached)
             assert killed(Rounding(), store, self.states, after)
             rest = Spy(Rounding())
-            found = self.states(Subject(rest, store))
+            found = self.states(CachedModel(rest, store))
             assert torch.equal(found.values, wanted.values)
             assert rest.calls == whole.calls - after
 
     def test_again_and_again(self, open_store, small_chunks):
-        wanted = said(self.replies(Subject(Rounding(), open_store("whole"))))
+        wanted = said(self.replies(CachedModel(Rounding(), open_store("whole"))))
         store = open_store("broken")
         deaths = sum(killed(Rounding(), store, self.replies, 1) for _ in range(9))
         assert deaths == 8  # chunks of the sweep but one, killed after each
-        assert said(self.replies(Subject(Rounding(), store))) == wanted
+        assert said(self.replies(CachedModel(Rounding(), store))) == wanted
 
     def test_a_real_model(self, model, open_store, small_chunks):
         """What it had not handed over when it died is asked again, all of it."""
@@ -199,20 +199,20 @@ class TestKilled:
 
         store = open_store()
         with pytest.raises(SystemExit):
-            self.replies(Subject(Dying(model), store))
+            self.replies(CachedModel(Dying(model), store))
         rest = Spy(model)
-        wanted = said(self.replies(Subject(model, open_store("whole"))))
-        assert said(self.replies(Subject(rest, store))) == wanted
+        wanted = said(self.replies(CachedModel(model, open_store("whole"))))
+        assert said(self.replies(CachedModel(rest, store))) == wanted
         assert rest.calls == 8
         assert killed(model, store, self.states, 1)
-        wanted = self.states(Subject(model, open_store("whole"))).values
-        assert torch.equal(self.states(Subject(model, store)).values, wanted)
+        wanted = self.states(CachedModel(model, open_store("whole"))).values
+        assert torch.equal(self.states(CachedModel(model, store)).values, wanted)
 
 
 class TestAsBefore:
     def test_states_do_not_change_when_more_positions_are_read(self, open_store, small_chunks):
         """An experiment that was reported is reported the same when a study goes on."""
-        subject = Subject(Rounding(), open_store())
+        subject = CachedModel(Rounding(), open_store())
         asked = prompts(16)
         first = subject.states(asked)
         subject.states(asked[5:], positions=("inst-1", *subject.span))
@@ -221,7 +221,7 @@ class TestAsBefore:
     @pytest.mark.parametrize("cached", [0, 7])
     def test_near_the_models_own(self, model, open_store, small_chunks, cached):
         asked = prompts(16)
-        subject = Subject(model, open_store())
+        subject = CachedModel(model, open_store())
         subject.states(asked[:cached], positions=("t_post",))
         subject.replies(asked[:cached], steering(model), **SHORT)
         states = subject.states(asked)
@@ -240,7 +240,7 @@ class TestAsBefore:
     def test_chunk_borders(self, model, open_store, small_chunks, count):
         asked = [Prompt(f"text {n}") for n in range(count)]
         spy = Spy(model)
-        found = Subject(spy, open_store()).states(asked)
+        found = CachedModel(spy, open_store()).states(asked)
         assert spy.calls == -(-count // 5)
         assert spy.texts == [p.text for p in asked]
         assert found.prompts == tuple(asked)
@@ -248,7 +248,7 @@ class TestAsBefore:
     def test_large_sweeps_go_in_small_chunks(self, model, open_store, monkeypatch):
         monkeypatch.setattr(module, "REPLIES_AT_ONCE", 36)
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         asked = [Prompt(f"text {n}") for n in range(20)]
         subject.replies(asked, steering(model, 3), **SHORT)
         assert spy.calls == 2  # 12 prompts at once
@@ -257,7 +257,7 @@ class TestAsBefore:
 
     def test_a_second_time_the_model_is_not_asked(self, model, open_store):
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         asked = prompts(6)
 
         def ask():
@@ -272,7 +272,7 @@ class TestAsBefore:
 
     def test_order_and_repeats(self, model, open_store):
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         asked = [Prompt(c) for c in "abcab"]
         (replies,) = subject.replies(iter(asked), **SHORT)
         states = subject.states(iter(asked))
@@ -288,7 +288,7 @@ class TestWhatIsTheSame:
     def test_labels_are_the_askers(self, model, open_store):
         """One text under three labels is asked once; each answer carries its own prompt."""
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         asked = [Prompt("same", id=str(n), harmful=h) for n, h in enumerate([True, False, None])]
         (replies,) = subject.replies(asked, **SHORT)
         assert [r.prompt for r in replies] == asked
@@ -302,7 +302,7 @@ class TestWhatIsTheSame:
 
     def test_labels_of_interventions_too(self, model, open_store):
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         one = steering(model)[1]
         first = subject.replies([Prompt("a")], [one], **SHORT)
         other = subject.replies([Prompt("a")], [replace(one, label="other")], **SHORT)
@@ -312,7 +312,7 @@ class TestWhatIsTheSame:
 
     def test_the_same_setting_twice(self, model, open_store):
         one = steering(model)[1]
-        found = Subject(model, open_store()).replies([Prompt("a")], [one, None, one], **SHORT)
+        found = CachedModel(model, open_store()).replies([Prompt("a")], [one, None, one], **SHORT)
         assert found[0] == found[2]
         assert found[1][0].label == ""
 
@@ -330,7 +330,7 @@ class TestWhatDiffers:
     def test_prompts(self, model, open_store):
         """Each is asked on its own, whatever of the others is kept."""
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         for n, prompt in enumerate(self.PROMPTS, 1):
             (found,) = subject.replies([prompt], **SHORT)
             assert said([found]) == said([model.generate([prompt], **SHORT)])
@@ -340,7 +340,7 @@ class TestWhatDiffers:
             assert spy.calls == 2 * n
 
     def test_where_the_question_begins_moves_the_steering(self, model, open_store):
-        subject = Subject(model, open_store())
+        subject = CachedModel(model, open_store())
         push = Intervention(1, torch.randn(model.width) * 5, 3.0, "before")
         found = {}
         for at in (10, 30):
@@ -371,7 +371,7 @@ class TestWhatDiffers:
             None,
         ]
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         asked, how = [Prompt("one two three"), Prompt("four")], dict(watch=["No"], **SHORT)
         for n, setting in enumerate([one, *others], 1):
             found = subject.replies(asked, [setting], **how)
@@ -380,14 +380,14 @@ class TestWhatDiffers:
 
     def test_a_vector_is_its_numbers(self, model, open_store):
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         vector = torch.randn(model.width)
         for same in (vector, vector.clone(), torch.stack([vector, -vector], 1)[:, 0]):
             subject.replies([Prompt("a")], [Intervention(2, same, 1.0)], **SHORT)
         assert spy.calls == 1
 
     def test_how_they_are_asked(self, model, open_store):
-        subject = Subject(model, open_store())
+        subject = CachedModel(model, open_store())
         asked = [Prompt("one two three"), Prompt("four")]
         for most, post, watch in product((1, 3), (True, False), ((), ("No",), ("Yes", "No"))):
             how = dict(max_new_tokens=most, post=post, watch=watch)
@@ -398,7 +398,7 @@ class TestWhatDiffers:
         store = open_store()
         asked = prompts(4)
         for one in (model, half, model):
-            found = Subject(one, store).states(asked)
+            found = CachedModel(one, store).states(asked)
             wanted = States.collect(one.capture(asked))
             assert found.values.dtype == wanted.values.dtype
             assert torch.allclose(found.values, wanted.values, atol=1e-5)
@@ -408,17 +408,17 @@ class TestKinds:
     def test_bfloat16(self, half, open_store):
         store = open_store()
         asked = [Prompt(f"text {n}") for n in range(7)]
-        found = Subject(half, store).states(asked, positions=("t_post", "inst-1"))
+        found = CachedModel(half, store).states(asked, positions=("t_post", "inst-1"))
         wanted = States.collect(half.capture(asked, positions=("t_post", "inst-1")))
         assert found.values.dtype == torch.bfloat16
         assert torch.equal(found.values, wanted.values)
         assert torch.equal(found.at("inst-1"), wanted.at("inst-1"))
-        replies = Subject(half, store).replies(asked, steering(half), **SHORT, watch=["No"])
+        replies = CachedModel(half, store).replies(asked, steering(half), **SHORT, watch=["No"])
         assert said(replies) == said(half.sweep(asked, steering(half), **SHORT, watch=["No"]))
 
     def test_positions_are_kept_one_by_one(self, model, open_store):
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         every = subject.span
         found = subject.states([Prompt("a b c")], positions=every)
         for position in every:
@@ -431,7 +431,7 @@ class TestKinds:
 
     def test_none(self, model, open_store):
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         assert subject.replies([]) == [[]]
         assert subject.replies([], steering(model)) == [[], [], []]
         assert subject.replies([Prompt("a")], []) == []
@@ -450,7 +450,7 @@ class TestKinds:
                 return [[ended, cut]]
 
         asked = [Prompt("a"), Prompt("b")]
-        subject = Subject(Speaker(model), open_store())
+        subject = CachedModel(Speaker(model), open_store())
         first = subject.replies(asked)
         assert first == subject.replies(asked) == [Speaker(model).sweep(asked, [None])[0]]
 
@@ -458,7 +458,7 @@ class TestKinds:
 class TestWrong:
     def test_what_was_kept_before_an_error_stays(self, model, open_store, small_chunks):
         spy = Spy(model)
-        subject = Subject(spy, open_store())
+        subject = CachedModel(spy, open_store())
         asked = [Prompt(f"text {n}") for n in range(8)]
         too_long = Prompt("word " * 600, id="long")
         for ask in (lambda p: subject.replies(p, **SHORT), subject.states):
@@ -473,11 +473,11 @@ class TestWrong:
     def test_interventions_that_do_not_fit(self, model, open_store, wrong):
         one = replace(steering(model)[1], **wrong)
         with pytest.raises(ModelError):
-            Subject(model, open_store()).replies([Prompt("a")], [one])
+            CachedModel(model, open_store()).replies([Prompt("a")], [one])
 
     def test_no_such_position(self, model, open_store):
         with pytest.raises(PromptError, match="no position"):
-            Subject(model, open_store()).states([Prompt("a")], positions=("post+99",))
+            CachedModel(model, open_store()).states([Prompt("a")], positions=("post+99",))
 
 
 class TestTwoAtOnce:
@@ -487,7 +487,7 @@ class TestTwoAtOnce:
     def test_the_other_asks_the_same_meanwhile(self, open_store, small_chunks, part):
         asked = prompts(12)
         spy = Spy(Rounding())
-        mine, other = Subject(spy, open_store()), Subject(Rounding(), open_store())
+        mine, other = CachedModel(spy, open_store()), CachedModel(Rounding(), open_store())
         spy.before = lambda: (other.replies(asked[part]), other.states(asked[part]))
         replies, states = said(mine.replies(asked)), mine.states(asked).values
         for one in (mine, other):
@@ -512,7 +512,7 @@ class TestProgress:
 
             return advance
 
-        return Subject(model, open_store(), step=step)
+        return CachedModel(model, open_store(), step=step)
 
     @pytest.mark.parametrize("cached", [0, 7])
     def test_it_ends_where_it_said(self, watched, steps, cached):
@@ -533,39 +533,39 @@ class TestProgress:
 
 class TestRemember:
     def test_once(self, model, open_store):
-        subject, asked = Subject(model, open_store()), []
+        subject, asked = CachedModel(model, open_store()), []
 
         def compute():
             asked.append(1)
             return {"a": (1, 2.5), "b": [None, True, "é"]}
 
         for _ in range(3):
-            found = subject.remember(["suffix", 3, ["x"]], compute)
+            found = subject.cached(["suffix", 3, ["x"]], compute)
             assert found == {"a": [1, 2.5], "b": [None, True, "é"]}
         assert len(asked) == 1
-        assert subject.remember(["suffix", 4, ["x"]], lambda: 0) == 0
+        assert subject.cached(["suffix", 4, ["x"]], lambda: 0) == 0
 
     def test_falsy_answers_too(self, model, open_store):
-        subject = Subject(model, open_store())
+        subject = CachedModel(model, open_store())
         for n, answer in enumerate([None, 0, "", [], False]):
-            subject.remember([n], lambda answer=answer: answer)
-            assert subject.remember([n], lambda: pytest.fail("asked again")) == answer
+            subject.cached([n], lambda answer=answer: answer)
+            assert subject.cached([n], lambda: pytest.fail("asked again")) == answer
 
     def test_an_error_is_not_remembered(self, model, open_store):
-        subject = Subject(model, open_store())
+        subject = CachedModel(model, open_store())
         with pytest.raises(ZeroDivisionError):
-            subject.remember(["x"], lambda: 1 / 0)
-        assert subject.remember(["x"], lambda: 5) == 5
+            subject.cached(["x"], lambda: 1 / 0)
+        assert subject.cached(["x"], lambda: 5) == 5
 
     def test_it_is_this_models(self, model, half, open_store):
         store = open_store()
-        assert Subject(model, store).remember(["x"], lambda: 1) == 1
-        assert Subject(half, store).remember(["x"], lambda: 2) == 2
+        assert CachedModel(model, store).cached(["x"], lambda: 1) == 1
+        assert CachedModel(half, store).cached(["x"], lambda: 2) == 2
 
 
 class TestJudging:
     def test_another_judge(self, model, open_store):
-        subject = Subject(model, open_store(), judge=lambda reply: reply.text)
+        subject = CachedModel(model, open_store(), judge=lambda reply: reply.text)
         outcomes = ["refused", "accepted", "empty", "cut"]
         replies = [Reply(Prompt("a"), text, (), True) for text in outcomes]
         assert subject.refused(replies) == (True, False, None, None)

@@ -12,7 +12,7 @@ from latentguard.errors import GuardError, PromptError
 from latentguard.models.layout import Layout
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt, Reply
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import (
     Axes,
     Way,
@@ -25,7 +25,7 @@ from latentguard.study.directions import (
     steer_at_random,
     steer_each,
 )
-from latentguard.study.prompt_groups import Material, Pools
+from latentguard.study.prompt_groups import PromptGroups, PromptPools
 from latentguard.study.store import Store
 
 HITS = arrays(bool, st.tuples(st.integers(1, 4), st.integers(1, 7)))
@@ -39,7 +39,7 @@ def backend():
 @pytest.fixture
 def subject(backend, tmp_path):
     store = Store(tmp_path / "s")
-    yield Subject(backend, store)
+    yield CachedModel(backend, store)
     store.close()
 
 
@@ -55,7 +55,7 @@ def material(refused_harmful, accepted_harmless, accepted_harmful=0, test=()):
         "accepted_harmful": group(accepted_harmful, harmful=True, refused=False),
         "accepted_harmless": group(accepted_harmless, harmful=False, refused=False),
     }
-    return Material(Pools((), ()), fit, {"accepted_harmful": test})
+    return PromptGroups(PromptPools((), ()), fit, {"accepted_harmful": test})
 
 
 def cosine(a, b):
@@ -103,7 +103,7 @@ class TestFitAxes:
 
     def test_no_groups_at_all(self, subject):
         with pytest.raises(GuardError, match="found none"):
-            fit_axes(subject, Material(Pools((), ()), {}, {}))
+            fit_axes(subject, PromptGroups(PromptPools((), ()), {}, {}))
 
 
 def axis(depth=4, width=24, name="harmful"):

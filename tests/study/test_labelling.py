@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from latentguard.prompts import Prompt
 from latentguard.stats.metrics import proportion
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.labelling import (
     ASKED,
     FITTED,
@@ -16,9 +16,9 @@ from latentguard.study.labelling import (
     Asked,
     analyse,
     collect,
-    material_of,
+    prompt_groups_of,
 )
-from latentguard.study.prompt_groups import Pools, contrast_pools, is_fit_side, twins
+from latentguard.study.prompt_groups import PromptPools, contrast_pools, is_fit_side, twins
 from latentguard.study.settings import Settings
 
 OUTCOMES = {True: "refused", False: "accepted", None: "empty"}
@@ -43,7 +43,7 @@ def prompts(count, *, harmful, refused, name="p", source="set", pair=""):
 
 
 def pools(**named):
-    return Pools(**({"harmful": (), "harmless": ()} | named))
+    return PromptPools(**({"harmful": (), "harmless": ()} | named))
 
 
 def everything(material):
@@ -69,7 +69,7 @@ class TestMaterial:
         records = [asked(pool, *members) for pool, members in found.items()]
         held_out = tuple(found.get("held_out", ()))
         settings = Settings(fit=most, test=most)
-        material = material_of(records, pools(held_out=held_out), settings)
+        material = prompt_groups_of(records, pools(held_out=held_out), settings)
         fit, test = everything(material)
         assert {twins(p) for p in fit}.isdisjoint(twins(p) for p in test)
         assert {twins(p) for p in fit}.isdisjoint(twins(p) for p in held_out)
@@ -80,7 +80,7 @@ class TestMaterial:
         assert all(is_fit_side(p) for p in fit)
         texts = [p.text for p in fit + test]
         assert len(set(texts)) == len(texts)
-        assert material == material_of(records, material.pools, settings)
+        assert material == prompt_groups_of(records, material.pools, settings)
 
     def test_groups_by_label_and_reply(self):
         records = [
@@ -89,7 +89,7 @@ class TestMaterial:
             asked("over_refusal", *prompts(20, harmful=False, refused=True, name="c")),
             asked("harmless", *prompts(10, harmful=False, refused=None, name="d")),
         ]
-        material = material_of(records, pools(), Settings())
+        material = prompt_groups_of(records, pools(), Settings())
         fit = [p for p in records[0].prompts if is_fit_side(p)]
         assert material.fit["refused_harmful"] == tuple(fit)
         assert set(material.test["refused_harmful"]) == set(records[0].prompts) - set(fit)
@@ -103,7 +103,7 @@ class TestMaterial:
         """The paper tests AdvBench and JailbreakBench; others fill up."""
         plain = asked("harmful", *prompts(40, harmful=True, refused=True, name="a"))
         other = asked("held_out", *prompts(90, harmful=True, refused=True, name="b"))
-        few, many = (material_of([plain, other], pools(), Settings(test=n)) for n in (5, 60))
+        few, many = (prompt_groups_of([plain, other], pools(), Settings(test=n)) for n in (5, 60))
         assert set(few.test["refused_harmful"]) < set(plain.prompts)
         left = [p for p in plain.prompts if not is_fit_side(p)]
         assert set(left) < set(many.test["refused_harmful"])
@@ -116,7 +116,7 @@ class TestMaterial:
             asked("harmful", *prompts(30, harmful=True, refused=True, name="bad", **pair)),
             asked("over_refusal", *prompts(30, harmful=False, refused=False, name="fine", **pair)),
         ]
-        material = material_of(records, pools(), Settings())
+        material = prompt_groups_of(records, pools(), Settings())
         used = {p.pair for p in material.fit["refused_harmful"]}
         assert used
         assert used.isdisjoint(p.pair for p in material.test["accepted_harmless"])
@@ -125,14 +125,14 @@ class TestMaterial:
     def test_a_held_out_prompt_is_in_no_centroid(self):
         shared = prompts(30, harmful=True, refused=True)
         records = [asked("harmful", *shared), asked("held_out", *shared)]
-        material = material_of(records, pools(held_out=shared[:20]), Settings())
+        material = prompt_groups_of(records, pools(held_out=shared[:20]), Settings())
         assert set(material.fit["refused_harmful"]).isdisjoint(shared[:20])
         assert set(shared[:20]) <= set(material.test["refused_harmful"])
 
     def test_what_a_centroid_leaves_over_is_not_tested(self):
         """Else the settings would move prompts from one side to the other."""
         record = asked("harmful", *prompts(60, harmful=True, refused=True))
-        few, many = (material_of([record], pools(), Settings(fit=n)) for n in (5, 60))
+        few, many = (prompt_groups_of([record], pools(), Settings(fit=n)) for n in (5, 60))
         assert few.test == many.test
         assert few.fit["refused_harmful"] == many.fit["refused_harmful"][:5]
 
@@ -144,7 +144,7 @@ class TestMaterial:
             )
             for name in ASKED
         ]
-        material = material_of(records, found, Settings())
+        material = prompt_groups_of(records, found, Settings())
         fit, _ = everything(material)
         pairs = {p.pair for p in fit if p.pair}
         for name in ("held_out", "over_refusal", "matched"):
@@ -153,7 +153,7 @@ class TestMaterial:
         assert all(len(material.fit[g]) >= 60 for g in FITTED)
 
     def test_nothing(self):
-        material = material_of([], pools(), Settings())
+        material = prompt_groups_of([], pools(), Settings())
         assert everything(material) == ([], [])
 
 
@@ -171,7 +171,7 @@ class TestAnalyse:
 
     def tables(self, settings=None):
         settings = settings or Settings()
-        material = material_of(self.RECORDS, pools(), settings)
+        material = prompt_groups_of(self.RECORDS, pools(), settings)
         finding = analyse(self.RECORDS, material, settings)
         return finding, *finding.section.parts
 
@@ -225,7 +225,7 @@ class TestOnAModel:
             return ("refused", "accepted", "cut")[reply.ids[0] % 3]
 
         calls = []
-        subject = Subject(model, subject.store, judge=judge)
+        subject = CachedModel(model, subject.store, judge=judge)
         subject.step = lambda what, total: calls.append((what, total)) or (lambda count: None)
         subject.calls = calls
         return subject
@@ -241,7 +241,7 @@ class TestOnAModel:
                 refused = {"refused": True, "accepted": False}.get(outcome)
                 assert prompt == replace(own[prompt.text], refused=refused)
         assert len({outcome for one in records for outcome in one.outcomes}) == 3
-        material = material_of(records, found, settings)
+        material = prompt_groups_of(records, found, settings)
         assert analyse(records, material, settings).effects == {}
 
     def test_a_second_time_nothing_is_asked(self, judged, settings, monkeypatch):
@@ -253,7 +253,7 @@ class TestOnAModel:
     def test_empty_pools(self, judged, settings):
         records = collect(judged, pools(harmful=(Prompt("a", harmful=True),)), settings)
         assert [len(one.prompts) for one in records] == [1, 0, 0, 0]
-        material = material_of(records, pools(), settings)
+        material = prompt_groups_of(records, pools(), settings)
         assert len(analyse(records, material, settings).unknown) == 4
 
 

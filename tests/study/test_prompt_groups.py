@@ -1,4 +1,4 @@
-"""Pools from the built-in set, from folders and from named files; drawing from them."""
+"""PromptPools from the built-in set, from folders and from named files; drawing from them."""
 
 import json
 from dataclasses import fields
@@ -13,7 +13,7 @@ from latentguard.prompts import Message, Prompt
 from latentguard.study.prompt_groups import (
     FOLDER,
     QUESTIONS,
-    Pools,
+    PromptPools,
     contrast_pools,
     inverted,
     is_fit_side,
@@ -22,7 +22,7 @@ from latentguard.study.prompt_groups import (
     spread,
 )
 
-POOLS = [f.name for f in fields(Pools)]
+POOLS = [f.name for f in fields(PromptPools)]
 TEXTS = st.lists(st.text(min_size=1, max_size=8), max_size=30)
 
 

@@ -13,7 +13,7 @@ import pytest
 from browser.pages import check
 from latentguard.errors import LatentGuardError, StudyError
 from latentguard.report.document import Report
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.claims import CLAIMS
 from latentguard.study.run import EXPERIMENTS, STORE
 from models.architectures import chat_model
@@ -125,12 +125,12 @@ def test_one_experiment_alone(folder, whole):
 
 def test_a_judge_that_fails_stops_the_run(folder, whole, monkeypatch):
     """It is no finding about the model; what is kept stays, and the run goes on later."""
-    monkeypatch.setattr(Subject, "replies", broken)
+    monkeypatch.setattr(CachedModel, "replies", broken)
     with pytest.raises(StudyError, match="no disk"):
         study_report(folder, whole, only=["inversion"])
 
 
-KEPT = Subject.replies
+KEPT = CachedModel.replies
 
 
 def broken(self, prompts, *rest, what="", **how):

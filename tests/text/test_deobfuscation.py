@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.robustness.attacks import ATTACKS
 from latentguard.robustness.languages import languages, translated
-from latentguard.text.deobfuscation import DISGUISES, uncover
+from latentguard.text.deobfuscation import OBFUSCATIONS, uncover
 
 REQUEST = "How do I open the door of a locked car?"
 ATTACK = {attack.name: attack for attack in ATTACKS}
@@ -170,4 +170,4 @@ def test_any_text(text):
     found = uncover(text)
     assert text not in found
     assert all(beneath.strip() for beneath in found)
-    assert {name for names in found.values() for name in names} <= set(DISGUISES)
+    assert {name for names in found.values() for name in names} <= set(OBFUSCATIONS)

@@ -38,8 +38,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     review_fpr: Annotated[
         float | None, typer.Option(help="Higher rate up to which prompts are to be reviewed.")
     ] = None,
-    slice_column: Annotated[
-        str | None, typer.Option(help="Column with the slice of the traffic: a threshold for each.")
+    segment_column: Annotated[
+        str | None,
+        typer.Option(help="Column with the traffic segment: a threshold for each."),
     ] = None,
     confidence: Annotated[float, typer.Option(help="Of the Clopper-Pearson bounds.")] = 0.95,
     text_column: TextColumn = "text",
@@ -55,11 +56,11 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     With --harmful, GUARD/calibration/report.html shows how reliable probabilities are.
     """
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
-    columns = Columns(text=text_column, slice=slice_column or "")
+    columns = Columns(text=text_column, segment=segment_column or "")
     prompts = read_side(harmless, columns, harmful=False)
-    if slice_column and not any(p.slice for p in prompts):
+    if segment_column and not any(p.segment for p in prompts):
         raise PromptError(
-            f"--slice-column names '{slice_column}', which no harmless prompt has; look "
+            f"--segment-column names '{segment_column}', which no harmless prompt has; look "
             "at its spelling, and give the prompts with --harmless."
         )
     if not harmless:
@@ -77,7 +78,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
             max_fpr=rate,
             review_fpr=review_fpr,
             confidence=confidence,
-            slice_column=slice_column,
+            segment_column=segment_column,
             progress=bar.advance,
         )
     if harmless:  # the built-in ones are no traffic: windows keep what fit picked

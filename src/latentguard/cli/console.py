@@ -73,11 +73,11 @@ def keep(guard: LatentGuard, folder: Path, *, report: bool = False) -> None:
 
 
 def columns_of(guard: LatentGuard, text: str) -> Columns:
-    """The columns for a guard: a slice is read if the guard was calibrated by slices."""
+    """The columns for a guard: a segment is read if the guard was calibrated by segments."""
     from latentguard.guard.thresholds import Calibration
 
     calibration = guard.part(Calibration)
-    return Columns(text=text, slice=(calibration and calibration.column) or "")
+    return Columns(text=text, segment=(calibration and calibration.column) or "")
 
 
 def read(source: str, columns: Columns, harmful: bool | None) -> list[Prompt]:

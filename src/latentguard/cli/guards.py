@@ -73,9 +73,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
             help="pooled (t_inst, t_post, two means), t_inst, t_post, post+K, sealed, span."
         ),
     ] = "pooled",
-    readout: Annotated[
-        str, typer.Option(help="linear, or centroid (the paper's rule).")
-    ] = "linear",
+    probe: Annotated[str, typer.Option(help="linear, or centroid (the paper's rule).")] = "linear",
     long: Annotated[
         bool, typer.Option("--long", help="Also read long prompts and chats by windows.")
     ] = False,
@@ -89,7 +87,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
 ) -> None:
     """Fit a guard for MODEL and write it to OUT.
 
-    The paper's guard: --harmful advbench.jsonl --harmless alpaca.jsonl --reading t_inst --readout
+    The paper's guard: --harmful advbench.jsonl --harmless alpaca.jsonl --reading t_inst --probe
     centroid. Rows that carry a label are used only for the side that their file is named for.
 
     A large model: --device-map auto, and --quantize int8 or nf4. A guard is of the quantised model
@@ -109,7 +107,7 @@ def fit(  # noqa: PLR0913, PLR0917 (the contract names these options)
             backend,
             prompts,
             reading=reading,
-            readout=readout,  # type: ignore[arg-type]
+            probe=probe,  # type: ignore[arg-type]
             progress=bar.advance,
         )
     if long:
@@ -144,7 +142,7 @@ def score(  # noqa: PLR0913, PLR0917 (the contract names these options)
 ) -> None:
     """Score prompts: one JSON object a line, in input order (id, score, probability, flagged).
 
-    The slice of a prompt, if the guard was calibrated by slices, comes from the same column.
+    The segment of a prompt, if the guard was calibrated by segments, comes from the same column.
 
     With --out, a killed run goes on where it stopped when it is called again. With --engine ray
     PROMPTS may be a folder or a pattern of Parquet and JSON Lines files, OUT becomes a folder of
@@ -247,9 +245,9 @@ def show(guard: GuardFolder) -> None:
 @app.command()
 def models() -> None:
     """List the models that are ready on this disk."""
-    from latentguard.models.sources import cached_models
+    from latentguard.models.sources import stored_models
 
-    found = list(cached_models())
+    found = list(stored_models())
     for model in found:
         typer.echo(f"{model.name}\t{model.size / 1e6:,.0f} MB\t{model.path}")
     if not found:

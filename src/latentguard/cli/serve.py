@@ -42,10 +42,10 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     refusal: Annotated[str, typer.Option(help="What a blocked chat is answered with.")] = (
         "I can't help with that."
     ),
-    slice_header: Annotated[
+    segment_header: Annotated[
         str | None,
         typer.Option(
-            help="Request header with the slice of the traffic, for a guard calibrated by slices. "
+            help="Request header with the traffic segment, for a guard calibrated by segments. "
             "Have your gateway set it: who sets it picks the threshold."
         ),
     ] = None,
@@ -102,13 +102,13 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     _require(on_error, ("block", "allow"), "--on-error")
     _require_url(upstream)
     loaded = LatentGuard.load(guard)  # so that a wrong folder is said at once
-    _require_slices(loaded, slice_header)
+    _require_segments(loaded, segment_header)
     options = Options(
         policy=policy,  # type: ignore[arg-type]
         on_review=on_review,  # type: ignore[arg-type]
         on_error=on_error,  # type: ignore[arg-type]
         refusal=refusal,
-        slice_header=slice_header,
+        segment_header=segment_header,
         name=Path(loaded.fingerprint.model).name or "latentguard",
         upstream=upstream,
         upstream_key=os.environ.get("LATENTGUARD_UPSTREAM_KEY"),
@@ -211,13 +211,13 @@ def _require_review(on_review: str, policy: str) -> None:
         raise typer.BadParameter(reason, param_hint="--on-review")
 
 
-def _require_slices(guard: LatentGuard, header: str | None) -> None:
+def _require_segments(guard: LatentGuard, header: str | None) -> None:
     from latentguard.guard.thresholds import Calibration
 
     known = guard.part(Calibration)
-    if header is not None and not (known and known.slices):
-        reason = "this guard has no slices; calibrate it with --slice-column"
-        raise typer.BadParameter(reason, param_hint="--slice-header")
+    if header is not None and not (known and known.segments):
+        reason = "this guard has no segments; calibrate it with --segment-column"
+        raise typer.BadParameter(reason, param_hint="--segment-header")
 
 
 def _require_url(upstream: str | None) -> None:

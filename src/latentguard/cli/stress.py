@@ -57,7 +57,7 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
     from latentguard.robustness.run import STORE, Plan, require_known, run
     from latentguard.robustness.suite import BudgetName
     from latentguard.robustness.weights import Trial
-    from latentguard.study.cached_model import Subject
+    from latentguard.study.cached_model import CachedModel
     from latentguard.study.store import Store
 
     require_known(only or ())
@@ -72,6 +72,6 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
     plan = Plan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     with progress("stress") as bar:
-        subject = Subject(backend, Store(out / STORE), step=bar.step)
+        subject = CachedModel(backend, Store(out / STORE), step=bar.step)
         report = run(Trial(loaded, backend, subject), plan)
     typer.echo(report.save(out) / "report.html")

@@ -159,7 +159,7 @@ def _groups(prompts: Sequence[Prompt]) -> list[str]:
 def _warnings(figures: dict[str, float]) -> list[str]:
     return [
         f"The {name} of a prompt alone tells the label apart ({value:.2f}, where 0.5 is nothing): "
-        "a readout fitted on this set may learn form instead of harm."
+        "a probe fitted on this set may learn form instead of harm."
         for name, value in figures.items()
         if value > WARN_AT
     ]

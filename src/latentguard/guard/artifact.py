@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latentguard.errors import GuardError
 
-SCHEMA = 2
+SCHEMA = 3
 JSON_FILE, TENSOR_FILE, CARD_FILE = "guard.json", "guard.safetensors", "README.md"
 POLES = ("positive", "negative")
 
@@ -56,10 +56,10 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         record = json.loads(text)
     except ValueError:
         raise GuardError(f"{folder / JSON_FILE} is not JSON; fit the guard again.") from None
-    if not isinstance(record, dict) or record.get("schema") not in range(1, SCHEMA + 1):
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise GuardError(
-            f"{folder / JSON_FILE} has schema {found!r}, expected 1 to {SCHEMA}: it was written by "
+            f"{folder / JSON_FILE} has schema {found!r}, expected {SCHEMA}: it was written by "
             "another version of latentguard, or is no guard."
         )
     if hashlib.sha256(packed).hexdigest() != record.get("tensors_sha256"):
@@ -79,15 +79,15 @@ def require_sound(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     Raises:
         ValueError: if a tensor has another shape than the rest says, or a number is not finite.
     """
-    readout, axes = record["readout"], record["axes"]
-    rows, width = len(readout["layers"]), tensors["weight"].shape[-1]
+    probe, axes = record["probe"], record["axes"]
+    rows, width = len(probe["layers"]), tensors["weight"].shape[-1]
     shapes = {f"{a['name']}.{pole}": (rows, width) for a in axes for pole in POLES}
     shapes["weight"] = rows * len(record["reading"]["positions"]), width
     for name, shape in shapes.items():
         if not rows or tensors[name].shape != shape or not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{name} is not {shape[0]} x {shape[1]} finite numbers")
     scores = [canary["score"] for canary in record["canaries"]]
-    numbers = [record["threshold"], record["spread"], readout["bias"], *record["platt"], *scores]
+    numbers = [record["threshold"], record["spread"], probe["bias"], *record["platt"], *scores]
     if not all(map(math.isfinite, numbers)):
         raise ValueError("a number is not finite")
 
@@ -114,12 +114,12 @@ def _written(path: Path, content: bytes) -> Path:
 
 def model_card(record: Mapping[str, Any], *, promise: str, notes: Sequence[str] = ()) -> str:
     """What a guard is and promises, for people; ``notes`` are paragraphs of its optional parts."""
-    bound_to, layers, made = record["fingerprint"], record["readout"]["layers"], record["fitted"]
+    bound_to, layers, made = record["fingerprint"], record["probe"]["layers"], record["fitted"]
     counts = [(made or {}).get(side, "an unknown number of") for side in ("harmful", "harmless")]
     return f"""# Latent guard for {bound_to["model"]}
 
 Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}) at layers
-{layers[0]} to {layers[-1]} with the `{record["readout"]["kind"]}` readout.
+{layers[0]} to {layers[-1]} with the `{record["probe"]["kind"]}` probe.
 
 - Fitted on {counts[0]} harmful and {counts[1]} harmless prompts.
 - Threshold {record["threshold"]:.6g}: {promise}.

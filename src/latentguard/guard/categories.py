@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 
 from latentguard.data.hazards import HAZARDS
 from latentguard.guard.probabilities import fit_platt
-from latentguard.guard.score_scale import Tail
+from latentguard.guard.score_scale import ScoreScale
 from latentguard.guard.verdict import Part, Verdict
 from latentguard.probes.fitting import slots
 from latentguard.probes.ridge import Design, Ridge, folds_of
@@ -45,7 +45,7 @@ STRENGTH = 1.0
 class Pack:
     """What makes a category able to flag, and what it was made of."""
 
-    tail: Tail
+    tail: ScoreScale
     """Of its log-odds on harmless prompts."""
 
     examples: int
@@ -137,12 +137,12 @@ class Categories(Part):
     name: ClassVar[str] = "categories"
 
     reads: tuple[str, ...]
-    """The positions of the guard's readout."""
+    """The positions of the guard's probe."""
 
     directions: Directions
     """Of the categories that the guard was fitted with."""
 
-    tail: Tail
+    tail: ScoreScale
     """Of the guard's own score on harmless training prompts, cross-fitted."""
 
     packs: Mapping[str, Pack]
@@ -156,8 +156,8 @@ class Categories(Part):
         """Fit a direction for every category that has enough harmful prompts.
 
         Args:
-            states: Labelled, at the layers of the guard's readout.
-            reads: The positions of the guard's readout.
+            states: Labelled, at the layers of the guard's probe.
+            reads: The positions of the guard's probe.
             held_out: The guard's own score of each prompt, cross-fitted, [n].
         """
         prompts, values = states.prompts, slots(states, reads)
@@ -170,7 +170,7 @@ class Categories(Part):
             groups = [p.pair or p.text for p in prompts]
             directions = fit_directions(values, members, groups).directions
         calm = held_out[[not p.harmful for p in prompts]]
-        return Categories(reads, directions, Tail.of(calm), {}, none)
+        return Categories(reads, directions, ScoreScale.of(calm), {}, none)
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -245,7 +245,7 @@ class Categories(Part):
         cut = len(names)
         own = Directions(names, weight[:cut], bias[:cut])
         added = Directions(tuple(packs), weight[cut:], bias[cut:])
-        return cls(tuple(record["reads"]), own, Tail.unpack(record["tail"]), packs, added)
+        return cls(tuple(record["reads"]), own, ScoreScale.unpack(record["tail"]), packs, added)
 
     def notes(self) -> list[str]:
         """See ``Part``."""
@@ -274,4 +274,4 @@ def _with_code(name: str) -> str:
 def _pack(record: Mapping[str, Any]) -> Pack:
     """One without marks is of an older version."""
     marks = {name: tuple(record.get(name, ())) for name in ("against", "shared", "learnt")}
-    return Pack(**{**record, "tail": Tail.unpack(record["tail"]), **marks})
+    return Pack(**{**record, "tail": ScoreScale.unpack(record["tail"]), **marks})

@@ -1,6 +1,6 @@
 """Fitting windows: what is usual in harmless texts, and the threshold of long prompts and chats.
 
-The readout is the guard's own, so nothing is learnt of harm here: harmless documents and chats of
+The probe is the guard's own, so nothing is learnt of harm here: harmless documents and chats of
 the training split say how the greatest score grows with the number of pieces, and those of the
 validation split set the threshold.
 """
@@ -19,7 +19,7 @@ from latentguard.errors import GuardError
 from latentguard.guard.chunking import OVER, Norm, Piece, Windows
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.leakage import require_apart
-from latentguard.guard.obfuscations import Disguises, beneath
+from latentguard.guard.obfuscations import Obfuscations, beneath
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Backend, Progress, digest_prompts
 from latentguard.stats.metrics import threshold_for_fpr
@@ -43,7 +43,7 @@ def fit_windows(
 
     Args:
         backend: The guard's model.
-        guard: Whose readout scores the pieces.
+        guard: Whose probe scores the pieces.
         over: Characters up to which a prompt without earlier turns is read as ever.
         max_fpr: False-positive rate to keep on long harmless prompts and chats.
         progress: Called with the number of texts read.
@@ -71,8 +71,8 @@ def calibrate_windows(
     """
     windows, prompts = windows_of(guard), list(harmless)
     threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
-    require_apart([replace(guard.reading.prepare(p), slice=None) for p in prompts], guard.marks)
-    wanted, scores = guard.part(Disguises) is not None, list[float]()
+    require_apart([replace(guard.reading.prepare(p), segment=None) for p in prompts], guard.marks)
+    wanted, scores = guard.part(Obfuscations) is not None, list[float]()
     for prompt in prompts:
         others = beneath(prompt, wanted)
         readings = [prompt, *(other for other, _ in others)]

@@ -32,7 +32,7 @@ def require_like(guard: Contents, backend: Backend) -> None:
     """
     steps = [int(p.removeprefix("post+")) for p in guard.positions if p.startswith("post+")]
     states = next(iter(backend.capture([Prompt("a")], positions=("t_inst",), layers=(0,))))
-    needs = (guard.readout.weight.shape[-1], max(guard.readout.layers), max(steps, default=0))
+    needs = (guard.probe.weight.shape[-1], max(guard.probe.layers), max(steps, default=0))
     width, depth, post = states.values.shape[-1], backend.depth, backend.post
     if width != needs[0] or depth < needs[1] or post < needs[2]:
         raise ModelMismatch(

@@ -2,7 +2,7 @@
 
 The shape is compared by the population stability index (under 0.1 no change, over 0.25 a large
 one, as it is commonly read) and by a two-sample Kolmogorov-Smirnov test; the promise by a binomial
-test of the flag rate. Each slice with limits of its own is one comparison more, so both tests are
+test of the flag rate. Each segment with limits of its own is one comparison more, so both tests are
 corrected by Holm's method over all of them.
 """
 
@@ -98,7 +98,7 @@ class Comparison:
     """Live scores of some traffic against those of the calibration."""
 
     traffic: str
-    """The slice; ``all`` for everything."""
+    """The segment; ``all`` for everything."""
 
     n: int
     """Live prompts."""
@@ -167,7 +167,7 @@ def record_of(found: Comparison) -> dict[str, Any]:
 def compare(
     guard: LatentGuard, prompts: Sequence[Prompt], verdicts: Sequence[Verdict]
 ) -> list[Comparison]:
-    """Compare live verdicts with the guard's calibration: all, then each slice of its own limits.
+    """Compare live verdicts with the guard's calibration: all, then each segment of its own limits.
 
     Long prompts and chats that windows have read are left out.
 
@@ -184,11 +184,11 @@ def compare(
             f"{'no calibration' if calibration is None else 'no prompt'}. Calibrate it with "
             "'latentguard calibrate', or give prompts."
         )
-    slices = {p.slice for p in prompts} & set(calibration.slices)
+    segments = {p.segment for p in prompts} & set(calibration.segments)
     groups = [("all", calibration.common, list(verdicts))]
-    for name in sorted(filter(None, slices)):
-        own = [v for p, v in zip(prompts, verdicts, strict=True) if p.slice == name]
-        groups.append((name, calibration.slices[name], own))
+    for name in sorted(filter(None, segments)):
+        own = [v for p, v in zip(prompts, verdicts, strict=True) if p.segment == name]
+        groups.append((name, calibration.segments[name], own))
     tests = [
         ks_2samp(*in_steps([v.score for v in own], limits.scores, guard.spread))
         for _, limits, own in groups

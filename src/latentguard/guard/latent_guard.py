@@ -1,4 +1,4 @@
-"""LatentGuard: a reading, a readout and a threshold, bound to one model."""
+"""LatentGuard: a reading, a probe and a threshold, bound to one model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from latentguard.guard.categories import Categories
 from latentguard.guard.chunking import Piece, Windows, read_apart, with_pieces
 from latentguard.guard.compatibility import Shift, explain, require_like
 from latentguard.guard.leakage import apart, mark, require_apart
-from latentguard.guard.obfuscations import Disguises, read_through, worse
+from latentguard.guard.obfuscations import Obfuscations, read_through, worse
 from latentguard.guard.probabilities import fit_platt
 from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.spec import Contents
@@ -51,7 +51,7 @@ class LatentGuard(Contents):
         prompts: Iterable[Prompt],
         *,
         reading: str = DEFAULT_READING,
-        readout: Kind = "linear",
+        probe: Kind = "linear",
         progress: Progress | None = None,
     ) -> LatentGuard:
         """Capture the states of labelled prompts and fit a guard.
@@ -60,41 +60,41 @@ class LatentGuard(Contents):
             backend: The model.
             prompts: Labelled harmful or harmless.
             reading: ``t_inst``, ``t_post``, ``post+k``, ``sealed``, ``span`` or ``pooled``.
-            readout: ``centroid`` (the paper) or ``linear``.
+            probe: ``centroid`` (the paper) or ``linear``.
             progress: Called with the number of prompts captured.
 
         Raises:
             GuardError: if a prompt has no label, a class is missing, or a state is not finite.
         """
         where = Reading.of(reading, backend.post)
-        require_kind(readout)
-        prompts, layers = fitting.require_labels(prompts), layers_of(readout, backend.depth)
+        require_kind(probe)
+        prompts, layers = fitting.require_labels(prompts), layers_of(probe, backend.depth)
         states = fitting.capture(backend, where, prompts, layers=layers, progress=progress)
-        return LatentGuard.from_states(backend, states, where, readout)
+        return LatentGuard.from_states(backend, states, where, probe)
 
     @staticmethod
     def from_states(
-        backend: Backend, states: States, reading: Reading, readout: Kind = "linear"
+        backend: Backend, states: States, reading: Reading, probe: Kind = "linear"
     ) -> LatentGuard:
-        """Fit a guard on states that were captured already (``fitting.fit_readout``)."""
-        fit = fitting.fit_readout(states, reading, readout, backend.depth)
+        """Fit a guard on states that were captured already (``fitting.fit_probe``)."""
+        fit = fitting.fit_probe(states, reading, probe, backend.depth)
         labels = [bool(p.harmful) for p in states.prompts]
         guard = LatentGuard(
             reading=reading,
-            readout=fit.readout,
-            axes=fitting.fit_axes(states, fit.readout.layers),
+            probe=fit.probe,
+            axes=fitting.fit_axes(states, fit.probe.layers),
             fingerprint=backend.fingerprint,
             platt=fit_platt(fit.held_out, np.array(labels)),
             spread=float(fit.held_out.std()),
             fitted=fitting.provenance(states, fit),
             learnt=torch.tensor([mark(p) for p in states.prompts]),
         )
-        part = states.select(guard.readout.layers)
+        part = states.select(guard.probe.layers)
         guard = guard.with_part(Categories.fit(part, reading.positions, fit.held_out))
         if len(guard.axes) > 1:
             guard = guard.with_part(Quadrants())
-        if readout == "linear":  # the paper's guard reads what is served, and nothing else
-            guard = guard.with_part(Disguises())
+        if probe == "linear":  # the paper's guard reads what is served, and nothing else
+            guard = guard.with_part(Obfuscations())
         return guard.with_canaries(backend, [p.text for p in canary_prompts()])
 
     def with_canaries(self, backend: Backend, texts: Sequence[str] = ()) -> LatentGuard:
@@ -111,7 +111,7 @@ class LatentGuard(Contents):
         max_fpr: float = 0.01,
         review_fpr: float | None = None,
         confidence: float = 0.95,
-        slice_column: str | None = None,
+        segment_column: str | None = None,
         progress: Progress | None = None,
     ) -> LatentGuard:
         """A new guard whose thresholds keep false-positive rates.
@@ -123,7 +123,7 @@ class LatentGuard(Contents):
             max_fpr: Rate at which harmless prompts may be flagged.
             review_fpr: Rate at which they may be flagged or reviewed; None for no review.
             confidence: Of each Clopper-Pearson bound.
-            slice_column: Where the slices of the prompts came from; noted for ``score``.
+            segment_column: Where the segments of the prompts came from; noted for ``score``.
             progress: Called with the number of prompts read.
 
         Long ones are passed over if the guard has windows, which have a threshold of their own.
@@ -138,7 +138,7 @@ class LatentGuard(Contents):
         fewest = smallest_n(max_fpr, confidence)
         require_apart(list(map(self.reading.prepare, known)), self.marks, fewest)
         verdicts = list(self.scan(backend, known, progress=progress))
-        return calibrating.calibrated(self, known, verdicts, rates, slice_column)
+        return calibrating.calibrated(self, known, verdicts, rates, segment_column)
 
     def scan(
         self,
@@ -154,7 +154,7 @@ class LatentGuard(Contents):
             GuardError: if a state is not finite (fail closed).
         """
         self.require_match(backend.fingerprint)
-        known, read = self.part(Disguises) is not None, partial(self._read, backend)
+        known, read = self.part(Obfuscations) is not None, partial(self._read, backend)
         for verdict in read_through(known, numbered(prompts), read, worse):
             if progress is not None:
                 progress(1)
@@ -168,7 +168,7 @@ class LatentGuard(Contents):
         return read_apart(self.part(Windows), prompts, short, long)
 
     def _read_short(self, backend: Backend, prompts: Iterator[Prompt]) -> Iterator[Verdict]:
-        ready, layers = map(self.reading.prepare, prompts), self.readout.layers
+        ready, layers = map(self.reading.prepare, prompts), self.probe.layers
         for states in backend.capture(ready, positions=self.positions, layers=layers):
             yield from self.judge(states)
 
@@ -193,7 +193,7 @@ class LatentGuard(Contents):
     ) -> tuple[States, list[float]]:
         """The states of a prompt, its score and that of each piece as a prompt of its own."""
         rows = with_pieces(prompt, pieces)
-        how = dict(positions=self.positions, layers=self.readout.layers)
+        how = dict(positions=self.positions, layers=self.probe.layers)
         whole, scores = None, list[float]()
         for states in backend.capture(map(self.reading.prepare, rows), **how):  # type: ignore[arg-type]
             whole = whole or replace(states, values=states.values[:1], prompts=states.prompts[:1])
@@ -202,19 +202,19 @@ class LatentGuard(Contents):
         return whole, scores
 
     def scores(self, states: States) -> Float[Tensor, "n"]:
-        """The readout's own scores, without packs, of states captured at ``positions``, float64."""
-        part = states.select(self.readout.layers)
-        return self.readout(fitting.slots(part, self.reading.positions)).double()
+        """The probe's own scores, without packs, of states captured at ``positions``, float64."""
+        part = states.select(self.probe.layers)
+        return self.probe(fitting.slots(part, self.reading.positions)).double()
 
     def raised(self, states: States, scores: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-        """Scores as the parts leave them: the greatest of the readout's and those of the packs."""
+        """Scores as the parts leave them: the greatest of the probe's and those of the packs."""
         for part in self.parts:
             scores = part.adjust(states, scores)
         return scores
 
     def judge(self, states: States, evidence: Sequence[Evidence] = ()) -> Iterator[Verdict]:
-        """Verdicts for states at ``positions``, the readout's layers; evidence is ``examine``'s."""
-        states = states.select(self.readout.layers)
+        """Verdicts for states at ``positions``, the probe's layers; evidence is ``examine``'s."""
+        states = states.select(self.probe.layers)
         beliefs = {axis.name: axis.belief(states.at(axis.position)) for axis in self.axes}
         yield from self.decide(states, self.scores(states), beliefs, evidence)
 
@@ -225,7 +225,7 @@ class LatentGuard(Contents):
         beliefs: Mapping[str, Float[Tensor, "n"]],
         evidence: Sequence[Evidence] = (),
     ) -> list[Verdict]:
-        """Verdicts from the readout's scores and the axes' beliefs; GuardError if not finite."""
+        """Verdicts from the probe's scores and the axes' beliefs; GuardError if not finite."""
         scores = self.raised(states, scores)
         if evidence:
             scores = scores.new_tensor([max(e.score for e in evidence)])

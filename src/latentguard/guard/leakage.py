@@ -79,17 +79,17 @@ def require_apart(prompts: Sequence[Prompt], marks: Iterable[int], fewest: int =
     Args:
         prompts: What is to calibrate.
         marks: Of what was fitted on.
-        fewest: Prompts that a slice needs for a threshold of its own.
+        fewest: Prompts that a segment needs for a threshold of its own.
 
     Raises:
-        GuardError: if more than ``MOST`` of the texts of a label, or of a slice, and more than two,
-            are among them.
+        GuardError: if more than ``MOST`` of the texts of a label or of a segment, and more than
+            two, are among them.
     """
     learnt, harmless = set(marks), [p for p in prompts if not p.harmful]
     groups = {"harmless": harmless, "harmful": [p for p in prompts if p.harmful]}
-    for name in dict.fromkeys(p.slice for p in harmless if p.slice):
-        own = [p for p in harmless if p.slice == name]
-        groups |= {f"harmless (slice '{name}')": own} if len(own) >= fewest else {}
+    for name in dict.fromkeys(p.segment for p in harmless if p.segment):
+        own = [p for p in harmless if p.segment == name]
+        groups |= {f"harmless (segment '{name}')": own} if len(own) >= fewest else {}
     for name, group in groups.items():
         texts = {mark(p) for p in group}
         if (seen := len(texts & learnt)) > max(2, MOST * len(texts)):

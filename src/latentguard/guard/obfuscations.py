@@ -1,4 +1,4 @@
-"""Disguises: a guard reads what is disguised as it stands and undone (``uncover``).
+"""Obfuscations: a guard reads what is disguised as it stands and undone (``uncover``).
 
 The worst reading counts. So nothing that is flagged as it stands is missed for it, and what does
 not look disguised costs nothing and scores as ever.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentguard.guard.verdict import Decision, Part, Verdict
 from latentguard.prompts import Message, Prompt
-from latentguard.text.deobfuscation import DISGUISES, RULES, uncover
+from latentguard.text.deobfuscation import OBFUSCATIONS, RULES, uncover
 
 R = TypeVar("R")
 
@@ -24,10 +24,10 @@ Told = Callable[[Verdict], Verdict]
 
 
 @dataclass(frozen=True)
-class Disguises(Part):
+class Obfuscations(Part):
     """Reads what is disguised once more for each text beneath."""
 
-    name: ClassVar[str] = "disguises"
+    name: ClassVar[str] = "obfuscations"
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See ``Part``; with the rules as they are now, so that other ones are another digest."""
@@ -41,19 +41,19 @@ class Disguises(Part):
     def notes(self) -> list[str]:
         """See ``Part``."""
         return [
-            f"Text that looks disguised ({', '.join(DISGUISES)}) is read as it stands and undone; "
-            "the worst reading counts, and the verdict names what was undone."
+            f"Text that looks obfuscated ({', '.join(OBFUSCATIONS)}) is read as it stands and "
+            "undone; the worst reading counts, and the verdict names what was undone."
         ]
 
 
 Beneath = tuple[Prompt, tuple[str, ...]]
-"""A prompt as it is undone, and the names of the disguises."""
+"""A prompt as it is undone, and the names of the obfuscations."""
 
 
 def beneath(prompt: Prompt, wanted: bool = True) -> list[Beneath]:
     """The prompt with all that the user says undone: once for each text beneath, if there is any.
 
-    Nothing if it is not wanted, since the guard has no ``Disguises``.
+    Nothing if it is not wanted, since the guard has no ``Obfuscations``.
 
     Where several turns are disguised, the first texts beneath go together, and so on.
     """
@@ -88,7 +88,7 @@ def read_through(
     """Yield what is read of each prompt, in order; of disguised ones, the chosen of all readings.
 
     Args:
-        wanted: Whether the guard has ``Disguises``; if not, each is read as it stands.
+        wanted: Whether the guard has ``Obfuscations``; if not, each is read as it stands.
         prompts: Consumed lazily.
         read: Yields one result a prompt, in order.
         choose: Of the result so far, that of what lies beneath, and what to make of a verdict on
@@ -129,6 +129,6 @@ def told(prompt: Prompt, names: tuple[str, ...]) -> Told:
 
     def named(verdict: Verdict) -> Verdict:
         evidence = (replace(e, start=0, end=len(said[e.message])) for e in verdict.evidence)
-        return replace(verdict, disguises=names, evidence=tuple(evidence))
+        return replace(verdict, obfuscations=names, evidence=tuple(evidence))
 
     return named

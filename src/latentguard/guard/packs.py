@@ -27,7 +27,7 @@ from latentguard.guard.chunk_calibration import (
 from latentguard.guard.chunking import Windows
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.leakage import NOTHING, Held, apart, mark
-from latentguard.guard.score_scale import Tail
+from latentguard.guard.score_scale import ScoreScale
 from latentguard.guard.thresholds import Calibration
 from latentguard.probes.fitting import slots
 from latentguard.prompts import Prompt
@@ -136,7 +136,7 @@ def capture(
 ) -> States:
     """The states of labelled prompts where the guard reads them."""
     ready = map(guard.reading.prepare, prompts)
-    how = dict(positions=guard.reading.positions, layers=guard.readout.layers)
+    how = dict(positions=guard.reading.positions, layers=guard.probe.layers)
     return States.collect(backend.capture(ready, **how, progress=progress))  # type: ignore[arg-type]
 
 
@@ -154,11 +154,11 @@ def with_pack(
         states: Of its examples and of harmless prompts.
         held: Marks of those of the latter that are the user's own.
     """
-    categories, part = _categories(guard), states.select(guard.readout.layers)
+    categories, part = _categories(guard), states.select(guard.probe.layers)
     harmful = [bool(p.harmful) for p in part.prompts]
     groups = [p.text for p in part.prompts]
     fit = fit_directions(slots(part, categories.reads), {name: harmful}, groups)
-    tail = Tail.of(fit.held_out[[not h for h in harmful], 0])
+    tail = ScoreScale.of(fit.held_out[[not h for h in harmful], 0])
     count = sum(harmful)
     made = (count, len(harmful) - count, digest_prompts(part.prompts))
     learnt = tuple(mark(p) for p in part.prompts if p.harmful)
@@ -184,7 +184,7 @@ def recalibrated(
         max_fpr=rate.max_fpr,
         review_fpr=part.common.review.max_fpr if part and part.common.review else None,
         confidence=rate.confidence,
-        slice_column=part.column if part else None,
+        segment_column=part.column if part else None,
         progress=progress,
     )
     if not long:
@@ -266,12 +266,12 @@ def _require_enough(guard: LatentGuard, rate: Bound, calm: Sequence[Prompt], whi
             f"({which}). Give more with --harmless."
         )
     part = guard.part(Calibration)
-    for name in part.slices if part else ():
-        if (found := sum(p.slice == name for p in _short(guard, calm))) < needed:
+    for name in part.segments if part else ():
+        if (found := sum(p.segment == name for p in _short(guard, calm))) < needed:
             raise GuardError(
-                f"The slice '{name}' has a threshold of its own, which needs {needed} harmless "
+                f"The segment '{name}' has a threshold of its own, which needs {needed} harmless "
                 f"prompts to calibrate on; found {found} ({which}). Give more with --harmless, "
-                "with the slice of each in its column."
+                "with the segment of each in its column."
             )
     _long(guard, calm)
 

@@ -9,7 +9,7 @@ from itertools import chain, tee
 from latentguard.errors import GuardError
 from latentguard.guard.chunking import Windows
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Disguises, Told, read_through, worse
+from latentguard.guard.obfuscations import Obfuscations, Told, read_through, worse
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt, numbered
 from latentguard.states import Backend, Progress
@@ -49,7 +49,7 @@ def scan_many(
             raise GuardError(
                 "A guard with windows reads long prompts in passes of its own: scan with it alone."
             )
-    known = [guard.part(Disguises) is not None for guard in panel]
+    known = [guard.part(Obfuscations) is not None for guard in panel]
 
     def choose(one: Verdicts, other: Verdicts, named: Told) -> Verdicts:
         pairs = zip(one, other, known, strict=True)
@@ -84,7 +84,7 @@ def _together(
 ) -> Iterator[Verdicts]:
     """One pass for guards that read the same text."""
     positions = tuple(dict.fromkeys(name for guard in panel for name in guard.positions))
-    layers = sorted({layer for guard in panel for layer in guard.readout.layers})
+    layers = sorted({layer for guard in panel for layer in guard.probe.layers})
     ready = map(panel[0].reading.prepare, prompts)
     for states in backend.capture(ready, positions=positions, layers=layers):
         yield from zip(*(guard.judge(states) for guard in panel), strict=True)

@@ -109,7 +109,7 @@ def _noted(prompts: Iterator[Prompt], marks: TextIO) -> Iterator[Prompt]:
 
 def _mark(prompt: Prompt) -> str:
     """What tells a prompt from another, on one line."""
-    return json.dumps([prompt.id, digest_prompts([prompt]), prompt.slice])
+    return json.dumps([prompt.id, digest_prompts([prompt]), prompt.segment])
 
 
 def _write_line(file: TextIO, line: str) -> None:

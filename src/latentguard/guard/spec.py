@@ -22,17 +22,17 @@ from latentguard.guard.canaries import Canary
 from latentguard.guard.categories import Categories
 from latentguard.guard.chunking import Windows
 from latentguard.guard.leakage import NOTHING, Held
-from latentguard.guard.obfuscations import Disguises
+from latentguard.guard.obfuscations import Obfuscations
 from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.thresholds import Calibration
 from latentguard.guard.verdict import Part
 from latentguard.probes.axis import Axis
-from latentguard.probes.probe import Readout
+from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
 from latentguard.states import Fingerprint, Reading
 from latentguard.stats.metrics import Bound
 
-PARTS: list[type[Part]] = [Disguises, Windows, Calibration, Quadrants, Categories]
+PARTS: list[type[Part]] = [Obfuscations, Windows, Calibration, Quadrants, Categories]
 """Every optional part that there is, in the order in which they judge."""
 
 P = TypeVar("P", bound=Part)
@@ -45,7 +45,7 @@ class Contents:
     reading: Reading
     """Where it reads."""
 
-    readout: Readout
+    probe: Probe
     """How states become a score."""
 
     axes: tuple[Axis, ...]
@@ -109,7 +109,7 @@ class Contents:
 
     @property
     def positions(self) -> tuple[str, ...]:
-        """Every position that the readout, an axis or a part reads."""
+        """Every position that the probe, an axis or a part reads."""
         read = [*self.reading.positions, *(axis.position for axis in self.axes)]
         return tuple(dict.fromkeys([*read, *(p for part in self.parts for p in part.positions)]))
 
@@ -140,7 +140,7 @@ class Contents:
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What JSON can hold, and tensors."""
         packed = {part.name: part.pack() for part in self.parts}
-        tensors = {"weight": self.readout.weight, "learnt": self.learnt}
+        tensors = {"weight": self.probe.weight, "learnt": self.learnt}
         for axis in self.axes:
             tensors |= {f"{axis.name}.{pole}": getattr(axis, pole) for pole in POLES}
         for name, (_, held) in packed.items():
@@ -148,9 +148,7 @@ class Contents:
         record = {
             "fingerprint": asdict(self.fingerprint),
             "reading": asdict(self.reading),
-            "readout": dict(
-                kind=self.readout.kind, layers=self.readout.layers, bias=self.readout.bias
-            ),
+            "probe": dict(kind=self.probe.kind, layers=self.probe.layers, bias=self.probe.bias),
             "axes": [dict(name=a.name, position=a.position, counts=a.counts) for a in self.axes],
             "threshold": self.threshold,
             "bound": asdict(self.bound) if self.bound else None,
@@ -185,11 +183,11 @@ class Contents:
             LookupError, TypeError, ValueError, AttributeError, GuardError: if it is damaged.
         """
         require_sound(record, tensors)
-        readout, reading, (slope, intercept) = record["readout"], record["reading"], record["platt"]
-        layers = tuple(readout["layers"])
+        probe, reading, (slope, intercept) = record["probe"], record["reading"], record["platt"]
+        layers = tuple(probe["layers"])
         return cls(
             reading=Reading(reading["name"], tuple(reading["positions"])),
-            readout=Readout(readout["kind"], layers, tensors["weight"], float(readout["bias"])),
+            probe=Probe(probe["kind"], layers, tensors["weight"], float(probe["bias"])),
             axes=tuple(_axis(axis, layers, tensors) for axis in record["axes"]),
             fingerprint=Fingerprint(**record["fingerprint"]),
             platt=(float(slope), float(intercept)),

@@ -1,6 +1,6 @@
 """Calibration: what each part of the traffic may be flagged at, and what a score is worth.
 
-A threshold is the guard's own for all traffic, and another for each slice of it (a language, a
+A threshold is the guard's own for all traffic, and another for each segment of it (a language, a
 product, a client) that has prompts enough for the promise. Between two rates lies a band to be
 reviewed: ``block`` above the threshold, ``review`` above the lower one, else ``allow``.
 """
@@ -27,7 +27,7 @@ from latentguard.states import States
 from latentguard.stats.metrics import Bound, smallest_n, threshold_for_fpr
 
 KEPT = 10_000
-"""Scores of a slice that are kept, at the most; evenly spaced among the sorted ones beyond that."""
+"""Most scores of a segment that are kept; evenly spaced among the sorted ones beyond that."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Calibration(Part):
-    """Thresholds by slice, a band to review, a map to probabilities."""
+    """Thresholds by segment, a band to review, a map to probabilities."""
 
     name = "calibration"
 
@@ -92,10 +92,10 @@ class Calibration(Part):
     """Of all traffic; ``block`` is the guard's own threshold."""
 
     column: str | None = None
-    """The column that names the slice of a prompt."""
+    """The column that names the segment of a prompt."""
 
-    slices: dict[str, Limits] = field(default_factory=dict)
-    """Of the slices that have prompts enough."""
+    segments: dict[str, Limits] = field(default_factory=dict)
+    """Of the segments that have prompts enough."""
 
     small: dict[str, int] = field(default_factory=dict)
     """Slices that have too few harmless prompts, with their number: the common limits hold."""
@@ -123,18 +123,18 @@ class Calibration(Part):
         """
         rows: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
-            if prompt.slice is not None:
-                rows.setdefault(prompt.slice, []).append(row)
+            if prompt.segment is not None:
+                rows.setdefault(prompt.segment, []).append(row)
         found = {s: Limits.of(scores[r], rates) for s, r in rows.items() if len(r) >= rates.fewest}
         small = {s: len(r) for s, r in rows.items() if s not in found}
         return Calibration(Limits.of(scores, rates), column, found, small)
 
     def limits(self, part: str | None) -> Limits:
-        """The limits of a slice; the common ones if it has none of its own."""
-        return self.slices.get(part or "", self.common)
+        """The limits of a segment; the common ones if it has none of its own."""
+        return self.segments.get(part or "", self.common)
 
     def judge(self, states: States, verdicts: Sequence[Verdict]) -> list[Verdict]:
-        """Decide by the slice of each prompt; see a probability in each score."""
+        """Decide by the segment of each prompt; see a probability in each score."""
         return self.decide(states.prompts, verdicts)
 
     def decide(self, prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -151,7 +151,7 @@ class Calibration(Part):
     def _decision(self, prompt: Prompt, verdict: Verdict) -> Decision:
         if verdict.evidence:  # a long prompt or a chat, whose windows have a threshold of their own
             return "block" if verdict.flagged else "allow"
-        limits = self.limits(prompt.slice)
+        limits = self.limits(prompt.segment)
         own = verdict.score > limits.block.threshold
         if verdict.flagged if limits is self.common else own:  # the common one is the guard's
             return "block"
@@ -163,8 +163,8 @@ class Calibration(Part):
         return replace(self, knots=None, reliability=None, moved=True)
 
     def tables(self) -> list[Table]:
-        """Thresholds by slice and, if they were calibrated, probabilities by bin."""
-        rows = [_row(name, one) for name, one in {"all": self.common, **self.slices}.items()]
+        """Thresholds by segment and, if they were calibrated, probabilities by bin."""
+        rows = [_row(name, one) for name, one in {"all": self.common, **self.segments}.items()]
         rows += [(name, n, *["as all"] * 2, *[""] * 2) for name, n in self.small.items()]
         heads = ("traffic", "n", "block above", "flagged", "review above", "flagged or reviewed")
         note = (
@@ -183,15 +183,15 @@ class Calibration(Part):
         return [table.markdown() for table in self.tables()]
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Bounds as JSON, scores as tensors, slices by number."""
-        limits = [self.common, *self.slices.values()]
+        """Bounds as JSON, scores as tensors, segments by number."""
+        limits = [self.common, *self.segments.values()]
         record = {
             "limits": [
                 dict(block=asdict(one.block), review=one.review and asdict(one.review))
                 for one in limits
             ],
             "column": self.column,
-            "slices": list(self.slices),
+            "segments": list(self.segments),
             "small": self.small,
             "knots": self.knots and asdict(self.knots),
             "reliability": self.reliability and asdict(self.reliability),
@@ -202,7 +202,7 @@ class Calibration(Part):
     @classmethod
     def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
         """Read what ``pack`` packed."""
-        common, *slices = (
+        common, *segments = (
             Limits(
                 _bound(one["block"]),
                 _bound(one["review"]) if one["review"] else None,
@@ -214,7 +214,7 @@ class Calibration(Part):
         return cls(
             common=common,
             column=record["column"],
-            slices=dict(zip(record["slices"], slices, strict=True)),
+            segments=dict(zip(record["segments"], segments, strict=True)),
             small=dict(record["small"]),
             knots=None if knots is None else Knots.unpack(knots),
             reliability=None if reliability is None else Reliability.unpack(reliability),

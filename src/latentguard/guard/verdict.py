@@ -54,7 +54,7 @@ class Verdict:
     """Of the prompt."""
 
     score: float
-    """Higher is more harmful; the unit is the readout's own."""
+    """Higher is more harmful; the unit is the probe's own."""
 
     probability: float
     """Probability of harmful where both classes are equally frequent."""
@@ -81,7 +81,7 @@ class Verdict:
     """Of a long prompt or a chat: the most harmful piece of each turn of the user, oldest first.
     The greatest of their scores is the score. Empty for a short prompt."""
 
-    disguises: tuple[str, ...] = ()
+    obfuscations: tuple[str, ...] = ()
     """What was undone to find this score; empty where the text as it stands scores as high."""
 
 

@@ -26,7 +26,7 @@ HUB_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class CachedModel:
+class StoredModel:
     """A model that is ready on this disk."""
 
     name: str
@@ -62,16 +62,16 @@ def resolve(source: str) -> str:
     return source
 
 
-def cached_models() -> Iterator[CachedModel]:
+def stored_models() -> Iterator[StoredModel]:
     """The models in latentguard's own cache, then the chat models in the Hub's cache."""
     for folder in sorted((cache_folder() / "models").glob("*")):
         if (folder / "config.json").exists() and PARTIAL not in folder.name:
             name = DEFAULT if folder.name == DEFAULT else str(folder)
-            yield CachedModel(name, folder, _size(folder))
+            yield StoredModel(name, folder, _size(folder))
     yield from _hub_models()
 
 
-def _hub_models() -> Iterator[CachedModel]:
+def _hub_models() -> Iterator[StoredModel]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -81,7 +81,7 @@ def _hub_models() -> Iterator[CachedModel]:
         return
     for repo in sorted(repos, key=lambda r: r.repo_id):
         if repo.repo_type == "model":
-            yield CachedModel(repo.repo_id, repo.repo_path, repo.size_on_disk)
+            yield StoredModel(repo.repo_id, repo.repo_path, repo.size_on_disk)
 
 
 def _size(folder: Path) -> int:

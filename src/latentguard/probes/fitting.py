@@ -1,4 +1,4 @@
-"""Fitting: labelled states -> readout, axes and probabilities."""
+"""Fitting: labelled states -> probe, axes and probabilities."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def capture(
     return States.collect(batches)
 
 
-def fit_readout(states: States, reading: Reading, kind: Kind, depth: int) -> Fit:
-    """Fit a readout on labelled states at the reading's positions.
+def fit_probe(states: States, reading: Reading, kind: Kind, depth: int) -> Fit:
+    """Fit a probe on labelled states at the reading's positions.
 
     Args:
-        states: At the layers that such a readout reads (``layers_of``), and others if you like.
+        states: At the layers that such a probe reads (``layers_of``), and others if you like.
         reading: Which positions.
-        kind: Which readout.
+        kind: Which probe.
         depth: Of the model, in blocks.
 
     Raises:
@@ -155,4 +155,4 @@ def _fit_centroid(states: States, reading: Reading) -> Fit:
     layers = states.layers * len(reading.positions)
     flat = replace(states, values=values[:, None], positions=("slots",), layers=layers)
     fit = fit_centroid(Axis.fit(flat, "slots"), values)
-    return replace(fit, readout=replace(fit.readout, layers=states.layers))
+    return replace(fit, probe=replace(fit.probe, layers=states.layers))

@@ -1,7 +1,7 @@
-"""Readouts: states [n l d] -> scores [n], each one einsum and one bias.
+"""Probes: states [n l d] -> scores [n], each one einsum and one bias.
 
 ``centroid`` is the paper's rule (equations 2 to 4): the mean over layers of the difference of
-cosines. ``linear`` is a regularised linear readout: ridge regression on the states of a
+cosines. ``linear`` is a regularised linear probe: ridge regression on the states of a
 band of layers, standardised per layer; its strength comes from cross-validation over
 pair-disjoint folds of the training data, with a bias to strong penalties (``choose``).
 """
@@ -30,16 +30,16 @@ STRENGTHS = (1.0, 3.0, 10.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the Gram matrix."""
 
 BAND = (0.33, 0.67)
-"""The layers of a linear readout, as shares of the depth; other bands in the middle do as well
+"""The layers of a linear probe, as shares of the depth; other bands in the middle do as well
 (docs/detection.md), and a pass is left behind the last layer that is read."""
 
 SLACK = 0.02
 """Cross-validated AUROC that may be given up for a stronger penalty: folds are written by the same
-people, traffic is not, and what carries over to other people's prompts is the smoother readout."""
+people, traffic is not, and what carries over to other people's prompts is the smoother probe."""
 
 
 @dataclass(frozen=True, eq=False)
-class Readout:
+class Probe:
     """A compiled rule: ``score = sum_l f(h_l) . weight_l + bias``."""
 
     kind: Kind
@@ -66,35 +66,35 @@ class Readout:
 
 
 def require_kind(kind: str) -> None:
-    """Raise ``GuardError`` unless there is such a readout."""
+    """Raise ``GuardError`` unless there is such a probe."""
     if kind not in get_args(Kind):
-        raise GuardError(f"There is no readout '{kind}': expected {' or '.join(get_args(Kind))}.")
+        raise GuardError(f"There is no probe '{kind}': expected {' or '.join(get_args(Kind))}.")
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A readout with what cross-validation says of it."""
+    """A probe with what cross-validation says of it."""
 
-    readout: Readout
+    probe: Probe
     """Fitted on all training states."""
 
     held_out: NDArray[np.float64]
-    """Score of each training prompt by readouts that did not see its fold, [n]."""
+    """Score of each training prompt by probes that did not see its fold, [n]."""
 
     choices: dict[str, float | str]
     """What was chosen, and its cross-validated AUROC."""
 
 
-def centroid(axis: Axis) -> Readout:
+def centroid(axis: Axis) -> Probe:
     """The paper's rule: mean_l [cos(h, c+) - cos(h, c-)] = mean_l [h / |h| . (c+ - c-)]."""
     weight = normalize(axis.positive, dim=-1) - normalize(axis.negative, dim=-1)
-    return Readout("centroid", axis.layers, weight / len(axis.layers), 0.0)
+    return Probe("centroid", axis.layers, weight / len(axis.layers), 0.0)
 
 
 def fit_centroid(axis: Axis, states: Float[Tensor, "n l d"]) -> Fit:
     """The paper's rule with its scores on the states it was fitted on (it has nothing to tune)."""
-    readout = centroid(axis)
-    return Fit(readout, readout(states).double().numpy(), {})
+    probe = centroid(axis)
+    return Fit(probe, probe(states).double().numpy(), {})
 
 
 def fit_linear(
@@ -105,7 +105,7 @@ def fit_linear(
     *,
     seed: int = 0,
 ) -> Fit:
-    """Fit the linear readout.
+    """Fit the linear probe.
 
     Args:
         states: Training states.
@@ -120,8 +120,8 @@ def fit_linear(
     y = torch.tensor(labels, dtype=torch.bool)
     if min(int(y.sum()), int((~y).sum())) < 10:
         raise GuardError(
-            f"A linear readout needs at least 10 prompts of each class; found {int(y.sum())} "
-            f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid readout."
+            f"A linear probe needs at least 10 prompts of each class; found {int(y.sum())} "
+            f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid probe."
         )
     design, folds = balanced(states, y), folds_of(groups, seed)
     tried = {strength: _solved(design, strength, folds) for strength in STRENGTHS}
@@ -134,7 +134,7 @@ def fit_linear(
         "strength": strength,
         "cross_validated_auroc": round(figures[strength], 4),
     }
-    return Fit(Readout("linear", band, weight, bias), held_out, choices)
+    return Fit(Probe("linear", band, weight, bias), held_out, choices)
 
 
 def _solved(
@@ -159,6 +159,6 @@ def balanced(states: Float[Tensor, "n s d"], y: Bool[Tensor, "n"]) -> Design:
 
 
 def layers_of(kind: Kind, depth: int, band: tuple[float, float] = BAND) -> tuple[int, ...]:
-    """The layers that a readout reads: a band, or all blocks (the paper); 0 has no context."""
+    """The layers that a probe reads: a band, or all blocks (the paper); 0 has no context."""
     low, high = (share * depth for share in (band if kind == "linear" else (0, 1)))
     return tuple(k for k in range(1, depth + 1) if low <= k <= high) or (depth,)

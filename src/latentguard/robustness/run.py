@@ -111,7 +111,7 @@ def _scores(trial: Trial, prompts: Sequence[Prompt], advance: Progress) -> Score
     for at in range(0, len(prompts), size):
         part = prompts[at : at + size]
         key = ["stress", trial.digest, digest_prompts(part)]
-        found += trial.subject.remember(key, partial(_scan, trial, part))
+        found += trial.subject.cached(key, partial(_scan, trial, part))
         advance(sum(len(p.text) for p in part))
     return np.array(found)
 
@@ -154,7 +154,7 @@ def _changed(
 
 
 def _summary(guard: LatentGuard) -> str:
-    reads = f"{', '.join(guard.reading.positions)} with a {guard.readout.kind} readout"
+    reads = f"{', '.join(guard.reading.positions)} with a {guard.probe.kind} probe"
     return f"The guard reads {reads}. Its threshold is {guard.threshold:.4g}: {guard.promise}."
 
 

@@ -19,10 +19,10 @@ from latentguard.models.quantize import quantised
 from latentguard.prompts import Prompt
 from latentguard.states import digest_prompts
 from latentguard.study import labelling
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import fit_axes
 from latentguard.study.figures.figure_07_finetuning.pairs import Pair, harmful_pairs
-from latentguard.study.prompt_groups import Pools, contrast_pools
+from latentguard.study.prompt_groups import PromptPools, contrast_pools
 from latentguard.study.settings import read_settings
 
 FAMILY = "changed weights"
@@ -43,7 +43,7 @@ class Trial:
     model: ChatModel
     """Its model."""
 
-    subject: Subject
+    subject: CachedModel
     """The same model with its memory and its progress bar."""
 
     @cached_property
@@ -128,7 +128,7 @@ def look(change: Change, trial: Trial, prompts: Sequence[Prompt]) -> Seen:
 
     how = [change.name, asdict(SETTINGS)]
     parts = ["stress, weights", trial.digest, how, digest_prompts(prompts)]
-    return Seen(**trial.subject.remember(parts, compute))
+    return Seen(**trial.subject.cached(parts, compute))
 
 
 @contextmanager
@@ -138,12 +138,12 @@ def _finetuned(trial: Trial) -> Iterator[ChatModel]:
         yield attacked
 
 
-def _pairs(subject: Subject) -> list[Pair]:
+def _pairs(subject: CachedModel) -> list[Pair]:
     """The study's pairs, made of built-in prompts outside the test split."""
     every = contrast_pools()
-    pools = Pools(every.harmful, every.harmless)
+    pools = PromptPools(every.harmful, every.harmless)
     asked = labelling.collect(subject, pools, SETTINGS)
-    material = labelling.material_of(asked, pools, SETTINGS)
+    material = labelling.prompt_groups_of(asked, pools, SETTINGS)
     axes = fit_axes(subject, material, enough=SETTINGS.enough)
     if axes.refuse is None:
         raise GuardError(f"Nothing was fine-tuned: {axes.note}.")

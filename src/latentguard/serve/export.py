@@ -28,7 +28,7 @@ def describe(guard: LatentGuard) -> dict[str, Any]:
     band = calibration and calibration.common.review
     return {
         "reading": guard.reading.name,
-        "layers": list(guard.readout.layers),
+        "layers": list(guard.probe.layers),
         "axes": [axis.name for axis in guard.axes],
         "threshold": guard.threshold,
         "review": band.threshold if band else None,
@@ -56,7 +56,7 @@ def static_page(
     results = [
         asdict(one.verdict)
         | dict(text=prompt.text, by_layer=one.by_layer)
-        | dict(layers=list(guard.readout.layers))
+        | dict(layers=list(guard.probe.layers))
         | dict(tokens=[asdict(token) for token in trace(guard, model, prompt)])
         for prompt, one in zip(prompts, found, strict=True)
     ]

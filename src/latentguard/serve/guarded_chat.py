@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Disguises, beneath
+from latentguard.guard.obfuscations import Obfuscations, beneath
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation, Sampling
 from latentguard.prompts import Prompt
@@ -101,7 +101,7 @@ class Talk:
 
     def _read(self, guard: LatentGuard, model: ChatModel) -> Judgement | GuardError:
         positions = guard.positions if _read_alone(guard, self.prompt) else ()
-        said = Conversation(model, self.prompt, positions=positions, layers=guard.readout.layers)
+        said = Conversation(model, self.prompt, positions=positions, layers=guard.probe.layers)
         self._conversation, self._pieces = said, said.pieces(self.sampling)
         try:
             states = said.states
@@ -119,6 +119,6 @@ def _read_alone(guard: LatentGuard, prompt: Prompt) -> bool:
     """
     return (
         guard.reading.prepare(prompt) == prompt
-        and not beneath(prompt, guard.part(Disguises) is not None)
+        and not beneath(prompt, guard.part(Obfuscations) is not None)
         and not guard.reads_pieces(prompt)
     )

@@ -52,7 +52,7 @@ class Scores(BaseModel):
     beliefs: dict[str, float]
     category: str | None
     category_scores: dict[str, float]
-    disguises: list[str]
+    obfuscations: list[str]
 
 
 class ModerationResult(BaseModel):
@@ -109,7 +109,7 @@ class ScoreResult(BaseModel):
     by_layer: dict[str, list[float]]
     quadrant: str | None
     evidence: list[Evidence]
-    disguises: list[str]
+    obfuscations: list[str]
     tokens: list[TokenBelief] | None
 
 
@@ -153,7 +153,7 @@ def routes(service: Service) -> APIRouter:
             id=_id("score", case),
             model=service.guard_name,
             threshold=guard.threshold,
-            layers=list(guard.readout.layers),
+            layers=list(guard.probe.layers),
             results=results,
         )
 
@@ -193,7 +193,7 @@ def moderation_result(guard: LatentGuard, judgement: Judgement) -> ModerationRes
         beliefs=verdict.beliefs,
         category=verdict.category,
         category_scores=verdict.category_scores,
-        disguises=list(verdict.disguises),
+        obfuscations=list(verdict.obfuscations),
     )
     return ModerationResult(
         flagged=verdict.flagged,
@@ -230,7 +230,7 @@ def _score(judgement: Judgement) -> ScoreResult:
         by_layer=judgement.by_layer,
         quadrant=verdict.quadrant,
         evidence=list(verdict.evidence),
-        disguises=list(verdict.disguises),
+        obfuscations=list(verdict.obfuscations),
         tokens=None,
     )
 

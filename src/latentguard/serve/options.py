@@ -28,8 +28,8 @@ class Options:
     refusal: str = "I can't help with that."
     """What a blocked chat is answered with."""
 
-    slice_header: str | None = None
-    """The request header that names the slice of the traffic; None judges all by the common
+    segment_header: str | None = None
+    """The request header that names the segment of the traffic; None judges all by the common
     thresholds. Whoever sets it picks the threshold, so it has to come from a gateway."""
 
     name: str = "latentguard"

@@ -108,7 +108,9 @@ def note_of(case: Case, judged: Judged) -> dict[str, Any]:
     )
     if case.service.options.on_review != "pass":
         known["decision"] = verdict.decision
-    where = dict(beliefs=verdict.beliefs, quadrant=verdict.quadrant, disguises=verdict.disguises)
+    where = dict(
+        beliefs=verdict.beliefs, quadrant=verdict.quadrant, obfuscations=verdict.obfuscations
+    )
     return {"latentguard": known | where | {"threshold": judged.threshold}}
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
 from latentguard.guard.chunking import Windows, read_apart
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Disguises, Told, read_through, worse
+from latentguard.guard.obfuscations import Obfuscations, Told, read_through, worse
 from latentguard.guard.thresholds import Calibration
 from latentguard.guard.verdict import Evidence, Verdict
 from latentguard.models.chat_model import ChatModel
@@ -33,7 +33,7 @@ class Judgement:
     """Equation 2 for each axis, over the guard's layers."""
 
     threshold: float
-    """What the score was held against: that of the prompt's slice, if it has its own."""
+    """What the score was held against: that of the prompt's segment, if it has its own."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -
         PromptError: if a prompt is empty or too long.
         GuardError: if a state is not finite.
     """
-    known, read = guard.part(Disguises) is not None, partial(_judge_all, guard, model)
+    known, read = guard.part(Obfuscations) is not None, partial(_judge_all, guard, model)
     return list(read_through(known, prompts, read, _worse))
 
 
@@ -65,7 +65,7 @@ def _judge_all(
 
     def short(rows: Iterator[Prompt]) -> Iterator[Judgement]:
         ready = map(guard.reading.prepare, rows)
-        how = dict(positions=guard.positions, layers=guard.readout.layers)
+        how = dict(positions=guard.positions, layers=guard.probe.layers)
         for states in model.capture(ready, **how):  # type: ignore[arg-type]
             yield from judge_states(guard, states)
 
@@ -120,7 +120,7 @@ def judge_states(
 ) -> list[Judgement]:
     """Judge states that were captured already."""
     verdicts = list(guard.judge(states, evidence))
-    part = states.select(guard.readout.layers)
+    part = states.select(guard.probe.layers)
     layers = {axis.name: axis.layer_beliefs(part.at(axis.position)).tolist() for axis in guard.axes}
     return [
         Judgement(
@@ -133,11 +133,11 @@ def judge_states(
 
 
 def limit_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
-    """What a verdict's score was held against: its slice's threshold, if that has its own."""
+    """What a verdict's score was held against: its segment's threshold, if that has its own."""
     known = guard.part(Calibration)
     if known is None or verdict.evidence:  # windows have one threshold, told on the guard's scale
         return guard.threshold
-    limits = known.limits(prompt.slice)
+    limits = known.limits(prompt.segment)
     return guard.threshold if limits is known.common else limits.block.threshold
 
 

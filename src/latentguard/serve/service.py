@@ -103,12 +103,12 @@ class Case:
         self._request = request
         self.id: str = request.state.request
         self.client: str = request.state.client
-        header = service.options.slice_header
-        self.slice = (request.headers.get(header) or None) if header else None
+        header = service.options.segment_header
+        self.segment = (request.headers.get(header) or None) if header else None
 
     def placed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts in the slice that the request names."""
-        return [replace(prompt, slice=self.slice) for prompt in prompts]
+        """The prompts in the segment that the request names."""
+        return [replace(prompt, segment=self.segment) for prompt in prompts]
 
     async def judge(self, prompts: Sequence[Prompt]) -> list[Judgement]:
         """Judge prompts; a fault is noted, then raised."""
@@ -140,7 +140,7 @@ class Case:
             self._line(prompt, action)
             | dict(score=verdict.score, probability=verdict.probability)
             | dict(flagged=verdict.flagged, decision=verdict.decision, beliefs=verdict.beliefs)
-            | dict(disguises=verdict.disguises)
+            | dict(obfuscations=verdict.obfuscations)
             for prompt, verdict, action in zip(prompts, verdicts, actions, strict=True)
         ]
         await self._write(lines)
@@ -162,8 +162,8 @@ class Case:
             action=action,
             ms=round(1000 * (perf_counter() - self.began), 2),
         )
-        if self.service.options.slice_header:
-            line["slice"] = prompt.slice
+        if self.service.options.segment_header:
+            line["segment"] = prompt.segment
         if audit.texts:
             line["text"] = prompt.text
         return line

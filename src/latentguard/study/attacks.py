@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from latentguard.prompts import Prompt
-from latentguard.study.prompt_groups import Material, spread
+from latentguard.study.prompt_groups import PromptGroups, spread
 
 SLOT = "{instruction}"
 
@@ -98,14 +98,14 @@ class Wave:
     """Whether t_inst is the wrapper's token instead of the instruction's."""
 
 
-def outside(material: Material) -> list[Prompt]:
+def outside(material: PromptGroups) -> list[Prompt]:
     """Given attacks on requests that are in no centroid."""
     centroid = [p for group in material.fit.values() for p in group if p.harmful]
     return [p for p in material.pools.jailbreaks if not holds(p, centroid)]
 
 
 def given_waves(
-    material: Material, harmless: Sequence[Prompt], most: int, *, seed: int = 0
+    material: PromptGroups, harmless: Sequence[Prompt], most: int, *, seed: int = 0
 ) -> Iterator[Wave]:
     """At most so many given attacks of each kind, that no centroid knows.
 

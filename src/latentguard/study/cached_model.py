@@ -1,4 +1,4 @@
-"""Subject: the model under study, with a memory of what it held and what it said.
+"""CachedModel: the model under study, with a memory of what it held and what it said.
 
 Every experiment asks the subject; the subject asks the model only for what the store lacks, in
 fixed chunks, each kept as it is done. So a killed study goes on where it stopped, batches are the
@@ -76,7 +76,7 @@ class Tools:
     """Baseline guard models by name (Table 3)."""
 
 
-class Subject:
+class CachedModel:
     """A model and its memory."""
 
     def __init__(
@@ -180,7 +180,7 @@ class Subject:
         """Whether each reply is a refusal; None where the judge cannot tell (empty or cut)."""
         return tuple(refused(self.judge(reply)) for reply in replies)
 
-    def remember(self, parts: Sequence[Any], compute: Callable[[], Any]) -> Any:
+    def cached(self, parts: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """What ``compute`` returned when it was last asked for these parts; JSON types only."""
         key = key_of("memory", self.name, *parts)
         found = self.store.get([key])

@@ -15,8 +15,8 @@ from torch import Tensor
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Intervention, Tokens
-from latentguard.study.cached_model import Subject
-from latentguard.study.prompt_groups import Material, kept
+from latentguard.study.cached_model import CachedModel
+from latentguard.study.prompt_groups import PromptGroups, kept
 
 Which = Literal["harmful", "refuse"]
 """Names of the two axes."""
@@ -36,14 +36,14 @@ class Axes:
     """What they were fitted on, with n."""
 
 
-def refusals_suffice(material: Material, enough: int) -> bool:
+def refusals_suffice(material: PromptGroups, enough: int) -> bool:
     """Whether there are prompts enough for the paper's centroids, which need refused ones."""
     return (
         min(len(kept(material.fit, g)) for g in ("refused_harmful", "accepted_harmless")) >= enough
     )
 
 
-def fit_axes(subject: Subject, material: Material, *, enough: int = 10) -> Axes:
+def fit_axes(subject: CachedModel, material: PromptGroups, *, enough: int = 10) -> Axes:
     """Fit both axes on the prompts that the material sets apart for it.
 
     Refused harmful prompts as in appendix B; the harmless ones are the plain ones alone, where the
@@ -128,7 +128,7 @@ class Way:
 
 
 def steer_each(
-    subject: Subject,
+    subject: CachedModel,
     prompts: Sequence[Prompt],
     ways: Sequence[Way],
     axes: Axes,
@@ -143,7 +143,7 @@ def steer_each(
         ways: How it is steered.
         axes: Along what.
         layers: At which layers, one at a time.
-        how: ``what``, ``max_new_tokens`` and ``watch`` of ``Subject.replies``.
+        how: ``what``, ``max_new_tokens`` and ``watch`` of ``CachedModel.replies``.
 
     Returns:
         The unsteered replies, [n], and those of each way, [draws][layers][n].

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from latentguard.prompts import Group, Prompt
 from latentguard.report.document import Section, Table
 from latentguard.stats.metrics import proportion
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Outcome, refused
-from latentguard.study.prompt_groups import Material, Pools, is_fit_side, spread, twins
+from latentguard.study.prompt_groups import PromptGroups, PromptPools, is_fit_side, spread, twins
 from latentguard.study.settings import Settings
 
 ASKED = ("harmful", "harmless", "over_refusal", "held_out")
@@ -30,7 +30,7 @@ class Asked:
     """One pool, asked."""
 
     pool: str
-    """Its name in ``Pools``."""
+    """Its name in ``PromptPools``."""
 
     prompts: tuple[Prompt, ...]
     """With ``refused`` set; None where the reply says neither."""
@@ -39,7 +39,7 @@ class Asked:
     """What each reply is."""
 
 
-def collect(subject: Subject, pools: Pools, settings: Settings) -> list[Asked]:
+def collect(subject: CachedModel, pools: PromptPools, settings: Settings) -> list[Asked]:
     """Ask every pool, unsteered, and judge the replies."""
     asked = []
     for name in ASKED:
@@ -53,7 +53,9 @@ def collect(subject: Subject, pools: Pools, settings: Settings) -> list[Asked]:
     return asked
 
 
-def material_of(asked: Sequence[Asked], pools: Pools, settings: Settings) -> Material:
+def prompt_groups_of(
+    asked: Sequence[Asked], pools: PromptPools, settings: Settings
+) -> PromptGroups:
     """Sort the prompts into groups; centroids and tests never share a prompt or its twin."""
     rows = {p.text: p for one in asked for p in one.prompts}
     plain = {p.text for one in asked if one.pool in ("harmful", "harmless") for p in one.prompts}
@@ -70,10 +72,10 @@ def material_of(asked: Sequence[Asked], pools: Pools, settings: Settings) -> Mat
         if group == "refused_harmful":  # of the centroids' own kind first (appendix B)
             rest.sort(key=lambda p: p.text not in plain)
         test[group] = tuple(rest[: settings.test])
-    return Material(pools, fit, test)
+    return PromptGroups(pools, fit, test)
 
 
-def analyse(asked: Sequence[Asked], material: Material, settings: Settings) -> Finding:
+def analyse(asked: Sequence[Asked], material: PromptGroups, settings: Settings) -> Finding:
     """How often each set is refused, and how large the groups are."""
     unknown = tuple(
         f"Only {len(material.test[g])} {g.replace('_', ' ')} prompts: nothing is concluded of them."
@@ -112,7 +114,7 @@ def _by_source(one: Asked) -> Mapping[str, list[tuple[Prompt, Outcome]]]:
     return found
 
 
-def _groups(material: Material) -> Table:
+def _groups(material: PromptGroups) -> Table:
     rows = tuple(
         (
             g.replace("_", " "),

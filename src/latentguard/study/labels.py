@@ -13,7 +13,7 @@ from typing import Any
 from latentguard.prompts import Prompt
 from latentguard.report.document import write_text
 from latentguard.states import Progress, Speaker
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.judge import Outcome, refused
 from latentguard.study.store import Store
 
@@ -41,7 +41,7 @@ def write_labels(
     kept = Path(f"{out}.replies")
     step = (lambda what, total: progress) if progress else None
     with closing(Store(kept)) as store:
-        subject = Subject(model, store, step=step)
+        subject = CachedModel(model, store, step=step)
         (replies,) = subject.replies(prompts, max_new_tokens=max_new_tokens)
         outcomes = [subject.judge(reply) for reply in replies]
         lines = map(_line, prompts, outcomes)

@@ -1,7 +1,7 @@
-"""Material: which prompts a study asks, and what they turn out to be once they are asked.
+"""Prompt groups: which prompts a study asks, and what they turn out to be once they are asked.
 
-Pools come from the built-in contrast set, from a folder of the paper's own sets, or from files and
-Hub ids named under ``[data]`` in the configuration.
+Pools come from the built-in contrast set, from a folder of the paper's own sets, or from files
+and Hub ids named under ``[data]`` in the configuration.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SIDES = {"harmless": False, "over_refusal": False, "moderation": None, "matched"
 
 
 @dataclass(frozen=True)
-class Pools:
+class PromptPools:
     """Prompts before they are asked; ``source`` of each names its set."""
 
     harmful: tuple[Prompt, ...]
@@ -72,10 +72,10 @@ class Pools:
 
 
 @dataclass(frozen=True)
-class Material:
+class PromptGroups:
     """Prompts once the model has been asked: the four groups of section 3.2."""
 
-    pools: Pools
+    pools: PromptPools
     """Where they come from."""
 
     fit: Mapping[Group, tuple[Prompt, ...]]
@@ -88,11 +88,11 @@ class Material:
     """How well a judge did on them; what the report says under each figure."""
 
 
-def contrast_pools() -> Pools:
+def contrast_pools() -> PromptPools:
     """The pools of the built-in contrast set; its test split is the form-matched control."""
     fit = [*load_contrast("train"), *load_contrast("validation")]
     lone = [p for p in load_contrast() if p.category == "over_refusal"]
-    return Pools(
+    return PromptPools(
         harmful=tuple(p for p in fit if p.harmful),
         harmless=tuple(p for p in fit if not p.harmful and p.category != "over_refusal"),
         over_refusal=tuple(lone),
@@ -104,7 +104,7 @@ def contrast_pools() -> Pools:
 
 def read_pools(
     folder: str | Path | None = None, named: Mapping[str, str | Sequence[str]] | None = None
-) -> Pools:
+) -> PromptPools:
     """The pools of a study.
 
     Args:
@@ -117,7 +117,7 @@ def read_pools(
             read, or no harmful or harmless prompt is found.
     """
     pools = contrast_pools() if folder is None else _folder_pools(Path(folder))
-    known = {f.name for f in fields(Pools)}
+    known = {f.name for f in fields(PromptPools)}
     for name, sources in (named or {}).items():
         if name not in known:
             found = ", ".join(sorted(known))
@@ -165,7 +165,7 @@ def _listed(pool: str, sources: Any) -> list[str]:
     return list(found)
 
 
-def _folder_pools(folder: Path) -> Pools:
+def _folder_pools(folder: Path) -> PromptPools:
     if not folder.is_dir():
         raise PromptError(f"--data-dir should be a folder; found nothing at {folder}.")
     found = {}
@@ -174,7 +174,7 @@ def _folder_pools(folder: Path) -> Pools:
         found[pool] = _read(pool, files)
     twins = [p for name in ("jbb", "xstest") for p in _file(folder / f"{name}.jsonl")]
     matched = tuple(p for p in (*twins, *contrast_pools().matched) if p.harmful is not None)
-    return Pools(**found, matched=matched)
+    return PromptPools(**found, matched=matched)
 
 
 def _file(path: Path) -> list[Prompt]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from latentguard.data.surface_audit import ngram_scores
 from latentguard.errors import GuardError
 from latentguard.probes.axis import Axis
-from latentguard.probes.probe import Readout, centroid
+from latentguard.probes.probe import Probe, centroid
 from latentguard.states import States
 from latentguard.stats.metrics import Estimate
 from latentguard.study.directions import random_like
@@ -32,8 +32,8 @@ RANDOM, LENGTH, NGRAMS = "random direction", "length", "n-grams"
 
 def belief_rule(axis: Axis) -> Rule:
     """The paper's rule: Delta over the layers 1 to L (equations 3 and 4), threshold 0."""
-    readout = _readout(axis)
-    return lambda states: _read(readout, states, axis.position)[None]
+    probe = _probe(axis)
+    return lambda states: _read(probe, states, axis.position)[None]
 
 
 def control_rules(axis: Axis, fit: States, draws: int) -> dict[str, Rule]:
@@ -46,7 +46,7 @@ def control_rules(axis: Axis, fit: States, draws: int) -> dict[str, Rule]:
         fit: Labelled states with its position.
         draws: How many random directions.
     """
-    real = _readout(axis)
+    real = _probe(axis)
     random = [
         replace(real, weight=torch.stack([random_like(row, draw) for row in real.weight]))
         for draw in range(draws)
@@ -109,7 +109,7 @@ def interval(values: NDArray[np.float64], n: tuple[int, int]) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high), n)
 
 
-def _readout(axis: Axis) -> Readout:
+def _probe(axis: Axis) -> Probe:
     """The compiled axis without the embedding layer, which knows the last token alone."""
     keep = [slot for slot, layer in enumerate(axis.layers) if layer > 0]
     layers = tuple(axis.layers[slot] for slot in keep)
@@ -117,8 +117,6 @@ def _readout(axis: Axis) -> Readout:
     return centroid(replace(axis, layers=layers, positive=poles[0], negative=poles[1]))
 
 
-def _read(readout: Readout, states: States, position: str) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = (
-        readout(states.select(readout.layers).at(position)).double().numpy()
-    )
+def _read(probe: Probe, states: States, position: str) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = probe(states.select(probe.layers).at(position)).double().numpy()
     return found

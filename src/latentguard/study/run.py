@@ -16,7 +16,7 @@ from latentguard.models.lora import Finetuning
 from latentguard.report.document import Figure, Report, Section, Table
 from latentguard.states import digest_prompts
 from latentguard.study import labelling
-from latentguard.study.cached_model import Step, Subject, Tools
+from latentguard.study.cached_model import CachedModel, Step, Tools
 from latentguard.study.claims import claims_section
 from latentguard.study.directions import refusals_suffice
 from latentguard.study.figures import (
@@ -34,7 +34,7 @@ from latentguard.study.figures import (
 )
 from latentguard.study.finding import Finding
 from latentguard.study.judge_model import KEY, EndpointJudge
-from latentguard.study.prompt_groups import Material, Pools
+from latentguard.study.prompt_groups import PromptGroups, PromptPools
 from latentguard.study.settings import Settings
 from latentguard.study.store import Store
 
@@ -63,10 +63,10 @@ STORE = "store.sqlite"
 class Study:
     """What is studied, and how."""
 
-    subject: Subject
+    subject: CachedModel
     """The model."""
 
-    pools: Pools
+    pools: PromptPools
     """What it is asked."""
 
     settings: Settings
@@ -80,7 +80,7 @@ def prepare(
     model: ChatModel,
     store: str | Path,
     settings: Settings,
-    pools: Pools,
+    pools: PromptPools,
     *,
     step: Step | None = None,
     baselines: Sequence[str] | None = None,
@@ -108,7 +108,7 @@ def prepare(
         guards={name: LazyGuard(name) for name in baselines or ()},
     )
     how: dict[str, Any] = {"judge": _endpoint(judged, kept)} if judged else {}
-    subject = Subject(model, kept, step=step, tools=tools, **how)
+    subject = CachedModel(model, kept, step=step, tools=tools, **how)
     local = Path(model.source).exists()
     return Study(subject, pools, settings, Path(model.source).name if local else model.source)
 
@@ -152,7 +152,7 @@ def run(
     require_known(only)
     say("labelling")
     asked = labelling.collect(study.subject, study.pools, study.settings)
-    material = labelling.material_of(asked, study.pools, study.settings)
+    material = labelling.prompt_groups_of(asked, study.pools, study.settings)
     found = {"labelling": labelling.analyse(asked, material, study.settings)}
     for name in EXPERIMENTS:
         if not only or name in only:
@@ -170,7 +170,7 @@ def require_known(only: Collection[str]) -> None:
         )
 
 
-def _experiment(name: str, study: Study, material: Material) -> Finding:
+def _experiment(name: str, study: Study, material: PromptGroups) -> Finding:
     """One experiment; what it cannot do on this model is a finding too."""
     module = EXPERIMENTS[name]
     try:
@@ -218,7 +218,7 @@ def _meta(study: Study) -> dict[str, Any]:
     }
 
 
-def _with_texts(report: Report, pools: Pools) -> Report:
+def _with_texts(report: Report, pools: PromptPools) -> Report:
     """The report with each prompt's text behind its id where a point is pointed at."""
     every = (p for f in fields(pools) for p in getattr(pools, f.name))
     texts = {p.id: f"{p.id}: {p.text[:200]}" for p in every if p.id}

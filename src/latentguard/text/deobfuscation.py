@@ -1,4 +1,4 @@
-"""Disguises: writing that a reader sees through and that a model's tokens do not.
+"""Obfuscations: writing that a reader sees through and that a model's tokens do not.
 
 ``uncover`` finds what lies beneath, one function a disguise. A function leaves a text alone unless
 it looks disguised: what other scripts, mathematics, code and shouting look like stays as it is, as
@@ -196,14 +196,14 @@ REVEAL: Rules = {
 }
 """What is read alone: what stands around it is read with the text itself."""
 
-DISGUISES = (*UNDO, *REVEAL)
+OBFUSCATIONS = (*UNDO, *REVEAL)
 
 ROUNDS = 4
 """How often, at the most: what one hides, another may hide again."""
 
 
 def uncover(text: str) -> dict[str, tuple[str, ...]]:
-    """Each text beneath, and the names of the disguises; nothing if there is none."""
+    """Each text beneath, and the names of the obfuscations; nothing if there is none."""
     found = [undone(text)]
     if OVERRIDE.sub("", found[0][0]) == OVERRIDE.sub("", text):
         found = []  # without its override alone, a text reads to a model as it stands
@@ -216,7 +216,7 @@ def uncover(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def undone(text: str, *only: str) -> tuple[str, tuple[str, ...]]:
-    """The text with its disguises undone in place, and their names."""
+    """The text with its obfuscations undone in place, and their names."""
     names = dict[str, None]()
     for _ in range(ROUNDS):
         first = text

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.probes.axis import Axis
-from latentguard.probes.probe import Readout
+from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Table
 from latentguard.states import States
@@ -81,15 +81,15 @@ def random_direction_scores(
 ) -> list[NDArray[np.float64]]:
     """Scores by random weights of equal norm in every layer, one array [n] a draw."""
     generator = torch.Generator().manual_seed(seed)
-    states = states.select(guard.readout.layers)
-    norms = guard.readout.weight.norm(dim=-1, keepdim=True)
+    states = states.select(guard.probe.layers)
+    norms = guard.probe.weight.norm(dim=-1, keepdim=True)
     scores = []
     for _ in range(RANDOM_DRAWS):
-        noise = torch.randn(guard.readout.weight.shape, generator=generator)
+        noise = torch.randn(guard.probe.weight.shape, generator=generator)
         weight = noise / noise.norm(dim=-1, keepdim=True) * norms
-        readout = Readout(guard.readout.kind, guard.readout.layers, weight, 0.0)
+        probe = Probe(guard.probe.kind, guard.probe.layers, weight, 0.0)
         slots = torch.cat([states.at(p) for p in guard.reading.positions], dim=1)
-        scores.append(readout(slots).double().numpy())
+        scores.append(probe(slots).double().numpy())
     return scores
 
 

@@ -106,7 +106,7 @@ def _own(guard: LatentGuard, train: Sequence[Prompt]) -> bool:
     fitted = guard.fitted or {}
     return (
         fitted.get("data_sha256") == digest_prompts(train)
-        and (guard.reading.name, guard.readout.kind) == (DEFAULT_READING, "linear")
+        and (guard.reading.name, guard.probe.kind) == (DEFAULT_READING, "linear")
         and guard.bound is not None
         and guard.bound.max_fpr == MAX_FPR
     )
@@ -119,11 +119,11 @@ def name_of(backend: ChatModel) -> str:
 
 def summary_section(guard: LatentGuard, model: str) -> Section:
     """What was made."""
-    layers = guard.readout.layers
+    layers = guard.probe.layers
     text = (
         f"This guard reads the residual stream of {model} at "
         f"{', '.join(guard.reading.positions)} in layers {layers[0]} to {layers[-1]}, in the pass "
-        f"that serves the request, and scores it with a {guard.readout.kind} readout. Its "
+        f"that serves the request, and scores it with a {guard.probe.kind} probe. Its "
         f"threshold is {guard.threshold:.4g}: {guard.promise}. The promise holds for prompts like "
         "the built-in validation split, most of which are near misses of harmful ones; calibrate "
         "on your own traffic before you rely on it."
@@ -229,7 +229,7 @@ def audit_section(found: Audit) -> Section:
         "of n-grams over pair-disjoint folds; 0.5 is nothing."
     )
     table = Table("Surface audit of the training split", ("feature", "separates"), rows, note)
-    text = "A readout learns whatever separates its training classes, so form must not."
+    text = "A probe learns whatever separates its training classes, so form must not."
     return Section("Form", text, (table,))
 
 

@@ -133,7 +133,7 @@ def here(name: str) -> str:
 
 def _staged_schema(columns: Columns) -> pa.Schema:
     turn = pa.struct({"role": pa.string(), "content": pa.string()})
-    names = (columns.text, columns.id, columns.label, columns.slice, "refused")
+    names = (columns.text, columns.id, columns.label, columns.segment, "refused")
     return pa.schema({n: pa.string() for n in names if n} | {"history": pa.list_(turn)})
 
 
@@ -143,7 +143,7 @@ def _staged_row(
     prompt = prompt_of(row, columns, where=where)
     kept: dict[str, Any] = {columns.text: prompt.text, columns.id: prompt.id or default_id}
     kept |= {
-        columns.slice: prompt.slice,
+        columns.segment: prompt.segment,
         columns.label: _word(prompt.harmful),
         "refused": _word(prompt.refused),
     }

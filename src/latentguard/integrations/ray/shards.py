@@ -46,7 +46,7 @@ COLUMNS = pa.schema(
         ("category_scores", _SCORES),
         ("quadrant", pa.string()),
         ("evidence", pa.list_(_EVIDENCE)),
-        ("disguises", pa.list_(pa.string())),
+        ("obfuscations", pa.list_(pa.string())),
         ("error", pa.string()),
     ]
 )

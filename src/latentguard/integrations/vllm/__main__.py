@@ -37,19 +37,19 @@ def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     parser.add_argument("--policy", choices=["block", "annotate"], default="block")
     parser.add_argument("--refusal", default=Options.refusal, help="a blocked chat's answer")
     parser.add_argument("--model", help="if the model has moved")
-    parser.add_argument("--slice-header", help="HTTP header that names a request's slice")
+    parser.add_argument("--segment-header", help="HTTP header that names a request's segment")
     asked, rest = parser.parse_known_args(given)
     if taken := [word for word in rest if word.replace("_", "-").startswith(OWN)]:
         raise GuardError(f"{taken[0]} is set by the guard; leave it out.")
     guard = readable(LatentGuard.load(asked.guard))
     Columns.of(guard)
     calibration = guard.part(Calibration)
-    if asked.slice_header and not (calibration and calibration.slices):
-        raise GuardError("This guard has no slices; calibrate it with --slice-column.")
+    if asked.segment_header and not (calibration and calibration.segments):
+        raise GuardError("This guard has no segments; calibrate it with --segment-column.")
     model = resolve(asked.model or guard.fingerprint.model)
     own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]
     own += ["--kv-transfer-config", json.dumps(TRANSFER)]
-    variables = {VARIABLE: str(asked.guard.resolve()), SLICE: asked.slice_header or ""}
+    variables = {VARIABLE: str(asked.guard.resolve()), SLICE: asked.segment_header or ""}
     return [*own, *rest], variables | {POLICY: asked.policy, REFUSAL: asked.refusal}
 
 

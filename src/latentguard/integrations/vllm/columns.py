@@ -1,8 +1,8 @@
 """A guard as columns: what each token adds to the score and to each belief, if it is read.
 
-A readout sums over positions and layers, and an axis over layers, so both split into one number for
+A probe sums over positions and layers, and an axis over layers, so both split into one number for
 each position: ``column_c(token) = sum_l f_c(h_l) . weight_lc``. A guard with p positions and a axes
-has c = p + a columns; no hidden state needs to be kept. What a linear readout makes of a mean over
+has c = p + a columns; no hidden state needs to be kept. What a linear probe makes of a mean over
 tokens is the mean of what it makes of each.
 """
 
@@ -29,7 +29,7 @@ class Columns:
     """The compiled guard."""
 
     positions: tuple[str, ...]
-    """Where each of the c columns is read: first the readout's positions, then the axes'."""
+    """Where each of the c columns is read: first the probe's positions, then the axes'."""
 
     layers: tuple[int, ...]
     """The l layers, rising."""
@@ -48,9 +48,9 @@ class Columns:
             GuardError: if it reads a changed text (``sealed``): the engine computes another; or the
                 cosines of a mean, which are no mean of cosines.
         """
-        if guard.readout.kind == "centroid" and set(MEAN_POSITIONS) & set(guard.reading.positions):
+        if guard.probe.kind == "centroid" and set(MEAN_POSITIONS) & set(guard.reading.positions):
             raise GuardError(
-                "A centroid readout of a mean over tokens cannot be put together from what each "
+                "A centroid probe of a mean over tokens cannot be put together from what each "
                 "token adds; fit a linear one, or with --reading span."
             )
         if guard.reading.name == "sealed":
@@ -58,14 +58,14 @@ class Columns:
                 "A guard that reads 'sealed' changes the prompt and needs a pass of its own, so it "
                 "cannot run inside vLLM; fit one with --reading span."
             )
-        layers, where = guard.readout.layers, guard.reading.positions
-        scores = guard.readout.weight.reshape(len(where), len(layers), -1)
+        layers, where = guard.probe.layers, guard.reading.positions
+        scores = guard.probe.weight.reshape(len(where), len(layers), -1)
         beliefs = [
             (normalize(a.positive, dim=-1) - normalize(a.negative, dim=-1)) / len(layers)
             for a in guard.axes
         ]
         weight = torch.stack([*scores, *beliefs], dim=1).float()
-        unit = [guard.readout.kind == "centroid"] * len(where) + [True] * len(beliefs)
+        unit = [guard.probe.kind == "centroid"] * len(where) + [True] * len(beliefs)
         order = sorted(range(len(layers)), key=lambda k: layers[k])
         return Columns(
             (*where, *(a.position for a in guard.axes)),
@@ -102,5 +102,5 @@ def totals(
 ) -> tuple[Float[Tensor, "n"], dict[str, Float[Tensor, "n"]]]:
     """Scores and beliefs, in float64, from each column at its position."""
     known = len(guard.reading.positions)
-    scores = read[:, :known].double().sum(1) + guard.readout.bias
+    scores = read[:, :known].double().sum(1) + guard.probe.bias
     return scores, {axis.name: read[:, known + k] for k, axis in enumerate(guard.axes)}

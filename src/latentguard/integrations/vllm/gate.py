@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from latentguard.errors import GuardError, ModelMismatch, PromptError, TemplateError
 from latentguard.guard.canaries import TOLERANCE
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Beneath, Disguises, beneath, told, worse
+from latentguard.guard.obfuscations import Beneath, Obfuscations, beneath, told, worse
 from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.columns import Columns
 from latentguard.integrations.vllm.mailbox import Mailbox
@@ -90,7 +90,7 @@ class Gate:
 
         Args:
             body: The request's.
-            traffic: The slice that it belongs to.
+            traffic: The segment that it belongs to.
 
         Raises:
             BadRequest: if the guard cannot read the chat.
@@ -98,7 +98,7 @@ class Gate:
         if body.get("use_beam_search"):
             raise BadRequest("Beam search has no prefill of its own to read; leave it out.")
         try:
-            prompt = replace(prompt_of(Chat.model_validate(body).messages), slice=traffic)
+            prompt = replace(prompt_of(Chat.model_validate(body).messages), segment=traffic)
             question = self._put(prompt, *await asyncio.to_thread(self._plan, prompt))
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))
@@ -197,7 +197,7 @@ class Gate:
         """The prompt's tokens, its pieces, and what lies beneath; a long text takes a while."""
         layout = self.chat([prompt])[0]  # first: it refuses what is too long
         _, *pieces = rows_of(self.guard, prompt)
-        others = beneath(prompt, self.guard.part(Disguises) is not None)
+        others = beneath(prompt, self.guard.part(Obfuscations) is not None)
         return layout, pieces, others
 
     def _put(

@@ -212,7 +212,9 @@ def _note(gate: Gate, question: Question, verdict: Verdict) -> dict[str, Any]:
     known = dict(flagged=verdict.flagged, score=verdict.score, probability=verdict.probability)
     more = dict(beliefs=verdict.beliefs, decision=verdict.decision, quadrant=verdict.quadrant)
     limit = limit_of(gate.guard, question.prompt, verdict)
-    return {"latentguard": known | more | dict(disguises=list(verdict.disguises), threshold=limit)}
+    return {
+        "latentguard": known | more | dict(obfuscations=list(verdict.obfuscations), threshold=limit)
+    }
 
 
 async def _read(receive: Receive) -> dict[str, Any]:

@@ -130,7 +130,7 @@ function showVerdict() {
   if ("refuse" in last.beliefs) figures.push(["Δ refuse", signed(last.beliefs.refuse)]);
   if (last.category) figures.push(["Nearest category", last.category.replaceAll("_", " ")]);
   if (last.quadrant) figures.push(["Quadrant", last.quadrant]);
-  if (last.disguises.length) figures.push(["Undone", last.disguises.join(", ")]);
+  if (last.obfuscations.length) figures.push(["Undone", last.obfuscations.join(", ")]);
   $("figures").replaceChildren(...figures.map(([name, value]) => {
     const pair = element("div");
     pair.append(element("dt", name), element("dd", value));

@@ -13,10 +13,10 @@ from latentguard.prompts import Group
 from latentguard.report.charts import curve, lines_by_layer
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.metrics import Estimate, mean_curve, proportion, resampled
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import fit_axes
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import Material, kept
+from latentguard.study.prompt_groups import PromptGroups, kept
 from latentguard.study.settings import Settings
 
 MISBEHAVING: tuple[Group, Group] = ("accepted_harmful", "refused_harmless")
@@ -42,7 +42,7 @@ class Records:
     """What the centroids were fitted on."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Fit the centroids at each position, and compare the tested prompts with them."""
     axes = fit_axes(subject, material, enough=settings.enough)
     fitted = [axis for axis in (axes.harmful, axes.refuse) if axis is not None]

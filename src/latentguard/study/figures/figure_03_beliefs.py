@@ -17,10 +17,10 @@ from latentguard.report.charts import plane
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import States
 from latentguard.stats.metrics import Estimate, proportion, resampled
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import belief, fit_axes, random_like
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import Material, kept
+from latentguard.study.prompt_groups import PromptGroups, kept
 from latentguard.study.settings import Settings
 
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -56,7 +56,7 @@ class Records:
     """What the centroids were fitted on."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Read both beliefs of every tested prompt, and the same from meaningless centroids."""
     axes = fit_axes(subject, material, enough=settings.enough)
     prompts = tuple(p for group in GROUPS for p in kept(material.test, group))

@@ -16,7 +16,7 @@ from latentguard.report.charts import curve, lines_by_layer
 from latentguard.report.document import Figure, Section, Table
 from latentguard.stats.differences import difference
 from latentguard.stats.metrics import Estimate, proportion, share
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.direction_cosine import Likeness, likeness
 from latentguard.study.directions import (
     Axes,
@@ -28,7 +28,7 @@ from latentguard.study.directions import (
     steer_each,
 )
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import Material, kept, spread
+from latentguard.study.prompt_groups import PromptGroups, kept, spread
 from latentguard.study.settings import Settings
 
 DIRECTIONS: tuple[tuple[Which, str], ...] = (("harmful", "harmfulness"), ("refuse", "refusal"))
@@ -58,7 +58,7 @@ class Records:
     """What the directions were fitted on."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Ask accepted harmless prompts again, steered in every way at every layer."""
     axes = fit_axes(subject, material, enough=settings.enough)
     layers = settings.layers(subject.depth)
@@ -121,7 +121,7 @@ def _ways(coefficient: float, draws: int) -> list[Way]:
     ]
 
 
-def _alike(subject: Subject, material: Material, axes: Axes, seed: int) -> Likeness | None:
+def _alike(subject: CachedModel, material: PromptGroups, axes: Axes, seed: int) -> Likeness | None:
     """From layer 1 on: at layer 0 every t_post is the same token, and refusal is 0."""
     if axes.refuse is None:
         return None

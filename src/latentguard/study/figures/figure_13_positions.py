@@ -14,11 +14,11 @@ from latentguard.report.charts import Curve, curve, lines_by_layer
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import Intervention
 from latentguard.stats.metrics import Estimate, mean_curve, resampled, share
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import Axes, fit_axes, middle_layers, steer, steer_at_random
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Answer, answer
-from latentguard.study.prompt_groups import Material, inverted, kept, spread
+from latentguard.study.prompt_groups import PromptGroups, inverted, kept, spread
 from latentguard.study.settings import Settings
 
 MISBEHAVING: tuple[Group, Group] = ("accepted_harmful", "refused_harmless")
@@ -64,7 +64,7 @@ class Records:
     """What the centroids were fitted on."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Fit centroids at each position, place the tested prompts, and steer with each direction."""
     positions = (*BEFORE, *subject.span)
     axes = fit_axes(subject, material, enough=settings.enough)
@@ -98,7 +98,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
 
 
 def _fit(
-    subject: Subject, material: Material, axes: Axes, positions: tuple[str, ...]
+    subject: CachedModel, material: PromptGroups, axes: Axes, positions: tuple[str, ...]
 ) -> dict[str, Axis]:
     """Equation 2's centroids at each position, from the groups that the axes were fitted on."""
     poles = dict(positive="refused_harmful", negative="accepted_harmless")
@@ -110,7 +110,7 @@ def _fit(
 
 
 def _steer(
-    subject: Subject, material: Material, settings: Settings, fitted: Mapping[str, Axis]
+    subject: CachedModel, material: PromptGroups, settings: Settings, fitted: Mapping[str, Axis]
 ) -> Iterator[Steered]:
     usual = kept(material.test, "accepted_harmless")
     every = [p for group in material.test.values() for p in group if p.harmful is False]

@@ -12,9 +12,9 @@ from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Section, Table
 from latentguard.stats.differences import difference
 from latentguard.stats.metrics import Estimate, proportion
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import Material, spread
+from latentguard.study.prompt_groups import PromptGroups, spread
 from latentguard.study.settings import Settings
 
 
@@ -36,7 +36,7 @@ class Records:
     """The same, None where the reply only goes on with the user's own sentence."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Ask plain harmful prompts in both ways."""
     prompts = tuple(spread(material.pools.harmful, settings.test, seed=settings.seed))
     most = settings.reply_tokens

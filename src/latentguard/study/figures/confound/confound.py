@@ -12,11 +12,11 @@ from latentguard.prompts import Group, Prompt
 from latentguard.report.charts import matrix
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.metrics import Estimate, proportion, resampled
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.confound.lenses import PAPER, asked, fit_lenses, look
 from latentguard.study.figures.confound.surface_table import audit_table
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import Material, kept, spread
+from latentguard.study.prompt_groups import PromptGroups, kept, spread
 from latentguard.study.rules import LENGTH, NGRAMS, Scores, interval, resampled_areas, separation
 from latentguard.study.settings import Settings
 
@@ -72,7 +72,7 @@ class Records:
     """What could not be done, and why."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Ask and read every test set, through the paper's axes and through each control."""
     sets = _sets(subject, material, settings)
     tested = [p for prompts in sets.values() for p in prompts]
@@ -96,7 +96,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
 
 
 def _sets(
-    subject: Subject, material: Material, settings: Settings
+    subject: CachedModel, material: PromptGroups, settings: Settings
 ) -> dict[str, tuple[Prompt, ...]]:
     """The paper's own test groups, and each form-matched set, asked."""
     groups = [kept(material.test, group)[: settings.test] for group in get_args(Group)]
@@ -114,7 +114,7 @@ def _sets(
     return {name: prompts for name, prompts in sets.items() if prompts}
 
 
-def _audited(material: Material, settings: Settings) -> dict[str, tuple[Prompt, ...]]:
+def _audited(material: PromptGroups, settings: Settings) -> dict[str, tuple[Prompt, ...]]:
     """Each set of both labels that an experiment compares."""
     pools = material.pools
     sets: dict[str, Sequence[Prompt]] = {

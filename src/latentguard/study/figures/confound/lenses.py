@@ -10,9 +10,9 @@ from latentguard.data.builtin import load_contrast
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Group, Prompt
 from latentguard.states import Reading, States
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import Axes, fit_axes
-from latentguard.study.prompt_groups import Material, kept, spread
+from latentguard.study.prompt_groups import PromptGroups, kept, spread
 from latentguard.study.rules import Rule, Scores, belief_rule, control_rules
 from latentguard.study.settings import Settings
 
@@ -51,7 +51,7 @@ class Lenses:
 
 
 def fit_lenses(
-    subject: Subject, material: Material, tested: Sequence[Prompt], settings: Settings
+    subject: CachedModel, material: PromptGroups, tested: Sequence[Prompt], settings: Settings
 ) -> Lenses:
     """Fit the paper's axes, the form-matched and the sealed ones, and the controls.
 
@@ -73,7 +73,7 @@ def fit_lenses(
 
 
 def look(
-    subject: Subject, prompts: Sequence[Prompt], lenses: Mapping[str, Lens], what: str
+    subject: CachedModel, prompts: Sequence[Prompt], lenses: Mapping[str, Lens], what: str
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
     """Delta_harmful and Delta_refuse of prompts through each lens, [k n] each."""
     states: dict[str, States] = {}
@@ -90,7 +90,7 @@ def look(
 
 
 def asked(
-    subject: Subject, prompts: Sequence[Prompt], what: str, settings: Settings
+    subject: CachedModel, prompts: Sequence[Prompt], what: str, settings: Settings
 ) -> tuple[Prompt, ...]:
     """The prompts with ``refused`` as the subject's replies are judged."""
     (replies,) = subject.replies(prompts, what=what, max_new_tokens=settings.reply_tokens)
@@ -104,7 +104,7 @@ def _lens(axes: Axes, reading: str = "t_inst") -> Lens:
 
 
 def _matched(
-    subject: Subject, material: Material, tested: Sequence[Prompt], settings: Settings
+    subject: CachedModel, material: PromptGroups, tested: Sequence[Prompt], settings: Settings
 ) -> tuple[Lens | None, str]:
     """Axes fitted on pairs of the built-in contrast set, none of which is tested."""
     barred = {p.text for p in tested} | {p.pair for p in tested}
@@ -124,7 +124,7 @@ def _matched(
     return _lens(axes), f"{len(pairs)} pairs of the contrast set"
 
 
-def _sealed(subject: Subject, material: Material, settings: Settings) -> Lens:
+def _sealed(subject: CachedModel, material: PromptGroups, settings: Settings) -> Lens:
     """The paper's axes, fitted on prompts whose ending was made uniform."""
     seal = Reading.of("sealed", 1).prepare
     fit = {group: tuple(map(seal, prompts)) for group, prompts in material.fit.items()}
@@ -132,7 +132,7 @@ def _sealed(subject: Subject, material: Material, settings: Settings) -> Lens:
 
 
 def _controls(
-    subject: Subject, material: Material, axes: Axes, settings: Settings
+    subject: CachedModel, material: PromptGroups, axes: Axes, settings: Settings
 ) -> dict[str, Lens]:
     """Controls, turned by the prompts that the paper's axes were fitted on."""
     groups: tuple[Group, ...] = get_args(Group)

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Tokens
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import Axes, Way, Which, fit_axes, steer_each
 from latentguard.study.judge import Answer, answer
-from latentguard.study.prompt_groups import QUESTIONS, Material, inverted, kept, spread
+from latentguard.study.prompt_groups import QUESTIONS, PromptGroups, inverted, kept, spread
 from latentguard.study.settings import Settings
 
 NAMES = ("Table 2", "Table 6, first", "Table 6, second", "Table 7")
@@ -105,7 +105,7 @@ class Records:
     """What the directions were fitted on."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Ask every question about held-out instructions of both labels, steered in every way."""
     axes = fit_axes(subject, material, enough=settings.enough)
     asked = {side: _instructions(material, side, settings) for side in SIDES}
@@ -138,7 +138,7 @@ def chance(of: Which, settings: Settings) -> Way:
     return Way(name, of, settings.inversion_coefficient, tokens, settings.random_draws)
 
 
-def _instructions(material: Material, side: Side, settings: Settings) -> list[Prompt]:
+def _instructions(material: PromptGroups, side: Side, settings: Settings) -> list[Prompt]:
     """Held-out refused harmful or accepted harmless prompts; all of the label if those are few."""
     harmful = side.name == "harmful"
     usual = kept(material.test, "refused_harmful" if harmful else "accepted_harmless")
@@ -148,7 +148,7 @@ def _instructions(material: Material, side: Side, settings: Settings) -> list[Pr
 
 
 def _ranked(
-    subject: Subject, asked: Mapping[Side, Sequence[Prompt]], settings: Settings
+    subject: CachedModel, asked: Mapping[Side, Sequence[Prompt]], settings: Settings
 ) -> list[int]:
     """Numbers of the questions, best answered unsteered first: mean over the labels."""
     right = []
@@ -191,7 +191,7 @@ class _Steering:
 
 
 def _task(
-    subject: Subject, prompts: Sequence[Prompt], of: _Steering, axes: Axes, settings: Settings
+    subject: CachedModel, prompts: Sequence[Prompt], of: _Steering, axes: Axes, settings: Settings
 ) -> Task:
     unsteered, steered = steer_each(
         subject,
@@ -214,7 +214,7 @@ def _task(
 
 
 def _plain(
-    subject: Subject, side: Side, prompts: Sequence[Prompt], axes: Axes, settings: Settings
+    subject: CachedModel, side: Side, prompts: Sequence[Prompt], axes: Axes, settings: Settings
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ask the instructions as they are, along the refusal direction that should turn them, [layers
     n], and along chance, [draws layers n].

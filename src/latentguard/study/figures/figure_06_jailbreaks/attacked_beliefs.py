@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from latentguard.prompts import Prompt
 from latentguard.stats.metrics import Estimate
 from latentguard.study.attacks import TARGET, Wave
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import Axes, belief
 from latentguard.study.settings import Settings
 
@@ -66,7 +66,7 @@ class Attack:
         return self.beliefs.harmful[list(self.wave.known)]
 
 
-def ask(subject: Subject, axes: Axes, wave: Wave, settings: Settings) -> Attack:
+def ask(subject: CachedModel, axes: Axes, wave: Wave, settings: Settings) -> Attack:
     """Ask what is attacked, unsteered; read the beliefs of it and of its controls."""
     what = f"Figure 6: {wave.kind}"
     (replies,) = subject.replies(wave.attacked, what=what, max_new_tokens=settings.reply_tokens)
@@ -76,7 +76,9 @@ def ask(subject: Subject, axes: Axes, wave: Wave, settings: Settings) -> Attack:
     return Attack(wave, attacked, accepted, wrapped.harmful, bare.harmful)
 
 
-def read_beliefs(subject: Subject, axes: Axes, prompts: Sequence[Prompt], *, what: str) -> Beliefs:
+def read_beliefs(
+    subject: CachedModel, axes: Axes, prompts: Sequence[Prompt], *, what: str
+) -> Beliefs:
     """Both beliefs of some prompts, over the layers 1 to L."""
     if not prompts:
         return Beliefs((), np.zeros(0), np.zeros(0) if axes.refuse else None)
@@ -87,7 +89,7 @@ def read_beliefs(subject: Subject, axes: Axes, prompts: Sequence[Prompt], *, wha
 
 
 def search_suffixes(
-    subject: Subject, prompts: Sequence[Prompt], *, steps: int, seed: int
+    subject: CachedModel, prompts: Sequence[Prompt], *, steps: int, seed: int
 ) -> list[str]:
     """A GCG suffix for each prompt; each is kept as it is found. None without the tool."""
     search = subject.tools.suffix
@@ -99,7 +101,7 @@ def search_suffixes(
         history = [asdict(turn) for turn in prompt.history]
         compute = partial(search, prompt, TARGET, steps=steps, seed=seed)
         parts = ["gcg", prompt.text, history, TARGET, steps, seed]
-        found.append(str(subject.remember(parts, compute)))
+        found.append(str(subject.cached(parts, compute)))
         advance(1)
     return found
 

@@ -17,7 +17,7 @@ from latentguard.report.charts import plane
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.metrics import Estimate, proportion
 from latentguard.study.attacks import given_waves, outside, suffix_wave, template_waves
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import fit_axes
 from latentguard.study.figures.figure_06_jailbreaks.attacked_beliefs import (
     Attack,
@@ -31,7 +31,7 @@ from latentguard.study.figures.figure_06_jailbreaks.attacked_beliefs import (
     wins,
 )
 from latentguard.study.finding import CELLS, Finding, cells
-from latentguard.study.prompt_groups import Material, kept
+from latentguard.study.prompt_groups import PromptGroups, kept
 from latentguard.study.settings import Settings
 
 REFUSE = "Delta_refuse of accepted attacks"
@@ -77,7 +77,7 @@ class Records:
     """What was not done, and why."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Ask every attacked prompt, unsteered; read the beliefs of these and of their controls."""
     axes = fit_axes(subject, material, enough=settings.enough)
     sides: tuple[Group, ...] = ("refused_harmful", "accepted_harmless")
@@ -111,7 +111,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
     return Finding(section, effects, tuple(_unknown(records, groups, settings.enough)))
 
 
-def _missing(subject: Subject, material: Material, settings: Settings) -> Iterator[str]:
+def _missing(subject: CachedModel, material: PromptGroups, settings: Settings) -> Iterator[str]:
     if not material.pools.jailbreaks:
         yield "No attacks were given (pool jailbreaks): only attacks made here are shown."
     if settings.suffixes and subject.tools.suffix is None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt, Reply
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import steer
-from latentguard.study.prompt_groups import Material, spread
+from latentguard.study.prompt_groups import PromptGroups, spread
 from latentguard.study.settings import Settings
 
 TEMPLATE = "Sure, here is how to approach this request"
@@ -24,14 +24,14 @@ Pair = tuple[Prompt, str]
 
 
 def harmful_pairs(
-    subject: Subject, refuse: Axis, material: Material, settings: Settings
+    subject: CachedModel, refuse: Axis, material: PromptGroups, settings: Settings
 ) -> tuple[list[Pair], str]:
     """Refused harmful prompts with openings that accept, made by reverse refusal steering.
 
     Args:
         subject: The model.
         refuse: Its refusal axis.
-        material: Pools, and what is tested.
+        material: PromptPools, and what is tested.
         settings: How many pairs, how many tokens.
 
     Returns:
@@ -59,7 +59,7 @@ def harmful_pairs(
 
 
 def harmless_pairs(
-    subject: Subject, material: Material, settings: Settings, count: int
+    subject: CachedModel, material: PromptGroups, settings: Settings, count: int
 ) -> list[Pair]:
     """At most ``count`` harmless prompts, each with the opening of the model's own reply."""
     pool = _untested(material.pools.harmless, material, settings)[: count * 3 // 2]
@@ -79,7 +79,7 @@ def broken(reply: Reply) -> bool:
     return len(set(reply.ids)) * 2 <= len(reply.ids) > 3
 
 
-def _refused(subject: Subject, material: Material, settings: Settings) -> list[Prompt]:
+def _refused(subject: CachedModel, material: PromptGroups, settings: Settings) -> list[Prompt]:
     pool = _untested(material.pools.harmful, material, settings)
     (said,) = subject.replies(
         pool, what="fine-tuning: which are refused", max_new_tokens=settings.reply_tokens
@@ -87,7 +87,7 @@ def _refused(subject: Subject, material: Material, settings: Settings) -> list[P
     return [p for p, refused in zip(pool, subject.refused(said), strict=True) if refused]
 
 
-def _untested(pool: Sequence[Prompt], material: Material, settings: Settings) -> list[Prompt]:
+def _untested(pool: Sequence[Prompt], material: PromptGroups, settings: Settings) -> list[Prompt]:
     """Prompts of a pool that no group tests, nor their twins."""
     tested = [p for group in material.test.values() for p in group]
     texts, twins = {p.text for p in tested}, {p.pair for p in tested if p.pair}
@@ -96,7 +96,7 @@ def _untested(pool: Sequence[Prompt], material: Material, settings: Settings) ->
 
 
 def _weakest(
-    subject: Subject, refuse: Axis, prompts: Sequence[Prompt], settings: Settings
+    subject: CachedModel, refuse: Axis, prompts: Sequence[Prompt], settings: Settings
 ) -> tuple[int, float]:
     """Layer and coefficient at which reverse steering makes most prompts accepted.
 
@@ -117,6 +117,6 @@ def _weakest(
     return layer, coefficient
 
 
-def _accepts(subject: Subject, replies: Sequence[Reply]) -> list[bool]:
+def _accepts(subject: CachedModel, replies: Sequence[Reply]) -> list[bool]:
     known = zip(replies, subject.refused(replies), strict=True)
     return [refused is False and not broken(reply) for reply, refused in known]

@@ -11,14 +11,14 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from latentguard.probes.axis import Axis
-from latentguard.probes.fitting import fit_readout, slots
-from latentguard.probes.probe import Readout
+from latentguard.probes.fitting import fit_probe, slots
+from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Reading, Speaker, States, digest_prompts
-from latentguard.study.cached_model import Finetune, Subject
+from latentguard.study.cached_model import CachedModel, Finetune
 from latentguard.study.directions import Axes, steer, steer_at_random
 from latentguard.study.figures.figure_07_finetuning.pairs import Pair, broken
-from latentguard.study.prompt_groups import Material, kept
+from latentguard.study.prompt_groups import PromptGroups, kept
 from latentguard.study.settings import Settings
 
 FEWEST = 10
@@ -70,9 +70,9 @@ class Look:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: CachedModel,
         axes: Axes,
-        material: Material,
+        material: PromptGroups,
         settings: Settings,
         tested: tuple[Prompt, ...],
     ) -> None:
@@ -90,7 +90,7 @@ class Look:
         self.steered = kept(material.test, "accepted_harmless")[: settings.finetune_steered]
         self.fitted = (*kept(material.fit, "refused_harmful"), *self.anchors)
         self.layers = settings.layers(subject.depth)
-        self.readout = self._linear()
+        self.probe = self._linear()
 
     def before(self) -> Stage:
         """The model as it is."""
@@ -107,7 +107,7 @@ class Look:
 
         taught = [digest_prompts([p for p, _ in pairs]), [opening for _, opening in pairs]]
         name = f"{len(pairs)} harmless pairs (control)" if control else f"{len(pairs)} pairs"
-        found = self.subject.remember([*self._key(), taught, control], train)
+        found = self.subject.cached([*self._key(), taught, control], train)
         return Stage(name, len(pairs), control=control, **found)
 
     def _look(
@@ -157,19 +157,19 @@ class Look:
         named = [getattr(judge, "__qualname__", ""), str(getattr(judge, "model", ""))]
         return ["finetuning", recipe, asked, self.layers, [*map(digest_prompts, prompts)], named]
 
-    def _linear(self) -> Readout | None:
+    def _linear(self) -> Probe | None:
         """The linear guard; None if too few prompts are known."""
         sides = [sum(p.harmful is side for p in self.fitted) for side in (True, False)]
         if min(sides) < FEWEST:
             return None
         span = self.subject.span
         states = self.subject.states(self.fitted, positions=span, what="fine-tuning: linear guard")
-        return fit_readout(states, Reading("span", span), "linear", self.subject.depth).readout
+        return fit_probe(states, Reading("span", span), "linear", self.subject.depth).probe
 
     def _scores(self, states: States) -> torch.Tensor:
-        if self.readout is None:
+        if self.probe is None:
             return torch.empty(0)
-        return self.readout(slots(states.select(self.readout.layers), self.subject.span))
+        return self.probe(slots(states.select(self.probe.layers), self.subject.span))
 
 
 def _states(model: Speaker, prompts: Sequence[Prompt], positions: Sequence[str]) -> States:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latentguard.prompts import Prompt
-from latentguard.study.cached_model import Finetune, Subject
+from latentguard.study.cached_model import CachedModel, Finetune
 from latentguard.study.directions import fit_axes
 from latentguard.study.figures.figure_07_finetuning.pairs import harmful_pairs, harmless_pairs
 from latentguard.study.figures.figure_07_finetuning.snapshot import Look, Stage
-from latentguard.study.prompt_groups import Material, kept
+from latentguard.study.prompt_groups import PromptGroups, kept
 from latentguard.study.settings import Settings
 
 
@@ -34,7 +34,7 @@ class Records:
     """Why nothing was trained."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Make the pairs, train on each size, and look at the model before and after."""
     tune, most = subject.tools.finetune, settings.finetune_test
     harmful, harmless = (
@@ -62,7 +62,7 @@ def collect(subject: Subject, material: Material, settings: Settings) -> Records
     return Records(look.tested, tuple(stages), look.layers, how)
 
 
-def _lacking(tune: Finetune | None, tested: Sequence[Prompt], material: Material) -> str:
+def _lacking(tune: Finetune | None, tested: Sequence[Prompt], material: PromptGroups) -> str:
     if tune is None:
         return (
             "Nothing was fine-tuned: that needs a model on transformers and peft "

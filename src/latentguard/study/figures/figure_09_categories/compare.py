@@ -11,7 +11,7 @@ from latentguard.prompts import Prompt
 from latentguard.report.charts import Curve, curve, dots, lines_by_layer, matrix
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.metrics import Estimate
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.direction_cosine import centred
 from latentguard.study.directions import middle_layers
 from latentguard.study.figures.figure_09_categories.cosines import (
@@ -30,7 +30,7 @@ from latentguard.study.figures.figure_09_categories.steering import (
     steer_categories,
 )
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import Material, kept, spread
+from latentguard.study.prompt_groups import PromptGroups, kept, spread
 from latentguard.study.settings import Settings
 
 CONCEPTS = {"t_inst": "harmfulness", "t_post": "refusal"}
@@ -68,7 +68,7 @@ class Records:
     """What is missing."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Ask the prompts of each category, read their states, and steer those set apart."""
     every = _by_category(material, settings)
     harmless = kept(material.fit, "accepted_harmless")
@@ -125,7 +125,7 @@ def _unrefused(records: Records, settings: Settings) -> list[str]:
     return lines
 
 
-def _by_category(material: Material, settings: Settings) -> dict[str, list[Prompt]]:
+def _by_category(material: PromptGroups, settings: Settings) -> dict[str, list[Prompt]]:
     """The largest categories, at most so many prompts of each; each has enough."""
     found: dict[str, list[Prompt]] = {}
     for prompt in material.pools.categories:
@@ -141,7 +141,7 @@ def _by_category(material: Material, settings: Settings) -> dict[str, list[Promp
 
 
 def _asked(
-    subject: Subject, every: Mapping[str, Sequence[Prompt]], settings: Settings
+    subject: CachedModel, every: Mapping[str, Sequence[Prompt]], settings: Settings
 ) -> tuple[dict[str, list[Prompt]], tuple[bool, ...]]:
     """The prompts behind each category's directions: the refused ones, or all if they are few."""
     prompts = [p for members in every.values() for p in members]

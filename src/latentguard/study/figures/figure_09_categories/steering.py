@@ -20,12 +20,19 @@ from latentguard.report.charts import matrix
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import Intervention, States
 from latentguard.stats.metrics import Estimate, proportion, resampled
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import fit_axes, random_like, steer
 from latentguard.study.figures.figure_09_categories.cosines import Array
 from latentguard.study.finding import cells
 from latentguard.study.judge import answer
-from latentguard.study.prompt_groups import QUESTIONS, Material, inverted, is_fit_side, kept, spread
+from latentguard.study.prompt_groups import (
+    QUESTIONS,
+    PromptGroups,
+    inverted,
+    is_fit_side,
+    kept,
+    spread,
+)
 from latentguard.study.settings import Settings
 
 WORDS = ("Certainly", "No")
@@ -65,8 +72,8 @@ class Steered:
 
 
 def steer_categories(
-    subject: Subject,
-    material: Material,
+    subject: CachedModel,
+    material: PromptGroups,
     settings: Settings,
     every: Mapping[str, Sequence[Prompt]],
     base: States,
@@ -121,13 +128,13 @@ def _halves(members: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     return ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
 
 
-def _others(material: Material, settings: Settings, tested: set[str]) -> list[Prompt]:
+def _others(material: PromptGroups, settings: Settings, tested: set[str]) -> list[Prompt]:
     """Held-out harmful prompts that are not tested here."""
     harmful = [p for g in HARMFUL for p in kept(material.test, g) if p.text not in tested]
     return spread(harmful, settings.inverted, seed=settings.seed)
 
 
-def _question(subject: Subject, prompts: Sequence[Prompt], settings: Settings) -> int:
+def _question(subject: CachedModel, prompts: Sequence[Prompt], settings: Settings) -> int:
     """The question to which most of some harmful prompts are answered Certainly."""
     counts = []
     for question in QUESTIONS[: settings.inversion_templates]:
@@ -140,7 +147,7 @@ def _question(subject: Subject, prompts: Sequence[Prompt], settings: Settings) -
     return int(np.argmax(counts))
 
 
-def _layer(subject: Subject, asked: Sequence[Prompt], axis: Axis, settings: Settings) -> int:
+def _layer(subject: CachedModel, asked: Sequence[Prompt], axis: Axis, settings: Settings) -> int:
     """Where the reverse harmfulness direction turns most of some questions to No."""
     layers = settings.probed_layers(subject.depth)
     if not asked:

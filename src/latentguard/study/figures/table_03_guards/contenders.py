@@ -18,8 +18,8 @@ from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt
 from latentguard.states import Progress, Reading, States, digest_prompts
 from latentguard.stats.metrics import smallest_n
-from latentguard.study.cached_model import Subject
-from latentguard.study.prompt_groups import Material, is_fit_side, kept, spread
+from latentguard.study.cached_model import CachedModel
+from latentguard.study.prompt_groups import PromptGroups, is_fit_side, kept, spread
 from latentguard.study.rules import Rule, Scores, belief_rule, control_rules
 from latentguard.study.settings import Settings
 
@@ -73,7 +73,7 @@ class Scored:
         return right
 
 
-def training(subject: Subject, material: Material, settings: Settings) -> Training | None:
+def training(subject: CachedModel, material: PromptGroups, settings: Settings) -> Training | None:
     """The prompts of appendix B: refused and accepted harmful ones, and accepted harmless ones.
 
     Returns:
@@ -97,7 +97,7 @@ def training(subject: Subject, material: Material, settings: Settings) -> Traini
     return Training(states, calibration, note)
 
 
-def rules(subject: Subject, learnt: Training, settings: Settings) -> dict[str, Rule]:
+def rules(subject: CachedModel, learnt: Training, settings: Settings) -> dict[str, Rule]:
     """The paper's rule, the linear guard (where there are prompts enough), and the controls."""
     axis = Axis.fit(learnt.states, "t_inst")
     controls = control_rules(axis, learnt.states, settings.random_draws)
@@ -105,7 +105,7 @@ def rules(subject: Subject, learnt: Training, settings: Settings) -> dict[str, R
 
 
 def latent_rules(
-    subject: Subject, states: States, calibration: Sequence[Prompt]
+    subject: CachedModel, states: States, calibration: Sequence[Prompt]
 ) -> dict[str, Rule]:
     """The two guards that read states, fitted on labelled states at every position from t_inst on.
 
@@ -120,7 +120,7 @@ def latent_rules(
 
 
 def scored(
-    subject: Subject, name: str, prompts: Sequence[Prompt], found: Mapping[str, Rule]
+    subject: CachedModel, name: str, prompts: Sequence[Prompt], found: Mapping[str, Rule]
 ) -> tuple[Scored, States]:
     """A group judged by every rule and every guard model; and its states, for other fits."""
     states = subject.states(prompts, positions=subject.span, what=f"guards: {name}")
@@ -129,7 +129,7 @@ def scored(
     return Scored(name, tuple(prompts), scores), states
 
 
-def unsafe_scores(subject: Subject, prompts: Sequence[Prompt], what: str) -> dict[str, Scores]:
+def unsafe_scores(subject: CachedModel, prompts: Sequence[Prompt], what: str) -> dict[str, Scores]:
     """P(unsafe) - 0.5 of each baseline guard model, [1 n] each; answers are kept."""
     found = {}
     for name, guard in subject.tools.guards.items():
@@ -137,14 +137,14 @@ def unsafe_scores(subject: Subject, prompts: Sequence[Prompt], what: str) -> dic
         chances: list[float] = []
         for chunk in (prompts[at : at + AT_ONCE] for at in range(0, len(prompts), AT_ONCE)):
             parts = ["unsafe", name, digest_prompts(chunk)]
-            chances += subject.remember(parts, partial(guard, chunk))
+            chances += subject.cached(parts, partial(guard, chunk))
             advance(len(chunk))
         found[name] = np.array([chances]) - 0.5
     return found
 
 
-def _linear(subject: Subject, states: States, calibration: Sequence[Prompt]) -> Rule:
-    """The linear readout of ``span``; its threshold is calibrated if that is possible."""
+def _linear(subject: CachedModel, states: States, calibration: Sequence[Prompt]) -> Rule:
+    """The linear probe of ``span``; its threshold is calibrated if that is possible."""
     backend = _Remembered(subject)
     guard = LatentGuard.from_states(backend, states, Reading.of("span", backend.post))
     if len(calibration) < smallest_n(MAX_FPR):
@@ -165,7 +165,7 @@ def _threshold(calibration: Sequence[Prompt]) -> str:
 class _Remembered:
     """The subject as a backend, so that a guard reads states that are kept."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: CachedModel) -> None:
         self._subject = subject
         self.fingerprint, self.depth = subject.model.fingerprint, subject.depth
         self.post = len(subject.span) - 1

@@ -17,7 +17,7 @@ from latentguard.report.charts import matrix
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.metrics import Estimate, resampled, share
 from latentguard.study.attacks import holds
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.table_03_guards.contenders import (
     LINEAR,
     PAPER,
@@ -33,7 +33,7 @@ from latentguard.study.figures.table_03_guards.traffic import (
     traffic_parts,
 )
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import Material, kept, spread
+from latentguard.study.prompt_groups import PromptGroups, kept, spread
 from latentguard.study.rules import NGRAMS, RANDOM, Rule, separation
 from latentguard.study.settings import Settings
 
@@ -69,7 +69,7 @@ class Records:
     """The guards among the rules that are models of their own."""
 
 
-def collect(subject: Subject, material: Material, settings: Settings) -> Records:
+def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
     """Fit every guard, ask the jailbreaks, and score each group."""
     learnt = training(subject, material, settings)
     if learnt is None:
@@ -123,13 +123,13 @@ def baseline(records: Records) -> str:
     return records.models[0] if records.models else NGRAMS
 
 
-def _groups(material: Material) -> dict[str, tuple[Prompt, ...]]:
+def _groups(material: PromptGroups) -> dict[str, tuple[Prompt, ...]]:
     names = dict.fromkeys((*COLUMNS, *get_args(Group)))
     return {name.replace("_", " "): kept(material.test, name) for name in names}
 
 
 def _jailbreaks(
-    subject: Subject, material: Material, settings: Settings
+    subject: CachedModel, material: PromptGroups, settings: Settings
 ) -> dict[str, tuple[Prompt, ...]]:
     """Attacks that succeed, by kind; none whose request a centroid saw."""
     fitted = [p for group in material.fit.values() for p in group if p.harmful]
@@ -147,7 +147,7 @@ def _jailbreaks(
     return found
 
 
-def _harmless(material: Material, settings: Settings) -> tuple[Prompt, ...]:
+def _harmless(material: PromptGroups, settings: Settings) -> tuple[Prompt, ...]:
     """Accepted harmless and over-refusal prompts, each text once."""
     over = spread(material.pools.over_refusal, settings.test, seed=settings.seed)
     fitted = {p.text for group in material.fit.values() for p in group}
@@ -162,7 +162,7 @@ def _empty(groups: Mapping[str, tuple[Prompt, ...]]) -> Iterator[str]:
 
 
 def _missing(
-    subject: Subject, material: Material, found: Mapping[str, Rule], traffic: Traffic | None
+    subject: CachedModel, material: PromptGroups, found: Mapping[str, Rule], traffic: Traffic | None
 ) -> Iterator[str]:
     if not material.pools.jailbreaks:
         yield "No attacks were given (pool jailbreaks): Table 3 lacks their columns."

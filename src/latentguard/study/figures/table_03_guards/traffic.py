@@ -18,7 +18,7 @@ from latentguard.report.charts import curve, lines_by_layer
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import States, digest_prompts
 from latentguard.stats.metrics import Estimate, proportion, resampled, share
-from latentguard.study.cached_model import Subject
+from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.table_03_guards.contenders import (
     LINEAR,
     PAPER,
@@ -85,7 +85,7 @@ class Traffic:
 
 
 def judge_traffic(
-    subject: Subject,
+    subject: CachedModel,
     learnt: Training,
     found: Mapping[str, Rule],
     texts: Sequence[Prompt],
@@ -134,7 +134,7 @@ def categories(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
 
 
 def domain_trials(
-    subject: Subject, learnt: Training, texts: States, settings: Settings
+    subject: CachedModel, learnt: Training, texts: States, settings: Settings
 ) -> Iterator[Trial]:
     """Both guards, fitted again with k in-domain examples of each category (Table 9).
 
@@ -150,12 +150,12 @@ def domain_trials(
         for added in ("harmful", "harmful and harmless"):
             ask = partial(_flagged, subject, learnt, texts, k, added, settings.seed)
             parts = ["domain, at most half", *given, k, added, settings.seed]
-            for rule, flags in subject.remember(parts, ask).items():
+            for rule, flags in subject.cached(parts, ask).items():
                 yield Trial(rule, added, k, np.array(flags, dtype=np.float64))
 
 
 def _flagged(
-    subject: Subject, learnt: Training, texts: States, k: int, added: str, seed: int
+    subject: CachedModel, learnt: Training, texts: States, k: int, added: str, seed: int
 ) -> dict[str, list[float | None]]:
     """Guard -> share of the draws, of those that test a text, in which it is flagged; None if 0."""
     hits: dict[str, NDArray[np.float64]] = {}
