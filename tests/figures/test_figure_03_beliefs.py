@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from experiments.planted import Silent
+from figures.planted import Silent
 from scipy.stats import pearsonr
 
 from latentguard.prompts import Prompt

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from experiments.planted import Planted, Silent
+from figures.planted import Planted, Silent
 from hypothesis import given
 from hypothesis import strategies as st
 

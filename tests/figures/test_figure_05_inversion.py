@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from experiments.planted import Planted, Silent
+from figures.planted import Planted, Silent
 
 from latentguard.report.document import Report, Table
 from latentguard.study.claims import CLAIMS

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from experiments.planted import Planted, Silent
+from figures.planted import Planted, Silent
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from experiments.planted import Planted, Silent
+from figures.planted import Planted, Silent
 
 from latentguard.models.lora import Finetuning
 from latentguard.prompts import Prompt, Reply

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from experiments.planted import Planted, Silent
+from figures.planted import Planted, Silent
 
 from latentguard.study.direction_cosine import centred
 from latentguard.study.figures.figure_09_categories import Records, Steered, analyse, collect

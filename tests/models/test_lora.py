@@ -52,7 +52,7 @@ def assert_same(before, after):
 @pytest.mark.parametrize(
     ("architecture", "config"),
     [*((name, QUICK) for name in ("llama", "gemma2", "gpt2", "mixtral")), ("gpt2", FULL)],
-    ids=lambda value: value if isinstance(value, str) else f"rank {value.finetune_rank}",
+    ids=lambda value: value if isinstance(value, str) else f"rank {value.rank}",
 )
 def test_replies_are_learnt_and_the_model_comes_back_exactly(architecture, config, tokenizer):
     model = chat_model(architecture, tokenizer)

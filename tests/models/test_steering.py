@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from model.test_generate import PROMPTS, TURNS, ids_of, talker
+from models.test_generate import PROMPTS, TURNS, ids_of, talker
 
 from latentguard.errors import ModelError, PromptError
 from latentguard.models import prefill

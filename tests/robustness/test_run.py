@@ -7,7 +7,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from unit.fake_backend import FakeBackend, labelled, texts
+from fake_backend import FakeBackend, labelled, texts
 
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import LatentGuardError, PromptError
