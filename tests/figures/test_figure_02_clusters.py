@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from figures.planted import Silent
 
+from figures.planted import Silent
 from latentguard.study.figures.figure_02_clusters import GAP, Records, analyse, collect
 from latentguard.study.prompt_groups import kept
 from latentguard.study.settings import Settings

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from figures.planted import Silent
 from scipy.stats import pearsonr
 
+from figures.planted import Silent
 from latentguard.prompts import Prompt
 from latentguard.study.figures.figure_03_beliefs import (
     CONTROLS,

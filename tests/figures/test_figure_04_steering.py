@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from figures.planted import Planted, Silent
 from hypothesis import given
 from hypothesis import strategies as st
 
+from figures.planted import Planted, Silent
 from latentguard.probes.axis import Axis
 from latentguard.report.document import Report
 from latentguard.stats.metrics import proportion, share

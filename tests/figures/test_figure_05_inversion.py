@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from figures.planted import Planted, Silent
 
+from figures.planted import Planted, Silent
 from latentguard.report.document import Report, Table
 from latentguard.study.claims import CLAIMS
 from latentguard.study.figures import figure_05_inversion as inversion

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from figures.planted import Planted, Silent
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from figures.planted import Planted, Silent
 from latentguard.prompts import Prompt
 from latentguard.report.document import Report
 from latentguard.stats.metrics import auroc, estimate, resampled

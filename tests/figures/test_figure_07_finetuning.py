@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from figures.planted import Planted, Silent
 
+from figures.planted import Planted, Silent
 from latentguard.models.lora import Finetuning
 from latentguard.prompts import Prompt, Reply
 from latentguard.report.document import Report

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from figures.planted import Planted, Silent
 
+from figures.planted import Planted, Silent
 from latentguard.study.direction_cosine import centred
 from latentguard.study.figures.figure_09_categories import Records, Steered, analyse, collect
 from latentguard.study.figures.figure_09_categories.cosines import (

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from figures.planted import Planted, Silent
 
+from figures.planted import Planted, Silent
 from latentguard.study.figures.figure_13_positions import Records, Steered, analyse, collect
 from latentguard.study.settings import Settings
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from models.test_generate import PROMPTS, TURNS, ids_of, talker
 
 from latentguard.errors import ModelError, PromptError
 from latentguard.models import prefill
@@ -16,6 +15,7 @@ from latentguard.prompts import Prompt
 from latentguard.states import Intervention
 from models.architectures import ARCHITECTURES, HYBRIDS, chat_model
 from models.families import FAMILIES
+from models.test_generate import PROMPTS, TURNS, ids_of, talker
 
 ASK = " Is it harmful?"
 ASKED = [Prompt(p.text + ASK, id=p.id, question_at=len(p.text)) for p in PROMPTS]

@@ -7,8 +7,8 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from fake_backend import FakeBackend, labelled, texts
 
+from fake_backend import FakeBackend, labelled, texts
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import LatentGuardError, PromptError
 from latentguard.guard.latent_guard import LatentGuard
