@@ -45,8 +45,8 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation
 from latentguard.prompts import Prompt
 from latentguard.serve import server
-from latentguard.serve.options import Options
-from latentguard.serve.scoring import judge_states
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.scoring import score_states
 from latentguard.states import States
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -149,7 +149,9 @@ def opened(asked: argparse.Namespace) -> Opener:
 def serving(opener: Opener, **options: Any) -> Iterator[str]:
     """A service in a thread, as its URL."""
     how = dict(host="127.0.0.1", port=0)
-    made = server.make(opener, Options(**{"queue": 4096, "drain": 60.0} | options), **how)
+    made = server.create_server(
+        opener, ServeConfig(**{"queue": 4096, "drain": 60.0} | options), **how
+    )
     thread = threading.Thread(target=made.run, daemon=True)
     thread.start()
     try:
@@ -343,7 +345,7 @@ def first_token(asked: argparse.Namespace) -> dict[str, Any]:
     def guarded(prompt: Prompt) -> None:
         said = Conversation(model, prompt, positions=guard.positions, layers=guard.probe.layers)
         assert said.states is not None
-        judge_states(guard, said.states)
+        score_states(guard, said.states)
         int(said._logits.argmax())
 
     def unguarded(prompt: Prompt) -> None:

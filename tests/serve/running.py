@@ -21,8 +21,8 @@ from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Prompt
 from latentguard.serve import server
 from latentguard.serve.audit_log import AuditLog
-from latentguard.serve.keys import Keys
-from latentguard.serve.options import Options
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.keys import ApiKeys
 from models.architectures import chat_model
 from models.families import FAMILIES
 
@@ -105,10 +105,10 @@ def opener(reading="span", probe="linear"):
 def running(open_guard=opener, *, keys=(), audit=None, reference=None, ready=True, **options):
     """A service in a thread of this process, as its URL."""
     log = AuditLog(audit) if isinstance(audit, (str, Path)) else audit
-    made = server.make(
+    made = server.create_server(
         open_guard,
-        Options(**{"name": "tiny", "drain": 5.0} | options),
-        keys=Keys(keys),
+        ServeConfig(**{"name": "tiny", "drain": 5.0} | options),
+        keys=ApiKeys(keys),
         audit=log,
         reference=reference,
         host="127.0.0.1",
@@ -189,7 +189,7 @@ class Nursery:
                 child.wait()
 
     def close(self):
-        """End."""
+        """ReplyEnd."""
         self._parent.stdin.close()
         self._parent.wait(10)
         self._parent.stdout.close()

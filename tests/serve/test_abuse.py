@@ -183,25 +183,25 @@ class TestKeys:
 
     def test_a_file_of_keys(self, tmp_path):
         from latentguard.errors import LatentGuardError
-        from latentguard.serve.keys import read_keys
+        from latentguard.serve.keys import load_keys
 
         file = tmp_path / "keys"
         file.write_text("# ours\n\none # first\ntwo\n")
-        keys = read_keys(file, "three,four")
+        keys = load_keys(file, "three,four")
         for key in ("one", "two", "three", "four"):
             assert len(keys.require(f"Bearer {key}")) == 8
-        assert not read_keys(None, None)
+        assert not load_keys(None, None)
         file.write_text("# none\n")
         with pytest.raises(LatentGuardError, match="no API key"):
-            read_keys(file, None)
+            load_keys(file, None)
 
     def test_a_key_may_hold_what_begins_a_comment(self, tmp_path):
         from latentguard.serve.errors import Unauthorized
-        from latentguard.serve.keys import read_keys
+        from latentguard.serve.keys import load_keys
 
         file = tmp_path / "keys"
         file.write_text("se#cret\n  # a comment\nother\t#one\n")
-        keys = read_keys(file, "a#b # ours, c")
+        keys = load_keys(file, "a#b # ours, c")
         for key in ("se#cret", "other", "a#b", "c"):
             assert len(keys.require(f"Bearer {key}")) == 8
         for key in ("se", "a", "#", "# a comment", "#one", "ours"):
@@ -211,13 +211,13 @@ class TestKeys:
     @pytest.mark.parametrize("environment", ["#abc", "", " , ", "# none\n#at all"])
     def test_a_variable_without_a_key_lets_nobody_in(self, environment, tmp_path):
         from latentguard.errors import LatentGuardError
-        from latentguard.serve.keys import read_keys
+        from latentguard.serve.keys import load_keys
 
         file = tmp_path / "keys"
         file.write_text("one\n")
         for beside in (None, file):
             with pytest.raises(LatentGuardError, match="LATENTGUARD_API_KEYS holds no API key"):
-                read_keys(beside, environment)
+                load_keys(beside, environment)
 
 
 class TestAnswers:

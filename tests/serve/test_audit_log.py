@@ -10,7 +10,7 @@ import pytest
 
 from latentguard.prompts import Message, Prompt
 from latentguard.serve.audit_log import AuditLog
-from latentguard.serve.errors import Unlogged
+from latentguard.serve.errors import AuditUnavailable
 from serve.running import flagged, offline, passed, post, running
 
 
@@ -85,7 +85,7 @@ class TestFile:
         before = {file: file.read_bytes() for file in path.parent.iterdir()}
         monkeypatch.setattr(log, "_beside", lambda suffix: path.parent / "gone" / str(suffix))
         for _ in range(5):
-            with pytest.raises(Unlogged):
+            with pytest.raises(AuditUnavailable):
                 log.write([{"n": "lost" * 9}])
         assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
         log.close()
@@ -120,7 +120,7 @@ class TestFile:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
         try:
-            with pytest.raises(Unlogged, match="audit log"):
+            with pytest.raises(AuditUnavailable, match="audit log"):
                 log.write([{"n": 1}])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,4 +1,4 @@
-"""The verbs ``serve`` and ``page`` as the command line registers them."""
+"""The verb ``serve`` as the command line registers it."""
 
 import sys
 
@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 import latentguard.serve
 from latentguard.cli import serve as command
-from latentguard.cli.serve import page, serve
+from latentguard.cli.serve import serve
 from latentguard.errors import LatentGuardError, ModelError
 from latentguard.models.chat_model import ChatModel
-from serve.running import flagged, passed, tiny_guard, tiny_model
+from serve.running import tiny_guard, tiny_model
 
 
 @pytest.fixture
@@ -34,18 +34,7 @@ def test_the_device_map_is_for_the_loader(tmp_path):
 def run(*arguments):
     app = typer.Typer()
     app.command()(serve)
-    app.command()(page)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def test_a_page_of_saved_prompts(folder):
-    (folder / "prompts.txt").write_text(f"{flagged()}\n{passed()}\n")
-    out = folder / "page.html"
-    told = run("page", folder / "guard", folder / "prompts.txt", "--out", out)
-    assert told.exit_code == 0, told.output
-    assert told.stdout.strip() == str(out)
-    assert passed() in out.read_text()
-    assert "src=" not in out.read_text()
 
 
 def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
@@ -53,17 +42,17 @@ def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
     monkeypatch.delitem(sys.modules, "latentguard.serve.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(LatentGuardError, match=r"pip install 'latentguard\[serve\]'"):
-        raise run("serve", folder / "guard").exception
+        raise run(folder / "guard").exception
 
 
 def test_a_segment_header_needs_a_guard_with_slices(folder):
-    told = run("serve", folder / "guard", "--segment-header", "X-Traffic")
+    told = run(folder / "guard", "--segment-header", "X-Traffic")
     assert told.exit_code == 2
     assert "calibrate it with --segment-column" in " ".join(told.output.replace("│", " ").split())
 
 
 def test_help_says_what_there_is():
-    told = run("serve", "--help")
+    told = run("--help")
     assert told.exit_code == 0
     for word in ("upstream", "on-review", "allow-mismatch", "LATENTGUARD_UPSTREAM_KEY"):
         assert word in told.stdout

@@ -1,4 +1,4 @@
-"""Reference scores, and whether the recent ones still look like them."""
+"""DriftReference scores, and whether the recent ones still look like them."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from latentguard.errors import PromptError
 from latentguard.guard.drift import cut
 from latentguard.guard.thresholds import Calibration
 from latentguard.guard.verdict import Evidence, Verdict
-from latentguard.serve.drift import Drift, Reference
+from latentguard.serve.drift import DriftMonitor, DriftReference
 from latentguard.serve.telemetry import Telemetry
 from serve.running import (
     PROMPTS,
@@ -26,7 +26,7 @@ from serve.running import (
 
 
 def drifted(known, seen):
-    drift = Drift(known)
+    drift = DriftMonitor(known)
     for score in seen:
         drift.add(score)
     return drift.index
@@ -75,30 +75,30 @@ def test_verdicts_are_read_from_a_file(tmp_path):
     file = tmp_path / "verdicts.jsonl"
     row = dict(id="1", score=0.5, probability=0.4, flagged=True, beliefs={"harmful": 0.1})
     file.write_text(json.dumps(row) + "\n")
-    known = Reference.read(file)
+    known = DriftReference.read(file)
     assert known.points == (dict(score=0.5, flagged=True, beliefs={"harmful": 0.1}),)
     assert known.scores == (0.5,)
     file.write_text(json.dumps(row) + '\n{"text": "no verdict"}\n')
     with pytest.raises(PromptError, match=r"verdicts\.jsonl:2"):
-        Reference.read(file)
-    assert Reference.read(None) == Reference()
+        DriftReference.read(file)
+    assert DriftReference.read(None) == DriftReference()
 
 
 def test_the_calibration_is_the_reference_unless_a_file_is_named(tmp_path):
     guard = band_guard()
-    known = Reference.of(guard, None)
+    known = DriftReference.of(guard, None)
     assert known.scores == pytest.approx(sorted(v.score for v in offline().values()), abs=1e-6)
     assert known.points == ()
     file = tmp_path / "verdicts.jsonl"
     file.write_text(json.dumps(dict(score=0.5, flagged=True, beliefs={})) + "\n")
-    assert Reference.of(guard, file).scores == (0.5,)
-    assert Reference.of(tiny_guard(), None) == Reference()
+    assert DriftReference.of(guard, file).scores == (0.5,)
+    assert DriftReference.of(tiny_guard(), None) == DriftReference()
 
 
 def test_a_calibrated_guard_is_compared_with_its_calibration(tmp_path):
     """The gauge and the buckets of the command itself, which is given no reference."""
     guard = band_guard()
-    with running(lambda: (guard, tiny_model()), reference=Reference.of(guard, None)) as url:
+    with running(lambda: (guard, tiny_model()), reference=DriftReference.of(guard, None)) as url:
         post(f"{url}/v1/moderations", json={"input": PROMPTS * 3})
         alike = get(f"{url}/metrics").text
         post(f"{url}/v1/moderations", json={"input": [flagged()] * 100})

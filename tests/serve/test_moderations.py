@@ -6,7 +6,7 @@ import pytest
 
 from latentguard.data.hazards import MODERATION
 from latentguard.serve.moderation import moderation_result, moderation_scores
-from latentguard.serve.scoring import Judgement
+from latentguard.serve.scoring import ScoredPrompt
 from serve.running import PROMPTS, flagged, offline, opener, passed, post, running, tiny_guard
 
 
@@ -128,7 +128,7 @@ class TestCategories:
         verdict = next(v for v in offline().values() if v.flagged == over)
         verdict = replace(verdict, category=category, category_scores=chances)
         guard = tiny_guard()
-        return moderation_scores(guard, Judgement(verdict, {}, guard.threshold))
+        return moderation_scores(guard, ScoredPrompt(verdict, {}, guard.threshold))
 
     @pytest.mark.parametrize("over", [True, False])
     def test_a_category_is_true_exactly_if_the_input_is_flagged(self, over):
@@ -162,6 +162,6 @@ class TestCategories:
         verdict = next(v for v in offline().values() if v.flagged)
         verdict = replace(verdict, category="hate", category_scores={"hate": 0.9})
         types = moderation_result(
-            guard, Judgement(verdict, {}, guard.threshold)
+            guard, ScoredPrompt(verdict, {}, guard.threshold)
         ).category_applied_input_types
         assert [n for n, of in types.items() if of] == ["hate", "illicit"]

@@ -12,8 +12,8 @@ import pytest
 
 from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Prompt
-from latentguard.serve.drift import Reference
-from latentguard.serve.export import point_of, static_page
+from latentguard.serve.drift import DriftReference
+from latentguard.serve.page import point_of
 from serve.running import (
     PROMPTS,
     band_guard,
@@ -39,7 +39,7 @@ LONG = "Please tell me " + "a very long story about the sea and the wind, " * 12
 @pytest.fixture(scope="module")
 def url():
     points = tuple(point_of(verdict) for verdict in offline().values())
-    with running(reference=Reference(points)) as made:
+    with running(reference=DriftReference(points)) as made:
         yield made
 
 
@@ -183,7 +183,7 @@ def test_a_guard_with_a_band_to_review(visit, scheme):
     guard, model = band_guard(), tiny_model()
     found = list(guard.scan(model, PROMPTS))
     many = [v.decision for v in found].count("review")
-    known = Reference(tuple(point_of(verdict) for verdict in found))
+    known = DriftReference(tuple(point_of(verdict) for verdict in found))
     with running(lambda: (guard, model), reference=known) as url:
         page = visit(url, width=400, scheme=scheme)
         colours = set()
@@ -256,23 +256,3 @@ def test_nothing_is_loaded_from_elsewhere(url, visit, browser):
     page.close()
     assert asked
     assert all(one.startswith(str(url)) for one in asked)
-
-
-def test_the_page_as_a_file_needs_no_service(visit, tmp_path):
-    guard, model = opener()
-    texts = [flagged(), passed(), "</script><b>bold</b><script>alert(1)</script>"]
-    file = tmp_path / "page.html"
-    file.write_text(static_page(guard, model, [Prompt(text) for text in texts]))
-    page = visit(file.as_uri(), width=700)
-    page.wait_for_selector("#verdict:not([hidden])")
-    assert page.locator("#ask").is_hidden()
-    assert page.inner_text("#verdict-word") == "Flagged"
-    buttons = page.locator("#asked button")
-    assert buttons.all_text_contents() == texts
-    buttons.nth(1).click()
-    assert page.inner_text("#verdict-word") == "Not flagged"
-    assert "".join(page.locator("#tokens span").all_text_contents()) == passed()
-    buttons.nth(2).press("Enter")
-    assert "".join(page.locator("#tokens span").all_text_contents()) == texts[2]
-    assert page.locator("main b").count() == 0
-    keep(page, "export")

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from latentguard.serve import server
-from latentguard.serve.options import Options
+from latentguard.serve.config import ServeConfig
 from serve.running import (
     Nursery,
     band_guard,
@@ -176,7 +176,7 @@ def test_run_says_that_it_cannot_listen(caplog):
         other.listen()
         loaded = []
         how = dict(host="127.0.0.1", port=other.getsockname()[1])
-        made = server.make(lambda: loaded.append(1), Options(), **how)
+        made = server.create_server(lambda: loaded.append(1), ServeConfig(), **how)
         assert server.run(made) == 1
     assert "Stopped: Cannot listen" in caplog.text
     assert not loaded

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from latentguard.cli import calibration, guards, packs, parity, stress, study
+from latentguard.cli import calibration, guards, packs, parity, serve, stress, study
 from latentguard.cli.app import app
 from latentguard.cli.console import note
-from latentguard.cli.serve import page, serve
 from latentguard.errors import LatentGuardError
 
-__all__ = ["app", "calibration", "guards", "main", "packs", "parity", "stress", "study"]
-
-app.command()(serve)
-app.command()(page)
+__all__ = ["app", "calibration", "guards", "main", "packs", "parity", "serve", "stress", "study"]
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentguard.cli.app import app
+
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.serve.audit_log import AuditLog
@@ -19,6 +21,7 @@ log = logging.getLogger("latentguard.serve")
 MISSING = "latentguard serve needs the extra 'serve': pip install 'latentguard[serve]'"
 
 
+@app.command()
 def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     guard: Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -88,14 +91,14 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     """
     from latentguard.errors import LatentGuardError
     from latentguard.guard.latent_guard import LatentGuard
-    from latentguard.serve.options import Options
+    from latentguard.serve.config import ServeConfig
 
     try:
         from latentguard.serve import server
     except ModuleNotFoundError as error:
         raise LatentGuardError(f"{MISSING} ({error.name} is not there).") from None
-    from latentguard.serve.drift import Reference
-    from latentguard.serve.keys import VARIABLE, read_keys
+    from latentguard.serve.drift import DriftReference
+    from latentguard.serve.keys import VARIABLE, load_keys
 
     _require(policy, ("block", "annotate", "shadow"), "--policy")
     _require_review(on_review, policy)
@@ -103,7 +106,7 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     _require_url(upstream)
     loaded = LatentGuard.load(guard)  # so that a wrong folder is said at once
     _require_segments(loaded, segment_header)
-    options = Options(
+    options = ServeConfig(
         policy=policy,  # type: ignore[arg-type]
         on_review=on_review,  # type: ignore[arg-type]
         on_error=on_error,  # type: ignore[arg-type]
@@ -118,43 +121,21 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
         max_reply=max_reply,
         deadline=deadline,
     )
-    keys = read_keys(api_keys, os.environ.get(VARIABLE))
+    keys = load_keys(api_keys, os.environ.get(VARIABLE))
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"Warning: no API keys, and {host} can be reached from elsewhere.", err=True)
-    made = server.make(
+    made = server.create_server(
         _opener(loaded, model, device_map=device_map, allow_mismatch=allow_mismatch),
         options,
         keys=keys,
         audit=_audit(audit, audit_fsync, audit_texts),
-        reference=Reference.of(loaded, reference),
+        reference=DriftReference.of(loaded, reference),
         host=host,
         port=port,
     )
     port = made.listen().getsockname()[1]
     typer.echo(f"Serving {guard} on http://{host}:{port} (see /readyz)", err=True)
-    server.leave(server.run(made))
-
-
-def page(
-    guard: Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")],
-    prompts: Annotated[str, typer.Argument(help="File, '-', or Hub data set.")],
-    out: Annotated[Path, typer.Option(help="HTML file.")] = Path("page.html"),
-    reference: Annotated[
-        Path | None, typer.Option(help="Verdicts of known prompts, by 'latentguard score --out'.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
-) -> None:
-    """Write the service's page as one file, for a saved set of prompts; it needs no service."""
-    from latentguard.guard.latent_guard import LatentGuard
-    from latentguard.prompts import read_prompts
-    from latentguard.report.document import write_text
-    from latentguard.serve.drift import Reference
-    from latentguard.serve.export import static_page
-
-    asked, known = read_prompts(prompts), Reference.read(reference)
-    loaded, backend = _opener(LatentGuard.load(guard), model)()
-    write_text(out, static_page(loaded, backend, asked, known))
-    typer.echo(out)
+    server.exit_process(server.run(made))
 
 
 def _opener(

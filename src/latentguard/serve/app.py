@@ -15,16 +15,16 @@ from starlette.exceptions import HTTPException
 
 from latentguard import __version__
 from latentguard.serve import completions, moderation, page
-from latentguard.serve.errors import BadRequest, Fault, Unavailable
-from latentguard.serve.limits import Limits
+from latentguard.serve.errors import ApiError, BadRequest, Unavailable
+from latentguard.serve.limits import RequestLimits
 from latentguard.serve.service import Service
-from latentguard.serve.upstream import Relay
+from latentguard.serve.upstream import UpstreamClient
 
 ERRORS = (400, 401, 408, 413, 429, 500, 502, 503)
 PUBLIC = ("/v1/moderations", "/v1/score", "/v1/chat/completions", "/v1/guard", "/v1/models")
 
 
-class Problem(BaseModel):
+class ErrorObject(BaseModel):
     """What went wrong."""
 
     message: str
@@ -36,20 +36,22 @@ class Problem(BaseModel):
 class ErrorResponse(BaseModel):
     """OpenAI's error object."""
 
-    error: Problem
+    error: ErrorObject
 
 
-def build(service: Service) -> Limits:
+def build_app(service: Service) -> RequestLimits:
     """The application of a service, within its limits."""
     relay = (
-        Relay(service.options, own_keys=bool(service.keys)) if service.options.upstream else None
+        UpstreamClient(service.config, own_keys=bool(service.keys))
+        if service.config.upstream
+        else None
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.scorer.start()
+        service.engine.start()
         yield
-        await service.scorer.stop()
+        await service.engine.stop()
         if relay is not None:
             await relay.close()
         if service.audit is not None:
@@ -69,7 +71,7 @@ def build(service: Service) -> Limits:
     app.include_router(page.routes(service, relay))
     _watch(app, service)
     _explain(app)
-    return Limits(app, service.options, service.keys, partial(_note, service))
+    return RequestLimits(app, service.config, service.keys, partial(_note, service))
 
 
 def _note(service: Service, path: str, status: int, took: float) -> None:
@@ -85,15 +87,15 @@ def _watch(app: FastAPI, service: Service) -> None:
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
         """Whether the process lives and its scoring thread does."""
-        if service.scorer.state == "dead":
+        if service.engine.state == "dead":
             raise Unavailable("The scoring thread has ended.")
         return "ok"
 
     @app.get("/readyz", response_class=PlainTextResponse)
     async def readyz() -> str:
         """Whether verdicts can be asked for: the guard fits its model and its canaries pass."""
-        if service.scorer.state != "ready":
-            raise Unavailable(f"The guard is {service.scorer.state}.")
+        if service.engine.state != "ready":
+            raise Unavailable(f"The guard is {service.engine.state}.")
         return "ready"
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -106,7 +108,7 @@ def _explain(app: FastAPI) -> None:
     """Errors in OpenAI's form, without a word of what was sent or of how this is made."""
 
     async def fault(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Fault)
+        assert isinstance(error, ApiError)
         return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
     async def invalid(_: Request, error: Exception) -> Response:
@@ -121,10 +123,10 @@ def _explain(app: FastAPI) -> None:
         return JSONResponse(told, status_code=error.status_code, headers=error.headers)
 
     async def broken(_: Request, __: Exception) -> Response:
-        return JSONResponse(Fault("The service failed on this request.").body, status_code=500)
+        return JSONResponse(ApiError("The service failed on this request.").body, status_code=500)
 
     handlers: Mapping[Any, Callable[[Request, Exception], Any]] = {
-        Fault: fault,
+        ApiError: fault,
         RequestValidationError: invalid,
         HTTPException: refused,
         Exception: broken,

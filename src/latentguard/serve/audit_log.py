@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.prompts import Prompt
-from latentguard.serve.errors import Unlogged
-from latentguard.serve.options import Fsync
+from latentguard.serve.config import Fsync
+from latentguard.serve.errors import AuditUnavailable
 
 log = logging.getLogger("latentguard.serve")
 
@@ -76,7 +76,7 @@ class AuditLog:
         """Append a line for each record, all or none.
 
         Raises:
-            Unlogged: if the disk does not take them.
+            AuditUnavailable: if the disk does not take them.
         """
         data = "".join(f"{json.dumps(record)}\n" for record in records).encode()
         with self._lock:
@@ -86,7 +86,9 @@ class AuditLog:
                 self._append(data)
             except OSError as error:
                 self.lost += len(records)
-                raise Unlogged(f"The audit log cannot be written ({error.strerror}).") from error
+                raise AuditUnavailable(
+                    f"The audit log cannot be written ({error.strerror})."
+                ) from error
 
     def close(self) -> None:
         """Force everything to the disk, and let another process write."""

@@ -16,14 +16,21 @@ from latentguard.errors import GuardError
 from latentguard.guard.verdict import Decision
 from latentguard.models.conversation import Sampling
 from latentguard.prompts import Prompt
-from latentguard.serve.disconnects import wanted
-from latentguard.serve.errors import BadRequest, Fault, Unavailable
-from latentguard.serve.guarded_chat import End, Event, Talk
-from latentguard.serve.messages import ChatMessage, legible, prompt_of, prompts_of
-from latentguard.serve.replies import ChatResponse, Judged, Reply, event_of, note_of, usage_of
-from latentguard.serve.scoring import Judgement
-from latentguard.serve.service import Case, Service
-from latentguard.serve.upstream import Relay
+from latentguard.serve.disconnects import run_while_connected
+from latentguard.serve.errors import ApiError, BadRequest, Unavailable
+from latentguard.serve.guarded_chat import ChatEvent, GuardedChat, ReplyEnd
+from latentguard.serve.messages import ChatMessage, chat_prompts, own_model_prompt, readable_text
+from latentguard.serve.replies import (
+    ChatResponse,
+    ReplyWriter,
+    ScoredOrError,
+    sse_event,
+    token_usage,
+    verdict_note,
+)
+from latentguard.serve.scoring import ScoredPrompt
+from latentguard.serve.service import RequestContext, Service
+from latentguard.serve.upstream import UpstreamClient
 
 CHECK = 8
 """After so many pieces of text it is checked whether the client is still there."""
@@ -61,7 +68,7 @@ class ChatRequest(Chat):
     n: Annotated[int, Field(ge=1)] | None = None
 
 
-def routes(service: Service, relay: Relay | None) -> APIRouter:
+def routes(service: Service, relay: UpstreamClient | None) -> APIRouter:
     """The endpoint: answered by the upstream if there is one, else by the guard's own model."""
     router = APIRouter()
     what: dict[int | str, dict[str, Any]] = {
@@ -70,12 +77,12 @@ def routes(service: Service, relay: Relay | None) -> APIRouter:
 
     async def own(request: Request, body: ChatRequest) -> Response:
         """Answer a chat, unless the guard's verdict forbids it."""
-        return await _own(Case(service, request, "chat"), body, request)
+        return await _own(RequestContext(service, request, "chat"), body, request)
 
     async def through(request: Request, body: Chat) -> Response:
         """Have the upstream answer a chat, unless the guard's verdict forbids it."""
         assert relay is not None
-        return await _through(relay, Case(service, request, "chat"), body, request)
+        return await _through(relay, RequestContext(service, request, "chat"), body, request)
 
     how: dict[str, Any] = dict(methods=["POST"], name="completions", responses=what)
     answer = own if relay is None else through
@@ -83,94 +90,101 @@ def routes(service: Service, relay: Relay | None) -> APIRouter:
     return router
 
 
-async def _through(relay: Relay, case: Case, body: Chat, request: Request) -> Response:
+async def _through(
+    relay: UpstreamClient, context: RequestContext, body: Chat, request: Request
+) -> Response:
     """Judge, then ask the upstream."""
     try:
-        worst = await _worst(case, await _read(case, body.messages))
-    except Fault as fault:
-        if not case.service.forgives(fault):
+        worst = await _worst(context, await _read(context, body.messages))
+    except ApiError as fault:
+        if not context.service.answers_without_verdict(fault):
             raise
-        return await relay.ask(request, bool(body.stream), note_of(case, fault))
-    if case.service.action(worst) == "block":
-        return _refusal(case, body, worst)
-    return await relay.ask(request, bool(body.stream), note_of(case, worst))
+        return await relay.ask(request, bool(body.stream), verdict_note(context, fault))
+    if context.service.action(worst) == "block":
+        return _refusal(context, body, worst)
+    return await relay.ask(request, bool(body.stream), verdict_note(context, worst))
 
 
-async def _read(case: Case, messages: list[ChatMessage]) -> list[Prompt]:
+async def _read(context: RequestContext, messages: list[ChatMessage]) -> list[Prompt]:
     """The prompts of a chat; one that goes on unread is noted, by what of it is text."""
     try:
-        prompts = prompts_of(messages)
-        if len(prompts) > case.service.options.max_inputs:
+        prompts = chat_prompts(messages)
+        if len(prompts) > context.service.config.max_inputs:
             raise BadRequest("The chat has too many messages after one another by one role.")
     except BadRequest as fault:
-        if case.service.forgives(fault):
-            await case.failed(case.placed([legible(messages)]), fault, answered=True)
+        if context.service.answers_without_verdict(fault):
+            await context.record_failure(
+                context.with_segment([readable_text(messages)]), fault, answered=True
+            )
         raise
-    return case.placed(prompts)
+    return context.with_segment(prompts)
 
 
-async def _worst(case: Case, prompts: list[Prompt]) -> Judgement:
-    """Of a chat that the guard reads as several prompts, the judgement that counts."""
-    found = await case.judge(prompts)
-    await case.decided(prompts, found, [case.service.action(one) for one in found])
+async def _worst(context: RequestContext, prompts: list[Prompt]) -> ScoredPrompt:
+    """Of a chat that the guard reads as several prompts, the one that counts."""
+    found = await context.score(prompts)
+    await context.record_verdicts(prompts, found, [context.service.action(one) for one in found])
     return max(found, key=severity)
 
 
-def severity(judgement: Judgement) -> tuple[int, float]:
+def severity(scored: ScoredPrompt) -> tuple[int, float]:
     """What is worse is greater; scores alone do not tell, as long prompts have no band."""
-    verdict = judgement.verdict
+    verdict = scored.verdict
     return SEVERITY.index(verdict.decision), verdict.score
 
 
-async def _own(case: Case, body: ChatRequest, request: Request) -> Response:
+async def _own(context: RequestContext, body: ChatRequest, request: Request) -> Response:
     """Read and judge in one pass, then go on from it."""
-    service = case.service
+    service = context.service
     _require_plain(body)
-    [prompt], sampling = case.placed([prompt_of(body.messages)]), _sampling(service, body)
+    [prompt], sampling = (
+        context.with_segment([own_model_prompt(body.messages)]),
+        _sampling(service, body),
+    )
 
-    def halt(event: Judgement | GuardError) -> bool:
-        if isinstance(event, Judgement):
+    def must_refuse(event: ScoredPrompt | GuardError) -> bool:
+        if isinstance(event, ScoredPrompt):
             return service.action(event) == "block"
-        return not service.forgives(Unavailable())
+        return not service.answers_without_verdict(Unavailable())
 
-    talk = Talk(prompt, sampling, halt)
-    request.state.ending.callback(talk.cancel)
-    judged = await _judged(case, talk, request)
-    if isinstance(judged, Judgement) and service.action(judged) == "block":
-        return _refusal(case, body, judged)
-    reply = _reply(case, body, judged)
+    chat = GuardedChat(prompt, sampling, must_refuse)
+    request.state.ending.callback(chat.cancel)
+    judged = await _judged(context, chat, request)
+    if isinstance(judged, ScoredPrompt) and service.action(judged) == "block":
+        return _refusal(context, body, judged)
+    reply = _reply(context, body, judged)
     if body.stream:
-        return StreamingResponse(_stream(case, talk, reply), media_type="text/event-stream")
-    return await _whole(talk, reply, request)
+        return StreamingResponse(_stream(context, chat, reply), media_type="text/event-stream")
+    return await _whole(chat, reply, request)
 
 
-async def _judged(case: Case, talk: Talk, request: Request) -> Judged:
+async def _judged(context: RequestContext, chat: GuardedChat, request: Request) -> ScoredOrError:
     """The verdict, logged; or the fault in its place, if the chat is to be answered all the same.
 
-    Only a judgement that failed can be forgiven here: before it there is no pass to go on from.
+    Only a reading that failed can be forgiven here: before it there is no pass to go on from.
     """
-    prompts = [talk.prompt]
+    prompts = [chat.prompt]
     try:
-        await case.service.scorer.begin(talk)
-        event = await wanted(_soon(talk, case.service.options.deadline), request)
-    except Fault as fault:
-        await case.failed(prompts, fault, answered=False)
+        await context.service.engine.start_chat(chat)
+        event = await run_while_connected(_soon(chat, context.service.config.deadline), request)
+    except ApiError as fault:
+        await context.record_failure(prompts, fault, answered=False)
         raise
-    if isinstance(event, Judgement):
-        await case.decided(prompts, [event], [case.service.action(event)])
+    if isinstance(event, ScoredPrompt):
+        await context.record_verdicts(prompts, [event], [context.service.action(event)])
         return event
     lack = Unavailable("The guard cannot give a verdict on this prompt.")
-    forgiven = case.service.forgives(lack)
-    await case.failed(prompts, lack, answered=forgiven)
+    forgiven = context.service.answers_without_verdict(lack)
+    await context.record_failure(prompts, lack, answered=forgiven)
     if not forgiven:
         raise lack
     return lack
 
 
-async def _soon(talk: Talk, seconds: float) -> Event:
+async def _soon(chat: GuardedChat, seconds: float) -> ChatEvent:
     try:
         async with asyncio.timeout(seconds):
-            return await talk.next()
+            return await chat.next_event()
     except TimeoutError:
         raise Unavailable(f"No verdict came within {seconds:g} seconds.") from None
 
@@ -188,7 +202,7 @@ def _require_plain(body: ChatRequest) -> None:
 
 
 def _sampling(service: Service, body: ChatRequest) -> Sampling:
-    most = service.options.max_reply
+    most = service.config.max_reply
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     how = Sampling(max_tokens=most, seed=body.seed, stop=stop)
     asked = body.max_completion_tokens or body.max_tokens
@@ -198,44 +212,46 @@ def _sampling(service: Service, body: ChatRequest) -> Sampling:
     return how if body.top_p is None else replace(how, top_p=body.top_p)
 
 
-def _reply(case: Case, body: Chat, judged: Judged) -> Reply:
+def _reply(context: RequestContext, body: Chat, judged: ScoredOrError) -> ReplyWriter:
     usage = body.stream_options is not None and body.stream_options.include_usage
-    mark, name = case.id.removeprefix("req-"), case.service.options.name
-    return Reply(mark, name, note_of(case, judged), usage=usage)
+    mark, name = context.id.removeprefix("req-"), context.service.config.name
+    return ReplyWriter(mark, name, verdict_note(context, judged), usage=usage)
 
 
-async def _stream(case: Case, talk: Talk, reply: Reply) -> AsyncIterator[str]:
+async def _stream(
+    context: RequestContext, chat: GuardedChat, reply: ReplyWriter
+) -> AsyncIterator[str]:
     """The reply as server-sent events."""
     try:
-        case.service.telemetry.first_token.observe(perf_counter() - case.began)
+        context.service.telemetry.first_token.observe(perf_counter() - context.began)
         yield reply.first()
         while True:
-            event = await talk.next()
-            if isinstance(event, End):
-                yield reply.last(event.finish, usage_of(event.prompt_tokens, event.reply_tokens))
+            event = await chat.next_event()
+            if isinstance(event, ReplyEnd):
+                yield reply.last(event.finish, token_usage(event.prompt_tokens, event.reply_tokens))
                 return
             yield reply.piece(str(event))
-    except Fault as fault:  # the answer has begun: an event is all that can still be said
-        yield event_of(fault.body)
+    except ApiError as fault:  # the answer has begun: an event is all that can still be said
+        yield sse_event(fault.body)
 
 
-async def _whole(talk: Talk, reply: Reply, request: Request) -> Response:
+async def _whole(chat: GuardedChat, reply: ReplyWriter, request: Request) -> Response:
     """The reply in one; it stops, too, if the client has left meanwhile."""
     said = list[str]()
-    while not isinstance(event := await talk.next(), End):
+    while not isinstance(event := await chat.next_event(), ReplyEnd):
         said.append(str(event))
         if len(said) % CHECK == 0 and await request.is_disconnected():
             return Response()
-    usage = usage_of(event.prompt_tokens, event.reply_tokens)
+    usage = token_usage(event.prompt_tokens, event.reply_tokens)
     return reply.whole("".join(said), event.finish, usage)
 
 
-def _refusal(case: Case, body: Chat, judged: Judgement) -> Response:
+def _refusal(context: RequestContext, body: Chat, judged: ScoredPrompt) -> Response:
     """What a blocked chat is answered with."""
-    text, reply = case.service.options.refusal, _reply(case, body, judged)
+    text, reply = context.service.config.refusal, _reply(context, body, judged)
     if not body.stream:
-        return reply.whole(text, "content_filter", usage_of(0, 0), refusal=text)
-    events = [reply.first(), reply.piece(text), reply.last("content_filter", usage_of(0, 0))]
+        return reply.whole(text, "content_filter", token_usage(0, 0), refusal=text)
+    events = [reply.first(), reply.piece(text), reply.last("content_filter", token_usage(0, 0))]
     return StreamingResponse(_each(events), media_type="text/event-stream")
 
 

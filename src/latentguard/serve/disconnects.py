@@ -8,22 +8,22 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from latentguard.serve.errors import Left
+from latentguard.serve.errors import ClientDisconnected
 
 T = TypeVar("T")
 
 
-async def stopped(work: Coroutine[Any, Any, T], left: Coroutine[Any, Any, Any]) -> T:
+async def run_until(work: Coroutine[Any, Any, T], left: Coroutine[Any, Any, Any]) -> T:
     """What some work gives, stopped as soon as ``left`` ends.
 
     Raises:
-        Left: if the client left first.
+        ClientDisconnected: if the client left first.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left)
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Left("The client has left.")
+            raise ClientDisconnected("The client has left.")
         return task.result()
     finally:
         task.cancel()
@@ -31,13 +31,13 @@ async def stopped(work: Coroutine[Any, Any, T], left: Coroutine[Any, Any, Any]) 
         await asyncio.wait({task, gone})
 
 
-async def wanted(work: Coroutine[Any, Any, T], request: Request) -> T:
+async def run_while_connected(work: Coroutine[Any, Any, T], request: Request) -> T:
     """What some work gives, as long as the client is there.
 
     Raises:
-        Left: if it left first.
+        ClientDisconnected: if it left first.
     """
-    return await stopped(work, _leaves(request))
+    return await run_until(work, _leaves(request))
 
 
 async def _leaves(request: Request) -> None:

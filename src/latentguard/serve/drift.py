@@ -20,7 +20,7 @@ RECENT = 1000
 
 
 @dataclass(frozen=True)
-class Reference:
+class DriftReference:
     """What scores and verdicts are compared with."""
 
     points: tuple[dict[str, Any], ...] = ()
@@ -30,7 +30,7 @@ class Reference:
     """Known scores; more than verdicts, if only scores were kept."""
 
     @staticmethod
-    def of(guard: LatentGuard, path: Path | None) -> Reference:
+    def of(guard: LatentGuard, path: Path | None) -> DriftReference:
         """The verdicts in a file or, without one, the scores that calibrated the guard.
 
         Raises:
@@ -38,18 +38,18 @@ class Reference:
         """
         calibration = guard.part(Calibration)
         if path is not None or calibration is None:
-            return Reference.read(path)
-        return Reference(scores=tuple(calibration.common.scores.tolist()))
+            return DriftReference.read(path)
+        return DriftReference(scores=tuple(calibration.common.scores.tolist()))
 
     @staticmethod
-    def read(path: Path | None) -> Reference:
+    def read(path: Path | None) -> DriftReference:
         """Read what ``latentguard score --out`` wrote.
 
         Raises:
             PromptError: if a line is no verdict.
         """
         if path is None:
-            return Reference()
+            return DriftReference()
         points, scores = list[dict[str, Any]](), list[float]()
         for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
             try:
@@ -62,10 +62,10 @@ class Reference:
                 raise PromptError(
                     f"{path}:{number} is no verdict; expected lines of 'latentguard score'."
                 ) from None
-        return Reference(tuple(points), tuple(scores))
+        return DriftReference(tuple(points), tuple(scores))
 
 
-class Drift:
+class DriftMonitor:
     """The population stability index of recent scores against known ones.
 
     Under 0.1 is no change, over 0.25 a large one, as the index is commonly read.

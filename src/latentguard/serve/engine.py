@@ -16,11 +16,11 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import longest, tokens_of
 from latentguard.prompts import Prompt
-from latentguard.serve.errors import Busy, TooLarge, Unavailable, place
-from latentguard.serve.guarded_chat import Talk
-from latentguard.serve.options import Options
-from latentguard.serve.queue import Job, Work, settle, size_of
-from latentguard.serve.scoring import Judgement, fault_of, judge_each
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.errors import PayloadTooLarge, QueueFull, Unavailable, error_location
+from latentguard.serve.guarded_chat import GuardedChat
+from latentguard.serve.queue import Work, WorkItem, estimated_tokens, settle
+from latentguard.serve.scoring import ScoredPrompt, score_each, to_api_error
 
 log = logging.getLogger("latentguard.serve")
 
@@ -31,13 +31,13 @@ CRASHES = 5
 """The thread gives up when it has crashed so often within a minute."""
 
 
-class Scorer:
+class ScoringEngine:
     """Batches prompts on the fly, answers chats in between, and notices its own crashes."""
 
     def __init__(
         self,
         opener: Opener,
-        options: Options,
+        config: ServeConfig,
         *,
         on_batch: Callable[[Sequence[float]], None] = lambda waits: None,
     ) -> None:
@@ -45,20 +45,20 @@ class Scorer:
 
         Args:
             opener: Loads guard and model, and checks that they match; runs on the thread.
-            options: Limits.
+            config: Limits of queue, batch and time.
             on_batch: Told how long each prompt of a batch waited, in seconds.
         """
-        self.options = options
+        self.config = config
         self.state: State = "loading"
         self.on_death: Callable[[BaseException], None] = lambda error: None
         """Told, on the event loop, why the thread ended."""
         self.crashes = deque[float](maxlen=CRASHES)
         self._opener, self._on_batch = opener, on_batch
         self._lock, self._stopping = threading.Condition(), False
-        self._jobs, self._flight = deque[Job](), list[Job]()
-        self._coming, self._talks = deque[Talk](), list[Talk]()
-        self._busy: float | None = None
-        self._thread = threading.Thread(target=self._live, name="scorer", daemon=True)
+        self._items, self._in_flight = deque[WorkItem](), list[WorkItem]()
+        self._waiting_chats, self._chats = deque[GuardedChat](), list[GuardedChat]()
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.guard: LatentGuard
         self.model: ChatModel
 
@@ -77,224 +77,237 @@ class Scorer:
             self._stopping = True
             self.state = "draining" if self.state == "ready" else self.state
             self._lock.notify_all()
-        await asyncio.to_thread(self._thread.join, self.options.drain)
+        await asyncio.to_thread(self._thread.join, self.config.drain)
 
     @property
     def waiting(self) -> int:
         """How many prompts wait."""
         with self._lock:
-            self._forget()
-            return len(self._jobs) + len(self._coming)
+            self._drop_abandoned()
+            return len(self._items) + len(self._waiting_chats)
 
     @property
-    def talking(self) -> int:
+    def active_chats(self) -> int:
         """How many chats are being answered."""
-        return len(self._talks)
+        return len(self._chats)
 
-    async def judge(self, prompts: Sequence[Prompt]) -> list[Judgement]:
+    async def score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:
         """Judge prompts, together with those of other requests.
 
         Raises:
-            Fault: if one cannot be judged; says why.
+            ApiError: if one cannot be judged; says why.
         """
         self._admit(len(prompts))
         for prompt in prompts:
             await self._require_short(prompt)
         futures = [self._loop.create_future() for _ in prompts]
-        self._submit([Job(f, p, size=size_of(p)) for f, p in zip(futures, prompts, strict=True)])
-        found: list[Judgement] = await self._within(asyncio.gather(*futures))
+        self._submit(
+            [
+                WorkItem(f, p, size=estimated_tokens(p))
+                for f, p in zip(futures, prompts, strict=True)
+            ]
+        )
+        found: list[ScoredPrompt] = await self._within(asyncio.gather(*futures))
         return found
 
-    async def do(self, prompt: Prompt, work: Work) -> Any:
+    async def run_alone(self, prompt: Prompt, work: Work) -> Any:
         """Do some work on the thread, alone; ``prompt`` is what it reads.
 
         Raises:
-            Fault: if it cannot be done; says why.
+            ApiError: if it cannot be done; says why.
         """
         self._admit(1)
         await self._require_short(prompt)
         future = self._loop.create_future()
-        self._submit([Job(future, work=work)])
+        self._submit([WorkItem(future, work=work)])
         return await self._within(future)
 
-    async def begin(self, talk: Talk) -> None:
-        """Let the thread answer a chat; the talk tells of it.
+    async def start_chat(self, chat: GuardedChat) -> None:
+        """Let the thread answer a chat; the chat tells of it.
 
         Raises:
-            Fault: if it cannot be answered; says why.
+            ApiError: if it cannot be answered; says why.
         """
         self._admit(1)
-        await self._require_short(talk.prompt)
+        await self._require_short(chat.prompt)
         with self._lock:
             self._admit(1)
-            self._coming.append(talk)
+            self._waiting_chats.append(chat)
             self._lock.notify()
 
     def _admit(self, count: int) -> None:
-        if count > self.options.queue:
-            raise TooLarge(f"At most {self.options.queue} prompts can wait; {count} were sent.")
+        if count > self.config.queue:
+            raise PayloadTooLarge(
+                f"At most {self.config.queue} prompts can wait; {count} were sent."
+            )
         if self.state not in ("ready", "draining"):
             raise Unavailable("The guard is not ready.")
-        if self.waiting + count > self.options.queue:
-            raise Busy("Too many prompts are waiting; try again in a second.")
+        if self.waiting + count > self.config.queue:
+            raise QueueFull("Too many prompts are waiting; try again in a second.")
 
     async def _require_short(self, prompt: Prompt) -> None:
         """Count tokens where there may be too many; a text has no more tokens than bytes."""
-        if 4 * size_of(prompt) <= (most := min(self.options.max_tokens, longest(self.model))):
+        if 4 * estimated_tokens(prompt) <= (
+            most := min(self.config.max_tokens, longest(self.model))
+        ):
             return
         try:
             found = await self._within(asyncio.to_thread(tokens_of, self.model, prompt, most))
         except LatentGuardError as error:
-            raise fault_of(error) from None
+            raise to_api_error(error) from None
         if found > most:
-            raise TooLarge(f"The prompt is {found:,} tokens long; at most {most:,} are read.")
+            raise PayloadTooLarge(
+                f"The prompt is {found:,} tokens long; at most {most:,} are read."
+            )
 
-    def _submit(self, jobs: Sequence[Job]) -> None:
+    def _submit(self, items: Sequence[WorkItem]) -> None:
         with self._lock:
-            self._admit(len(jobs))  # once more: counting tokens may have taken a while
-            self._jobs.extend(jobs)
+            self._admit(len(items))  # once more: counting tokens may have taken a while
+            self._items.extend(items)
             self._lock.notify()
 
     async def _within(self, work: Awaitable[Any]) -> Any:
         try:
-            async with asyncio.timeout(self.options.deadline):
+            async with asyncio.timeout(self.config.deadline):
                 return await work
         except TimeoutError:
-            reason = f"No verdict came within {self.options.deadline:g} seconds."
+            reason = f"No verdict came within {self.config.deadline:g} seconds."
             raise Unavailable(reason) from None
 
     async def _watch(self) -> None:
         """Notice a thread that ended without a word, or that is stuck."""
         while self.state != "dead":
             await asyncio.sleep(0.2)
-            busy = self._busy
-            stuck = busy is not None and monotonic() - busy > self.options.stall
+            busy = self._busy_since
+            stuck = busy is not None and monotonic() - busy > self.config.stall
             if stuck or not self._thread.is_alive():
-                self._die(RuntimeError("the scoring thread is stuck" if stuck else "it ended"))
+                self._fail(RuntimeError("the scoring thread is stuck" if stuck else "it ended"))
 
     # ---- the thread's side
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         try:
             self.guard, self.model = self._opener()
             self.state = "ready"
-            while (jobs := self._next()) is not None:
-                self._flight, self._busy = jobs, monotonic()
-                if jobs:
-                    self._serve(jobs)
-                self._converse()
-                self._busy = None
+            while (items := self._next()) is not None:
+                self._in_flight, self._busy_since = items, monotonic()
+                if items:
+                    self._serve(items)
+                self._advance_chats()
+                self._busy_since = None
         except BaseException as error:  # whatever it is, nobody may wait for this thread
-            self._die(error)
+            self._fail(error)
 
-    def _next(self) -> list[Job] | None:
+    def _next(self) -> list[WorkItem] | None:
         """The next batch, empty if only chats go on, None at the end."""
         with self._lock:
-            while not (self._jobs or self._talks or self._coming):
+            while not (self._items or self._chats or self._waiting_chats):
                 if self._stopping:
                     return None
                 self._lock.wait()
-            if self._jobs and not (self._talks or self._coming):
-                self._gather(self._jobs[0].arrived + self.options.wait)
+            if self._items and not (self._chats or self._waiting_chats):
+                self._gather(self._items[0].arrived + self.config.wait)
             return self._pop()
 
     def _gather(self, until: float) -> None:
         """Wait a moment for more prompts, as long as they fit into one batch."""
-        while self._jobs and not (self._stopping or self._coming or self._jobs[0].work):
+        while self._items and not (self._stopping or self._waiting_chats or self._items[0].work):
             left = until - monotonic()
-            if left <= 0 or sum(job.size for job in self._jobs) >= self._budget:
+            if left <= 0 or sum(item.size for item in self._items) >= self._budget:
                 return
             self._lock.wait(left)
 
-    def _pop(self) -> list[Job]:
-        """Take the oldest job and, of the other prompts, those nearest in length that fit.
+    def _pop(self) -> list[WorkItem]:
+        """Take the oldest item and, of the other prompts, those nearest in length that fit.
 
         Like lengths waste little on padding, and the oldest is never passed over.
         """
-        self._forget()
-        taken = [self._jobs.popleft()] if self._jobs else []
+        self._drop_abandoned()
+        taken = [self._items.popleft()] if self._items else []
         if taken and taken[0].prompt:
             most = taken[0].size
-            prompts = [job for job in self._jobs if job.prompt]
-            for job in sorted(prompts, key=lambda job: abs(job.size - most)):
-                most = max(most, job.size)
+            prompts = [item for item in self._items if item.prompt]
+            for item in sorted(prompts, key=lambda item: abs(item.size - most)):
+                most = max(most, item.size)
                 if most * (len(taken) + 1) > self._budget:
                     break
-                taken.append(job)
-        self._jobs = deque(job for job in self._jobs if job not in taken)
+                taken.append(item)
+        self._items = deque(item for item in self._items if item not in taken)
         return taken
 
     @property
     def _budget(self) -> int:
-        return self.options.batch_tokens or self.model.tokens_per_batch
+        return self.config.batch_tokens or self.model.tokens_per_batch
 
-    def _serve(self, jobs: list[Job]) -> None:
+    def _serve(self, items: list[WorkItem]) -> None:
         now = monotonic()
         try:
-            work, prompts = jobs[0].work, [job.prompt for job in jobs if job.prompt]
-            found = self._alone(work) if work else judge_each(self.guard, self.model, prompts)
+            work, prompts = items[0].work, [item.prompt for item in items if item.prompt]
+            found = self._alone(work) if work else score_each(self.guard, self.model, prompts)
         except Exception as error:  # whatever it is, nobody may wait for this batch
-            self._settle(jobs, [Unavailable("The guard failed on this batch.")] * len(jobs))
+            self._settle(items, [Unavailable("The guard failed on this batch.")] * len(items))
             self._recover(error)
             return
-        self._on_batch([now - job.arrived for job in jobs])
-        self._settle(jobs, found)
+        self._on_batch([now - item.arrived for item in items])
+        self._settle(items, found)
 
     def _alone(self, work: Work) -> list[Any]:
         try:
             return [work(self.guard, self.model)]
         except LatentGuardError as error:
-            return [fault_of(error)]
+            return [to_api_error(error)]
 
-    def _converse(self) -> None:
+    def _advance_chats(self) -> None:
         """Let each chat take a step, and begin those that wait as others end."""
         with self._lock:
-            self._forget()
-            room = self.options.chats - len(self._talks)
-            self._talks += [self._coming.popleft() for _ in range(min(room, len(self._coming)))]
-        self._talks = [talk for talk in self._talks if self._step(talk)]
+            self._drop_abandoned()
+            room = self.config.chats - len(self._chats)
+            self._chats += [
+                self._waiting_chats.popleft() for _ in range(min(room, len(self._waiting_chats)))
+            ]
+        self._chats = [chat for chat in self._chats if self._step(chat)]
 
-    def _forget(self) -> None:
+    def _drop_abandoned(self) -> None:
         """Drop what nobody waits for any more; for whoever holds the lock."""
-        self._jobs = deque(job for job in self._jobs if not job.future.done())
-        self._coming = deque(talk for talk in self._coming if not talk.cancelled)
+        self._items = deque(item for item in self._items if not item.future.done())
+        self._waiting_chats = deque(chat for chat in self._waiting_chats if not chat.cancelled)
 
-    def _step(self, talk: Talk) -> bool:
+    def _step(self, chat: GuardedChat) -> bool:
         """Whether the chat goes on."""
         try:
-            return talk.step(self.guard, self.model)
+            return chat.step(self.guard, self.model)
         except LatentGuardError as error:
-            talk.tell(fault_of(error))
+            chat.emit(to_api_error(error))
         except Exception as error:  # nor for this chat
-            talk.tell(Unavailable("The guard failed on this chat."))
+            chat.emit(Unavailable("The guard failed on this chat."))
             self._recover(error)
         return False
 
     def _recover(self, error: Exception) -> None:
         """Go on after a crash if the canaries still score as they should; end if not."""
-        log.error("The scoring thread crashed: %s", place(error))
+        log.error("The scoring thread crashed: %s", error_location(error))
         now = monotonic()
         self.crashes.append(now)
         if len(self.crashes) == CRASHES and now - self.crashes[0] < 60:
             raise RuntimeError(f"{CRASHES} crashes within a minute") from error
         self.guard.check(self.model)
 
-    def _settle(self, jobs: Sequence[Job], found: Sequence[Any]) -> None:
+    def _settle(self, items: Sequence[WorkItem], found: Sequence[Any]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(settle, list(zip(jobs, found, strict=True)))
+            self._loop.call_soon_threadsafe(settle, list(zip(items, found, strict=True)))
 
-    def _die(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self._lock:
             if self.state == "dead":
                 return
             self.state = "dead"
-            jobs, talks = [*self._flight, *self._jobs], [*self._coming, *self._talks]
-            self._jobs.clear()
-            self._coming.clear()
+            items, chats = [*self._in_flight, *self._items], [*self._waiting_chats, *self._chats]
+            self._items.clear()
+            self._waiting_chats.clear()
         log.error("The scoring thread ended: %s", error)
         gone = Unavailable("The guard has failed.")
-        self._settle(jobs, [gone] * len(jobs))
-        for talk in talks:
-            talk.tell(gone)
+        self._settle(items, [gone] * len(items))
+        for chat in chats:
+            chat.emit(gone)
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.on_death, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 
 
-class Fault(Exception):
+class ApiError(Exception):
     """Ends a request with an error in OpenAI's form."""
 
     status, kind, code = 500, "server_error", "internal_error"
@@ -24,61 +24,61 @@ class Fault(Exception):
         return {} if self.retry is None else {"retry-after": str(self.retry)}
 
 
-class BadRequest(Fault):
+class BadRequest(ApiError):
     """The request cannot be understood, or asks for what is not there."""
 
     status, kind, code = 400, "invalid_request_error", "invalid_request"
 
 
-class Unauthorized(Fault):
+class Unauthorized(ApiError):
     """There is no key, or a wrong one."""
 
     status, kind, code = 401, "authentication_error", "invalid_api_key"
 
 
-class SlowClient(Fault):
+class RequestTimeout(ApiError):
     """The body did not come in time."""
 
     status, kind, code = 408, "invalid_request_error", "request_timeout"
 
 
-class Left(Fault):
+class ClientDisconnected(ApiError):
     """The client has left: nobody reads this, but the audit log notes it."""
 
     status, kind, code = 499, "invalid_request_error", "client_left"
 
 
-class TooLarge(Fault):
+class PayloadTooLarge(ApiError):
     """The body or the prompt is too long."""
 
     status, kind, code = 413, "invalid_request_error", "too_large"
 
 
-class Busy(Fault):
+class QueueFull(ApiError):
     """The queue is full."""
 
     status, kind, code, retry = 429, "rate_limit_error", "queue_full", 1
 
 
-class Unavailable(Fault):
+class Unavailable(ApiError):
     """The guard cannot judge now: it is loading, draining, or its thread crashed."""
 
     status, kind, code, retry = 503, "server_error", "unavailable", 1
 
 
-class Unlogged(Unavailable):
+class AuditUnavailable(Unavailable):
     """The audit log cannot be written."""
 
     code = "audit_log"
 
 
-class Upstream(Fault):
+class UpstreamError(ApiError):
     """The upstream service cannot be reached or failed."""
 
     status, kind, code = 502, "server_error", "upstream_error"
 
 
-def place(error: BaseException) -> str:
+def error_location(error: BaseException) -> str:
     """What kind of error it is and where it arose, for the log; its words may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)
     return " < ".join(

@@ -13,11 +13,11 @@ from latentguard.guard.obfuscations import Obfuscations, beneath
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation, Sampling
 from latentguard.prompts import Prompt
-from latentguard.serve.scoring import Judgement, judge_all, judge_states
+from latentguard.serve.scoring import ScoredPrompt, score_prompts, score_states
 
 
 @dataclass(frozen=True)
-class End:
+class ReplyEnd:
     """The reply is over."""
 
     finish: str
@@ -30,29 +30,32 @@ class End:
     """How long the reply was."""
 
 
-Event = Judgement | GuardError | str | End | Exception
-"""What a talk tells, in this order: a judgement (or why there is none), pieces of text, the end.
+ChatEvent = ScoredPrompt | GuardError | str | ReplyEnd | Exception
+"""What a chat emits, in this order: its verdict (or why there is none), pieces of text, the end.
 Any other exception ends it at once."""
 
 
-class Talk:
+class GuardedChat:
     """Lives on two threads: the scoring thread opens and steps it, the event loop listens."""
 
     def __init__(
-        self, prompt: Prompt, sampling: Sampling, halt: Callable[[Judgement | GuardError], bool]
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        must_refuse: Callable[[ScoredPrompt | GuardError], bool],
     ) -> None:
         """Prepare a chat.
 
         Args:
             prompt: What is asked, with its history.
             sampling: How the reply is drawn.
-            halt: Whether a judgement, or its lack, forbids a reply.
+            must_refuse: Whether a verdict, or its lack, forbids a reply.
         """
         self.prompt, self.sampling = prompt, sampling
         self.cancelled = False
         """Set by whoever no longer listens."""
-        self._halt, self._loop = halt, asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._must_refuse, self._loop = must_refuse, asyncio.get_running_loop()
+        self._events: asyncio.Queue[ChatEvent] = asyncio.Queue()
         self._conversation: Conversation | None = None
         self._pieces: Iterator[str] = iter(())
 
@@ -60,7 +63,7 @@ class Talk:
         """Stop: nobody listens any more."""
         self.cancelled = True
 
-    async def next(self) -> Event:
+    async def next_event(self) -> ChatEvent:
         """What happens next.
 
         Raises:
@@ -71,7 +74,7 @@ class Talk:
             raise event
         return event
 
-    def tell(self, event: Event) -> None:
+    def emit(self, event: ChatEvent) -> None:
         """Say something to the listener, from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -86,28 +89,30 @@ class Talk:
             return False
         if self._conversation is None:
             verdict = self._read(guard, model)
-            if self._halt(verdict):  # never set to False: the listener may have left meanwhile
+            if self._must_refuse(
+                verdict
+            ):  # never set to False: the listener may have left meanwhile
                 self.cancelled = True
-            self.tell(verdict)
+            self.emit(verdict)
             return not self.cancelled
         piece = next(self._pieces, None)
         if piece is None:
             said = self._conversation
-            self.tell(End(said.finish, said.prompt_tokens, said.reply_tokens))
+            self.emit(ReplyEnd(said.finish, said.prompt_tokens, said.reply_tokens))
             return False
         if piece:
-            self.tell(piece)
+            self.emit(piece)
         return True
 
-    def _read(self, guard: LatentGuard, model: ChatModel) -> Judgement | GuardError:
+    def _read(self, guard: LatentGuard, model: ChatModel) -> ScoredPrompt | GuardError:
         positions = guard.positions if _read_alone(guard, self.prompt) else ()
         said = Conversation(model, self.prompt, positions=positions, layers=guard.probe.layers)
         self._conversation, self._pieces = said, said.pieces(self.sampling)
         try:
             states = said.states
             if states is None:
-                return judge_all(guard, model, [self.prompt])[0]
-            return judge_states(guard, states)[0]
+                return score_prompts(guard, model, [self.prompt])[0]
+            return score_states(guard, states)[0]
         except GuardError as error:
             return error
 

@@ -17,7 +17,7 @@ VARIABLE = "LATENTGUARD_API_KEYS"
 COMMENT = re.compile(r"(?:^|\s)#")
 
 
-class Keys:
+class ApiKeys:
     """The keys that clients may show; with none, everybody may come in."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
@@ -45,8 +45,8 @@ class Keys:
         return shown.hex()[:8]
 
 
-def read_keys(file: Path | None, environment: str | None) -> Keys:
-    """Keys of a file (one a line) and of the environment.
+def load_keys(file: Path | None, environment: str | None) -> ApiKeys:
+    """ApiKeys of a file (one a line) and of the environment.
 
     ``#`` begins a comment at the start of a line or after a blank; elsewhere it is part of a key.
 
@@ -60,7 +60,7 @@ def read_keys(file: Path | None, environment: str | None) -> Keys:
     if environment is not None:
         lack = f"{VARIABLE} holds no API key; expected keys with commas between, or no variable."
         found += _clean(environment.replace(",", "\n"), lack)
-    return Keys(found)
+    return ApiKeys(found)
 
 
 def _clean(text: str, lack: str) -> list[str]:

@@ -14,9 +14,15 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from latentguard.serve.errors import BadRequest, Fault, SlowClient, TooLarge, place
-from latentguard.serve.keys import Keys
-from latentguard.serve.options import Options
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.errors import (
+    ApiError,
+    BadRequest,
+    PayloadTooLarge,
+    RequestTimeout,
+    error_location,
+)
+from latentguard.serve.keys import ApiKeys
 
 log = logging.getLogger("latentguard.serve")
 
@@ -36,24 +42,24 @@ OPEN = ("/", "/page.css", "/page.js", "/favicon.ico", "/healthz", "/readyz")
 """Paths that need no key."""
 
 
-class Limits:
+class RequestLimits:
     """Asks for the key, then reads the body whole and within limits; then the application runs.
 
     What the application raises is logged, never shown.
     """
 
     def __init__(
-        self, app: App, options: Options, keys: Keys, note: Callable[[str, int, float], None]
+        self, app: App, config: ServeConfig, keys: ApiKeys, note: Callable[[str, int, float], None]
     ) -> None:
         """Wrap an application.
 
         Args:
             app: The application.
-            options: Limits.
+            config: Limits of size and time.
             keys: Who may come in.
             note: Told path, status and seconds of every request.
         """
-        self.app, self.options, self.keys, self.note = app, options, keys, note
+        self.app, self.config, self.keys, self.note = app, config, keys, note
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -67,11 +73,11 @@ class Limits:
             body = await self._body(scope, receive)
             async with ending:  # however it ends: a client may leave before its answer has begun
                 await self.app(scope, _replay(body, receive), answer)
-        except Fault as fault:
+        except ApiError as fault:
             await answer.fault(fault, close=True)
         except Exception as error:  # whatever it is, the client reads one plain sentence
-            log.error("%s failed: %s", answer.request, place(error))
-            await answer.fault(Fault("The service failed on this request."), close=True)
+            log.error("%s failed: %s", answer.request, error_location(error))
+            await answer.fault(ApiError("The service failed on this request."), close=True)
         finally:
             self.note(scope["path"], answer.status, perf_counter() - began)
 
@@ -82,16 +88,18 @@ class Limits:
         return self.keys.require(shown.decode("latin-1"))
 
     async def _body(self, scope: Message, receive: Receive) -> bytes:
-        most = self.options.max_body
+        most = self.config.max_body
         headers = dict(scope["headers"])
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise BadRequest("The length of the body is told twice.")  # servers disagree on which
         told = headers.get(b"content-length", b"0")
         if told.isdigit() and len(told) < 20 and int(told) > most:
-            raise TooLarge(f"The body is {int(told):,} bytes long; at most {most:,} are read.")
+            raise PayloadTooLarge(
+                f"The body is {int(told):,} bytes long; at most {most:,} are read."
+            )
         body, more = bytearray(), True
         try:
-            async with asyncio.timeout(self.options.read_seconds):
+            async with asyncio.timeout(self.config.read_seconds):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -99,9 +107,9 @@ class Limits:
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > most:
-                        raise TooLarge(f"The body is longer than {most:,} bytes.")
+                        raise PayloadTooLarge(f"The body is longer than {most:,} bytes.")
         except TimeoutError:
-            raise SlowClient("The body did not come in time.") from None
+            raise RequestTimeout("The body did not come in time.") from None
         return bytes(body)
 
 
@@ -121,7 +129,7 @@ class _Answer:
             message = {**message, "headers": [*message["headers"], *new]}
         await self._send(message)
 
-    async def fault(self, fault: Fault, *, close: bool) -> None:
+    async def fault(self, fault: ApiError, *, close: bool) -> None:
         """Answer with a fault, unless an answer has begun: then it just ends, unfinished."""
         if self.status:
             return
@@ -147,7 +155,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-class CautiousProtocol(H11Protocol):
+class TimedProtocol(H11Protocol):
     """HTTP that cuts clients who send their headers, or read their answers, too slowly."""
 
     read_seconds, write_seconds = 10.0, 30.0

@@ -12,7 +12,7 @@ from latentguard.prompts import Message, Prompt
 from latentguard.serve.errors import BadRequest
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     """A part of a message's content."""
 
     model_config = ConfigDict(extra="allow")
@@ -32,13 +32,13 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     """Who speaks."""
 
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     """What is said; None where an assistant only calls tools."""
 
     @property
     def text(self) -> str:
         """What is said, as one text."""
-        return self.content if isinstance(self.content, str) else only_text(self.content or [])
+        return self.content if isinstance(self.content, str) else text_of_parts(self.content or [])
 
     @property
     def speaker(self) -> str:
@@ -47,7 +47,7 @@ class ChatMessage(BaseModel):
         return known.get(self.role, self.role)
 
 
-def only_text(parts: Sequence[Part]) -> str:
+def text_of_parts(parts: Sequence[ContentPart]) -> str:
     """The text of parts.
 
     Raises:
@@ -59,14 +59,14 @@ def only_text(parts: Sequence[Part]) -> str:
     return "\n".join(part.text or "" for part in parts)
 
 
-def legible(messages: Sequence[ChatMessage]) -> Prompt:
+def readable_text(messages: Sequence[ChatMessage]) -> Prompt:
     """What of a chat is text, for the log of one that cannot be judged."""
     parts = [[m.content] if isinstance(m.content, str) else m.content or [] for m in messages]
     texts = [one if isinstance(one, str) else one.text or "" for own in parts for one in own]
     return Prompt("\n".join(texts), id="chat")
 
 
-def prompt_of(messages: Sequence[ChatMessage]) -> Prompt:
+def own_model_prompt(messages: Sequence[ChatMessage]) -> Prompt:
     """The one prompt of a chat that ends with a user's message; roles as they are.
 
     Raises:
@@ -81,7 +81,7 @@ def prompt_of(messages: Sequence[ChatMessage]) -> Prompt:
     return Prompt(last.text, id="chat", history=history)
 
 
-def prompts_of(messages: Sequence[ChatMessage]) -> list[Prompt]:
+def chat_prompts(messages: Sequence[ChatMessage]) -> list[Prompt]:
     """What the guard reads of any chat; it is flagged if one of these is.
 
     The first is the chat up to its last user or tool message; tools speak as users, and messages

@@ -21,9 +21,9 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Decision, Evidence
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import BadRequest
-from latentguard.serve.messages import ChatMessage, Part, only_text, prompts_of
-from latentguard.serve.scoring import Judgement, trace
-from latentguard.serve.service import Case, Service
+from latentguard.serve.messages import ChatMessage, ContentPart, chat_prompts, text_of_parts
+from latentguard.serve.scoring import ScoredPrompt, token_beliefs
+from latentguard.serve.service import RequestContext, Service
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -34,7 +34,7 @@ class ModerationRequest(BaseModel):
     input: (
         Text
         | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[Part], Field(min_length=1)]
+        | Annotated[list[ContentPart], Field(min_length=1)]
     )
     """A text, several texts, or the parts of one message."""
 
@@ -130,27 +130,31 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/moderations", response_model=ModerationResponse)
     async def moderations(request: Request, body: ModerationRequest) -> Any:
         """Classify texts, in OpenAI's schema."""
-        case = Case(service, request, "moderations")
-        found = await _judged(case, _texts(body.input))
-        results = [moderation_result(service.scorer.guard, one) for one in found]
-        return ModerationResponse(id=_id("modr", case), model=service.guard_name, results=results)
+        context = RequestContext(service, request, "moderations")
+        found = await _judged(context, _texts(body.input))
+        results = [moderation_result(service.engine.guard, one) for one in found]
+        return ModerationResponse(
+            id=_id("modr", context), model=service.guard_name, results=results
+        )
 
     @router.post("/v1/score", response_model=ScoreResponse)
     async def score(request: Request, body: ScoreRequest) -> Any:
         """Score prompts: beliefs by layer and, if asked for, by token."""
-        case = Case(service, request, "score")
+        context = RequestContext(service, request, "score")
         if (body.input is None) == (body.messages is None):
             raise BadRequest("Give either 'input' or 'messages'.")
-        prompts = _texts(body.input) if body.input else prompts_of(body.messages or [])[:1]
+        prompts = _texts(body.input) if body.input else chat_prompts(body.messages or [])[:1]
         if body.tokens and len(prompts) > 1:
             raise BadRequest("'tokens' is for one prompt at a time.")
-        results = [_score(one) for one in await _judged(case, prompts)]
+        results = [_score(one) for one in await _judged(context, prompts)]
         if body.tokens:
-            tokens = await service.scorer.do(prompts[0], lambda g, m: trace(g, m, prompts[0]))
+            tokens = await service.engine.run_alone(
+                prompts[0], lambda g, m: token_beliefs(g, m, prompts[0])
+            )
             results[0].tokens = [TokenBelief(text=t.text, belief=t.belief) for t in tokens]
-        guard = service.scorer.guard
+        guard = service.engine.guard
         return ScoreResponse(
-            id=_id("score", case),
+            id=_id("score", context),
             model=service.guard_name,
             threshold=guard.threshold,
             layers=list(guard.probe.layers),
@@ -160,36 +164,36 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def _judged(case: Case, prompts: list[Prompt]) -> list[Judgement]:
-    most = case.service.options.max_inputs
+async def _judged(context: RequestContext, prompts: list[Prompt]) -> list[ScoredPrompt]:
+    most = context.service.config.max_inputs
     if len(prompts) > most:
         raise BadRequest(f"{len(prompts)} inputs were sent; at most {most} are read at once.")
-    prompts = case.placed(prompts)
-    found = await case.judge(prompts)
-    await case.decided(prompts, found, ["score"] * len(found))
+    prompts = context.with_segment(prompts)
+    found = await context.score(prompts)
+    await context.record_verdicts(prompts, found, ["score"] * len(found))
     return found
 
 
-def _texts(given: str | list[str] | list[Part]) -> list[Prompt]:
+def _texts(given: str | list[str] | list[ContentPart]) -> list[Prompt]:
     texts = [given] if isinstance(given, str) else [one for one in given if isinstance(one, str)]
     if not texts:  # parts of one message
-        texts = [only_text([one for one in given if not isinstance(one, str)])]
+        texts = [text_of_parts([one for one in given if not isinstance(one, str)])]
     for number, text in enumerate(texts):
         if not text.strip():
             raise BadRequest(f"Input {number} is empty; there is nothing to judge.")
     return [Prompt(text, id=str(number)) for number, text in enumerate(texts)]
 
 
-def moderation_result(guard: LatentGuard, judgement: Judgement) -> ModerationResult:
+def moderation_result(guard: LatentGuard, scored: ScoredPrompt) -> ModerationResult:
     """A verdict in OpenAI's schema."""
-    verdict = judgement.verdict
-    scores = moderation_scores(guard, judgement)
+    verdict = scored.verdict
+    scores = moderation_scores(guard, scored)
     known = {name for own in verdict.category_scores for name in moderation_names(own)} | {OTHER}
     own = Scores(
         score=verdict.score,
         probability=verdict.probability,
         decision=verdict.decision,
-        threshold=judgement.threshold,
+        threshold=scored.threshold,
         beliefs=verdict.beliefs,
         category=verdict.category,
         category_scores=verdict.category_scores,
@@ -204,10 +208,10 @@ def moderation_result(guard: LatentGuard, judgement: Judgement) -> ModerationRes
     )
 
 
-def moderation_scores(guard: LatentGuard, judgement: Judgement) -> dict[str, float]:
+def moderation_scores(guard: LatentGuard, scored: ScoredPrompt) -> dict[str, float]:
     """A score for each of OpenAI's categories; one is over 0.5 exactly if the input is flagged."""
-    verdict = judgement.verdict
-    moved = float(expit(abs(guard.platt[0]) * (verdict.score - judgement.threshold)))
+    verdict = scored.verdict
+    moved = float(expit(abs(guard.platt[0]) * (verdict.score - scored.threshold)))
     scores = dict.fromkeys(MODERATION, 0.0)
     most = max(verdict.category_scores.values(), default=0.0) or 1.0
     for own, chance in verdict.category_scores.items():
@@ -216,18 +220,18 @@ def moderation_scores(guard: LatentGuard, judgement: Judgement) -> dict[str, flo
     return scores | dict.fromkeys(moderation_names(verdict.category), moved)
 
 
-def _score(judgement: Judgement) -> ScoreResult:
-    verdict = judgement.verdict
+def _score(scored: ScoredPrompt) -> ScoreResult:
+    verdict = scored.verdict
     return ScoreResult(
         score=verdict.score,
         probability=verdict.probability,
         flagged=verdict.flagged,
         decision=verdict.decision,
-        threshold=judgement.threshold,
+        threshold=scored.threshold,
         beliefs=verdict.beliefs,
         category=verdict.category,
         category_scores=verdict.category_scores,
-        by_layer=judgement.by_layer,
+        by_layer=scored.by_layer,
         quadrant=verdict.quadrant,
         evidence=list(verdict.evidence),
         obfuscations=list(verdict.obfuscations),
@@ -235,5 +239,5 @@ def _score(judgement: Judgement) -> ScoreResult:
     )
 
 
-def _id(kind: str, case: Case) -> str:
-    return f"{kind}-{case.id.removeprefix('req-')}"
+def _id(kind: str, context: RequestContext) -> str:
+    return f"{kind}-{context.id.removeprefix('req-')}"

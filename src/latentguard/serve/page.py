@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.thresholds import Calibration
+from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
-from latentguard.serve.export import FOLDER, describe, point_of
-from latentguard.serve.scoring import judge_all
+from latentguard.serve.scoring import score_prompts
 from latentguard.serve.service import Service
-from latentguard.serve.upstream import Relay
+from latentguard.serve.upstream import UpstreamClient
+
+FOLDER = resources.files("latentguard.serve") / "page"
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -25,7 +30,7 @@ FILES = {
 }
 
 
-def routes(service: Service, relay: Relay | None) -> APIRouter:
+def routes(service: Service, relay: UpstreamClient | None) -> APIRouter:
     """The page's files, ``/v1/guard`` and ``/v1/models``."""
     router = APIRouter()
     for path, (name, kind) in FILES.items():
@@ -35,17 +40,17 @@ def routes(service: Service, relay: Relay | None) -> APIRouter:
     @router.get("/v1/guard")
     async def guard() -> dict[str, Any]:
         """What the guard is and promises, and known verdicts to compare with."""
-        names = {"name": service.guard_name, "model": service.options.name}
-        options, known = service.options, await _reference(service)
-        about = {"policy": options.policy, "on_review": options.on_review, "reference": known}
-        return names | describe(service.scorer.guard) | about
+        names = {"name": service.guard_name, "model": service.config.name}
+        config, known = service.config, await _reference(service)
+        about = {"policy": config.policy, "on_review": config.on_review, "reference": known}
+        return names | describe(service.engine.guard) | about
 
     @router.get("/v1/models", response_model=None)
     async def models(request: Request) -> dict[str, Any] | Response:
         """The upstream's models, or the guard's own one, in OpenAI's form."""
         if relay is not None:
             return await relay.models(request)
-        model = dict(id=service.options.name, object="model", created=0, owned_by="latentguard")
+        model = dict(id=service.config.name, object="model", created=0, owned_by="latentguard")
         return {"object": "list", "data": [model]}
 
     return router
@@ -56,9 +61,11 @@ async def _reference(service: Service) -> dict[str, Any]:
     if service.reference.points:
         return {"what": "reference prompts", "points": service.reference.points}
     if not service.canaries:
-        prompts = [Prompt(canary.text, id="canary") for canary in service.scorer.guard.canaries]
+        prompts = [Prompt(canary.text, id="canary") for canary in service.engine.guard.canaries]
         if prompts:
-            found = await service.scorer.do(prompts[0], lambda g, m: judge_all(g, m, prompts))
+            found = await service.engine.run_alone(
+                prompts[0], lambda g, m: score_prompts(g, m, prompts)
+            )
             service.canaries = [point_of(one.verdict) for one in found]
     return {"what": "canary prompts", "points": service.canaries}
 
@@ -68,3 +75,22 @@ def _file(content: bytes, kind: str) -> Any:
         return Response(content, media_type=kind, headers={"content-security-policy": POLICY})
 
     return file
+
+
+def describe(guard: LatentGuard) -> dict[str, Any]:
+    """What the page shows of a guard."""
+    calibration = guard.part(Calibration)
+    band = calibration and calibration.common.review
+    return {
+        "reading": guard.reading.name,
+        "layers": list(guard.probe.layers),
+        "axes": [axis.name for axis in guard.axes],
+        "threshold": guard.threshold,
+        "review": band.threshold if band else None,
+        "promise": guard.promise,
+    }
+
+
+def point_of(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as a point on the page's plane, without its text."""
+    return dict(score=verdict.score, beliefs=verdict.beliefs, flagged=verdict.flagged)

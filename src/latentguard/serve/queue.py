@@ -17,7 +17,7 @@ Work = Callable[[LatentGuard, ChatModel], Any]
 
 
 @dataclass(eq=False)
-class Job:
+class WorkItem:
     """A prompt that is scored together with others, or work that is done alone."""
 
     future: asyncio.Future[Any]
@@ -36,18 +36,18 @@ class Job:
     """When."""
 
 
-def settle(pairs: Iterable[tuple[Job, Any]]) -> None:
-    """Give each job what was found, on the event loop; an exception is raised there."""
-    for job, found in pairs:
-        if job.future.done():  # given up meanwhile
+def settle(pairs: Iterable[tuple[WorkItem, Any]]) -> None:
+    """Give each item what was found, on the event loop; an exception is raised there."""
+    for item, found in pairs:
+        if item.future.done():  # given up meanwhile
             continue
         if isinstance(found, Exception):
-            job.future.set_exception(found)
+            item.future.set_exception(found)
         else:
-            job.future.set_result(found)
+            item.future.set_result(found)
 
 
-def size_of(prompt: Prompt) -> int:
+def estimated_tokens(prompt: Prompt) -> int:
     """About how many tokens a prompt has: a quarter of its bytes, and some for the template."""
     texts = [prompt.text, *(turn.content for turn in prompt.history)]
     return sum(8 + len(text.encode("utf-8", "replace")) // 4 for text in texts) + 24

@@ -10,12 +10,12 @@ from typing import Any, Literal
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from latentguard.serve.errors import Fault
-from latentguard.serve.scoring import Judgement
-from latentguard.serve.service import Case
+from latentguard.serve.errors import ApiError
+from latentguard.serve.scoring import ScoredPrompt
+from latentguard.serve.service import RequestContext
 
-Judged = Judgement | Fault
-"""A judgement, or why there is none though the chat is answered."""
+ScoredOrError = ScoredPrompt | ApiError
+"""A verdict, or why there is none though the chat is answered."""
 
 
 class Usage(BaseModel):
@@ -26,7 +26,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Said(BaseModel):
+class AssistantMessage(BaseModel):
     """The reply."""
 
     role: Literal["assistant"]
@@ -38,7 +38,7 @@ class Choice(BaseModel):
     """The one reply."""
 
     index: int
-    message: Said
+    message: AssistantMessage
     finish_reason: Literal["stop", "length", "content_filter"]
     logprobs: None
 
@@ -56,7 +56,7 @@ class ChatResponse(BaseModel):
     usage: Usage
 
 
-class Reply:
+class ReplyWriter:
     """Puts a reply into OpenAI's objects."""
 
     def __init__(self, mark: str, name: str, note: Mapping[str, Any], *, usage: bool) -> None:
@@ -83,30 +83,30 @@ class Reply:
         """The last events."""
         end = self._chunk({}, finish)
         if self._usage:
-            end += event_of(self._part([]) | dict(usage=usage))
+            end += sse_event(self._part([]) | dict(usage=usage))
         return f"{end}data: [DONE]\n\n"
 
     def _chunk(
         self, delta: dict[str, Any], finish: str | None, note: Mapping[str, Any] | None = None
     ) -> str:
         choice = dict(index=0, delta=delta, finish_reason=finish, logprobs=None)
-        return event_of(self._part([choice]) | dict(note or {}))
+        return sse_event(self._part([choice]) | dict(note or {}))
 
     def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head | dict(object="chat.completion.chunk", choices=choices)
 
 
-def note_of(case: Case, judged: Judged) -> dict[str, Any]:
+def verdict_note(context: RequestContext, judged: ScoredOrError) -> dict[str, Any]:
     """What an answer says of its verdict; a shadow says nothing."""
-    if case.service.options.policy == "shadow":
+    if context.service.config.policy == "shadow":
         return {}
-    if isinstance(judged, Fault):
+    if isinstance(judged, ApiError):
         return {"latentguard": {"error": judged.code}}
     verdict = judged.verdict
     known: dict[str, Any] = dict(
         flagged=verdict.flagged, score=verdict.score, probability=verdict.probability
     )
-    if case.service.options.on_review != "pass":
+    if context.service.config.on_review != "pass":
         known["decision"] = verdict.decision
     where = dict(
         beliefs=verdict.beliefs, quadrant=verdict.quadrant, obfuscations=verdict.obfuscations
@@ -114,11 +114,11 @@ def note_of(case: Case, judged: Judged) -> dict[str, Any]:
     return {"latentguard": known | where | {"threshold": judged.threshold}}
 
 
-def usage_of(prompt: int, reply: int) -> dict[str, int]:
+def token_usage(prompt: int, reply: int) -> dict[str, int]:
     """Tokens."""
     return dict(prompt_tokens=prompt, completion_tokens=reply, total_tokens=prompt + reply)
 
 
-def event_of(content: Mapping[str, Any]) -> str:
+def sse_event(content: Mapping[str, Any]) -> str:
     """One server-sent event."""
     return f"data: {json.dumps(content)}\n\n"

@@ -16,14 +16,14 @@ from latentguard.guard.verdict import Evidence, Verdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import read_instruction
 from latentguard.prompts import Prompt
-from latentguard.serve.errors import BadRequest, Fault, Unavailable
+from latentguard.serve.errors import ApiError, BadRequest, Unavailable
 from latentguard.states import States
 
 log = logging.getLogger("latentguard.serve")
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ScoredPrompt:
     """A verdict, and the belief of each axis by layer."""
 
     verdict: Verdict
@@ -47,7 +47,9 @@ class Token:
     """Delta_harmful after it."""
 
 
-def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -> list[Judgement]:
+def score_prompts(
+    guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]
+) -> list[ScoredPrompt]:
     """Judge prompts in as few passes as they fit in; each verdict is that of ``guard.scan``.
 
     Raises:
@@ -60,44 +62,44 @@ def judge_all(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -
 
 def _judge_all(
     guard: LatentGuard, model: ChatModel, prompts: Iterator[Prompt]
-) -> Iterator[Judgement]:
+) -> Iterator[ScoredPrompt]:
     """Judge prompts as they stand; the beliefs by layer of a long one are those of the whole."""
 
-    def short(rows: Iterator[Prompt]) -> Iterator[Judgement]:
+    def short(rows: Iterator[Prompt]) -> Iterator[ScoredPrompt]:
         ready = map(guard.reading.prepare, rows)
         how = dict(positions=guard.positions, layers=guard.probe.layers)
         for states in model.capture(ready, **how):  # type: ignore[arg-type]
-            yield from judge_states(guard, states)
+            yield from score_states(guard, states)
 
-    def long(prompt: Prompt) -> Judgement:
-        return judge_states(guard, *guard.examine(model, prompt))[0]
+    def long(prompt: Prompt) -> ScoredPrompt:
+        return score_states(guard, *guard.examine(model, prompt))[0]
 
     return read_apart(guard.part(Windows), prompts, short, long)
 
 
-def _worse(one: Judgement, other: Judgement, named: Told) -> Judgement:
+def _worse(one: ScoredPrompt, other: ScoredPrompt, named: Told) -> ScoredPrompt:
     verdict = worse(one.verdict, other.verdict, named)
     return one if verdict is one.verdict else replace(other, verdict=verdict)
 
 
-def judge_each(
+def score_each(
     guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]
-) -> list[Judgement | Fault]:
+) -> list[ScoredPrompt | ApiError]:
     """Judge prompts together; one that cannot be judged does no harm to the others."""
     try:
-        return list(judge_all(guard, model, prompts))
+        return list(score_prompts(guard, model, prompts))
     except LatentGuardError as error:
         if len(prompts) == 1:
-            return [fault_of(error)]
+            return [to_api_error(error)]
     faults = [_unreadable(guard, model, prompt) for prompt in prompts]
     sound = [p for p, fault in zip(prompts, faults, strict=True) if fault is None]
     if len(sound) == len(prompts):
-        return [judge_each(guard, model, [prompt])[0] for prompt in prompts]
-    found = iter(judge_each(guard, model, sound) if sound else ())
+        return [score_each(guard, model, [prompt])[0] for prompt in prompts]
+    found = iter(score_each(guard, model, sound) if sound else ())
     return [fault or next(found) for fault in faults]
 
 
-def fault_of(error: LatentGuardError) -> Fault:
+def to_api_error(error: LatentGuardError) -> ApiError:
     """What a client is told: of its own text all, of the service nothing."""
     if isinstance(error, (PromptError, TemplateError)):
         return BadRequest(str(error))
@@ -105,34 +107,34 @@ def fault_of(error: LatentGuardError) -> Fault:
     return Unavailable("The guard cannot give a verdict on this prompt.")
 
 
-def _unreadable(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> Fault | None:
+def _unreadable(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> ApiError | None:
     """Why a prompt cannot be read, without a pass of the model."""
     try:
         layout = model.chat([guard.reading.prepare(prompt)])[0]
         model.check_length(len(layout.ids), prompt)
     except LatentGuardError as error:
-        return fault_of(error)
+        return to_api_error(error)
     return None
 
 
-def judge_states(
+def score_states(
     guard: LatentGuard, states: States, evidence: Sequence[Evidence] = ()
-) -> list[Judgement]:
+) -> list[ScoredPrompt]:
     """Judge states that were captured already."""
     verdicts = list(guard.judge(states, evidence))
     part = states.select(guard.probe.layers)
     layers = {axis.name: axis.layer_beliefs(part.at(axis.position)).tolist() for axis in guard.axes}
     return [
-        Judgement(
+        ScoredPrompt(
             verdict,
             {name: rows[i] for name, rows in layers.items()},
-            limit_of(guard, prompt, verdict),
+            threshold_of(guard, prompt, verdict),
         )
         for i, (prompt, verdict) in enumerate(zip(states.prompts, verdicts, strict=True))
     ]
 
 
-def limit_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
+def threshold_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
     """What a verdict's score was held against: its segment's threshold, if that has its own."""
     known = guard.part(Calibration)
     if known is None or verdict.evidence:  # windows have one threshold, told on the guard's scale
@@ -141,7 +143,7 @@ def limit_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
     return guard.threshold if limits is known.common else limits.block.threshold
 
 
-def trace(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[Token]:
+def token_beliefs(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[Token]:
     """The harmful belief after each token of the instruction, in a pass of its own."""
     axis = next(axis for axis in guard.axes if axis.name == "harmful")
     layout, states = read_instruction(model, prompt, axis.layers)

@@ -16,13 +16,13 @@ from typing import Any
 import uvicorn
 
 from latentguard.errors import LatentGuardError
-from latentguard.serve.app import build
+from latentguard.serve.app import build_app
 from latentguard.serve.audit_log import AuditLog
-from latentguard.serve.drift import Reference
-from latentguard.serve.engine import Opener, Scorer
-from latentguard.serve.keys import Keys
-from latentguard.serve.limits import CautiousProtocol
-from latentguard.serve.options import Options
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.drift import DriftReference
+from latentguard.serve.engine import Opener, ScoringEngine
+from latentguard.serve.keys import ApiKeys
+from latentguard.serve.limits import TimedProtocol
 from latentguard.serve.service import Service
 from latentguard.serve.telemetry import Telemetry
 
@@ -73,29 +73,29 @@ class Server(uvicorn.Server):
         self.failure, self.should_exit = error, True
 
 
-def make(
+def create_server(
     opener: Opener,
-    options: Options,
+    config: ServeConfig,
     *,
-    keys: Keys | None = None,
+    keys: ApiKeys | None = None,
     audit: AuditLog | None = None,
-    reference: Reference | None = None,
+    reference: DriftReference | None = None,
     **how: Any,
 ) -> Server:
     """A server that is ready to run; ``how`` goes to uvicorn (``host``, ``port``)."""
-    reference = reference or Reference()
+    reference = reference or DriftReference()
     telemetry = Telemetry(reference.scores)
-    scorer = Scorer(opener, options, on_batch=telemetry.batch)
-    service = Service(options, scorer, telemetry, keys or Keys(), audit, reference)
-    telemetry.gauge("queue_prompts", "Prompts that wait.", lambda: scorer.waiting)
-    telemetry.gauge("chats", "Chats that are being answered.", lambda: scorer.talking)
-    telemetry.gauge("ready", "1 when verdicts can be asked for.", lambda: scorer.state == "ready")
-    telemetry.gauge("crashes", "Recent crashes of the thread.", lambda: len(scorer.crashes))
+    engine = ScoringEngine(opener, config, on_batch=telemetry.batch)
+    service = Service(config, engine, telemetry, keys or ApiKeys(), audit, reference)
+    telemetry.gauge("queue_prompts", "Prompts that wait.", lambda: engine.waiting)
+    telemetry.gauge("chats", "Chats that are being answered.", lambda: engine.active_chats)
+    telemetry.gauge("ready", "1 when verdicts can be asked for.", lambda: engine.state == "ready")
+    telemetry.gauge("crashes", "Recent crashes of the thread.", lambda: len(engine.crashes))
     telemetry.gauge(
         "audit_lost_lines", "Lines that the disk did not take.", lambda: audit.lost if audit else 0
     )
-    server = Server(uvicorn.Config(build(service), **_settings(options), **how))
-    scorer.on_death = server.fail
+    server = Server(uvicorn.Config(build_app(service), **_settings(config), **how))
+    engine.on_death = server.fail
     return server
 
 
@@ -111,17 +111,17 @@ def run(server: Server) -> int:
     return 1
 
 
-def leave(code: int) -> None:
-    """End the process even if a thread is stuck inside the model."""
+def exit_process(code: int) -> None:
+    """ReplyEnd the process even if a thread is stuck inside the model."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _settings(options: Options) -> dict[str, Any]:
-    class Protocol(CautiousProtocol):
-        read_seconds, write_seconds = options.read_seconds, options.write_seconds
+def _settings(config: ServeConfig) -> dict[str, Any]:
+    class Protocol(TimedProtocol):
+        read_seconds, write_seconds = config.read_seconds, config.write_seconds
 
     return dict(
         http=Protocol,
@@ -132,7 +132,7 @@ def _settings(options: Options) -> dict[str, Any]:
         proxy_headers=False,
         log_level="warning",
         limit_concurrency=CONNECTIONS,
-        h11_max_incomplete_event_size=options.max_header,
-        timeout_graceful_shutdown=int(options.drain),
-        timeout_keep_alive=int(max(5, options.read_seconds)),
+        h11_max_incomplete_event_size=config.max_header,
+        timeout_graceful_shutdown=int(config.drain),
+        timeout_keep_alive=int(max(5, config.read_seconds)),
     )

@@ -1,4 +1,4 @@
-"""One running service: what its endpoints share, and how a judgement becomes an action."""
+"""One running service: what its endpoints share, and how a verdict becomes an action."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from starlette.requests import Request
 
 from latentguard.prompts import Prompt
 from latentguard.serve.audit_log import AuditLog
-from latentguard.serve.disconnects import wanted
-from latentguard.serve.drift import Reference
-from latentguard.serve.engine import Scorer
-from latentguard.serve.errors import Fault, Left, Unavailable
-from latentguard.serve.keys import Keys
-from latentguard.serve.options import Options
-from latentguard.serve.scoring import Judgement
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.disconnects import run_while_connected
+from latentguard.serve.drift import DriftReference
+from latentguard.serve.engine import ScoringEngine
+from latentguard.serve.errors import ApiError, ClientDisconnected, Unavailable
+from latentguard.serve.keys import ApiKeys
+from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.telemetry import Telemetry
 
 Action = Literal[
@@ -34,22 +34,22 @@ verdict, as the client left before."""
 class Service:
     """What the endpoints share."""
 
-    options: Options
+    config: ServeConfig
     """Policies and limits."""
 
-    scorer: Scorer
+    engine: ScoringEngine
     """The thread that judges."""
 
     telemetry: Telemetry
     """What Prometheus sees."""
 
-    keys: Keys
+    keys: ApiKeys
     """Who may come in."""
 
     audit: AuditLog | None = None
     """Where verdicts are written."""
 
-    reference: Reference = field(default_factory=Reference)
+    reference: DriftReference = field(default_factory=DriftReference)
     """Known verdicts, for the page."""
 
     canaries: list[dict[str, Any]] = field(default_factory=list)
@@ -70,31 +70,31 @@ class Service:
             Unavailable: until it is loaded.
         """
         if not self._digest:
-            if self.scorer.state not in ("ready", "draining"):
+            if self.engine.state not in ("ready", "draining"):
                 raise Unavailable("The guard is not ready.")
-            self._digest = self.scorer.guard.digest
+            self._digest = self.engine.guard.digest
         return self._digest
 
-    def action(self, judgement: Judgement) -> Action:
+    def action(self, scored: ScoredPrompt) -> Action:
         """What the policy makes of a chat."""
-        if judgement.verdict.flagged:
-            return self.options.policy
-        if judgement.verdict.decision == "review":
-            return "block" if self.options.on_review == "block" else "review"
+        if scored.verdict.flagged:
+            return self.config.policy
+        if scored.verdict.decision == "review":
+            return "block" if self.config.on_review == "block" else "review"
         return "pass"
 
-    def forgives(self, fault: Fault) -> bool:
+    def answers_without_verdict(self, fault: ApiError) -> bool:
         """Whether a chat is answered though it could not be judged.
 
         ``on_error=allow`` forgives what the service did, never what a client can bring about:
         an unreadable prompt, or a full queue. A shadow never stands in the way.
         """
-        if self.options.policy == "shadow":
-            return not isinstance(fault, Left)
-        return self.options.on_error == "allow" and isinstance(fault, Unavailable)
+        if self.config.policy == "shadow":
+            return not isinstance(fault, ClientDisconnected)
+        return self.config.on_error == "allow" and isinstance(fault, Unavailable)
 
 
-class Case:
+class RequestContext:
     """One request, from its arrival to its line in the audit log."""
 
     def __init__(self, service: Service, request: Request, endpoint: str) -> None:
@@ -103,39 +103,41 @@ class Case:
         self._request = request
         self.id: str = request.state.request
         self.client: str = request.state.client
-        header = service.options.segment_header
+        header = service.config.segment_header
         self.segment = (request.headers.get(header) or None) if header else None
 
-    def placed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def with_segment(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts in the segment that the request names."""
         return [replace(prompt, segment=self.segment) for prompt in prompts]
 
-    async def judge(self, prompts: Sequence[Prompt]) -> list[Judgement]:
+    async def score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:
         """Judge prompts; a fault is noted, then raised."""
         try:
-            return await wanted(self.service.scorer.judge(prompts), self._request)
-        except Fault as fault:
-            forgiven = self.endpoint == "chat" and self.service.forgives(fault)
-            await self.failed(prompts, fault, answered=forgiven)
+            return await run_while_connected(self.service.engine.score(prompts), self._request)
+        except ApiError as fault:
+            forgiven = self.endpoint == "chat" and self.service.answers_without_verdict(fault)
+            await self.record_failure(prompts, fault, answered=forgiven)
             raise
 
-    async def failed(self, prompts: Sequence[Prompt], fault: Fault, *, answered: bool) -> None:
+    async def record_failure(
+        self, prompts: Sequence[Prompt], fault: ApiError, *, answered: bool
+    ) -> None:
         """Note that there is no verdict, and whether the chat is answered all the same."""
         lack: Action = "unjudged" if answered else "error"
-        action: Action = "left" if isinstance(fault, Left) else lack
+        action: Action = "left" if isinstance(fault, ClientDisconnected) else lack
         for _ in prompts:
             self.service.telemetry.verdict(self.endpoint, action)
         await self._write([self._line(p, action) | {"error": fault.code} for p in prompts])
 
-    async def decided(
-        self, prompts: Sequence[Prompt], found: Sequence[Judgement], actions: Sequence[Action]
+    async def record_verdicts(
+        self, prompts: Sequence[Prompt], found: Sequence[ScoredPrompt], actions: Sequence[Action]
     ) -> None:
         """Note verdicts, before anybody sees them.
 
         Raises:
-            Unlogged: if the audit log cannot be written.
+            AuditUnavailable: if the audit log cannot be written.
         """
-        verdicts = [judgement.verdict for judgement in found]
+        verdicts = [scored.verdict for scored in found]
         lines = [
             self._line(prompt, action)
             | dict(score=verdict.score, probability=verdict.probability)
@@ -151,7 +153,7 @@ class Case:
         audit = self.service.audit
         if audit is None:
             return {}
-        ready = self.service.scorer.state in ("ready", "draining")
+        ready = self.service.engine.state in ("ready", "draining")
         line = dict(
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
             request=self.id,
@@ -162,7 +164,7 @@ class Case:
             action=action,
             ms=round(1000 * (perf_counter() - self.began), 2),
         )
-        if self.service.options.segment_header:
+        if self.service.config.segment_header:
             line["segment"] = prompt.segment
         if audit.texts:
             line["text"] = prompt.text
@@ -177,8 +179,8 @@ class Case:
                 await asyncio.to_thread(audit.write, lines)
             else:
                 audit.write(lines)
-        except Fault as fault:
-            options = self.service.options
-            shadow = self.endpoint == "chat" and options.policy == "shadow"
-            if options.on_error == "block" and not shadow:
+        except ApiError as fault:
+            config = self.service.config
+            shadow = self.endpoint == "chat" and config.policy == "shadow"
+            if config.on_error == "block" and not shadow:
                 raise fault from None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from latentguard.guard.verdict import Verdict
-from latentguard.serve.drift import Drift
+from latentguard.serve.drift import DriftMonitor
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -23,7 +23,7 @@ class Telemetry:
             known: Scores to compare with; their deciles are the buckets of the score histogram.
         """
         self.registry = CollectorRegistry()
-        self.drift = Drift(known)
+        self.drift = DriftMonitor(known)
         kept = self.registry
         self.requests = Counter(
             "latentguard_requests", "Requests.", ["endpoint", "status"], registry=kept

@@ -11,10 +11,10 @@ import httpx
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from latentguard.serve.disconnects import wanted
-from latentguard.serve.errors import BadRequest, Upstream
-from latentguard.serve.options import Options
-from latentguard.serve.replies import event_of
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.disconnects import run_while_connected
+from latentguard.serve.errors import BadRequest, UpstreamError
+from latentguard.serve.replies import sse_event
 
 log = logging.getLogger("latentguard.serve")
 
@@ -40,23 +40,23 @@ SHORT = 64
 """Characters and numbers that all other parameters together may hold: no room for a request."""
 
 
-class Relay:
+class UpstreamClient:
     """Sends a request on, and its answer back.
 
     What is sent is what was parsed, not the bytes that came: another parser could find another chat
     in them, where an object names a key twice.
     """
 
-    def __init__(self, options: Options, *, own_keys: bool) -> None:
+    def __init__(self, config: ServeConfig, *, own_keys: bool) -> None:
         """Prepare.
 
         Args:
-            options: Where the upstream is, its key, and whether a shadow only looks on.
+            config: Where the upstream is, its key, and whether a shadow only looks on.
             own_keys: Whether clients show this service's keys: these are never sent on.
         """
-        assert options.upstream is not None
-        self._url, self._shadow = options.upstream.rstrip("/"), options.policy == "shadow"
-        self._key, self._own_keys = options.upstream_key, own_keys
+        assert config.upstream is not None
+        self._url, self._shadow = config.upstream.rstrip("/"), config.policy == "shadow"
+        self._key, self._own_keys = config.upstream_key, own_keys
         self._client = httpx.AsyncClient(timeout=TIMEOUT, limits=LIMITS)
 
     async def ask(self, request: Request, stream: bool, note: Mapping[str, Any]) -> Response:
@@ -65,7 +65,7 @@ class Relay:
         Raises:
             BadRequest: if the body holds NaN or infinity, or (a shadow does not mind) much in
                 fields that nobody knows.
-            Upstream: if it cannot be reached, or fails.
+            UpstreamError: if it cannot be reached, or fails.
         """
         body = await request.json()
         if not self._shadow:
@@ -81,7 +81,7 @@ class Relay:
         """The upstream's models, which chats name; the guard's own model need not be one of them.
 
         Raises:
-            Upstream: if it cannot be reached, or fails.
+            UpstreamError: if it cannot be reached, or fails.
         """
         sent = self._request("GET", "models", request)
         return await self._told(request, self._answer(request, sent, stream=False, note={}))
@@ -92,10 +92,10 @@ class Relay:
 
     async def _told(self, request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
         try:
-            return await wanted(answer, request)
+            return await run_while_connected(answer, request)
         except httpx.HTTPError as error:
             log.error("The upstream cannot be reached: %r", error)
-            raise Upstream("The upstream service cannot be reached.") from None
+            raise UpstreamError("The upstream service cannot be reached.") from None
 
     async def _answer(
         self, request: Request, sent: httpx.Request, stream: bool, note: Mapping[str, Any]
@@ -104,7 +104,7 @@ class Relay:
         request.state.ending.push_async_callback(answer.aclose)  # a stream may never be begun
         if answer.status_code >= 500:
             log.error("The upstream answered %s.", answer.status_code)
-            raise Upstream("The upstream service failed.")
+            raise UpstreamError("The upstream service failed.")
         if stream and answer.status_code == 200:
             return StreamingResponse(_noted(answer, note), media_type="text/event-stream")
         return await _whole(answer, note)
@@ -149,7 +149,7 @@ async def _whole(answer: httpx.Response, note: Mapping[str, Any]) -> Response:
     async for piece in answer.aiter_bytes():
         content += piece
         if len(content) > MOST:
-            raise Upstream("The upstream's answer is too long.")
+            raise UpstreamError("The upstream's answer is too long.")
     kept = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
     body = _object(content, answer.status_code) | dict(note)
     return JSONResponse(body, status_code=answer.status_code, headers=kept)
@@ -164,7 +164,7 @@ def _object(content: bytes, status: int) -> dict[str, Any]:
     if isinstance(body, dict):
         return body
     if status < 400:
-        raise Upstream("The upstream's answer is no JSON object.")
+        raise UpstreamError("The upstream's answer is no JSON object.")
     return BadRequest(f"The upstream service refused the request with status {status}.").body
 
 
@@ -179,7 +179,7 @@ async def _noted(answer: httpx.Response, note: Mapping[str, Any]) -> AsyncIterat
             yield line + b"\n"
     except (httpx.HTTPError, ValueError) as error:
         log.error("The upstream broke off: %r", error)
-        yield event_of(Upstream("The upstream service broke off.").body).encode()
+        yield sse_event(UpstreamError("The upstream service broke off.").body).encode()
 
 
 async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:

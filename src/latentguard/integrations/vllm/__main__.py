@@ -19,11 +19,11 @@ from latentguard.integrations.vllm.middleware import POLICY, REFUSAL, SLICE
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.integrations.vllm.protocol import readable
 from latentguard.models.sources import resolve
-from latentguard.serve.options import Options
+from latentguard.serve.config import ServeConfig
 
 MIDDLEWARE = "latentguard.integrations.vllm.middleware.GuardMiddleware"
 OWN = ("--kv-transfer-config", "--middleware", "--kv-offloading", "--task", "--runner")
-"""Options of vLLM that are set here, or that would open another way."""
+"""ServeConfig of vLLM that are set here, or that would open another way."""
 
 
 def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -35,7 +35,7 @@ def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     parser = argparse.ArgumentParser(prog="python -m latentguard.integrations.vllm")
     parser.add_argument("guard", type=Path, help="folder that 'latentguard fit' wrote")
     parser.add_argument("--policy", choices=["block", "annotate"], default="block")
-    parser.add_argument("--refusal", default=Options.refusal, help="a blocked chat's answer")
+    parser.add_argument("--refusal", default=ServeConfig.refusal, help="a blocked chat's answer")
     parser.add_argument("--model", help="if the model has moved")
     parser.add_argument("--segment-header", help="HTTP header that names a request's segment")
     asked, rest = parser.parse_known_args(given)

@@ -21,7 +21,7 @@ from latentguard.models.chat import ChatTokenizer
 from latentguard.models.layout import Layout
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import BadRequest
-from latentguard.serve.messages import ChatMessage, prompt_of
+from latentguard.serve.messages import ChatMessage, own_model_prompt
 
 Values = tuple[float, ...] | None
 """What was read; None if the engine's tokens were not those that were asked about."""
@@ -98,7 +98,7 @@ class Gate:
         if body.get("use_beam_search"):
             raise BadRequest("Beam search has no prefill of its own to read; leave it out.")
         try:
-            prompt = replace(prompt_of(Chat.model_validate(body).messages), segment=traffic)
+            prompt = replace(own_model_prompt(Chat.model_validate(body).messages), segment=traffic)
             question = self._put(prompt, *await asyncio.to_thread(self._plan, prompt))
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))

@@ -21,12 +21,19 @@ from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.gate import Gate, Question
 from latentguard.integrations.vllm.held_reply import Message, Receive, Relay, Send
 from latentguard.integrations.vllm.plugin import VARIABLE
-from latentguard.serve.disconnects import stopped
-from latentguard.serve.errors import BadRequest, Fault, Left, TooLarge, Unavailable, place
-from latentguard.serve.keys import Keys
-from latentguard.serve.options import Options
-from latentguard.serve.replies import Reply, usage_of
-from latentguard.serve.scoring import limit_of
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.disconnects import run_until
+from latentguard.serve.errors import (
+    ApiError,
+    BadRequest,
+    ClientDisconnected,
+    PayloadTooLarge,
+    Unavailable,
+    error_location,
+)
+from latentguard.serve.keys import ApiKeys
+from latentguard.serve.replies import ReplyWriter, token_usage
+from latentguard.serve.scoring import threshold_of
 
 log = logging.getLogger("latentguard.vllm")
 
@@ -45,7 +52,7 @@ MOST = 8 << 20
 """Bytes of a request's body."""
 
 
-class Forbidden(Fault):
+class Forbidden(ApiError):
     """A route that is not guarded."""
 
     status, kind, code = 403, "invalid_request_error", "route_not_guarded"
@@ -65,7 +72,7 @@ class GuardMiddleware:
         self._app, self._opening = app, asyncio.Lock()
         self._gate: Gate | None = None
         self._policy = os.environ.get(POLICY, "block")
-        self._refusal = os.environ.get(REFUSAL, Options.refusal)
+        self._refusal = os.environ.get(REFUSAL, ServeConfig.refusal)
         self._header = os.environ.get(SLICE, "")
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
@@ -84,7 +91,7 @@ class GuardMiddleware:
                         f"Only {CHAT} is guarded here, so {scope['path'][:80]} is closed."
                     )
                 await self._chat(scope, receive, send)
-            except Fault as fault:
+            except ApiError as fault:
                 answer = JSONResponse(fault.body, fault.status, fault.headers)
                 await answer(scope, receive, send)
 
@@ -107,7 +114,7 @@ class GuardMiddleware:
             elif (values := self._read(question)) is None:
                 await relay.release({"latentguard": {"error": OtherTokens.code}})
             else:
-                verdict = await stopped(_verdict(gate, question, values), left.wait())
+                verdict = await run_until(_verdict(gate, question, values), left.wait())
                 note = _note(gate, question, verdict)
                 if self._policy == "block" and (verdict.flagged or verdict.decision == "block"):
                     stop.set()
@@ -143,10 +150,10 @@ class GuardMiddleware:
     def _refuse(self, question: Question, note: dict[str, Any], body: dict[str, Any]) -> Any:
         """What a blocked chat is answered with, as by ``latentguard serve``."""
         options = body.get("stream_options") or {}
-        reply = Reply(
+        reply = ReplyWriter(
             question.ask.key, str(body.get("model")), note, usage=bool(options.get("include_usage"))
         )
-        finish, none = "content_filter", usage_of(0, 0)
+        finish, none = "content_filter", token_usage(0, 0)
         if not body.get("stream"):
             return reply.whole(self._refusal, finish, none, refusal=self._refusal)
         events = [reply.first(), reply.piece(self._refusal), reply.last(finish, none)]
@@ -168,11 +175,11 @@ class GuardMiddleware:
         return self._gate
 
 
-def _keys(scope: Any) -> Keys:
+def _keys(scope: Any) -> ApiKeys:
     """VLLM's own keys: it asks for one only behind this middleware, once a chat is laid out."""
     args = getattr(scope["app"].state, "args", None)
     keys = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
-    return Keys([key for key in keys if key])
+    return ApiKeys([key for key in keys if key])
 
 
 async def open_gate(state: Any) -> Gate:
@@ -204,14 +211,16 @@ async def _verdict(gate: Gate, question: Question, values: tuple[float, ...]) ->
     try:
         return await gate.judge(question, values)
     except Exception as error:  # whatever the engine raises, the chat is not answered
-        log.error("No verdict: %s", error if isinstance(error, GuardError) else place(error))
+        log.error(
+            "No verdict: %s", error if isinstance(error, GuardError) else error_location(error)
+        )
         raise Unavailable("The guard cannot give a verdict on this chat.") from None
 
 
 def _note(gate: Gate, question: Question, verdict: Verdict) -> dict[str, Any]:
     known = dict(flagged=verdict.flagged, score=verdict.score, probability=verdict.probability)
     more = dict(beliefs=verdict.beliefs, decision=verdict.decision, quadrant=verdict.quadrant)
-    limit = limit_of(gate.guard, question.prompt, verdict)
+    limit = threshold_of(gate.guard, question.prompt, verdict)
     return {
         "latentguard": known | more | dict(obfuscations=list(verdict.obfuscations), threshold=limit)
     }
@@ -222,11 +231,11 @@ async def _read(receive: Receive) -> dict[str, Any]:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Left("The client has left.")
+            raise ClientDisconnected("The client has left.")
         content += message.get("body", b"")
         more = message.get("more_body", False)
         if len(content) > MOST:
-            raise TooLarge(f"A body has at most {MOST} bytes.")
+            raise PayloadTooLarge(f"A body has at most {MOST} bytes.")
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):

@@ -3,7 +3,6 @@
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const LEFT = 76; // of a figure: room for numbers such as +0.000939
-const saved = $("saved") ? JSON.parse($("saved").textContent) : null; // in an exported page
 const WORDS = { block: "Flagged", review: "To review", allow: "Not flagged" };
 const LOOKS = { block: "known flagged", review: "known review", allow: "known" };
 let guard = null;
@@ -50,7 +49,7 @@ function problem(text) {
 
 async function meet() {
   try {
-    guard = saved ? saved.guard : await ask("/v1/guard");
+    guard = await ask("/v1/guard");
   } catch (error) {
     $("about").textContent = error.message;
     return false;
@@ -58,8 +57,8 @@ async function meet() {
   const layers = guard.layers;
   $("about").textContent = `Guard of ${guard.model}. Reads ${guard.reading} at ` +
     (layers.length > 1 ? `layers ${layers[0]} to ${layers.at(-1)}` : `layer ${layers[0]}`) +
-    (saved ? "." : `. Flagged chats: ${guard.policy}.`) +
-    (saved || guard.review === null ? "" : ` Chats to review: ${guard.on_review}.`);
+    `. Flagged chats: ${guard.policy}.` +
+    (guard.review === null ? "" : ` Chats to review: ${guard.on_review}.`);
   $("promise").textContent = `Promise of the threshold: ${guard.promise}. A guard of this kind ` +
     "does not stop a determined adversary.";
   return true;
@@ -328,7 +327,7 @@ function atThreshold() {
   const theirs = known.length ? `${flags(known)} of ${known.length} ${guard.reference.what} (now ` +
     `${known.filter((p) => p.flagged).length}) and ` : "";
   $("threshold-said").textContent = `This prompt ${would}, ${now}. At this threshold ${theirs}` +
-    `${flags(asked)} of ${asked.length} ${saved ? "saved" : "asked here"} would be flagged` +
+    `${flags(asked)} of ${asked.length} asked here would be flagged` +
     (guard.review === null ? ". " : `, and ${count(known, "review") + count(asked, "review")} left to review. `) +
     "The promise holds for the guard’s own threshold only.";
   showPlane(value);
@@ -336,7 +335,7 @@ function atThreshold() {
 }
 
 function showAsked(value) {
-  $("asked").replaceChildren(...(saved ? asked : asked.slice(0, 50)).map((one, index) => {
+  $("asked").replaceChildren(...asked.slice(0, 50).map((one, index) => {
     const row = element("tr");
     const button = element("button", one.text.length > 90 ? `${one.text.slice(0, 90)}…` : one.text, "link");
     button.type = "button";
@@ -352,17 +351,6 @@ function showAsked(value) {
       element("td", WORDS[decision(one, value)].toLowerCase()));
     return row;
   }));
-}
-
-async function open() {
-  if (!(await meet()) || !saved) return;
-  $("ask").hidden = true;
-  $("asked-title").textContent = "Saved prompts";
-  $("asked-kept").hidden = true;
-  document.querySelector("main").prepend($("asked-card"));
-  asked.push(...saved.results);
-  last = asked[0];
-  if (last) show();
 }
 
 $("ask").addEventListener("submit", read);
@@ -381,4 +369,4 @@ $("threshold-reset").addEventListener("click", () => {
     atThreshold();
   }
 });
-open();
+meet();

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from latentguard.prompts import Prompt
-from latentguard.serve.scoring import judge_all
+from latentguard.serve.scoring import score_prompts
 from serve.running import PROMPTS, flagged, passed, post, running, tiny_guard, tiny_model
 
 
@@ -33,7 +33,7 @@ def served(tmp_path_factory):
 def test_verdicts_are_those_of_scan_in_order():
     guard, model = tiny_guard(), tiny_model()
     mixed = [Prompt(passed()), Prompt(hidden(flagged())), Prompt(hidden(passed()))]
-    found = [judgement.verdict for judgement in judge_all(guard, model, mixed)]
+    found = [judgement.verdict for judgement in score_prompts(guard, model, mixed)]
     for one, other in zip(found, guard.scan(model, mixed), strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-4)
         assert one.obfuscations == other.obfuscations

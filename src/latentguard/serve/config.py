@@ -12,7 +12,7 @@ Fsync = Literal["never", "interval", "always"]
 
 
 @dataclass(frozen=True)
-class Options:
+class ServeConfig:
     """Policies and limits of a service."""
 
     policy: Policy = "block"
