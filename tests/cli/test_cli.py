@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pty
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from threadpoolctl import threadpool_limits
 
 import latentguard
-from latentguard.cli import main
+from latentguard.cli import app, main
 from latentguard.data.builtin import load_traffic
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Prompt
@@ -27,7 +30,15 @@ VERBS = {
     "score": ("--out", "--text-column", "--engine", "--actors", "--block-rows"),
     "audit": ("--label", "--text-column"),
     "show": (),
-    "models": (),
+    "drift": ("--json", "--text-column"),
+    "stress": ("--only", "--budget"),
+    "serve": ("--host", "--port", "--upstream"),
+    "parity": ("--backends",),
+    "study": ("--only", "--budget", "--data-dir"),
+    "label": ("--out", "--model"),
+    "pack add": ("--name", "--examples"),
+    "pack list": (),
+    "pack remove": ("--harmless",),
 }
 
 
@@ -129,7 +140,7 @@ def record(folder):
 class TestUsage:
     @pytest.mark.parametrize(("verb", "options"), VERBS.items())
     def test_help(self, lg, verb, options):
-        code, out, err = lg(verb, "--help")
+        code, out, err = lg(*verb.split(), "--help")
         assert (code, err) == (0, "")
         assert f"latentguard {verb}" in out
         assert all(option in out for option in options)
@@ -137,8 +148,39 @@ class TestUsage:
     def test_help_of_all(self, lg):
         code, out, _ = lg("--help")
         assert code == 0
-        assert all(verb in out for verb in VERBS)
+        assert all(verb.split()[0] in out for verb in VERBS)
         assert "latentguard demo" in out
+
+    def test_help_groups_the_verbs_in_panels(self, lg):
+        _, out, _ = lg("--help")
+        panels = [line.split()[1] for line in out.splitlines() if line.startswith("╭─ ")]
+        assert panels == ["Options", "Guard", "Serve", "Research"]
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_the_example_of_a_verb_is_valid_usage(self, lg, verb):
+        """Parsed as a shell would split it, without being run."""
+        _, out, _ = lg(*verb.split(), "--help")
+        (example,) = re.findall(r"Example: latentguard (.*)", out)
+        words = shlex.split(example)
+        assert words[: len(verb.split())] == verb.split()
+        command = typer.main.get_command(app)
+        for name in verb.split():
+            command = command.commands[name] if hasattr(command, "commands") else command
+        with typer.Context(typer.main.get_command(app)) as outer:
+            command.make_context(verb, words[len(verb.split()) :], parent=outer)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "words"),
+        [
+            ("--readout", "--probe", ["fit", "--out", "g", "{}", "centroid"]),
+            ("--slice-column", "--segment-column", ["calibrate", "none", "{}", "language"]),
+            ("--slice-header", "--segment-header", ["serve", "none", "{}", "X-Client"]),
+        ],
+    )
+    def test_an_old_option_name_works_and_is_not_shown(self, lg, old, new, words):
+        said = [lg(*[word.format(name) for word in words], "--no-such") for name in (old, new)]
+        assert all("No such option: --no-such" in err for _, _, err in said)
+        assert old not in lg(words[0], "--help")[1]
 
     @pytest.mark.parametrize(
         "words",
@@ -151,7 +193,7 @@ class TestUsage:
             ["score", "g"],
             ["audit"],
             ["audit", "f.jsonl", "--label", "harmfull"],
-            ["show"],
+            ["fit", "--out", "g", "--probe", "tree"],
         ],
         ids=" ".join,
     )
@@ -181,7 +223,7 @@ class TestFit:
     def test_the_papers_guard_on_the_built_in_set(self, lg, model, tmp_path, monkeypatch):
         """On a part of it, which is read in a tenth of the time."""
         some = load_traffic("train")[:1000]
-        monkeypatch.setattr("latentguard.cli.guards.load_traffic", {"train": some}.__getitem__)
+        monkeypatch.setattr("latentguard.cli.fit.load_traffic", {"train": some}.__getitem__)
         rule = ["--reading", "t_inst", "--probe", "centroid"]
         code, _, err = lg("fit", "--model", model, "--out", tmp_path / "g", "--contrast", *rule)
         made = record(tmp_path / "g")
@@ -235,7 +277,6 @@ class TestFit:
             (["--harmful", "{mixed}"], "0 harmless"),
             (["--harmful", "{mixed}", "--harmless", "{mixed}"], "at least 10 prompts of each"),
             (["--contrast", "--reading", "t_last"], "no reading 't_last'"),
-            (["--contrast", "--probe", "tree"], "no probe 'tree'"),
             (["--contrast", "--dtype", "float99"], "float99"),
         ],
     )
@@ -539,24 +580,25 @@ class TestShow:
         assert "Expected a guard folder" in fails("show", tmp_path)
 
 
-class TestModels:
-    def test_there_are_some(self, lg, model, tmp_path, monkeypatch):
+class TestShowWithoutAGuard:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
         monkeypatch.setenv("LATENTGUARD_CACHE", str(tmp_path))
+        monkeypatch.setattr("latentguard.models.sources._hub_models", lambda: iter(()))
+
+    def test_it_lists_the_models_on_this_disk(self, lg, model, tmp_path):
         (tmp_path / "models").mkdir()
         (tmp_path / "models" / "default").symlink_to(model)
-        monkeypatch.setattr("latentguard.models.sources._hub_models", lambda: iter(()))
-        code, out, _ = lg("models")
+        code, out, _ = lg("show")
         assert code == 0
         name, size, path = out.strip().split("\t")
         assert (name, path) == ("default", str(tmp_path / "models" / "default"))
         assert size.endswith(" MB")
 
-    def test_there_are_none(self, lg, tmp_path, monkeypatch):
-        monkeypatch.setenv("LATENTGUARD_CACHE", str(tmp_path))
-        monkeypatch.setattr("latentguard.models.sources._hub_models", lambda: iter(()))
-        code, out, _ = lg("models")
+    def test_it_says_how_to_get_one_if_there_are_none(self, lg):
+        code, out, _ = lg("show")
         assert code == 0
-        assert "'latentguard demo' fetches the default model" in out
+        assert "'latentguard demo' fetches the default one" in out
 
 
 class TestDemo:

@@ -1,15 +1,14 @@
-"""The command line: one function a verb."""
+"""The command line: one module a verb."""
 
 from __future__ import annotations
 
 import sys
 
-from latentguard.cli import calibration, guards, packs, parity, serve, stress, study
 from latentguard.cli.app import app
-from latentguard.cli.console import note
+from latentguard.cli.console import echo_err
 from latentguard.errors import LatentGuardError
 
-__all__ = ["app", "calibration", "guards", "main", "packs", "parity", "serve", "stress", "study"]
+__all__ = ["app", "main"]
 
 
 def main() -> None:
@@ -17,5 +16,5 @@ def main() -> None:
     try:
         app()
     except (LatentGuardError, OSError) as error:  # or a full disk, a folder that is a file
-        note(f"Error: {error}")
+        echo_err(f"Error: {error}")
         sys.exit(1)

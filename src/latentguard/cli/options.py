@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options and enumerations that several verbs share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ from typing import Annotated
 
 import typer
 
+OLD_NAMES = {
+    "readout": "probe",
+    "slice-column": "segment-column",
+    "slice-header": "segment-header",
+}
+"""Option names of earlier versions, which still work and which no help shows."""
+
+
+class Amount(StrEnum):
+    """How many prompts ``stress`` asks."""
+
+    small = auto()
+    full = auto()
+
+
+class Budget(StrEnum):
+    """How much of the study is done."""
+
+    paper = auto()
+    small = auto()
+
 
 class Engine(StrEnum):
     """What runs the model over prompts."""
@@ -16,8 +37,15 @@ class Engine(StrEnum):
     ray = auto()
 
 
+class ProbeKind(StrEnum):
+    """The rule that turns hidden states into a score."""
+
+    linear = auto()
+    centroid = auto()
+
+
 class Quantize(StrEnum):
-    """How weights are quantised on loading; the names of ``model/loading.py``."""
+    """How weights are quantised on loading; the names of ``models/loading.py``."""
 
     int8 = auto()
     nf4 = auto()
@@ -30,11 +58,9 @@ class Side(StrEnum):
     harmless = auto()
 
 
-Model = Annotated[
-    str, typer.Option(help="A Hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M).")
-]
-Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, ...; auto: float32 on a CPU, else bfloat16.")
+AllowMismatch = Annotated[
+    bool,
+    typer.Option("--allow-mismatch", help="Go on with another model; says how far scores move."),
 ]
 DeviceMap = Annotated[
     str | None,
@@ -42,11 +68,20 @@ DeviceMap = Annotated[
         help="'auto' spreads a large model over GPUs, then memory; the guard is the same anywhere."
     ),
 ]
-TextColumn = Annotated[str, typer.Option(help="Column that holds the prompt.")]
-Label = Annotated[Side | None, typer.Option(help="Label of unlabelled rows.")]
-GuardFolder = Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")]
-Moved = Annotated[str | None, typer.Option(help="If the model has moved.")]
-AllowMismatch = Annotated[
-    bool,
-    typer.Option("--allow-mismatch", help="Go on with another model; says how far scores move."),
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, ...; auto: float32 on a CPU, else bfloat16.")
 ]
+GuardFolder = Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")]
+Harmful = Annotated[list[str] | None, typer.Option(help="Harmful prompts; repeatable.")]
+Harmless = Annotated[list[str] | None, typer.Option(help="Harmless prompts; repeatable.")]
+HarmlessTraffic = Annotated[
+    list[str] | None,
+    typer.Option(help="Harmless prompts like your traffic; default: the built-in ones."),
+]
+Label = Annotated[Side | None, typer.Option(help="Label of unlabelled rows.")]
+Model = Annotated[
+    str, typer.Option(help="A Hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M).")
+]
+MovedModel = Annotated[str | None, typer.Option(help="If the model has moved.")]
+PromptSource = Annotated[str, typer.Argument(help="File, '-', or Hub data set.")]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the prompt.")]

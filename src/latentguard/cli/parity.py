@@ -6,19 +6,18 @@ from typing import Annotated
 
 import typer
 
-from latentguard.cli.app import app
-from latentguard.cli.console import note, progress
-from latentguard.cli.options import GuardFolder
+from latentguard.cli.console import echo_err, progress
+from latentguard.cli.loading import load_model
+from latentguard.cli.options import GuardFolder, MovedModel
 
 
-@app.command()
 def parity(
     guard: GuardFolder,
     backends: Annotated[str, typer.Option(help="The reference, and what is compared.")] = "hf,vllm",
     n: Annotated[
         int, typer.Option(help="Prompts, of the built-in test split; half are long.")
     ] = 64,
-    model: Annotated[str | None, typer.Option(help="If the model has moved.")] = None,
+    model: MovedModel = None,
     tolerance: Annotated[
         float, typer.Option(help="Largest score difference, in spreads; beyond it exit 1.")
     ] = 0.1,
@@ -30,8 +29,9 @@ def parity(
 
     Batch 1 and 32, prompts shorter and longer than a chunk, cached and uncached prefixes, and more
     requests than the cache holds. Runs where vLLM is installed (docs/vllm.md).
+
+    Example: latentguard parity guards/smollm2
     """
-    from latentguard.cli.console import load
     from latentguard.errors import GuardError
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.integrations.vllm import parity as inside
@@ -41,11 +41,11 @@ def parity(
         raise typer.BadParameter("only 'hf,vllm' can be compared", param_hint="--backends")
     loaded = LatentGuard.load(guard)
     prompts = inside.material(n)
-    backend = load(model or loaded.fingerprint.model, loaded.fingerprint.dtype)
+    backend = load_model(model or loaded.fingerprint.model, loaded.fingerprint.dtype)
     with progress("transformers", len(prompts)) as bar:
         reference = list(loaded.scan(backend, prompts, progress=bar.advance))
     del backend
-    note("Starting vLLM ...")
+    echo_err("Starting vLLM ...")
     how = (
         inside.ENGINE
         | inside.SMALL

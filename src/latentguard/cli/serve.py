@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentguard.cli.app import app
-
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.serve.audit_log import AuditLog
@@ -21,7 +19,6 @@ log = logging.getLogger("latentguard.serve")
 MISSING = "latentguard serve needs the extra 'serve': pip install 'latentguard[serve]'"
 
 
-@app.command()
 def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     guard: Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -88,6 +85,8 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
     Chats are answered by the guard's own model, or by --upstream. The upstream's key is read from
     LATENTGUARD_UPSTREAM_KEY. A band to review is there if the guard was calibrated with
     --review-fpr.
+
+    Example: latentguard serve guards/qwen --audit audit.jsonl
     """
     from latentguard.errors import LatentGuardError
     from latentguard.guard.latent_guard import LatentGuard

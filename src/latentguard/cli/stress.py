@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from latentguard.cli.app import app
-from latentguard.cli.console import load_guard, progress, read_side
-from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
+from latentguard.cli.console import progress
+from latentguard.cli.inputs import read_side
+from latentguard.cli.loading import load_guard
+from latentguard.cli.options import (
+    AllowMismatch,
+    Amount,
+    DeviceMap,
+    GuardFolder,
+    MovedModel,
+    TextColumn,
+)
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns
 
 
-class Amount(StrEnum):
-    """How many prompts are asked."""
-
-    small = auto()
-    full = auto()
-
-
-@app.command()
-def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
+def stress(  # noqa: PLR0913, PLR0917 (each is an option)
     guard: GuardFolder,
     out: Annotated[Path, typer.Option(help="Report folder; its store lets a killed run go on.")],
     only: Annotated[
@@ -43,7 +42,7 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
         list[str] | None, typer.Option(help="Harmless prompts; repeatable. Give both or none.")
     ] = None,
     text_column: TextColumn = "text",
-    model: Moved = None,
+    model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
     device_map: DeviceMap = None,
 ) -> None:
@@ -53,6 +52,8 @@ def stress(  # noqa: PLR0913, PLR0917 (the contract names these options)
     on after a kill, or to add attacks: scores are kept there. Families: special tokens, template
     imitation, homoglyphs, unseen characters, case and spacing, encodings, two requests, wrappers,
     foreign frames, padding, translations, changed weights.
+
+    Example: latentguard stress guards/qwen --out reports/stress
     """
     from latentguard.robustness.run import STORE, Plan, require_known, run
     from latentguard.robustness.suite import BudgetName

@@ -1,33 +1,35 @@
-"""Verbs that calibrate a guard, and say whether its calibration still holds."""
+"""The verb ``calibrate``; heavy imports stay inside it."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentguard.cli.app import app
-from latentguard.cli.console import columns_of, keep, load_guard, note, progress, read_side
-from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, Moved, TextColumn
+from latentguard.cli.console import echo_err, progress
+from latentguard.cli.inputs import read_side
+from latentguard.cli.loading import load_guard, save_guard
+from latentguard.cli.options import (
+    AllowMismatch,
+    DeviceMap,
+    GuardFolder,
+    HarmlessTraffic,
+    MovedModel,
+    TextColumn,
+)
 from latentguard.data.builtin import load_traffic
 from latentguard.errors import PromptError
 from latentguard.guard.leakage import apart
-from latentguard.prompts import Columns, Prompt, read_prompts
+from latentguard.prompts import Columns, Prompt
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.models.chat_model import ChatModel
 
 
-@app.command()
-def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
+def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     guard: GuardFolder,
-    harmless: Annotated[
-        list[str] | None,
-        typer.Option(help="Harmless prompts like your traffic; default: the built-in ones."),
-    ] = None,
+    harmless: HarmlessTraffic = None,
     harmful: Annotated[
         list[str] | None,
         typer.Option(help="Harmful prompts, not those fitted on: calibrates probabilities, too."),
@@ -44,7 +46,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     ] = None,
     confidence: Annotated[float, typer.Option(help="Of the Clopper-Pearson bounds.")] = 0.95,
     text_column: TextColumn = "text",
-    model: Moved = None,
+    model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
     device_map: DeviceMap = None,
 ) -> None:
@@ -54,6 +56,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
     has a refusal axis. A guard that was fitted with --long has a second threshold, for long prompts
     and chats: fit picks it on built-in texts, and those in HARMLESS move it, if there are any.
     With --harmful, GUARD/calibration/report.html shows how reliable probabilities are.
+
+    Example: latentguard calibrate guards/qwen --harmless traffic.jsonl --max-fpr 0.01
     """
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     columns = Columns(text=text_column, segment=segment_column or "")
@@ -67,11 +71,12 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
         prompts = [p for p in load_traffic("validation") if not p.harmful]
     prompts += read_side(harmful, columns, harmful=True)
     rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
-    if held := len(apart(prompts, loaded.held)[0]):
-        note(
-            f"{held} of these prompts are those that packs are held against: they do not calibrate."
+    if excluded := len(apart(prompts, loaded.held)[0]):
+        echo_err(
+            f"{excluded} of these prompts are those that packs are held against: they do not "
+            "calibrate."
         )
-    with progress("calibrate", len(prompts) - held) as bar:
+    with progress("calibrate", len(prompts) - excluded) as bar:
         calibrated = loaded.calibrate(
             backend,
             prompts,
@@ -82,42 +87,16 @@ def calibrate(  # noqa: PLR0913, PLR0917 (the contract names these options)
             progress=bar.advance,
         )
     if harmless:  # the built-in ones are no traffic: windows keep what fit picked
-        calm = apart((p for p in prompts if not p.harmful), calibrated.held)[1]
-        calibrated = calibrated_long(calibrated, backend, calm, rate, confidence)
-    keep(calibrated, guard, report=bool(harmful))
+        own = apart((p for p in prompts if not p.harmful), calibrated.held)[1]
+        calibrated = _calibrate_long(calibrated, backend, own, rate, confidence)
+    save_guard(calibrated, guard, report=bool(harmful))
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
     for part in calibrated.parts:
-        for said in part.notes():
-            typer.echo(f"\n{said}")
+        for text in part.notes():
+            typer.echo(f"\n{text}")
 
 
-@app.command()
-def drift(
-    guard: GuardFolder,
-    prompts: Annotated[str, typer.Argument(help="Recent traffic: file, '-', or Hub data set.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    text_column: TextColumn = "text",
-    model: Moved = None,
-    allow_mismatch: AllowMismatch = False,
-    device_map: DeviceMap = None,
-) -> None:
-    """Say whether scores lie as they did at calibration, and whether the thresholds still hold.
-
-    Exit code 1 if the flag rate is too high for the promise. Prompts are taken for harmless.
-    """
-    from latentguard.guard.drift import compare, record_of
-
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
-    rows = read_prompts(prompts, columns=replace(columns_of(loaded, text_column), label=""))
-    with progress("drift", len(rows)) as bar:
-        verdicts = list(loaded.scan(backend, rows, progress=bar.advance))
-    found = compare(loaded, rows, verdicts)
-    for one in found:
-        typer.echo(json.dumps(record_of(one)) if as_json else str(one))
-    raise typer.Exit(not all(one.holds for one in found))
-
-
-def calibrated_long(
+def _calibrate_long(
     guard: LatentGuard, backend: ChatModel, prompts: list[Prompt], rate: float, confidence: float
 ) -> LatentGuard:
     """The guard with the threshold of its windows set from the long ones of the prompts."""
@@ -128,7 +107,7 @@ def calibrated_long(
     if not long:
         return guard
     if len(long) < (enough := smallest_n(rate, confidence)):
-        note(
+        echo_err(
             f"The threshold of long prompts and chats stays as it was: found {len(long)}, and "
             f"{rate:.2%} needs {enough}."
         )

@@ -8,7 +8,7 @@ import pytest
 
 import latentguard
 from latentguard.cli import main
-from latentguard.cli.console import keep
+from latentguard.cli.loading import save_guard
 from latentguard.guard.chunking import Windows
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.quadrants import Quadrants
@@ -122,9 +122,9 @@ class TestCalibrate:
         assert "At most 20.00%" in page.read_text()
         bare = replace(LatentGuard.load(guard), parts=(), bound=None)
         (page.parent / "mine.txt").touch()
-        keep(bare, guard)
+        save_guard(bare, guard)
         assert [file.name for file in page.parent.iterdir()] == ["mine.txt"]
-        keep(bare, guard)
+        save_guard(bare, guard)
         assert lg(*words, "0.05")[0] == 0
         assert [file.name for file in page.parent.iterdir()] == ["mine.txt"]
 
@@ -157,7 +157,7 @@ class TestCalibrate:
         texts = [f"Tell me the kind thing number {n}" for n in range(8000, 8100)]
         long = [f"{n}. " + "Tell me the kind thing. " * 9 for n in range(70)]
         said = [Prompt(text, harmful=False) for text in texts + long]
-        monkeypatch.setattr("latentguard.cli.calibration.load_traffic", lambda split: said)
+        monkeypatch.setattr("latentguard.cli.calibrate.load_traffic", lambda split: said)
         LatentGuard.load(guard).with_part(Windows(threshold=2.5, over=150)).save(guard)
         code, out, err = lg("calibrate", guard)
         assert (code, "stays as it was" in err) == (0, False), err

@@ -1,0 +1,42 @@
+"""The verb ``drift``; heavy imports stay inside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from latentguard.cli.console import progress
+from latentguard.cli.inputs import guard_columns
+from latentguard.cli.loading import load_guard
+from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, MovedModel, TextColumn
+from latentguard.prompts import read_prompts
+
+
+def drift(
+    guard: GuardFolder,
+    prompts: Annotated[str, typer.Argument(help="Recent traffic: file, '-', or Hub data set.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    text_column: TextColumn = "text",
+    model: MovedModel = None,
+    allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
+) -> None:
+    """Say whether scores lie as they did at calibration, and whether the thresholds still hold.
+
+    Exit code 1 if the flag rate is too high for the promise. Prompts are taken for harmless.
+
+    Example: latentguard drift guards/qwen last-week.jsonl
+    """
+    from latentguard.guard.drift import compare, record_of
+
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
+    rows = read_prompts(prompts, columns=replace(guard_columns(loaded, text_column), label=""))
+    with progress("drift", len(rows)) as bar:
+        verdicts = list(loaded.scan(backend, rows, progress=bar.advance))
+    comparisons = compare(loaded, rows, verdicts)
+    for comparison in comparisons:
+        typer.echo(json.dumps(record_of(comparison)) if as_json else str(comparison))
+    raise typer.Exit(not all(comparison.holds for comparison in comparisons))

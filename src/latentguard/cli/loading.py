@@ -1,0 +1,68 @@
+"""Loading the model and the guard that a verb works with; saving a guard."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentguard.cli.console import echo_err
+
+if TYPE_CHECKING:
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.models.chat_model import ChatModel
+
+
+def load_model(source: str, dtype: str = "auto", device_map: str | None = None) -> ChatModel:
+    """Load a model without the progress bars and warnings of the libraries below."""
+    from transformers.utils import logging as transformers_logging
+
+    from latentguard.models.chat_model import ChatModel
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    echo_err(f"Loading {source} ...")
+    placing = {"device_map": device_map} if device_map else {}
+    return ChatModel.load(source, dtype=dtype, **placing)
+
+
+def load_guard(
+    folder: Path,
+    model: str | None,
+    *,
+    allow_mismatch: bool = False,
+    device_map: str | None = None,
+) -> tuple[LatentGuard, ChatModel]:
+    """Load a guard and the model that it is bound to, verified.
+
+    With ``allow_mismatch`` the guard is bound to the model that it meets, and the shift of its
+    canary scores goes to standard error.
+    """
+    from latentguard.guard.compatibility import Shift
+    from latentguard.guard.latent_guard import LatentGuard
+
+    guard = LatentGuard.load(folder)
+    backend = load_model(model or guard.fingerprint.model, guard.fingerprint.dtype, device_map)
+    if not allow_mismatch:
+        guard.check(backend)
+        return guard, backend
+    bound = guard.admit(backend)
+    if bound is not guard:
+        echo_err(f"Warning: {Shift.between(guard, bound)}")
+    return bound, backend
+
+
+def save_guard(guard: LatentGuard, folder: Path, *, report: bool = False) -> None:
+    """Save a guard, and its calibration report if one is wanted or is there already."""
+    from latentguard.guard.calibration_report import calibration_report
+    from latentguard.guard.thresholds import Calibration
+    from latentguard.report.document import clear
+
+    guard.save(folder)
+    page = folder / "calibration"
+    has_page = (page / "report.json").exists()
+    if has_page and guard.part(Calibration) is None:
+        clear(page)  # it describes the guard that was there before
+    elif report or has_page:
+        echo_err(f"Report: {calibration_report(guard).save(page)}/report.html")

@@ -1,0 +1,102 @@
+"""Category packs: ``latentguard pack add``, ``list`` and ``remove``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from latentguard.cli.console import echo_err, progress
+from latentguard.cli.inputs import guard_columns, read_side
+from latentguard.cli.loading import load_guard, save_guard
+from latentguard.cli.options import (
+    AllowMismatch,
+    DeviceMap,
+    GuardFolder,
+    HarmlessTraffic,
+    MovedModel,
+    TextColumn,
+)
+
+pack = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard from examples.")
+
+
+@pack.command()
+def add(  # noqa: PLR0913, PLR0917 (each is an option)
+    guard: GuardFolder,
+    name: Annotated[str, typer.Option(help="Of the category, such as sexual.")],
+    examples: Annotated[list[str], typer.Option(help="20 to 50 harmful examples; repeatable.")],
+    harmless: HarmlessTraffic = None,
+    text_column: TextColumn = "text",
+    model: MovedModel = None,
+    allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
+) -> None:
+    """Add a category that can flag, and calibrate anew for the rate that the guard promised.
+
+    Give --harmless prompts of the same kind as the examples wherever you can: half of them are
+    what the examples are held against, so that the pack learns harm and not the kind of text; the
+    other half calibrates. Without them a pack may flag harmless texts that resemble its examples.
+    A guard that was calibrated on your own prompts needs them. One that was fitted with --long is
+    calibrated anew for long prompts and chats, too, which takes minutes on a CPU. With
+    --allow-mismatch the guard becomes one of the model that it met: what it then promises was
+    measured there.
+
+    Example: latentguard pack add guards/qwen --name fraud --examples fraud.jsonl
+    """
+    from latentguard.guard import packs
+
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
+    columns = guard_columns(loaded, text_column)
+    positives = read_side(examples, columns, harmful=True)
+    negatives = read_side(harmless, columns, harmful=False)
+    with progress("pack") as bar:
+        changed = packs.add(loaded, backend, name, positives, negatives, progress=bar.advance)
+    save_guard(changed, guard)
+    echo_err(f"Pack '{name}' added to {guard}.")
+    typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")
+
+
+@pack.command(name="list")
+def show(guard: GuardFolder) -> None:
+    """List the packs of a guard: name, examples, cut-off.
+
+    Example: latentguard pack list guards/qwen
+    """
+    from latentguard.guard.categories import Categories
+    from latentguard.guard.latent_guard import LatentGuard
+
+    loaded = LatentGuard.load(guard)
+    categories = loaded.part(Categories)
+    for name, one in (categories.packs if categories else {}).items():
+        assert categories is not None
+        cut_off = categories.cut_off(name, loaded.threshold)
+        counts = f"{one.examples} harmful, {one.harmless} harmless examples"
+        typer.echo(f"{name}\t{counts}\tflags from a category score of {cut_off:.3f} on")
+    if not categories or not categories.packs:
+        echo_err("No packs. Add one: latentguard pack add GUARD --name NAME --examples FILE")
+
+
+@pack.command()
+def remove(
+    guard: GuardFolder,
+    name: Annotated[str, typer.Argument(help="Of the pack.")],
+    harmless: HarmlessTraffic = None,
+    text_column: TextColumn = "text",
+    model: MovedModel = None,
+    allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
+) -> None:
+    """Remove a pack, and calibrate anew for the rate that the guard promised.
+
+    Example: latentguard pack remove guards/qwen fraud
+    """
+    from latentguard.guard import packs
+
+    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
+    negatives = read_side(harmless, guard_columns(loaded, text_column), harmful=False)
+    with progress("pack") as bar:
+        changed = packs.remove(loaded, backend, name, negatives, progress=bar.advance)
+    save_guard(changed, guard)
+    echo_err(f"Pack '{name}' removed from {guard}.")
+    typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")

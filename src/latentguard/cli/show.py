@@ -1,0 +1,44 @@
+"""The verb ``show``; heavy imports stay inside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def show(
+    guard: Annotated[
+        Path | None, typer.Argument(help="Folder that 'latentguard fit' wrote.")
+    ] = None,
+) -> None:
+    """Print what a guard is, what it promises, and what it is bound to.
+
+    Without GUARD, list the models that are ready on this disk.
+
+    Example: latentguard show guards/qwen
+    """
+    if guard is None:
+        _list_models()
+    else:
+        _show_guard(guard)
+
+
+def _show_guard(folder: Path) -> None:
+    from latentguard.guard.latent_guard import LatentGuard
+
+    loaded = LatentGuard.load(folder)
+    typer.echo(loaded.card)
+    for name, value in (loaded.fitted or {}).items():
+        typer.echo(f"{name}: {value}")
+
+
+def _list_models() -> None:
+    from latentguard.models.sources import stored_models
+
+    models = list(stored_models())
+    for model in models:
+        typer.echo(f"{model.name}\t{model.size / 1e6:,.0f} MB\t{model.path}")
+    if not models:
+        typer.echo("No models yet; 'latentguard demo' fetches the default one.")
