@@ -29,7 +29,8 @@ from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.reliability import brier, error_of, log_loss
 from latentguard.guard.score_files import score_to_file
 from latentguard.guard.thresholds import Calibration, Rates
-from latentguard.stats.metrics import auroc, estimate, proportion
+from latentguard.stats.bounds import proportion
+from latentguard.stats.detection import auroc, estimate_metric
 
 SPLITS = 200
 RATES = Rates(0.01, 0.05)
@@ -89,7 +90,7 @@ def reliability(guard: LatentGuard, sets: Scored, other: Scored, seed: int) -> d
             figures = dict(log_loss=log_loss(labels, chances), brier=brier(labels, chances))
             error = asdict(error_of(labels, chances))
             found[f"{name}, {when}"] = figures | dict(expected_calibration_error=error)
-        found[f"{name}, auroc"] = asdict(estimate(auroc, labels, scores))
+        found[f"{name}, auroc"] = asdict(estimate_metric(auroc, labels, scores))
     return found
 
 

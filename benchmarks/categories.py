@@ -31,7 +31,9 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.probes.probe import layers_of
 from latentguard.prompts import Prompt, read_prompts
 from latentguard.states import DEFAULT_READING, Reading, States, digest_prompts
-from latentguard.stats.metrics import Estimate, auroc, estimate, proportion
+from latentguard.stats.bounds import proportion
+from latentguard.stats.detection import auroc, estimate_metric
+from latentguard.stats.estimate import Estimate
 
 CATQA = {
     "Adult Content": "sexual_content",
@@ -159,8 +161,8 @@ def apart(
         scores = np.array([v.category_scores[name] for v in verdicts])
         means.append((auroc(rows, scores), auroc(rows, chances[name])))
         found[f"{code} -> {name}" if names else name] = {
-            "guard": told(estimate(auroc, rows, scores)),
-            "n-grams": told(estimate(auroc, rows, chances[name])),
+            "guard": told(estimate_metric(auroc, rows, scores)),
+            "n-grams": told(estimate_metric(auroc, rows, chances[name])),
         }
     own, other = np.mean(means, axis=0)
     return found | {"mean": {"guard": f"{own:.3f}", "n-grams": f"{other:.3f}"}}

@@ -34,7 +34,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, read_prompts
 from latentguard.report.document import Table
 from latentguard.states import Reading, States
-from latentguard.stats.metrics import auroc
+from latentguard.stats.detection import auroc
 
 Scores = dict[str, NDArray[np.float64]]
 

@@ -34,7 +34,9 @@ from latentguard.guard.chunk_calibration import fit_windows, windows_of
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Message, Prompt, read_prompts
-from latentguard.stats.metrics import Estimate, auroc, estimate, proportion, tpr_at
+from latentguard.stats.bounds import proportion
+from latentguard.stats.detection import auroc, estimate_metric, tpr_at
+from latentguard.stats.estimate import Estimate
 
 FIGURES = {"AUROC": auroc, "TPR at 5% FPR": tpr_at(0.05), "TPR at 1% FPR": tpr_at(0.01)}
 RULES = {
@@ -192,7 +194,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         labels = [row["harmful"] for row in mine]
         figures = {
             rule: {
-                name: told(estimate(metric, labels, [row[key] for row in mine]))
+                name: told(estimate_metric(metric, labels, [row[key] for row in mine]))
                 for name, metric in FIGURES.items()
             }
             for rule, key in RULES.items()

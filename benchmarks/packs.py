@@ -31,7 +31,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.report.document import show
 from latentguard.states import States
-from latentguard.stats.metrics import threshold_for_fpr
+from latentguard.stats.bounds import threshold_for_fpr
 from latentguard.study.figures.table_03_guards.traffic import (
     SEEDS,
     Trial,

@@ -19,7 +19,7 @@ from profanity_check import predict_prob
 
 from latentguard.cli.demo.detection import length_scores
 from latentguard.data.surface_audit import ngram_scores
-from latentguard.stats.metrics import auroc, estimate, tpr_at
+from latentguard.stats.detection import auroc, estimate_metric, tpr_at
 
 FIGURES = {"auroc": auroc, "tpr at 5 % fpr": tpr_at(0.05)}
 
@@ -38,7 +38,9 @@ def main() -> None:
         scores["alt-profanity-check"] = np.asarray(predict_prob([p.text for p in prompts]))
         result[name] = {}
         for rule, values in scores.items():
-            found = {key: estimate(metric, labels, values) for key, metric in FIGURES.items()}
+            found = {
+                key: estimate_metric(metric, labels, values) for key, metric in FIGURES.items()
+            }
             result[name][rule] = {key: [e.value, e.low, e.high] for key, e in found.items()}
             print(name, rule, *(f"{key} {e}" for key, e in found.items()), sep=" | ")
     options.out.write_text(json.dumps(result, indent=1))

@@ -13,7 +13,7 @@ from latentguard.data.surface_audit import (
 )
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
-from latentguard.stats.metrics import auroc
+from latentguard.stats.detection import auroc
 
 
 def prompts_of(harmful, harmless):

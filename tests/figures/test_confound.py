@@ -12,7 +12,7 @@ from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt
 from latentguard.report.document import Figure
 from latentguard.states import Fingerprint, States
-from latentguard.stats.metrics import auroc, estimate
+from latentguard.stats.detection import auroc, estimate_metric, separation, win_matrix
 from latentguard.study.figures.confound.confound import (
     AGAIN,
     LOSS,
@@ -32,8 +32,6 @@ from latentguard.study.rules import (
     RANDOM,
     belief_rule,
     control_rules,
-    resampled_areas,
-    separation,
 )
 
 
@@ -116,12 +114,12 @@ def test_areas_are_those_of_sklearn_and_a_mean_over_draws():
     up, down = rng.integers(0, 9, (3, 11)) * 1.0, rng.integers(0, 7, (3, 8)) * 1.0
     labels = np.arange(19) < 11
     wanted = [roc_auc_score(labels, np.concatenate(pair)) for pair in zip(up, down, strict=True)]
-    assert resampled_areas(up, down)[0] == pytest.approx(np.mean(wanted))
+    assert win_matrix(up, down).mean() == pytest.approx(np.mean(wanted))
     found = separation(up, down)
     assert found.value == pytest.approx(np.mean(wanted))
     assert found.low < found.value < found.high
     assert found.n == (11, 8)
-    slow = estimate(auroc, labels, np.concatenate([up[0], down[0]]))
+    slow = estimate_metric(auroc, labels, np.concatenate([up[0], down[0]]))
     quick = separation(up[:1], down[:1])
     assert quick.value == pytest.approx(slow.value)
     assert (quick.low, quick.high) == pytest.approx((slow.low, slow.high), abs=0.05)

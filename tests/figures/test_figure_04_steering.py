@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from figures.planted import Planted, Silent
 from latentguard.probes.axis import Axis
 from latentguard.report.document import Report
-from latentguard.stats.metrics import proportion, share
+from latentguard.stats.bootstrap import share
+from latentguard.stats.bounds import proportion
 from latentguard.study.direction_cosine import likeness
 from latentguard.study.directions import (
     Axes,

@@ -12,17 +12,15 @@ from sklearn.metrics import roc_auc_score
 from figures.planted import Planted, Silent
 from latentguard.prompts import Prompt
 from latentguard.report.document import Report
-from latentguard.stats.metrics import auroc, estimate, resampled
+from latentguard.stats.bootstrap import bootstrap, clustered_mean
+from latentguard.stats.detection import auroc, auroc_interval, estimate_metric, win_matrix
 from latentguard.study.attacks import TARGET, TEMPLATES, Wave
 from latentguard.study.cached_model import CachedModel, Tools
 from latentguard.study.figures.figure_06_jailbreaks import jailbreaks
 from latentguard.study.figures.figure_06_jailbreaks.attacked_beliefs import (
     Attack,
     Beliefs,
-    area_of,
-    mean_of,
     pooled,
-    wins,
 )
 from latentguard.study.figures.figure_06_jailbreaks.jailbreaks import (
     ADDED,
@@ -164,7 +162,10 @@ class TestBootstrap:
         """Ten copies of a row are one observation."""
         values = np.random.default_rng(1).normal(size=20)
         names = [f"request {n}" for n in range(20)]
-        once, again = mean_of(values), mean_of(np.repeat(values, 10), np.repeat(names, 10).tolist())
+        once, again = (
+            clustered_mean(values),
+            clustered_mean(np.repeat(values, 10), np.repeat(names, 10).tolist()),
+        )
         assert (again.value, again.n) == (pytest.approx(once.value), (200, 0))
         assert again.high - again.low == pytest.approx(once.high - once.low, rel=0.1)
         assert once.high - once.low == pytest.approx(2 * 1.96 * values.std() / 20**0.5, rel=0.15)
@@ -173,7 +174,7 @@ class TestBootstrap:
     def test_area_by_wins(self, n, m, seed):
         rng = np.random.default_rng(seed)
         harmful, harmless = rng.integers(0, 4, n).astype(float), rng.integers(0, 4, m).astype(float)
-        found = area_of(wins(harmful, harmless))
+        found = auroc_interval(win_matrix(harmful, harmless))
         labels, scores = [1] * n + [0] * m, [*harmful, *harmless]
         assert found.value == pytest.approx(roc_auc_score(labels, scores))
         assert 0 <= found.low <= found.high <= 1
@@ -181,13 +182,13 @@ class TestBootstrap:
     def test_intervals_are_those_of_the_plain_bootstrap(self):
         rng = np.random.default_rng(2)
         a, b = rng.normal(0.5, 1, 40), rng.normal(0, 1, 60)
-        plain = estimate(auroc, [True] * 40 + [False] * 60, [*a, *b])
-        found = area_of(wins(a, b))
+        plain = estimate_metric(auroc, [True] * 40 + [False] * 60, [*a, *b])
+        found = auroc_interval(win_matrix(a, b))
         assert (found.low, found.high) == (
             pytest.approx(plain.low, abs=0.015),
             pytest.approx(plain.high, abs=0.015),
         )
-        gap, plain = mean_of(a, minus=b), resampled(lambda x, y: x.mean() - y.mean(), a, b)
+        gap, plain = clustered_mean(a, minus=b), bootstrap(lambda x, y: x.mean() - y.mean(), a, b)
         assert gap.value == pytest.approx(plain.value)
         assert (gap.low, gap.high) == (
             pytest.approx(plain.low, abs=0.05),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from figures.planted import Planted, Silent
-from latentguard.study.direction_cosine import centred
+from latentguard.stats.intervals import centered_interval
 from latentguard.study.figures.figure_09_categories import Records, Steered, analyse, collect
 from latentguard.study.figures.figure_09_categories.cosines import (
     DRAWS,
@@ -91,7 +91,7 @@ class TestCosines:
         assert np.isfinite(halved_cosines(plain)).all()
 
     def test_the_interval_lies_about_the_figure(self):
-        found = centred(np.array([0.9, 0.5, 0.6, 0.7]), 12)
+        found = centered_interval([0.9, 0.5, 0.6, 0.7], (12, 0))
         assert (found.value, found.n) == (0.9, (12, 0))
         assert found.low == pytest.approx(0.805) and found.high == pytest.approx(0.995)
 

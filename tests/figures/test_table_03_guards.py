@@ -11,7 +11,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Prompt
 from latentguard.report.document import Figure
 from latentguard.states import Fingerprint, Reading, States
-from latentguard.stats.metrics import threshold_for_fpr
+from latentguard.stats.bounds import threshold_for_fpr
 from latentguard.study.cached_model import CachedModel, Tools
 from latentguard.study.figures.table_03_guards.contenders import (
     LINEAR,

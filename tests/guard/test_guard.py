@@ -15,7 +15,7 @@ from latentguard.guard.canaries import COUNT
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Reading, States
-from latentguard.stats.metrics import auroc
+from latentguard.stats.detection import auroc
 
 READINGS = ("t_inst", "t_post", "post+1", "sealed", "span", "pooled")
 

@@ -21,7 +21,7 @@ from latentguard.guard.leakage import Held, apart, mark
 from latentguard.guard.score_scale import ScoreScale
 from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Message, Prompt
-from latentguard.stats.metrics import auroc
+from latentguard.stats.detection import auroc
 
 KINDS = ("arson", "fraud", "spite")
 
@@ -161,7 +161,7 @@ class TestPack:
     def test_the_bound_holds_as_often_as_it_says(self, backend, packed):
         """Calibrate the union on many samples: the true rate is over the bound in at most 5 %."""
         pool = np.array([v.score for v in packed.scan(backend, harmless(4000, 40000))])
-        from latentguard.stats.metrics import threshold_for_fpr
+        from latentguard.stats.bounds import threshold_for_fpr
 
         rng = np.random.default_rng(0)
         over = 0

@@ -23,7 +23,7 @@ from latentguard.probes.probe import (
 )
 from latentguard.probes.ridge import FOLDS, Ridge, folds_of
 from latentguard.states import States
-from latentguard.stats.metrics import auroc
+from latentguard.stats.detection import auroc
 
 LAYERS = tuple(range(7))
 

@@ -14,7 +14,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.fitting import capture
 from latentguard.states import DEFAULT_READING, Reading
-from latentguard.stats.metrics import auroc
+from latentguard.stats.detection import auroc
 
 pytestmark = pytest.mark.model
 

@@ -22,7 +22,7 @@ from latentguard.report.document import (
     slug,
     write_text,
 )
-from latentguard.stats.metrics import Estimate
+from latentguard.stats.estimate import Estimate
 
 EVIL = "</script><script>alert('x')</script>"
 TABLE = Table(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentguard.stats.metrics import Estimate
+from latentguard.stats.estimate import Estimate
 from latentguard.study.claims import CLAIMS, Claim, Condition, claims_section
 
 NAN = float("nan")

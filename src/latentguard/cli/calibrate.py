@@ -101,7 +101,7 @@ def _calibrate_long(
 ) -> LatentGuard:
     """The guard with the threshold of its windows set from the long ones of the prompts."""
     from latentguard.guard.chunk_calibration import calibrate_windows
-    from latentguard.stats.metrics import smallest_n
+    from latentguard.stats.bounds import smallest_n
 
     long = [p for p in prompts if guard.reads_pieces(p)]
     if not long:

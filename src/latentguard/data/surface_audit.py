@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
-from latentguard.stats.metrics import auroc
+from latentguard.stats.detection import auroc
 
 WARN_AT = 0.6
 """Balanced accuracy or AUROC of a surface feature above which a set is called confounded."""

@@ -15,7 +15,7 @@ from latentguard.guard.thresholds import Calibration, Rates
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.states import digest_prompts
-from latentguard.stats.metrics import threshold_for_fpr
+from latentguard.stats.bounds import threshold_for_fpr
 
 C = TypeVar("C", bound=Contents)
 

@@ -22,7 +22,7 @@ from latentguard.guard.leakage import require_apart
 from latentguard.guard.obfuscations import Obfuscations, beneath
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Backend, Progress, digest_prompts
-from latentguard.stats.metrics import threshold_for_fpr
+from latentguard.stats.bounds import threshold_for_fpr
 
 NORMING, CALIBRATION = 24, 100
 """Documents, and as many chats, that the norms and the threshold are taken from."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from latentguard.errors import GuardError, PromptError
 from latentguard.guard.verdict import Evidence, Part
 from latentguard.prompts import Prompt
-from latentguard.stats.metrics import Bound
+from latentguard.stats.bounds import Bound
 
 SIZE, FLOOR, OVER = 120, 20, 500
 """Defaults of ``Windows.size``, ``Windows.floor`` and ``Windows.over``."""

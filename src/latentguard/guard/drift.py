@@ -23,7 +23,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.thresholds import Calibration, Limits
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
-from latentguard.stats.metrics import clopper_pearson_upper
+from latentguard.stats.bounds import clopper_pearson_upper
 
 BINS = 10
 REACH = 0.02

@@ -38,7 +38,7 @@ from latentguard.states import (
     Scoring,
     States,
 )
-from latentguard.stats.metrics import smallest_n
+from latentguard.stats.bounds import smallest_n
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from latentguard.guard.thresholds import Calibration
 from latentguard.probes.fitting import slots
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, States, digest_prompts
-from latentguard.stats.metrics import Bound, smallest_n
+from latentguard.stats.bounds import Bound, smallest_n
 
 AGAINST = 200
 """Built-in harmless prompts that the examples of a pack are held against."""

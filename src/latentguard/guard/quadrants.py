@@ -24,7 +24,8 @@ from latentguard.guard.verdict import Part, Verdict
 from latentguard.prompts import Prompt
 from latentguard.report.document import Table
 from latentguard.states import States
-from latentguard.stats.metrics import Estimate, proportion, threshold_for_fpr
+from latentguard.stats.bounds import proportion, threshold_for_fpr
+from latentguard.stats.estimate import Estimate
 
 HARMFUL = ("harmless", "harmful")
 REFUSING = ("accepting", "refusing")

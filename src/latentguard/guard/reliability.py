@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from latentguard.report.document import Table
-from latentguard.stats.metrics import Estimate, estimate
+from latentguard.stats.detection import estimate_metric
+from latentguard.stats.estimate import Estimate
 
 Labels = NDArray[np.bool_]
 Scores = NDArray[np.float64]
@@ -139,7 +140,7 @@ def error_of(labels: Labels, chances: Scores) -> Estimate:
     bootstrap's, the low end is reflected at the error, or 0 where a perfect map may well show as
     much (its 95 % quantile).
     """
-    found = estimate(expected_error, labels, chances)
+    found = estimate_metric(expected_error, labels, chances)
     perfect = found.value <= np.quantile(by_chance(labels, chances), 0.95)
     low = 0.0 if perfect else max(0.0, 2 * found.value - found.high)
     return Estimate(found.value, low, max(found.high, found.value), found.n)

@@ -30,7 +30,7 @@ from latentguard.probes.axis import Axis
 from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
 from latentguard.states import Fingerprint, Reading
-from latentguard.stats.metrics import Bound
+from latentguard.stats.bounds import Bound
 
 PARTS: list[type[Part]] = [Obfuscations, Windows, Calibration, Quadrants, Categories]
 """Every optional part that there is, in the order in which they judge."""

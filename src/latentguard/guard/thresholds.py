@@ -24,7 +24,7 @@ from latentguard.guard.verdict import Decision, Part, Verdict
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Table
 from latentguard.states import States
-from latentguard.stats.metrics import Bound, smallest_n, threshold_for_fpr
+from latentguard.stats.bounds import Bound, smallest_n, threshold_for_fpr
 
 KEPT = 10_000
 """Most scores of a segment that are kept; evenly spaced among the sorted ones beyond that."""

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from latentguard.errors import GuardError
 from latentguard.probes.axis import Axis
 from latentguard.probes.ridge import Design, Ridge, folds_of
-from latentguard.stats.metrics import auroc
+from latentguard.stats.detection import auroc
 
 Kind = Literal["centroid", "linear"]
 

@@ -12,7 +12,7 @@ from plotly.colors import sample_colorscale
 from sklearn.metrics import roc_curve
 
 from latentguard.report.document import Figure
-from latentguard.stats.metrics import Estimate
+from latentguard.stats.estimate import Estimate
 
 HARMFUL, HARMLESS, NEUTRAL = "#d55e00", "#0072b2", "#7f8c9b"
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]

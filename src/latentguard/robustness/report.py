@@ -13,7 +13,10 @@ from latentguard.report import charts as plots
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.robustness.suite import Case
 from latentguard.robustness.weights import Seen
-from latentguard.stats.metrics import Estimate, auroc, proportion, resampled, share
+from latentguard.stats.bootstrap import bootstrap, share
+from latentguard.stats.bounds import proportion
+from latentguard.stats.detection import auroc
+from latentguard.stats.estimate import Estimate
 
 Scores = NDArray[np.float64]
 """Of k variants of n prompts, [k n]; of the plain prompts, [1 n]."""
@@ -111,7 +114,7 @@ def measure(case: Case, scores: Scores, plain: Scores, words: Scores, threshold:
 
 def separation(scores: Scores, harmful: NDArray[np.bool_]) -> Estimate:
     """AUROC, bootstrapped over prompts: all variants of a prompt are drawn together."""
-    return resampled(_auroc, scores.T[harmful], scores.T[~harmful])
+    return bootstrap(_auroc, scores.T[harmful], scores.T[~harmful])
 
 
 def _change(scores: Scores, plain: Scores, harmful: NDArray[np.bool_]) -> Estimate:
@@ -121,7 +124,7 @@ def _change(scores: Scores, plain: Scores, harmful: NDArray[np.bool_]) -> Estima
     def difference(yes: Scores, no: Scores) -> float:
         return _auroc(yes[:, 1:], no[:, 1:]) - _auroc(yes[:, :1], no[:, :1])
 
-    return resampled(difference, both[harmful], both[~harmful])
+    return bootstrap(difference, both[harmful], both[~harmful])
 
 
 def _auroc(yes: Scores, no: Scores) -> float:

@@ -13,7 +13,7 @@ from math import isnan
 from typing import Literal
 
 from latentguard.report.document import Cell, Section, Table
-from latentguard.stats.metrics import Estimate
+from latentguard.stats.estimate import Estimate
 
 Verdict = Literal["replicated", "not replicated", "cannot tell"]
 

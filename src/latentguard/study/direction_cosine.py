@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from latentguard.stats.metrics import Estimate
-
-DRAWS = 1000
-"""Bootstrap draws."""
+from latentguard.stats.bootstrap import resample_weights
+from latentguard.stats.estimate import Estimate
+from latentguard.stats.intervals import centered_interval
 
 SPLITS = 100
 """Times that the prompts are split in two."""
@@ -42,7 +41,7 @@ class Likeness:
     @property
     def mean(self) -> Estimate:
         """Mean over the layers of the cosine of the two directions, with its 95 % interval."""
-        return replace(centred(self.between.mean(1)), n=self.fitted)
+        return replace(centered_interval(self.between.mean(1)), n=self.fitted)
 
     @property
     def noiseless(self) -> Estimate:
@@ -55,25 +54,14 @@ class Likeness:
         halves = np.maximum(self.itself.mean(1), 0)
         whole = 2 * halves / (1 + halves)
         most = float(np.sqrt(whole[0] * whole[1]).mean()) or np.nan
-        return replace(centred(self.between.mean(1) / most), n=self.fitted)
+        return replace(centered_interval(self.between.mean(1) / most), n=self.fitted)
 
     @property
     def bands(self) -> list[Band]:
         """By layer: the two directions (95 % bootstrap), then each with itself (95 % of splits)."""
-        both = [centred(layer) for layer in self.between.T]
+        both = [centered_interval(layer) for layer in self.between.T]
         between = [e.value for e in both], [e.low for e in both], [e.high for e in both]
         return [between, *(_band(rows.mean(0), rows) for rows in self.itself)]
-
-
-def centred(draws: ArrayLike, n: int = 0) -> Estimate:
-    """The first of some draws, with the spread of the others about it as 95 % interval.
-
-    Drawing prompts again makes directions noisier, which lowers cosines; the interval is moved
-    back by the mean of that.
-    """
-    first, *rest = np.asarray(draws, dtype=np.float64)
-    low, high = np.quantile(rest, [0.025, 0.975]) - np.mean(rest) + first
-    return Estimate(float(first), float(low), float(high), (n, 0))
 
 
 def likeness(positive: Array, negative: Array, *, seed: int = 0) -> Likeness:
@@ -87,8 +75,7 @@ def likeness(positive: Array, negative: Array, *, seed: int = 0) -> Likeness:
     rng = np.random.default_rng(seed)
     sides = [positive, negative]
     sizes = [len(side) for side in sides]
-    drawn = [rng.multinomial(n, np.full(n, 1 / n), DRAWS) for n in sizes]
-    weights = [np.vstack([np.ones(n), rows]) for n, rows in zip(sizes, drawn, strict=True)]
+    weights = [resample_weights(n, seed=rng) for n in sizes]
     masks = [np.array([rng.permutation(n) < n // 2 for _ in range(SPLITS)]) for n in sizes]
     between, itself = [], []
     for layer in range(positive.shape[2]):

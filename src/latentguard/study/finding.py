@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from latentguard.report.document import Cell, Section
-from latentguard.stats.metrics import Estimate
+from latentguard.stats.estimate import Estimate
 
 CELLS = ("value", "low", "high", "n")
 """Column heads of ``cells``."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from latentguard.prompts import Group, Prompt
 from latentguard.report.document import Section, Table
-from latentguard.stats.metrics import proportion
+from latentguard.stats.bounds import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Outcome, refused

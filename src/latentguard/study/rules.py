@@ -13,11 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from latentguard.data.surface_audit import ngram_scores
-from latentguard.errors import GuardError
 from latentguard.probes.axis import Axis
 from latentguard.probes.probe import Probe, centroid
 from latentguard.states import States
-from latentguard.stats.metrics import Estimate
 from latentguard.study.directions import random_like
 
 Scores = NDArray[np.float64]
@@ -72,41 +70,6 @@ def oriented(rule: Rule, fit: States) -> Rule:
     up, down = (found[:, side].mean(1, keepdims=True) for side in (harmful, ~harmful))
     sign = np.where(up >= down, 1.0, -1.0)
     return lambda states: sign * (rule(states) - (up + down) / 2)
-
-
-def separation(positive: Scores, negative: Scores) -> Estimate:
-    """AUROC between two groups, [k n] and [k m]: the mean over the draws, bootstrap interval.
-
-    Raises:
-        GuardError: if a group is empty.
-    """
-    areas = resampled_areas(positive, negative)
-    return interval(areas, (positive.shape[1], negative.shape[1]))
-
-
-def resampled_areas(positive: Scores, negative: Scores, *, seed: int = 0) -> NDArray[np.float64]:
-    """AUROC between two groups, [k n] and [k m], then 1,000 of their resamples, [1001].
-
-    The area is the share of pairs that are in the right order, ties counted half; so a resample
-    weighs the same table of pairs by how often each row was drawn.
-
-    Raises:
-        GuardError: if a group is empty.
-    """
-    n, m = positive.shape[1], negative.shape[1]
-    if not n or not m:
-        raise GuardError(f"An area needs prompts of both groups; found {n} and {m}.")
-    over = np.sign(positive[:, :, None] - negative[:, None]).mean(0) / 2 + 0.5  # [n m]
-    rng = np.random.default_rng(seed)
-    ups, downs = (rng.multinomial(size, np.full(size, 1 / size), size=1000) for size in (n, m))
-    draws = ((ups @ over) * downs).sum(1) / (n * m)
-    return np.concatenate([[over.mean()], draws])
-
-
-def interval(values: NDArray[np.float64], n: tuple[int, int]) -> Estimate:
-    """A figure [0] and its resamples [1:] as an estimate with its 95 % interval."""
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return Estimate(float(values[0]), float(low), float(high), n)
 
 
 def _probe(axis: Axis) -> Probe:

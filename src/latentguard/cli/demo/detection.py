@@ -14,7 +14,7 @@ from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Table
 from latentguard.states import States
-from latentguard.stats.metrics import auroc, balanced_accuracy_at, estimate, f1_at, tpr_at
+from latentguard.stats.detection import auroc, balanced_accuracy_at, estimate_metric, f1_at, tpr_at
 
 FIGURES = {"AUROC": auroc, "TPR at 5% FPR": tpr_at(0.05), "TPR at 1% FPR": tpr_at(0.01)}
 
@@ -34,7 +34,7 @@ def detection_table(
     labels = [bool(p.harmful) for p in prompts]
     rows: list[tuple[Cell, ...]] = []
     for rule, values in scores.items():
-        estimates = [estimate(metric, labels, values) for metric in FIGURES.values()]
+        estimates = [estimate_metric(metric, labels, values) for metric in FIGURES.values()]
         cells = [cell for e in estimates for cell in (e.value, e.low, e.high)]
         rows.append((name, rule, *cells, *estimates[0].n))
     heads = [head for f in FIGURES for head in (f, f"{f}, low", f"{f}, high")]
@@ -57,8 +57,8 @@ def decision_table(
     rows = []
     for rule, (values, threshold) in scores.items():
         flagged = values > threshold
-        accuracy = estimate(balanced_accuracy_at(threshold), labels, values)
-        f1 = estimate(f1_at(threshold), labels, values)
+        accuracy = estimate_metric(balanced_accuracy_at(threshold), labels, values)
+        f1 = estimate_metric(f1_at(threshold), labels, values)
         rates = float(flagged[labels].mean()), float(flagged[~labels].mean())
         rows.append((name, rule, *rates, str(accuracy), str(f1), *accuracy.n))
     rates_of = ("true-positive rate", "false-positive rate", "balanced accuracy", "F1")
@@ -98,5 +98,5 @@ def layer_curves(
 ) -> tuple[list[float], list[float], list[float]]:
     """AUROC of s^l (equation 2) by layer, with the ends of its 95 % bootstrap interval."""
     beliefs = axis.layer_beliefs(states.at(axis.position)).double().numpy()
-    found = [estimate(auroc, labels, column, draws=200) for column in beliefs.T]
+    found = [estimate_metric(auroc, labels, column, draws=200) for column in beliefs.T]
     return [e.value for e in found], [e.low for e in found], [e.high for e in found]

@@ -32,7 +32,7 @@ from latentguard.prompts import Prompt
 from latentguard.report import charts as plots
 from latentguard.report.document import Figure, Report, Section, Table
 from latentguard.states import DEFAULT_READING, Progress, Reading, States, digest_prompts
-from latentguard.stats.metrics import auroc
+from latentguard.stats.detection import auroc
 
 MAX_FPR = 0.05
 OURS, PAPER = "latent guard (default)", "the paper's rule"

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from latentguard.prompts import Group
 from latentguard.report.charts import curve, lines_by_layer
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.metrics import Estimate, mean_curve, proportion, resampled
+from latentguard.stats.bootstrap import bootstrap, mean_curve
+from latentguard.stats.bounds import proportion
+from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import fit_axes
 from latentguard.study.finding import Finding, cells
@@ -97,13 +99,13 @@ GAP = "accepted harmful minus refused harmless"
 
 def _mean(s: NDArray[np.float64]) -> Estimate:
     """Mean over prompts of the mean over layers 1 to L (equations 3 and 4)."""
-    return resampled(np.mean, s[:, 1:].mean(1))
+    return bootstrap(np.mean, s[:, 1:].mean(1))
 
 
 def _gap(groups: Curves) -> Estimate:
     """How far apart both misbehaving groups are; no threshold enters."""
     first, second = (groups[group][:, 1:].mean(1) for group in MISBEHAVING)
-    return resampled(lambda a, b: float(a.mean() - b.mean()), first, second)
+    return bootstrap(lambda a, b: float(a.mean() - b.mean()), first, second)
 
 
 def _sides(records: Records) -> tuple[str, str]:
@@ -118,7 +120,7 @@ def _row(
     sign = 1 if group in CLAIMED[position] else -1
     claimed = sign * s[:, 1:]
     prompts = cells(proportion(claimed.mean(1) > 0))[:3]
-    layers = cells(resampled(lambda x: float((x.mean(0) > 0).mean()), claimed))[:3]
+    layers = cells(bootstrap(lambda x: float((x.mean(0) > 0).mean()), claimed))[:3]
     side = sides[sign < 0]
     return (position, shown(group), *cells(_mean(s)), side, *prompts, *layers)
 

@@ -16,7 +16,9 @@ from latentguard.prompts import Group, Prompt
 from latentguard.report.charts import plane
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import States
-from latentguard.stats.metrics import Estimate, proportion, resampled
+from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.bounds import proportion
+from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import belief, fit_axes, random_like
 from latentguard.study.finding import Finding, cells
@@ -102,7 +104,7 @@ def correlations(groups: Mapping[Group, Plane]) -> dict[str, Estimate]:
         if len(together) == len(members) or name == "all four groups":
             rows = np.concatenate(together)
             if len(rows) > 2 and np.isfinite(correlation(rows)):
-                found[name] = resampled(correlation, rows)
+                found[name] = bootstrap(correlation, rows)
     return found
 
 
@@ -163,7 +165,7 @@ def _effects(groups: Mapping[Group, Plane], known: bool, settings: Settings) -> 
         ("accepted_harmful", "Delta_harmful of accepted harmful", 0),
     ]
     return {
-        name: resampled(np.mean, groups[group][:, axis])
+        name: bootstrap(np.mean, groups[group][:, axis])
         for group, name, axis in wanted
         if len(groups.get(group, ())) >= settings.enough and (known or axis == 0)
     }
@@ -174,7 +176,7 @@ def _sides(groups: Mapping[Group, Plane]) -> Table:
     for group, found in groups.items():
         for name, values in zip(("harmful", "refuse"), found.T, strict=True):
             if np.isfinite(values).all():
-                mean, above = resampled(np.mean, values), proportion(values > 0)
+                mean, above = bootstrap(np.mean, values), proportion(values > 0)
                 cell = (*cells(mean), *cells(above)[:3])
                 rows.append((group.replace("_", " "), f"\u0394 {name}", *cell))
     share = ("share above 0", "share low", "share high")

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from latentguard.report.charts import curve, lines_by_layer
 from latentguard.report.document import Figure, Section, Table
-from latentguard.stats.differences import difference
-from latentguard.stats.metrics import Estimate, proportion, share
+from latentguard.stats.bootstrap import mean_difference, share
+from latentguard.stats.bounds import proportion
+from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.direction_cosine import Likeness, likeness
 from latentguard.study.directions import (
@@ -148,7 +149,7 @@ class _Best:
     @property
     def over(self) -> Estimate:
         """How much more is refused than by chance."""
-        return difference(self.hits[0], self.chance)
+        return mean_difference(self.hits[0], self.chance)
 
 
 def _best(records: Records) -> list[_Best]:
@@ -172,7 +173,7 @@ def _effects(records: Records, best: Sequence[_Best], coefficient: float) -> dic
         effects |= {f"{along} minus random": one.over}
     whole = {one.way.of: one.hits[0] for one in here if one.way.tokens == "all"}
     if "refuse" in whole:
-        over = difference(whole["refuse"], whole["harmful"])
+        over = mean_difference(whole["refuse"], whole["harmful"])
         effects["refusal along refusal minus along harmfulness"] = over
     return effects
 

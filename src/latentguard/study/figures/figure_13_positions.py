@@ -13,7 +13,8 @@ from latentguard.prompts import Group
 from latentguard.report.charts import Curve, curve, lines_by_layer
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import Intervention
-from latentguard.stats.metrics import Estimate, mean_curve, resampled, share
+from latentguard.stats.bootstrap import bootstrap, mean_curve, share
+from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import Axes, fit_axes, middle_layers, steer, steer_at_random
 from latentguard.study.finding import Finding, cells
@@ -242,7 +243,7 @@ def _advantage(records: Records) -> Estimate:
     """'Certainly' with the direction of t_inst, less the mean over the other positions."""
     rates = {at: _certainly(records, at).mean(0) for at in records.positions}
     gap = rates["t_inst"] - np.mean([rates[at] for at in rates if at != "t_inst"], 0)
-    return resampled(np.mean, gap)
+    return bootstrap(np.mean, gap)
 
 
 def _reach(records: Records) -> float:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Section, Table
-from latentguard.stats.differences import difference
-from latentguard.stats.metrics import Estimate, proportion
+from latentguard.stats.bootstrap import mean_difference
+from latentguard.stats.bounds import proportion
+from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.prompt_groups import PromptGroups, spread
@@ -87,7 +88,7 @@ def _pairs(first: Sequence[bool | None], second: Sequence[bool | None]) -> NDArr
 
 
 def _drop(pairs: NDArray[np.float64]) -> Estimate:
-    return difference(pairs[:, 0], pairs[:, 1])
+    return mean_difference(pairs[:, 0], pairs[:, 1])
 
 
 def _section(parts: Sequence[Table]) -> Section:

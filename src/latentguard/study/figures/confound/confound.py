@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from latentguard.prompts import Group, Prompt
 from latentguard.report.charts import matrix
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.metrics import Estimate, proportion, resampled
+from latentguard.stats.bootstrap import bootstrap, weighted_bootstrap
+from latentguard.stats.bounds import proportion
+from latentguard.stats.detection import separation, weighted_auroc, win_matrix
+from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.confound.lenses import PAPER, asked, fit_lenses, look
 from latentguard.study.figures.confound.surface_table import audit_table
 from latentguard.study.finding import Finding, cells
 from latentguard.study.prompt_groups import PromptGroups, kept, spread
-from latentguard.study.rules import LENGTH, NGRAMS, Scores, interval, resampled_areas, separation
+from latentguard.study.rules import LENGTH, NGRAMS, Scores
 from latentguard.study.settings import Settings
 
 OWN, PLAIN = "held-out groups", "held out, refused harmful and accepted harmless"
 """The paper's own test groups; and those two of them whose refusal goes with their label."""
+
+Pair = tuple[Scores, Scores]
+"""Scores of the harmful and of the harmless prompts of a set."""
 
 SIDES = {"harmful": True, "harmless": False}
 
@@ -151,7 +158,7 @@ def _sides(one: ReadSet) -> dict[str, list[int]]:
     }
 
 
-def _pair(one: ReadSet, scores: Scores) -> tuple[Scores, Scores]:
+def _pair(one: ReadSet, scores: Scores) -> Pair:
     """Scores of the harmful and of the harmless prompts."""
     sides = _sides(one)
     return scores[:, sides["harmful"]], scores[:, sides["harmless"]]
@@ -180,7 +187,7 @@ def _accepted(records: Records) -> Table:
             if members and reading not in (LENGTH, NGRAMS):  # in their own units
                 values = scores[:, members].mean(0)
                 side = proportion(values > 0)
-                mean = resampled(lambda v: float(v.mean()), values)
+                mean = bootstrap(lambda v: float(v.mean()), values)
                 rows.append((one.name, reading, *cells(mean), side.value, side.low, side.high))
     note = (
         "Mean over the layers of s at t_inst (equation 2): above 0 is the harmful side (section "
@@ -242,20 +249,30 @@ def _effects(records: Records, enough: int) -> dict[str, Estimate]:
         for one in records.sets
         if min(map(len, _sides(one).values())) >= enough
     }
-    own, _ = pairs.pop(OWN, None), pairs.pop(PLAIN, None)
+    own = pairs.pop(OWN, None)
+    pairs.pop(PLAIN, None)
     if not pairs:
         return {}
-    areas = [resampled_areas(*pair, seed=n) for n, pair in enumerate(pairs.values(), 1)]
-    matched, count = np.mean(areas, axis=0), np.sum([_count(pair) for pair in pairs.values()], 0)
-    found = {AGAIN: interval(matched, (int(count[0]), int(count[1])))}
+    found = {AGAIN: _mean_area(list(pairs.values()))}
     if own is not None:
-        count += _count(own)
-        found[LOSS] = interval(resampled_areas(*own) - matched, (int(count[0]), int(count[1])))
+        found[LOSS] = _mean_area(list(pairs.values()), less_than=own)
     return found
 
 
-def _count(pair: tuple[Scores, Scores]) -> tuple[int, int]:
-    return pair[0].shape[1], pair[1].shape[1]
+def _mean_area(pairs: Sequence[Pair], less_than: Pair | None = None) -> Estimate:
+    """Mean AUROC of some sets, or by how much it is less than that of another set."""
+    every = [*pairs, *([less_than] if less_than else [])]
+    wins = [win_matrix(*pair) for pair in every]
+    sizes = [size for one in wins for size in one.shape]
+
+    def figure(*weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        sides = zip(wins, weights[::2], weights[1::2], strict=True)
+        areas = np.stack([weighted_auroc(one, up, down) for one, up, down in sides])
+        mean: NDArray[np.float64] = areas[: len(pairs)].mean(0)
+        return mean if less_than is None else areas[-1] - mean
+
+    n = (sum(sizes[::2]), sum(sizes[1::2]))
+    return replace(weighted_bootstrap(figure, *sizes), n=n)
 
 
 def _unknown(records: Records, enough: int) -> Iterator[str]:

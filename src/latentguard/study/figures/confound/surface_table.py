@@ -11,8 +11,10 @@ from latentguard.data.surface_audit import WARN_AT, audit, ngram_held_out
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Table
-from latentguard.stats.metrics import Estimate
-from latentguard.study.rules import Scores, separation
+from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.detection import separation
+from latentguard.stats.estimate import Estimate
+from latentguard.study.rules import Scores
 
 
 def audit_table(sets: Mapping[str, Sequence[Prompt]]) -> Table:
@@ -63,16 +65,9 @@ def _sides(scores: Scores, harmful: NDArray[np.bool_]) -> tuple[Scores, Scores]:
 def guessed(counts: Mapping[str, tuple[int, int]]) -> Estimate:
     """Balanced accuracy of the better guess for each value, from its counts in both classes.
 
-    The interval keeps the guesses: one that guesses anew in each resample would lie too high.
+    The interval keeps the guesses: one that guesses anew in each draw would lie too high.
     """
     table = np.array(list(counts.values()), dtype=np.float64).T  # [2 values]
-    n = table.sum(1, keepdims=True)
-    guess = (table / n).argmax(0)
-    rng = np.random.default_rng(0)
-    draws = [
-        rng.multinomial(int(m), row / m, size=1000) / m for (m,), row in zip(n, table, strict=True)
-    ]
-    hits = sum(draw[:, guess == side].sum(1) for side, draw in enumerate(draws)) / 2
-    low, high = np.quantile(hits, [0.025, 0.975])
-    value = float((table / n).max(0).sum() / 2)
-    return Estimate(value, float(low), float(high), (int(n[0, 0]), int(n[1, 0])))
+    guess = (table / table.sum(1, keepdims=True)).argmax(0)
+    hits = [np.repeat(guess == side, row.astype(int)) for side, row in enumerate(table)]
+    return bootstrap(lambda a, b: float(a.mean() + b.mean()) / 2, *hits)

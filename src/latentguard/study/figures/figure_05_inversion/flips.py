@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.stats.differences import difference
-from latentguard.stats.metrics import Estimate, resampled, share
+from latentguard.stats.bootstrap import bootstrap, mean_difference, share
+from latentguard.stats.estimate import Estimate
 from latentguard.study.directions import Way, at_layers, best_layers
 from latentguard.study.figures.figure_05_inversion.collect_answers import (
     CALLED,
@@ -58,7 +58,7 @@ class Turned:
         """Share, or mean, each prompt counted once."""
         if self.values.dtype == np.bool_:
             return share(self.values)
-        return resampled(lambda rows: float(rows.mean()), self.values.mean(0))
+        return bootstrap(lambda rows: float(rows.mean()), self.values.mean(0))
 
 
 def turned(task: Task, records: Records, settings: Settings) -> list[Turned]:
@@ -97,7 +97,7 @@ def left_alone(found: Sequence[Turned]) -> dict[str, Estimate]:
     if not plain:
         return {}
     acts, none = plain
-    over = difference(acts.values[0], none.values)
+    over = mean_difference(acts.values[0], none.values)
     effects = {f"{acts.name} minus random": over}
     if over.low > SURELY:
         held = next(one for one in there if one.along == acts.along and one is not acts)
@@ -127,7 +127,7 @@ def differences(found: Sequence[Turned]) -> dict[str, Estimate]:
         if name in others:
             pair = main.values[0], others[name]
             rates = main.values.dtype == np.bool_
-            effects[f"{main.name} minus {short}"] = difference(*pair, rates=rates)
+            effects[f"{main.name} minus {short}"] = mean_difference(*pair, rates=rates)
     return effects
 
 

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from latentguard.report.charts import Curve, lines_by_layer, stacked
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.metrics import Estimate, proportion, resampled, share
+from latentguard.stats.bootstrap import bootstrap, share
+from latentguard.stats.bounds import proportion
+from latentguard.stats.estimate import Estimate
 from latentguard.study.directions import Way
 from latentguard.study.figures.figure_05_inversion.collect_answers import (
     CALLED,
@@ -237,7 +239,7 @@ def _odds(task: Task, ways: Sequence[Way], layers: Sequence[int]) -> Figure:
     curves: dict[str, Curve] = {}
     for way in ways:
         shifts = (task.steered_odds[way] - task.odds).mean(0)
-        found = [resampled(lambda rows: float(rows.mean()), rows) for rows in shifts]
+        found = [bootstrap(lambda rows: float(rows.mean()), rows) for rows in shifts]
         curves[way.name] = _ends(found)
     caption = (
         f"How far the log-odds of 'Certainly' against 'No' as first word move, in nats; mean of "

@@ -10,16 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.prompts import Prompt
-from latentguard.stats.metrics import Estimate
 from latentguard.study.attacks import TARGET, Wave
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import Axes, belief
 from latentguard.study.settings import Settings
 
 Floats = NDArray[np.float64]
-
-DRAWS = 1000
-"""Bootstrap draws."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,56 +116,3 @@ def pooled(attacks: Iterable[Attack], which: Sequence[bool | None] = (True,)) ->
         np.array([one.harmful[row] for one, row in rows]),
         np.array(refuse) if len(refuse) == len(rows) else None,
     )
-
-
-def mean_of(
-    values: Floats, requests: Sequence[str] = (), *, minus: Floats | None = None
-) -> Estimate:
-    """The mean of values [n], perhaps less that of others, with its 95 % bootstrap interval.
-
-    Args:
-        values: Of attacks, at least one.
-        requests: What each attack asks for, [n]; attacks on one request are drawn together.
-        minus: Other values, at least one.
-    """
-    rows = _weights(requests or range(len(values)))
-    found = rows @ values / rows.sum(1)
-    if minus is None:
-        return _estimate(found, (len(values), 0))
-    others = _weights(range(len(minus)), seed=1)
-    found = found - others @ minus / others.sum(1)
-    return _estimate(found, (len(values), len(minus)))
-
-
-def area_of(wins: Floats, requests: Sequence[str] = (), *, paired: bool = False) -> Estimate:
-    """AUROC with its 95 % bootstrap interval, from who beats whom.
-
-    Args:
-        wins: ``wins`` of harmful over harmless prompts, [n m], or the mean of several.
-        requests: As in ``mean_of``, [n].
-        paired: Row i belongs to column i, so both are drawn.
-    """
-    rows = _weights(requests or range(len(wins)))
-    columns = rows if paired else _weights(range(wins.shape[1]), seed=1)
-    found = ((rows @ wins) * columns).sum(1) / rows.sum(1) / columns.sum(1)
-    return _estimate(found, (len(wins), 0 if paired else wins.shape[1]))
-
-
-def wins(harmful: Floats, harmless: Floats) -> Floats:
-    """1 where a harmful value is greater than a harmless one, 0.5 where they are equal, [n m]."""
-    gap = harmful[:, None] - harmless
-    return np.where(gap == 0, 0.5, gap > 0)
-
-
-def _weights(owners: Sequence[object], *, seed: int = 0) -> Floats:
-    """How often each row counts, [1 + draws, n]: once, and in each draw of the owners."""
-    names, owner = np.unique(np.asarray(owners), return_inverse=True)
-    k = len(names)
-    drawn = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), DRAWS)
-    counts: Floats = np.vstack([np.ones(k), drawn])[:, owner]
-    return counts
-
-
-def _estimate(found: Floats, n: tuple[int, int]) -> Estimate:
-    low, high = np.quantile(found[1:], [0.025, 0.975])
-    return Estimate(float(found[0]), float(low), float(high), n)

@@ -15,20 +15,20 @@ import numpy as np
 from latentguard.prompts import Group
 from latentguard.report.charts import plane
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.metrics import Estimate, proportion
+from latentguard.stats.bootstrap import clustered_mean
+from latentguard.stats.bounds import proportion
+from latentguard.stats.detection import auroc_interval, win_matrix
+from latentguard.stats.estimate import Estimate
 from latentguard.study.attacks import given_waves, outside, suffix_wave, template_waves
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import fit_axes
 from latentguard.study.figures.figure_06_jailbreaks.attacked_beliefs import (
     Attack,
     Beliefs,
-    area_of,
     ask,
-    mean_of,
     pooled,
     read_beliefs,
     search_suffixes,
-    wins,
 )
 from latentguard.study.finding import CELLS, Finding, cells
 from latentguard.study.prompt_groups import PromptGroups, kept
@@ -137,13 +137,13 @@ def _effects(records: Records, groups: Mapping[str, Beliefs], enough: int) -> di
     for end, pool in pools.items():
         if len(pool.prompts) < enough:
             continue
-        found[HARMFUL + end] = mean_of(pool.harmful, pool.requests)
+        found[HARMFUL + end] = clustered_mean(pool.harmful, pool.requests)
         refused = records.refused.refuse
         if pool.refuse is None or refused is None:
             continue
-        found[REFUSE + end] = mean_of(pool.refuse, pool.requests)
+        found[REFUSE + end] = clustered_mean(pool.refuse, pool.requests)
         if len(refused) >= enough:
-            found[LOWER + end] = mean_of(pool.refuse, pool.requests, minus=refused)
+            found[LOWER + end] = clustered_mean(pool.refuse, pool.requests, minus=refused)
     for attack in records.attacks:
         if attack.wave.paired and len(attack.known) >= enough:
             found[f"{INSIDE}: {attack.wave.kind}"] = _told_apart(attack)
@@ -162,13 +162,13 @@ def _shared(records: Records, *, ends: bool) -> list[Attack]:
 
 def _own(attacks: Sequence[Attack]) -> dict[str, Estimate]:
     """AUROC inside a wrapper and what it adds: means over templates around the same prompts."""
-    beaten = np.mean([wins(a.known, a.wrapped) for a in attacks], axis=0)
+    beaten = np.mean([win_matrix(a.known, a.wrapped) for a in attacks], axis=0)
     added = np.mean([a.wrapped - a.bare for a in attacks], axis=0)
-    return {INSIDE: area_of(beaten), ADDED: mean_of(added)}
+    return {INSIDE: auroc_interval(beaten), ADDED: clustered_mean(added)}
 
 
 def _told_apart(attack: Attack) -> Estimate:
-    return area_of(wins(attack.known, attack.wrapped), paired=attack.wave.paired)
+    return auroc_interval(win_matrix(attack.known, attack.wrapped), paired=attack.wave.paired)
 
 
 def _planes(records: Records, groups: Mapping[str, Beliefs]) -> Iterator[Figure]:
@@ -237,12 +237,12 @@ def _believed(records: Records, groups: Mapping[str, Beliefs]) -> Table:
 
 
 def _figures(records: Records, pool: Beliefs) -> dict[str, Estimate]:
-    found = {"\u0394 harmful": mean_of(pool.harmful, pool.requests)}
+    found = {"\u0394 harmful": clustered_mean(pool.harmful, pool.requests)}
     if pool.refuse is not None:
-        found["\u0394 refuse"] = mean_of(pool.refuse, pool.requests)
+        found["\u0394 refuse"] = clustered_mean(pool.refuse, pool.requests)
     harmless = records.harmless
     if harmless.prompts and pool is not harmless:
-        found["AUROC"] = area_of(wins(pool.harmful, harmless.harmful), pool.requests)
+        found["AUROC"] = auroc_interval(win_matrix(pool.harmful, harmless.harmful), pool.requests)
     return found
 
 
@@ -252,7 +252,7 @@ def _inside(records: Records) -> Table:
     for attack in records.attacks:
         if len(attack.wrapped) and len(attack.known):
             at = "wrapper" if attack.wave.ends else "instruction"
-            added = mean_of(attack.wrapped - attack.bare)
+            added = clustered_mean(attack.wrapped - attack.bare)
             rows.append((attack.wave.kind, at, "AUROC", *cells(_told_apart(attack))))
             rows.append((attack.wave.kind, at, "added to harmless", *cells(added)))
     for ends, at in ((True, "wrapper"), (False, "instruction")):
@@ -262,7 +262,10 @@ def _inside(records: Records) -> Table:
             rows.append(("own templates, mean", at, "added to harmless", *cells(added)))
     harmful, harmless = records.refused.harmful, records.harmless.harmful
     if rows and len(harmful) and len(harmless):
-        rows.insert(0, ("none", "instruction", "AUROC", *cells(area_of(wins(harmful, harmless)))))
+        rows.insert(
+            0,
+            ("none", "instruction", "AUROC", *cells(auroc_interval(win_matrix(harmful, harmless)))),
+        )
     note = (
         "All attempts, accepted or not. AUROC: of \u0394 harmful; 0.5 is chance. Where t_inst is a "
         "token of the wrapper, the last token is the same for harmful and harmless prompts. Added: "

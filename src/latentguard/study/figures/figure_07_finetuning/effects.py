@@ -7,8 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.stats.differences import dealt, difference
-from latentguard.stats.metrics import Estimate, mean_curve, resampled
+from latentguard.stats.bootstrap import (
+    bootstrap,
+    mean_curve,
+    mean_difference,
+    mean_difference_by_group,
+)
+from latentguard.stats.estimate import Estimate
 from latentguard.study.directions import at_layers, best_layers
 from latentguard.study.figures.figure_07_finetuning.snapshot import Stage
 from latentguard.study.figures.figure_07_finetuning.train import Records
@@ -38,12 +43,12 @@ def effects_of(before: Stage, after: Stage, harmful: Bools) -> dict[str, Estimat
     refused = [flags_of(stage.refused)[harmful] for stage in (before, after)]
     known = ~np.isnan(refused).any(0)
     if known.any():
-        drop = difference(refused[0][known], refused[1][known])
+        drop = mean_difference(refused[0][known], refused[1][known])
         effects["refusal rate drop after fine-tuning"] = drop
     for name, scores in (("guard", delta), ("linear guard", linear)):
         if after.linear or scores is delta:
             caught = [scores(stage)[harmful] > 0 for stage in (after, before)]
-            effects[f"{name} recall after minus before"] = difference(*caught)
+            effects[f"{name} recall after minus before"] = mean_difference(*caught)
     return effects
 
 
@@ -53,17 +58,17 @@ def _of_beliefs(
     """Change of Delta_harmful over its value, and over its distance from harmless prompts."""
     effects, pairs = {}, np.stack([before, after], axis=1)[harmful]
     if mean(pairs[:, 0]).low > 0:
-        effects["relative change of Delta_harmful"] = resampled(_relative, pairs)
+        effects["relative change of Delta_harmful"] = bootstrap(_relative, pairs)
     harmless = before[~harmful]
-    if len(harmless) and resampled(_gap, pairs, harmless).low > 0:
+    if len(harmless) and bootstrap(_gap, pairs, harmless).low > 0:
         gap = "change of Delta_harmful over its gap to harmless"
-        effects[gap] = resampled(_over_gap, pairs, harmless)
+        effects[gap] = bootstrap(_over_gap, pairs, harmless)
     return effects
 
 
 def over_chance(before: Stage, stage: Stage, draws: int) -> Estimate:
     """Refusal along the direction minus along chance, where the direction was best before."""
-    return dealt(*at_best(before, stage), draws)
+    return mean_difference_by_group(*at_best(before, stage), draws)
 
 
 def at_best(before: Stage, stage: Stage) -> tuple[Bools, Bools]:

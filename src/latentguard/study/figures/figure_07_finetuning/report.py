@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 
 from latentguard.report.charts import curve, lines_by_layer
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.metrics import Estimate, auroc, estimate, mean_curve, proportion
+from latentguard.stats.bootstrap import mean_curve
+from latentguard.stats.bounds import proportion
+from latentguard.stats.detection import auroc, estimate_metric
+from latentguard.stats.estimate import Estimate
 from latentguard.study.figures.figure_07_finetuning.effects import (
     Bools,
     at_best,
@@ -155,7 +158,7 @@ def _guards(records: Records) -> Table:
             rows.append(_row(stage, f"recall, {name}", proportion, scores[harmful] > 0))
             rows.append(_row(stage, f"false positives, {name}", proportion, scores[~harmful] > 0))
             if harmful.any() and not harmful.all():
-                found = estimate(auroc, harmful, scores)
+                found = estimate_metric(auroc, harmful, scores)
                 rows.append((stage.name, f"AUROC, {name}", *cells(found)))
     note = (
         "Both guards were fitted before the attack and see it for the first time. Recall is on "

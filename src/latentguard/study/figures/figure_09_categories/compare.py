@@ -10,9 +10,9 @@ import numpy as np
 from latentguard.prompts import Prompt
 from latentguard.report.charts import Curve, curve, dots, lines_by_layer, matrix
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.metrics import Estimate
+from latentguard.stats.estimate import Estimate
+from latentguard.stats.intervals import centered_interval
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.direction_cosine import centred
 from latentguard.study.directions import middle_layers
 from latentguard.study.figures.figure_09_categories.cosines import (
     Array,
@@ -188,10 +188,10 @@ def _gaps(records: Records, band: slice, seed: int) -> dict[str, Estimate]:
     few = {at: cloud.among(refused) for at, cloud in records.clouds.items()}
     gap = _gap({at: resampled_cosines(cloud, seed=seed) for at, cloud in few.items()}, band)
     none = _gap({at: shuffled_cosines(cloud, seed=seed) for at, cloud in few.items()}, band)
-    n = len(few["t_inst"].category)
+    n = (len(few["t_inst"].category), 0)
     return {
-        "cosine, refusal minus harmfulness": centred(gap, n),
-        "cosine, refusal minus harmfulness, beyond chance": centred(gap - none.mean(), n),
+        "cosine, refusal minus harmfulness": centered_interval(gap, n),
+        "cosine, refusal minus harmfulness, beyond chance": centered_interval(gap - none.mean(), n),
     }
 
 
@@ -206,7 +206,7 @@ def _means(found: Array, records: Records, band: slice) -> list[Estimate]:
     """Mean cosine of each category to the others, over the middle layers."""
     middle = to_others(found)[:, band].mean(1)
     sizes = records.clouds["t_inst"].sizes.tolist()
-    return [centred(of, n) for of, n in zip(middle.T, sizes, strict=True)]
+    return [centered_interval(of, (n, 0)) for of, n in zip(middle.T, sizes, strict=True)]
 
 
 def _dots(records: Records, means: Mapping[str, Sequence[Estimate]]) -> Figure:
@@ -222,7 +222,7 @@ def _by_layer(drawn: Drawn, chance: Drawn, n: int) -> Figure:
     curves: dict[str, Curve] = {}
     for at, concept in CONCEPTS.items():
         rows = to_others(drawn[at]).mean(2)[:, 1:]
-        curves[concept] = curve([centred(of, n) for of in rows.T])
+        curves[concept] = curve([centered_interval(of, (n, 0)) for of in rows.T])
         none = to_others(chance[at]).mean(2)[:, 1:]
         low, high = np.quantile(none, [0.025, 0.975], axis=0).tolist()
         curves[f"random categories, {concept}"] = (none.mean(0).tolist(), low, high)
@@ -264,7 +264,7 @@ def _chances(drawn: Drawn, chance: Drawn, halves: Drawn, band: slice, n: int) ->
     rows: list[tuple[Cell, ...]] = []
     for at, concept in CONCEPTS.items():
         half = halves[at][:, band].mean(1)
-        found = centred(to_others(drawn[at])[:, band].mean((1, 2)), n)
+        found = centered_interval(to_others(drawn[at])[:, band].mean((1, 2)), (n, 0))
         none = to_others(chance[at])[:, band].mean((1, 2))
         rows += [
             (concept, "categories", *cells(found)[:3]),

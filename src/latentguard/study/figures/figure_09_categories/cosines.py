@@ -18,6 +18,8 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from latentguard.stats.bootstrap import resample_weights
+
 DRAWS = 500
 Array = NDArray[np.float64]
 
@@ -88,7 +90,7 @@ def resampled_cosines(cloud: Cloud, *, seed: int = 0) -> Array:
     for rows in (*(np.flatnonzero(cloud.category == c) for c in range(len(cloud.sizes))), None):
         size = cloud.harmless if rows is None else len(rows)
         columns = np.arange(n, n + size) if rows is None else rows
-        counts[1:, columns] = rng.multinomial(size, np.full(size, 1 / size), DRAWS)
+        counts[:, columns] = resample_weights(size, draws=DRAWS, seed=rng)
     weights = _weights(labels, counts)
     return _between(cloud, weights, weights)
 

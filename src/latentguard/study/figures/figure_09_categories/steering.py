@@ -19,7 +19,9 @@ from latentguard.prompts import Group, Prompt, Reply
 from latentguard.report.charts import matrix
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import Intervention, States
-from latentguard.stats.metrics import Estimate, proportion, resampled
+from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.bounds import proportion
+from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.directions import fit_axes, random_like, steer
 from latentguard.study.figures.figure_09_categories.cosines import Array
@@ -119,7 +121,7 @@ def advantage(tested: NDArray[np.intp], values: Array) -> Estimate:
     """
     own = values[tested, np.arange(len(tested))]
     others = (values.sum(0) - own) / (len(values) - 1)
-    return resampled(np.mean, own - others)
+    return bootstrap(np.mean, own - others)
 
 
 def _halves(members: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

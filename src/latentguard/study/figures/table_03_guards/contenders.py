@@ -17,7 +17,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt
 from latentguard.states import Progress, Reading, States, digest_prompts
-from latentguard.stats.metrics import smallest_n
+from latentguard.stats.bounds import smallest_n
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.prompt_groups import PromptGroups, is_fit_side, kept, spread
 from latentguard.study.rules import Rule, Scores, belief_rule, control_rules

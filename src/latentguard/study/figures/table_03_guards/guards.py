@@ -15,7 +15,9 @@ import numpy as np
 from latentguard.prompts import Group, Prompt
 from latentguard.report.charts import matrix
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.metrics import Estimate, resampled, share
+from latentguard.stats.bootstrap import bootstrap, share
+from latentguard.stats.detection import separation
+from latentguard.stats.estimate import Estimate
 from latentguard.study.attacks import holds
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.table_03_guards.contenders import (
@@ -34,7 +36,7 @@ from latentguard.study.figures.table_03_guards.traffic import (
 )
 from latentguard.study.finding import Finding, cells
 from latentguard.study.prompt_groups import PromptGroups, kept, spread
-from latentguard.study.rules import NGRAMS, RANDOM, Rule, separation
+from latentguard.study.rules import NGRAMS, RANDOM, Rule
 from latentguard.study.settings import Settings
 
 MINUS = "Latent Guard minus baseline guard accuracy"
@@ -242,7 +244,7 @@ def _effects(records: Records, enough: int) -> dict[str, Estimate]:
     if columns:
         other = baseline(records)
         gains = [g.right(PAPER).mean(0) - g.right(other).mean(0) for g in columns]
-        mean = resampled(lambda *groups: float(np.mean([g.mean() for g in groups])), *gains)
+        mean = bootstrap(lambda *groups: float(np.mean([g.mean() for g in groups])), *gains)
         name = MINUS if records.models else OVER_WORDS  # the claim is about a dedicated guard
         found[name] = replace(mean, n=(sum(map(len, gains)), 0))
     return found

@@ -17,7 +17,9 @@ from latentguard.prompts import Prompt
 from latentguard.report.charts import curve, lines_by_layer
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import States, digest_prompts
-from latentguard.stats.metrics import Estimate, proportion, resampled, share
+from latentguard.stats.bootstrap import bootstrap, share
+from latentguard.stats.bounds import proportion
+from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.table_03_guards.contenders import (
     LINEAR,
@@ -257,7 +259,7 @@ def _rate(trial: Trial, rows: Sequence[int]) -> Estimate | None:
         return None
     if np.isin(values, (0, 1)).all():
         return proportion(values > 0)
-    return resampled(lambda flagged: float(flagged.mean()), values)
+    return bootstrap(lambda flagged: float(flagged.mean()), values)
 
 
 def _curves(traffic: Traffic) -> Iterator[Figure]:

@@ -5,10 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, norm
+from scipy.stats import bootstrap as scipy_bootstrap
 
 from latentguard.errors import GuardError
-from latentguard.stats.differences import dealt, difference
-from latentguard.stats.metrics import mean_curve, proportion, resampled, share
+from latentguard.stats.bootstrap import (
+    bootstrap,
+    clustered_mean,
+    mean_curve,
+    mean_difference,
+    mean_difference_by_group,
+    share,
+)
+from latentguard.stats.bounds import proportion
 
 FLAGS = st.lists(st.booleans(), min_size=1, max_size=200)
 
@@ -87,7 +95,7 @@ class TestShare:
 class TestResampled:
     def test_of_a_mean_it_is_the_normal_one(self):
         sample = np.random.default_rng(1).normal(size=400)
-        found = resampled(np.mean, sample)
+        found = bootstrap(np.mean, sample)
         error = sample.std() / 20
         assert found.value == sample.mean()
         assert found.low == pytest.approx(sample.mean() - 1.96 * error, abs=0.2 * error)
@@ -103,7 +111,7 @@ class TestResampled:
             common = rng.normal(size=40)
             one = common * paired + rng.normal(size=40) + 0.5
             other = common * paired + rng.normal(size=40)
-            found = resampled(gap_of, one, other, paired=paired)
+            found = bootstrap(gap_of, one, other, paired=paired)
             hits += found.low <= 0.5 <= found.high
             widths.append(found.high - found.low)
         assert hits / trials >= 0.86
@@ -116,37 +124,37 @@ class TestResampled:
         for _ in range(trials):
             rates = rng.beta(0.3, 0.6, size=5)
             chance = rng.random(n) < rates[np.arange(n) % 5]
-            found = dealt(rng.random(n) < 0.6, chance, 5)
+            found = mean_difference_by_group(rng.random(n) < 0.6, chance, 5)
             hits += found.low <= 0.6 - 1 / 3 <= found.high
         assert hits / trials >= 0.85
 
     def test_few_prompts_that_agree_are_no_point(self):
-        found = dealt([True] * 3, [False] * 3, 5)
+        found = mean_difference_by_group([True] * 3, [False] * 3, 5)
         assert (found.value, found.high, found.n) == (1, 1, (3, 0))
         assert found.low < 0.7
-        with pytest.raises(GuardError, match="at least one prompt"):
-            dealt([], [], 5)
+        with pytest.raises(GuardError, match="at least one row"):
+            mean_difference_by_group([], [], 5)
 
     def test_pairs_stay_together(self):
         one = np.arange(30.0)
-        paired = resampled(gap_of, one, one + 2, paired=True)
+        paired = bootstrap(gap_of, one, one + 2, paired=True)
         assert (paired.value, paired.low, paired.high) == pytest.approx((-2, -2, -2))
         assert paired.n == (30, 0)
-        apart = resampled(gap_of, one, one + 2)
+        apart = bootstrap(gap_of, one, one + 2)
         assert apart.low < -4 < 0 < apart.high
         assert apart.n == (30, 30)
 
     def test_samples_of_any_shape_and_length(self):
         rows = np.arange(24.0).reshape(6, 2, 2)
-        found = resampled(lambda a, b: a[:, 0, 0].sum() + b.sum(), rows, [1, 1, 1])
+        found = bootstrap(lambda a, b: a[:, 0, 0].sum() + b.sum(), rows, [1, 1, 1])
         assert found.value == rows[:, 0, 0].sum() + 3
         assert found.n == (6, 3)
 
     @settings(max_examples=5)
     @given(st.lists(st.floats(-9, 9), min_size=1, max_size=20), st.integers(0, 3))
     def test_fixed_by_the_seed_and_inside_the_data(self, sample, seed):
-        found = resampled(np.mean, sample, seed=seed)
-        assert found == resampled(np.mean, sample, seed=seed)
+        found = bootstrap(np.mean, sample, seed=seed)
+        assert found == bootstrap(np.mean, sample, seed=seed)
         assert min(sample) - 1e-9 <= found.low <= found.high <= max(sample) + 1e-9
 
     def test_draws_without_a_figure_are_left_out(self):
@@ -155,20 +163,64 @@ class TestResampled:
         def ratio(rows):
             return float("nan") if rows.std() == 0 else 1.0
 
-        found = resampled(ratio, [0, 1])
+        found = bootstrap(ratio, [0, 1])
         assert (found.value, found.low, found.high) == (1, 1, 1)
 
     @pytest.mark.parametrize("samples", [([],), ([1.0], []), ([], [1.0])])
     def test_an_empty_sample(self, samples):
         with pytest.raises(GuardError, match="found an empty one"):
-            resampled(lambda *rows: 0.0, *samples)
+            bootstrap(lambda *rows: 0.0, *samples)
+
+
+class TestBca:
+    @pytest.mark.parametrize("n", [12, 30])
+    def test_it_covers_where_the_percentiles_are_too_narrow(self, n):
+        """The mean of a skewed sample: percentiles cover about 0.88 and 0.92."""
+        rng = np.random.default_rng(0)
+        held = {"bca": 0, "percentile": 0}
+        for trial in range(400):
+            sample = rng.exponential(size=n)
+            for method in held:
+                found = clustered_mean(sample, method=method, seed=trial)
+                held[method] += found.low <= 1 <= found.high
+        assert held["bca"] / 400 >= 0.91
+        assert held["bca"] > held["percentile"]
+
+    def test_rows_and_weights_give_the_same_interval(self):
+        sample = np.random.default_rng(4).exponential(size=25)
+        rows = bootstrap(np.mean, sample, method="bca")
+        weights = clustered_mean(sample, method="bca")
+        assert rows.value == pytest.approx(weights.value)
+        assert (rows.low, rows.high) == pytest.approx((weights.low, weights.high), abs=0.1)
+
+    def test_of_many_rows_it_is_scipys(self):
+        sample = np.random.default_rng(5).exponential(size=400)
+        found = bootstrap(np.mean, sample, method="bca")
+        other = scipy_bootstrap((sample,), np.mean, method="BCa", random_state=0)
+        wanted = (other.confidence_interval.low, other.confidence_interval.high)
+        assert (found.low, found.high) == pytest.approx(wanted, abs=0.015)
+
+    def test_clusters_count_as_one_row_each(self):
+        values = np.random.default_rng(6).normal(size=12)
+        once = clustered_mean(values, method="bca")
+        again = clustered_mean(
+            np.repeat(values, 9), np.repeat(np.arange(12), 9).tolist(), method="bca"
+        )
+        assert (again.low, again.high) == pytest.approx((once.low, once.high))
+        assert again.n == (108, 0)
+
+    def test_equal_rows_are_a_point_and_no_figure_is_none(self):
+        found = bootstrap(np.mean, [2.0, 2.0, 2.0], method="bca")
+        assert (found.value, found.low, found.high) == (2, 2, 2)
+        none = bootstrap(lambda rows: float("nan"), [1.0, 2.0], method="bca")
+        assert np.isnan(none.low) and np.isnan(none.high)
 
 
 class TestMeanCurve:
     def test_each_point_is_a_resampled_mean(self):
         rows = np.random.default_rng(2).normal(size=(80, 3)) + np.array([0, 5, -5])
         for column, found in enumerate(mean_curve(rows)):
-            alone = resampled(np.mean, rows[:, column])
+            alone = bootstrap(np.mean, rows[:, column])
             assert found.value == pytest.approx(alone.value)
             assert found.n == (80, 0)
             assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=0.05)
@@ -191,21 +243,21 @@ class TestDifference:
         for trial in range(100):
             rates = np.clip(0.4 + spread * rng.standard_normal(5), 0, 1)
             chance = rng.random((5, 100)) < rates[:, None]
-            found = difference(rng.random(100) < 0.7, chance, seed=trial)
+            found = mean_difference(rng.random(100) < 0.7, chance, seed=trial)
             held += found.low <= 0.3 <= found.high
         assert held >= 80  # five draws tell their own spread no better
 
     def test_one_draw_is_taken_as_it_is(self):
         first, second = [1, 1, 0, 1], [0, 1, 0, 0]
-        found = difference(first, second)
-        assert found == difference(first, [second]) and found.n == (4, 0)
+        found = mean_difference(first, second)
+        assert found == mean_difference(first, [second]) and found.n == (4, 0)
         assert found.low < found.value == 0.5 < found.high
 
     def test_values_that_are_no_rates_get_no_rows_more(self):
-        found = difference([3.0, 3.0], [1.0, 1.0], rates=False)
+        found = mean_difference([3.0, 3.0], [1.0, 1.0], rates=False)
         assert (found.value, found.low, found.high) == (2, 2, 2)
-        assert difference([1, 1], [0, 0]).low < 1
+        assert mean_difference([1, 1], [0, 0]).low < 1
 
     def test_no_prompt(self):
-        with pytest.raises(GuardError, match="at least one prompt"):
-            difference([], [])
+        with pytest.raises(GuardError, match="at least one row"):
+            mean_difference([], [])

@@ -1,0 +1,272 @@
+"""The bootstrap: 95 % intervals of any figure, by drawing its rows again.
+
+- ``bootstrap`` takes any statistic of one or more samples, paired or not.
+- ``weighted_bootstrap`` takes a statistic of how often each row counts. It is faster, and it draws
+  clusters of rows: rows of one owner are drawn together.
+- ``resample_weights`` serves statistics that are computed elsewhere,
+  such as cosines of directions.
+
+The kinds of interval are those of ``intervals``.
+
+Axis names in shapes: n rows, r draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from latentguard.errors import GuardError
+from latentguard.stats.bounds import proportion
+from latentguard.stats.estimate import Estimate
+from latentguard.stats.intervals import Method, bca_interval, percentile_interval
+
+DRAWS = 1000
+"""Bootstrap draws."""
+
+Array = NDArray[np.float64]
+Seed = int | np.random.Generator
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *samples: ArrayLike,
+    paired: bool = False,
+    method: Method = "percentile",
+    draws: int = DRAWS,
+    seed: Seed = 0,
+) -> Estimate:
+    """A statistic of one or more samples with its 95 % interval.
+
+    Draws whose statistic is not a number are left out.
+
+    Args:
+        statistic: Maps the samples, each an array with rows first, to a figure.
+        samples: Rows first; as many rows in each if they are paired.
+        paired: Draw the same rows of every sample.
+        method: Kind of interval.
+        draws: Bootstrap draws.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if a sample is empty.
+    """
+    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    if not all(len(array) for array in arrays):
+        raise GuardError("A figure needs at least one row of each sample; found an empty one.")
+    rng = np.random.default_rng(seed)
+    units = arrays[:1] if paired else arrays
+
+    def of_rows(rows: Sequence[NDArray[np.intp]]) -> float:
+        picks = [rows[0]] * len(arrays) if paired else rows
+        return float(statistic(*(a[pick] for a, pick in zip(arrays, picks, strict=True))))
+
+    values = [float(statistic(*arrays))]
+    for _ in range(draws):
+        values.append(of_rows([rng.integers(len(unit), size=len(unit)) for unit in units]))
+    n = (len(arrays[0]), len(arrays[1]) if len(units) > 1 else 0)
+    if method == "percentile":
+        return percentile_interval(values, n)
+    every = [np.arange(len(unit)) for unit in units]
+    left_out = [
+        np.array([of_rows([*every[:k], np.delete(rows, row), *every[k + 1 :]]) for row in rows])
+        for k, rows in enumerate(every)
+    ]
+    return bca_interval(values, left_out, n)
+
+
+def weighted_bootstrap(
+    statistic: Callable[..., Array],
+    *owners: int | Sequence[object],
+    method: Method = "percentile",
+    seed: Seed = 0,
+) -> Estimate:
+    """A statistic of row weights with its 95 % interval.
+
+    Args:
+        statistic: Maps the weights of each sample, [r n], to figures [r].
+        owners: For each sample its number of rows, or the owner of each row [n]; rows of one owner
+            are drawn together.
+        method: Kind of interval.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if a sample is empty.
+    """
+    rng = np.random.default_rng(seed)
+    weights = [resample_weights(one, seed=rng) for one in owners]
+    values = statistic(*weights)
+    sizes = [of.shape[1] for of in weights]
+    n = (sizes[0], sizes[1] if len(sizes) > 1 else 0)
+    if method == "percentile":
+        return percentile_interval(values, n)
+    left_out = []
+    for k, one in enumerate(owners):
+        without = _without_each(one)
+        ones = [np.ones((len(without), size)) for size in sizes]
+        left_out.append(statistic(*ones[:k], without, *ones[k + 1 :]))
+    return bca_interval(values, left_out, n)
+
+
+def resample_weights(
+    owners: int | Sequence[object], *, draws: int = DRAWS, seed: Seed = 0
+) -> Array:
+    """How often each row counts, [1 + draws, n]: once, then as often as each draw holds it.
+
+    Args:
+        owners: Number of rows n, or the owner of each row; rows of one owner are drawn together.
+        draws: Bootstrap draws.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if there is no row.
+    """
+    owner, k = _owner_numbers(owners)
+    counts = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), draws)
+    weights: Array = np.vstack([np.ones(k), counts])[:, owner]
+    return weights
+
+
+def clustered_mean(
+    values: ArrayLike,
+    owners: Sequence[object] = (),
+    *,
+    minus: ArrayLike | None = None,
+    method: Method = "percentile",
+    seed: Seed = 0,
+) -> Estimate:
+    """The mean of values, perhaps less that of others, with its 95 % interval.
+
+    Args:
+        values: [n].
+        owners: Of each value, [n]; values of one owner are drawn together.
+        minus: Other values, [m], each drawn on its own.
+        method: Kind of interval.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if there is no value.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    one = owners or len(rows)
+    if minus is None:
+        return weighted_bootstrap(lambda w: w @ rows / w.sum(1), one, method=method, seed=seed)
+    others = np.asarray(minus, dtype=np.float64)
+
+    def gap(up: Array, down: Array) -> Array:
+        found: Array = up @ rows / up.sum(1) - down @ others / down.sum(1)
+        return found
+
+    return weighted_bootstrap(gap, one, len(others), method=method, seed=seed)
+
+
+def mean_curve(rows: ArrayLike, *, seed: Seed = 0) -> list[Estimate]:
+    """The mean of each column of rows [n k], with its 95 % interval over the rows.
+
+    Raises:
+        GuardError: if there is no row.
+    """
+    values = np.asarray(rows, dtype=np.float64)
+    n = len(values)
+    if not n:
+        raise GuardError("A curve needs at least one row; found none.")
+    means = resample_weights(n, seed=seed) @ values / n
+    return [percentile_interval(column, (n, 0)) for column in means.T]
+
+
+def share(flags: ArrayLike) -> Estimate:
+    """The share of True among flags [draws n], each prompt counted once however many the draws.
+
+    The interval is Wilson's for one draw, and where all draws agree; otherwise a bootstrap over
+    the n prompts.
+
+    Raises:
+        GuardError: if there is no prompt.
+    """
+    hits = np.asarray(flags, dtype=bool)
+    if (hits == hits[:1]).all():
+        return proportion(hits[0])
+    return bootstrap(lambda rows: float(rows.mean()), hits.mean(0))
+
+
+def mean_difference(
+    first: ArrayLike, second: ArrayLike, *, rates: bool = True, seed: Seed = 0
+) -> Estimate:
+    """Mean of first - second over n prompts, with a paired 95 % interval.
+
+    Args:
+        first: [n].
+        second: [n], or [d n]: of d random directions. They are drawn again too, d - 1 at a time,
+            which gives their mean the variance that it has.
+        rates: Add two rows, a difference of 1 and one of -1 (as Agresti and Coull add successes and
+            failures), so that a few prompts that all agree do not make the interval a point.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if there is no row.
+    """
+    rows = np.atleast_2d(np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64))
+    d, n = rows.shape
+    _require_rows(n)
+    wide = np.hstack([rows, np.tile([1.0, -1.0] * rates, (d, 1))])
+    m = wide.shape[1]
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(m, size=(DRAWS, m))
+    directions = rng.integers(d, size=(DRAWS, max(d - 1, 1)))
+    means = [wide[np.ix_(of, at)].mean() for of, at in zip(directions, prompts, strict=True)]
+    return _holding(float(rows.mean()), means, n)
+
+
+def mean_difference_by_group(
+    first: ArrayLike, second: ArrayLike, groups: int, *, seed: Seed = 0
+) -> Estimate:
+    """The same of rates [n] where prompt k, k + groups, ... met random direction k.
+
+    What one direction met hangs together, so directions are drawn again, and prompts within each.
+
+    Raises:
+        GuardError: if there is no row.
+    """
+    rows = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    n = len(rows)
+    _require_rows(n)
+    parts = [rows[k::groups] for k in range(min(groups, n))]
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(DRAWS):
+        chosen = rng.integers(len(parts), size=max(len(parts) - 1, 1))
+        drawn = np.concatenate([rng.choice(parts[k], len(parts[k])) for k in chosen])
+        added = rng.random(len(drawn)) < 2 / (n + 2)  # the two rows that rates are given
+        means.append(np.where(added, rng.choice([1.0, -1.0], len(drawn)), drawn).mean())
+    return _holding(float(rows.mean()), means, n)
+
+
+def _owner_numbers(owners: int | Sequence[object]) -> tuple[NDArray[np.intp], int]:
+    """Number of the owner of each row, and how many owners there are."""
+    if isinstance(owners, int):
+        _require_rows(owners)
+        return np.arange(owners), owners
+    _require_rows(len(owners))
+    names, numbers = np.unique(np.asarray(owners), return_inverse=True)
+    return numbers, len(names)
+
+
+def _without_each(owners: int | Sequence[object]) -> Array:
+    """Weights without the rows of each owner in turn, [owners n]."""
+    numbers, k = _owner_numbers(owners)
+    weights: Array = (np.arange(k)[:, None] != numbers).astype(np.float64)
+    return weights
+
+
+def _holding(value: float, draws: Sequence[Any], n: int) -> Estimate:
+    """The middle 95 % of the draws, stretched to the value if it lies outside."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(value, min(float(low), value), max(float(high), value), (n, 0))
+
+
+def _require_rows(n: int) -> None:
+    if not n:
+        raise GuardError("A figure needs at least one row; found none.")

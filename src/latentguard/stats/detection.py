@@ -1,0 +1,152 @@
+"""Figures of detection quality: AUROC, true-positive rate, F1, balanced accuracy.
+
+They equal scikit-learn's (the tests say so), restated for a thousand bootstrap draws a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+
+from latentguard.errors import GuardError
+from latentguard.stats.bootstrap import DRAWS, bootstrap, weighted_bootstrap
+from latentguard.stats.estimate import Estimate
+
+Metric = Callable[[NDArray[np.bool_], NDArray[np.float64]], float]
+"""Maps labels [n] and scores [n] to a figure."""
+
+
+def auroc(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+    """Area under the ROC curve, ties counted half (the Mann-Whitney statistic)."""
+    ranks = rankdata(scores)
+    positives = int(labels.sum())
+    negatives = len(labels) - positives
+    over = ranks[labels].sum() - positives * (positives + 1) / 2
+    return float(over / (positives * negatives))
+
+
+def tpr_at(max_fpr: float) -> Metric:
+    """True-positive rate at a false-positive rate of at most ``max_fpr``."""
+
+    def metric(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+        negatives = np.sort(scores[~labels])[::-1]
+        allowed = int(max_fpr * len(negatives) + 1e-9)
+        threshold = negatives[allowed] if allowed < len(negatives) else -np.inf
+        return float((scores[labels] > threshold).mean())
+
+    return metric
+
+
+def balanced_accuracy_at(threshold: float) -> Metric:
+    """Mean of the true-positive and true-negative rate of ``score > threshold``."""
+
+    def metric(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+        right = (scores > threshold) == labels
+        return float((right[labels].mean() + right[~labels].mean()) / 2)
+
+    return metric
+
+
+def f1_at(threshold: float) -> Metric:
+    """F1 of ``score > threshold``."""
+
+    def metric(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+        flagged = scores > threshold
+        return float(2 * (flagged & labels).sum() / (flagged.sum() + labels.sum()))
+
+    return metric
+
+
+def estimate_metric(
+    metric: Metric, labels: ArrayLike, scores: ArrayLike, *, draws: int = DRAWS, seed: int = 0
+) -> Estimate:
+    """A metric with its 95 % bootstrap interval, drawing each class on its own.
+
+    Args:
+        metric: Such as ``auroc`` or ``tpr_at(0.05)``.
+        labels: True for positive, [n].
+        scores: Higher is more positive, [n].
+        draws: Bootstrap draws.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if a class is missing, or a score is not a number.
+    """
+    y = np.asarray(labels, dtype=bool)
+    s = np.asarray(scores, dtype=np.float64)
+    positive, negative = s[y], s[~y]
+    if not len(positive) or not len(negative) or np.isnan(s).any():
+        raise GuardError(
+            f"A detection figure needs both classes and finite scores; found {len(positive)} "
+            f"harmful, {len(negative)} harmless and {int(np.isnan(s).sum())} undefined scores."
+        )
+    sides = np.repeat([True, False], [len(positive), len(negative)])
+
+    def of_classes(up: NDArray[np.float64], down: NDArray[np.float64]) -> float:
+        return metric(sides, np.concatenate([up, down]))
+
+    return bootstrap(of_classes, positive, negative, draws=draws, seed=seed)
+
+
+def separation(positive: ArrayLike, negative: ArrayLike) -> Estimate:
+    """AUROC between two groups of scores, [n] and [m], with its 95 % interval.
+
+    Of d draws, [d n] and [d m], it is the mean area.
+
+    Raises:
+        GuardError: if a group is empty.
+    """
+    return auroc_interval(win_matrix(positive, negative))
+
+
+def win_matrix(positive: ArrayLike, negative: ArrayLike) -> NDArray[np.float64]:
+    """1 where a positive score beats a negative one, 0.5 where they are equal, [n m].
+
+    Args:
+        positive: [n], or [d n] of d draws, whose mean is taken.
+        negative: [m], or [d m].
+    """
+    up = np.atleast_2d(np.asarray(positive, dtype=np.float64))
+    down = np.atleast_2d(np.asarray(negative, dtype=np.float64))
+    wins: NDArray[np.float64] = np.sign(up[:, :, None] - down[:, None]).mean(0) / 2 + 0.5
+    return wins
+
+
+def auroc_interval(
+    wins: NDArray[np.float64],
+    owners: Sequence[object] = (),
+    *,
+    paired: bool = False,
+    seed: int | np.random.Generator = 0,
+) -> Estimate:
+    """AUROC with its 95 % bootstrap interval.
+
+    Args:
+        wins: ``win_matrix`` of positive over negative rows, [n m], or the mean of several.
+        owners: Of each positive row, [n]; rows of one owner are drawn together.
+        paired: Row i belongs to column i, so both are drawn.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if a class is empty.
+    """
+    n, m = wins.shape
+    if not n or not m:
+        raise GuardError(f"An area needs prompts of both groups; found {n} and {m}.")
+    rows = owners or n
+    if paired:
+        return weighted_bootstrap(lambda both: weighted_auroc(wins, both, both), rows, seed=seed)
+    return weighted_bootstrap(partial(weighted_auroc, wins), rows, m, seed=seed)
+
+
+def weighted_auroc(
+    wins: NDArray[np.float64], positive: NDArray[np.float64], negative: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """AUROC [r] from who beats whom [n m], for weights of both sides, [r n] and [r m]."""
+    total = positive.sum(1) * negative.sum(1)
+    area: NDArray[np.float64] = ((positive @ wins) * negative).sum(1) / total
+    return area
