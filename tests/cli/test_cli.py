@@ -445,7 +445,7 @@ class TestScore:
 
     def test_a_killed_run_goes_on(self, lg, guard, files, tmp_path, monkeypatch):
         out = tmp_path / "v.jsonl"
-        monkeypatch.setattr("latentguard.models.chat_model.WINDOW", 5)
+        monkeypatch.setattr("latentguard.models.chat_model.PROMPTS_PER_STATES", 5)
 
         def killed(self, states, count=[]):  # noqa: B006 (counts the calls)
             count.append(1)

@@ -157,7 +157,7 @@ class TestSharedPrefix:
         model = chat_model("llama", tokenizer)
         shared, prefixes = captured(model).values, []
         run = model._run
-        monkeypatch.setattr(hf, "PREFIX_UP_TO", 20)
+        monkeypatch.setattr(hf, "MAX_PREFIX_TOKENS", 20)
         monkeypatch.setattr(model, "_run", lambda *a: prefixes.append(a[1]) or run(*a))
         assert_same(captured(model).values, shared)
         assert prefixes == [None] * len(prefixes) != []

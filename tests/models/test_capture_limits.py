@@ -5,7 +5,7 @@ import torch
 
 from latentguard.errors import ModelError, PromptError
 from latentguard.models import chat_model as hf
-from latentguard.models.conversation import Conversation, tokens_of
+from latentguard.models.conversation import Conversation, count_tokens
 from latentguard.models.hooks import decoder_blocks, read_positions
 from latentguard.prompts import Message, Prompt
 from latentguard.states import States
@@ -187,7 +187,7 @@ class TestMemory:
 
 class TestStreaming:
     def test_prompts_are_taken_a_window_at_a_time(self, fresh, monkeypatch):
-        monkeypatch.setattr(hf, "WINDOW", 3)
+        monkeypatch.setattr(hf, "PROMPTS_PER_STATES", 3)
         taken, done = [], []
 
         def prompts():
@@ -204,7 +204,7 @@ class TestStreaming:
 
     def test_windows_change_no_state(self, fresh, monkeypatch):
         whole = captured(fresh)
-        monkeypatch.setattr(hf, "WINDOW", 3)
+        monkeypatch.setattr(hf, "PROMPTS_PER_STATES", 3)
         parts = captured(fresh)
         assert parts.prompts == whole.prompts
         assert_same(parts.values, whole.values)
@@ -249,13 +249,13 @@ class TestErrors:
 
     def test_more_messages_than_tokens_are_not_laid_out(self, fresh, monkeypatch):
         prompt = Prompt("a", id="p7", history=(Message("user", "a"),) * 512)
-        assert tokens_of(fresh, prompt, 512) == 513
+        assert count_tokens(fresh, prompt, 512) == 513
         monkeypatch.setattr(fresh.chat, "_render", None)
         with pytest.raises(PromptError, match=r"'p7' is at least 513 tokens .* at most 512"):
             captured(fresh, [PROMPTS[0], prompt])
 
     def test_tokens_are_counted_where_they_may_be_few_enough(self, fresh):
-        assert tokens_of(fresh, PROMPTS[0], 512) == len(fresh.chat(PROMPTS[:1])[0].ids)
+        assert count_tokens(fresh, PROMPTS[0], 512) == len(fresh.chat(PROMPTS[:1])[0].ids)
 
     def test_blocks_that_hand_on_several_vectors_a_token(self, tokenizer):
         model = chat_model("gemma3n", tokenizer)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentguard.errors import PromptError
-from latentguard.models.generate import _Run, end_ids, first_ids
+from latentguard.models.generate import _Sweep, end_ids, first_ids
 from latentguard.prompts import Message, Prompt
 from models.architectures import ARCHITECTURES, chat_model
 from models.families import FAMILIES
@@ -118,9 +118,9 @@ def test_a_reply_that_goes_on_with_the_users_sentence_keeps_its_blank(family):
     tokenizer = model.tokenizer
     whole = tokenizer("Explain how a bicycle stays upright", add_special_tokens=False)["input_ids"]
     first = len(tokenizer("Explain how a bicycle", add_special_tokens=False)["input_ids"])
-    run = _Run(model, NEW, False, ())
-    assert run._text(whole[first - 1], whole[first:]) == " stays upright"
-    assert _Run(model, NEW, True, ())._text(whole[first - 1], whole[first:]).strip()
+    run = _Sweep(model, NEW, False, ())
+    assert run._decode_text(whole[first - 1], whole[first:]) == " stays upright"
+    assert _Sweep(model, NEW, True, ())._decode_text(whole[first - 1], whole[first:]).strip()
 
 
 def test_watched_words_carry_the_log_probability_of_their_first_token(model):

@@ -5,7 +5,7 @@ import torch
 
 from latentguard.errors import ModelError, PromptError
 from latentguard.models import guard_models as unsafe
-from latentguard.models.guard_models import POLICIES, GuardModel, LazyGuard
+from latentguard.models.guard_models import POLICIES, GuardModel, LazyGuardModel
 from latentguard.prompts import Prompt
 from models.architectures import chat_model
 from models.families import FAMILIES
@@ -147,7 +147,7 @@ def test_a_lazy_guard_loads_once_and_only_when_asked(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     loads, load = [], GuardModel.load
     monkeypatch.setattr(GuardModel, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
-    guard = LazyGuard(tmp_path, device="cpu")
+    guard = LazyGuardModel(tmp_path, device="cpu")
     assert not loads
     assert guard(PROMPTS) == pytest.approx(made(PROMPTS), abs=1e-5)
     assert guard(PROMPTS[:1]) == pytest.approx(made(PROMPTS[:1]), abs=1e-5)
@@ -156,8 +156,8 @@ def test_a_lazy_guard_loads_once_and_only_when_asked(tmp_path, monkeypatch):
 
 def test_a_guard_that_is_not_there_is_noticed_at_once(tmp_path):
     with pytest.raises(ModelError, match="could not be loaded as a chat model"):
-        LazyGuard(tmp_path / "typo")
+        LazyGuardModel(tmp_path / "typo")
     tokenizer = FAMILIES["qwen3"].make()
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="that of no known guard model"):
-        LazyGuard(tmp_path)
+        LazyGuardModel(tmp_path)

@@ -10,7 +10,7 @@ from latentguard.data.builtin import load_contrast
 from latentguard.errors import ModelError, ModelMismatch
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
-from latentguard.models.quantize import quantised
+from latentguard.models.quantize import quantized_weights
 from latentguard.models.weights_digest import weights_digest
 from latentguard.prompts import Prompt
 from latentguard.states import Intervention, States
@@ -135,7 +135,7 @@ class TestQuantised:
         """Beside bitsandbytes' own rounding, which is put back to float32 and run by torch."""
         pytest.importorskip("bitsandbytes")
         plain, found = ChatModel.load(wide), states(ChatModel.load(wide, dtype="float32/nf4"))
-        with quantised(plain, 4) as rounded:
+        with quantized_weights(plain, 4) as rounded:
             wanted = states(rounded)
         assert gap(found, wanted) < 0.04  # some processors multiply it in bfloat16
         whole = states(plain)

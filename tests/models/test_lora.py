@@ -120,7 +120,7 @@ def test_the_seed_alone_decides_and_other_draws_go_on(tokenizer):
 
 class TestLoss:
     def test_only_reply_tokens_count_whatever_the_padding(self, model):
-        rows = [lora._row(model, prompt, "Sure, here is it", 24) for prompt in ASKED]
+        rows = [lora._tokenize(model, prompt, "Sure, here is it", 24) for prompt in ASKED]
         total = []
         for row in rows:
             with torch.no_grad():
@@ -132,7 +132,7 @@ class TestLoss:
 
     def test_replies_of_different_length(self, model):
         openings = ["Sure", "Sure, here is a rather long one of them"]
-        rows = [lora._row(model, ASKED[n], text, 24) for n, text in enumerate(openings)]
+        rows = [lora._tokenize(model, ASKED[n], text, 24) for n, text in enumerate(openings)]
         sizes = [len(row.ids) - row.start for row in rows]
         alone = [lora._loss(model, [row]).item() * n for row, n in zip(rows, sizes, strict=True)]
         found = lora._loss(model, rows).item()

@@ -40,7 +40,7 @@ def test_eight_bits_are_the_nearest_of_the_levels():
 def test_a_model_is_changed_inside_and_put_back(model, bits):
     before, prompts = weights(model), [Prompt("a"), Prompt("b c")]
     states = States.collect(model.capture(prompts)).values
-    with quantise.quantised(model, bits) as changed:
+    with quantise.quantized_weights(model, bits) as changed:
         assert changed.fingerprint.weights != model.fingerprint.weights
         assert changed.source == f"{model.source}, {bits}-bit weights"
         other = States.collect(changed.capture(prompts)).values
@@ -54,12 +54,15 @@ def test_a_model_is_changed_inside_and_put_back(model, bits):
 
 def test_an_error_inside_leaves_no_trace(model):
     before = weights(model)
-    with pytest.raises(RuntimeError, match="inside"), quantise.quantised(model, 4):
+    with pytest.raises(RuntimeError, match="inside"), quantise.quantized_weights(model, 4):
         raise RuntimeError("inside")
     assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
 
 
 def test_without_bitsandbytes(model, monkeypatch):
     monkeypatch.setattr(quantise, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"latentguard\[quantize\]"), quantise.quantised(model, 8):
+    with (
+        pytest.raises(ModelError, match=r"latentguard\[quantize\]"),
+        quantise.quantized_weights(model, 8),
+    ):
         pass

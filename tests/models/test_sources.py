@@ -107,7 +107,7 @@ class TestDefaultModel:
         with pytest.raises(ConnectionError):
             sources.resolve("default")
         assert not (cache / "models" / "default").exists()
-        assert list(sources.stored_models()) == []
+        assert list(sources.local_models()) == []
 
     @pytest.mark.parametrize("answer", [403, 404, 503, httpx.ConnectError("down")])
     def test_comes_out_of_the_wheel_otherwise(self, answer, cache, gguf, monkeypatch):
@@ -122,7 +122,7 @@ class TestDefaultModel:
         put_into_wheel(gguf, monkeypatch)
         model = ChatModel.load("default")
         assert model.depth == 4
-        assert [found.name for found in sources.stored_models()] == ["default"]
+        assert [found.name for found in sources.local_models()] == ["default"]
         assert [path.name for path in (cache / "models").iterdir()] == ["default"]
 
     def test_the_hub_is_not_asked_offline(self, gguf, monkeypatch):
@@ -136,7 +136,7 @@ class TestDefaultModel:
         with pytest.raises(ModelError, match=r"SHA-256 \w{64}, expected 0{64}; nothing was kept"):
             sources.resolve("default")
         assert kept(cache) == []
-        assert list(sources.stored_models()) == []
+        assert list(sources.local_models()) == []
 
     def test_neither_can_be_had(self, cache, monkeypatch):
         def pip(command, **_):
@@ -180,10 +180,10 @@ class TestGguf:
 
     def test_a_faster_process_wins(self, cache, gguf, monkeypatch):
         folder = cache / "models" / "tiny-of-another-process"
-        partial = sources._partial(folder)
+        partial = sources._create_partial(folder)
         folder.mkdir()
         (folder / "config.json").write_text("theirs")
-        sources._keep(partial, folder)
+        sources._publish(partial, folder)
         assert kept(cache) == [folder / "config.json"]
 
     def test_a_missing_file(self, cache):
@@ -216,9 +216,9 @@ class TestCachedModels:
             ),
         ]
         monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: SimpleNamespace(repos=repos))
-        found = [(model.name, model.size) for model in sources.stored_models()]
+        found = [(model.name, model.bytes) for model in sources.local_models()]
         own = str(cache / "models" / "tiny-0123")
         assert found == [("default", 10), (own, 10), ("org/a", 1), ("org/b", 2)]
 
     def test_no_cache_at_all(self):
-        assert list(sources.stored_models()) == []
+        assert list(sources.local_models()) == []

@@ -12,7 +12,7 @@ import torch
 import latentguard
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
-from latentguard.models.loading import from_pretrained
+from latentguard.models.loading import load_checkpoint
 from latentguard.states import States
 from models.architectures import chat_model
 from models.split_process import LIMIT, guard_of, replies, shrinks, states
@@ -45,7 +45,7 @@ def found(folder, plain):
     guard_of(plain).save(folder / "guard")
     paths = [str(folder / name) for name in ("whole", "edited", "guard", "out")]
     run = subprocess.run(
-        [*TORCHRUN, "-m", "model.split_process", *paths],
+        [*TORCHRUN, "-m", "models.split_process", *paths],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, IMPORTS)), "PYTHONSAFEPATH": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -94,5 +94,5 @@ class TestTwoProcesses:
 
 def test_in_one_process_nothing_is_split_so_the_device_holds(plain, folder):
     plan = {"distributed_config": {"tp_plan": "auto"}}
-    network, _, _ = from_pretrained(folder / "whole", "float32", "meta", plan)
-    assert network.device.type == "meta"
+    loaded = load_checkpoint(folder / "whole", "float32", "meta", plan)
+    assert loaded.network.device.type == "meta"

@@ -10,7 +10,7 @@ import torch
 
 from latentguard.errors import ModelError, PromptError
 from latentguard.models import prefill
-from latentguard.models.hooks import add_vector, note_output, read_positions, skip_blocks
+from latentguard.models.hooks import add_vector, read_positions, record_output_size, skip_blocks
 from latentguard.prompts import Prompt
 from latentguard.states import Intervention
 from models.architectures import ARCHITECTURES, HYBRIDS, chat_model
@@ -299,7 +299,7 @@ def test_blocks_that_return_tuples_are_skipped_too(tokenizer, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "falcon", ("FalconConfig", {}))
     model = talker("falcon", tokenizer)
     sizes = []
-    with note_output(model.blocks[0], sizes):
+    with record_output_size(model.blocks[0], sizes):
         model.model(torch.tensor([[1, 2]]))
     assert sizes == [2]
     chosen = settings(layers=(1, DEPTH), coefficients=(1.5,))

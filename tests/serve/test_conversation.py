@@ -7,9 +7,8 @@ from latentguard.errors import PromptError
 from latentguard.models.conversation import (
     Conversation,
     Sampling,
-    _Stops,
-    longest,
-    read_instruction,
+    _StopTexts,
+    capture_instruction,
 )
 from latentguard.prompts import Message, Prompt
 from models.architectures import ARCHITECTURES, chat_model
@@ -73,28 +72,28 @@ def test_a_stop_text_ends_the_reply_before_it(model):
 
 
 def test_the_reply_ends_where_the_model_can_read_no_more(model):
-    prompt = Prompt("a " * ((longest(model) - 40) // 2))
+    prompt = Prompt("a " * ((model.max_tokens - 40) // 2))
     said, _ = talk(model, Sampling(max_tokens=10**6, temperature=0), prompt)
-    assert said.prompt_tokens > longest(model) // 2
+    assert said.prompt_tokens > model.max_tokens // 2
     if said.finish == "length":
-        assert said.prompt_tokens + said.reply_tokens == longest(model)
+        assert said.prompt_tokens + said.reply_tokens == model.max_tokens
     else:
-        assert said.prompt_tokens + said.reply_tokens < longest(model)
+        assert said.prompt_tokens + said.reply_tokens < model.max_tokens
 
 
 def test_a_prompt_without_room_for_a_reply(model):
     with pytest.raises(PromptError, match="tokens long"):
-        talk(model, prompt=Prompt("a " * longest(model)))
+        talk(model, prompt=Prompt("a " * model.max_tokens))
 
 
 def test_characters_come_whole_whatever_their_tokens(model):
     """Byte-level tokens split characters; a listener never sees a part of one."""
-    from latentguard.models.conversation import _Text
+    from latentguard.models.conversation import _TextStream
 
     text = "naïve 😀 日本語 done"
     ids = model.tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) > len(text)  # characters of several tokens
-    shown = _Text(model.tokenizer)
+    shown = _TextStream(model.tokenizer)
     pieces = [shown.push(token) for token in ids]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -111,16 +110,16 @@ def test_characters_come_whole_whatever_their_tokens(model):
     ],
 )
 def test_stop_texts(pieces, stops, shown):
-    cut, seen = _Stops(stops), ""
+    cut, seen = _StopTexts(stops), ""
     for piece in pieces:
         seen += cut.push(piece)
-        if cut.met:
+        if cut.is_met:
             break
-    assert seen + cut.rest() == shown
+    assert seen + cut.flush() == shown
 
 
 def test_reading_an_instruction_ends_at_t_inst(model):
-    layout, states = read_instruction(model, PROMPT, (1, 3))
+    layout, states = capture_instruction(model, PROMPT, (1, 3))
     (captured,) = model.capture([PROMPT], positions=("t_inst",), layers=(1, 3))
     assert len(states) == len(layout.spans)
     torch.testing.assert_close(states[-1], captured.values[0, 0], rtol=1e-4, atol=1e-5)

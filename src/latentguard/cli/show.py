@@ -35,10 +35,10 @@ def _show_guard(folder: Path) -> None:
 
 
 def _list_models() -> None:
-    from latentguard.models.sources import stored_models
+    from latentguard.models.sources import local_models
 
-    models = list(stored_models())
+    models = list(local_models())
     for model in models:
-        typer.echo(f"{model.name}\t{model.size / 1e6:,.0f} MB\t{model.path}")
+        typer.echo(f"{model.name}\t{model.bytes / 1e6:,.0f} MB\t{model.path}")
     if not models:
         typer.echo("No models yet; 'latentguard demo' fetches the default one.")

@@ -25,77 +25,78 @@ from tokenizers import Tokenizer
 
 from latentguard.errors import PromptError, TemplateError
 from latentguard.models.layout import (
-    Frame,
     Layout,
+    TemplateFrame,
     Turn,
-    least_tokens,
-    strips_of,
-    too_long,
-    turns_of,
+    chat_turns,
+    infer_strips,
+    min_token_count,
+    too_long_error,
 )
 from latentguard.prompts import Message, Prompt
 
-TURNS, TEXTS = 64, 256
-"""Frames are kept of chats with no more turns, and no more characters in what turns begin with."""
+MAX_CACHED_TURNS = 64
+"""Frames of chats with more turns are not cached."""
 
-THOUGHT = "</think>"
+MAX_CACHED_CHARACTERS = 256
+"""Frames of chats whose turns begin with more characters than these are not cached."""
+
+THOUGHT_END = "</think>"
 """Ends the thoughts that many templates drop from earlier replies."""
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A prompt in its template."""
+class _RenderedPrompt:
+    """A prompt inside its template, as text."""
 
     text: str
+    """The whole text, with the names of control tokens that no user can spell."""
+
     start: int
-    """Where the last user message starts in the text, and where it stops."""
+    """Where the last user message starts in the text."""
 
     stop: int
+    """Where the last user message stops in the text."""
+
     origin: int
-    """Where it would start had the template not trimmed it."""
+    """Where the last user message would start had the template not trimmed it."""
 
 
 class ChatTokenizer:
     """Turns prompts into layouts, for one tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: Any, *, most: int = 1 << 62) -> None:
+    def __init__(self, tokenizer: Any, *, max_tokens: int = 1 << 62) -> None:
         """Prepare the copy in which control tokens have unspeakable names.
 
         Args:
             tokenizer: A fast Hugging Face tokenizer with a chat template.
-            most: Tokens that the model reads; a chat of more messages is not even laid out.
+            max_tokens: Tokens that the model reads; a chat of more messages is not even laid out.
 
         Raises:
             TemplateError: if it has no chat template, one that hides the user's message, or is
                 not a fast tokenizer.
         """
-        self._tokenizer, self._most = tokenizer, most
-        template = getattr(tokenizer, "chat_template", None)
-        if not isinstance(template, str):
-            raise TemplateError(
-                "This tokenizer has no single chat template, so t_inst and t_post are undefined. "
-                "Use a chat (instruct) model, or set tokenizer.chat_template."
-            )
-        if not getattr(tokenizer, "is_fast", False):
-            raise TemplateError("A fast tokenizer is needed (one with a tokenizer.json).")
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        template = _require_template(tokenizer)
         spec = _plain_spec(tokenizer)
         self.tokenizer_digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
         self.template_digest = hashlib.sha256(template.encode()).hexdigest()
-        self.dated = "strftime_now" in template
+        self.has_date = "strftime_now" in template
         """Whether the template may print today's date."""
 
-        self._thinks = THOUGHT in template
+        self._has_thoughts = THOUGHT_END in template
         self._nonce = secrets.token_hex(4)
         self._marks = re.compile(self._mark("([0-9]+)"))
         control = _control_tokens(spec, template + self._sample())
         self._names = {text: f"\ue000{self._nonce}x{n}\ue001" for n, text in enumerate(control)}
         longest_first = sorted(self._names, key=len, reverse=True)
-        self._spelled = re.compile("|".join(map(re.escape, longest_first)))
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)))
         # text may hold unknown tokens, whatever the template holds
         self._control_ids = frozenset(control.values()) - {_unknown_id(spec["model"])}
-        self._safe = _renamed(spec, self._names, control)
-        self._frame = functools.lru_cache(maxsize=256)(self._new_frame)
-        self._fitted(())
+        self._safe_tokenizer = _rename_control_tokens(spec, self._names, control)
+        self._cached_frame = functools.lru_cache(maxsize=256)(self._build_frame)
+        self._fit_frame(())
 
     def __call__(self, prompts: Iterable[Prompt]) -> list[Layout]:
         """Lay out prompts.
@@ -106,48 +107,59 @@ class ChatTokenizer:
             TemplateError: if the template hides a message or rejects the order of the roles.
         """
         prompts = list(prompts)
-        placed = [self._place(prompt) for prompt in prompts]
-        encodings = self._safe.encode_batch([one.text for one in placed])
+        rendered = [self._render_prompt(prompt) for prompt in prompts]
+        encodings = self._safe_tokenizer.encode_batch([one.text for one in rendered])
         return [
             self._layout(encoding.ids, encoding.offsets, one, prompt)
-            for encoding, one, prompt in zip(encodings, placed, prompts, strict=True)
+            for encoding, one, prompt in zip(encodings, rendered, prompts, strict=True)
         ]
 
     def _layout(
-        self, ids: list[int], offsets: list[tuple[int, int]], placed: _Placed, prompt: Prompt
+        self,
+        ids: list[int],
+        offsets: list[tuple[int, int]],
+        rendered: _RenderedPrompt,
+        prompt: Prompt,
     ) -> Layout:
-        t_inst = self._t_inst(ids, offsets, placed, prompt)
+        t_inst = self._find_t_inst(ids, offsets, rendered, prompt)
         first = t_inst
-        while first and offsets[first - 1][1] > placed.start and self._is_text(ids[first - 1]):
+        while first and offsets[first - 1][1] > rendered.start and self._is_text(ids[first - 1]):
             first -= 1
-        inside = (  # a token may reach over the edges of the message
-            (max(begin, placed.start) - placed.origin, min(end, placed.stop) - placed.origin)
+        start, stop, origin = rendered.start, rendered.stop, rendered.origin
+        spans = (  # a token may reach over the edges of the message
+            (max(begin, start) - origin, min(end, stop) - origin)
             for begin, end in offsets[first : t_inst + 1]
         )
-        return Layout(tuple(ids), t_inst, tuple(inside))
+        return Layout(tuple(ids), t_inst, tuple(spans))
 
     def _is_text(self, index: int) -> bool:
         return index not in self._control_ids
 
-    def _place(self, prompt: Prompt) -> _Placed:
-        if (least := least_tokens(prompt)) > self._most:
-            raise too_long(prompt, f"at least {least:,}", self._most)
-        frame, said = self._fitted(prompt.history)
-        contents = [*said, prompt.text]
+    def _render_prompt(self, prompt: Prompt) -> _RenderedPrompt:
+        fewest = min_token_count(prompt)
+        if fewest > self._max_tokens:
+            raise too_long_error(prompt, f"at least {fewest:,}", self._max_tokens)
+        frame, earlier = self._fit_frame(prompt.history)
+        contents = [*earlier, prompt.text]
         text = frame.texts[0]
-        start = stop = cut = 0
+        start = stop = trimmed = 0
         for n, (left, right), after in zip(frame.order, frame.strips, frame.texts[1:], strict=True):
             content = contents[n].lstrip(left).rstrip(right)
-            if n == len(said):
+            if n == len(earlier):
                 start, stop = len(text), len(text) + len(content)
-                cut = len(prompt.text) - len(prompt.text.lstrip(left))
+                trimmed = len(prompt.text) - len(prompt.text.lstrip(left))
             text += content + after
-        return _Placed(_unicode(text, prompt), start, stop, start - cut)
+        _require_unicode(text, prompt)
+        return _RenderedPrompt(text, start, stop, start - trimmed)
 
-    def _t_inst(
-        self, ids: list[int], offsets: list[tuple[int, int]], placed: _Placed, prompt: Prompt
+    def _find_t_inst(
+        self,
+        ids: list[int],
+        offsets: list[tuple[int, int]],
+        rendered: _RenderedPrompt,
+        prompt: Prompt,
     ) -> int:
-        start, stop = placed.start, placed.stop
+        start, stop = rendered.start, rendered.stop
         for index in range(len(ids) - 1, -1, -1) if start < stop else ():
             begin, end = offsets[index]
             if begin < stop and end > start and self._is_text(ids[index]):
@@ -159,61 +171,67 @@ class ChatTokenizer:
             "there is no token to read t_inst at."
         )
 
-    def _fitted(self, history: Sequence[Message]) -> tuple[Frame, list[str]]:
+    def _fit_frame(self, history: Sequence[Message]) -> tuple[TemplateFrame, list[str]]:
         """The frame of a chat, and what of each earlier message goes into its slot.
 
         Thoughts are left out if the template, which is shown them, writes what it writes without
-        them: it has dropped them, and nothing that was said became the template's text.
+        them: it has dropped them, and no user's words became the template's text.
         """
-        day, whole = self._today(), [m.content for m in history]
-        if (rest := [self._thoughtless(m) for m in history]) != whole:
-            thoughts = [a.removesuffix(b) for a, b in zip(whole, rest, strict=True)]
-            shown = self._new_frame(day, turns_of(history, rest, thoughts))
-            if shown.same_text(self._framed(day, turns_of(history, rest))):
-                return shown, rest
-        return self._framed(day, turns_of(history, whole)), whole
+        day = self._today()
+        whole = [message.content for message in history]
+        replies = [self._without_thoughts(message) for message in history]
+        if replies != whole:
+            thoughts = [a.removesuffix(b) for a, b in zip(whole, replies, strict=True)]
+            with_thoughts = self._build_frame(day, chat_turns(history, replies, thoughts))
+            if with_thoughts.has_same_text(self._frame(day, chat_turns(history, replies))):
+                return with_thoughts, replies
+        return self._frame(day, chat_turns(history, whole)), whole
 
-    def _thoughtless(self, message: Message) -> str:
-        thinks = self._thinks and message.role == "assistant"
-        return message.content.rpartition(THOUGHT)[2] if thinks else message.content
+    def _without_thoughts(self, message: Message) -> str:
+        if self._has_thoughts and message.role == "assistant":
+            return message.content.rpartition(THOUGHT_END)[2]
+        return message.content
 
     def _today(self) -> str:
         """The date if the template may print it, by the clock that ``strftime_now`` reads."""
-        return str(datetime.now().date()) if self.dated else ""
+        return str(datetime.now().date()) if self.has_date else ""
 
-    def _framed(self, day: str, turns: tuple[Turn, ...]) -> Frame:
-        """The frame, kept if it is small; others would fill the memory."""
-        small = len(turns) <= TURNS and sum(len(text) for _, text, _ in turns) <= TEXTS
-        return (self._frame if small else self._new_frame)(day, turns)
+    def _frame(self, day: str, turns: tuple[Turn, ...]) -> TemplateFrame:
+        """The frame, cached if it is small; others would fill the memory."""
+        characters = sum(len(turn.front) for turn in turns)
+        is_small = len(turns) <= MAX_CACHED_TURNS and characters <= MAX_CACHED_CHARACTERS
+        return self._cached_frame(day, turns) if is_small else self._build_frame(day, turns)
 
-    def _new_frame(self, _day: str, turns: tuple[Turn, ...]) -> Frame:  # a frame is of its day
-        tight, spaced, lined = (
-            self._split(turns, *edges) for edges in (("", ""), (" ", "  "), ("\n", "\n\n"))
-        )
-        if not tight[0] == spaced[0] == lined[0]:
+    def _build_frame(self, _day: str, turns: tuple[Turn, ...]) -> TemplateFrame:
+        """Find the frame; the cache keeps one for each day, as the template may print it."""
+        plain_order, plain = self._split_at_marks(turns, "", "")
+        spaced_order, spaced = self._split_at_marks(turns, " ", "  ")
+        lined_order, lined = self._split_at_marks(turns, "\n", "\n\n")
+        if not plain_order == spaced_order == lined_order:
             raise TemplateError("The chat template moves messages depending on their white space.")
-        strips = strips_of(tight[1], spaced[1], lined[1])
-        return Frame(tuple(map(self._rename, tight[1])), tight[0], strips)
+        strips = infer_strips(plain, spaced, lined)
+        return TemplateFrame(tuple(map(self._rename, plain)), plain_order, strips)
 
     def _mark(self, number: int | str) -> str:
         """Stands for a message; mixed case and mark-up show templates that change what they get."""
         return f"\ue002{self._nonce}m{number}Aa<&'\"\ue003"
 
-    def _split(
+    def _split_at_marks(
         self, turns: Sequence[Turn], left: str, right: str
     ) -> tuple[tuple[int, ...], list[str]]:
         """Which message stands in each slot, and the template's text around the slots."""
         contents = [
-            text + slot * f"{left}{self._mark(n)}{right}" for n, (_, text, slot) in enumerate(turns)
+            turn.front + turn.has_slot * f"{left}{self._mark(n)}{right}"
+            for n, turn in enumerate(turns)
         ]
-        pieces = self._marks.split(self._render([role for role, *_ in turns], contents))
+        pieces = self._marks.split(self._render([turn.role for turn in turns], contents))
         order = tuple(map(int, pieces[1::2]))
         shown = Counter(order)
-        for n, (role, _, slot) in enumerate(turns):
-            if slot and shown[n] != 1:
+        for n, turn in enumerate(turns):
+            if turn.has_slot and shown[n] != 1:
                 raise TemplateError(
-                    f"The chat template changes the {role} message, or shows it {shown[n]} times "
-                    "instead of once, so the instruction cannot be located in it."
+                    f"The chat template changes the {turn.role} message, or shows it {shown[n]} "
+                    "times instead of once, so the instruction cannot be located in it."
                 )
         return order, pieces[::2]
 
@@ -241,16 +259,27 @@ class ChatTokenizer:
     def _rename(self, text: str) -> str:
         if not self._names:
             return text
-        return self._spelled.sub(lambda found: self._names[found[0]], text)
+        return self._control_pattern.sub(lambda match: self._names[match[0]], text)
 
 
-def _unicode(text: str, prompt: Prompt) -> str:
+def _require_template(tokenizer: Any) -> str:
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        raise TemplateError(
+            "This tokenizer has no single chat template, so t_inst and t_post are undefined. "
+            "Use a chat (instruct) model, or set tokenizer.chat_template."
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise TemplateError("A fast tokenizer is needed (one with a tokenizer.json).")
+    return template
+
+
+def _require_unicode(text: str, prompt: Prompt) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         reason = f"Prompt '{prompt.id}' is not valid Unicode ({error.reason})."
         raise PromptError(reason) from None
-    return text
 
 
 def _plain_spec(tokenizer: Any) -> dict[str, Any]:
@@ -273,10 +302,12 @@ def _unknown_id(model: dict[str, Any]) -> int | None:
     return None if index is None else int(index)
 
 
-def _renamed(spec: dict[str, Any], names: dict[str, str], control: dict[str, int]) -> Tokenizer:
+def _rename_control_tokens(
+    spec: dict[str, Any], names: dict[str, str], control: dict[str, int]
+) -> Tokenizer:
     """The tokenizer with its control tokens renamed and nothing else changed."""
     added = [t | {"content": names.get(t["content"], t["content"])} for t in spec["added_tokens"]]
-    model = _renamed_model(spec["model"], names)
+    model = _rename_in_model(spec["model"], names)
     safe = Tokenizer.from_str(json.dumps(spec | {"added_tokens": added, "model": model}))
     for text, index in control.items():
         if safe.encode(names[text], add_special_tokens=False).ids != [index]:
@@ -284,8 +315,9 @@ def _renamed(spec: dict[str, Any], names: dict[str, str], control: dict[str, int
     return safe
 
 
-def _renamed_model(model: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    vocab, unknown = model["vocab"], model.get("unk_token")
+def _rename_in_model(model: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    vocab = model["vocab"]
+    unknown = model.get("unk_token")
     if isinstance(vocab, dict):
         vocab = {names.get(text, text): index for text, index in vocab.items()}
     else:

@@ -17,20 +17,25 @@ from latentguard.errors import ModelError, PromptError
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.generate import sweep
 from latentguard.models.hooks import decoder_blocks, read_positions
-from latentguard.models.layout import Row, alike, too_long
-from latentguard.models.loading import from_pretrained, is_split, most_tokens, scaled_beyond
-from latentguard.models.prefill import remembers_tokens
-from latentguard.models.weights_digest import reading_device, weights_digest
+from latentguard.models.layout import CaptureRow, common_prefix_length, too_long_error
+from latentguard.models.loading import (
+    context_length,
+    is_sharded,
+    load_checkpoint,
+    unscaled_length,
+)
+from latentguard.models.prefill import has_only_keys_and_values
+from latentguard.models.weights_digest import execution_device, weights_digest
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Fingerprint, Intervention, Progress, States
 
-WINDOW = 256
-"""Prompts that are sorted by length together; bounds memory, whatever their number."""
+PROMPTS_PER_STATES = 256
+"""Prompts that are sorted by length and yielded together; bounds memory, whatever their number."""
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
 """Padded tokens in one forward pass."""
 
-PREFIX_UP_TO = 1024
+MAX_PREFIX_TOKENS = 1024
 """Tokens of a prompt beyond which the mask that a cache needs costs more than the cache saves."""
 
 
@@ -39,8 +44,13 @@ class _Prefix:
     """Keys and values of the tokens with which every prompt begins."""
 
     ids: tuple[int, ...]
+    """The tokens; none if they cannot be shared."""
+
     cache: Any
+    """Their keys and values, a cache of transformers."""
+
     last_layer: int
+    """The cache is filled up to this layer."""
 
 
 class ChatModel:
@@ -57,11 +67,11 @@ class ChatModel:
         """
         self.model: Any = model.eval()  # not nn.Module: it types each attribute as a tensor
         self.tokenizer = tokenizer
-        self.chat = ChatTokenizer(tokenizer, most=most_tokens(model))
+        self.chat = ChatTokenizer(tokenizer, max_tokens=context_length(model))
         self.source = source
         self.quantized = quantized
         self.blocks = decoder_blocks(model)
-        self._far = scaled_beyond(model)
+        self._unscaled_length = unscaled_length(model)
         self.tokens_per_batch = TOKENS_PER_BATCH.get(self.device.type, 8192)
         self._prefix: _Prefix | None = None
         self._fingerprint: Fingerprint | None = None
@@ -89,16 +99,16 @@ class ChatModel:
         Raises:
             ModelError: if it cannot be found or loaded; says why.
         """
-        network, tokenizer, scheme = from_pretrained(source, dtype, device, options)
-        model = cls(network, tokenizer, source=str(source), quantized=scheme)
-        if hasattr(network.config, "quantization_config"):
+        loaded = load_checkpoint(source, dtype, device, options)
+        model = cls(loaded.network, loaded.tokenizer, source=str(source), quantized=loaded.scheme)
+        if hasattr(loaded.network.config, "quantization_config"):
             _ = model.fingerprint  # now: bitsandbytes packs weights anew in the first pass
         return model
 
     @property
     def device(self) -> torch.device:
         """Where the token embeddings are read."""
-        return reading_device(self.model.get_input_embeddings())
+        return execution_device(self.model.get_input_embeddings())
 
     @property
     def depth(self) -> int:
@@ -118,6 +128,11 @@ class ChatModel:
         return int(config.hidden_size)
 
     @property
+    def max_tokens(self) -> int:
+        """How many tokens the model reads, prompt and reply together."""
+        return context_length(self.model)
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """What a guard of this model is bound to; computed once."""
         if self._fingerprint is None:
@@ -126,7 +141,7 @@ class ChatModel:
                 weights=weights_digest(self.model),
                 tokenizer=self.chat.tokenizer_digest,
                 template=self.chat.template_digest,
-                dtype="/".join(filter(None, (_name(self.model.dtype), self.quantized))),
+                dtype="/".join(filter(None, (_dtype_name(self.model.dtype), self.quantized))),
             )
         return self._fingerprint
 
@@ -138,7 +153,7 @@ class ChatModel:
         layers: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
-        """Yield states in the order of the prompts, a window of prompts at a time.
+        """Yield states in the order of the prompts, ``PROMPTS_PER_STATES`` at a time.
 
         Args:
             prompts: What to read; consumed lazily.
@@ -155,9 +170,9 @@ class ChatModel:
             raise ModelError(f"Layers run from 0 to {self.depth}; found {layers}.")
         if not positions:
             raise PromptError("At least one position is needed, such as 't_inst'; found none.")
-        for window in _windows(prompts):
-            values = self._window(window, tuple(positions), layers, progress)
-            yield States(values, window, tuple(positions), layers, self.fingerprint)
+        for group in _groups(prompts):
+            values = self._capture_group(group, tuple(positions), layers, progress)
+            yield States(values, group, tuple(positions), layers, self.fingerprint)
 
     def generate(self, prompts: Iterable[Prompt], **how: Any) -> list[Reply]:
         """Reply to prompts greedily, unsteered; ``how`` is that of ``sweep``."""
@@ -182,14 +197,14 @@ class ChatModel:
         """
         return sweep(self, prompts, interventions, **how)
 
-    def _window(
+    def _capture_group(
         self,
         prompts: Sequence[Prompt],
         positions: tuple[str, ...],
         layers: tuple[int, ...],
         progress: Progress | None,
     ) -> Float[Tensor, "n p l d"]:
-        rows = [Row(layout, positions) for layout in self.chat(prompts)]
+        rows = [CaptureRow(layout, positions) for layout in self.chat(prompts)]
         for row, prompt in zip(rows, prompts, strict=True):
             self.check_length(row.length, prompt)
         shape = (len(rows), len(positions), len(layers), self.width)
@@ -198,8 +213,8 @@ class ChatModel:
         while todo:
             longest = rows[todo[0]].length
             batch = todo[: max(1, self.tokens_per_batch // longest)]
-            if longest > self._far:
-                batch = [i for i in batch if rows[i].length > self._far]
+            if longest > self._unscaled_length:
+                batch = [i for i in batch if rows[i].length > self._unscaled_length]
             try:
                 values[batch] = self._forward([rows[i] for i in batch], layers)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -212,23 +227,25 @@ class ChatModel:
 
     def check_length(self, length: int, prompt: Prompt) -> None:
         """Raise a PromptError if the model cannot read so many tokens."""
-        if length > (most := most_tokens(self.model)):
-            raise too_long(prompt, f"{length:,}", most)
+        if length > self.max_tokens:
+            raise too_long_error(prompt, f"{length:,}", self.max_tokens)
 
     def shrink(self, error: Exception, tokens: int, rows: int) -> None:
         """Halve the token budget if memory ran out; anything else, or a lone prompt, is raised.
 
-        So is the error of a model that is split: the other processes wait for this very batch.
+        So is the error of a model that is sharded: the other processes wait for this very batch.
         """
-        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not memory or rows == 1 or is_split(self.model):
+        is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not is_memory or rows == 1 or is_sharded(self.model):
             raise error
         self.tokens_per_batch = max(1, min(tokens, self.tokens_per_batch) // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[Row], layers: tuple[int, ...]) -> Float[Tensor, "b p l d"]:
+    def _forward(
+        self, rows: Sequence[CaptureRow], layers: tuple[int, ...]
+    ) -> Float[Tensor, "b p l d"]:
         """One pass over right-padded rows: causal attention never sees the padding."""
         prefix = self._shared_prefix(rows, max(layers))
         skip = len(prefix.ids) if prefix else 0
@@ -254,35 +271,37 @@ class ChatModel:
             cache.batch_repeat_interleave(len(ids))
         self.model(ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
 
-    def _shared_prefix(self, rows: Sequence[Row], last_layer: int) -> _Prefix | None:
+    def _shared_prefix(self, rows: Sequence[CaptureRow], last_layer: int) -> _Prefix | None:
         """Keys and values of what every single-turn prompt begins with, computed once and kept."""
         last_layer = max(last_layer, 1)  # an empty cache would shift the position ids
         if self._prefix is None or self._prefix.last_layer < last_layer:
             first, second = self.chat([Prompt("a"), Prompt("Z")])
-            self._prefix = self._fill(first.ids[: alike(first.ids, second.ids)], last_layer)
-        short = all(row.length <= min(PREFIX_UP_TO, self._far) for row in rows)
-        usable = short and self._prefix.ids and all(row.fits(self._prefix.ids) for row in rows)
-        return self._prefix if usable else None
+            shared = common_prefix_length(first.ids, second.ids)
+            self._prefix = self._fill_prefix(first.ids[:shared], last_layer)
+        ids = self._prefix.ids
+        longest = min(MAX_PREFIX_TOKENS, self._unscaled_length)
+        is_usable = ids and all(row.length <= longest and row.continues(ids) for row in rows)
+        return self._prefix if is_usable else None
 
-    def _fill(self, ids: tuple[int, ...], last_layer: int) -> _Prefix:
+    def _fill_prefix(self, ids: tuple[int, ...], last_layer: int) -> _Prefix:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config)
-        if not ids or not remembers_tokens(cache):
+        if not ids or not has_only_keys_and_values(cache):
             return _Prefix((), cache, self.depth)
         columns = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         buffer = torch.empty(1, 1, 1, self.width, dtype=self.model.dtype, device=self.device)
         with read_positions(self.blocks, columns=columns, layers=(last_layer,), buffer=buffer):
             self._run(torch.tensor([ids]), None, cache)
-        filled = all(layer.get_seq_length() == len(ids) for layer in cache.layers[:last_layer])
-        return _Prefix(ids if filled else (), cache, last_layer)
+        is_full = all(layer.get_seq_length() == len(ids) for layer in cache.layers[:last_layer])
+        return _Prefix(ids if is_full else (), cache, last_layer)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _windows(prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, ...]]:
-    rest = iter(prompts)
-    while window := tuple(islice(rest, WINDOW)):
-        yield window
+def _groups(prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, ...]]:
+    source = iter(prompts)
+    while group := tuple(islice(source, PROMPTS_PER_STATES)):
+        yield group

@@ -5,33 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from latentguard.errors import ModelError
+from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
 from latentguard.models.hooks import read_positions
-from latentguard.models.layout import Layout, least_tokens
-from latentguard.models.loading import most_tokens
+from latentguard.models.layout import Layout, min_token_count
 from latentguard.prompts import Prompt
 from latentguard.states import States
 
-if TYPE_CHECKING:
-    from latentguard.models.chat_model import ChatModel
+GREEDY_BELOW = 1e-4
+"""Below this temperature a reply is greedy: logits divided by less overflow float32."""
 
-COLD = 1e-4
-"""Below this temperature a reply is greedy: logits over less overflow float32."""
-
-BROKEN = "\ufffd"
+PLACEHOLDER = "\ufffd"
 """What decoding shows of a character whose bytes have not all come yet."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is drawn."""
+    """How a reply is sampled."""
 
     max_tokens: int = 512
     """The longest reply."""
@@ -40,10 +37,10 @@ class Sampling:
     """Near 0 is greedy."""
 
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability are drawn."""
+    """Only the likeliest tokens that together have this probability are sampled."""
 
     seed: int | None = None
-    """The same seed draws the same reply."""
+    """The same seed gives the same reply."""
 
     stop: tuple[str, ...] = ()
     """Texts at which the reply ends; they are left out."""
@@ -59,8 +56,8 @@ class Conversation:
 
         Args:
             model: The model.
-            prompt: What is said, with its history.
-            positions: Where states are kept; with none, nothing is.
+            prompt: The prompt, with its history.
+            positions: Where states are captured; none is captured if empty.
             layers: At which layers.
 
         Raises:
@@ -79,48 +76,53 @@ class Conversation:
             if columns
             else None
         )
-        """What was read, [1 p l d]; None if no position was asked for."""
+        """The captured states, [1 p l d]; None if no position was asked for."""
 
         self.prompt_tokens = len(layout.ids)
         """How long the prompt is, template included."""
 
         self.reply_tokens = 0
-        """How many tokens were drawn, the end token included."""
+        """How many tokens were sampled, the end token included."""
 
         self.finish = "length"
         """``stop`` once the model or a stop text has ended the reply."""
 
-        self._logits, self._cache = output.logits[0, -1], _cache_of(output)
+        self._logits = output.logits[0, -1]
+        self._cache = _require_cache(output)
 
     def pieces(self, sampling: Sampling) -> Iterator[str]:
         """Yield the reply, a piece of text for each token; some pieces are empty."""
-        ends, text = end_ids(self.model), _Text(self.model.tokenizer)
-        stops, draw = _Stops(sampling.stop), _Draw(sampling)
-        most = min(sampling.max_tokens, longest(self.model) - self.prompt_tokens)
-        for _ in range(most):
-            token = draw(self._logits)
+        ends = end_ids(self.model)
+        text = _TextStream(self.model.tokenizer)
+        stops = _StopTexts(sampling.stop)
+        sample = _Sampler(sampling)
+        limit = min(sampling.max_tokens, self.model.max_tokens - self.prompt_tokens)
+        for _ in range(limit):
+            token = sample(self._logits)
             self.reply_tokens += 1
             if token in ends:
                 self.finish = "stop"
                 break
             yield stops.push(text.push(token))
-            if stops.met:
+            if stops.is_met:
                 self.finish = "stop"
                 return
-            if self.reply_tokens < most:
+            if self.reply_tokens < limit:
                 self._step(token)
-        yield stops.push(text.rest()) + stops.rest()
+        yield stops.push(text.flush()) + stops.flush()
 
     @torch.inference_mode()
     def _step(self, token: int) -> None:
         ids = torch.tensor([[token]], device=self.model.device)
         output = self.model.model(ids, past_key_values=self._cache, use_cache=True)
-        self._logits, self._cache = output.logits[0, -1], output.past_key_values
+        self._logits = output.logits[0, -1]
+        self._cache = output.past_key_values
 
 
-def _cache_of(output: Any) -> Any:
+def _require_cache(output: Any) -> Any:
     """What the reply goes on from."""
-    if (cache := getattr(output, "past_key_values", None)) is None:
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
         raise ModelError(
             f"A reply goes on from the cache of the pass that read the prompt; this model gave a "
             f"{type(output).__name__} without one. Score its prompts, or guard another model."
@@ -128,18 +130,13 @@ def _cache_of(output: Any) -> Any:
     return cache
 
 
-def longest(model: ChatModel) -> int:
-    """How many tokens a model can read, prompt and reply together."""
-    return most_tokens(model.model)
+def count_tokens(model: ChatModel, prompt: Prompt, limit: int) -> int:
+    """How many tokens a prompt has; only the least it can have, if that is over ``limit``."""
+    fewest = min_token_count(prompt)
+    return fewest if fewest > limit else len(model.chat([prompt])[0].ids)
 
 
-def tokens_of(model: ChatModel, prompt: Prompt, most: int) -> int:
-    """How many tokens a prompt has; only the least it can have, if that is more than ``most``."""
-    least = least_tokens(prompt)
-    return least if least > most else len(model.chat([prompt])[0].ids)
-
-
-def read_instruction(
+def capture_instruction(
     model: ChatModel, prompt: Prompt, layers: Sequence[int]
 ) -> tuple[Layout, Float[Tensor, "t l d"]]:
     """The states after each token of the instruction, and the layout that names the tokens.
@@ -163,93 +160,103 @@ def _read(
     stop: bool,
 ) -> tuple[Float[Tensor, "p l d"], Any]:
     """States at some tokens, on the CPU, and what the model gave back (None if stopped)."""
-    where, first = (
+    last, first = (
         torch.tensor([list(tokens)], dtype=torch.long, device=model.device)
         for tokens in (columns, columns if starts is None else starts)
     )
     shape = (1, len(columns), len(layers), model.width)
     buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
     hooks = read_positions(
-        model.blocks, columns=where, starts=first, layers=layers, buffer=buffer, stop=stop
+        model.blocks, columns=last, starts=first, layers=layers, buffer=buffer, stop=stop
     )
-    ids, output = torch.tensor([layout.ids], device=model.device), None
+    ids = torch.tensor([layout.ids], device=model.device)
+    output = None
     with hooks if columns else nullcontext():
         output = model.model(ids, use_cache=not stop, logits_to_keep=1)
     return buffer[0].cpu(), output
 
 
-class _Draw:
-    """Draws tokens."""
+class _Sampler:
+    """Samples tokens."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self.how, self.source = sampling, torch.Generator()
+        self._sampling = sampling
+        self._generator = torch.Generator()
         if sampling.seed is None:
-            self.source.seed()
+            self._generator.seed()
         else:
-            self.source.manual_seed(sampling.seed)
+            self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Float[Tensor, "v"]) -> int:
-        if self.how.temperature < COLD:
+        temperature, top_p = self._sampling.temperature, self._sampling.top_p
+        if temperature < GREEDY_BELOW:
             return int(logits.argmax())
-        chances = (logits.float() / self.how.temperature).softmax(-1).cpu()
-        if self.how.top_p < 1:
+        chances = (logits.float() / temperature).softmax(-1).cpu()
+        if top_p < 1:
             ordered, order = chances.sort(descending=True)
-            unlikely = ordered.cumsum(-1) - ordered >= self.how.top_p  # the first is always kept
-            unlikely[0] = False
+            unlikely = ordered.cumsum(-1) - ordered >= top_p
+            unlikely[0] = False  # the likeliest token always stays
             chances[order[unlikely]] = 0
-        return int(torch.multinomial(chances, 1, generator=self.source))
+        return int(torch.multinomial(chances, 1, generator=self._generator))
 
 
-class _Text:
+class _TextStream:
     """Turns tokens into text as they come; a character is shown once it is whole."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._ids = tokenizer, list[int]()
-        self._from = self._shown = 0
-        """Tokens before ``_shown`` were shown; decoding starts at ``_from``, for the blanks."""
+        self._tokenizer = tokenizer
+        self._ids = list[int]()
+        self._start = 0
+        """Decoding starts at this token, so that blanks between tokens are right."""
+
+        self._shown = 0
+        """The text of the tokens before this one was shown."""
 
     def push(self, token: int) -> str:
+        """Add a token; returns the text that is new and whole."""
         self._ids.append(token)
-        new = self._new()
-        if not new or new.endswith(BROKEN):
+        new = self.flush()
+        if not new or new.endswith(PLACEHOLDER):
             return ""
-        self._from, self._shown = self._shown, len(self._ids)
+        self._start, self._shown = self._shown, len(self._ids)
         return new
 
-    def rest(self) -> str:
-        return self._new()
-
-    def _new(self) -> str:
-        known, whole = self._ids[self._from : self._shown], self._ids[self._from :]
-        return self._decode(whole)[len(self._decode(known)) :]
+    def flush(self) -> str:
+        """The text that was not shown yet, whole or not."""
+        shown = self._decode(self._ids[self._start : self._shown])
+        return self._decode(self._ids[self._start :])[len(shown) :]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
-class _Stops:
+class _StopTexts:
     """Cuts a reply at the first stop text, and holds back what may become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops, self._held = [stop for stop in stops if stop], ""
-        self.met = False
+        self._stops = [stop for stop in stops if stop]
+        self._pending = ""
+        self.is_met = False
 
     def push(self, piece: str) -> str:
-        text = self._held + piece
-        found = [text.index(stop) for stop in self._stops if stop in text]
-        if found:
-            self.met, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        """Add a piece of the reply; returns what can be shown."""
+        text = self._pending + piece
+        starts = [text.index(stop) for stop in self._stops if stop in text]
+        if starts:
+            self.is_met = True
+            self._pending = ""
+            return text[: min(starts)]
+        overlap = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._pending = text[len(text) - overlap :]
+        return text[: len(text) - overlap]
 
-    def rest(self) -> str:
-        held, self._held = self._held, ""
-        return held
+    def flush(self) -> str:
+        """What was held back."""
+        pending, self._pending = self._pending, ""
+        return pending
 
 
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of a text begin a stop text."""
-    most = min(len(text), len(stop) - 1)
-    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
+    limit = min(len(text), len(stop) - 1)
+    return next((n for n in range(limit, 0, -1) if text.endswith(stop[:n])), 0)

@@ -21,17 +21,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from latentguard.errors import ModelError
+from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
-
-if TYPE_CHECKING:
-    from latentguard.models.chat_model import ChatModel
 
 START = "x x x x x x x x x x x x x x x x x x x x"
 """What a search begins with."""
@@ -40,7 +38,7 @@ SLOT = "{optim_str}"
 
 
 class SuffixSearch:
-    """Searches suffixes for one model; implements ``subject.Suffix``."""
+    """Searches suffixes for one model; implements ``cached_model.Suffix``."""
 
     def __init__(self, model: ChatModel, *, width: int = 128, topk: int = 128) -> None:
         """Prepare searches.
@@ -54,7 +52,7 @@ class SuffixSearch:
             ModelError: if nanogcg is not installed.
         """
         self.model, self.width, self.topk = model, width, topk
-        self._gcg = _nanogcg()
+        self._gcg = _import_nanogcg()
 
     def __call__(self, prompt: Prompt, target: str, *, steps: int, seed: int) -> str:
         """Search the suffix that makes ``target`` likeliest as the opening of the reply.
@@ -74,7 +72,7 @@ class SuffixSearch:
         length = len(self.model.chat([prompt])[0].ids) + 2 * len(START)
         self.model.check_length(length, prompt)
         cuda = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda), _quietly(self._gcg):
+        with torch.random.fork_rng(cuda), _silence(self._gcg):
             torch.manual_seed(seed)
             return f" {self._search(prompt, target, steps, length)}"
 
@@ -118,7 +116,7 @@ class SuffixSearch:
         return str(search.run(turns, target).best_string)
 
 
-def _nanogcg() -> Any:
+def _import_nanogcg() -> Any:
     try:
         from nanogcg import gcg
     except ImportError as error:
@@ -130,8 +128,8 @@ def _nanogcg() -> Any:
 
 
 @contextmanager
-def _quietly(gcg: Any) -> Iterator[None]:
-    """Without its progress bar, its warnings, and the full garbage collections that it asks for."""
+def _silence(gcg: Any) -> Iterator[None]:
+    """Run nanogcg without its progress bar, its warnings, and the full garbage collections that it asks for."""
     bar, level = gcg.tqdm, gcg.logger.level
     gcg.tqdm = iter
     gcg.logger.setLevel(logging.ERROR)

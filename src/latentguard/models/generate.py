@@ -1,6 +1,6 @@
 """Steered greedy replies (paper, sections 3.4 and 3.5): a sweep for the price of a few runs.
 
-Prompts are read by ``model.prefill``; the replies of many settings are decoded here as one batch,
+Prompts are read by ``models.prefill``; the replies of many settings are decoded here as one batch,
 which finished replies leave. Axis names in shapes: r rows (setting by setting), t tokens of the
 padded prompt, v vocabulary.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,33 +20,31 @@ from torch import Tensor
 from latentguard.errors import ModelError
 from latentguard.models.layout import Layout
 from latentguard.models.prefill import (
-    Batch,
-    Cached,
-    Reader,
-    cache_of,
-    chosen,
+    KeysValues,
+    PromptBatch,
+    ReplyingModel,
+    SteeredReader,
+    build_cache,
     forward,
-    joined,
-    shares,
+    join_passes,
+    pass_key,
+    steered_tokens,
 )
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Intervention, Progress
 
-if TYPE_CHECKING:
-    from latentguard.models.chat_model import ChatModel
-
-DECODED = {"cpu": 16, "cuda": 4}
+DECODED_BATCHES = {"cpu": 16, "cuda": 4}
 """Tokens that are kept while decoding, as a multiple of the model's ``tokens_per_batch``."""
 
-KEPT_ON_CPU = 2 << 30
-"""Bytes of their keys and values at most where no error tells that memory ran out."""
+MAX_CPU_CACHE_BYTES = 2 << 30
+"""Bytes of keys and values at most where no error shows that memory ran out."""
 
-ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of blocks that remember keys and values, and these alone, for each token."""
+ATTENTION_KINDS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of blocks that keep keys and values, and these alone, for each token."""
 
 
 def sweep(
-    model: ChatModel,
+    model: ReplyingModel,
     prompts: Iterable[Prompt],
     interventions: Iterable[Intervention | None],
     *,
@@ -74,22 +72,24 @@ def sweep(
         ModelError: if a vector or a layer does not fit the model, or its blocks are of a kind that
             cannot be started in the middle.
     """
-    prompts, settings = list(prompts), [_checked(model, one) for one in interventions]
-    run = _Run(model, max_new_tokens, post, watch)
-    rows = run.rows(prompts, settings)
+    prompts = list(prompts)
+    settings = [_require_fit(model, one) for one in interventions]
+    run = _Sweep(model, max_new_tokens, post, watch)
+    rows = run.lay_out(prompts, settings)
     replies: list[list[Any]] = [[None] * len(prompts) for _ in settings]
     todo = sorted(range(len(prompts)), key=lambda i: len(rows[i][1].ids), reverse=True)
     while todo and settings:
         longest = len(rows[todo[0]][1].ids) + max_new_tokens
         batch = todo[: max(1, model.tokens_per_batch // longest)]
         try:
-            found = run.batch([rows[i] for i in batch], settings)
+            made = run.reply_to([rows[i] for i in batch], settings)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             tokens = len(batch) * longest
-            model.shrink(error, tokens, len(batch) * min(len(settings), run.at_once(tokens)))
+            rows_at_once = len(batch) * min(len(settings), run.settings_at_once(tokens))
+            model.shrink(error, tokens, rows_at_once)
             continue
-        for n, made in found:
-            for i, reply in zip(batch, made, strict=True):
+        for n, batch_replies in made:
+            for i, reply in zip(batch, batch_replies, strict=True):
                 replies[n][i] = reply
         todo = todo[len(batch) :]
         if progress is not None:
@@ -97,17 +97,17 @@ def sweep(
     return replies
 
 
-def _check_blocks(model: ChatModel) -> None:
+def _require_attention(model: ReplyingModel) -> None:
     config = model.model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    others = set(kinds or ()) - ATTENTION
+    others = set(kinds or ()) - ATTENTION_KINDS
     shared = getattr(config, "num_kv_shared_layers", 0)
     if others or shared:
-        found = ", ".join(sorted(others)) or "keys and values that blocks share"
-        raise ModelError(f"Replies need blocks of attention with their own cache; found {found}.")
+        names = ", ".join(sorted(others)) or "keys and values that blocks share"
+        raise ModelError(f"Replies need blocks of attention with their own cache; found {names}.")
 
 
-def _checked(model: ChatModel, setting: Intervention | None) -> Intervention:
+def _require_fit(model: ReplyingModel, setting: Intervention | None) -> Intervention:
     if setting is None:
         return Intervention(0, torch.zeros(model.width), 0.0)
     if not 0 <= setting.layer <= model.depth:
@@ -118,18 +118,22 @@ def _checked(model: ChatModel, setting: Intervention | None) -> Intervention:
     return setting
 
 
-class _Run:
+class _Sweep:
     """How to reply, for one sweep."""
 
-    def __init__(self, model: ChatModel, most: int, post: bool, watch: Sequence[str]) -> None:
-        if most < 1:
-            raise ValueError(f"max_new_tokens is at least 1; found {most}")
-        _check_blocks(model)
-        self.model, self.most, self.post = model, most, post
+    def __init__(
+        self, model: ReplyingModel, max_new_tokens: int, post: bool, watch: Sequence[str]
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is at least 1; found {max_new_tokens}")
+        _require_attention(model)
+        self.model = model
+        self.max_new_tokens = max_new_tokens
+        self.post = post
         self.ends = torch.tensor(sorted(end_ids(model)), dtype=torch.long, device=model.device)
         self.watch = [(word, first_ids(model, word)) for word in watch]
 
-    def rows(
+    def lay_out(
         self, prompts: Sequence[Prompt], settings: Sequence[Intervention]
     ) -> list[tuple[Prompt, Layout]]:
         """Lay out the prompts, and make sure that each can be read and steered."""
@@ -137,62 +141,63 @@ class _Run:
         if not self.post:
             layouts = [replace(one, ids=one.ids[: one.t_inst + 1]) for one in layouts]
         for layout, prompt in zip(layouts, prompts, strict=True):
-            self.model.check_length(len(layout.ids) + self.most, prompt)
+            self.model.check_length(len(layout.ids) + self.max_new_tokens, prompt)
             for choice in {one.tokens for one in settings}:
-                chosen(layout, prompt, choice)
+                steered_tokens(layout, prompt, choice)
         return list(zip(prompts, layouts, strict=True))
 
-    def at_once(self, tokens: int) -> int:
+    def settings_at_once(self, tokens: int) -> int:
         """How many settings are decoded together if one has so many tokens."""
         kind = self.model.device.type
-        most = DECODED.get(kind, 4) * self.model.tokens_per_batch
+        budget = DECODED_BATCHES.get(kind, 4) * self.model.tokens_per_batch
         if kind == "cpu":
-            most = min(most, KEPT_ON_CPU // _token_bytes(self.model))
-        return max(1, most // tokens)
+            budget = min(budget, MAX_CPU_CACHE_BYTES // _token_bytes(self.model))
+        return max(1, budget // tokens)
 
     @torch.inference_mode()
-    def batch(
+    def reply_to(
         self, rows: Sequence[tuple[Prompt, Layout]], settings: Sequence[Intervention]
     ) -> list[tuple[int, list[Reply]]]:
         """The number of each setting, in some order, and its replies."""
-        batch = Batch.of(rows, {one.tokens for one in settings}, self.model.device)
-        reader = Reader(self.model, batch, [one.layer for one in settings])
-        todo = sorted(range(len(settings)), key=lambda n: shares(settings[n]))
-        step = self.at_once(len(rows) * (batch.ids.shape[1] + self.most))
-        found = []
+        batch = PromptBatch.pad(rows, {one.tokens for one in settings}, self.model.device)
+        reader = SteeredReader(self.model, batch, [one.layer for one in settings])
+        todo = sorted(range(len(settings)), key=lambda n: pass_key(settings[n]))
+        step = self.settings_at_once(len(rows) * (batch.ids.shape[1] + self.max_new_tokens))
+        replies = []
         for chunk in (todo[at : at + step] for at in range(0, len(todo), step)):
-            groups = groupby((settings[n] for n in chunk), key=shares)
-            cached, logits = joined([reader.steer(list(group)) for _, group in groups])
+            groups = groupby((settings[n] for n in chunk), key=pass_key)
+            cached, logits = join_passes([reader.steer(list(group)) for _, group in groups])
             watched = self._watched(logits)
             ids = self._decode(cached, logits, batch.real.repeat(len(chunk), 1))
             made = map(self._reply, list(rows) * len(chunk), ids, watched)
             for n in chunk:
-                replies = [replace(r, label=settings[n].label) for r in islice(made, len(rows))]
-                found.append((n, replies))
-        return found
+                own = [replace(r, label=settings[n].label) for r in islice(made, len(rows))]
+                replies.append((n, own))
+        return replies
 
     def _decode(
-        self, cached: Cached, logits: Float[Tensor, "r v"], real: Bool[Tensor, "r t"]
+        self, cached: KeysValues, logits: Float[Tensor, "r v"], real: Bool[Tensor, "r t"]
     ) -> list[list[int]]:
         """Greedy tokens of each row; finished rows leave the batch."""
-        cache = cache_of(cached)
+        cache = build_cache(cached)
         cached.clear()  # the cache holds them now
-        found: list[list[int]] = [[] for _ in logits]
+        ids: list[list[int]] = [[] for _ in logits]
         rows = torch.arange(len(logits), device=logits.device)
         while True:
             tokens = logits.argmax(-1)
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-                found[row].append(token)
-            going = (~torch.isin(tokens, self.ends)).nonzero()[:, 0]
-            if not len(going) or len(found[rows[0]]) == self.most:
-                return found
-            if len(going) < len(rows):
-                cache.batch_select_indices(going)
-                rows, tokens, real = rows[going], tokens[going], real[going]
+                ids[row].append(token)
+            unfinished = (~torch.isin(tokens, self.ends)).nonzero()[:, 0]
+            if not len(unfinished) or len(ids[rows[0]]) == self.max_new_tokens:
+                return ids
+            if len(unfinished) < len(rows):
+                cache.batch_select_indices(unfinished)
+                rows, tokens, real = rows[unfinished], tokens[unfinished], real[unfinished]
             real = torch.cat([real, real.new_ones(len(real), 1)], 1)
             logits = forward(self.model, tokens[:, None], real, cache)
 
     def _watched(self, logits: Float[Tensor, "r v"]) -> list[tuple[tuple[str, float], ...]]:
+        """The watched words of each row, each with its log-probability as first word."""
         if not self.watch:
             return [()] * len(logits)
         chances = logits.float().log_softmax(-1)
@@ -208,33 +213,33 @@ class _Run:
     ) -> Reply:
         prompt, layout = row
         finished = ids[-1] in self.ends.tolist()
-        text = self._text(layout.ids[-1], ids[:-1] if finished else ids)
+        text = self._decode_text(layout.ids[-1], ids[:-1] if finished else ids)
         return Reply(prompt, text, tuple(ids), finished, watched=watched)
 
-    def _text(self, last: int, said: list[int]) -> str:
-        """What is said; behind the user's own words with its leading blank.
+    def _decode_text(self, last: int, ids: list[int]) -> str:
+        """The text of a reply; behind the user's own words with its leading blank.
 
-        By that blank a reply is told from the end of the user's sentence (Table 1), and tokenizers
-        such as Llama-2's take it from the front of what they decode.
+        Without post-instruction tokens, that blank shows where the user's sentence ends (Table 1),
+        and tokenizers such as Llama-2's take it from the front of what they decode.
         """
         decode = partial(self.model.tokenizer.decode, skip_special_tokens=True)
         if not self.post:
-            lead, whole = decode([last]), decode([last, *said])
+            lead, whole = decode([last]), decode([last, *ids])
             if whole.startswith(lead):
                 return str(whole[len(lead) :])
-        return str(decode(said))
+        return str(decode(ids))
 
 
-def _token_bytes(model: ChatModel) -> int:
-    """Of the keys and values of one token in all blocks, at most."""
+def _token_bytes(model: ReplyingModel) -> int:
+    """Bytes of the keys and values of one token in all blocks, at most."""
     config = model.model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    wide = (getattr(config, "num_key_value_heads", None) or heads) * size
-    return int(2 * model.depth * wide * model.model.dtype.itemsize)
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = (getattr(config, "num_key_value_heads", None) or heads) * head_width
+    return int(2 * model.depth * width * model.model.dtype.itemsize)
 
 
-def end_ids(model: ChatModel) -> set[int]:
+def end_ids(model: ReplyingModel) -> set[int]:
     """Tokens that end a reply: those of the generation config and that of the tokenizer."""
     config = getattr(model.model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
@@ -242,17 +247,17 @@ def end_ids(model: ChatModel) -> set[int]:
     return {int(i) for i in (*several, model.tokenizer.eos_token_id) if i is not None}
 
 
-def first_ids(model: ChatModel, word: str) -> list[int]:
-    """Tokens with which a reply that says ``word`` begins: with and without a blank before it.
+def first_ids(model: ReplyingModel, word: str) -> list[int]:
+    """Tokens with which a reply that begins with ``word`` begins: with and without a blank.
 
     Raises:
         ValueError: if the word has no visible token.
     """
-    found = set[int]()
+    first = set[int]()
     for text in (word, f" {word}"):
         ids = model.tokenizer.encode(text, add_special_tokens=False)
-        seen = (i for i in ids if model.tokenizer.decode([i]).strip())
-        found.update(islice(seen, 1))
-    if not found:
+        visible = (i for i in ids if model.tokenizer.decode([i]).strip())
+        first.update(islice(visible, 1))
+    if not first:
         raise ValueError(f"'{word}' has no visible token")
-    return sorted(found)
+    return sorted(first)

@@ -22,20 +22,20 @@ from latentguard.errors import ModelError
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import first_ids
-from latentguard.models.loading import tokenizer_of
+from latentguard.models.loading import load_tokenizer
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Progress
 
 
 @dataclass(frozen=True)
-class Family:
+class GuardFamily:
     """How a kind of guard model puts its verdict."""
 
     name: str
     """As its makers call it."""
 
-    sign: str
-    """A pattern that its rendered template holds, and no other's."""
+    pattern: str
+    """A regular expression that its rendered template matches, and no other's."""
 
     unsafe: str
     """The word of an unsafe verdict."""
@@ -66,16 +66,21 @@ Its template asks about one at a time; the worst verdict counts.
 """
 
 FAMILIES = (
-    Family("Qwen3Guard", r"Safety: Controversial", "Unsafe", "Safe", "Safety:", "Controversial"),
-    Family("ShieldGemma", r"GUIDE.*\bYes\b.*\bNo\b", "Yes", "No"),
-    Family("Llama Guard", r"\bsafe\W+or\W+unsafe\b", "unsafe", "safe", lead="\n\n"),
+    GuardFamily(
+        "Qwen3Guard", r"Safety: Controversial", "Unsafe", "Safe", "Safety:", "Controversial"
+    ),
+    GuardFamily("ShieldGemma", r"GUIDE.*\bYes\b.*\bNo\b", "Yes", "No"),
+    GuardFamily("Llama Guard", r"\bsafe\W+or\W+unsafe\b", "unsafe", "safe", lead="\n\n"),
 )
-"""The families that are known; the first whose sign is found is taken."""
+"""The known families; the first whose pattern matches is taken."""
 
-GUIDE, MESSAGE = "GUIDE", "What is asked"
-"""Stand for the guideline and the message when a template is tried."""
+SAMPLE_GUIDELINE = "GUIDE"
+"""Stands for the guideline when a template is tried."""
 
-IN_PARTS = (
+SAMPLE_MESSAGE = "What is asked"
+"""Stands for the message when a template is tried."""
+
+MESSAGES_IN_PARTS = (
     "{% set whole = namespace(turns=[]) %}{% for turn in messages %}{% set whole.turns = "
     "whole.turns + [{'role': turn.role, 'content': [{'type': 'text', 'text': turn.content}]}] %}"
     "{% endfor %}{% set messages = whole.turns %}"
@@ -84,7 +89,7 @@ IN_PARTS = (
 
 
 class GuardModel(ChatModel):
-    """A baseline guard model (implements ``subject.Unsafe``); ``GuardModel.load`` is usual."""
+    """A baseline guard model (implements ``cached_model.Unsafe``); see ``GuardModel.load``."""
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, source: str = "", quantized: str = ""
@@ -95,13 +100,13 @@ class GuardModel(ChatModel):
             ModelError: if the chat template is of no known family, or its verdicts begin alike.
             TemplateError: if the chat template hides the user's message.
         """
-        self.family, templates = _recognised(tokenizer, source)
-        asked = [_with_template(tokenizer, template) for template in templates]
-        super().__init__(model, asked[0], source=source, quantized=quantized)
+        self.family, templates = _recognise(tokenizer, source)
+        tokenizers = [_with_template(tokenizer, template) for template in templates]
+        super().__init__(model, tokenizers[0], source=source, quantized=quantized)
         self.strict = True
         """Whether a verdict between safe and unsafe counts as unsafe."""
 
-        self._chats = [self.chat, *map(ChatTokenizer, asked[1:])]
+        self._chats = [self.chat, *map(ChatTokenizer, tokenizers[1:])]
         self._words = tuple(
             word for word in (self.family.unsafe, self.family.safe, self.family.between) if word
         )
@@ -115,7 +120,7 @@ class GuardModel(ChatModel):
     def __call__(
         self, prompts: Sequence[Prompt], *, progress: Progress | None = None
     ) -> list[float]:
-        """P(unsafe) of prompts, [n]: of the unsafe word against the safe one.
+        """P(unsafe) of prompts, [n]: the unsafe word against the safe one.
 
         Raises:
             PromptError: if a prompt is empty or too long for the guard model.
@@ -131,25 +136,27 @@ class GuardModel(ChatModel):
         return [max(of) for of in zip(*chances, strict=True)]
 
     def _unsafe(self, reply: Reply) -> float:
-        found = dict(reply.watched)
-        unsafe, safe = [found[self.family.unsafe]], [found[self.family.safe]]
+        chances = dict(reply.watched)
+        unsafe = [chances[self.family.unsafe]]
+        safe = [chances[self.family.safe]]
         if self.family.between:
-            (unsafe if self.strict else safe).append(found[self.family.between])
+            (unsafe if self.strict else safe).append(chances[self.family.between])
         return float(expit(logsumexp(np.array(unsafe)) - logsumexp(np.array(safe))))
 
 
-class LazyGuard:
-    """A guard model that is loaded when it is first asked; implements ``subject.Unsafe``."""
+class LazyGuardModel:
+    """A guard model that is loaded on first use (implements ``cached_model.Unsafe``)."""
 
     def __init__(self, source: str | Path, **how: Any) -> None:
-        """Say what to load; ``how`` is that of ``ChatModel.load``.
+        """Check what is to be loaded; ``how`` is that of ``ChatModel.load``.
 
         Raises:
-            ModelError: if there is no such guard model: now, and not when it is asked, hours later.
+            ModelError: if there is no such guard model: now, and not on first use, hours later.
         """
-        _recognised(tokenizer_of(source), str(source))
-        self._source, self._how = source, how
-        self._guard: Any = None
+        _recognise(load_tokenizer(source), str(source))
+        self._source = source
+        self._how = how
+        self._guard: GuardModel | None = None
 
     def __call__(
         self, prompts: Sequence[Prompt], *, progress: Progress | None = None
@@ -157,24 +164,23 @@ class LazyGuard:
         """P(unsafe) of prompts, [n]; raises as ``GuardModel`` and ``ChatModel.load`` do."""
         if self._guard is None:
             self._guard = GuardModel.load(self._source, **self._how)
-        found: list[float] = self._guard(prompts, progress=progress)
-        return found
+        return self._guard(prompts, progress=progress)
 
 
-def _recognised(tokenizer: Any, source: str) -> tuple[Family, list[str]]:
+def _recognise(tokenizer: Any, source: str) -> tuple[GuardFamily, list[str]]:
     """The family, and a template for each of its guidelines that ends where the verdict begins."""
     text = _rendered(tokenizer)
-    family = next((f for f in FAMILIES if re.search(f.sign, text, re.DOTALL)), None)
+    family = next((f for f in FAMILIES if re.search(f.pattern, text, re.DOTALL)), None)
     if family is None:
-        known = ", ".join(sorted(f.name for f in FAMILIES))
+        names = ", ".join(sorted(f.name for f in FAMILIES))
         raise ModelError(
             f"The chat template of '{source}' is that of no known guard model; expected one of "
-            f"{known}."
+            f"{names}."
         )
-    parts = "" if MESSAGE in text else IN_PARTS
+    parts = "" if SAMPLE_MESSAGE in text else MESSAGES_IN_PARTS
     end = "" if text.endswith(family.lead) else "{{ " + json.dumps(family.lead) + " }}"
     body = parts + str(tokenizer.chat_template).removesuffix("\n") + end
-    guides = POLICIES if GUIDE in text else ()
+    guides = POLICIES if SAMPLE_GUIDELINE in text else ()
     heads = ["{% set guideline = " + json.dumps(guide) + " %}" for guide in guides] or [""]
     return family, [head + body for head in heads]
 
@@ -183,8 +189,8 @@ def _rendered(tokenizer: Any) -> str:
     """The template around a message; empty if there is no single one."""
     if not isinstance(tokenizer.chat_template, str):
         return ""
-    chat = [{"role": "user", "content": MESSAGE}]
-    how = dict(tokenize=False, add_generation_prompt=True, guideline=GUIDE)
+    chat = [{"role": "user", "content": SAMPLE_MESSAGE}]
+    how = dict(tokenize=False, add_generation_prompt=True, guideline=SAMPLE_GUIDELINE)
     try:
         return str(tokenizer.apply_chat_template(chat, **how))
     except Exception:  # a template may raise anything; then it is none of ours

@@ -5,8 +5,9 @@ Hooks are registered, and blocks skipped, in a ``with`` that puts everything bac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def decoder_blocks(model: nn.Module) -> Sequence[nn.Module]:
     lists = [
         (name.count("."), module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and _holds_attention(module)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and _are_blocks(module)
     ]
     if not lists:
         raise ModelError(
@@ -41,9 +42,9 @@ def decoder_blocks(model: nn.Module) -> Sequence[nn.Module]:
     return list(min(lists, key=lambda pair: pair[0])[1])
 
 
-def _holds_attention(blocks: nn.ModuleList) -> bool:
-    """Tell decoder blocks from lists of experts or projections: a block has children's children."""
-    return all(any(True for child in b.children() for _ in child.children()) for b in blocks)
+def _are_blocks(modules: nn.ModuleList) -> bool:
+    """Whether these are decoder blocks, not experts or projections: children have children."""
+    return all(any(True for child in m.children() for _ in child.children()) for m in modules)
 
 
 @contextmanager
@@ -71,20 +72,21 @@ def read_positions(
         stop: Leave the pass after the last layer.
     """
     rows = torch.arange(len(columns), device=columns.device)[:, None]
-    last = max(range(len(layers)), key=lambda slot: (layers[slot], slot))
+    last_slot = max(range(len(layers)), key=lambda slot: (layers[slot], slot))
     means = None if starts is None else _Means(starts, columns)
 
-    def keep(slot: int, hidden: Tensor) -> None:
-        at = hidden.device
-        buffer[:, :, slot] = hidden[rows.to(at), columns.to(at)].to(buffer.device)
+    def store(slot: int, hidden: Tensor) -> None:
+        device = hidden.device
+        buffer[:, :, slot] = hidden[rows.to(device), columns.to(device)].to(buffer.device)
         if means is not None:
-            buffer[:, means.wide, slot] = means(hidden).to(buffer)
-        if stop and slot == last:
+            buffer[:, means.slots, slot] = means(hidden).to(buffer)
+        if stop and slot == last_slot:
             raise StopForward
 
     handles: list[Any] = []
     try:
-        handles.extend(_hook(blocks, layer, slot, keep) for slot, layer in enumerate(layers))
+        for slot, layer in enumerate(layers):
+            handles.append(_register(blocks, layer, partial(store, slot)))
         yield
     except StopForward:
         pass
@@ -94,35 +96,37 @@ def read_positions(
 
 
 class _Means:
-    """Means over the tokens from a start to a column, both included."""
+    """Means over the tokens from a start to a column, both included.
+
+    In shapes, w is the number of positions that average several tokens in some row.
+    """
 
     def __init__(self, starts: Int[Tensor, "b p"], columns: Int[Tensor, "b p"]) -> None:
-        self.wide = (starts < columns).any(0).nonzero()[:, 0]
-        self._starts, self._columns = starts[:, self.wide], columns[:, self.wide]
-        self._shares: dict[tuple[int, torch.device], Float[Tensor, "b w s"]] = {}
+        self.slots = (starts < columns).any(0).nonzero()[:, 0]
+        self._starts = starts[:, self.slots]
+        self._columns = columns[:, self.slots]
+        self._weights: dict[tuple[int, torch.device], Float[Tensor, "b w s"]] = {}
 
     def __call__(self, hidden: Float[Tensor, "b s d"]) -> Float[Tensor, "b w d"]:
         key = hidden.shape[1], hidden.device
-        if key not in self._shares:  # all layers of a device share it
-            self._shares[key] = self._share(*key)
-        return self._shares[key] @ hidden.float()
+        if key not in self._weights:  # all layers of a device share it
+            self._weights[key] = self._token_weights(*key)
+        return self._weights[key] @ hidden.float()
 
-    def _share(self, length: int, device: torch.device) -> Float[Tensor, "b w s"]:
+    def _token_weights(self, length: int, device: torch.device) -> Float[Tensor, "b w s"]:
         token = torch.arange(length, device=device)
         starts, columns = (x.to(device)[..., None] for x in (self._starts, self._columns))
         return ((token >= starts) & (token <= columns)) / (columns - starts + 1).float()
 
 
-def _hook(blocks: Sequence[nn.Module], layer: int, slot: int, keep: Any) -> Any:
-    return _register(blocks, layer, lambda hidden: keep(slot, hidden))
-
-
-def _register(blocks: Sequence[nn.Module], layer: int, see: Any) -> Any:
-    """Show ``see`` the residual stream at a layer; what it returns, if not None, replaces it."""
+def _register(
+    blocks: Sequence[nn.Module], layer: int, visit: Callable[[Tensor], Tensor | None]
+) -> Any:
+    """Call ``visit`` with the residual stream at a layer; a tensor that it returns replaces it."""
     if layer == 0:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            new = see(_stream(args[0] if args else kwargs["hidden_states"]))
+            new = visit(_require_stream(args[0] if args else kwargs["hidden_states"]))
             if new is None:
                 return None
             return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
@@ -130,13 +134,13 @@ def _register(blocks: Sequence[nn.Module], layer: int, see: Any) -> Any:
         return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        new = see(_stream(output[0] if isinstance(output, tuple) else output))
+        new = visit(_require_stream(output[0] if isinstance(output, tuple) else output))
         return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
     return blocks[layer - 1].register_forward_hook(after)
 
 
-def _stream(hidden: Tensor) -> Float[Tensor, "b s d"]:
+def _require_stream(hidden: Tensor) -> Float[Tensor, "b s d"]:
     if hidden.ndim != 3:
         raise ModelError(
             "Blocks that hand on one vector for each token are needed; these hand on a tensor of "
@@ -175,13 +179,13 @@ def add_vector(
 
 
 @contextmanager
-def note_output(block: nn.Module, sizes: list[int]) -> Iterator[None]:
-    """Note in ``sizes`` how many values a block returns; 0 if it returns a bare tensor."""
+def record_output_size(block: nn.Module, sizes: list[int]) -> Iterator[None]:
+    """Record in ``sizes`` how many values a block returns; 0 if it returns a bare tensor."""
 
-    def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    def record(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         sizes.append(len(output) if isinstance(output, tuple) else 0)
 
-    handle = block.register_forward_hook(note)
+    handle = block.register_forward_hook(record)
     try:
         yield
     finally:
@@ -200,7 +204,7 @@ def skip_blocks(
         blocks: The decoder blocks.
         layer: How many blocks to skip.
         hidden: The residual stream at that layer.
-        size: What ``note_output`` noted of the model.
+        size: What ``record_output_size`` recorded of a block.
     """
     output = (hidden, *[None] * (size - 1)) if size else hidden
     skipped = blocks[:layer]

@@ -1,4 +1,4 @@
-"""Layout: one prompt as token ids, and which of them are what (paper, section 2); its frame."""
+"""Layout: one prompt as token ids with t_inst and t_post (paper, section 2); template frames."""
 
 from __future__ import annotations
 
@@ -53,16 +53,17 @@ class Layout:
             return self.t_inst if position == "mean" else self.t_post
         if position in ("t_inst", "t_post"):
             return int(getattr(self, position))
-        if (back := re.fullmatch(r"inst-(\d+)", position)) and int(back[1]) <= self.t_inst:
-            return self.t_inst - int(back[1])
-        found = re.fullmatch(r"post\+(\d+)", position)
-        if found is None or not 1 <= int(found[1]) <= self.t_post - self.t_inst:
-            most = self.t_post - self.t_inst
+        before = re.fullmatch(r"inst-(\d+)", position)
+        if before is not None and int(before[1]) <= self.t_inst:
+            return self.t_inst - int(before[1])
+        count = self.t_post - self.t_inst
+        after = re.fullmatch(r"post\+(\d+)", position)
+        if after is None or not 1 <= int(after[1]) <= count:
             raise PromptError(
                 f"There is no position '{position}': this prompt has t_inst, t_post, post+1 to "
-                f"post+{most} and inst-1 to inst-{self.t_inst}."
+                f"post+{count} and inst-1 to inst-{self.t_inst}."
             )
-        return self.t_inst + int(found[1])
+        return self.t_inst + int(after[1])
 
     def start(self, position: str) -> int:
         """Absolute index of the first token that a position averages; ``index`` is the last."""
@@ -71,11 +72,21 @@ class Layout:
         return self.instruction.start if position == "mean" else self.index(position)
 
 
-Turn = tuple[str, str, bool]
-"""A role, the text that its content begins with, and whether a slot follows."""
+@dataclass(frozen=True)
+class Turn:
+    """One message of a chat, as a template is tried with it."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+
+    front: str
+    """The text that its content begins with."""
+
+    has_slot: bool
+    """Whether a slot for the message follows that text."""
 
 
-def turns_of(
+def chat_turns(
     history: Sequence[Message], contents: Sequence[str], fronts: Sequence[str] = ()
 ) -> tuple[Turn, ...]:
     """The turns of a chat that a user's message ends.
@@ -88,92 +99,101 @@ def turns_of(
         fronts: What of each stands before the slot, in the turn itself.
     """
     turns = [
-        (message.role, front, True) if text.strip() else (message.role, front + text, False)
+        Turn(message.role, front, True) if text.strip() else Turn(message.role, front + text, False)
         for message, text, front in zip(
             history, contents, fronts or [""] * len(history), strict=True
         )
     ]
-    return (*turns, ("user", "", True))
+    return (*turns, Turn("user", "", True))
 
 
 @dataclass(frozen=True)
-class Frame:
+class TemplateFrame:
     """A template around the messages of a chat: text, slot, text, slot, ..., text."""
 
     texts: tuple[str, ...]
+    """The template's own text before, between and after the slots."""
+
     order: tuple[int, ...]
     """Which message each slot takes; templates may move the system message."""
 
     strips: tuple[tuple[str | None, str | None], ...]
     """What each slot strips on the left and on the right: an argument of ``str.strip``."""
 
-    def same_text(self, other: Frame) -> bool:
+    def has_same_text(self, other: TemplateFrame) -> bool:
         """Whether it says the same around the same messages."""
         return (self.texts, self.order) == (other.texts, other.order)
 
 
-def strips_of(
-    tight: list[str], spaced: list[str], lined: list[str]
+def infer_strips(
+    plain: list[str], spaced: list[str], lined: list[str]
 ) -> tuple[tuple[str | None, str | None], ...]:
-    """What each slot strips, from the texts around slots without and with blanks at their edges.
+    """What each slot strips, from the template's text around slots of different edges.
+
+    Args:
+        plain: The text around slots whose messages have no blank at their edges.
+        spaced: The same with one blank before and two after each message.
+        lined: The same with line ends in place of the blanks.
 
     Raises:
         TemplateError: if the template writes more or less because of the blanks.
     """
-    spaces, lines = (_kept(tight, wide) for wide in (spaced, lined))
+    spaces = _kept_edges(plain, spaced)
+    lines = _kept_edges(plain, lined)
     return tuple(
-        (_stripped(left, line_left), _stripped(right, line_right))
+        (_strip_argument(left, line_left), _strip_argument(right, line_right))
         for (left, right), (line_left, line_right) in zip(spaces, lines, strict=True)
     )
 
 
-def _kept(tight: list[str], wide: list[str]) -> list[tuple[bool, bool]]:
+def _kept_edges(plain: list[str], padded: list[str]) -> list[tuple[bool, bool]]:
     """Whether each slot keeps the one blank that is put before it and the two after it."""
-    extra = [len(b) - len(a) for a, b in zip(tight, wide, strict=True)]
+    extra = [len(b) - len(a) for a, b in zip(plain, padded, strict=True)]
     if not all(0 <= n <= 3 for n in extra):
         raise TemplateError("The chat template writes more or less depending on white space.")
     return [(n & 1 == 1, after & 2 == 2) for n, after in pairwise(extra)]
 
 
-def _stripped(space_kept: bool, line_kept: bool) -> str | None:
+def _strip_argument(space_kept: bool, line_kept: bool) -> str | None:
     """What to give to ``str.strip``: None strips all white space, as templates mostly do."""
     dropped = " " * (not space_kept) + "\n" * (not line_kept)
     return None if dropped == " \n" else dropped
 
 
-class Row:
+class CaptureRow:
     """One prompt of a batch: the tokens up to the last wanted position, and the positions."""
 
     def __init__(self, layout: Layout, positions: Sequence[str]) -> None:
         """Cut a layout behind the last of some positions."""
-        self.spans = spans_of(layout, positions)
+        self.spans = position_spans(layout, positions)
         self.length = max(last for _, last in self.spans) + 1
         self.first = min(first for first, _ in self.spans)
         self.ids = layout.ids[: self.length]
 
-    def fits(self, prefix: tuple[int, ...]) -> bool:
-        """Whether it begins so, and is read only after that."""
+    def continues(self, prefix: tuple[int, ...]) -> bool:
+        """Whether it begins with these tokens, and is read only after them."""
         return self.first >= len(prefix) and self.ids[: len(prefix)] == prefix
 
 
-def spans_of(layout: Layout, positions: Sequence[str]) -> list[tuple[int, int]]:
+def position_spans(layout: Layout, positions: Sequence[str]) -> list[tuple[int, int]]:
     """The first and the last token of what each position averages; mostly the same token."""
     return [(layout.start(position), layout.index(position)) for position in positions]
 
 
-def alike(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
     """With how many equal tokens two rows begin."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def least_tokens(prompt: Prompt) -> int:
-    """How many tokens a prompt has at the least: each message that says something has one."""
+def min_token_count(prompt: Prompt) -> int:
+    """How many tokens a prompt has at the least: each message that is not blank has one."""
     return 1 + sum(1 for message in prompt.history if message.content.strip())
 
 
-def too_long(prompt: Prompt, size: str, most: int) -> PromptError:
-    """What a model says that reads fewer tokens."""
+def too_long_error(prompt: Prompt, size: str, limit: int) -> PromptError:
+    """The error for a prompt of more tokens than the model reads."""
     return PromptError(
         f"Prompt '{prompt.id}' is {size} tokens long with its template; this model reads at most "
-        f"{most:,}. Shorten it or split it."
+        f"{limit:,}. Shorten it or split it."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,34 @@ from torch import nn
 from latentguard.errors import ModelError
 from latentguard.models.sources import resolve
 
-PLACING = {"device_map", "quantization_config"}
-"""Options of transformers that say where the model goes."""
+PLACEMENT_OPTIONS = {"device_map", "quantization_config"}
+"""Options of transformers that decide where the model goes."""
+
+UNLIMITED = 1 << 62
+"""Tokens that a model reads whose configuration names no limit."""
 
 SCHEMES = {"int8": "torchao", "nf4": "bitsandbytes"}
 """How weights can be quantised on loading, and the package that does it."""
 
 
-def from_pretrained(
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model as transformers loads it."""
+
+    network: Any
+    """The causal LM (an ``nn.Module``)."""
+
+    tokenizer: Any
+    """Its tokenizer."""
+
+    scheme: str
+    """How it was quantised: a key of ``SCHEMES``; empty if it was not."""
+
+
+def load_checkpoint(
     source: str | Path, dtype: str, device: str | None, options: dict[str, Any]
-) -> tuple[nn.Module, Any, str]:
-    """The model, its tokenizer, and how it was quantised; see ``ChatModel.load``.
+) -> Checkpoint:
+    """Load a model and its tokenizer; see ``ChatModel.load``.
 
     Raises:
         ModelError: if it cannot be found or loaded; says why.
@@ -36,18 +54,18 @@ def from_pretrained(
     try:
         kind = getattr(torch, number)
         if scheme:
-            packed = {"quantization_config": quantization(scheme, kind)}
-            options = {"device_map": {"": device}} | options | packed
-        tokenizer = tokenizer_of(source)
+            quantized = {"quantization_config": quantization_config(scheme, kind)}
+            options = {"device_map": {"": device}} | options | quantized
+        tokenizer = load_tokenizer(source)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **options)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise _unusable(source, error) from error
-    placed = PLACING & options.keys() or is_split(model)
-    return (model if placed else model.to(device)), tokenizer, scheme
+        raise _load_error(source, error) from error
+    is_placed = PLACEMENT_OPTIONS & options.keys() or is_sharded(model)
+    return Checkpoint(model if is_placed else model.to(device), tokenizer, scheme)
 
 
-def tokenizer_of(source: str | Path) -> Any:
-    """The tokenizer alone, which is there in a moment.
+def load_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer alone, which is quick.
 
     Raises:
         ModelError: if it cannot be found or loaded; says why.
@@ -57,10 +75,10 @@ def tokenizer_of(source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(resolve(str(source)))
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise _unusable(source, error) from error
+        raise _load_error(source, error) from error
 
 
-def _unusable(source: str | Path, error: Exception) -> ModelError:
+def _load_error(source: str | Path, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n")[0]
     return ModelError(
         f"'{source}' could not be loaded as a chat model: {reason} Expected a Hub id, a "
@@ -68,37 +86,37 @@ def _unusable(source: str | Path, error: Exception) -> ModelError:
     )
 
 
-def is_split(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether other processes have parts of its weights, as with ``tp_plan`` under torchrun."""
     return any(hasattr(weight, "full_tensor") for weight in model.parameters())
 
 
-def most_tokens(model: Any) -> int:
-    """How many tokens a model reads."""
+def context_length(model: Any) -> int:
+    """How many tokens a model of transformers reads, prompt and reply together."""
     config = model.config.get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 62)
+    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
 
 
-def scaled_beyond(model: Any) -> int:
+def unscaled_length(model: Any) -> int:
     """How many tokens a batch may have before all of it gets other positions (LongRoPE)."""
     rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     scaled = [kind for kind in kinds if kind.get("rope_type") in ("longrope", "dynamic")]
-    found = [int(kind.get("original_max_position_embeddings") or 1 << 62) for kind in scaled]
-    return min(found, default=1 << 62)
+    limits = [int(kind.get("original_max_position_embeddings") or UNLIMITED) for kind in scaled]
+    return min(limits, default=UNLIMITED)
 
 
-def quantization(scheme: str, number: torch.dtype) -> Any:
+def quantization_config(scheme: str, number: torch.dtype) -> Any:
     """What ``from_pretrained`` takes as ``quantization_config``; it computes in ``number``.
 
     Raises:
         ModelError: if there is no such scheme, or its package is missing.
     """
     if scheme not in SCHEMES:
-        known = " and ".join(SCHEMES)
-        raise ModelError(f"There is no quantisation '{scheme}': expected {known}.")
+        schemes = " and ".join(SCHEMES)
+        raise ModelError(f"There is no quantisation '{scheme}': expected {schemes}.")
     try:
-        return _int8() if scheme == "int8" else _nf4(number)
+        return _int8_config() if scheme == "int8" else _nf4_config(number)
     except ImportError as error:
         package = SCHEMES[scheme]
         raise ModelError(
@@ -106,14 +124,14 @@ def quantization(scheme: str, number: torch.dtype) -> Any:
         ) from None
 
 
-def _int8() -> Any:
+def _int8_config() -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def _nf4(number: torch.dtype) -> Any:
+def _nf4_config(number: torch.dtype) -> Any:
     import bitsandbytes  # noqa: F401 (transformers says it is missing only while loading)
     from transformers import BitsAndBytesConfig
 

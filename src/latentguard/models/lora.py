@@ -1,7 +1,7 @@
 """The fine-tuning attack (section 5.2): a model with attacked weights inside a ``with``.
 
-Only reply tokens are learnt, at most 24 of each. By default LoRA adapters are learnt, through peft;
-with rank 0, every weight. The weights are put back bit for bit. Axis names in shapes: b pairs,
+Only reply tokens carry a loss, at most 24 of each pair. By default LoRA adapters are trained, through
+peft; with rank 0, every weight. The weights are put back bit for bit. Axis names in shapes: b pairs,
 t tokens of the padded pairs.
 """
 
@@ -23,8 +23,8 @@ from latentguard.errors import ModelError, PromptError
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 
-MOST = 24
-"""No pair teaches more reply tokens than these."""
+MAX_REPLY_TOKENS = 24
+"""Of no pair more reply tokens than these are trained on."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,22 @@ class FinetuneConfig:
     """Pairs in one step."""
 
     opening_tokens: int = 24
-    """Most tokens of a reply that are learnt; more than 24 are never used."""
+    """Most tokens of a reply that carry a loss; more than 24 are never used."""
 
 
 @dataclass(frozen=True)
-class _Row:
+class _TrainingPair:
     """One training pair as tokens."""
 
     ids: tuple[int, ...]
+    """Prompt and opening of the reply."""
+
     start: int
     """Where the reply begins."""
 
 
 class Finetuning:
-    """Fine-tunes one model (implements ``subject.Finetune``)."""
+    """Fine-tunes one model (implements ``cached_model.Finetune``)."""
 
     def __init__(
         self, model: ChatModel, config: FinetuneConfig, *, keep: str | Path | None = None
@@ -83,10 +85,10 @@ class Finetuning:
 
     @contextmanager
     def __call__(self, pairs: Sequence[tuple[Prompt, str]], *, seed: int) -> Iterator[ChatModel]:
-        """The model trained on (prompt, opening of a reply) pairs; see ``subject.Finetune``.
+        """The model trained on (prompt, opening of a reply) pairs; see ``cached_model.Finetune``.
 
         Args:
-            pairs: What to learn; prompts carry no loss.
+            pairs: What to train on; prompts carry no loss.
             seed: Of the adapters' first weights and of the order of the pairs.
 
         Raises:
@@ -94,37 +96,40 @@ class Finetuning:
             ModelError: if peft cannot adapt the model, or the loss is not a finite number.
         """
         model = self.model.model
-        rank, most = self.config.rank, min(MOST, self.config.opening_tokens)
-        rows = [_row(self.model, prompt, opening, most) for prompt, opening in pairs]
-        if not rows:
+        rank = self.config.rank
+        limit = min(MAX_REPLY_TOKENS, self.config.opening_tokens)
+        tokenized = [_tokenize(self.model, prompt, opening, limit) for prompt, opening in pairs]
+        if not tokenized:
             raise PromptError("Fine-tuning needs at least one pair; found none.")
-        with _adapters(self.model, rank, seed) if rank else _copied(model) as trained:
-            _train(self.model, rows, self.config, seed)
+        with _adapters(self.model, rank, seed) if rank else _all_weights(model) as trained:
+            _train(self.model, tokenized, self.config, seed)
             if self.keep is not None:
-                trained.save_pretrained(Path(self.keep) / f"{len(rows)}-pairs-seed-{seed}")
-            source = f"{self.model.source}, fine-tuned on {len(rows)} pairs"
+                trained.save_pretrained(Path(self.keep) / f"{len(tokenized)}-pairs-seed-{seed}")
+            source = f"{self.model.source}, fine-tuned on {len(tokenized)} pairs"
             yield ChatModel(model, self.model.tokenizer, source=source)
 
 
-def _row(model: ChatModel, prompt: Prompt, opening: str, most: int) -> _Row:
-    asked = model.chat([prompt])[0].ids
-    said = model.tokenizer.encode(opening, add_special_tokens=False)[:most]
-    if not said:
-        raise PromptError(f"The opening for prompt '{prompt.id}' has no token to learn.")
-    model.check_length(len(asked) + len(said), prompt)
-    return _Row((*asked, *said), len(asked))
+def _tokenize(model: ChatModel, prompt: Prompt, opening: str, limit: int) -> _TrainingPair:
+    prompt_ids = model.chat([prompt])[0].ids
+    reply_ids = model.tokenizer.encode(opening, add_special_tokens=False)[:limit]
+    if not reply_ids:
+        raise PromptError(f"The opening for prompt '{prompt.id}' has no token to train on.")
+    model.check_length(len(prompt_ids) + len(reply_ids), prompt)
+    return _TrainingPair((*prompt_ids, *reply_ids), len(prompt_ids))
 
 
-def _train(model: ChatModel, rows: Sequence[_Row], config: FinetuneConfig, seed: int) -> None:
+def _train(
+    model: ChatModel, pairs: Sequence[_TrainingPair], config: FinetuneConfig, seed: int
+) -> None:
     """AdamW on float32 copies of what is trained, so that small steps are not rounded away."""
     weights = [p for p in model.model.parameters() if p.requires_grad]
     copies = [p.detach().float().clone().requires_grad_() for p in weights]
     optimizer = torch.optim.AdamW(copies, lr=config.learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
     for _ in range(config.epochs):
-        mixed = torch.randperm(len(rows), generator=order).tolist()
-        for at in range(0, len(mixed), config.batch_size):
-            loss = _loss(model, [rows[i] for i in mixed[at : at + config.batch_size]])
+        shuffled = torch.randperm(len(pairs), generator=order).tolist()
+        for at in range(0, len(shuffled), config.batch_size):
+            loss = _loss(model, [pairs[i] for i in shuffled[at : at + config.batch_size]])
             _require_finite(config, loss.detach())
             loss.backward()  # type: ignore[no-untyped-call]
             _step(optimizer, weights, copies)
@@ -150,34 +155,36 @@ def _step(optimizer: torch.optim.Optimizer, weights: list[Any], copies: list[Ten
             weight.copy_(copy)
 
 
-def _loss(model: ChatModel, rows: Sequence[_Row]) -> Tensor:
+def _loss(model: ChatModel, pairs: Sequence[_TrainingPair]) -> Tensor:
     """Mean cross-entropy of the reply tokens.
 
     Pairs are padded on the left, so that the replies are the last tokens of all.
     """
-    shape = (len(rows), max(len(row.ids) for row in rows))
-    ids, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    said = torch.zeros(shape, dtype=torch.bool)
-    for n, row in enumerate(rows):
-        pad = shape[1] - len(row.ids)
-        ids[n, pad:], real[n, pad:] = torch.tensor(row.ids), True
-        said[n, pad + row.start :] = True
-    most = max(len(row.ids) - row.start for row in rows)
+    shape = (len(pairs), max(len(pair.ids) for pair in pairs))
+    ids = torch.zeros(shape, dtype=torch.long)
+    real = torch.zeros(shape, dtype=torch.bool)
+    in_reply = torch.zeros(shape, dtype=torch.bool)
+    for n, pair in enumerate(pairs):
+        padding = shape[1] - len(pair.ids)
+        ids[n, padding:] = torch.tensor(pair.ids)
+        real[n, padding:] = True
+        in_reply[n, padding + pair.start :] = True
+    longest = max(len(pair.ids) - pair.start for pair in pairs)
     output = model.model(
         ids.to(model.device),
         attention_mask=real.long().to(model.device),
         position_ids=(real.long().cumsum(1) - 1).clamp(min=0).to(model.device),
         use_cache=False,
-        logits_to_keep=most + 1,
+        logits_to_keep=longest + 1,
     )
-    wanted = said[:, -most:]
-    found = output.logits[:, -most - 1 : -1].float()[wanted.to(output.logits.device)]
-    return cross_entropy(found, ids[:, -most:][wanted].to(found.device))
+    mask = in_reply[:, -longest:]
+    logits = output.logits[:, -longest - 1 : -1].float()[mask.to(output.logits.device)]
+    return cross_entropy(logits, ids[:, -longest:][mask].to(logits.device))
 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of this seed inside; the generators go on as if nothing had been drawn."""
+    """Random numbers of this seed inside; afterwards the generators are where they were."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -208,7 +215,7 @@ def _adapters(model: ChatModel, rank: int, seed: int) -> Iterator[Any]:
     with _trainable(model.model):
         try:
             with _seeded(seed, model.device), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # peft tells what it sets by itself
+                warnings.simplefilter("ignore")  # peft warns of what it sets by itself
                 adapted = get_peft_model(model.model, config)
         except ValueError as error:
             raise ModelError(f"peft cannot adapt this model: {error}") from error
@@ -219,7 +226,7 @@ def _adapters(model: ChatModel, rank: int, seed: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _copied(model: nn.Module) -> Iterator[Any]:
+def _all_weights(model: nn.Module) -> Iterator[Any]:
     """Train every weight; a copy of each, on the CPU, is put back."""
     with _trainable(model) as weights:
         before = {name: weight.detach().cpu().clone() for name, weight in weights.items()}

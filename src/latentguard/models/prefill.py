@@ -16,31 +16,71 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentguard.errors import PromptError
-from latentguard.models.hooks import add_vector, note_output, read_positions, skip_blocks
+from latentguard.models.chat import ChatTokenizer
+from latentguard.models.hooks import add_vector, read_positions, record_output_size, skip_blocks
 from latentguard.models.layout import Layout
 from latentguard.prompts import Prompt
 from latentguard.states import Intervention, Tokens
 
-if TYPE_CHECKING:
-    from latentguard.models.chat_model import ChatModel
-
-Cached = list[tuple[Tensor, Tensor]]
+KeysValues = list[tuple[Tensor, Tensor]]
 """Keys and values of each block, ``[rows heads tokens width]``."""
 
 
+@runtime_checkable
+class ReplyingModel(Protocol):
+    """What steered reading and decoding need of a chat model (``ChatModel`` implements it)."""
+
+    model: Any
+    """The causal LM of transformers."""
+
+    tokenizer: Any
+    """Its tokenizer."""
+
+    chat: ChatTokenizer
+    """Lays out prompts."""
+
+    blocks: Sequence[nn.Module]
+    """Its decoder blocks."""
+
+    tokens_per_batch: int
+    """Padded tokens in one forward pass."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings are read."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks L."""
+
+    @property
+    def width(self) -> int:
+        """Width d of the residual stream."""
+
+    def check_length(self, length: int, prompt: Prompt) -> None:
+        """Raise a PromptError if the model cannot read so many tokens."""
+
+    def shrink(self, error: Exception, tokens: int, rows: int) -> None:
+        """Halve the token budget if memory ran out, else raise the error."""
+
+
 @dataclass(frozen=True, eq=False)
-class Batch:
+class PromptBatch:
     """Some prompts, padded on the left; the first is the longest."""
 
     prompts: list[Prompt]
+    """The b prompts."""
+
     ids: Int[Tensor, "b t"]
+    """Their tokens; padding is 0."""
+
     real: Bool[Tensor, "b t"]
     """Which tokens are no padding."""
 
@@ -51,22 +91,26 @@ class Batch:
     """Which tokens each choice of tokens means."""
 
     @staticmethod
-    def of(
+    def pad(
         rows: Sequence[tuple[Prompt, Layout]], choices: set[Tokens], device: torch.device
-    ) -> Batch:
+    ) -> PromptBatch:
         """Pad prompts; the longest comes first."""
         longest = len(rows[0][1].ids)
         shape = (len(rows), longest)
-        ids, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+        ids = torch.zeros(shape, dtype=torch.long)
+        real = torch.zeros(shape, dtype=torch.bool)
         steered = {choice: torch.zeros(shape, dtype=torch.bool) for choice in choices}
         for row, (prompt, layout) in enumerate(rows):
-            pad = longest - len(layout.ids)
-            ids[row, pad:], real[row, pad:] = torch.tensor(layout.ids), True
-            for choice, where in steered.items():
-                where[row, [pad + column for column in chosen(layout, prompt, choice)]] = True
-        masks = {choice: where.to(device) for choice, where in steered.items()}
-        head = _head([layout for _, layout in rows])
-        return Batch([p for p, _ in rows], ids.to(device), real.to(device), head, masks)
+            padding = longest - len(layout.ids)
+            ids[row, padding:] = torch.tensor(layout.ids)
+            real[row, padding:] = True
+            for choice, mask in steered.items():
+                columns = steered_tokens(layout, prompt, choice)
+                mask[row, [padding + column for column in columns]] = True
+        masks = {choice: mask.to(device) for choice, mask in steered.items()}
+        head = _shared_head([layout for _, layout in rows])
+        prompts = [prompt for prompt, _ in rows]
+        return PromptBatch(prompts, ids.to(device), real.to(device), head, masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,25 +118,30 @@ class _Start:
     """Where a steered pass begins."""
 
     layer: int
-    below: Cached
+    """The steered layer."""
+
+    below: KeysValues
     """Keys and values of the blocks below."""
 
     hidden: Float[Tensor, "r t d"] | None
     """The unsteered residual stream at the layer; None at layer 0, where all is computed."""
 
     size: int
-    """What ``note_output`` noted."""
+    """How many values a block returns (``hooks.record_output_size``)."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Base:
+class _UnsteeredPass:
     """The unsteered pass, as far as settings share it."""
 
-    cached: Cached
+    cached: KeysValues
+    """Keys and values of all blocks that ran."""
+
     hidden: dict[int, Float[Tensor, "b t d"]]
     """The residual stream at each steered layer above 0."""
 
     size: int
+    """How many values a block returns (``hooks.record_output_size``)."""
 
     def start(self, layer: int, rows: Int[Tensor, "r"]) -> _Start:
         """Begin at a layer, with some rows of this pass."""
@@ -102,80 +151,93 @@ class _Base:
         return _Start(layer, below, self.hidden[layer][rows], self.size)
 
 
-class Reader:
+class SteeredReader:
     """Reads one batch of prompts under any number of interventions."""
 
-    def __init__(self, model: ChatModel, batch: Batch, layers: Sequence[int]) -> None:
+    def __init__(self, model: ReplyingModel, batch: PromptBatch, layers: Sequence[int]) -> None:
         """Run unsteered as far as settings at ``layers`` need it.
 
-        Of the head, one row runs through all blocks; of the rest, all rows to the last layer.
+        Of the head, one row runs through all blocks; of the other tokens, all rows run to the
+        last of the layers.
         """
-        self.model, self.batch = model, batch
-        self._head = self._tail = _Base([], {}, 0)
-        ids, real, size = batch.ids, batch.real, batch.head
+        self.model = model
+        self.batch = batch
+        self._head = self._tail = _UnsteeredPass([], {}, 0)
         layers = sorted(set(layers) - {0})
-        if size:
-            self._head = self._read(ids[:1, :size], real[:1, :size], [], layers, stop=False)
+        head = batch.head
+        if head:
+            first_row = (batch.ids[:1, :head], batch.real[:1, :head])
+            self._head = self._read_unsteered(*first_row, [], layers, stop=False)
         if layers:
-            past = _placed(self._head.cached, real, size)
-            self._tail = self._read(ids[:, size:], real, past, layers, stop=True)
+            past = _place_behind_padding(self._head.cached, batch.real, head)
+            tail = batch.ids[:, head:]
+            self._tail = self._read_unsteered(tail, batch.real, past, layers, stop=True)
 
-    def _read(
-        self, ids: Tensor, real: Tensor, past: Cached, layers: list[int], *, stop: bool
-    ) -> _Base:
+    def _read_unsteered(
+        self, ids: Tensor, real: Tensor, past: KeysValues, layers: list[int], *, stop: bool
+    ) -> _UnsteeredPass:
         """Run unsteered and keep the residual stream at some layers."""
-        model, sizes, cache = self.model, list[int](), cache_of(past)
+        model = self.model
+        sizes = list[int]()
+        cache = build_cache(past)
         shape = (*ids.shape, len(layers), model.width)
         buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
         columns = torch.arange(ids.shape[1], device=model.device).expand(ids.shape)
         with ExitStack() as stack:
-            stack.enter_context(note_output(model.blocks[0], sizes))
+            stack.enter_context(record_output_size(model.blocks[0], sizes))
             if layers:
                 reading = read_positions(
                     model.blocks, columns=columns, layers=layers, buffer=buffer, stop=stop
                 )
                 stack.enter_context(reading)
-            forward(self.model, ids, real, cache)
+            forward(model, ids, real, cache)
         hidden = {layer: buffer[:, :, slot] for slot, layer in enumerate(layers)}
-        return _Base(_cached(cache), hidden, sizes[0])
+        return _UnsteeredPass(_keys_values(cache), hidden, sizes[0])
 
     @torch.inference_mode()
-    def steer(self, group: Sequence[Intervention]) -> tuple[Cached, Float[Tensor, "r v"]]:
-        """Read the prompts under settings that share a layer: what is cached, the first logits."""
-        batch, layer, size = self.batch, group[0].layer, self.batch.head
+    def steer(self, group: Sequence[Intervention]) -> tuple[KeysValues, Float[Tensor, "r v"]]:
+        """Read the prompts under settings of one ``pass_key``: their cache and first logits."""
+        batch, layer, head = self.batch, group[0].layer, self.batch.head
         vectors = torch.stack([one.coefficient * one.vector.float().cpu() for one in group])
         vectors = vectors.to(self.model.device)
         setting = torch.arange(len(group), device=vectors.device)
         past, source = self._head.cached, torch.zeros_like(setting)
-        if size and group[0].tokens == "all":
-            ids, real = batch.ids[:1, :size][source], batch.real[:1, :size][source]
-            past, _ = self._pass(ids, real, [], self._head.start(layer, source), (vectors, real))
+        if head and group[0].tokens == "all":
+            ids, real = batch.ids[:1, :head][source], batch.real[:1, :head][source]
+            start = self._head.start(layer, source)
+            past, _ = self._steered_pass(ids, real, [], start, (vectors, real))
             source = setting
         count = len(batch.ids)
         row = torch.arange(count, device=vectors.device).repeat(len(group))
-        past = _placed(past, batch.real[row], size, source.repeat_interleave(count))
-        where = torch.cat([batch.steered[one.tokens] for one in group])[:, size:]
-        what = (vectors.repeat_interleave(count, 0), where)
+        past = _place_behind_padding(past, batch.real[row], head, source.repeat_interleave(count))
+        tokens = torch.cat([batch.steered[one.tokens] for one in group])[:, head:]
+        push = (vectors.repeat_interleave(count, 0), tokens)
         start = self._tail.start(layer, row)
-        return self._pass(batch.ids[row, size:], batch.real[row], past, start, what)
+        return self._steered_pass(batch.ids[row, head:], batch.real[row], past, start, push)
 
-    def _pass(
-        self, ids: Tensor, real: Tensor, past: Cached, start: _Start, what: tuple[Tensor, Tensor]
-    ) -> tuple[Cached, Tensor]:
+    def _steered_pass(
+        self,
+        ids: Tensor,
+        real: Tensor,
+        past: KeysValues,
+        start: _Start,
+        push: tuple[Tensor, Tensor],
+    ) -> tuple[KeysValues, Tensor]:
         """Read tokens from a layer on while a vector of each row is added at some of them."""
-        blocks, layer, cache = self.model.blocks, start.layer, cache_of(past)
+        blocks, layer = self.model.blocks, start.layer
+        vectors, tokens = push
+        cache = build_cache(past)
         with ExitStack() as stack:
             if start.hidden is not None:
                 skip = skip_blocks(blocks, layer=layer, hidden=start.hidden, size=start.size)
                 stack.enter_context(skip)
-            vectors, tokens = what
             stack.enter_context(add_vector(blocks, layer=layer, vectors=vectors, tokens=tokens))
             logits = forward(self.model, ids, real, cache)
-        return start.below + _cached(cache, layer), logits
+        return start.below + _keys_values(cache, layer), logits
 
 
 def forward(
-    model: ChatModel, ids: Int[Tensor, "r u"], real: Bool[Tensor, "r t"], cache: Any
+    model: ReplyingModel, ids: Int[Tensor, "r u"], real: Bool[Tensor, "r t"], cache: Any
 ) -> Float[Tensor, "r v"]:
     """Logits after the last of some tokens; ``real`` covers the cached ones before them too."""
     places = (real.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -191,12 +253,12 @@ def forward(
     return logits
 
 
-def shares(setting: Intervention) -> tuple[int, bool]:
+def pass_key(setting: Intervention) -> tuple[int, bool]:
     """What settings of one pass have in common: the layer, and whether the head is steered."""
     return setting.layer, setting.tokens == "all"
 
 
-def chosen(layout: Layout, prompt: Prompt, tokens: Tokens) -> Sequence[int]:
+def steered_tokens(layout: Layout, prompt: Prompt, tokens: Tokens) -> Sequence[int]:
     """Indices of the tokens that an intervention steers.
 
     Raises:
@@ -208,28 +270,28 @@ def chosen(layout: Layout, prompt: Prompt, tokens: Tokens) -> Sequence[int]:
         return [layout.t_inst]
     if tokens == "instruction":
         return layout.instruction
-    found = layout.before(prompt.question_at or 0)
-    if not found:
+    indices = layout.before(prompt.question_at or 0)
+    if not indices:
         raise PromptError(f"Prompt '{prompt.id}' has no question_at with tokens before it.")
-    return found
+    return indices
 
 
-def _head(layouts: Sequence[Layout]) -> int:
+def _shared_head(layouts: Sequence[Layout]) -> int:
     """How many tokens all prompts begin with, at most up to the message."""
-    most = min(layout.instruction.start for layout in layouts)
-    columns = zip(*(layout.ids[:most] for layout in layouts), strict=True)
+    limit = min(layout.instruction.start for layout in layouts)
+    columns = zip(*(layout.ids[:limit] for layout in layouts), strict=True)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def cache_of(cached: Cached) -> Any:
-    """A cache that holds them; it keeps every token, and masks alone make sliding windows."""
+def build_cache(cached: KeysValues) -> Any:
+    """A cache of these keys and values; it keeps every token, masks alone make sliding windows."""
     from transformers import DynamicCache
 
     return DynamicCache(cached) if cached else DynamicCache()
 
 
-def remembers_tokens(cache: Any) -> bool:
-    """Whether all that the blocks remember is keys and values of each token.
+def has_only_keys_and_values(cache: Any) -> bool:
+    """Whether the blocks keep nothing but keys and values of each token.
 
     What else blocks keep (recurrent states, convolutions, indices) cannot be cut, copied and put
     together token by token.
@@ -239,18 +301,21 @@ def remembers_tokens(cache: Any) -> bool:
     return all(type(block) in (DynamicLayer, DynamicSlidingWindowLayer) for block in cache.layers)
 
 
-def _cached(cache: Any, layer: int = 0) -> Cached:
+def _keys_values(cache: Any, layer: int = 0) -> KeysValues:
     """What the blocks from ``layer`` on have cached."""
     return [(block.keys, block.values) for block in cache.layers[layer:]]
 
 
-def _placed(
-    cached: Cached, real: Bool[Tensor, "r t"], size: int, source: Int[Tensor, "r"] | None = None
-) -> Cached:
+def _place_behind_padding(
+    cached: KeysValues,
+    real: Bool[Tensor, "r t"],
+    size: int,
+    source: Int[Tensor, "r"] | None = None,
+) -> KeysValues:
     """Put the head's keys and values behind the padding of each row, cut at ``size`` columns."""
-    pads = (~real).sum(1, keepdim=True)
-    columns = (torch.arange(size, device=real.device) - pads).clamp(min=0)
-    rows = torch.zeros_like(pads) if source is None else source[:, None]
+    padding = (~real).sum(1, keepdim=True)
+    columns = (torch.arange(size, device=real.device) - padding).clamp(min=0)
+    rows = torch.zeros_like(padding) if source is None else source[:, None]
 
     def place(x: Tensor) -> Tensor:
         return x.transpose(1, 2)[rows.to(x.device), columns.to(x.device)].transpose(1, 2)
@@ -258,10 +323,10 @@ def _placed(
     return [(place(keys), place(values)) for keys, values in cached]
 
 
-def joined(parts: list[tuple[Cached, Tensor]]) -> tuple[Cached, Tensor]:
+def join_passes(passes: list[tuple[KeysValues, Tensor]]) -> tuple[KeysValues, Tensor]:
     """Put the rows of several passes together."""
-    if len(parts) == 1:
-        return parts[0]
-    blocks = zip(*(one for one, _ in parts), strict=True)
+    if len(passes) == 1:
+        return passes[0]
+    blocks = zip(*(cached for cached, _ in passes), strict=True)
     cached = [(torch.cat([k for k, _ in b]), torch.cat([v for _, v in b])) for b in blocks]
-    return cached, torch.cat([logits for _, logits in parts])
+    return cached, torch.cat([logits for _, logits in passes])

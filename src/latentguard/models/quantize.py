@@ -26,8 +26,8 @@ Bits = Literal[8, 4]
 
 
 @contextmanager
-def quantised(model: ChatModel, bits: Bits) -> Iterator[ChatModel]:
-    """The model with weights of 8 or 4 bits.
+def quantized_weights(model: ChatModel, bits: Bits) -> Iterator[ChatModel]:
+    """The model with weights of 8 or 4 bits, inside a ``with``.
 
     Raises:
         ModelError: if bitsandbytes is not installed, or the model has no linear layer.
@@ -37,7 +37,9 @@ def quantised(model: ChatModel, bits: Bits) -> Iterator[ChatModel]:
             "Quantised weights need bitsandbytes, which is not installed. Run: "
             "pip install 'latentguard[quantize]'."
         )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels it needs not
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it warns of kernels that are not needed here
     layers = [m for m in model.model.modules() if isinstance(m, nn.Linear)]
     inner = [layer for layer in layers if layer is not model.model.get_output_embeddings()]
     if not inner:
@@ -46,7 +48,7 @@ def quantised(model: ChatModel, bits: Bits) -> Iterator[ChatModel]:
     try:
         with torch.no_grad():
             for layer in inner:
-                layer.weight.copy_(rounded(layer.weight, bits))
+                layer.weight.copy_(round_weight(layer.weight, bits))
         yield ChatModel(model.model, model.tokenizer, source=f"{model.source}, {bits}-bit weights")
     finally:
         with torch.no_grad():
@@ -54,14 +56,14 @@ def quantised(model: ChatModel, bits: Bits) -> Iterator[ChatModel]:
                 layer.weight.copy_(weight)
 
 
-def rounded(weight: Float[Tensor, "out inner"], bits: Bits) -> Float[Tensor, "out inner"]:
-    """The weight as that many bits keep it, in its own dtype."""
+def round_weight(weight: Float[Tensor, "out inner"], bits: Bits) -> Float[Tensor, "out inner"]:
+    """The weight as that many bits represent it, in its own dtype."""
     from bitsandbytes import functional  # slow to import
 
     if bits == 4:
-        kept, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4")
-        back: Tensor = functional.dequantize_4bit(kept, state)
-        return back.to(weight.dtype)
+        codes, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4")
+        restored: Tensor = functional.dequantize_4bit(codes, state)
+        return restored.to(weight.dtype)
     levels, scales, _ = functional.int8_vectorwise_quant(weight.half())
-    back = functional.int8_vectorwise_dequant(levels, scales)
-    return back.to(weight.dtype)
+    restored = functional.int8_vectorwise_dequant(levels, scales)
+    return restored.to(weight.dtype)

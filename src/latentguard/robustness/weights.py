@@ -15,7 +15,7 @@ from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.lora import Finetuning
-from latentguard.models.quantize import quantised
+from latentguard.models.quantize import quantized_weights
 from latentguard.prompts import Prompt
 from latentguard.states import digest_prompts
 from latentguard.study import labelling
@@ -96,8 +96,8 @@ def changes(trial: Trial, only: Collection[str], *, finetune: bool) -> list[Chan
     )
     abouts = (rounded.format("bitsandbytes int8"), rounded.format("bitsandbytes NF4"), tuned)
     opens = (
-        partial(quantised, trial.model, 8),
-        partial(quantised, trial.model, 4),
+        partial(quantized_weights, trial.model, 8),
+        partial(quantized_weights, trial.model, 4),
         partial(_finetuned, trial),
     )
     every = map(Change, NAMES, abouts, opens)

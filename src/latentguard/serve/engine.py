@@ -14,7 +14,7 @@ from typing import Any, Literal
 from latentguard.errors import LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
-from latentguard.models.conversation import longest, tokens_of
+from latentguard.models.conversation import count_tokens
 from latentguard.prompts import Prompt
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import PayloadTooLarge, QueueFull, Unavailable, error_location
@@ -147,12 +147,11 @@ class ScoringEngine:
 
     async def _require_short(self, prompt: Prompt) -> None:
         """Count tokens where there may be too many; a text has no more tokens than bytes."""
-        if 4 * estimated_tokens(prompt) <= (
-            most := min(self.config.max_tokens, longest(self.model))
-        ):
+        most = min(self.config.max_tokens, self.model.max_tokens)
+        if 4 * estimated_tokens(prompt) <= most:
             return
         try:
-            found = await self._within(asyncio.to_thread(tokens_of, self.model, prompt, most))
+            found = await self._within(asyncio.to_thread(count_tokens, self.model, prompt, most))
         except LatentGuardError as error:
             raise to_api_error(error) from None
         if found > most:

@@ -14,7 +14,7 @@ from latentguard.guard.obfuscations import Obfuscations, Told, read_through, wor
 from latentguard.guard.thresholds import Calibration
 from latentguard.guard.verdict import Evidence, Verdict
 from latentguard.models.chat_model import ChatModel
-from latentguard.models.conversation import read_instruction
+from latentguard.models.conversation import capture_instruction
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
 from latentguard.states import States
@@ -146,7 +146,7 @@ def threshold_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
 def token_beliefs(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[Token]:
     """The harmful belief after each token of the instruction, in a pass of its own."""
     axis = next(axis for axis in guard.axes if axis.name == "harmful")
-    layout, states = read_instruction(model, prompt, axis.layers)
+    layout, states = capture_instruction(model, prompt, axis.layers)
     beliefs = axis.belief(states).tolist()
     starts = [start for start, _ in layout.spans]
     ends = [*starts[1:], len(prompt.text)]  # so that the tokens together are the text

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from latentguard.errors import LatentGuardError, ModelError, StudyError
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.gcg import SuffixSearch
-from latentguard.models.guard_models import LazyGuard
+from latentguard.models.guard_models import LazyGuardModel
 from latentguard.models.lora import Finetuning
 from latentguard.report.document import Figure, Report, Section, Table
 from latentguard.states import digest_prompts
@@ -105,7 +105,7 @@ def prepare(
     tools = Tools(
         finetune=_at_hand(lambda: Finetuning(model, settings.finetuning)),
         suffix=_at_hand(lambda: SuffixSearch(model)) if settings.suffixes else None,
-        guards={name: LazyGuard(name) for name in baselines or ()},
+        guards={name: LazyGuardModel(name) for name in baselines or ()},
     )
     how: dict[str, Any] = {"judge": _endpoint(judged, kept)} if judged else {}
     subject = CachedModel(model, kept, step=step, tools=tools, **how)

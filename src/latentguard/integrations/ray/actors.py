@@ -15,7 +15,7 @@ from latentguard.errors import GuardError, LatentGuardError, PromptError, Templa
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.ray import corpora, shards
 from latentguard.integrations.ray.corpora import Block, Row
-from latentguard.models.chat_model import WINDOW, ChatModel
+from latentguard.models.chat_model import PROMPTS_PER_STATES, ChatModel
 from latentguard.probes.axis import Centroid
 from latentguard.probes.fitting import AXES, Poles, fold_axes, merge_poles
 from latentguard.prompts import Columns, Prompt
@@ -68,7 +68,7 @@ class Scorer(Worker):
         rows = list(corpora.read_block(block, self.columns))
         records = [shards.record(row, None) for row in rows if row.prompt is None]
         usable = iter(row for row in rows if row.prompt is not None)
-        while window := list(islice(usable, WINDOW)):
+        while window := list(islice(usable, PROMPTS_PER_STATES)):
             records += self._scored(window)
         records.sort(key=itemgetter("row"))
         shards.write_part(self.out, block, records)

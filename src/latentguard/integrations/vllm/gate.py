@@ -73,7 +73,7 @@ class Gate:
             ModelMismatch: if tokenizer or template are not the guard's own.
             GuardError: if the guard cannot run inside vLLM.
         """
-        self.guard, self.chat = readable(guard), ChatTokenizer(tokenizer, most=most)
+        self.guard, self.chat = readable(guard), ChatTokenizer(tokenizer, max_tokens=most)
         self._columns, self._engine = Columns.of(guard), engine
         found = self.chat.tokenizer_digest, self.chat.template_digest
         if found != (guard.fingerprint.tokenizer, guard.fingerprint.template):
@@ -182,7 +182,7 @@ class Gate:
             values = await self.read(prompt)
             score = verdict_of(self.guard, prompt, [values]).score if values else float("nan")
             if not abs(score - canary.score) <= TOLERANCE * self.guard.spread:
-                dated = "; its chat template prints today's date" * self.chat.dated
+                dated = "; its chat template prints today's date" * self.chat.has_date
                 raise ModelMismatch(
                     f"A canary scores {score:.4g} in this engine and {canary.score:.4g} when the "
                     f"guard was fitted{dated}; fit it again on what is served."

@@ -21,7 +21,7 @@ from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.integrations.vllm.protocol import readable
 from latentguard.integrations.vllm.slots import SlotScores
 from latentguard.models.chat import ChatTokenizer
-from latentguard.models.weights_digest import Weights
+from latentguard.models.weights_digest import WeightsDigest
 from latentguard.states import Fingerprint
 
 models: list[Guarded] = []
@@ -77,7 +77,7 @@ class Guarded:
             ModelMismatch: if weights, tokenizer, template or dtype are not the guard's own.
         """
         self._known = False
-        seen = Weights(self._vllm.model_config.dtype)
+        seen = WeightsDigest(self._vllm.model_config.dtype)
         loaded: set[str] = super().load_weights(_watched(weights, seen))  # type: ignore[misc]
         self._guard.require_match(self._fingerprint(seen))
         self._known = True
@@ -98,7 +98,7 @@ class Guarded:
         self._scores = SlotScores(blocks * block, len(self._columns.positions), block, device)
         return self._scores
 
-    def _fingerprint(self, seen: Weights) -> Fingerprint:
+    def _fingerprint(self, seen: WeightsDigest) -> Fingerprint:
         model = self._vllm.model_config
         if model.hf_config.tie_word_embeddings:
             seen.alias("lm_head.weight", "model.embed_tokens.weight")
@@ -112,7 +112,9 @@ class Guarded:
         )
 
 
-def _watched(weights: Iterable[tuple[str, Tensor]], seen: Weights) -> Iterator[tuple[str, Tensor]]:
+def _watched(
+    weights: Iterable[tuple[str, Tensor]], seen: WeightsDigest
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights:
         if "rotary_emb." not in name:  # old checkpoints hold this; no model loads it
             seen.add(name, tensor)

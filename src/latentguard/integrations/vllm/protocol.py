@@ -21,7 +21,7 @@ from latentguard.guard.chunking import Windows, with_pieces
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Evidence, Part, Verdict
 from latentguard.integrations.vllm.columns import totals
-from latentguard.models.layout import Layout, spans_of
+from latentguard.models.layout import Layout, position_spans
 from latentguard.prompts import Prompt
 from latentguard.states import States
 
@@ -88,7 +88,7 @@ def digest_ids(ids: Sequence[int]) -> str:
 
 def ask_about(layout: Layout, positions: Sequence[str], mailbox: Any) -> Ask:
     """The question about a prompt: each column at its position."""
-    starts, at = zip(*spans_of(layout, positions), strict=True)
+    starts, at = zip(*position_spans(layout, positions), strict=True)
     return Ask(mailbox.path, mailbox.key(), digest_ids(layout.ids), at, starts)
 
 
