@@ -129,7 +129,7 @@ def _import_nanogcg() -> Any:
 
 @contextmanager
 def _silence(gcg: Any) -> Iterator[None]:
-    """Run nanogcg without its progress bar, its warnings, and the full garbage collections that it asks for."""
+    """Run nanogcg without its progress bar, its warnings and its full garbage collections."""
     bar, level = gcg.tqdm, gcg.logger.level
     gcg.tqdm = iter
     gcg.logger.setLevel(logging.ERROR)

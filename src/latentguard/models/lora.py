@@ -1,8 +1,8 @@
 """The fine-tuning attack (section 5.2): a model with attacked weights inside a ``with``.
 
-Only reply tokens carry a loss, at most 24 of each pair. By default LoRA adapters are trained, through
-peft; with rank 0, every weight. The weights are put back bit for bit. Axis names in shapes: b pairs,
-t tokens of the padded pairs.
+Only reply tokens carry a loss, at most 24 of each pair. By default LoRA adapters are trained,
+through peft; with rank 0, every weight. The weights are put back bit for bit. Axis names in shapes:
+b pairs, t tokens of the padded pairs.
 """
 
 from __future__ import annotations
