@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -84,7 +84,7 @@ class ChatModel:
         dtype: str = "auto",
         device: str | None = None,
         **options: Any,
-    ) -> Self:
+    ) -> ChatModel:
         """Load a Hub id, a folder, a GGUF file, or ``default``.
 
         Args:

@@ -156,7 +156,7 @@ class LazyGuardModel:
         _recognise(load_tokenizer(source), str(source))
         self._source = source
         self._how = how
-        self._guard: GuardModel | None = None
+        self._guard: Any = None
 
     def __call__(
         self, prompts: Sequence[Prompt], *, progress: Progress | None = None
@@ -164,7 +164,8 @@ class LazyGuardModel:
         """P(unsafe) of prompts, [n]; raises as ``GuardModel`` and ``ChatModel.load`` do."""
         if self._guard is None:
             self._guard = GuardModel.load(self._source, **self._how)
-        return self._guard(prompts, progress=progress)
+        scores: list[float] = self._guard(prompts, progress=progress)
+        return scores
 
 
 def _recognise(tokenizer: Any, source: str) -> tuple[GuardFamily, list[str]]:
