@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-from latentguard.errors import PromptError
+from latentguard.errors import MissingExtra, PromptError
 from latentguard.prompts import (
     Columns,
     Message,
     Prompt,
-    numbered,
-    prompt_of,
+    as_prompts,
+    parse_prompt,
     read_prompts,
-    side,
+    select_side,
     stream_prompts,
 )
 
@@ -122,20 +122,20 @@ class TestJsonLines:
 class TestLabels:
     @pytest.mark.parametrize("word", ["harmful", "Unsafe", " TRUE ", "yes", "1", 1, 1.0, True])
     def test_harmful(self, word):
-        assert prompt_of(dict(text="a", label=word), Columns()).harmful is True
+        assert parse_prompt(dict(text="a", label=word), Columns()).harmful is True
 
     @pytest.mark.parametrize("word", ["harmless", "SAFE", "benign", "no", "0", 0, 0.0, False])
     def test_harmless(self, word):
-        assert prompt_of(dict(text="a", label=word), Columns()).harmful is False
+        assert parse_prompt(dict(text="a", label=word), Columns()).harmful is False
 
     @pytest.mark.parametrize("row", [{}, dict(label=None), dict(label=""), dict(label="  ")])
     def test_unknown(self, row):
-        assert prompt_of(dict(text="a") | row, Columns()).harmful is None
+        assert parse_prompt(dict(text="a") | row, Columns()).harmful is None
 
     @pytest.mark.parametrize("word", ["2", "nan", "harm", -1, float("nan"), []])
     def test_neither(self, word):
         with pytest.raises(PromptError, match="row: 'label' should be harmful or harmless"):
-            prompt_of(dict(text="a", label=word), Columns())
+            parse_prompt(dict(text="a", label=word), Columns())
 
     def test_a_default_is_for_rows_without_one(self, written):
         path = written("f.csv", "text,label\na,harmless\nb,\n")
@@ -143,12 +143,11 @@ class TestLabels:
 
     def test_one_side_takes_its_own_and_the_unlabelled(self):
         prompts = [Prompt("a", harmful=True), Prompt("b", harmful=False), Prompt("c")]
-        assert side(prompts, harmful=True) == [Prompt("a", harmful=True), Prompt("c", harmful=True)]
-        assert [p.text for p in side(prompts, harmful=False)] == ["b", "c"]
-
-    def test_one_text_is_no_list_of_prompts(self):
-        with pytest.raises(PromptError, match="Put it in a list"):
-            list(numbered("How do I kill a process?"))
+        assert select_side(prompts, harmful=True) == [
+            Prompt("a", harmful=True),
+            Prompt("c", harmful=True),
+        ]
+        assert [p.text for p in select_side(prompts, harmful=False)] == ["b", "c"]
 
     def test_groups_need_both_labels(self):
         groups = {
@@ -162,6 +161,69 @@ class TestLabels:
             (False, True): "refused_harmless",
             (False, False): "accepted_harmless",
         }
+
+
+class TestTextsAndChats:
+    CHAT = (
+        dict(role="system", content="be brief"),
+        dict(role="user", content="Hi"),
+        dict(role="assistant", content="Hello."),
+        dict(role="user", content="How do I kill a process?"),
+    )
+
+    def test_texts_chats_and_prompts_may_be_mixed(self):
+        given = [Prompt("a", id="mine"), "b", self.CHAT, [Message("user", "c")]]
+        own, text, chat, short = as_prompts(given)
+        assert own is given[0]
+        assert text == Prompt("b", id="2")
+        assert (chat.text, chat.id) == ("How do I kill a process?", "3")
+        assert chat.history[0] == Message("system", "be brief")
+        assert [turn.role for turn in chat.history] == ["system", "user", "assistant"]
+        assert short == Prompt("c", id="4")
+
+    def test_one_text_is_no_list_of_prompts(self):
+        with pytest.raises(PromptError, match=r"Put it in a list: \[text\]"):
+            list(as_prompts("How do I kill a process?"))
+
+    @pytest.mark.parametrize("chat", [CHAT, [Message("user", "Hi")]])
+    def test_one_chat_is_no_list_of_prompts(self, chat):
+        with pytest.raises(PromptError, match=r"Put it in a list: \[messages\]"):
+            list(as_prompts(chat))
+
+    @pytest.mark.parametrize(
+        ("item", "reason"),
+        [
+            (7, "prompt 1: expected a text, a Prompt or a list of messages; found a int"),
+            ([], "found an empty list"),
+            ([dict(role="user")], "prompt 1: a message should be an object with 'role'"),
+            ([dict(role="me", content="a")], "found 'me'"),
+            ([dict(role="user", content=["a"])], "found a list"),
+            (CHAT[:3], "the last message of a chat is the user's; found one of 'assistant'"),
+        ],
+    )
+    def test_something_else_is_said_in_one_sentence(self, item, reason):
+        with pytest.raises(PromptError) as found:
+            list(as_prompts([item]))
+        assert reason in str(found.value)
+
+    def test_a_row_of_messages_is_a_chat(self, written):
+        rows = [dict(messages=list(self.CHAT)), dict(text="a", messages=[])]
+        path = written("f.jsonl", "\n".join(map(json.dumps, rows)))
+        chat, text = read_prompts(path)
+        assert (chat.text, len(chat.history), text.text) == ("How do I kill a process?", 3, "a")
+
+    @pytest.mark.parametrize(
+        ("messages", "reason"),
+        [
+            ([dict(role="assistant", content="a")], "the last message of a chat is the user's"),
+            ([dict(role="user", content=" ")], "'messages' is empty"),
+            ("hello", "found a str"),
+        ],
+    )
+    def test_bad_messages_are_named_by_line(self, messages, reason, written):
+        path = written("f.jsonl", json.dumps(dict(messages=messages)))
+        assert error_of(path).startswith(f"{path}, line 1: ")
+        assert reason in error_of(path)
 
 
 class TestTables:
@@ -211,6 +273,28 @@ class TestText:
         prompts = read_prompts(written(name, ' a, "b"\r\n\n{"text": "c"}\u2028\x0bd\nNA'))
         assert [p.text for p in prompts] == [' a, "b"', '{"text": "c"}\u2028\x0bd', "NA"]
         assert [p.id for p in prompts] == [f"{name[0]}-1", f"{name[0]}-3", f"{name[0]}-4"]
+
+
+class TestJsonList:
+    @pytest.mark.parametrize("indent", [None, 2])
+    def test_a_list_of_objects_is_read(self, indent, written):
+        rows = [dict(text="a", label="harmful"), dict(text="b", id="x")]
+        found = read_prompts(written("f.json", "\n " + json.dumps(rows, indent=indent)))
+        assert found == [Prompt("a", "f-1", True), Prompt("b", "x")]
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            ('[{"text": "a"}, 7]', "item 2: expected a JSON object, found a int"),
+            ('[{"text": "a"}, {"text": ""}]', "item 2: 'text' is empty"),
+            ('[{"text": "a"},', "not JSON"),
+            ("[]", "holds no prompts"),
+        ],
+    )
+    def test_a_bad_item_is_named(self, content, reason, written):
+        path = written("f.json", content)
+        assert error_of(path).startswith(str(path))
+        assert reason in error_of(path)
 
 
 class TestStandardInput:
@@ -267,7 +351,36 @@ class TestSourcesThatCannotBeRead:
         (tmp_path / "f.jsonl").mkdir()
         assert "f.jsonl cannot be read: Is a directory" in error_of(tmp_path / "f.jsonl")
 
-    @pytest.mark.parametrize("name", ["org/name", "org/name:test", "org/name/config:test", "x.md"])
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("x.md", "no such file"),
+            ("prompts", "no such file"),
+            ("../data/prompts", "no such file"),
+            ("/data/prompts", "no such file"),
+        ],
+    )
+    def test_a_path_that_is_not_there_is_no_hub_data_set(self, name, reason):
+        message = error_of(name)
+        assert message.startswith(f"{name} cannot be read: {reason}. Expected a .jsonl")
+
+    def test_a_folder_and_a_file_of_an_unknown_kind_are_said_plainly(self, tmp_path):
+        assert error_of(tmp_path).startswith(f"{tmp_path} is a folder. Expected a .jsonl")
+        (tmp_path / "p.xlsx").write_text("x")
+        assert "p.xlsx is a file of an unknown kind. " in error_of(tmp_path / "p.xlsx")
+
+    @pytest.mark.parametrize(
+        ("name", "package"), [("org/name", "datasets"), ("{parquet}", "pyarrow")]
+    )
+    def test_without_the_extra_it_is_named(self, name, package, parquet, monkeypatch):
+        name = name.format(parquet=parquet(text=["a"]))
+        for module in [m for m in sys.modules if m.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MissingExtra, match=r"pip install 'latentguard\[hub-data\]'"):
+            read_prompts(name)
+
+    @pytest.mark.parametrize("name", ["org/name", "org/name:test", "org/name/config:test"])
     def test_a_hub_data_set_without_the_hub(self, name):
         message = error_of(name)
         assert message.startswith(f"{name} cannot be read: ")
@@ -298,4 +411,4 @@ class TestSourcesThatCannotBeRead:
             raise ConnectionError("lost\nmore")
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        assert error_of("org/name").startswith("org/name cannot be read: lost Expected a .jsonl")
+        assert error_of("org/name").startswith("org/name cannot be read: lost. Expected a .jsonl")

@@ -7,9 +7,15 @@
     + ModelMismatch  a guard meets another model than the one it was fitted on
   x GuardError       a guard cannot be fitted, calibrated, saved or loaded
   x StudyError       the store or the judge model of a study fails
+  x MissingExtra     a package of an optional extra is not installed
 
 Each message is one sentence or two: what was expected, what was found, what to do.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 
 class LatentGuardError(Exception):
@@ -38,3 +44,31 @@ class GuardError(LatentGuardError):
 
 class StudyError(LatentGuardError):
     """The store or the judge model of a study fails: the run stops, and goes on when run again."""
+
+
+class MissingExtra(LatentGuardError):
+    """A package that belongs to an optional extra is not installed."""
+
+
+def require_extra(package: str, extra: str, purpose: str) -> Any:
+    """Import a package of an optional extra.
+
+    Args:
+        package: The module to import, such as ``plotly.graph_objects``.
+        extra: The extra of ``pyproject.toml`` that it belongs to, such as ``report``.
+        purpose: What needs it, as the subject of a sentence.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingExtra: if it, or a package that it needs, is not installed.
+    """
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        missing = (error.name or package).split(".")[0]
+        raise MissingExtra(
+            f"{purpose} needs the extra '{extra}' ({missing} is not installed): "
+            f"pip install 'latentguard[{extra}]'"
+        ) from None

@@ -1,19 +1,26 @@
-"""Prompts: what is asked of a model, with what is known of it; what it replied; reading them."""
+"""Prompts: what is asked of a model, with what is known of it; what it replied; reading them.
+
+A prompt is read from a row of a file: JSON Lines, CSV, Parquet, plain text, a Hub data set.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from latentguard.errors import PromptError
+from latentguard.errors import PromptError, require_extra
 
 Group = Literal["refused_harmful", "accepted_harmful", "refused_harmless", "accepted_harmless"]
+
+MESSAGES = "messages"
+"""The column of a chat in OpenAI's form."""
 
 ROLES = ("system", "user", "assistant")
 HARMFUL_WORDS = frozenset({"harmful", "unsafe", "true", "yes", "1", "1.0"})
@@ -128,16 +135,69 @@ class Columns:
     """Which part of the traffic a row belongs to."""
 
 
-def numbered(prompts: Iterable[Prompt | str]) -> Iterator[Prompt]:
-    """The prompts; a bare text becomes one, whose id is its number, from 1.
+Turn = Message | Mapping[str, Any]
+"""One turn of a chat: a ``Message``, or an object with ``role`` and ``content``."""
+
+PromptLike = Prompt | str | Sequence[Turn]
+"""What stands for a prompt: itself, its text, or a chat whose last turn is the user's."""
+
+
+def as_prompt(item: PromptLike, id: str = "") -> Prompt:
+    """Make a prompt of a text or a chat; a prompt stays as it is.
+
+    Args:
+        item: A prompt, a text, or the turns of a chat.
+        id: Of a prompt that is made here.
 
     Raises:
-        PromptError: if they are one text, of which each letter would be read as a prompt.
+        PromptError: if it is something else, or a chat does not end with the user.
     """
-    if isinstance(prompts, str):
+    if isinstance(item, Prompt):
+        return item
+    if isinstance(item, str):
+        return Prompt(item, id=id)
+    return replace(_chat_prompt(item, f"prompt {id}" if id else "the prompt"), id=id)
+
+
+def as_prompts(items: Iterable[PromptLike]) -> Iterator[Prompt]:
+    """Make prompts of texts and chats; the id of each is its number, from 1.
+
+    Raises:
+        PromptError: if ``items`` is one text or one chat, of which each part would be read as a
+            prompt.
+    """
+    if isinstance(items, str):
         raise PromptError("Prompts are a list; found one text. Put it in a list: [text].")
-    for number, item in enumerate(prompts, start=1):
-        yield item if isinstance(item, Prompt) else Prompt(item, id=str(number))
+    for number, item in enumerate(items, start=1):
+        if isinstance(item, Message | Mapping):
+            raise PromptError("Prompts are a list; found one chat. Put it in a list: [messages].")
+        yield as_prompt(item, str(number))
+
+
+def _chat_prompt(turns: Any, where: str) -> Prompt:
+    """The last turn of a chat as a prompt, and those before it as its history."""
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise PromptError(
+            f"{where}: expected a text, a Prompt or a list of messages; found "
+            f"{'an empty list' if turns == [] else f'a {type(turns).__name__}'}."
+        )
+    messages = [_parse_turn(turn, where) for turn in turns]
+    if messages[-1].role != "user":
+        raise PromptError(
+            f"{where}: the last message of a chat is the user's; found one of "
+            f"'{messages[-1].role}'."
+        )
+    return Prompt(messages[-1].content, history=tuple(messages[:-1]))
+
+
+def _parse_turn(turn: Turn, where: str) -> Message:
+    if isinstance(turn, Message):
+        return turn
+    try:
+        return Message(turn["role"], turn["content"])
+    except (PromptError, TypeError, KeyError, IndexError) as error:
+        reason = f"{where}: a message should be an object with 'role' and 'content'"
+        raise PromptError(f"{reason} ({error})") from None
 
 
 def read_prompts(
@@ -160,41 +220,39 @@ def stream_prompts(
     """Yield the prompts of a file, of standard input (``-``) or of a Hub data set, in order.
 
     Args:
-        source: ``.jsonl``, ``.txt`` (one prompt a line), ``.csv``, ``.tsv``, ``.parquet``, ``-``
-            (JSON Lines or plain lines), or a Hub id as ``org/name``, ``org/name:split`` or
-            ``org/name/config:split``.
+        source: ``.jsonl``, ``.json`` (JSON Lines, or one list), ``.txt`` (one prompt a line),
+            ``.csv``, ``.tsv``, ``.parquet``, ``-`` (JSON Lines or plain lines), or a Hub id as
+            ``org/name``, ``org/name:split`` or ``org/name/config:split``.
         columns: Which column holds what.
         harmful: The label of rows that carry none.
 
     Raises:
         PromptError: if the source or a row cannot be used: names file, line and reason.
+        MissingExtra: if a Parquet file or a Hub data set is read without the extra ``hub-data``.
     """
     columns = columns or Columns()
     for where, default_id, row in read_rows(str(source), columns.text):
-        prompt = prompt_of(row, columns, where=where)
+        prompt = parse_prompt(row, columns, where=where)
         known = prompt.harmful if prompt.harmful is not None else harmful
         yield replace(prompt, id=prompt.id or default_id, harmful=known)
 
 
-def side(prompts: Iterable[Prompt], *, harmful: bool) -> list[Prompt]:
+def select_side(prompts: Iterable[Prompt], *, harmful: bool) -> list[Prompt]:
     """Take the prompts of one side: rows labelled otherwise are left out, unlabelled ones join."""
     return [replace(p, harmful=harmful) for p in prompts if p.harmful in (None, harmful)]
 
 
-def prompt_of(row: Mapping[str, Any], columns: Columns, *, where: str = "row") -> Prompt:
+def parse_prompt(row: Mapping[str, Any], columns: Columns, *, where: str = "row") -> Prompt:
     """Make a prompt of one row; ``where`` names the row in errors.
+
+    A row without the text column, but with OpenAI's ``messages``, is a chat.
 
     Raises:
         PromptError: if the text is missing, empty or not text, or the label is unknown.
     """
-    if columns.text not in row:
-        found = ", ".join(map(str, row)) or "none"
-        raise PromptError(
-            f"{where}: no column '{columns.text}'; columns found: {found}. "
-            "Name the right one with --text-column."
-        )
+    text, history = _text_and_history(row, columns.text, where)
     return Prompt(
-        text=_text(row[columns.text], columns.text, where),
+        text=text,
         id=str(_given(row.get(columns.id), "")),
         harmful=_label(_at(row, columns.label), columns.label, where),
         refused=_label(row.get("refused"), "refused", where),
@@ -202,7 +260,7 @@ def prompt_of(row: Mapping[str, Any], columns: Columns, *, where: str = "row") -
         segment=_word(_at(row, columns.segment)),
         source=_word(row.get("source")),
         pair=_word(row.get("pair")),
-        history=_history(row.get("history"), where),
+        history=history,
     )
 
 
@@ -213,6 +271,21 @@ def _at(row: Mapping[str, Any], column: str) -> Any:
 
 def _word(value: object) -> str | None:
     return str(value) if _given(value, None) is not None else None
+
+
+def _text_and_history(
+    row: Mapping[str, Any], column: str, where: str
+) -> tuple[str, tuple[Message, ...]]:
+    if column in row:
+        return _text(row[column], column, where), _history(row.get("history"), where)
+    if row.get(MESSAGES):
+        chat = _chat_prompt(row[MESSAGES], where)
+        return _text(chat.text, MESSAGES, where), chat.history
+    columns = ", ".join(map(str, row)) or "none"
+    raise PromptError(
+        f"{where}: no column '{column}'; columns found: {columns}. Name the right one with "
+        "--text-column."
+    )
 
 
 def _history(value: Any, where: str) -> tuple[Message, ...]:
@@ -260,6 +333,7 @@ def read_rows(source: str, text: str) -> Iterator[tuple[str, str, Mapping[str, A
 
     Raises:
         PromptError: if the source or a row cannot be read.
+        MissingExtra: if a Parquet file or a Hub data set is read without the extra ``hub-data``.
     """
     suffix = Path(source).suffix.lower()
     if source == "-" or suffix in (".jsonl", ".ndjson", ".json", ".txt"):
@@ -267,7 +341,8 @@ def read_rows(source: str, text: str) -> Iterator[tuple[str, str, Mapping[str, A
     elif suffix in (".csv", ".tsv"):
         yield from _table(source, "\t" if suffix == ".tsv" else ",")
     else:
-        for number, row in enumerate(_dataset(source), start=1):
+        rows = _parquet(source) if suffix == ".parquet" else _dataset(source)
+        for number, row in enumerate(rows, start=1):
             yield f"{source}, row {number}", f"{Path(source).stem}-{number}", row
 
 
@@ -275,6 +350,9 @@ def _lines(source: str, text: str) -> Iterator[tuple[str, str, Mapping[str, Any]
     name = _NAME.get(source, source)
     stem = "stdin" if source == "-" else Path(source).stem
     plain = source.lower().endswith(".txt")
+    if _is_json_list(source):
+        yield from _json_list(source)
+        return
     for number, line in enumerate(_open_lines(source), start=1):
         where = f"{name}, line {number}"
         if not line.strip():
@@ -282,7 +360,22 @@ def _lines(source: str, text: str) -> Iterator[tuple[str, str, Mapping[str, Any]
         if plain or (source == "-" and not line.lstrip().startswith("{")):
             yield where, f"{stem}-{number}", {text: line.rstrip("\r\n")}
         else:
-            yield where, f"{stem}-{number}", json_row(line, where)
+            yield where, f"{stem}-{number}", parse_json_row(line, where)
+
+
+def _is_json_list(source: str) -> bool:
+    """Whether a ``.json`` file is one list, and not JSON Lines."""
+    if not source.lower().endswith(".json"):
+        return False
+    first = next((line for line in _open_lines(source) if line.strip()), "").lstrip()
+    return first.startswith("[")
+
+
+def _json_list(source: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    rows = parse_json("".join(_open_lines(source)), source)
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}, item {number}"
+        yield where, f"{Path(source).stem}-{number}", _require_object(row, where)
 
 
 def _table(source: str, delimiter: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -314,39 +407,73 @@ def _open_lines(source: str) -> Iterator[str]:
         raise PromptError(f"{name}, line {number}: not UTF-8 text ({error.reason}).") from None
 
 
-def json_row(line: str, where: str) -> dict[str, Any]:
+def parse_json_row(line: str, where: str) -> dict[str, Any]:
     """Read one line of JSON Lines; ``where`` names it in errors.
 
     Raises:
         PromptError: if it is not a JSON object.
     """
+    return _require_object(parse_json(line, where), where)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Read JSON; ``where`` names it in errors.
+
+    Raises:
+        PromptError: if it is not JSON, or cannot be read.
+    """
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         raise PromptError(f"{where}: JSON that cannot be read ({error}).") from None
+
+
+def _require_object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise PromptError(f"{where}: expected a JSON object, found a {type(row).__name__}.")
     return row
 
 
-def _dataset(source: str) -> Iterator[Mapping[str, Any]]:
-    import datasets
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[^/\\]+)?")
+"""``org/name``, ``org/name:split`` or ``org/name/config:split``."""
 
-    what: dict[str, Any]
-    if source.lower().endswith(".parquet"):
-        what = dict(path="parquet", split="train", data_files=source)
-    else:
-        name, _, split = source.partition(":")
-        org, _, rest = name.partition("/")
-        repo, _, config = rest.partition("/")
-        what = dict(path=f"{org}/{repo}", name=config or None, split=split or "train")
+EXPECTED = (
+    "Expected a .jsonl, .json, .txt, .csv, .tsv or .parquet file, or a Hub data set as "
+    "org/name:split."
+)
+
+
+def _parquet(source: str) -> Iterator[Mapping[str, Any]]:
+    pyarrow = require_extra("pyarrow", "hub-data", "Reading Parquet files")
+    parquet = require_extra("pyarrow.parquet", "hub-data", "Reading Parquet files")
     try:
-        yield from datasets.load_dataset(streaming=True, **what)
+        with open(source, "rb") as file:
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise PromptError(f"{source} cannot be read: {reason}. {EXPECTED}") from None
+
+
+def _dataset(source: str) -> Iterator[Mapping[str, Any]]:
+    if Path(source).is_dir():
+        raise PromptError(f"{source} is a folder. {EXPECTED}")
+    if Path(source).exists():
+        raise PromptError(f"{source} is a file of an unknown kind. {EXPECTED}")
+    if not HUB_ID.fullmatch(source):
+        raise PromptError(f"{source} cannot be read: no such file. {EXPECTED}")
+    datasets = require_extra("datasets", "hub-data", "Reading Hub data sets")
+    name, _, split = source.partition(":")
+    org, _, rest = name.partition("/")
+    repo, _, config = rest.partition("/")
+    where = dict(path=f"{org}/{repo}", name=config or None, split=split or "train")
+    try:
+        yield from datasets.load_dataset(streaming=True, **where)
     except Exception as error:  # datasets raises a different class for each cause
-        reason = str(error).split("\n")[0]
-        raise PromptError(
-            f"{source} cannot be read: {reason} Expected a .jsonl, .txt, .csv, .tsv or .parquet "
-            "file, or a Hub data set as org/name:split."
-        ) from error
+        raise PromptError(f"{source} cannot be read: {_first_line(error)}. {EXPECTED}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0].rstrip(".")

@@ -1,6 +1,7 @@
 """Verdicts in a file: killed runs go on, nothing is scored twice, no line is torn."""
 
 import errno
+import fcntl
 import json
 from dataclasses import asdict, replace
 from itertools import islice
@@ -8,8 +9,7 @@ from itertools import islice
 import pytest
 
 from fake_backend import FakeBackend, labelled, texts
-from latentguard.errors import PromptError
-from latentguard.guard import score_files as verdicts
+from latentguard.errors import LatentGuardError, PromptError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.score_files import line_of, score_to_file
 from latentguard.prompts import Prompt
@@ -208,7 +208,8 @@ class TestAnotherRun:
 def test_two_runs_do_not_write_one_file(guard, prompts, tmp_path):
     class Slow(FakeBackend):
         def capture(self, *args, **how):
-            with pytest.raises(PromptError, match=r"Another run is writing v\.jsonl; wait for it"):
+            said = r"Another run \(process \d+\) is writing .*v\.jsonl; wait for it"
+            with pytest.raises(LatentGuardError, match=said):
                 score_to_file(guard, FakeBackend(), prompts, tmp_path / "v.jsonl")
             return super().capture(*args, **how)
 
@@ -220,7 +221,7 @@ def test_a_file_system_without_locks(guard, prompts, tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(verdicts.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     kill(guard, prompts, tmp_path / "v.jsonl")
     assert not list(tmp_path.glob("*.lock"))
     assert score_to_file(guard, FakeBackend(), prompts, tmp_path / "v.jsonl") > 0

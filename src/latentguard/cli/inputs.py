@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import PromptError
-from latentguard.prompts import Columns, Prompt, read_prompts, side
+from latentguard.prompts import Columns, Prompt, read_prompts, select_side
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
@@ -41,7 +41,7 @@ def read_side(sources: Sequence[str] | None, columns: Columns, *, harmful: bool)
     require_distinct(sources or ())
     prompts: list[Prompt] = []
     for source in sources or ():
-        kept = side(read_source(source, columns, None), harmful=harmful)
+        kept = select_side(read_source(source, columns, None), harmful=harmful)
         if not kept:
             wanted = "harmful" if harmful else "harmless"
             raise PromptError(f"{source} was given for {wanted} prompts and holds none.")

@@ -28,7 +28,7 @@ from latentguard.guard.thresholds import Rates
 from latentguard.guard.verdict import Decision, Evidence, Verdict
 from latentguard.probes import fitting
 from latentguard.probes.probe import Kind, layers_of, require_kind
-from latentguard.prompts import Prompt, numbered
+from latentguard.prompts import Prompt, as_prompts
 from latentguard.states import (
     DEFAULT_READING,
     Backend,
@@ -155,7 +155,7 @@ class LatentGuard(Contents):
         """
         self.require_match(backend.fingerprint)
         known, read = self.part(Obfuscations) is not None, partial(self._read, backend)
-        for verdict in read_through(known, numbered(prompts), read, worse):
+        for verdict in read_through(known, as_prompts(prompts), read, worse):
             if progress is not None:
                 progress(1)
             yield verdict

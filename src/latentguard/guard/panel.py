@@ -11,7 +11,7 @@ from latentguard.guard.chunking import Windows
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.obfuscations import Obfuscations, Told, read_through, worse
 from latentguard.guard.verdict import Verdict
-from latentguard.prompts import Prompt, numbered
+from latentguard.prompts import Prompt, as_prompts
 from latentguard.states import Backend, Progress
 
 Verdicts = tuple[Verdict, ...]
@@ -56,7 +56,7 @@ def scan_many(
         return tuple(worse(a, b, named) if wanted else a for a, b, wanted in pairs)
 
     read = partial(_read, panel, backend)
-    for verdicts in read_through(any(known), numbered(prompts), read, choose):
+    for verdicts in read_through(any(known), as_prompts(prompts), read, choose):
         if progress is not None:
             progress(1)
         yield verdicts

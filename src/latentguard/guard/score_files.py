@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 from latentguard.errors import PromptError
+from latentguard.files import exclusive_lock
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
@@ -41,34 +40,16 @@ def score_to_file(
         How many prompts an earlier run had scored already.
 
     Raises:
-        PromptError: if the prompts are not those that the earlier run scored, ``out`` is a folder,
-            or another run is writing it.
+        PromptError: if the prompts are not those that the earlier run scored, or ``out`` is a
+            folder.
+        LatentGuardError: if another run is writing ``out``.
     """
     if Path(out).is_dir():
         raise PromptError(f"--out should name a file for the verdicts; {out} is a folder.")
     partial, notes = Path(f"{out}.partial"), Path(f"{out}.partial.guard")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(Path(f"{out}.partial.lock")):
+    with exclusive_lock(f"{out}.partial.lock", output=out):
         return _scored(guard, backend, prompts, (partial, notes, Path(out)), progress)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Two runs that write one file would tear each other's lines."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PromptError(
-                f"Another run is writing {lock.name.removesuffix('.partial.lock')}; wait for it, "
-                "or name another file with --out."
-            ) from None
-        except OSError:
-            pass  # a file system that knows no locks: nothing tells whether another run is there
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _scored(

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentguard.errors import PromptError
-from latentguard.prompts import Columns, Prompt, json_row, prompt_of, read_rows
+from latentguard.prompts import Columns, Prompt, parse_json_row, parse_prompt, read_rows
 
 LINES = (".jsonl", ".ndjson")
 SCHEMA = 2
@@ -140,7 +140,7 @@ def _staged_schema(columns: Columns) -> pa.Schema:
 def _staged_row(
     where: str, default_id: str, row: Mapping[str, Any], columns: Columns
 ) -> dict[str, Any]:
-    prompt = prompt_of(row, columns, where=where)
+    prompt = parse_prompt(row, columns, where=where)
     kept: dict[str, Any] = {columns.text: prompt.text, columns.id: prompt.id or default_id}
     kept |= {
         columns.segment: prompt.segment,
@@ -207,9 +207,9 @@ def read_block(block: Block, columns: Columns) -> Iterator[Row]:
     for number, found in (_lines if lines else _records)(block, columns):
         where, name = f"{block.path}, {kind} {number + 1}", f"{stem}-{number + 1}"
         try:
-            row = found if isinstance(found, dict) else json_row(_text(found, where), where)
+            row = found if isinstance(found, dict) else parse_json_row(_text(found, where), where)
             name = str(row.get(columns.id) or name)
-            prompt = prompt_of(row, columns, where=where)
+            prompt = parse_prompt(row, columns, where=where)
         except PromptError as error:
             yield Row(block.base + number, name, None, str(error))
             continue
