@@ -436,7 +436,7 @@ def _require_object(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[^/\\]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w.-]+)?(:[^/\\]+)?")
 """``org/name``, ``org/name:split`` or ``org/name/config:split``."""
 
 EXPECTED = (
