@@ -1,7 +1,11 @@
-"""The README and the page on the architecture say what is there."""
+"""The README, the pages beside it and the CI workflow name what is there."""
 
 import re
+import tomllib
 from pathlib import Path
+
+import pytest
+import yaml
 
 from latentguard.cli.app import GROUPS, PANELS
 
@@ -36,10 +40,36 @@ def test_the_package_root_stays_small():
     assert len(list(SOURCE.glob("*.py"))) <= 6
 
 
-def test_the_make_targets_exist():
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", ".github/workflows/ci.yml"])
+def test_the_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)$", README, flags=re.MULTILINE):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"^(?:\s*- run: )?make ([\w-]+)", text, flags=re.MULTILINE)
+    assert targets
+    for target in targets:
         assert f"\n{target}:" in makefile
+
+
+def test_the_files_that_contributors_are_sent_to_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = [name for name in re.findall(r"`([\w./-]+(?:\.py|\.md|/))`", text) if "NN" not in name]
+    places = (ROOT, SOURCE, SOURCE / "study" / "figures")
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
+def test_the_commit_hooks_run_the_pinned_ruff():
+    pinned = re.search(r"^ruff==.+$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    installed = [hook["additional_dependencies"] for hook in hooks["repos"][0]["hooks"]]
+    assert {name for names in installed for name in names if "ruff" in name} == {pinned[0]}
+
+
+def test_the_citation_names_the_paper_and_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert citation["preferred-citation"]["identifiers"][0]["value"] == "arXiv:2507.11878"
 
 
 def test_every_verb_in_the_readme_exists():
