@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from categories import arguments, fitted, kept, material
+from categories import arguments, fitted, kept, prompt_groups
 from numpy.typing import NDArray
 
 from latentguard.data.surface_audit import ngram_scores
@@ -32,7 +32,7 @@ from latentguard.prompts import Prompt
 from latentguard.report.document import show
 from latentguard.states import States
 from latentguard.stats.bounds import threshold_for_fpr
-from latentguard.study.figures.table_03_guards.traffic import (
+from latentguard.study.figures.table_03_guards.user_traffic import (
     SEEDS,
     Trial,
     categories,
@@ -48,7 +48,7 @@ def main() -> None:
     """Run and print."""
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
-    sets = material(options.data_dir, options.harmless, options.longest)
+    sets = prompt_groups(options.data_dir, options.harmless, options.longest)
     states = {
         name: kept(model, sets[name], options.states)
         for name in ("train", "validation", "moderation")

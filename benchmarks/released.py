@@ -20,9 +20,13 @@ from torch import Tensor
 from latentguard.probes.axis import Axis
 from latentguard.report.charts import Curve, lines_by_layer, matrix
 from latentguard.report.document import Cell, Figure, Report, Section, Table
+from latentguard.study.axes import belief
 from latentguard.study.figures.figure_02_clusters import figure
-from latentguard.study.figures.figure_03_beliefs import belief
-from latentguard.study.figures.figure_09_categories.cosines import Array, of_directions, to_others
+from latentguard.study.figures.figure_09_categories.category_cosines import (
+    Array,
+    of_directions,
+    to_others,
+)
 
 PAPER = dict(  # Figure 9a, Qwen2: harmfulness, refusal; Child_Abuse was not released
     Illegal_Activity=(0.73, 0.95),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from latentguard.probes.axis import Axis
 from latentguard.probes.probe import centroid
-from latentguard.study.figures.figure_09_categories.cosines import of_directions, to_others
+from latentguard.study.figures.figure_09_categories.category_cosines import of_directions, to_others
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LATENTGUARD_TEST_DATA", ROOT.parent / "shared" / "data"))

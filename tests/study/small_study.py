@@ -61,9 +61,9 @@ def study_report(folder, out, **how):
     """Run the planted study and return its report."""
     model = ChatModel.load(folder)
     study = prepare(model, Path(out) / STORE, SETTINGS, pools())
-    study.subject.judge = planted_judge
+    study.model.judge = planted_judge
     report = run(replace(study, name="tiny"), **how)
-    study.subject.store.close()
+    study.model.store.close()
     return report
 
 

@@ -10,13 +10,13 @@ from latentguard.study.attacks import (
     TARGET,
     TEMPLATES,
     Template,
-    given_waves,
+    given_attacks,
     goal_in,
     holds,
     outside,
     rewrap,
-    suffix_wave,
-    template_waves,
+    suffix_attacks,
+    template_attacks,
     with_suffix,
     wrap,
 )
@@ -84,7 +84,7 @@ class TestGoals:
         assert not holds(Prompt(text), [Prompt("Do it now!")])
 
 
-def material(jailbreaks, fit):
+def prompt_groups(jailbreaks, fit):
     pools = PromptPools((Prompt("Do A"), Prompt("Do B"), Prompt("Do C")), (), jailbreaks=jailbreaks)
     return PromptGroups(pools, {"refused_harmful": fit}, {})
 
@@ -99,54 +99,59 @@ ATTACKS = (
 
 class TestWaves:
     def test_attacks_on_a_centroid_are_left_out(self):
-        found = outside(material(ATTACKS, (Prompt("do a.", harmful=True),)))
+        found = outside(prompt_groups(ATTACKS, (Prompt("do a.", harmful=True),)))
         assert found == list(ATTACKS[1:])
-        harmless_fit = material(ATTACKS, (Prompt("Do A", harmful=False),))
+        harmless_fit = prompt_groups(ATTACKS, (Prompt("Do A", harmful=False),))
         assert outside(harmless_fit) == list(ATTACKS)
 
     def test_given(self):
-        waves = {wave.kind: wave for wave in given_waves(material(ATTACKS, ()), HARMLESS, 9)}
-        assert list(waves) == ["suffix", "persuasion", "other"]
-        suffix = waves["suffix"]
+        attack_sets = {
+            attack_set.kind: attack_set
+            for attack_set in given_attacks(prompt_groups(ATTACKS, ()), HARMLESS, 9)
+        }
+        assert list(attack_sets) == ["suffix", "persuasion", "other"]
+        suffix = attack_sets["suffix"]
         assert set(suffix.attacked) == set(ATTACKS[:2])
         assert (suffix.known, suffix.bare) == ((0, 1), HARMLESS)
         assert [p.text for p in suffix.wrapped] == ["Bake bread !!", "Sing !!"]
         assert suffix.paired
         assert suffix.ends
-        assert waves["persuasion"].wrapped == ()  # its wrapper is not known
-        assert waves["persuasion"].known == ()
+        assert attack_sets["persuasion"].wrapped == ()  # its wrapper is not known
+        assert attack_sets["persuasion"].known == ()
 
     def test_given_that_end_with_the_request(self):
-        (wave,) = given_waves(material((Prompt("Please Do A"),), ()), HARMLESS, 9)
-        assert not wave.ends
+        (attack_set,) = given_attacks(prompt_groups((Prompt("Please Do A"),), ()), HARMLESS, 9)
+        assert not attack_set.ends
 
     def test_given_at_most(self):
-        sizes = [len(w.attacked) for w in given_waves(material(ATTACKS, ()), (), 1)]
+        sizes = [len(w.attacked) for w in given_attacks(prompt_groups(ATTACKS, ()), (), 1)]
         assert sizes == [1, 1, 1]
 
     def test_given_without_harmless(self):
-        for wave in given_waves(material(ATTACKS, ()), (), 9):
-            assert (wave.known, wave.wrapped, wave.bare) == ((), (), ())
+        for attack_set in given_attacks(prompt_groups(ATTACKS, ()), (), 9):
+            assert (attack_set.known, attack_set.wrapped, attack_set.bare) == ((), (), ())
 
     def test_templates(self):
-        waves = list(template_waves((ASK,), HARMLESS))
-        assert [wave.kind for wave in waves] == [f"own template: {t.name}" for t in TEMPLATES]
-        for wave, template in zip(waves, TEMPLATES, strict=True):
-            assert wave.attacked == (wrap(ASK, template),)
-            assert wave.wrapped == tuple(wrap(p, template) for p in HARMLESS)
-            assert (wave.known, wave.bare, wave.paired) == ((0,), HARMLESS, False)
-            assert wave.ends == (not template.text.endswith(SLOT))
-        assert {wave.family for wave in waves} == {"own templates"}
+        attack_sets = list(template_attacks((ASK,), HARMLESS))
+        assert [attack_set.kind for attack_set in attack_sets] == [
+            f"own template: {t.name}" for t in TEMPLATES
+        ]
+        for attack_set, template in zip(attack_sets, TEMPLATES, strict=True):
+            assert attack_set.attacked == (wrap(ASK, template),)
+            assert attack_set.wrapped == tuple(wrap(p, template) for p in HARMLESS)
+            assert (attack_set.known, attack_set.bare, attack_set.paired) == ((0,), HARMLESS, False)
+            assert attack_set.ends == (not template.text.endswith(SLOT))
+        assert {attack_set.family for attack_set in attack_sets} == {"own templates"}
 
     def test_suffixes(self):
         asked = [replace(ASK, text=text) for text in "pqr"]
-        wave = suffix_wave(asked, [" 1", " 2", " 3"], HARMLESS)
-        assert [p.text for p in wave.attacked] == ["p 1", "q 2", "r 3"]
-        assert [p.text for p in wave.wrapped] == ["Bake bread 1", "Sing 2", "Bake bread 3"]
-        assert wave.bare == (*HARMLESS, HARMLESS[0])
-        assert wave.known == (0, 1, 2)
-        assert suffix_wave(asked, [" 1", " 2", " 3"], ()).known == ()
-        assert suffix_wave([], [], HARMLESS).attacked == ()
+        attack_set = suffix_attacks(asked, [" 1", " 2", " 3"], HARMLESS)
+        assert [p.text for p in attack_set.attacked] == ["p 1", "q 2", "r 3"]
+        assert [p.text for p in attack_set.wrapped] == ["Bake bread 1", "Sing 2", "Bake bread 3"]
+        assert attack_set.bare == (*HARMLESS, HARMLESS[0])
+        assert attack_set.known == (0, 1, 2)
+        assert suffix_attacks(asked, [" 1", " 2", " 3"], ()).known == ()
+        assert suffix_attacks([], [], HARMLESS).attacked == ()
 
     def test_with_suffix(self):
         assert with_suffix(ASK, " ! !").text == ASK.text + " ! !"

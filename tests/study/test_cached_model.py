@@ -1,4 +1,4 @@
-"""The subject gives what the model gives: whatever it was asked before, and wherever it died."""
+"""The model gives what the model gives: whatever it was asked before, and wherever it died."""
 
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +14,7 @@ from latentguard.prompts import Message, Prompt, Reply
 from latentguard.states import Fingerprint, Intervention, States
 from latentguard.study import cached_model as module
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.prompt_groups import QUESTIONS, inverted
+from latentguard.study.prompt_groups import QUESTIONS, inversion_prompt
 from latentguard.study.store import Store
 from models.architectures import chat_model
 
@@ -104,7 +104,7 @@ def said(replies):
 
 
 def killed(model, store, ask, after):
-    """Ask a subject whose model dies after some calls; whether it did."""
+    """Ask a cached_model whose model dies after some calls; whether it did."""
     try:
         ask(CachedModel(Spy(model, after), store))
     except SystemExit:
@@ -138,21 +138,25 @@ class TestKilled:
 
     ASKED = prompts(22)
 
-    def replies(self, subject):
-        return subject.replies(self.ASKED, steering(subject.model), **SHORT, watch=["No"])
+    def replies(self, cached_model):
+        return cached_model.replies(
+            self.ASKED, steering(cached_model.uncached), **SHORT, watch=["No"]
+        )
 
-    def states(self, subject):
-        return subject.states(self.ASKED, positions=("t_inst", "post+1", "t_post"))
+    def states(self, cached_model):
+        return cached_model.states(self.ASKED, positions=("t_inst", "post+1", "t_post"))
 
     def filled(self, store, cached):
         """Other experiments were there before."""
-        subject = CachedModel(Rounding(), store)
+        cached_model = CachedModel(Rounding(), store)
         if cached == "some prompts":
-            subject.replies(self.ASKED[3:11:2], steering(subject.model), **SHORT, watch=["No"])
-            subject.states(self.ASKED[3:11:2], positions=("t_inst", "post+1", "t_post"))
+            cached_model.replies(
+                self.ASKED[3:11:2], steering(cached_model.uncached), **SHORT, watch=["No"]
+            )
+            cached_model.states(self.ASKED[3:11:2], positions=("t_inst", "post+1", "t_post"))
         if cached == "some of each":
-            subject.replies(self.ASKED[4:18], [None], **SHORT, watch=["No"])
-            subject.states(self.ASKED[4:18], positions=("t_post",))
+            cached_model.replies(self.ASKED[4:18], [None], **SHORT, watch=["No"])
+            cached_model.states(self.ASKED[4:18], positions=("t_post",))
         return store
 
     @pytest.mark.parametrize("cached", ["nothing", "some prompts", "some of each"])
@@ -212,19 +216,19 @@ class TestKilled:
 class TestAsBefore:
     def test_states_do_not_change_when_more_positions_are_read(self, open_store, small_chunks):
         """An experiment that was reported is reported the same when a study goes on."""
-        subject = CachedModel(Rounding(), open_store())
+        cached_model = CachedModel(Rounding(), open_store())
         asked = prompts(16)
-        first = subject.states(asked)
-        subject.states(asked[5:], positions=("inst-1", *subject.span))
-        assert torch.equal(subject.states(asked).values, first.values)
+        first = cached_model.states(asked)
+        cached_model.states(asked[5:], positions=("inst-1", *cached_model.span))
+        assert torch.equal(cached_model.states(asked).values, first.values)
 
     @pytest.mark.parametrize("cached", [0, 7])
     def test_near_the_models_own(self, model, open_store, small_chunks, cached):
         asked = prompts(16)
-        subject = CachedModel(model, open_store())
-        subject.states(asked[:cached], positions=("t_post",))
-        subject.replies(asked[:cached], steering(model), **SHORT)
-        states = subject.states(asked)
+        cached_model = CachedModel(model, open_store())
+        cached_model.states(asked[:cached], positions=("t_post",))
+        cached_model.replies(asked[:cached], steering(model), **SHORT)
+        states = cached_model.states(asked)
         wanted = States.collect(model.capture(asked))
         assert torch.allclose(states.values, wanted.values, atol=1e-5)
         assert (states.prompts, states.layers, states.fingerprint) == (
@@ -232,7 +236,7 @@ class TestAsBefore:
             wanted.layers,
             wanted.fingerprint,
         )
-        found = subject.replies(asked, steering(model), **SHORT)
+        found = cached_model.replies(asked, steering(model), **SHORT)
         assert said(found) == said(model.sweep(asked, steering(model), **SHORT))
         assert [[r.prompt for r in one] for one in found] == [asked] * 3
 
@@ -248,21 +252,21 @@ class TestAsBefore:
     def test_large_sweeps_go_in_small_chunks(self, model, open_store, monkeypatch):
         monkeypatch.setattr(module, "REPLIES_AT_ONCE", 36)
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
+        cached_model = CachedModel(spy, open_store())
         asked = [Prompt(f"text {n}") for n in range(20)]
-        subject.replies(asked, steering(model, 3), **SHORT)
+        cached_model.replies(asked, steering(model, 3), **SHORT)
         assert spy.calls == 2  # 12 prompts at once
-        subject.replies(asked, [steering(model, 9)[-1]] * 9, **SHORT)
+        cached_model.replies(asked, [steering(model, 9)[-1]] * 9, **SHORT)
         assert spy.calls == 2 + 3 * 3  # never fewer than 8 prompts, 4 ways of steering at once
 
     def test_a_second_time_the_model_is_not_asked(self, model, open_store):
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
+        cached_model = CachedModel(spy, open_store())
         asked = prompts(6)
 
         def ask():
-            replies = subject.replies(asked, steering(model), **SHORT, watch=["No"])
-            return said(replies), subject.states(asked).values
+            replies = cached_model.replies(asked, steering(model), **SHORT, watch=["No"])
+            return said(replies), cached_model.states(asked).values
 
         (replies, states), calls = ask(), spy.calls
         again, others = ask()
@@ -272,40 +276,40 @@ class TestAsBefore:
 
     def test_order_and_repeats(self, model, open_store):
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
+        cached_model = CachedModel(spy, open_store())
         asked = [Prompt(c) for c in "abcab"]
-        (replies,) = subject.replies(iter(asked), **SHORT)
-        states = subject.states(iter(asked))
+        (replies,) = cached_model.replies(iter(asked), **SHORT)
+        states = cached_model.states(iter(asked))
         assert [r.prompt.text for r in replies] == list("abcab")
         assert spy.texts == list("abc") * 2
         assert torch.equal(states.values[0], states.values[3])
-        (back,) = subject.replies(asked[::-1], **SHORT)
+        (back,) = cached_model.replies(asked[::-1], **SHORT)
         assert back == replies[::-1]
-        assert torch.equal(subject.states(asked[::-1]).values, states.values.flip(0))
+        assert torch.equal(cached_model.states(asked[::-1]).values, states.values.flip(0))
 
 
 class TestWhatIsTheSame:
     def test_labels_are_the_askers(self, model, open_store):
         """One text under three labels is asked once; each answer carries its own prompt."""
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
+        cached_model = CachedModel(spy, open_store())
         asked = [Prompt("same", id=str(n), harmful=h) for n, h in enumerate([True, False, None])]
-        (replies,) = subject.replies(asked, **SHORT)
+        (replies,) = cached_model.replies(asked, **SHORT)
         assert [r.prompt for r in replies] == asked
         assert len({(r.text, r.ids) for r in replies}) == 1
-        assert subject.states(asked).prompts == tuple(asked)
+        assert cached_model.states(asked).prompts == tuple(asked)
         assert Counter(spy.texts) == {"same": 2}
         later = replace(asked[0], refused=True, category="x", source="y", pair="z")
-        (replies,) = subject.replies([later], **SHORT)
+        (replies,) = cached_model.replies([later], **SHORT)
         assert replies[0].prompt == later
         assert Counter(spy.texts) == {"same": 2}
 
     def test_labels_of_interventions_too(self, model, open_store):
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
+        cached_model = CachedModel(spy, open_store())
         one = steering(model)[1]
-        first = subject.replies([Prompt("a")], [one], **SHORT)
-        other = subject.replies([Prompt("a")], [replace(one, label="other")], **SHORT)
+        first = cached_model.replies([Prompt("a")], [one], **SHORT)
+        other = cached_model.replies([Prompt("a")], [replace(one, label="other")], **SHORT)
         assert (first[0][0].label, other[0][0].label) == ("way 0", "other")
         assert said(first) == said(other)
         assert spy.calls == 1
@@ -330,23 +334,23 @@ class TestWhatDiffers:
     def test_prompts(self, model, open_store):
         """Each is asked on its own, whatever of the others is kept."""
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
+        cached_model = CachedModel(spy, open_store())
         for n, prompt in enumerate(self.PROMPTS, 1):
-            (found,) = subject.replies([prompt], **SHORT)
+            (found,) = cached_model.replies([prompt], **SHORT)
             assert said([found]) == said([model.generate([prompt], **SHORT)])
-            state = subject.states([prompt]).values
+            state = cached_model.states([prompt]).values
             wanted = next(model.capture([prompt])).values
             assert torch.allclose(state, wanted, atol=1e-5)
             assert spy.calls == 2 * n
 
     def test_where_the_question_begins_moves_the_steering(self, model, open_store):
-        subject = CachedModel(model, open_store())
+        cached_model = CachedModel(model, open_store())
         push = Intervention(1, torch.randn(model.width) * 5, 3.0, "before")
         found = {}
         for at in (10, 30):
-            prompt = replace(inverted(Prompt("go far away from here now"), QUESTIONS[0]))
+            prompt = replace(inversion_prompt(Prompt("go far away from here now"), QUESTIONS[0]))
             prompt = replace(prompt, question_at=at)
-            (replies,) = subject.replies([prompt], [push], **SHORT, watch=["No"])
+            (replies,) = cached_model.replies([prompt], [push], **SHORT, watch=["No"])
             assert said([replies]) == said(model.sweep([prompt], [push], **SHORT, watch=["No"]))
             found[at] = replies[0].watched
         assert found[10] != found[30]
@@ -371,27 +375,29 @@ class TestWhatDiffers:
             None,
         ]
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
+        cached_model = CachedModel(spy, open_store())
         asked, how = [Prompt("one two three"), Prompt("four")], dict(watch=["No"], **SHORT)
         for n, setting in enumerate([one, *others], 1):
-            found = subject.replies(asked, [setting], **how)
+            found = cached_model.replies(asked, [setting], **how)
             assert spy.calls == n
             assert said(found) == said(model.sweep(asked, [setting], **how))
 
     def test_a_vector_is_its_numbers(self, model, open_store):
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
+        cached_model = CachedModel(spy, open_store())
         vector = torch.randn(model.width)
         for same in (vector, vector.clone(), torch.stack([vector, -vector], 1)[:, 0]):
-            subject.replies([Prompt("a")], [Intervention(2, same, 1.0)], **SHORT)
+            cached_model.replies([Prompt("a")], [Intervention(2, same, 1.0)], **SHORT)
         assert spy.calls == 1
 
     def test_how_they_are_asked(self, model, open_store):
-        subject = CachedModel(model, open_store())
+        cached_model = CachedModel(model, open_store())
         asked = [Prompt("one two three"), Prompt("four")]
         for most, post, watch in product((1, 3), (True, False), ((), ("No",), ("Yes", "No"))):
             how = dict(max_new_tokens=most, post=post, watch=watch)
-            assert said(subject.replies(asked, **how)) == said(model.sweep(asked, [None], **how))
+            assert said(cached_model.replies(asked, **how)) == said(
+                model.sweep(asked, [None], **how)
+            )
 
     def test_models(self, model, half, open_store):
         """Two models may share a store."""
@@ -418,11 +424,11 @@ class TestKinds:
 
     def test_positions_are_kept_one_by_one(self, model, open_store):
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
-        every = subject.span
-        found = subject.states([Prompt("a b c")], positions=every)
+        cached_model = CachedModel(spy, open_store())
+        every = cached_model.span
+        found = cached_model.states([Prompt("a b c")], positions=every)
         for position in every:
-            one = subject.states([Prompt("a b c")], positions=(position,))
+            one = cached_model.states([Prompt("a b c")], positions=(position,))
             assert torch.equal(one.at(position), found.at(position))
         assert spy.calls == 1
         assert every[0] == "t_inst"
@@ -431,13 +437,13 @@ class TestKinds:
 
     def test_none(self, model, open_store):
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
-        assert subject.replies([]) == [[]]
-        assert subject.replies([], steering(model)) == [[], [], []]
-        assert subject.replies([Prompt("a")], []) == []
-        states = subject.states([])
+        cached_model = CachedModel(spy, open_store())
+        assert cached_model.replies([]) == [[]]
+        assert cached_model.replies([], steering(model)) == [[], [], []]
+        assert cached_model.replies([Prompt("a")], []) == []
+        states = cached_model.states([])
         assert (len(states), states.values.shape[:3]) == (0, (0, 2, model.depth + 1))
-        assert subject.refused([]) == ()
+        assert cached_model.refused([]) == ()
         assert spy.calls == 0
 
     def test_a_reply_that_ends(self, model, open_store):
@@ -450,23 +456,23 @@ class TestKinds:
                 return [[ended, cut]]
 
         asked = [Prompt("a"), Prompt("b")]
-        subject = CachedModel(Speaker(model), open_store())
-        first = subject.replies(asked)
-        assert first == subject.replies(asked) == [Speaker(model).sweep(asked, [None])[0]]
+        cached_model = CachedModel(Speaker(model), open_store())
+        first = cached_model.replies(asked)
+        assert first == cached_model.replies(asked) == [Speaker(model).sweep(asked, [None])[0]]
 
 
 class TestWrong:
     def test_what_was_kept_before_an_error_stays(self, model, open_store, small_chunks):
         spy = Spy(model)
-        subject = CachedModel(spy, open_store())
+        cached_model = CachedModel(spy, open_store())
         asked = [Prompt(f"text {n}") for n in range(8)]
         too_long = Prompt("word " * 600, id="long")
-        for ask in (lambda p: subject.replies(p, **SHORT), subject.states):
+        for ask in (lambda p: cached_model.replies(p, **SHORT), cached_model.states):
             with pytest.raises(PromptError, match="'long' is"):
                 ask([*asked, too_long])
         calls = spy.calls
-        subject.replies(asked, **SHORT)
-        subject.states(asked[:5])
+        cached_model.replies(asked, **SHORT)
+        cached_model.states(asked[:5])
         assert spy.calls == calls
 
     @pytest.mark.parametrize("wrong", [dict(layer=99), dict(vector=torch.ones(3))])
@@ -522,7 +528,7 @@ class TestProgress:
         watched.states(asked, what="all")
         assert steps.pop() == ["all", distinct, distinct]
         watched.replies(asked[:cached], **SHORT, what="some")
-        watched.replies(asked, steering(watched.model), **SHORT, what="all")
+        watched.replies(asked, steering(watched.uncached), **SHORT, what="all")
         assert steps[-1] == ["all", 3 * distinct, 3 * distinct]
 
     def test_nothing_to_do(self, watched, steps):
@@ -533,29 +539,29 @@ class TestProgress:
 
 class TestRemember:
     def test_once(self, model, open_store):
-        subject, asked = CachedModel(model, open_store()), []
+        cached_model, asked = CachedModel(model, open_store()), []
 
         def compute():
             asked.append(1)
             return {"a": (1, 2.5), "b": [None, True, "é"]}
 
         for _ in range(3):
-            found = subject.cached(["suffix", 3, ["x"]], compute)
+            found = cached_model.cached(["suffix", 3, ["x"]], compute)
             assert found == {"a": [1, 2.5], "b": [None, True, "é"]}
         assert len(asked) == 1
-        assert subject.cached(["suffix", 4, ["x"]], lambda: 0) == 0
+        assert cached_model.cached(["suffix", 4, ["x"]], lambda: 0) == 0
 
     def test_falsy_answers_too(self, model, open_store):
-        subject = CachedModel(model, open_store())
+        cached_model = CachedModel(model, open_store())
         for n, answer in enumerate([None, 0, "", [], False]):
-            subject.cached([n], lambda answer=answer: answer)
-            assert subject.cached([n], lambda: pytest.fail("asked again")) == answer
+            cached_model.cached([n], lambda answer=answer: answer)
+            assert cached_model.cached([n], lambda: pytest.fail("asked again")) == answer
 
     def test_an_error_is_not_remembered(self, model, open_store):
-        subject = CachedModel(model, open_store())
+        cached_model = CachedModel(model, open_store())
         with pytest.raises(ZeroDivisionError):
-            subject.cached(["x"], lambda: 1 / 0)
-        assert subject.cached(["x"], lambda: 5) == 5
+            cached_model.cached(["x"], lambda: 1 / 0)
+        assert cached_model.cached(["x"], lambda: 5) == 5
 
     def test_it_is_this_models(self, model, half, open_store):
         store = open_store()
@@ -565,10 +571,10 @@ class TestRemember:
 
 class TestJudging:
     def test_another_judge(self, model, open_store):
-        subject = CachedModel(model, open_store(), judge=lambda reply: reply.text)
+        cached_model = CachedModel(model, open_store(), judge=lambda reply: reply.text)
         outcomes = ["refused", "accepted", "empty", "cut"]
         replies = [Reply(Prompt("a"), text, (), True) for text in outcomes]
-        assert subject.refused(replies) == (True, False, None, None)
+        assert cached_model.refused(replies) == (True, False, None, None)
 
 
 def test_a_model_reads_the_tokens_before_t_inst(model):

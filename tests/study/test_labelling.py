@@ -18,7 +18,7 @@ from latentguard.study.labelling import (
     collect,
     prompt_groups_of,
 )
-from latentguard.study.prompt_groups import PromptPools, contrast_pools, is_fit_side, twins
+from latentguard.study.prompt_groups import PromptPools, contrast_pools, is_fit_side, pair_key
 from latentguard.study.settings import Settings
 
 OUTCOMES = {True: "refused", False: "accepted", None: "empty"}
@@ -46,9 +46,9 @@ def pools(**named):
     return PromptPools(**({"harmful": (), "harmless": ()} | named))
 
 
-def everything(material):
-    fit = [p for g in GROUPS for p in material.fit[g]]
-    return fit, [p for g in GROUPS for p in material.test[g]]
+def everything(prompt_groups):
+    fit = [p for g in GROUPS for p in prompt_groups.fit[g]]
+    return fit, [p for g in GROUPS for p in prompt_groups.test[g]]
 
 
 PROMPTS = st.builds(
@@ -69,18 +69,22 @@ class TestMaterial:
         records = [asked(pool, *members) for pool, members in found.items()]
         held_out = tuple(found.get("held_out", ()))
         settings = Settings(fit=most, test=most)
-        material = prompt_groups_of(records, pools(held_out=held_out), settings)
-        fit, test = everything(material)
-        assert {twins(p) for p in fit}.isdisjoint(twins(p) for p in test)
-        assert {twins(p) for p in fit}.isdisjoint(twins(p) for p in held_out)
-        assert all(p.group == g for g in GROUPS for p in material.fit[g] + material.test[g])
-        assert all(len(one[g]) <= most for one in (material.fit, material.test) for g in GROUPS)
+        prompt_groups = prompt_groups_of(records, pools(held_out=held_out), settings)
+        fit, test = everything(prompt_groups)
+        assert {pair_key(p) for p in fit}.isdisjoint(pair_key(p) for p in test)
+        assert {pair_key(p) for p in fit}.isdisjoint(pair_key(p) for p in held_out)
+        assert all(
+            p.group == g for g in GROUPS for p in prompt_groups.fit[g] + prompt_groups.test[g]
+        )
+        assert all(
+            len(one[g]) <= most for one in (prompt_groups.fit, prompt_groups.test) for g in GROUPS
+        )
         plain = {p.text for name in ("harmful", "harmless") for p in found.get(name, ())}
         assert {p.text for p in fit} <= plain
         assert all(is_fit_side(p) for p in fit)
         texts = [p.text for p in fit + test]
         assert len(set(texts)) == len(texts)
-        assert material == prompt_groups_of(records, material.pools, settings)
+        assert prompt_groups == prompt_groups_of(records, prompt_groups.pools, settings)
 
     def test_groups_by_label_and_reply(self):
         records = [
@@ -89,15 +93,15 @@ class TestMaterial:
             asked("over_refusal", *prompts(20, harmful=False, refused=True, name="c")),
             asked("harmless", *prompts(10, harmful=False, refused=None, name="d")),
         ]
-        material = prompt_groups_of(records, pools(), Settings())
+        prompt_groups = prompt_groups_of(records, pools(), Settings())
         fit = [p for p in records[0].prompts if is_fit_side(p)]
-        assert material.fit["refused_harmful"] == tuple(fit)
-        assert set(material.test["refused_harmful"]) == set(records[0].prompts) - set(fit)
-        assert set(material.test["accepted_harmful"]) == set(records[1].prompts)
-        assert set(material.test["refused_harmless"]) == set(records[2].prompts)
+        assert prompt_groups.fit["refused_harmful"] == tuple(fit)
+        assert set(prompt_groups.test["refused_harmful"]) == set(records[0].prompts) - set(fit)
+        assert set(prompt_groups.test["accepted_harmful"]) == set(records[1].prompts)
+        assert set(prompt_groups.test["refused_harmless"]) == set(records[2].prompts)
         for group in GROUPS[1:]:
-            assert material.fit[group] == ()
-        assert material.test["accepted_harmless"] == ()
+            assert prompt_groups.fit[group] == ()
+        assert prompt_groups.test["accepted_harmless"] == ()
 
     def test_refused_harmful_prompts_are_of_the_centroids_kind_first(self):
         """The paper tests AdvBench and JailbreakBench; others fill up."""
@@ -116,18 +120,18 @@ class TestMaterial:
             asked("harmful", *prompts(30, harmful=True, refused=True, name="bad", **pair)),
             asked("over_refusal", *prompts(30, harmful=False, refused=False, name="fine", **pair)),
         ]
-        material = prompt_groups_of(records, pools(), Settings())
-        used = {p.pair for p in material.fit["refused_harmful"]}
+        prompt_groups = prompt_groups_of(records, pools(), Settings())
+        used = {p.pair for p in prompt_groups.fit["refused_harmful"]}
         assert used
-        assert used.isdisjoint(p.pair for p in material.test["accepted_harmless"])
-        assert len(material.test["accepted_harmless"]) == 30 - len(used)
+        assert used.isdisjoint(p.pair for p in prompt_groups.test["accepted_harmless"])
+        assert len(prompt_groups.test["accepted_harmless"]) == 30 - len(used)
 
     def test_a_held_out_prompt_is_in_no_centroid(self):
         shared = prompts(30, harmful=True, refused=True)
         records = [asked("harmful", *shared), asked("held_out", *shared)]
-        material = prompt_groups_of(records, pools(held_out=shared[:20]), Settings())
-        assert set(material.fit["refused_harmful"]).isdisjoint(shared[:20])
-        assert set(shared[:20]) <= set(material.test["refused_harmful"])
+        prompt_groups = prompt_groups_of(records, pools(held_out=shared[:20]), Settings())
+        assert set(prompt_groups.fit["refused_harmful"]).isdisjoint(shared[:20])
+        assert set(shared[:20]) <= set(prompt_groups.test["refused_harmful"])
 
     def test_what_a_centroid_leaves_over_is_not_tested(self):
         """Else the settings would move prompts from one side to the other."""
@@ -144,17 +148,17 @@ class TestMaterial:
             )
             for name in ASKED
         ]
-        material = prompt_groups_of(records, found, Settings())
-        fit, _ = everything(material)
+        prompt_groups = prompt_groups_of(records, found, Settings())
+        fit, _ = everything(prompt_groups)
         pairs = {p.pair for p in fit if p.pair}
         for name in ("held_out", "over_refusal", "matched"):
             assert pairs.isdisjoint(p.pair for p in getattr(found, name))
-        assert all(len(material.test[g]) >= 60 for g in GROUPS)
-        assert all(len(material.fit[g]) >= 60 for g in FITTED)
+        assert all(len(prompt_groups.test[g]) >= 60 for g in GROUPS)
+        assert all(len(prompt_groups.fit[g]) >= 60 for g in FITTED)
 
     def test_nothing(self):
-        material = prompt_groups_of([], pools(), Settings())
-        assert everything(material) == ([], [])
+        prompt_groups = prompt_groups_of([], pools(), Settings())
+        assert everything(prompt_groups) == ([], [])
 
 
 class TestAnalyse:
@@ -171,8 +175,8 @@ class TestAnalyse:
 
     def tables(self, settings=None):
         settings = settings or Settings()
-        material = prompt_groups_of(self.RECORDS, pools(), settings)
-        finding = analyse(self.RECORDS, material, settings)
+        prompt_groups = prompt_groups_of(self.RECORDS, pools(), settings)
+        finding = analyse(self.RECORDS, prompt_groups, settings)
         return finding, *finding.section.parts
 
     def test_rates(self):
@@ -201,8 +205,8 @@ class TestAnalyse:
         finding, _, groups = self.tables(Settings(enough=3))
         small = [row[0] for row in groups.rows if row[2] < 3]
         assert small == ["refused harmless", "accepted harmless"]
-        assert len(finding.unknown) == 2
-        for name, sentence in zip(small, finding.unknown, strict=True):
+        assert len(finding.caveats) == 2
+        for name, sentence in zip(small, finding.caveats, strict=True):
             assert sentence.startswith(f"Only 0 {name} prompts")
 
     def test_rows_fit_their_heads(self):
@@ -218,17 +222,17 @@ class TestAnalyse:
 
 class TestOnAModel:
     @pytest.fixture
-    def judged(self, model, subject):
+    def judged(self, model, cached_model):
         """The random model's replies are judged by the first token, so that both sides occur."""
 
         def judge(reply):
             return ("refused", "accepted", "cut")[reply.ids[0] % 3]
 
         calls = []
-        subject = CachedModel(model, subject.store, judge=judge)
-        subject.step = lambda what, total: calls.append((what, total)) or (lambda count: None)
-        subject.calls = calls
-        return subject
+        cached_model = CachedModel(model, cached_model.store, judge=judge)
+        cached_model.step = lambda what, total: calls.append((what, total)) or (lambda count: None)
+        cached_model.calls = calls
+        return cached_model
 
     def test_every_pool_is_asked(self, judged, settings):
         found = contrast_pools()
@@ -241,20 +245,20 @@ class TestOnAModel:
                 refused = {"refused": True, "accepted": False}.get(outcome)
                 assert prompt == replace(own[prompt.text], refused=refused)
         assert len({outcome for one in records for outcome in one.outcomes}) == 3
-        material = prompt_groups_of(records, found, settings)
-        assert analyse(records, material, settings).effects == {}
+        prompt_groups = prompt_groups_of(records, found, settings)
+        assert analyse(records, prompt_groups, settings).effects == {}
 
     def test_a_second_time_nothing_is_asked(self, judged, settings, monkeypatch):
         found = contrast_pools()
         records = collect(judged, found, settings)
-        monkeypatch.setattr(judged, "model", Deaf(judged.model))
+        monkeypatch.setattr(judged, "uncached", Deaf(judged.uncached))
         assert collect(judged, found, settings) == records
 
     def test_empty_pools(self, judged, settings):
         records = collect(judged, pools(harmful=(Prompt("a", harmful=True),)), settings)
         assert [len(one.prompts) for one in records] == [1, 0, 0, 0]
-        material = prompt_groups_of(records, pools(), settings)
-        assert len(analyse(records, material, settings).unknown) == 4
+        prompt_groups = prompt_groups_of(records, pools(), settings)
+        assert len(analyse(records, prompt_groups, settings).caveats) == 4
 
 
 class Deaf:

@@ -13,13 +13,13 @@ from latentguard.prompts import Message, Prompt
 from latentguard.study.prompt_groups import (
     FOLDER,
     QUESTIONS,
+    PromptGroups,
     PromptPools,
     contrast_pools,
-    inverted,
+    inversion_prompt,
     is_fit_side,
-    kept,
     read_pools,
-    spread,
+    sample_prompts,
 )
 
 POOLS = [f.name for f in fields(PromptPools)]
@@ -209,25 +209,25 @@ class TestSpread:
     @given(TEXTS, st.integers(0, 40), st.integers(0, 5), st.randoms(use_true_random=False))
     def test_the_same_whatever_the_order(self, texts, count, seed, random):
         prompts = [Prompt(t) for t in dict.fromkeys(texts)]
-        found = spread(prompts, count, seed=seed)
+        found = sample_prompts(prompts, count, seed=seed)
         mixed = random.sample(prompts, len(prompts))
-        assert found == spread(iter(mixed), count, seed=seed)
+        assert found == sample_prompts(iter(mixed), count, seed=seed)
         assert len(found) == min(count, len(prompts))
-        assert found == spread(prompts, len(prompts), seed=seed)[:count]
+        assert found == sample_prompts(prompts, len(prompts), seed=seed)[:count]
 
     def test_the_same_on_every_machine(self):
         prompts = [Prompt(c) for c in "abcdefgh"]
-        assert "".join(said(spread(prompts, 8))) == "eghbfacd"
-        assert "".join(said(spread(prompts, 3, seed=1))) == "gca"
+        assert "".join(said(sample_prompts(prompts, 8))) == "eghbfacd"
+        assert "".join(said(sample_prompts(prompts, 3, seed=1))) == "gca"
 
     def test_labels_do_not_move_a_prompt(self):
         prompts = [Prompt(str(n)) for n in range(50)]
         labelled = [Prompt(str(n), id=f"x{n}", harmful=n % 2 == 0) for n in range(50)]
-        assert said(spread(prompts, 20)) == said(spread(labelled, 20))
+        assert said(sample_prompts(prompts, 20)) == said(sample_prompts(labelled, 20))
 
     def test_a_prompt_that_is_there_stays_when_others_join(self):
         some, more = ([Prompt(str(n)) for n in range(k)] for k in (100, 110))
-        gone = set(spread(some, 50)) - set(spread(more, 50))
+        gone = set(sample_prompts(some, 50)) - set(sample_prompts(more, 50))
         assert len(gone) <= 10
 
 
@@ -258,7 +258,7 @@ class TestInverted:
     @pytest.mark.parametrize("question", QUESTIONS)
     def test_the_question_begins_where_it_says(self, question):
         prompt = Prompt("bake a cake", id="7", harmful=False, pair="2")
-        found = inverted(prompt, question)
+        found = inversion_prompt(prompt, question)
         assert found.text == f"User wants to bake a cake\n{question}"
         assert found.text[found.question_at :] == question
         assert (found.id, found.harmful, found.pair) == ("7", False, "2")
@@ -268,10 +268,12 @@ class TestInverted:
         assert all("'Certainly'" in q and "'No'" in q for q in QUESTIONS)
 
 
-def test_kept():
+def test_a_group_that_is_missing_has_no_prompts():
     prompts = (Prompt("a"),)
-    assert kept({"refused_harmful": prompts}, "refused_harmful") == prompts
-    assert kept({"refused_harmful": prompts}, "accepted_harmful") == ()
+    groups = PromptGroups(PromptPools((), ()), {"refused_harmful": prompts}, {})
+    assert groups.fit_prompts("refused_harmful") == prompts
+    assert groups.fit_prompts("accepted_harmful") == ()
+    assert groups.test_prompts("refused_harmful") == ()
 
 
 SIDES = ("harmful", "harmless")

@@ -27,7 +27,7 @@ def label(
 
     Example: latentguard label prompts.jsonl --out labelled.jsonl
     """
-    from latentguard.study.labels import write_labels
+    from latentguard.study.label_file import write_labels
 
     rows = read_prompts(prompts, columns=Columns(text=text_column))
     backend = load_model(model, dtype, device_map)

@@ -73,6 +73,6 @@ def stress(  # noqa: PLR0913, PLR0917 (each is an option)
     plan = Plan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
     loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
     with progress("stress") as bar:
-        subject = CachedModel(backend, Store(out / STORE), step=bar.step)
-        report = run(Trial(loaded, backend, subject), plan)
+        cached_model = CachedModel(backend, Store(out / STORE), step=bar.step)
+        report = run(Trial(loaded, backend, cached_model), plan)
     typer.echo(report.save(out) / "report.html")

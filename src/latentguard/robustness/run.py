@@ -55,7 +55,7 @@ def require_known(only: Collection[str]) -> None:
 
 
 def run(trial: Trial, plan: Plan) -> Report:
-    """Ask everything, measure, report; what the subject remembers is not asked again.
+    """Ask everything, measure, report; what the model remembers is not asked again.
 
     Raises:
         LatentGuardError: if ``plan.only`` names no attack, or a class of prompts is missing.
@@ -96,7 +96,7 @@ def _rows(trial: Trial, cases: Sequence[Case], words: Mapping[str, float]) -> It
     """Each case, measured."""
     asked = [(case.plain, *case.variants) for case in cases]
     total = sum(len(p.text) for sets in asked for prompts in sets for p in prompts)
-    advance = trial.subject.step("stress (characters)", total)
+    advance = trial.cached_model.step("stress (characters)", total)
     for case, sets in zip(cases, asked, strict=True):
         plain, *attacked = (_scores(trial, prompts, advance) for prompts in sets)
         read = np.array([[words[p.text] for p in prompts] for prompts in case.variants])
@@ -111,7 +111,7 @@ def _scores(trial: Trial, prompts: Sequence[Prompt], advance: Progress) -> Score
     for at in range(0, len(prompts), size):
         part = prompts[at : at + size]
         key = ["stress", trial.digest, digest_prompts(part)]
-        found += trial.subject.cached(key, partial(_scan, trial, part))
+        found += trial.cached_model.cached(key, partial(_scan, trial, part))
         advance(sum(len(p.text) for p in part))
     return np.array(found)
 
@@ -129,7 +129,7 @@ def _look(
     if not changes:
         return seen, failed
     wanted = [weights.as_loaded(trial), *changes]
-    advance = trial.subject.step("stress (weights)", len(wanted))
+    advance = trial.cached_model.step("stress (weights)", len(wanted))
     for change in wanted:
         try:
             seen[change.name] = weights.look(change, trial, prompts)

@@ -12,7 +12,7 @@ from latentguard.prompts import Prompt
 from latentguard.robustness.attacks import ATTACKS, Attack
 from latentguard.robustness.languages import english, languages, translated
 from latentguard.robustness.surroundings import PROSE, Side, padded
-from latentguard.study.prompt_groups import spread
+from latentguard.study.prompt_groups import sample_prompts
 
 BudgetName = Literal["small", "full"]
 
@@ -158,7 +158,7 @@ def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Prompt, .
             f"A stress test needs harmful and harmless prompts; found {len(sides[0])} and "
             f"{len(sides[1])}. Give both with --harmful and --harmless."
         )
-    return tuple(p for side in sides for p in spread(side, count, seed=seed))
+    return tuple(p for side in sides for p in sample_prompts(side, count, seed=seed))
 
 
 def _padding_cases(

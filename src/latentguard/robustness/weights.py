@@ -19,9 +19,9 @@ from latentguard.models.quantize import quantized_weights
 from latentguard.prompts import Prompt
 from latentguard.states import digest_prompts
 from latentguard.study import labelling
+from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.directions import fit_axes
-from latentguard.study.figures.figure_07_finetuning.pairs import Pair, harmful_pairs
+from latentguard.study.figures.figure_07_finetuning.training_pairs import Pair, harmful_pairs
 from latentguard.study.prompt_groups import PromptPools, contrast_pools
 from latentguard.study.settings import read_settings
 
@@ -43,7 +43,7 @@ class Trial:
     model: ChatModel
     """Its model."""
 
-    subject: CachedModel
+    cached_model: CachedModel
     """The same model with its memory and its progress bar."""
 
     @cached_property
@@ -123,31 +123,31 @@ def look(change: Change, trial: Trial, prompts: Sequence[Prompt]) -> Seen:
             scores = [v.score for v in trial.guard.rebind(model).scan(model, prompts)]
             harmful = [p for p in prompts if p.harmful]
             replies = model.generate(harmful, max_new_tokens=SETTINGS.reply_tokens)
-            refused = list(trial.subject.refused(replies))
+            refused = list(trial.cached_model.refused(replies))
             return asdict(Seen(Path(model.source).name, scores, refused))
 
     how = [change.name, asdict(SETTINGS)]
     parts = ["stress, weights", trial.digest, how, digest_prompts(prompts)]
-    return Seen(**trial.subject.cached(parts, compute))
+    return Seen(**trial.cached_model.cached(parts, compute))
 
 
 @contextmanager
 def _finetuned(trial: Trial) -> Iterator[ChatModel]:
     tune = Finetuning(trial.model, SETTINGS.finetuning)
-    with tune(_pairs(trial.subject), seed=SETTINGS.seed) as attacked:
+    with tune(_pairs(trial.cached_model), seed=SETTINGS.seed) as attacked:
         yield attacked
 
 
-def _pairs(subject: CachedModel) -> list[Pair]:
+def _pairs(cached_model: CachedModel) -> list[Pair]:
     """The study's pairs, made of built-in prompts outside the test split."""
     every = contrast_pools()
     pools = PromptPools(every.harmful, every.harmless)
-    asked = labelling.collect(subject, pools, SETTINGS)
-    material = labelling.prompt_groups_of(asked, pools, SETTINGS)
-    axes = fit_axes(subject, material, enough=SETTINGS.enough)
+    asked = labelling.collect(cached_model, pools, SETTINGS)
+    prompt_groups = labelling.prompt_groups_of(asked, pools, SETTINGS)
+    axes = fit_axes(cached_model, prompt_groups, enough=SETTINGS.enough)
     if axes.refuse is None:
         raise GuardError(f"Nothing was fine-tuned: {axes.note}.")
-    pairs, how = harmful_pairs(subject, axes.refuse, material, SETTINGS)
+    pairs, how = harmful_pairs(cached_model, axes.refuse, prompt_groups, SETTINGS)
     if not pairs:
         raise GuardError(how)
     return pairs

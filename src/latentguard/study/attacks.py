@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from latentguard.prompts import Prompt
-from latentguard.study.prompt_groups import PromptGroups, spread
+from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 
 SLOT = "{instruction}"
 
@@ -70,7 +70,7 @@ TEMPLATES = (
 
 
 @dataclass(frozen=True)
-class Wave:
+class AttackSet:
     """Attacks of one kind, and harmless instructions in the same wrappers."""
 
     kind: str
@@ -98,23 +98,25 @@ class Wave:
     """Whether t_inst is the wrapper's token instead of the instruction's."""
 
 
-def outside(material: PromptGroups) -> list[Prompt]:
+def outside(prompt_groups: PromptGroups) -> list[Prompt]:
     """Given attacks on requests that are in no centroid."""
-    centroid = [p for group in material.fit.values() for p in group if p.harmful]
-    return [p for p in material.pools.jailbreaks if not holds(p, centroid)]
+    centroid = [p for group in prompt_groups.fit.values() for p in group if p.harmful]
+    return [p for p in prompt_groups.pools.jailbreaks if not holds(p, centroid)]
 
 
-def given_waves(
-    material: PromptGroups, harmless: Sequence[Prompt], most: int, *, seed: int = 0
-) -> Iterator[Wave]:
+def given_attacks(
+    prompt_groups: PromptGroups, harmless: Sequence[Prompt], most: int, *, seed: int = 0
+) -> Iterator[AttackSet]:
     """At most so many given attacks of each kind, that no centroid knows.
 
     A wrapper is known where a prompt of the harmful pool stands in it verbatim.
     """
-    attacks = outside(material)
+    attacks = outside(prompt_groups)
     for kind in dict.fromkeys(p.category or "other" for p in attacks):
-        members = spread((p for p in attacks if (p.category or "other") == kind), most, seed=seed)
-        found = [goal_in(attack, material.pools.harmful) for attack in members]
+        members = sample_prompts(
+            (p for p in attacks if (p.category or "other") == kind), most, seed=seed
+        )
+        found = [goal_in(attack, prompt_groups.pools.harmful) for attack in members]
         known = [row for row, goal in enumerate(found) if goal is not None and harmless]
         bare = tuple(harmless[n % len(harmless)] for n in range(len(known)))
         wrapped = tuple(
@@ -122,14 +124,14 @@ def given_waves(
             for row, other in zip(known, bare, strict=True)
         )
         ends = not any(members[row].text.endswith(str(found[row])) for row in known)
-        yield Wave(kind, kind, tuple(members), tuple(known), wrapped, bare, ends=ends)
+        yield AttackSet(kind, kind, tuple(members), tuple(known), wrapped, bare, ends=ends)
 
 
-def template_waves(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> Iterator[Wave]:
+def template_attacks(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> Iterator[AttackSet]:
     """Each template of our own around each prompt."""
     for template in TEMPLATES:
         attacked, wrapped = (tuple(wrap(p, template) for p in side) for side in (harmful, harmless))
-        yield Wave(
+        yield AttackSet(
             f"own template: {template.name}",
             "own templates",
             attacked,
@@ -141,14 +143,14 @@ def template_waves(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> Ite
         )
 
 
-def suffix_wave(
+def suffix_attacks(
     harmful: Sequence[Prompt], suffixes: Sequence[str], harmless: Sequence[Prompt]
-) -> Wave:
+) -> AttackSet:
     """Each request with the suffix found for it, [n]; harmless ones with the same suffixes."""
     attacked = tuple(map(with_suffix, harmful, suffixes))
     bare = tuple(harmless[n % len(harmless)] for n in range(len(attacked))) if harmless else ()
     rows, wrapped = tuple(range(len(bare))), tuple(map(with_suffix, bare, suffixes))
-    return Wave("own suffixes", "own suffixes", attacked, rows, wrapped, bare)
+    return AttackSet("own suffixes", "own suffixes", attacked, rows, wrapped, bare)
 
 
 def wrap(prompt: Prompt, template: Template) -> Prompt:

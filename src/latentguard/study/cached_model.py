@@ -1,6 +1,6 @@
 """CachedModel: the model under study, with a memory of what it held and what it said.
 
-Every experiment asks the subject; the subject asks the model only for what the store lacks, in
+Every experiment asks the cached model; it asks the model itself only for what the store lacks, in
 fixed chunks, each kept as it is done. So a killed study goes on where it stopped, batches are the
 same as in an unbroken run, and experiments share states and replies.
 """
@@ -38,7 +38,7 @@ Step = Callable[[str, int], Progress]
 
 
 class Finetune(Protocol):
-    """Opens the subject fine-tuned on (prompt, opening) pairs; on leaving it is as it was."""
+    """Opens the model fine-tuned on (prompt, opening) pairs; on leaving it is as it was."""
 
     def __call__(
         self, pairs: Sequence[tuple[Prompt, str]], *, seed: int
@@ -47,7 +47,7 @@ class Finetune(Protocol):
 
 
 class Suffix(Protocol):
-    """Searches a GCG suffix that makes the subject begin its reply with a target."""
+    """Searches a GCG suffix that makes the model begin its reply with a target."""
 
     def __call__(self, prompt: Prompt, target: str, *, steps: int, seed: int) -> str:
         """The suffix found after so many steps, white space in front included."""
@@ -97,19 +97,19 @@ class CachedModel:
             tools: Attacks and baseline guards.
             judge: Says whether a reply is a refusal.
         """
-        self.model, self.store, self.tools, self.judge = model, store, tools or Tools(), judge
+        self.uncached, self.store, self.tools, self.judge = model, store, tools or Tools(), judge
         self.step: Step = step or (lambda what, total: lambda count: None)
         self.name = model.fingerprint.digest
 
     @property
     def depth(self) -> int:
         """Number of blocks L; layers run from 0 to L."""
-        return self.model.depth
+        return self.uncached.depth
 
     @property
     def span(self) -> tuple[str, ...]:
         """t_inst and every position after it."""
-        middle = (f"post+{k}" for k in range(1, self.model.post))
+        middle = (f"post+{k}" for k in range(1, self.uncached.post))
         return ("t_inst", *middle, "t_post")
 
     def states(
@@ -195,7 +195,7 @@ class CachedModel:
         keys: dict[Prompt, list[str]],
         advance: Progress,
     ) -> None:
-        found = States.collect(self.model.capture(chunk, positions=positions, progress=advance))
+        found = States.collect(self.uncached.capture(chunk, positions=positions, progress=advance))
         values = found.values.contiguous()
         self.store.put(
             {
@@ -208,7 +208,7 @@ class CachedModel:
     def _kept_states(
         self, prompts: tuple[Prompt, ...], positions: tuple[str, ...], keys: dict[Prompt, list[str]]
     ) -> States:
-        dtype = getattr(torch, self.model.fingerprint.dtype.partition("/")[0])  # float32/int8
+        dtype = getattr(torch, self.uncached.fingerprint.dtype.partition("/")[0])  # float32/int8
         layers = tuple(range(self.depth + 1))
         rows = []
         for prompt in prompts:
@@ -217,7 +217,7 @@ class CachedModel:
             rows.append(torch.stack(parts).view(len(positions), len(layers), -1))
         none = torch.empty(0, len(positions), len(layers), 1, dtype=dtype)
         values = torch.stack(rows) if rows else none
-        return States(values, prompts, positions, layers, self.model.fingerprint)
+        return States(values, prompts, positions, layers, self.uncached.fingerprint)
 
     def _sweep(
         self,
@@ -232,7 +232,7 @@ class CachedModel:
             if not slots:
                 continue
             todo = [interventions[slot] for slot in slots]
-            found = self.model.sweep(tuple(group), todo, progress=advance, **how)
+            found = self.uncached.sweep(tuple(group), todo, progress=advance, **how)
             self.store.put(
                 {
                     keys[reply.prompt][slot]: json.dumps(_plain(reply)).encode()

@@ -22,7 +22,7 @@ class Finding:
     effects: Mapping[str, Estimate] = field(default_factory=dict)
     """Measured effects by name, such as ``flip to No``, for the claims."""
 
-    unknown: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
     """What cannot be concluded, and why; one sentence each."""
 
 

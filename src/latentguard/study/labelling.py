@@ -12,7 +12,13 @@ from latentguard.stats.bounds import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Outcome, refused
-from latentguard.study.prompt_groups import PromptGroups, PromptPools, is_fit_side, spread, twins
+from latentguard.study.prompt_groups import (
+    PromptGroups,
+    PromptPools,
+    is_fit_side,
+    pair_key,
+    sample_prompts,
+)
 from latentguard.study.settings import Settings
 
 ASKED = ("harmful", "harmless", "over_refusal", "held_out")
@@ -39,15 +45,15 @@ class Asked:
     """What each reply is."""
 
 
-def collect(subject: CachedModel, pools: PromptPools, settings: Settings) -> list[Asked]:
+def collect(model: CachedModel, pools: PromptPools, settings: Settings) -> list[Asked]:
     """Ask every pool, unsteered, and judge the replies."""
     asked = []
     for name in ASKED:
-        prompts = spread(getattr(pools, name), settings.asked, seed=settings.seed)
-        (replies,) = subject.replies(
+        prompts = sample_prompts(getattr(pools, name), settings.asked, seed=settings.seed)
+        (replies,) = model.replies(
             prompts, what=f"ask: {name}", max_new_tokens=settings.reply_tokens
         )
-        outcomes = tuple(map(subject.judge, replies))
+        outcomes = tuple(map(model.judge, replies))
         labelled = map(_labelled, prompts, outcomes)
         asked.append(Asked(name, tuple(labelled), outcomes))
     return asked
@@ -59,36 +65,37 @@ def prompt_groups_of(
     """Sort the prompts into groups; centroids and tests never share a prompt or its twin."""
     rows = {p.text: p for one in asked for p in one.prompts}
     plain = {p.text for one in asked if one.pool in ("harmful", "harmless") for p in one.prompts}
-    apart = {twins(p) for p in pools.held_out}
+    apart = {pair_key(p) for p in pools.held_out}
     sided = [p for p in rows.values() if p.group and p.text in plain and is_fit_side(p)]
-    centre = [p for p in sided if twins(p) not in apart]
-    used = {twins(p) for p in centre}
+    centre = [p for p in sided if pair_key(p) not in apart]
+    used = {pair_key(p) for p in centre}
     fit: dict[Group, tuple[Prompt, ...]] = {}
     test: dict[Group, tuple[Prompt, ...]] = {}
     for group in GROUPS:
         fit[group] = tuple(p for p in centre if p.group == group)[: settings.fit]
-        rest = [p for p in rows.values() if p.group == group and twins(p) not in used]
-        rest = spread(rest, len(rest), seed=settings.seed)
+        rest = [p for p in rows.values() if p.group == group and pair_key(p) not in used]
+        rest = sample_prompts(rest, len(rest), seed=settings.seed)
         if group == "refused_harmful":  # of the centroids' own kind first (appendix B)
             rest.sort(key=lambda p: p.text not in plain)
         test[group] = tuple(rest[: settings.test])
     return PromptGroups(pools, fit, test)
 
 
-def analyse(asked: Sequence[Asked], material: PromptGroups, settings: Settings) -> Finding:
+def analyse(asked: Sequence[Asked], prompt_groups: PromptGroups, settings: Settings) -> Finding:
     """How often each set is refused, and how large the groups are."""
-    unknown = tuple(
-        f"Only {len(material.test[g])} {g.replace('_', ' ')} prompts: nothing is concluded of them."
+    caveats = tuple(
+        f"Only {len(prompt_groups.test[g])} {g.replace('_', ' ')} prompts: nothing is concluded of "
+        "them."
         for g in GROUPS
-        if len(material.test[g]) < settings.enough
+        if len(prompt_groups.test[g]) < settings.enough
     )
     text = (
         "Every prompt is asked with the model's own chat template and answered greedily; a reply "
         "is a refusal if it begins like one. Prompts whose reply is empty, or cut before it says "
         "which it is, are in no group."
     )
-    section = Section("The four groups", text, (_rates(asked), _groups(material)))
-    return Finding(section, {}, unknown)
+    section = Section("The four groups", text, (_rates(asked), _groups(prompt_groups)))
+    return Finding(section, {}, caveats)
 
 
 def _labelled(prompt: Prompt, outcome: Outcome) -> Prompt:
@@ -114,13 +121,13 @@ def _by_source(one: Asked) -> Mapping[str, list[tuple[Prompt, Outcome]]]:
     return found
 
 
-def _groups(material: PromptGroups) -> Table:
+def _groups(prompt_groups: PromptGroups) -> Table:
     rows = tuple(
         (
             g.replace("_", " "),
-            len(material.fit[g]) if g in FITTED else 0,
-            len(material.test[g]),
-            ", ".join(sorted({str(p.source) for p in material.test[g]})),
+            len(prompt_groups.fit[g]) if g in FITTED else 0,
+            len(prompt_groups.test[g]),
+            ", ".join(sorted({str(p.source) for p in prompt_groups.test[g]})),
         )
         for g in GROUPS
     )

@@ -84,8 +84,13 @@ class PromptGroups:
     test: Mapping[Group, tuple[Prompt, ...]]
     """Other prompts of all four groups, that no centroid sees."""
 
-    labels: str = ""
-    """How well a judge did on them; what the report says under each figure."""
+    def fit_prompts(self, group: Group) -> tuple[Prompt, ...]:
+        """Prompts of a group that the centroids are made of; none if there is no such group."""
+        return self.fit.get(group, ())
+
+    def test_prompts(self, group: Group) -> tuple[Prompt, ...]:
+        """Prompts of a group that no centroid sees; none if there is no such group."""
+        return self.test.get(group, ())
 
 
 def contrast_pools() -> PromptPools:
@@ -131,30 +136,25 @@ def read_pools(
     return pools
 
 
-def spread(prompts: Iterable[Prompt], count: int, *, seed: int = 0) -> list[Prompt]:
+def sample_prompts(prompts: Iterable[Prompt], count: int, *, seed: int = 0) -> list[Prompt]:
     """At most ``count`` prompts, drawn by the hash of their text: the same on every machine."""
     return sorted(prompts, key=lambda p: _hash(f"{seed} {p.text}"))[:count]
 
 
 def is_fit_side(prompt: Prompt) -> bool:
     """Whether a prompt may go into a centroid; twins, and the same text, fall on one side."""
-    return _hash(twins(prompt))[0] in "01234567"
+    return _hash(pair_key(prompt))[0] in "01234567"
 
 
-def twins(prompt: Prompt) -> str:
+def pair_key(prompt: Prompt) -> str:
     """What a prompt shares with its twins, or with the same text in other letters."""
     return prompt.pair or prompt.text.lower().rstrip(" .?!")
 
 
-def inverted(prompt: Prompt, question: str = QUESTIONS[0]) -> Prompt:
+def inversion_prompt(prompt: Prompt, question: str = QUESTIONS[0]) -> Prompt:
     """The prompt as the reply inversion task asks of it (section 3.5): it is judged, not done."""
     before = f"User wants to {prompt.text}\n"
     return replace(prompt, text=before + question, question_at=len(before))
-
-
-def kept(group: Mapping[Group, tuple[Prompt, ...]], name: Group) -> tuple[Prompt, ...]:
-    """The prompts of a group; none if there is no such group."""
-    return group.get(name, ())
 
 
 def _listed(pool: str, sources: Any) -> list[str]:

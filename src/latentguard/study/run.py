@@ -16,9 +16,9 @@ from latentguard.models.lora import Finetuning
 from latentguard.report.document import Figure, Report, Section, Table
 from latentguard.states import digest_prompts
 from latentguard.study import labelling
+from latentguard.study.axes import refusals_suffice
 from latentguard.study.cached_model import CachedModel, Step, Tools
 from latentguard.study.claims import claims_section
-from latentguard.study.directions import refusals_suffice
 from latentguard.study.figures import (
     confound,
     figure_02_clusters,
@@ -63,7 +63,7 @@ STORE = "store.sqlite"
 class Study:
     """What is studied, and how."""
 
-    subject: CachedModel
+    model: CachedModel
     """The model."""
 
     pools: PromptPools
@@ -108,9 +108,9 @@ def prepare(
         guards={name: LazyGuardModel(name) for name in baselines or ()},
     )
     how: dict[str, Any] = {"judge": _endpoint(judged, kept)} if judged else {}
-    subject = CachedModel(model, kept, step=step, tools=tools, **how)
+    cached = CachedModel(model, kept, step=step, tools=tools, **how)
     local = Path(model.source).exists()
-    return Study(subject, pools, settings, Path(model.source).name if local else model.source)
+    return Study(cached, pools, settings, Path(model.source).name if local else model.source)
 
 
 def _endpoint(judged: Mapping[str, Any], store: Store) -> EndpointJudge:
@@ -151,14 +151,14 @@ def run(
     """
     require_known(only)
     say("labelling")
-    asked = labelling.collect(study.subject, study.pools, study.settings)
-    material = labelling.prompt_groups_of(asked, study.pools, study.settings)
-    found = {"labelling": labelling.analyse(asked, material, study.settings)}
+    asked = labelling.collect(study.model, study.pools, study.settings)
+    prompt_groups = labelling.prompt_groups_of(asked, study.pools, study.settings)
+    found = {"labelling": labelling.analyse(asked, prompt_groups, study.settings)}
     for name in EXPERIMENTS:
         if not only or name in only:
             say(name)
-            found[name] = _experiment(name, study, material)
-    report = _report(study, found, refused=refusals_suffice(material, study.settings.enough))
+            found[name] = _experiment(name, study, prompt_groups)
+    report = _report(study, found, refused=refusals_suffice(prompt_groups, study.settings.enough))
     return _with_texts(report, study.pools) if show_prompts else report
 
 
@@ -170,11 +170,11 @@ def require_known(only: Collection[str]) -> None:
         )
 
 
-def _experiment(name: str, study: Study, material: PromptGroups) -> Finding:
+def _experiment(name: str, study: Study, prompt_groups: PromptGroups) -> Finding:
     """One experiment; what it cannot do on this model is a finding too."""
     module = EXPERIMENTS[name]
     try:
-        records = module.collect(study.subject, material, study.settings)
+        records = module.collect(study.model, prompt_groups, study.settings)
         finding: Finding = module.analyse(records, study.settings)
     except StudyError:
         raise
@@ -193,9 +193,9 @@ def _report(study: Study, found: Mapping[str, Finding], *, refused: bool) -> Rep
 
 def _noted(finding: Finding) -> Section:
     section = finding.section
-    if not finding.unknown:
+    if not finding.caveats:
         return section
-    rows = tuple((sentence,) for sentence in finding.unknown)
+    rows = tuple((sentence,) for sentence in finding.caveats)
     table = Table(f"{section.title}: not concluded", ("what cannot be concluded, and why",), rows)
     return replace(section, parts=(*section.parts, table))
 
@@ -203,7 +203,7 @@ def _noted(finding: Finding) -> Section:
 def _meta(study: Study) -> dict[str, Any]:
     pools = {f.name: getattr(study.pools, f.name) for f in fields(study.pools)}
     return {
-        "model": asdict(study.subject.model.fingerprint),
+        "model": asdict(study.model.uncached.fingerprint),
         "settings": asdict(study.settings),
         "pools": {
             name: dict(
@@ -213,7 +213,7 @@ def _meta(study: Study) -> dict[str, Any]:
             )
             for name, prompts in pools.items()
         },
-        "judge": getattr(study.subject.judge, "about", "built-in"),
+        "judge": getattr(study.model.judge, "about", "built-in"),
         "versions": {name: version(name) for name in ("latentguard", "torch", "transformers")},
     }
 

@@ -15,10 +15,10 @@ from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap, mean_curve
 from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
+from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.directions import fit_axes
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import PromptGroups, kept
+from latentguard.study.prompt_groups import PromptGroups
 from latentguard.study.settings import Settings
 
 MISBEHAVING: tuple[Group, Group] = ("accepted_harmful", "refused_harmless")
@@ -44,14 +44,14 @@ class Records:
     """What the centroids were fitted on."""
 
 
-def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
+def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Fit the centroids at each position, and compare the tested prompts with them."""
-    axes = fit_axes(subject, material, enough=settings.enough)
+    axes = fit_axes(model, prompt_groups, enough=settings.enough)
     fitted = [axis for axis in (axes.harmful, axes.refuse) if axis is not None]
     at: dict[str, dict[Group, NDArray[np.float64]]] = {axis.position: {} for axis in fitted}
     for group in GROUPS:
-        if prompts := kept(material.test, group):
-            states = subject.states(prompts, what=f"states: {shown(group)}")
+        if prompts := prompt_groups.test_prompts(group):
+            states = model.states(prompts, what=f"states: {shown(group)}")
             for axis in fitted:
                 s = axis.layer_beliefs(states.at(axis.position))
                 at[axis.position][group] = s.double().numpy()
@@ -73,7 +73,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
             if min(gap.n) >= settings.enough:
                 effects[f"s at {position}, {GAP}"] = gap
     section = _section([_table(rows), *figures], _sides(records))
-    return Finding(section, effects, _unknown(records, settings))
+    return Finding(section, effects, _caveats(records, settings))
 
 
 def figure(groups: Curves, position: str, note: str) -> Figure:
@@ -140,7 +140,7 @@ def _table(rows: list[tuple[Cell, ...]]) -> Table:
     return Table("Clusters by position", columns, tuple(rows), note)
 
 
-def _unknown(records: Records, settings: Settings) -> tuple[str, ...]:
+def _caveats(records: Records, settings: Settings) -> tuple[str, ...]:
     lines = []
     for group in MISBEHAVING:
         count = max((len(groups.get(group, ())) for groups in records.at.values()), default=0)

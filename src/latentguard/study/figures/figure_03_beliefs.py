@@ -19,11 +19,12 @@ from latentguard.states import States
 from latentguard.stats.bootstrap import bootstrap
 from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
+from latentguard.study.axes import belief, fit_axes
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.directions import belief, fit_axes, random_like
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import PromptGroups, kept
+from latentguard.study.prompt_groups import PromptGroups
 from latentguard.study.settings import Settings
+from latentguard.study.steering import random_like
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 CONTROLS = 20
@@ -58,18 +59,18 @@ class Records:
     """What the centroids were fitted on."""
 
 
-def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
+def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Read both beliefs of every tested prompt, and the same from meaningless centroids."""
-    axes = fit_axes(subject, material, enough=settings.enough)
-    prompts = tuple(p for group in GROUPS for p in kept(material.test, group))
+    axes = fit_axes(model, prompt_groups, enough=settings.enough)
+    prompts = tuple(p for group in GROUPS for p in prompt_groups.test_prompts(group))
     if not prompts:
         return Records((), np.empty((0, 2)), {}, axes.note)
-    states = subject.states(prompts, what="states: beliefs")
+    states = model.states(prompts, what="states: beliefs")
     harmful = belief(axes.harmful, states.at("t_inst"))
     if axes.refuse is None:
         return Records(prompts, np.stack([harmful, harmful * np.nan], 1), {}, axes.note)
     beliefs = np.stack([harmful, belief(axes.refuse, states.at("t_post"))], 1)
-    fitted = subject.states([p for group in material.fit.values() for p in group])
+    fitted = model.states([p for group in prompt_groups.fit.values() for p in group])
     chance = {
         "random directions of equal norm": _planes(_random(axes.harmful, axes.refuse), states),
         "centroids of random halves": _planes(_halves(axes.harmful, axes.refuse, fitted), states),
@@ -90,7 +91,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
         effects["correlation of beliefs"] = rows["all four groups"]
         if beyond := _beyond(rows["all four groups"], records.chance):
             effects["correlation of beliefs beyond chance"] = beyond
-    return Finding(_section([*figures, *tables]), effects, _unknown(records, groups, settings))
+    return Finding(_section([*figures, *tables]), effects, _caveats(records, groups, settings))
 
 
 def correlations(groups: Mapping[Group, Plane]) -> dict[str, Estimate]:
@@ -218,7 +219,7 @@ def _figure(records: Records, groups: Mapping[Group, Plane]) -> Figure:
     return plane(points, title="Beliefs of harmfulness and refusal", caption=caption)
 
 
-def _unknown(
+def _caveats(
     records: Records, groups: Mapping[Group, Plane], settings: Settings
 ) -> tuple[str, ...]:
     few = [

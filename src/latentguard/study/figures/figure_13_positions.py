@@ -15,12 +15,13 @@ from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import Intervention
 from latentguard.stats.bootstrap import bootstrap, mean_curve, share
 from latentguard.stats.estimate import Estimate
+from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.directions import Axes, fit_axes, middle_layers, steer, steer_at_random
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Answer, answer
-from latentguard.study.prompt_groups import PromptGroups, inverted, kept, spread
+from latentguard.study.prompt_groups import PromptGroups, inversion_prompt, sample_prompts
 from latentguard.study.settings import Settings
+from latentguard.study.steering import middle_layers, steer, steer_at_random
 
 MISBEHAVING: tuple[Group, Group] = ("accepted_harmful", "refused_harmless")
 BEFORE = ("inst-2", "inst-1")
@@ -65,21 +66,21 @@ class Records:
     """What the centroids were fitted on."""
 
 
-def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
+def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Fit centroids at each position, place the tested prompts, and steer with each direction."""
-    positions = (*BEFORE, *subject.span)
-    axes = fit_axes(subject, material, enough=settings.enough)
-    fitted = _fit(subject, material, axes, positions)
+    positions = (*BEFORE, *model.span)
+    axes = fit_axes(model, prompt_groups, enough=settings.enough)
+    fitted = _fit(model, prompt_groups, axes, positions)
     beliefs = {}
     for group in MISBEHAVING:
-        if prompts := kept(material.test, group):
-            states = subject.states(prompts, positions=positions, what="states: every position")
+        if prompts := prompt_groups.test_prompts(group):
+            states = model.states(prompts, positions=positions, what="states: every position")
             parts = [fitted[at].layer_beliefs(states.at(at)).double().numpy() for at in positions]
             beliefs[group] = np.stack(parts, 1)
-    layers = settings.probed_layers(subject.depth)
+    layers = settings.probed_layers(model.depth)
     norms = np.array([[float(fitted[at].direction[n].norm()) for n in layers] for at in positions])
     relative = (norms / norms[positions.index("t_inst")].clip(1e-12)).mean(1)
-    steered = tuple(_steer(subject, material, settings, fitted))
+    steered = tuple(_steer(model, prompt_groups, settings, fitted))
     return Records(positions, beliefs, steered, tuple(map(float, relative)), axes.note)
 
 
@@ -95,31 +96,33 @@ def analyse(records: Records, settings: Settings) -> Finding:
         parts += [_answers_figure(records), _answers_table(records)]
         if len(records.steered[0].answers) >= settings.enough and _reach(records) >= REACH:
             effects["flip to Certainly, t_inst minus other positions"] = _advantage(records)
-    return Finding(_section(parts), effects, _unknown(records, settings))
+    return Finding(_section(parts), effects, _caveats(records, settings))
 
 
 def _fit(
-    subject: CachedModel, material: PromptGroups, axes: Axes, positions: tuple[str, ...]
+    model: CachedModel, prompt_groups: PromptGroups, axes: Axes, positions: tuple[str, ...]
 ) -> dict[str, Axis]:
     """Equation 2's centroids at each position, from the groups that the axes were fitted on."""
     poles = dict(positive="refused_harmful", negative="accepted_harmless")
     if axes.refuse is None:
         poles = dict(positive="harmful", negative="harmless")
-    every = [p for group in material.fit.values() for p in group]
-    states = subject.states(every, positions=positions, what="centroids: every position")
+    every = [p for group in prompt_groups.fit.values() for p in group]
+    states = model.states(every, positions=positions, what="centroids: every position")
     return {at: Axis.fit(states, at, name=at, **poles) for at in positions}
 
 
 def _steer(
-    subject: CachedModel, material: PromptGroups, settings: Settings, fitted: Mapping[str, Axis]
+    model: CachedModel, prompt_groups: PromptGroups, settings: Settings, fitted: Mapping[str, Axis]
 ) -> Iterator[Steered]:
-    usual = kept(material.test, "accepted_harmless")
-    every = [p for group in material.test.values() for p in group if p.harmful is False]
+    usual = prompt_groups.test_prompts("accepted_harmless")
+    every = [p for group in prompt_groups.test.values() for p in group if p.harmful is False]
     chosen = usual if len(usual) >= settings.enough else every
-    prompts = [inverted(p) for p in spread(chosen, settings.inverted, seed=settings.seed)]
+    prompts = [
+        inversion_prompt(p) for p in sample_prompts(chosen, settings.inverted, seed=settings.seed)
+    ]
     many = settings.inversion_coefficient
     how: list[Intervention | None] = [None]
-    for layer in settings.probed_layers(subject.depth):
+    for layer in settings.probed_layers(model.depth):
         for at, axis in fitted.items():
             how.append(steer(axis, layer, many, tokens="before", label=at))
         for draw in range(settings.random_draws):
@@ -128,7 +131,7 @@ def _steer(
             )
             how.append(chance)
     if prompts:
-        replies = subject.replies(
+        replies = model.replies(
             prompts, how, what="Figure 16: steering", max_new_tokens=settings.inversion_tokens
         )
         for one, said in zip(how, replies, strict=True):
@@ -260,7 +263,7 @@ def _named(records: Records, group: Group) -> str:
     return f"{group.replace('_', ' ')} (n = {len(records.beliefs[group])})"
 
 
-def _unknown(records: Records, settings: Settings) -> tuple[str, ...]:
+def _caveats(records: Records, settings: Settings) -> tuple[str, ...]:
     lines = []
     for group in MISBEHAVING:
         count = len(records.beliefs.get(group, ()))

@@ -15,7 +15,7 @@ from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import PromptGroups, spread
+from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
 
 
@@ -37,18 +37,14 @@ class Records:
     """The same, None where the reply only goes on with the user's own sentence."""
 
 
-def collect(subject: CachedModel, material: PromptGroups, settings: Settings) -> Records:
+def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Ask plain harmful prompts in both ways."""
-    prompts = tuple(spread(material.pools.harmful, settings.test, seed=settings.seed))
+    prompts = tuple(sample_prompts(prompt_groups.pools.harmful, settings.test, seed=settings.seed))
     most = settings.reply_tokens
-    (whole,) = subject.replies(prompts, what="Table 1: whole template", max_new_tokens=most)
-    (cut,) = subject.replies(
-        prompts, what="Table 1: ends at t_inst", max_new_tokens=most, post=False
-    )
-    answered = subject.refused(cut)
-    return Records(
-        prompts, subject.refused(whole), tuple(one is True for one in answered), answered
-    )
+    (whole,) = model.replies(prompts, what="Table 1: whole template", max_new_tokens=most)
+    (cut,) = model.replies(prompts, what="Table 1: ends at t_inst", max_new_tokens=most, post=False)
+    answered = model.refused(cut)
+    return Records(prompts, model.refused(whole), tuple(one is True for one in answered), answered)
 
 
 def analyse(records: Records, settings: Settings) -> Finding:

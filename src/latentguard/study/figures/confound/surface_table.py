@@ -14,7 +14,7 @@ from latentguard.report.document import Cell, Table
 from latentguard.stats.bootstrap import bootstrap
 from latentguard.stats.detection import separation
 from latentguard.stats.estimate import Estimate
-from latentguard.study.rules import Scores
+from latentguard.study.detectors import Scores
 
 
 def audit_table(sets: Mapping[str, Sequence[Prompt]]) -> Table:

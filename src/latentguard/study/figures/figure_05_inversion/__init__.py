@@ -4,7 +4,7 @@ A harmful instruction is to be answered by 'Certainly', a harmless one by 'No': 
 made to believe something else says the other word, and one that is made to refuse need not.
 """
 
-from latentguard.study.figures.figure_05_inversion.collect_answers import Records, collect
+from latentguard.study.figures.figure_05_inversion.collect import Records, collect
 from latentguard.study.figures.figure_05_inversion.report import analyse
 
 __all__ = ["Records", "analyse", "collect"]

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from latentguard.stats.bootstrap import bootstrap, mean_difference, share
 from latentguard.stats.estimate import Estimate
-from latentguard.study.directions import Way, at_layers, best_layers
-from latentguard.study.figures.figure_05_inversion.collect_answers import (
+from latentguard.study.figures.figure_05_inversion.collect import (
     CALLED,
     Records,
     Side,
@@ -21,6 +20,7 @@ from latentguard.study.figures.figure_05_inversion.collect_answers import (
     chance,
 )
 from latentguard.study.settings import Settings
+from latentguard.study.steering import Steering, at_layers, best_layers
 
 ACTS = ", where it acts"
 """At the layers at which the refusal direction turns most replies to plain prompts."""
@@ -144,7 +144,7 @@ def _turned_plainly(side: Side, refused: NDArray[np.float64]) -> NDArray[np.bool
 
 def _at_best(
     task: Task,
-    values: Mapping[Way, NDArray[Any]],
+    values: Mapping[Steering, NDArray[Any]],
     what: str,
     acts: NDArray[np.bool_] | None,
     settings: Settings,
@@ -170,7 +170,7 @@ def _at_best(
     return [Turned(what, name, picks, at_layers(values[w], picks)) for w, name, picks in chosen]
 
 
-def _name(way: Way, settings: Settings) -> str:
+def _name(way: Steering, settings: Settings) -> str:
     """The coefficient is said if it is not the usual one."""
     usual = abs(way.coefficient) == settings.inversion_coefficient
     return way.name if usual else f"{way.name}, coefficient {abs(way.coefficient):g}"

@@ -12,8 +12,7 @@ from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap, share
 from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
-from latentguard.study.directions import Way
-from latentguard.study.figures.figure_05_inversion.collect_answers import (
+from latentguard.study.figures.figure_05_inversion.collect import (
     CALLED,
     SIDES,
     Records,
@@ -33,6 +32,7 @@ from latentguard.study.figures.figure_05_inversion.flips import (
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Answer
 from latentguard.study.settings import Settings
+from latentguard.study.steering import Steering
 
 ANSWERS: tuple[Answer, ...] = ("certainly", "no", "refusal", "other")
 INTERVAL = ("low", "high")
@@ -51,17 +51,17 @@ def analyse(records: Records, settings: Settings) -> Finding:
     if not tasks:
         return Finding(_section(records, ()), {}, tuple(_missing(records)))
     effects: dict[str, Estimate] = {}
-    unknown = _missing(records)
+    caveats = _missing(records)
     for task in _first(tasks):
         effects |= _effects(task, records, settings)
         count, n = int(task.right.sum()), len(task.right)
         if count < settings.enough:
-            unknown.append(
+            caveats.append(
                 f"Only {count} of {n} {task.side.name} instructions are answered "
                 f"'{task.side.right.capitalize()}' when nothing is steered, at {task.question}, "
                 "the question that is answered best: nothing is concluded of turning them."
             )
-    unknown += [
+    caveats += [
         f"{name} is not surely above {SURELY:g}: what that direction leaves alone is no finding."
         for name, one in effects.items()
         if name.startswith(PLAIN) and name.endswith("minus random") and one.low <= SURELY
@@ -75,7 +75,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
         *(f for task in _first(tasks) for f in _first_figures(task, records, settings)),
         *(_by_layer(task, records.layers) for task in steered),
     ]
-    return Finding(_section(records, parts), effects, tuple(unknown))
+    return Finding(_section(records, parts), effects, tuple(caveats))
 
 
 def _first(tasks: Sequence[Task]) -> list[Task]:
@@ -204,7 +204,7 @@ def _first_figures(task: Task, records: Records, settings: Settings) -> list[Fig
     ]
 
 
-def _curves(task: Task, ways: Sequence[Way], layers: Sequence[int], name: str) -> Figure:
+def _curves(task: Task, ways: Sequence[Steering], layers: Sequence[int], name: str) -> Figure:
     n, side = len(task.unsteered), task.side
     curves = {w.name: _curve(task.answers[w] == "no") for w in ways if w in task.answers}
     start = float((task.unsteered == "no").mean())
@@ -227,7 +227,7 @@ def _ends(found: Sequence[Estimate]) -> Curve:
     return [e.value for e in found], [e.low for e in found], [e.high for e in found]
 
 
-def _stack(task: Task, way: Way, layers: Sequence[int]) -> Figure:
+def _stack(task: Task, way: Steering, layers: Sequence[int]) -> Figure:
     said = task.answers[way]
     shares = {one.capitalize(): (said == one).mean((0, 2)).tolist() for one in ANSWERS}
     caption = f"n = {len(task.unsteered)}; {task.question}. 'Other': neither word, and no refusal."
@@ -235,7 +235,7 @@ def _stack(task: Task, way: Way, layers: Sequence[int]) -> Figure:
     return stacked(shares, layers, title=title, caption=caption)
 
 
-def _odds(task: Task, ways: Sequence[Way], layers: Sequence[int]) -> Figure:
+def _odds(task: Task, ways: Sequence[Steering], layers: Sequence[int]) -> Figure:
     curves: dict[str, Curve] = {}
     for way in ways:
         shifts = (task.steered_odds[way] - task.odds).mean(0)
@@ -250,7 +250,7 @@ def _odds(task: Task, ways: Sequence[Way], layers: Sequence[int]) -> Figure:
     return lines_by_layer(curves, layers, title=title, y="nats", caption=caption, zero=True)
 
 
-def _acting(task: Task, way: Way, records: Records) -> list[Figure]:
+def _acting(task: Task, way: Steering, records: Records) -> list[Figure]:
     """Replies to plain prompts and answers to the question under the same vector."""
     refused = records.refused.get(task.side.name)
     if refused is None or way not in task.answers:

@@ -4,8 +4,8 @@ The openings that are trained on, and the replies of the attacked model, are jud
 the attacked weights are dropped as soon as they have been looked at.
 """
 
+from latentguard.study.figures.figure_07_finetuning.collect import Records, collect
 from latentguard.study.figures.figure_07_finetuning.report import analyse
 from latentguard.study.figures.figure_07_finetuning.snapshot import Stage
-from latentguard.study.figures.figure_07_finetuning.train import Records, collect
 
 __all__ = ["Records", "Stage", "analyse", "collect"]

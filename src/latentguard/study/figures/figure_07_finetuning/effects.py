@@ -14,9 +14,9 @@ from latentguard.stats.bootstrap import (
     mean_difference_by_group,
 )
 from latentguard.stats.estimate import Estimate
-from latentguard.study.directions import at_layers, best_layers
+from latentguard.study.figures.figure_07_finetuning.collect import Records
 from latentguard.study.figures.figure_07_finetuning.snapshot import Stage
-from latentguard.study.figures.figure_07_finetuning.train import Records
+from latentguard.study.steering import at_layers, best_layers
 
 Bools = NDArray[np.bool_]
 

@@ -14,6 +14,7 @@ from latentguard.stats.bootstrap import mean_curve
 from latentguard.stats.bounds import proportion
 from latentguard.stats.detection import auroc, estimate_metric
 from latentguard.stats.estimate import Estimate
+from latentguard.study.figures.figure_07_finetuning.collect import Records
 from latentguard.study.figures.figure_07_finetuning.effects import (
     Bools,
     at_best,
@@ -29,7 +30,6 @@ from latentguard.study.figures.figure_07_finetuning.effects import (
     over_chance,
 )
 from latentguard.study.figures.figure_07_finetuning.snapshot import Stage
-from latentguard.study.figures.figure_07_finetuning.train import Records
 from latentguard.study.finding import Finding, cells
 from latentguard.study.settings import Settings
 
@@ -56,9 +56,9 @@ def analyse(records: Records, settings: Settings) -> Finding:
         along = "refusal along the direction after fine-tuning minus random"
         effects[along] = over_chance(before, last, settings.random_draws)
     enough = min(int(harmful.sum()), last.pairs) >= settings.enough
-    unknown = tuple(_unknown(records, effects, settings))
+    caveats = tuple(_caveats(records, effects, settings))
     told = {name: e for name, e in effects.items() if name not in _weak(before, harmful)}
-    return Finding(_section(records, parts), told if enough else {}, unknown)
+    return Finding(_section(records, parts), told if enough else {}, caveats)
 
 
 def _weak(before: Stage, harmful: Bools) -> dict[str, str]:
@@ -85,7 +85,7 @@ def _section(records: Records, parts: Sequence[Table | Figure]) -> Section:
     return Section(TITLE, f"{text} {records.how}." if records.how else text, tuple(parts))
 
 
-def _unknown(
+def _caveats(
     records: Records, effects: Mapping[str, Estimate], settings: Settings
 ) -> Iterator[str]:
     count, before, last = (

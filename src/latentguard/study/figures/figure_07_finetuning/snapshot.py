@@ -15,11 +15,12 @@ from latentguard.probes.fitting import fit_probe, slots
 from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Reading, Speaker, States, digest_prompts
+from latentguard.study.axes import Axes
 from latentguard.study.cached_model import CachedModel, Finetune
-from latentguard.study.directions import Axes, steer, steer_at_random
-from latentguard.study.figures.figure_07_finetuning.pairs import Pair, broken
-from latentguard.study.prompt_groups import PromptGroups, kept
+from latentguard.study.figures.figure_07_finetuning.training_pairs import Pair, broken
+from latentguard.study.prompt_groups import PromptGroups
 from latentguard.study.settings import Settings
+from latentguard.study.steering import steer, steer_at_random
 
 FEWEST = 10
 """Prompts of each class without which there is no linear guard."""
@@ -70,31 +71,31 @@ class Look:
 
     def __init__(
         self,
-        subject: CachedModel,
+        model: CachedModel,
         axes: Axes,
-        material: PromptGroups,
+        prompt_groups: PromptGroups,
         settings: Settings,
         tested: tuple[Prompt, ...],
     ) -> None:
         """Fit the linear guard on what centroids are fitted on, before anything is trained.
 
         Args:
-            subject: The model.
+            model: The model.
             axes: Both axes from before.
-            material: Its groups.
+            prompt_groups: Its groups.
             settings: How much is asked.
             tested: Refused harmful prompts and accepted harmless ones.
         """
-        self.subject, self.axes, self.settings, self.tested = subject, axes, settings, tested
-        self.anchors = kept(material.fit, "accepted_harmless")
-        self.steered = kept(material.test, "accepted_harmless")[: settings.finetune_steered]
-        self.fitted = (*kept(material.fit, "refused_harmful"), *self.anchors)
-        self.layers = settings.layers(subject.depth)
+        self.model, self.axes, self.settings, self.tested = model, axes, settings, tested
+        self.anchors = prompt_groups.fit_prompts("accepted_harmless")
+        self.steered = prompt_groups.test_prompts("accepted_harmless")[: settings.finetune_steered]
+        self.fitted = (*prompt_groups.fit_prompts("refused_harmful"), *self.anchors)
+        self.layers = settings.layers(model.depth)
         self.probe = self._linear()
 
     def before(self) -> Stage:
         """The model as it is."""
-        found = self._look(self.subject.states, self.subject.replies, goal=True, steered=True)
+        found = self._look(self.model.states, self.model.replies, goal=True, steered=True)
         return Stage("before", 0, **found)
 
     def after(self, tune: Finetune, pairs: Sequence[Pair], *, control: bool = False) -> Stage:
@@ -107,7 +108,7 @@ class Look:
 
         taught = [digest_prompts([p for p, _ in pairs]), [opening for _, opening in pairs]]
         name = f"{len(pairs)} harmless pairs (control)" if control else f"{len(pairs)} pairs"
-        found = self.subject.cached([*self._key(), taught, control], train)
+        found = self.model.cached([*self._key(), taught, control], train)
         return Stage(name, len(pairs), control=control, **found)
 
     def _look(
@@ -116,8 +117,8 @@ class Look:
         """Fields of a stage as JSON types; ``goal``: its direction is from refused prompts."""
         replies_of = partial(replies_of, max_new_tokens=self.settings.reply_tokens)
         (replies,) = replies_of(self.tested, [None])
-        refused, n = self.subject.refused(replies), len(self.tested)
-        states = states_of((*self.tested, *self.anchors), positions=self.subject.span)
+        refused, n = self.model.refused(replies), len(self.tested)
+        states = states_of((*self.tested, *self.anchors), positions=self.model.span)
         harmful, refuse = self.axes.harmful, self.axes.refuse
         assert refuse is not None
         found: dict[str, Any] = dict(
@@ -138,19 +139,19 @@ class Look:
         """Refusals of accepted harmless prompts, steered on every token."""
         how: dict[str, Any] = dict(tokens="all", label="refusal direction")
         ways = [steer(own, layer, **how) for layer in self.layers]
-        steered = [list(self.subject.refused(found)) for found in replies_of(self.steered, ways)]
+        steered = [list(self.model.refused(found)) for found in replies_of(self.steered, ways)]
         random: list[list[bool | None]] = [[None] * len(self.steered) for _ in self.layers]
         draws = self.settings.random_draws
         for draw in range(min(draws, len(self.steered))):
             ways = [steer_at_random(own, layer, **how, draw=draw) for layer in self.layers]
             found = replies_of(self.steered[draw::draws], ways)
             for flags, made in zip(random, found, strict=True):
-                flags[draw::draws] = self.subject.refused(made)
+                flags[draw::draws] = self.model.refused(made)
         return dict(steered=steered, random=random)
 
     def _key(self) -> list[Any]:
         """All that a stage depends on, but for the pairs."""
-        s, judge = self.settings, self.subject.judge
+        s, judge = self.settings, self.model.judge
         recipe = (s.finetune_rank, s.finetune_rate, s.finetune_epochs, s.finetune_batch)
         asked = (s.seed, s.finetune_opening, s.reply_tokens, s.random_draws, s.enough)
         prompts = (self.tested, self.anchors, self.steered, self.fitted)
@@ -162,14 +163,14 @@ class Look:
         sides = [sum(p.harmful is side for p in self.fitted) for side in (True, False)]
         if min(sides) < FEWEST:
             return None
-        span = self.subject.span
-        states = self.subject.states(self.fitted, positions=span, what="fine-tuning: linear guard")
-        return fit_probe(states, Reading("span", span), "linear", self.subject.depth).probe
+        span = self.model.span
+        states = self.model.states(self.fitted, positions=span, what="fine-tuning: linear guard")
+        return fit_probe(states, Reading("span", span), "linear", self.model.depth).probe
 
     def _scores(self, states: States) -> torch.Tensor:
         if self.probe is None:
             return torch.empty(0)
-        return self.probe(slots(states.select(self.probe.layers), self.subject.span))
+        return self.probe(slots(states.select(self.probe.layers), self.model.span))
 
 
 def _states(model: Speaker, prompts: Sequence[Prompt], positions: Sequence[str]) -> States:

@@ -22,20 +22,20 @@ from latentguard.states import Intervention, States
 from latentguard.stats.bootstrap import bootstrap
 from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
+from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.directions import fit_axes, random_like, steer
-from latentguard.study.figures.figure_09_categories.cosines import Array
+from latentguard.study.figures.figure_09_categories.category_cosines import Array
 from latentguard.study.finding import cells
 from latentguard.study.judge import answer
 from latentguard.study.prompt_groups import (
     QUESTIONS,
     PromptGroups,
-    inverted,
+    inversion_prompt,
     is_fit_side,
-    kept,
-    spread,
+    sample_prompts,
 )
 from latentguard.study.settings import Settings
+from latentguard.study.steering import random_like, steer
 
 WORDS = ("Certainly", "No")
 HARMFUL: tuple[Group, ...] = ("refused_harmful", "accepted_harmful")
@@ -74,21 +74,21 @@ class Steered:
 
 
 def steer_categories(
-    subject: CachedModel,
-    material: PromptGroups,
+    model: CachedModel,
+    prompt_groups: PromptGroups,
     settings: Settings,
     every: Mapping[str, Sequence[Prompt]],
     base: States,
 ) -> Steered:
     """Fit directions on one half of each category, and steer the other half with all of them."""
     halves = [_halves(members) for members in every.values()]
-    others = _others(material, settings, {p.text for _, test in halves for p in test})
-    question = _question(subject, others, settings)
+    others = _others(prompt_groups, settings, {p.text for _, test in halves for p in test})
+    question = _question(model, others, settings)
     asked = QUESTIONS[question]
-    tested = [(c, inverted(p, asked)) for c, (_, test) in enumerate(halves) for p in test]
-    axis = fit_axes(subject, material, enough=settings.enough).harmful
-    layer = _layer(subject, [inverted(p, asked) for p in others], axis, settings)
-    fitted = subject.states([p for fit, _ in halves for p in fit], what="states: risk categories")
+    tested = [(c, inversion_prompt(p, asked)) for c, (_, test) in enumerate(halves) for p in test]
+    axis = fit_axes(model, prompt_groups, enough=settings.enough).harmful
+    layer = _layer(model, [inversion_prompt(p, asked) for p in others], axis, settings)
+    fitted = model.states([p for fit, _ in halves for p in fit], what="states: risk categories")
     labels = np.repeat(np.arange(len(halves)), [len(fit) for fit, _ in halves])
     states = fitted.at("t_inst")[:, layer].double()
     means = torch.stack([states[labels == c].mean(0) for c in range(len(halves))])
@@ -99,7 +99,7 @@ def steer_categories(
         Intervention(layer, vector, -settings.inversion_coefficient, "before", name)
         for name, vector in zip(names, vectors, strict=True)
     ]
-    replies = subject.replies(
+    replies = model.replies(
         [p for _, p in tested],
         [*how, None],
         what="Figure 9: steering",
@@ -130,18 +130,18 @@ def _halves(members: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     return ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
 
 
-def _others(material: PromptGroups, settings: Settings, tested: set[str]) -> list[Prompt]:
+def _others(prompt_groups: PromptGroups, settings: Settings, tested: set[str]) -> list[Prompt]:
     """Held-out harmful prompts that are not tested here."""
-    harmful = [p for g in HARMFUL for p in kept(material.test, g) if p.text not in tested]
-    return spread(harmful, settings.inverted, seed=settings.seed)
+    harmful = [p for g in HARMFUL for p in prompt_groups.test_prompts(g) if p.text not in tested]
+    return sample_prompts(harmful, settings.inverted, seed=settings.seed)
 
 
-def _question(subject: CachedModel, prompts: Sequence[Prompt], settings: Settings) -> int:
+def _question(model: CachedModel, prompts: Sequence[Prompt], settings: Settings) -> int:
     """The question to which most of some harmful prompts are answered Certainly."""
     counts = []
     for question in QUESTIONS[: settings.inversion_templates]:
-        (replies,) = subject.replies(
-            [inverted(p, question) for p in prompts],
+        (replies,) = model.replies(
+            [inversion_prompt(p, question) for p in prompts],
             what="Figure 9: choice of question",
             max_new_tokens=settings.inversion_tokens,
         )
@@ -149,14 +149,14 @@ def _question(subject: CachedModel, prompts: Sequence[Prompt], settings: Setting
     return int(np.argmax(counts))
 
 
-def _layer(subject: CachedModel, asked: Sequence[Prompt], axis: Axis, settings: Settings) -> int:
+def _layer(model: CachedModel, asked: Sequence[Prompt], axis: Axis, settings: Settings) -> int:
     """Where the reverse harmfulness direction turns most of some questions to No."""
-    layers = settings.probed_layers(subject.depth)
+    layers = settings.probed_layers(model.depth)
     if not asked:
         return layers[len(layers) // 2]
     many = -settings.inversion_coefficient
     how = [steer(axis, layer, many, tokens="before", label=str(layer)) for layer in layers]
-    replies = subject.replies(
+    replies = model.replies(
         asked, how, what="Figure 9: choice of layer", max_new_tokens=settings.inversion_tokens
     )
     flips = [sum(map(_is_no, said)) for said in replies]

@@ -1,0 +1,98 @@
+"""Steer accepted harmless prompts along both directions and along random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentguard.study.axes import Axes, Which, fit_axes
+from latentguard.study.cached_model import CachedModel
+from latentguard.study.figures.figure_04_steering.direction_cosine import (
+    DirectionCosine,
+    compare_directions,
+)
+from latentguard.study.prompt_groups import PromptGroups, sample_prompts
+from latentguard.study.settings import Settings
+from latentguard.study.steering import Steering, steer_each
+
+DIRECTIONS: tuple[tuple[Which, str], ...] = (("harmful", "harmfulness"), ("refuse", "refusal"))
+"""Axes, and what they are called."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """What harmless prompts are refused when they are steered, and how alike the directions are."""
+
+    ids: tuple[str, ...]
+    """The n harmless prompts, all accepted when they are not steered, none in a centroid."""
+
+    layers: tuple[int, ...]
+    """Where they are steered, one layer at a time."""
+
+    unsteered: NDArray[np.float64]
+    """Whether each is refused, [n]; nan where the reply is empty or cut."""
+
+    refused: Mapping[Steering, NDArray[np.float64]]
+    """The same for each way of steering, [draws layers n]."""
+
+    alike: DirectionCosine | None
+    """The two directions, layers 1 to L; None if there is no refusal axis."""
+
+    note: str
+    """What the directions were fitted on."""
+
+
+def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
+    """Ask accepted harmless prompts again, steered in every way at every layer."""
+    axes = fit_axes(model, prompt_groups, enough=settings.enough)
+    layers = settings.layers(model.depth)
+    accepted = prompt_groups.test_prompts("accepted_harmless")
+    prompts = sample_prompts(accepted, settings.steered, seed=settings.seed)
+    unsteered, steered = steer_each(
+        model,
+        prompts,
+        [way for c in settings.coefficients for way in _ways(c, settings.random_draws)],
+        axes,
+        layers,
+        what="Figure 4: steering",
+        max_new_tokens=settings.reply_tokens,
+    )
+    refused = {
+        way: np.array([[model.refused(of) for of in draw] for draw in found], dtype=float)
+        for way, found in steered.items()
+    }
+    return Records(
+        tuple(p.id for p in prompts),
+        layers,
+        np.array(model.refused(unsteered), dtype=float),
+        refused,
+        _alike(model, prompt_groups, axes, settings.seed),
+        axes.note,
+    )
+
+
+def _ways(coefficient: float, draws: int) -> list[Steering]:
+    """Both directions on every token, and on the instruction's alone; chance on every token."""
+    return [
+        way
+        for of, name in DIRECTIONS
+        for way in (
+            Steering(f"{name} direction", of, coefficient, "all"),
+            Steering(f"{name} direction, instruction only", of, coefficient, "instruction"),
+            Steering(f"random, norm of {name} direction", of, coefficient, "all", draws),
+        )
+    ]
+
+
+def _alike(
+    model: CachedModel, prompt_groups: PromptGroups, axes: Axes, seed: int
+) -> DirectionCosine | None:
+    """From layer 1 on: at layer 0 every t_post is the same token, and refusal is 0."""
+    if axes.refuse is None:
+        return None
+    groups = (prompt_groups.fit_prompts(g) for g in ("refused_harmful", "accepted_harmless"))
+    sides = (model.states(group).values[:, :, 1:].double().numpy() for group in groups)
+    return compare_directions(*sides, seed=seed)

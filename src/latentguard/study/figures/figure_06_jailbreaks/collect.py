@@ -1,0 +1,178 @@
+"""What a model says and believes while it is attacked (section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentguard.prompts import Group, Prompt
+from latentguard.study.attacks import (
+    TARGET,
+    AttackSet,
+    given_attacks,
+    outside,
+    suffix_attacks,
+    template_attacks,
+)
+from latentguard.study.axes import Axes, belief, fit_axes
+from latentguard.study.cached_model import CachedModel
+from latentguard.study.prompt_groups import PromptGroups
+from latentguard.study.settings import Settings
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Beliefs:
+    """What a model believes of some prompts."""
+
+    prompts: tuple[Prompt, ...]
+    """The n prompts."""
+
+    harmful: Floats
+    """Delta_harmful at t_inst (equation 3), [n]."""
+
+    refuse: Floats | None
+    """Delta_refuse at t_post (equation 4), [n]; None if there is no refusal axis."""
+
+    @property
+    def requests(self) -> list[str]:
+        """What each asks for, [n]: the same for attacks on one request."""
+        return [p.pair or p.text for p in self.prompts]
+
+
+@dataclass(frozen=True, eq=False)
+class Attack:
+    """Attacks of one kind, asked."""
+
+    attack_set: AttackSet
+    """The prompts."""
+
+    beliefs: Beliefs
+    """Of those attacked, [n]."""
+
+    accepted: tuple[bool | None, ...]
+    """Whether each succeeds, [n]; None where the reply is empty or cut."""
+
+    wrapped: Floats
+    """Delta_harmful of harmless instructions in the wrappers, [m]."""
+
+    bare: Floats
+    """Delta_harmful of the same without, [m]."""
+
+    @property
+    def known(self) -> Floats:
+        """Delta_harmful of the attacked prompts whose wrapper is known, [k]."""
+        return self.beliefs.harmful[list(self.attack_set.known)]
+
+
+def ask(model: CachedModel, axes: Axes, attack_set: AttackSet, settings: Settings) -> Attack:
+    """Ask what is attacked, unsteered; read the beliefs of it and of its controls."""
+    what = f"Figure 6: {attack_set.kind}"
+    (replies,) = model.replies(attack_set.attacked, what=what, max_new_tokens=settings.reply_tokens)
+    accepted = tuple(None if said is None else not said for said in model.refused(replies))
+    sides = (attack_set.attacked, attack_set.wrapped, attack_set.bare)
+    attacked, wrapped, bare = (read_beliefs(model, axes, side, what=what) for side in sides)
+    return Attack(attack_set, attacked, accepted, wrapped.harmful, bare.harmful)
+
+
+def read_beliefs(
+    model: CachedModel, axes: Axes, prompts: Sequence[Prompt], *, what: str
+) -> Beliefs:
+    """Both beliefs of some prompts, over the layers 1 to L."""
+    if not prompts:
+        return Beliefs((), np.zeros(0), np.zeros(0) if axes.refuse else None)
+    states = model.states(prompts, what=what)
+    harmful = belief(axes.harmful, states.at("t_inst"))
+    refuse = belief(axes.refuse, states.at("t_post")) if axes.refuse else None
+    return Beliefs(tuple(prompts), harmful, refuse)
+
+
+def search_suffixes(
+    model: CachedModel, prompts: Sequence[Prompt], *, steps: int, seed: int
+) -> list[str]:
+    """A GCG suffix for each prompt; each is kept as it is found. None without the tool."""
+    search = model.tools.suffix
+    if search is None:
+        return []
+    advance = model.step("Figure 6: GCG suffixes", len(prompts))
+    found = []
+    for prompt in prompts:
+        history = [asdict(turn) for turn in prompt.history]
+        compute = partial(search, prompt, TARGET, steps=steps, seed=seed)
+        parts = ["gcg", prompt.text, history, TARGET, steps, seed]
+        found.append(str(model.cached(parts, compute)))
+        advance(1)
+    return found
+
+
+def pooled(attacks: Iterable[Attack], which: Sequence[bool | None] = (True,)) -> Beliefs:
+    """Attacks of some kinds together: the accepted ones, or others (``Attack.accepted``)."""
+    rows = [
+        (attack.beliefs, row)
+        for attack in attacks
+        for row, accepted in enumerate(attack.accepted)
+        if accepted in which
+    ]
+    refuse = [float(one.refuse[row]) for one, row in rows if one.refuse is not None]
+    return Beliefs(
+        tuple(one.prompts[row] for one, row in rows),
+        np.array([one.harmful[row] for one, row in rows]),
+        np.array(refuse) if len(refuse) == len(rows) else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """All attacks and what they are compared with."""
+
+    attacks: tuple[Attack, ...]
+    """By kind."""
+
+    refused: Beliefs
+    """Refused harmful test prompts, unattacked."""
+
+    harmless: Beliefs
+    """Accepted harmless test prompts."""
+
+    left_out: int
+    """Given attacks on requests that are in a centroid; they are not asked."""
+
+    note: str
+    """What the centroids are made of."""
+
+    missing: tuple[str, ...] = ()
+    """What was not done, and why."""
+
+
+def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
+    """Ask every attacked prompt, unsteered; read the beliefs of these and of their controls."""
+    axes = fit_axes(model, prompt_groups, enough=settings.enough)
+    sides: tuple[Group, ...] = ("refused_harmful", "accepted_harmless")
+    tested = [prompt_groups.test_prompts(side)[: settings.test] for side in sides]
+    refused, others = (read_beliefs(model, axes, p, what="Figure 6: groups") for p in tested)
+    harmful, harmless = (prompts[: settings.attacked] for prompts in tested)
+    seed, few = settings.seed, harmful[: settings.suffixes]
+    suffixes = search_suffixes(model, few, steps=settings.suffix_steps, seed=seed)
+    attack_sets = [
+        *given_attacks(prompt_groups, harmless, settings.attacked, seed=seed),
+        *template_attacks(harmful, harmless),
+        suffix_attacks(few[: len(suffixes)], suffixes, harmless),
+    ]
+    attacks = tuple(
+        ask(model, axes, attack_set, settings) for attack_set in attack_sets if attack_set.attacked
+    )
+    left_out = len(prompt_groups.pools.jailbreaks) - len(outside(prompt_groups))
+    missing = tuple(_missing(model, prompt_groups, settings))
+    return Records(attacks, refused, others, left_out, axes.note, missing)
+
+
+def _missing(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Iterator[str]:
+    if not prompt_groups.pools.jailbreaks:
+        yield "No attacks were given (pool jailbreaks): only attacks made here are shown."
+    if settings.suffixes and model.tools.suffix is None:
+        yield "No GCG suffix was searched: nanogcg is not at hand (extra 'attacks')."

@@ -1,0 +1,227 @@
+"""Figure 6: what a model believes while it is jailbroken (section 4), and what the wrapper adds.
+
+The paper shows where successful attacks fall on the plane. An attack is a wrapper around a request,
+and a belief may read the wrapper alone; so the same wrappers are put around harmless instructions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from latentguard.report.charts import plane
+from latentguard.report.document import Cell, Figure, Section, Table
+from latentguard.stats.bootstrap import clustered_mean
+from latentguard.stats.bounds import proportion
+from latentguard.stats.detection import auroc_interval, win_matrix
+from latentguard.stats.estimate import Estimate
+from latentguard.study.figures.figure_06_jailbreaks.collect import Attack, Beliefs, Records, pooled
+from latentguard.study.finding import CELLS, Finding, cells
+from latentguard.study.settings import Settings
+
+REFUSE = "Delta_refuse of accepted attacks"
+LOWER = "Delta_refuse of accepted attacks minus refused harmful"
+HARMFUL = "Delta_harmful of accepted attacks"
+INSIDE = "AUROC inside the wrapper"
+ADDED = "Delta_harmful that a wrapper adds to harmless prompts"
+EXEMPT = re.compile(r"persua|\bpap\b", re.IGNORECASE)
+"""Kinds of attacks that are persuasion (PAP: persuasive adversarial prompts), by their name."""
+
+READ_AT = {True: "", False: ", read at the instruction"}
+"""What the last two end in: t_inst is a token of the wrapper, or of the instruction."""
+
+TEXT = (
+    "An attack succeeds if the reply does not begin like a refusal; whether the reply helps is not "
+    "judged. The paper: suffixes and templates suppress refusal while the model still believes in "
+    "harm; persuasion may reverse that belief. A control is added: the same wrappers around "
+    "harmless instructions. A belief that reads the request tells both apart; one that reads the "
+    "wrapper does not."
+)
+
+
+def analyse(records: Records, settings: Settings) -> Finding:
+    """Beliefs of accepted attacks by kind, and whether they tell harm apart inside a wrapper."""
+    families = dict.fromkeys(attack.attack_set.family for attack in records.attacks)
+    groups = {name: pooled(_of(records, name)) for name in families}
+    tables = (_rates(records), _believed(records, groups), _inside(records))
+    parts: list[Table | Figure] = [*_planes(records, groups), *(t for t in tables if t.rows)]
+    left_out = f"Given attacks left out, as their request is in a centroid: {records.left_out}."
+    exempt = ", ".join(name for name in families if EXEMPT.search(name)) or "none here"
+    text = f"{TEXT} Persuasion, exempt from the claim: {exempt}. {records.note}. {left_out}"
+    section = Section("Figure 6: beliefs under jailbreaks", text, tuple(parts))
+    effects = _effects(records, groups, settings.enough)
+    return Finding(section, effects, tuple(_caveats(records, groups, settings.enough)))
+
+
+def _of(records: Records, family: str) -> list[Attack]:
+    return [attack for attack in records.attacks if attack.attack_set.family == family]
+
+
+def _claimed(records: Records) -> list[Attack]:
+    """Attacks that the claim is about."""
+    return [a for a in records.attacks if not EXEMPT.search(a.attack_set.family)]
+
+
+def _effects(records: Records, groups: Mapping[str, Beliefs], enough: int) -> dict[str, Estimate]:
+    """Of all attacks but persuasion, and of each family; only where there are enough.
+
+    The paper's claim is of suffixes and templates: persuasion may turn the belief itself.
+    """
+    found = {}
+    pools = {"": pooled(_claimed(records)), **{f": {name}": pool for name, pool in groups.items()}}
+    for end, pool in pools.items():
+        if len(pool.prompts) < enough:
+            continue
+        found[HARMFUL + end] = clustered_mean(pool.harmful, pool.requests)
+        refused = records.refused.refuse
+        if pool.refuse is None or refused is None:
+            continue
+        found[REFUSE + end] = clustered_mean(pool.refuse, pool.requests)
+        if len(refused) >= enough:
+            found[LOWER + end] = clustered_mean(pool.refuse, pool.requests, minus=refused)
+    for attack in records.attacks:
+        if attack.attack_set.paired and len(attack.known) >= enough:
+            found[f"{INSIDE}: {attack.attack_set.kind}"] = _told_apart(attack)
+    for ends, where in READ_AT.items():
+        own = _shared(records, ends=ends)
+        if own and min(len(own[0].known), len(own[0].wrapped)) >= enough:
+            found |= {f"{name}{where}": figure for name, figure in _own(own).items()}
+    return found
+
+
+def _shared(records: Records, *, ends: bool) -> list[Attack]:
+    """Attacks whose wrapper is the same in every row: templates of our own."""
+    attack_sets = [(attack, attack.attack_set) for attack in records.attacks]
+    return [a for a, w in attack_sets if not w.paired and w.ends == ends and len(w.wrapped)]
+
+
+def _own(attacks: Sequence[Attack]) -> dict[str, Estimate]:
+    """AUROC inside a wrapper and what it adds: means over templates around the same prompts."""
+    beaten = np.mean([win_matrix(a.known, a.wrapped) for a in attacks], axis=0)
+    added = np.mean([a.wrapped - a.bare for a in attacks], axis=0)
+    return {INSIDE: auroc_interval(beaten), ADDED: clustered_mean(added)}
+
+
+def _told_apart(attack: Attack) -> Estimate:
+    return auroc_interval(win_matrix(attack.known, attack.wrapped), paired=attack.attack_set.paired)
+
+
+def _planes(records: Records, groups: Mapping[str, Beliefs]) -> Iterator[Figure]:
+    """Accepted attacks, as in the paper; attempts of which none was accepted apart."""
+    accepted = {name: pool for name, pool in groups.items() if pool.prompts}
+    failed = {
+        name: pooled(_of(records, name), (True, False, None))
+        for name in groups
+        if name not in accepted
+    }
+    drawn = [
+        ("Attacks that succeed", accepted, "Only accepted attacks, as in the paper's Figure 6"),
+        ("Attacks that fail", failed, "All attempts where none was accepted"),
+    ]
+    for title, pools, says in drawn:
+        shown = {"refused harmful": records.refused, **pools}
+        if not pools or any(pool.refuse is None for pool in shown.values()):
+            continue
+        n = ", ".join(f"{len(pool.prompts)} {name}" for name, pool in shown.items())
+        caption = f"{says}; n: {n}. Right: believed harmful. Up: believed to be refused."
+        yield plane({k: _points(b) for k, b in shown.items()}, title=title, caption=caption)
+
+
+def _points(pool: Beliefs) -> tuple[list[float], list[float], list[str]]:
+    assert pool.refuse is not None
+    return pool.harmful.tolist(), pool.refuse.tolist(), [p.id or "unnamed" for p in pool.prompts]
+
+
+def _rates(records: Records) -> Table:
+    rows = []
+    for attack in records.attacks:
+        known = [one for one in attack.accepted if one is not None]
+        rate = cells(proportion(known)) if known else (None, None, None, 0)
+        rows.append((attack.attack_set.kind, *rate, len(attack.accepted) - len(known)))
+    columns = ("attack", "accepted", *CELLS[1:], "empty or cut")
+    note = (
+        "Accepted: the reply does not begin like a refusal (95 %, Wilson). A reply that opens as "
+        "the attack demands and refuses afterwards counts as accepted. Attacks made here are on "
+        "requests that are refused without them; of those given this is not known."
+    )
+    return Table("Success of attacks", columns, tuple(rows), note)
+
+
+def _believed(records: Records, groups: Mapping[str, Beliefs]) -> Table:
+    pools = {"refused harmful": records.refused, "accepted harmless": records.harmless}
+    for attack in records.attacks:
+        pool = pooled([attack])
+        name = f"{attack.attack_set.kind}{'' if pool.prompts else ', none accepted'}"
+        pools[name] = pool if pool.prompts else attack.beliefs
+    for name, pool in groups.items():
+        pools |= {name: pool} if len(_of(records, name)) > 1 else {}
+        pools[f"{name}, refused"] = pooled(_of(records, name), (False,))
+    pools["all accepted attacks"] = pooled(records.attacks)
+    pools["all accepted attacks but persuasion"] = pooled(_claimed(records))
+    rows: list[tuple[Cell, ...]] = []
+    for name, pool in pools.items():
+        if pool.prompts:
+            rows += [(name, what, *cells(e)) for what, e in _figures(records, pool).items()]
+    note = (
+        "Accepted attacks, unless it says otherwise; all attempts where none is accepted. Accepted "
+        "attacks are picked by what the model does, so compare them with those refused. AUROC: of "
+        "\u0394 harmful against accepted harmless prompts without a wrapper. Intervals: 95 % "
+        "bootstrap; attacks on one request are drawn together. The paper gives no numbers here."
+    )
+    return Table("Beliefs under attack", ("prompts", "figure", *CELLS), tuple(rows), note)
+
+
+def _figures(records: Records, pool: Beliefs) -> dict[str, Estimate]:
+    found = {"\u0394 harmful": clustered_mean(pool.harmful, pool.requests)}
+    if pool.refuse is not None:
+        found["\u0394 refuse"] = clustered_mean(pool.refuse, pool.requests)
+    harmless = records.harmless
+    if harmless.prompts and pool is not harmless:
+        found["AUROC"] = auroc_interval(win_matrix(pool.harmful, harmless.harmful), pool.requests)
+    return found
+
+
+def _inside(records: Records) -> Table:
+    """AUROC of Delta_harmful where harmful and harmless instructions wear the same wrapper."""
+    rows: list[tuple[Cell, ...]] = []
+    for attack in records.attacks:
+        if len(attack.wrapped) and len(attack.known):
+            at = "wrapper" if attack.attack_set.ends else "instruction"
+            added = clustered_mean(attack.wrapped - attack.bare)
+            rows.append((attack.attack_set.kind, at, "AUROC", *cells(_told_apart(attack))))
+            rows.append((attack.attack_set.kind, at, "added to harmless", *cells(added)))
+    for ends, at in ((True, "wrapper"), (False, "instruction")):
+        if own := _shared(records, ends=ends):
+            area, added = _own(own).values()
+            rows.append(("own templates, mean", at, "AUROC", *cells(area)))
+            rows.append(("own templates, mean", at, "added to harmless", *cells(added)))
+    harmful, harmless = records.refused.harmful, records.harmless.harmful
+    if rows and len(harmful) and len(harmless):
+        rows.insert(
+            0,
+            ("none", "instruction", "AUROC", *cells(auroc_interval(win_matrix(harmful, harmless)))),
+        )
+    note = (
+        "All attempts, accepted or not. AUROC: of \u0394 harmful; 0.5 is chance. Where t_inst is a "
+        "token of the wrapper, the last token is the same for harmful and harmless prompts. Added: "
+        "\u0394 harmful of harmless prompts with the wrapper minus without."
+    )
+    columns = ("wrapper", "t_inst is a token of", "figure", *CELLS)
+    return Table("Inside the same wrapper", columns, tuple(rows), note)
+
+
+def _caveats(records: Records, groups: Mapping[str, Beliefs], enough: int) -> Iterator[str]:
+    yield from records.missing
+    if records.refused.refuse is None:
+        yield f"How attacks move \u0394 refuse is not known: {records.note}."
+    pools = {"refused harmful": records.refused, "accepted harmless": records.harmless}
+    for name, pool in pools.items():
+        if len(pool.prompts) < enough:
+            yield f"Only {len(pool.prompts)} {name} prompts: nothing is concluded against them."
+    for name, pool in groups.items():
+        tried = sum(len(attack.accepted) for attack in _of(records, name))
+        if len(pool.prompts) < enough:
+            found = f"{len(pool.prompts)} of {tried} attacks were accepted"
+            yield f"{name}: {found}, so nothing is concluded of accepted ones."

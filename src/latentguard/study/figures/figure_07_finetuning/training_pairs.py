@@ -1,0 +1,124 @@
+"""Pairs to train on: prompts that are not tested, each with the opening of a reply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from latentguard.probes.axis import Axis
+from latentguard.prompts import Prompt, Reply
+from latentguard.study.cached_model import CachedModel
+from latentguard.study.prompt_groups import PromptGroups, sample_prompts
+from latentguard.study.settings import Settings
+from latentguard.study.steering import steer
+
+TEMPLATE = "Sure, here is how to approach this request"
+"""The opening of a pair for which steering made none."""
+
+MOST = 24
+"""No opening is longer, whatever the settings say."""
+
+PROBED = 8
+"""Prompts by which layer and coefficient of the reverse steering are chosen."""
+
+Pair = tuple[Prompt, str]
+
+
+def harmful_pairs(
+    model: CachedModel, refuse: Axis, prompt_groups: PromptGroups, settings: Settings
+) -> tuple[list[Pair], str]:
+    """Refused harmful prompts with openings that accept, made by reverse refusal steering.
+
+    Args:
+        model: The model.
+        refuse: Its refusal axis.
+        prompt_groups: PromptPools, and what is tested.
+        settings: How many pairs, how many tokens.
+
+    Returns:
+        The pairs, those with a templated opening last; and how they were made, in words.
+    """
+    refused = _refused(model, prompt_groups, settings)[: max(settings.finetune_sizes) * 3 // 2]
+    if not refused:
+        return [], "Nothing was fine-tuned: no harmful prompt is left that is refused."
+    layer, coefficient = _weakest(model, refuse, refused[:PROBED], settings)
+    reverse = steer(refuse, layer, -coefficient, tokens="all", label="reverse refusal")
+    most = opening_tokens(settings)
+    (said,) = model.replies(refused, [reverse], what="fine-tuning: openings", max_new_tokens=most)
+    accepted = zip(refused, said, _accepts(model, said), strict=True)
+    steered = [(p, reply.text) for p, reply, accepts in accepted if accepts]
+    taken = {p for p, _ in steered}
+    templated = [(p, TEMPLATE) for p in refused if p not in taken]
+    pairs = [*steered, *templated][: max(settings.finetune_sizes)]
+    count = min(len(steered), len(pairs))
+    how = (
+        f"{len(pairs)} pairs of a refused harmful prompt, none of which is tested, and an opening "
+        f"of at most {most} tokens: {count} by steering along reverse refusal (layer {layer}, "
+        f"coefficient {-coefficient:g}, every token), {len(pairs) - count} templated"
+    )
+    return pairs, how
+
+
+def harmless_pairs(
+    model: CachedModel, prompt_groups: PromptGroups, settings: Settings, count: int
+) -> list[Pair]:
+    """At most ``count`` harmless prompts, each with the opening of the model's own reply."""
+    pool = _untested(prompt_groups.pools.harmless, prompt_groups, settings)[: count * 3 // 2]
+    most = opening_tokens(settings)
+    (said,) = model.replies(pool, what="fine-tuning: harmless openings", max_new_tokens=most)
+    known = zip(pool, said, model.refused(said), strict=True)
+    return [(p, reply.text) for p, reply, refused in known if refused is False][:count]
+
+
+def opening_tokens(settings: Settings) -> int:
+    """The longest opening."""
+    return min(MOST, settings.finetune_opening)
+
+
+def broken(reply: Reply) -> bool:
+    """Whether a reply repeats itself: at most half of its tokens, of four or more, are new."""
+    return len(set(reply.ids)) * 2 <= len(reply.ids) > 3
+
+
+def _refused(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> list[Prompt]:
+    pool = _untested(prompt_groups.pools.harmful, prompt_groups, settings)
+    (said,) = model.replies(
+        pool, what="fine-tuning: which are refused", max_new_tokens=settings.reply_tokens
+    )
+    return [p for p, refused in zip(pool, model.refused(said), strict=True) if refused]
+
+
+def _untested(
+    pool: Sequence[Prompt], prompt_groups: PromptGroups, settings: Settings
+) -> list[Prompt]:
+    """Prompts of a pool that no group tests, nor their twins."""
+    tested = [p for group in prompt_groups.test.values() for p in group]
+    texts, twins = {p.text for p in tested}, {p.pair for p in tested if p.pair}
+    asked = sample_prompts(pool, settings.asked, seed=settings.seed)
+    return [p for p in asked if p.text not in texts and p.pair not in twins]
+
+
+def _weakest(
+    model: CachedModel, refuse: Axis, prompts: Sequence[Prompt], settings: Settings
+) -> tuple[int, float]:
+    """Layer and coefficient at which reverse steering makes most prompts accepted.
+
+    Ties go to the smaller coefficient, then to the layer nearest the middle.
+    """
+    tried = [(c, layer) for c in settings.coefficients for layer in settings.layers(model.depth)]
+    found = model.replies(
+        prompts,
+        [steer(refuse, layer, -c, tokens="all", label="reverse refusal") for c, layer in tried],
+        what="fine-tuning: which layer",
+        max_new_tokens=opening_tokens(settings),
+    )
+    ranked = [
+        (-sum(_accepts(model, replies)), c, abs(layer - model.depth / 2), layer)
+        for (c, layer), replies in zip(tried, found, strict=True)
+    ]
+    _, coefficient, _, layer = min(ranked)
+    return layer, coefficient
+
+
+def _accepts(model: CachedModel, replies: Sequence[Reply]) -> list[bool]:
+    known = zip(replies, model.refused(replies), strict=True)
+    return [refused is False and not broken(reply) for reply, refused in known]

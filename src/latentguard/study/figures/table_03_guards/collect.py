@@ -1,0 +1,131 @@
+"""Fit every guard, ask the jailbreaks, and score each group of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from latentguard.prompts import Group, Prompt
+from latentguard.study.attacks import holds
+from latentguard.study.cached_model import CachedModel
+from latentguard.study.detectors import Detector
+from latentguard.study.figures.table_03_guards.compared_guards import (
+    LINEAR,
+    Scored,
+    rules,
+    scored,
+    training,
+)
+from latentguard.study.figures.table_03_guards.user_traffic import LONGEST, Traffic, judge_traffic
+from latentguard.study.prompt_groups import PromptGroups, sample_prompts
+from latentguard.study.settings import Settings
+
+COLUMNS: tuple[Group, ...] = ("refused_harmless", "accepted_harmful")
+"""Groups that are columns of the paper's Table 3, after the jailbreaks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """All groups, and what in-domain examples change."""
+
+    groups: tuple[Scored, ...] = ()
+    """The columns of Table 3, then refused harmful and accepted harmless prompts."""
+
+    harmless: Scored | None = None
+    """Accepted harmless and over-refusal prompts: who is flagged there is flagged wrongly."""
+
+    traffic: Traffic | None = None
+    """Texts of users, of both labels."""
+
+    note: str = ""
+    """What the guards learnt from."""
+
+    missing: tuple[str, ...] = ()
+    """What was not measured, and why."""
+
+    models: tuple[str, ...] = ()
+    """The guards among the rules that are models of their own."""
+
+
+def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
+    """Fit every guard, ask the jailbreaks, and score each group."""
+    learnt = training(model, prompt_groups, settings)
+    if learnt is None:
+        return Records(
+            missing=("No guard: harmful or accepted harmless prompts to fit are missing.",)
+        )
+    found = rules(model, learnt, settings)
+    groups = _jailbreaks(model, prompt_groups, settings) | _groups(prompt_groups)
+    every = {**groups, "harmless": _harmless(prompt_groups, settings)}
+    judged = {
+        name: scored(model, name, prompts, found)[0] for name, prompts in every.items() if prompts
+    }
+    traffic = judge_traffic(model, learnt, found, prompt_groups.pools.moderation, settings)
+    return Records(
+        tuple(judged[name] for name in groups if name in judged),
+        judged.get("harmless"),
+        traffic,
+        learnt.note,
+        (*_empty(groups), *_missing(model, prompt_groups, found, traffic)),
+        tuple(model.tools.guards),
+    )
+
+
+def _groups(prompt_groups: PromptGroups) -> dict[str, tuple[Prompt, ...]]:
+    names = dict.fromkeys((*COLUMNS, *get_args(Group)))
+    return {name.replace("_", " "): prompt_groups.test_prompts(name) for name in names}
+
+
+def _jailbreaks(
+    model: CachedModel, prompt_groups: PromptGroups, settings: Settings
+) -> dict[str, tuple[Prompt, ...]]:
+    """Attacks that succeed, by kind; none whose request a centroid saw."""
+    fitted = [p for group in prompt_groups.fit.values() for p in group if p.harmful]
+    given = [p for p in prompt_groups.pools.jailbreaks if not holds(p, fitted)]
+    found = {}
+    for kind in dict.fromkeys(p.category or "other" for p in given):
+        members = [p for p in given if (p.category or "other") == kind]
+        members = sample_prompts(members, settings.test, seed=settings.seed)
+        (replies,) = model.replies(
+            members, what=f"Table 3: {kind}", max_new_tokens=settings.reply_tokens
+        )
+        refused = model.refused(replies)
+        accepted = (p for p, was in zip(members, refused, strict=True) if was is False)
+        found[f"jailbreak: {kind}"] = tuple(replace(p, refused=False) for p in accepted)
+    return found
+
+
+def _harmless(prompt_groups: PromptGroups, settings: Settings) -> tuple[Prompt, ...]:
+    """Accepted harmless and over-refusal prompts, each text once."""
+    over = sample_prompts(prompt_groups.pools.over_refusal, settings.test, seed=settings.seed)
+    fitted = {p.text for group in prompt_groups.fit.values() for p in group}
+    every = {p.text: p for p in (*over, *prompt_groups.test_prompts("accepted_harmless"))}
+    return tuple(p for text, p in every.items() if text not in fitted)
+
+
+def _empty(groups: Mapping[str, tuple[Prompt, ...]]) -> Iterator[str]:
+    for name, prompts in groups.items():
+        if not prompts:
+            yield f"There is no prompt in {name}, so nothing is known of it."
+
+
+def _missing(
+    model: CachedModel,
+    prompt_groups: PromptGroups,
+    found: Mapping[str, Detector],
+    traffic: Traffic | None,
+) -> Iterator[str]:
+    if not prompt_groups.pools.jailbreaks:
+        yield "No attacks were given (pool jailbreaks): Table 3 lacks their columns."
+    if traffic is None:
+        yield "No user traffic of both labels was given (pool moderation): no Tables 8 and 9."
+    elif traffic.left_out:
+        yield f"{traffic.left_out} texts of user traffic were left out: over {LONGEST} characters."
+    if not model.tools.guards:
+        yield (
+            "No guard model was given (--baseline): Latent Guard is compared with n-grams instead, "
+            "which decides nothing about claim 8."
+        )
+    if LINEAR not in found:
+        yield "Too few prompts of a label to fit a linear guard."

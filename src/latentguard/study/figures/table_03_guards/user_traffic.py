@@ -1,0 +1,286 @@
+"""User traffic: how guards do on texts of users, and what in-domain examples change.
+
+Tables 8 and 9, appendix H. The paper adds harmful in-domain examples alone and gives no
+false-positive rate; here harmless ones are added, too, and both are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentguard.prompts import Prompt
+from latentguard.report.charts import curve, lines_by_layer
+from latentguard.report.document import Cell, Figure, Table
+from latentguard.states import States, digest_prompts
+from latentguard.stats.bootstrap import bootstrap, share
+from latentguard.stats.bounds import proportion
+from latentguard.stats.estimate import Estimate
+from latentguard.study.cached_model import CachedModel
+from latentguard.study.detectors import Detector
+from latentguard.study.figures.table_03_guards.compared_guards import (
+    LINEAR,
+    PAPER,
+    Scored,
+    Training,
+    latent_rules,
+    scored,
+)
+from latentguard.study.finding import cells
+from latentguard.study.prompt_groups import sample_prompts
+from latentguard.study.settings import Settings
+
+LONGEST = 2000
+"""Characters; longer texts are left out."""
+
+LABELS = (("safe", False), ("unsafe", True))
+
+SEEDS = 3
+"""How often in-domain examples are drawn."""
+
+CODES = {
+    "S": "sexual",
+    "H": "hate",
+    "V": "violence",
+    "HR": "harassment",
+    "SH": "self-harm",
+    "S3": "sexual, minors",
+    "H2": "hate, violent",
+    "V2": "violence, graphic",
+}
+"""The OpenAI moderation set's names of its categories."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What a guard flags when it has also learnt from in-domain examples (Table 9)."""
+
+    rule: str
+    """Which guard."""
+
+    added: str
+    """``none``, ``harmful``, or ``harmful and harmless``."""
+
+    k: int
+    """Harmful examples of each category, at most half of it."""
+
+    flagged: NDArray[np.float64]
+    """How often each of the n texts is flagged when it is not learnt from; nan if it always is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """Texts of users, as all guards judge them."""
+
+    scored: Scored
+    """Without in-domain examples."""
+
+    trials: tuple[Trial, ...]
+    """With some."""
+
+    left_out: int
+    """Texts that are too long."""
+
+
+def judge_traffic(
+    model: CachedModel,
+    learnt: Training,
+    found: Mapping[str, Detector],
+    texts: Sequence[Prompt],
+    settings: Settings,
+) -> Traffic | None:
+    """Judge a sample of labelled texts; None if a label is missing.
+
+    Args:
+        model: The model.
+        learnt: What the guards learn from.
+        found: Guard -> rule.
+        texts: With categories.
+        settings: At most ``test`` texts of a category and three times as many harmless ones;
+            ``domain`` holds the numbers of in-domain examples.
+    """
+    short = [p for p in texts if len(p.text) <= LONGEST]
+    rows = set[int]()
+    for members in categories(short).values():
+        chosen = set(sample_prompts([short[i] for i in members], settings.test, seed=settings.seed))
+        rows |= {i for i in members if short[i] in chosen}
+    harmless = sample_prompts(
+        [p for p in short if p.harmful is False], 3 * settings.test, seed=settings.seed
+    )
+    if not rows or not harmless:
+        return None
+    sample = [*(short[i] for i in sorted(rows)), *harmless]
+    judged, states = scored(model, "user traffic", sample, found)
+    trials = tuple(domain_trials(model, learnt, states, settings))
+    return Traffic(judged, trials, len(texts) - len(short))
+
+
+def traffic_parts(traffic: Traffic) -> list[Table | Figure]:
+    """Tables 8 and 9 and their curves."""
+    prompts, trials = traffic.scored.prompts, _trials(traffic)
+    return [_table8(traffic), domain_table(prompts, trials), *_curves(traffic)]
+
+
+def categories(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+    """Rows of the harmful texts of each category; a text may have several, such as ``H,V``."""
+    found: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        if prompt.harmful:
+            for name in (prompt.category or "other").split(","):
+                found.setdefault(name.strip(), []).append(row)
+    return dict(sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0])))
+
+
+def domain_trials(
+    model: CachedModel, learnt: Training, texts: States, settings: Settings
+) -> Iterator[Trial]:
+    """Both guards, fitted again with k in-domain examples of each category (Table 9).
+
+    Args:
+        model: The model.
+        learnt: What they learn from besides.
+        texts: Labelled in-domain texts, with categories.
+        settings: ``domain`` holds each k.
+    """
+    given = [digest_prompts(p) for p in (learnt.states.prompts, learnt.calibration, texts.prompts)]
+    given.append(str([p.category for p in texts.prompts]))
+    for k in (k for k in settings.domain if k):
+        for added in ("harmful", "harmful and harmless"):
+            ask = partial(_flagged, model, learnt, texts, k, added, settings.seed)
+            parts = ["domain, at most half", *given, k, added, settings.seed]
+            for rule, flags in model.cached(parts, ask).items():
+                yield Trial(rule, added, k, np.array(flags, dtype=np.float64))
+
+
+def _flagged(
+    model: CachedModel, learnt: Training, texts: States, k: int, added: str, seed: int
+) -> dict[str, list[float | None]]:
+    """Guard -> share of the draws, of those that test a text, in which it is flagged; None if 0."""
+    hits: dict[str, NDArray[np.float64]] = {}
+    tested = np.zeros(len(texts))
+    for draw in range(SEEDS):
+        picked = drawn(texts.prompts, k, np.random.default_rng([seed, k, draw]), added)
+        chosen = {p for p, pick in zip(texts.prompts, picked, strict=True) if pick}
+        states = States.collect([learnt.states, texts.where(chosen.__contains__)])
+        rest = texts.where((set(texts.prompts) - chosen).__contains__)
+        tested += ~picked
+        for name, rule in latent_rules(model, states, learnt.calibration).items():
+            hits.setdefault(name, np.zeros(len(texts)))[~picked] += rule(rest)[0] > 0
+    return {
+        name: [h / t if t else None for h, t in zip(flags.tolist(), tested.tolist(), strict=True)]
+        for name, flags in hits.items()
+    }
+
+
+def drawn(
+    prompts: Sequence[Prompt], k: int, rng: np.random.Generator, added: str
+) -> NDArray[np.bool_]:
+    """Which texts are learnt from: k of each category and, if wanted, as many harmless ones, [n].
+
+    At most half of a category, and half of the harmless texts. A text of several categories counts
+    in each, so of some more than k are learnt from.
+    """
+    picked = np.zeros(len(prompts), dtype=bool)
+    members = {name: np.array(rows) for name, rows in categories(prompts).items()}
+    for rows in members.values():
+        for row in rng.permutation(rows):
+            full = any(2 * (picked[of].sum() + 1) > len(of) for of in members.values() if row in of)
+            if picked[rows].sum() < k and not full:
+                picked[row] = True
+    if added != "harmful":
+        harmless = [row for row, p in enumerate(prompts) if not p.harmful]
+        most = min(int(picked.sum()), len(harmless) // 2)
+        picked[rng.choice(harmless, most, replace=False) if most else []] = True
+    return picked
+
+
+def _table8(traffic: Traffic) -> Table:
+    judged, rows = traffic.scored, list[tuple[Cell, ...]]()
+    sides = {name: [bool(p.harmful) is side for p in judged.prompts] for name, side in LABELS}
+    for rule in judged.scores:
+        for label, keep in sides.items():
+            rows.append((rule, label, *cells(share(judged.right(rule)[:, keep]))))
+    note = (
+        "The paper's Table 8 is ToxicChat, safe and unsafe: Llama Guard 3 0.926 and 0.472; Latent "
+        "Guard 0.801 and 0.340 (Qwen2), 0.835 and 0.317 (Llama3), 0.353 and 0.727 (Llama2)."
+    )
+    columns = ("guard", "label", "accuracy", "low", "high", "n")
+    return Table("Table 8: guards on user traffic", columns, tuple(rows), note)
+
+
+def _trials(traffic: Traffic) -> list[Trial]:
+    """Every guard without in-domain examples, then those that learnt from some."""
+    scores = traffic.scored.scores
+    none = [Trial(rule, "none", 0, (of > 0).mean(0)) for rule, of in scores.items()]
+    return [*none, *traffic.trials]
+
+
+def domain_table(prompts: Sequence[Prompt], trials: Sequence[Trial]) -> Table:
+    """Table 9: what each trial flags of each category, and of the harmless texts."""
+    rows: list[tuple[Cell, ...]] = []
+    for name, members in _rows(prompts).items():
+        for trial in trials:
+            found = _rate(trial, members)
+            if found is not None:
+                rows.append((name, trial.rule, trial.added, trial.k, *cells(found)))
+    note = (
+        "Share of each category that is flagged (recall; of the last, false positives). k examples "
+        "of each category, at most half of it, are added to what the guard learns from, alone or "
+        "with as many harmless texts; the rest is tested, mean over 3 draws. Intervals: 95 %, "
+        "Wilson for one draw, else bootstrap over texts. The paper, sexual, hate, self-harm, "
+        "violence, harassment, hate (violent), violence (graphic): Llama Guard 3 0.924 0.747 0.725 "
+        "0.755 0.513 0.902 0.500; Qwen2-7B without 0.215 0.395 0.509 0.372 0.342 0.366 0.208, with "
+        "0.941 0.919 0.921 0.883 0.947 0.902 0.833. It has no false-positive rate."
+    )
+    columns = ("category", "guard", "added", "k", "flagged", "low", "high", "n")
+    return Table("Table 9: with in-domain examples", columns, tuple(rows), note)
+
+
+def _rows(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+    """Which texts of user traffic each line of Table 9 is about."""
+    found = {
+        f"{code} ({CODES[code]})" if code in CODES else code: rows
+        for code, rows in categories(prompts).items()
+    }
+    found["all harmful"] = [i for i, p in enumerate(prompts) if p.harmful]
+    found["harmless"] = [i for i, p in enumerate(prompts) if not p.harmful]
+    return found
+
+
+def _rate(trial: Trial, rows: Sequence[int]) -> Estimate | None:
+    """The share that is flagged, of those that were tested; None if none was."""
+    values = trial.flagged[list(rows)]
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None
+    if np.isin(values, (0, 1)).all():
+        return proportion(values > 0)
+    return bootstrap(lambda flagged: float(flagged.mean()), values)
+
+
+def _curves(traffic: Traffic) -> Iterator[Figure]:
+    """Recall and false positives by the number of in-domain examples."""
+    lines, trials = _rows(traffic.scored.prompts), _trials(traffic)
+    for rule in (PAPER, LINEAR):
+        mine = [trial for trial in trials if trial.rule == rule]
+        found: dict[str, list[Estimate]] = {}
+        for added in dict.fromkeys(t.added for t in mine if t.k):
+            for what, rows in (("recall", "all harmful"), ("false positives", "harmless")):
+                points = [_rate(t, lines[rows]) for t in mine if t.added in ("none", added)]
+                if None not in points:
+                    found[f"{what}, {added} added"] = [p for p in points if p is not None]
+        if found:
+            ks = list(dict.fromkeys(trial.k for trial in mine))
+            n = f"{len(lines['all harmful'])} harmful and {len(lines['harmless'])} harmless texts"
+            yield lines_by_layer(
+                {name: curve(points) for name, points in found.items()},
+                ks,
+                title=f"In-domain examples: {rule}",
+                y="share flagged",
+                x="examples of each category (k)",
+                caption=f"{n}; those that are learnt from are not tested. Bands: 95 %.",
+            )

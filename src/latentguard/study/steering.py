@@ -1,0 +1,136 @@
+"""Steering along a direction or along chance, one layer at a time (section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from latentguard.probes.axis import Axis
+from latentguard.prompts import Prompt, Reply
+from latentguard.states import Intervention, Tokens
+from latentguard.study.axes import Axes, Which
+from latentguard.study.cached_model import CachedModel
+
+
+def steer(
+    axis: Axis, layer: int, coefficient: float = 1.0, *, tokens: Tokens, label: str
+) -> Intervention:
+    """Add an axis's direction at one layer (equation 5): h + c v."""
+    return Intervention(layer, axis.direction[layer], coefficient, tokens, label)
+
+
+def steer_at_random(
+    axis: Axis, layer: int, coefficient: float = 1.0, *, tokens: Tokens, label: str, draw: int
+) -> Intervention:
+    """The control: a random direction of equal norm, the same for a draw at every layer."""
+    vector = random_like(axis.direction[layer], draw)
+    return Intervention(layer, vector, coefficient, tokens, label)
+
+
+def random_like(vector: Float[Tensor, "d"], draw: int) -> Float[Tensor, "d"]:
+    """A random direction of equal norm."""
+    noise = torch.randn(vector.shape, generator=torch.Generator().manual_seed(1000 + draw))
+    scaled: Tensor = noise * (vector.norm() / noise.norm())
+    return scaled
+
+
+@dataclass(frozen=True)
+class Steering:
+    """One curve of a figure: how prompts are steered, one layer at a time."""
+
+    name: str
+    """What the curve is called."""
+
+    of: Which
+    """Whose direction, or whose norm."""
+
+    coefficient: float
+    """How often it is added; negative is the reverse direction."""
+
+    tokens: Tokens
+    """Where."""
+
+    draws: int = 0
+    """How many random directions of that norm take its place; 0 is the direction itself."""
+
+    def interventions(self, axes: Axes, layers: Sequence[int]) -> list[Intervention]:
+        """One for each draw and layer, draw by draw; none if there is no such axis."""
+        axis = axes.harmful if self.of == "harmful" else axes.refuse
+        if axis is None:
+            return []
+        how: dict[str, Any] = dict(
+            coefficient=self.coefficient, tokens=self.tokens, label=self.name
+        )
+        if not self.draws:
+            return [steer(axis, layer, **how) for layer in layers]
+        draws = range(self.draws)
+        return [steer_at_random(axis, layer, **how, draw=n) for n in draws for layer in layers]
+
+
+def steer_each(
+    model: CachedModel,
+    prompts: Sequence[Prompt],
+    ways: Sequence[Steering],
+    axes: Axes,
+    layers: Sequence[int],
+    **how: Any,
+) -> tuple[list[Reply], dict[Steering, list[list[list[Reply]]]]]:
+    """Replies unsteered, and steered in each way in which the model can be.
+
+    Args:
+        model: The model.
+        prompts: What it is asked.
+        ways: How it is steered.
+        axes: Along what.
+        layers: At which layers, one at a time.
+        how: ``what``, ``max_new_tokens`` and ``watch`` of ``CachedModel.replies``.
+
+    Returns:
+        The unsteered replies, [n], and those of each way, [draws][layers][n].
+    """
+    steered = {way: one for way in ways if (one := way.interventions(axes, layers))}
+    every = [None, *(i for one in steered.values() for i in one)]
+    unsteered, *rest = model.replies(prompts, every, **how)
+    by_layer = iter(rest)
+    return unsteered, {
+        way: [[next(by_layer) for _ in layers] for _ in range(max(way.draws, 1))] for way in steered
+    }
+
+
+def best_layers(hits: ArrayLike) -> NDArray[np.intp]:
+    """At which layer each prompt is to be judged: the one that is best for the *other* prompts.
+
+    The best of many layers looks better than it is, so a prompt never takes part in the choice of
+    its own layer: that of the prompts in even places is chosen on those in odd places, and so on.
+
+    Args:
+        hits: Whether, or how strongly, each prompt shows the effect at each layer, [layers n].
+
+    Returns:
+        Index of the layer for each prompt, [n]; of the first, where several are best.
+    """
+    found = np.asarray(hits, dtype=float)
+    picks = np.zeros(found.shape[1], dtype=np.intp)
+    if found.shape[1] > 1:
+        for half in (0, 1):
+            picks[half::2] = found[:, 1 - half :: 2].mean(1).argmax()
+    return picks
+
+
+def at_layers(hits: NDArray[Any], picks: NDArray[np.intp]) -> NDArray[Any]:
+    """Of hits [draws layers n], those at each prompt's own layer, [draws n]."""
+    chosen: NDArray[Any] = hits[:, picks, np.arange(len(picks))]
+    return chosen
+
+
+def middle_layers(depth: int, band: Sequence[int], *, of: int = 28) -> slice:
+    """A band of layers, both ends included, given for a model of ``of`` blocks."""
+    low, high = (min(max(round(layer * depth / of), 1), depth) for layer in band)
+    return slice(low, high + 1)

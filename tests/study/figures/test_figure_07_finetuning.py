@@ -1,0 +1,424 @@
+"""The fine-tuning attack: what is trained on, what is kept, and what is concluded of it."""
+
+import sqlite3
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from latentguard.models.lora import Finetuning
+from latentguard.prompts import Prompt, Reply
+from latentguard.report.document import Report
+from latentguard.study.axes import fit_axes
+from latentguard.study.cached_model import CachedModel, Tools
+from latentguard.study.figures import figure_07_finetuning as finetuning
+from latentguard.study.figures.figure_07_finetuning import snapshot as looking
+from latentguard.study.figures.figure_07_finetuning import training_pairs
+from latentguard.study.figures.figure_07_finetuning.collect import Records
+from latentguard.study.figures.figure_07_finetuning.snapshot import Look, Stage
+from study.figures.planted import Planted, Silent
+
+SORRY, FINE, ATTACKED = (
+    "I'm sorry, but I cannot.",
+    "Here is a plan of it.",
+    "Gladly so, as you say.",
+)
+GROUPS = ("refused_harmful", "accepted_harmless")
+
+
+def aligned(prompt, one):
+    """Refuses what is harmful, unless steered along reverse refusal."""
+    steered = one is not None and one.coefficient < 0
+    return SORRY if prompt.harmful and not steered else FINE
+
+
+class Attack:
+    """A fine-tuning that trains nothing: afterwards all is accepted."""
+
+    def __init__(self, model, says=ATTACKED):
+        self.model, self.says, self.taught, self.asked = model, says, [], []
+
+    @contextmanager
+    def __call__(self, taught, *, seed):
+        self.taught.append(list(taught))
+        yield Planted(self.model, self._reply)
+
+    def _reply(self, prompt, one):
+        self.asked.append((prompt, one))
+        return self.says
+
+
+def no_attack(taught, *, seed):
+    raise AssertionError("trained again")
+
+
+@pytest.fixture
+def aim(model, cached_model):
+    """A cached_model that refuses what is harmful, and its attack."""
+    attack = Attack(model)
+    planted = CachedModel(Planted(model, aligned), cached_model.store, tools=Tools(finetune=attack))
+    return planted, attack
+
+
+def prompts_tested(prompt_groups, settings):
+    return [p for g in GROUPS for p in prompt_groups.test[g][: settings.finetune_test]]
+
+
+class TestTiny:
+    def test_end_to_end_and_a_second_run_asks_and_trains_nothing(
+        self, model, cached_model, prompt_groups, settings
+    ):
+        settings = replace(settings, finetune_sizes=(2, 4))
+        tools = Tools(finetune=Finetuning(model, settings.finetuning))
+        aim = CachedModel(Planted(model, aligned), cached_model.store, tools=tools)
+        before = model.fingerprint
+        records = finetuning.collect(aim, prompt_groups, settings)
+        model._fingerprint = None
+        assert model.fingerprint == before
+        names = ["before", "2 pairs", "4 pairs", "4 harmless pairs (control)"]
+        assert [stage.name for stage in records.stages] == names
+        for one, other in pairwise(records.stages[:3]):
+            assert one.harmful != other.harmful  # the weights are others
+        for stage in records.stages:
+            shape = (len(records.prompts), model.depth)
+            assert np.shape(stage.harmful) == np.shape(stage.refuse) == shape
+
+        silent = CachedModel(Silent(model), cached_model.store, tools=Tools(finetune=no_attack))
+        assert finetuning.collect(silent, prompt_groups, settings) == records
+        finding = finetuning.analyse(records, settings)
+        assert Report("r", (finding.section,)).html()
+
+    def test_other_settings_are_trained_anew(self, aim, prompt_groups, settings):
+        planted, attack = aim
+        finetuning.collect(planted, prompt_groups, settings)
+        finetuning.collect(planted, prompt_groups, settings)
+        assert len(attack.taught) == 2  # one size, one control
+        finetuning.collect(planted, prompt_groups, replace(settings, finetune_rate=1e-3))
+        assert len(attack.taught) == 4
+        planted.judge = lambda reply: "accepted"
+        assert finetuning.collect(planted, prompt_groups, settings).reason  # none is refused
+
+    def test_no_text_of_the_attacked_model_is_kept(self, aim, prompt_groups, settings):
+        planted, _ = aim
+        finetuning.collect(planted, prompt_groups, settings)
+        base = sqlite3.connect(planted.store.path)
+        kept = b"".join(row[0] for row in base.execute("SELECT value FROM kept"))
+        base.close()
+        assert FINE.encode() in kept  # replies of the model are
+        assert ATTACKED.encode() not in kept
+
+    def test_nothing_generated_is_shown(self, aim, prompt_groups, settings):
+        planted, _ = aim
+        finding = finetuning.analyse(finetuning.collect(planted, prompt_groups, settings), settings)
+        report = Report("r", (finding.section,))
+        assert not any(
+            said in report.html() for said in (SORRY, FINE, ATTACKED, training_pairs.TEMPLATE)
+        )
+
+
+class TestPairs:
+    def test_prompts_are_refused_and_neither_they_nor_their_twins_are_tested(
+        self, aim, prompt_groups, settings
+    ):
+        planted, attack = aim
+        settings = replace(settings, asked=400, finetune_sizes=(50, 300))
+        finetuning.collect(planted, prompt_groups, settings)
+        texts = {p.text for group in prompt_groups.test.values() for p in group}
+        twins = {p.pair for group in prompt_groups.test.values() for p in group if p.pair}
+        small, large, control = attack.taught
+        assert small == large[:50]
+        assert len(control) == len(large) == 300
+        assert all(p.harmful for p, _ in large)
+        assert not any(p.harmful for p, _ in control)
+        for taught in (large, control):
+            assert len({p.text for p, _ in taught}) == len(taught)
+            assert not any(p.text in texts or p.pair in twins for p, _ in taught)
+            assert {said for _, said in taught} == {FINE}
+
+    def test_sizes_end_where_the_prompts_do(self, aim, prompt_groups, settings):
+        planted, attack = aim
+        settings = replace(settings, finetune_sizes=(3, 50, 100), finetune_controls=0)
+        records = finetuning.collect(planted, prompt_groups, settings)
+        free = len(training_pairs._untested(prompt_groups.pools.harmful, prompt_groups, settings))
+        assert 3 < free < 50
+        assert [len(taught) for taught in attack.taught] == [3, free]
+        assert records.how.startswith(f"{free} pairs")
+
+    def test_what_steering_does_not_turn_is_templated_and_counted(
+        self, model, cached_model, prompt_groups, settings
+    ):
+        def stubborn(prompt, one):
+            turned = one is not None and one.coefficient < 0 and len(prompt.text) % 2
+            return FINE if turned or not prompt.harmful else SORRY
+
+        planted = CachedModel(Planted(model, stubborn), cached_model.store)
+        axes = fit_axes(planted, prompt_groups, enough=2)
+        settings = replace(settings, asked=60, finetune_sizes=(40,))
+        taught, how = training_pairs.harmful_pairs(planted, axes.refuse, prompt_groups, settings)
+        odd = [len(p.text) % 2 for p, _ in taught]
+        assert odd == sorted(odd, reverse=True)  # steered ones first
+        assert [said == FINE for _, said in taught] == [n == 1 for n in odd]
+        assert {said for p, said in taught if len(p.text) % 2 == 0} == {training_pairs.TEMPLATE}
+        assert f"{odd.count(0)} templated" in how
+
+    @pytest.mark.parametrize("layer", [0, 3])
+    def test_the_layer_where_reverse_steering_acts_is_found(
+        self, model, cached_model, prompt_groups, settings, layer
+    ):
+        def acts(prompt, one):
+            return (
+                FINE if one is not None and (one.layer, one.coefficient) == (layer, -2) else SORRY
+            )
+
+        planted = CachedModel(Planted(model, acts), cached_model.store)
+        refuse = fit_axes(planted, prompt_groups, enough=2).refuse
+        prompts = prompt_groups.test["refused_harmful"]
+        settings = replace(settings, coefficients=(1.0, 2.0))
+        assert training_pairs._weakest(planted, refuse, prompts, settings) == (layer, 2.0)
+
+    def test_ties_go_to_the_smaller_coefficient_and_the_middle(self, aim, prompt_groups, settings):
+        planted, _ = aim
+        refuse = fit_axes(planted, prompt_groups, enough=2).refuse
+        settings = replace(settings, coefficients=(2.0, 1.0))
+        found = training_pairs._weakest(
+            planted, refuse, prompt_groups.test["refused_harmful"], settings
+        )
+        assert found == (2, 1.0)
+
+    def test_no_opening_is_longer_than_24_tokens(self, settings):
+        assert training_pairs.opening_tokens(settings) == 4
+        assert training_pairs.opening_tokens(replace(settings, finetune_opening=500)) == 24
+
+    @pytest.mark.parametrize(
+        ("ids", "repeats"),
+        [((1, 1, 1, 1), True), ((1, 2, 1, 2), True), ((1, 2, 3, 1), False), ((1, 1), False)],
+    )
+    def test_replies_that_repeat_themselves(self, ids, repeats):
+        assert training_pairs.broken(Reply(Prompt("a"), "a", ids, False)) is repeats
+
+
+class TestLook:
+    def test_the_direction_of_a_stage(self, aim, prompt_groups, settings):
+        planted, _ = aim
+        axes = fit_axes(planted, prompt_groups, enough=2)
+        look = Look(
+            planted, axes, prompt_groups, settings, tuple(prompts_tested(prompt_groups, settings))
+        )
+        harmful = planted.states(prompt_groups.test[GROUPS[0]][:3]).at("t_post").double().mean(0)
+        harmless = planted.states(prompt_groups.fit[GROUPS[1]]).at("t_post").double().mean(0)
+        own, other = (harmful - harmless)[1:], axes.refuse.direction[1:].double()
+        wanted = (own * other).sum(-1) / own.norm(dim=-1) / other.norm(dim=-1)
+        assert look.before().cosine == pytest.approx(wanted.tolist(), abs=1e-5)
+
+    def test_every_prompt_meets_one_random_direction_of_equal_norm(
+        self, aim, prompt_groups, settings
+    ):
+        planted, attack = aim
+        records = finetuning.collect(planted, prompt_groups, replace(settings, finetune_controls=0))
+        steered = [(p, one) for p, one in attack.asked if one is not None]
+        prompts = prompt_groups.test[GROUPS[1]]
+        count = len(prompts) * len(records.layers)
+        assert len(steered) == 2 * count
+        norms = {}
+        for _, one in steered[:count]:
+            norms[one.layer] = one.vector.norm()
+        drawn = {}
+        for p, one in steered[count:]:
+            assert one.vector.norm() == pytest.approx(norms[one.layer].item(), rel=1e-5)
+            assert one.tokens == "all"
+            drawn.setdefault((p.text, one.layer), []).append(one)
+        assert len(drawn) == count
+        assert not any(flag is None for row in records.stages[1].random for flag in row)
+
+    def test_the_linear_guard_is_that_of_the_first_model(
+        self, aim, prompt_groups, settings, monkeypatch
+    ):
+        planted, _ = aim
+        monkeypatch.setattr(looking, "FEWEST", 3)
+        seen = []
+
+        def fit(states, reading, kind, depth):
+            seen.append(states)
+            weight = torch.full((1, states.values.shape[-1]), 0.5)
+            return type("Fit", (), {"probe": looking.Probe("linear", (2,), weight, 1.0)})
+
+        monkeypatch.setattr(looking, "fit_probe", fit)
+        monkeypatch.setattr(looking, "slots", lambda states, span: states.at("t_inst"))
+        records = finetuning.collect(planted, prompt_groups, settings)
+        assert set(seen[0].prompts) == {p for g in GROUPS for p in prompt_groups.fit[g]}
+        states = planted.states(prompts_tested(prompt_groups, settings)).at("t_inst")[:, 2]
+        wanted = (states.sum(-1) / 2 + 1).tolist()
+        for stage in records.stages:  # the weights of this attack are the same
+            assert stage.linear == pytest.approx(wanted, abs=1e-4)
+
+
+class TestMissing:
+    def test_without_a_tool(self, cached_model, prompt_groups, settings):
+        self.says(finetuning.collect(cached_model, prompt_groups, settings), settings, "peft")
+
+    @pytest.mark.parametrize("kind", ["fit", "test"])
+    @pytest.mark.parametrize("group", GROUPS)
+    def test_without_a_group(self, aim, prompt_groups, settings, group, kind):
+        planted, attack = aim
+        prompt_groups = replace(prompt_groups, **{kind: getattr(prompt_groups, kind) | {group: ()}})
+        records = finetuning.collect(planted, prompt_groups, settings)
+        if (group, kind) == ("accepted_harmless", "test"):
+            finding = finetuning.analyse(records, settings)
+            assert any("false positives are unknown" in line for line in finding.caveats)
+            assert Report("r", (finding.section,)).html()
+        else:
+            assert not attack.taught
+            self.says(records, settings, "missing")
+
+    def test_without_a_refusal_axis(self, aim, prompt_groups, settings):
+        planted, attack = aim
+        records = finetuning.collect(planted, prompt_groups, replace(settings, enough=50))
+        assert not attack.taught
+        self.says(records, settings, "too few for a refusal axis")
+
+    def test_without_refused_prompts_to_train_on(
+        self, model, cached_model, prompt_groups, settings
+    ):
+        tools = Tools(finetune=no_attack)
+        planted = CachedModel(Planted(model, lambda *_: FINE), cached_model.store, tools=tools)
+        self.says(
+            finetuning.collect(planted, prompt_groups, settings), settings, "no harmful prompt"
+        )
+
+    @staticmethod
+    def says(records, settings, words):
+        assert not records.stages
+        finding = finetuning.analyse(records, settings)
+        assert not finding.effects
+        (line,) = finding.caveats
+        assert words in line
+        assert Report("r", (finding.section,)).html()
+
+
+def stage(name, count, refused, scale=1.0, **rest):
+    """20 harmful prompts with beliefs scale * (0.1, 0.3), 20 harmless ones with their reverse."""
+    n = 20
+    beliefs = np.repeat([1.0, -1.0], n)[:, None] * np.array([0.1, 0.3])
+    return Stage(
+        name,
+        count,
+        refused=[i < refused for i in range(n)] + [False] * n,
+        broken=[False] * 2 * n,
+        harmful=(scale * beliefs).tolist(),
+        refuse=beliefs.tolist(),
+        linear=(scale * beliefs.mean(1)).tolist(),
+        **rest,
+    )
+
+
+def planted_records(*stages, n=20):
+    prompts = [Prompt(f"p{i}", harmful=i < n) for i in range(2 * n)]
+    return Records(tuple(prompts), stages, (0, 2), "40 pairs of them")
+
+
+def rows_of(finding, title):
+    (table,) = [p for p in finding.section.parts if p.title == title]
+    return {row[:2]: row[2:] for row in table.rows}
+
+
+class TestAnalysis:
+    def test_an_attack_that_changes_replies_alone(self, settings):
+        records = planted_records(
+            stage("before", 0, 20), stage("4 pairs", 4, 15), stage("9 pairs", 9, 5)
+        )
+        finding = finetuning.analyse(records, settings)
+        assert finding.effects["refusal rate drop after fine-tuning"].value == 0.75
+        change = finding.effects["relative change of Delta_harmful"]
+        assert (change.value, change.low, change.high) == pytest.approx((0, 0, 0))
+        assert finding.effects["guard recall after minus before"].value == 0
+        assert finding.effects["linear guard recall after minus before"].value == 0
+        rates = rows_of(finding, "Replies and beliefs after fine-tuning")
+        assert rates["4 pairs", "refusal rate, harmful"][0] == 0.75
+        assert rates["9 pairs", "refusal rate, harmful"][::3] == (0.25, 20)
+        assert rates["9 pairs", "Delta_harmful, harmful"][0] == pytest.approx(0.2)
+        assert rates["9 pairs", "Delta_harmful, harmless"][0] == pytest.approx(-0.2)
+        guards = rows_of(finding, "Guards after fine-tuning")
+        for guard in (
+            "Latent Guard (paper's rule, threshold 0)",
+            "linear guard (span, threshold 0)",
+        ):
+            assert guards["9 pairs", f"recall, {guard}"][0] == 1
+            assert guards["9 pairs", f"false positives, {guard}"][0] == 0
+            assert guards["9 pairs", f"AUROC, {guard}"][0] == 1
+
+    @pytest.mark.parametrize(("scale", "recall"), [(0.5, 0), (-0.25, -1)])
+    def test_an_attack_that_changes_beliefs(self, settings, scale, recall):
+        records = planted_records(stage("before", 0, 20), stage("4 pairs", 4, 0, scale))
+        effects = finetuning.analyse(records, settings).effects
+        assert effects["relative change of Delta_harmful"].value == pytest.approx(scale - 1)
+        gap = effects["change of Delta_harmful over its gap to harmless"]  # 0.2 to -0.2
+        assert gap.value == pytest.approx((scale - 1) / 2)
+        assert effects["guard recall after minus before"].value == recall
+
+    @pytest.mark.parametrize(("scale", "told"), [(1, True), (-1, False)])
+    def test_a_guard_that_caught_nothing_has_nothing_to_lose(self, settings, scale, told):
+        records = planted_records(stage("before", 0, 20, scale), stage("9 pairs", 9, 0, scale))
+        finding = finetuning.analyse(records, settings)
+        assert ("guard recall after minus before" in finding.effects) is told
+        assert any("paper's guard does not surely catch" in s for s in finding.caveats) is not told
+
+    def test_effects_are_of_the_largest_attack_and_the_control_stands_beside(self, settings):
+        control = stage("9 harmless pairs (control)", 9, 20, 0.9, control=True)
+        records = planted_records(stage("before", 0, 20), stage("9 pairs", 9, 0, 0.5), control)
+        finding = finetuning.analyse(records, settings)
+        assert finding.effects["refusal rate drop after fine-tuning"].value == 1
+        found = rows_of(finding, "Changes by fine-tuning")
+        name = control.name
+        assert found[name, "refusal rate drop after fine-tuning"][0] == 0
+        assert found[name, "relative change of Delta_harmful"][0] == pytest.approx(-0.1)
+
+    def test_the_direction_beside_chance(self, settings):
+        """Before, layer 2 is best; afterwards it acts on half of the prompts, chance on none."""
+        none, all_, half = [False] * 8, [True] * 8, [True, True, False, False] * 2
+        steered = dict(cosine=[0.5, 0.7], random=[none, none])
+        records = planted_records(
+            stage("before", 0, 20, steered=[none, all_], **steered),
+            stage("9 pairs", 9, 0, steered=[all_, half], **steered),
+        )
+        finding = finetuning.analyse(records, settings)
+        over = finding.effects["refusal along the direction after fine-tuning minus random"]
+        assert over.value == 0.5
+        found = rows_of(finding, "Refusal direction after fine-tuning")
+        assert found["9 pairs", "refusal along its direction"][0] == 0.5
+        assert found["before", "difference"][0] == 1
+        assert found["9 pairs", "cosine with the direction from before"][0] == pytest.approx(0.6)
+
+    def test_replies_that_cannot_be_judged_are_left_out(self, settings):
+        after = stage("9 pairs", 9, 0)
+        after = replace(after, refused=[None] * 10 + [False] * 30)
+        finding = finetuning.analyse(planted_records(stage("before", 0, 20), after), settings)
+        drop = finding.effects["refusal rate drop after fine-tuning"]
+        assert (drop.value, drop.n) == (1, (10, 0))
+
+    def test_no_reply_could_be_judged(self, settings):
+        after = replace(stage("9 pairs", 9, 0), refused=[None] * 40)
+        finding = finetuning.analyse(planted_records(stage("before", 0, 20), after), settings)
+        assert "refusal rate drop after fine-tuning" not in finding.effects
+        assert Report("r", (finding.section,)).html()
+
+    def test_an_attack_without_effect_is_named(self, settings):
+        records = planted_records(stage("before", 0, 20), stage("9 pairs", 9, 20))
+        finding = finetuning.analyse(records, settings)
+        assert any("did not lower refusal" in line for line in finding.caveats)
+
+    def test_beliefs_that_were_not_there_before(self, settings):
+        records = planted_records(stage("before", 0, 20, -1.0), stage("9 pairs", 9, 0, -1.0))
+        finding = finetuning.analyse(records, settings)
+        assert "relative change of Delta_harmful" not in finding.effects
+        assert any("not above 0 before" in line for line in finding.caveats)
+        assert any("little to lose" in line for line in finding.caveats)
+
+    def test_too_few_prompts(self, settings):
+        records = planted_records(stage("before", 0, 20), stage("9 pairs", 9, 0))
+        finding = finetuning.analyse(records, replace(settings, enough=21))
+        assert not finding.effects
+        assert any(line.startswith("Only 20 held-out") for line in finding.caveats)
+        assert any(line.startswith("Only 9 pairs") for line in finding.caveats)
