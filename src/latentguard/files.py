@@ -23,8 +23,8 @@ def exclusive_lock(lock: str | Path, *, output: str | Path) -> Iterator[None]:
         output: What is written under this lock; named in the error.
 
     Raises:
-        LatentGuardError: if another run holds the lock; names its process.
-        OSError: if the lock file cannot be written.
+        LatentGuardError: if another run holds the lock (names its process), or the lock file
+            cannot be written.
     """
     path = Path(lock)
     with _open_locked(path, output):
@@ -37,7 +37,10 @@ def exclusive_lock(lock: str | Path, *, output: str | Path) -> Iterator[None]:
 def _open_locked(path: Path, output: str | Path) -> TextIO:
     """The lock file, open and locked; closing it releases the lock."""
     while True:
-        file = path.open("a+", encoding="utf-8")
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise LatentGuardError(f"{output} cannot be written: {error.strerror}.") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

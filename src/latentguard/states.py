@@ -296,6 +296,12 @@ class Reading:
         return replace(prompt, text=seal(prompt.text)) if self.name == "sealed" else prompt
 
 
+def require_reading_name(name: str) -> None:
+    """Raise a GuardError if no template has a reading of that name."""
+    post = re.fullmatch(r"post\+(\d+)", name)
+    Reading.of(name, int(post[1]) if post and int(post[1]) < 1000 else 1)
+
+
 def seal(text: str) -> str:
     """Replace closing white space and ``. ? !`` by one full stop."""
     return re.sub(r"(?<![\s.?!])[\s.?!]+$", "", text) + "."  # looks at each run of blanks once

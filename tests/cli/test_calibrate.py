@@ -1,13 +1,11 @@
 """The verbs calibrate and drift, and --allow-mismatch, on a tiny random model."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 
 import latentguard
-from latentguard.cli import main
 from latentguard.cli.loading import save_guard
 from latentguard.guard.chunking import Windows
 from latentguard.guard.latent_guard import LatentGuard
@@ -23,18 +21,6 @@ def model(tmp_path_factory, tokenizer):
     chat_model("llama", tokenizer).model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def lg(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["latentguard", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return (int(stop.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 def row(word, n):

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 import latentguard
-from latentguard.cli import main
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import read_prompts
 from latentguard.study import cached_model as module
@@ -55,18 +54,6 @@ def judge(monkeypatch):
 
 
 DEFAULTS = dict(module.CachedModel.__init__.__kwdefaults__)
-
-
-@pytest.fixture
-def lg(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["latentguard", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return (stop.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """``latentguard study`` as its user calls it: the folder, and what it says of bad input."""
 
 import json
-import sys
 
 import pytest
 
-from latentguard.cli import main
 from models.architectures import chat_model
 
 SMALL = """
@@ -27,21 +25,6 @@ def folder(tmp_path_factory, tokenizer):
     chat_model("llama", tokenizer).model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
-
-@pytest.fixture
-def lg(monkeypatch, capsys):
-    """Run a command; returns exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["latentguard", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.inputs import read_side
-from latentguard.cli.loading import load_guard, save_guard
+from latentguard.cli.interrupts import explain_interrupt
+from latentguard.cli.loading import load_guard_model, read_guard, save_guard
 from latentguard.cli.options import (
     AllowMismatch,
     DeviceMap,
@@ -17,6 +18,7 @@ from latentguard.cli.options import (
     MovedModel,
     TextColumn,
 )
+from latentguard.cli.outputs import changed_guard
 from latentguard.data.builtin import load_traffic
 from latentguard.errors import PromptError
 from latentguard.guard.leakage import apart
@@ -24,6 +26,7 @@ from latentguard.prompts import Columns, Prompt
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.guard.thresholds import Rates
     from latentguard.models.chat_model import ChatModel
 
 
@@ -59,41 +62,66 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
 
     Example: latentguard calibrate guards/qwen --harmless traffic.jsonl --max-fpr 0.01
     """
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
+    from latentguard.guard.thresholds import Rates
+
     columns = Columns(text=text_column, segment=segment_column or "")
+    rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
+    rates = Rates(rate, review_fpr, confidence)
+    with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
+        loaded = read_guard(guard)
+        prompts = _calibration_prompts(loaded, harmless, harmful, columns)
+        _require_enough(loaded, prompts, rates)
+        bound, backend = load_guard_model(
+            loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
+        )
+        with progress("calibrate", len(prompts)) as view:
+            calibrated = bound.calibrate(
+                backend,
+                prompts,
+                max_fpr=rate,
+                review_fpr=review_fpr,
+                confidence=confidence,
+                segment_column=segment_column,
+                progress=view.advance,
+            )
+        if harmless:  # the built-in ones are no traffic: windows keep what fit picked
+            own = [p for p in prompts if not p.harmful]
+            calibrated = _calibrate_long(calibrated, backend, own, rate, confidence)
+        save_guard(calibrated, guard, report=bool(harmful))
+    if loaded.bound is not None:
+        echo_err(f"Replaced: threshold {loaded.threshold:.6g}, {loaded.promise}.")
+    typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
+    for part in calibrated.parts:
+        for text in part.notes():
+            typer.echo(f"\n{text}")
+
+
+def _calibration_prompts(
+    guard: LatentGuard,
+    harmless: list[str] | None,
+    harmful: list[str] | None,
+    columns: Columns,
+) -> list[Prompt]:
+    """The prompts that may calibrate: not those that a pack was trained on."""
     prompts = read_side(harmless, columns, harmful=False)
-    if segment_column and not any(p.segment for p in prompts):
+    if columns.segment and not any(p.segment for p in prompts):
         raise PromptError(
-            f"--segment-column names '{segment_column}', which no harmless prompt has; look "
+            f"--segment-column names '{columns.segment}', which no harmless prompt has; look "
             "at its spelling, and give the prompts with --harmless."
         )
     if not harmless:
         prompts = [p for p in load_traffic("validation") if not p.harmful]
     prompts += read_side(harmful, columns, harmful=True)
-    rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
-    if excluded := len(apart(prompts, loaded.held)[0]):
-        echo_err(
-            f"{excluded} of these prompts are those that packs are held against: they do not "
-            "calibrate."
-        )
-    with progress("calibrate", len(prompts) - excluded) as bar:
-        calibrated = loaded.calibrate(
-            backend,
-            prompts,
-            max_fpr=rate,
-            review_fpr=review_fpr,
-            confidence=confidence,
-            segment_column=segment_column,
-            progress=bar.advance,
-        )
-    if harmless:  # the built-in ones are no traffic: windows keep what fit picked
-        own = apart((p for p in prompts if not p.harmful), calibrated.held)[1]
-        calibrated = _calibrate_long(calibrated, backend, own, rate, confidence)
-    save_guard(calibrated, guard, report=bool(harmful))
-    typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
-    for part in calibrated.parts:
-        for text in part.notes():
-            typer.echo(f"\n{text}")
+    excluded, allowed = apart(prompts, guard.held)
+    if excluded:
+        echo_err(f"{len(excluded)} of these prompts are left out: packs were trained on them.")
+    return allowed
+
+
+def _require_enough(guard: LatentGuard, prompts: list[Prompt], rates: Rates) -> None:
+    from latentguard.guard.calibrate import require_enough
+
+    require_enough([p for p in prompts if not guard.reads_pieces(p)], rates)
 
 
 def _calibrate_long(
@@ -112,7 +140,7 @@ def _calibrate_long(
             f"{rate:.2%} needs {enough}."
         )
         return guard
-    with progress("windows", len(long)) as bar:
+    with progress("windows", len(long)) as view:
         return calibrate_windows(
-            backend, guard, long, max_fpr=rate, confidence=confidence, progress=bar.advance
+            backend, guard, long, max_fpr=rate, confidence=confidence, progress=view.advance
         )

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from threading import Event, Thread
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
 if TYPE_CHECKING:
     from latentguard.states import Progress
+
+PERIOD = 30.0
+"""Seconds between two progress lines where there is no terminal."""
+
+REMEMBERED = 5
+"""Progress lines over which the speed is measured."""
 
 
 def echo_err(text: str) -> None:
@@ -17,33 +26,118 @@ def echo_err(text: str) -> None:
     typer.echo(text, err=True)
 
 
-class ProgressBar:
-    """A progress bar on standard error."""
-
-    def __init__(self, bar: object, task: object) -> None:
-        """Wrap a task of a Rich bar."""
-        self._bar = bar
-        self._task = task
+class ProgressView(Protocol):
+    """Shows how far a verb is."""
 
     def advance(self, count: int) -> None:
         """So many more prompts are done."""
-        self._bar.advance(self._task, count)  # type: ignore[attr-defined]
 
-    def step(self, name: str, total: int) -> Progress:
-        """A new step of so many prompts."""
-        self._bar.reset(self._task, description=name, total=total)  # type: ignore[attr-defined]
+    def step(self, name: str, total: int | None) -> Progress:
+        """Begin a step of so many prompts; returns what is called as they are done."""
+
+
+@contextmanager
+def progress(name: str, total: int | None = None) -> Iterator[ProgressView]:
+    """Show progress on standard error: a bar on a terminal, else a line each half minute.
+
+    Args:
+        name: Of the first step.
+        total: How many prompts it has; None if that is unknown.
+    """
+    from rich.console import Console
+
+    stderr = Console(stderr=True)  # verdicts may go to standard output
+    with _bar(stderr, name, total) if stderr.is_terminal else _lines(name, total) as view:
+        yield view
+
+
+class _Bar:
+    """A Rich progress bar."""
+
+    def __init__(self, bar: Any, name: str, total: int | None) -> None:
+        self._bar = bar
+        self._task = bar.add_task(name, total=total)
+
+    def advance(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+    def step(self, name: str, total: int | None) -> Progress:
+        self._bar.reset(self._task, description=name, total=total)
         return self.advance
 
 
 @contextmanager
-def progress(name: str, total: int | None = None) -> Iterator[ProgressBar]:
-    """A progress bar on standard error, with time left."""
+def _bar(console: Any, name: str, total: int | None) -> Iterator[_Bar]:
     from rich import progress as rich
-    from rich.console import Console
 
-    name_column = rich.TextColumn("{task.description:<28}")
-    shown = (name_column, rich.BarColumn(), rich.MofNCompleteColumn())
-    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
-    stderr = Console(stderr=True)  # verdicts may go to standard output
-    with rich.Progress(*shown, *times, console=stderr, redirect_stdout=False) as bar:
-        yield ProgressBar(bar, bar.add_task(name, total=total))
+    columns = (
+        rich.TextColumn("{task.description:<28}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, console=console, redirect_stdout=False) as bar:
+        yield _Bar(bar, name, total)
+
+
+class ProgressLines:
+    """How far a step is, as a line of text with the time left."""
+
+    def __init__(
+        self, name: str, total: int | None, clock: Callable[[], float] = monotonic
+    ) -> None:
+        """Begin the first step."""
+        self._clock = clock
+        self.step(name, total)
+
+    def advance(self, count: int) -> None:
+        """So many more prompts are done."""
+        self._done += count
+
+    def step(self, name: str, total: int | None) -> Progress:
+        """Begin a step of so many prompts; returns what is called as they are done."""
+        self._name = name
+        self._total = total
+        self._done = 0
+        self._samples = deque([(self._clock(), 0)], maxlen=REMEMBERED)
+        return self.advance
+
+    def line(self) -> str:
+        """Name, count, share and time left, at the speed of the last lines."""
+        now = self._clock()
+        then, before = self._samples[0]
+        self._samples.append((now, self._done))
+        if not self._total:
+            return f"{self._name}: {self._done:,} done"
+        share = f"{self._name}: {self._done:,} of {self._total:,} ({self._done / self._total:.0%})"
+        if self._done <= before or self._done >= self._total:
+            return share
+        seconds = (self._total - self._done) * (now - then) / (self._done - before)
+        return f"{share}, about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time span in the unit that people would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+@contextmanager
+def _lines(name: str, total: int | None) -> Iterator[ProgressLines]:
+    """Write a line each half minute, from a thread of its own: a single batch may take longer."""
+    lines, stop = ProgressLines(name, total), Event()
+
+    def write() -> None:
+        while not stop.wait(PERIOD):
+            echo_err(lines.line())
+
+    writer = Thread(target=write, name="latentguard-progress", daemon=True)
+    writer.start()
+    try:
+        yield lines
+    finally:
+        stop.set()
+        writer.join()

@@ -10,7 +10,8 @@ import typer
 
 from latentguard.cli.console import progress
 from latentguard.cli.inputs import guard_columns
-from latentguard.cli.loading import load_guard
+from latentguard.cli.interrupts import explain_interrupt
+from latentguard.cli.loading import load_guard_model, read_guard, require_calibrated
 from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, MovedModel, TextColumn
 from latentguard.prompts import read_prompts
 
@@ -32,10 +33,15 @@ def drift(
     """
     from latentguard.guard.drift import compare, record_of
 
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
-    rows = read_prompts(prompts, columns=replace(guard_columns(loaded, text_column), label=""))
-    with progress("drift", len(rows)) as bar:
-        verdicts = list(loaded.scan(backend, rows, progress=bar.advance))
+    with explain_interrupt("Nothing is kept: drift compares all prompts or none."):
+        loaded = read_guard(guard)
+        require_calibrated(loaded, guard)
+        rows = read_prompts(prompts, columns=replace(guard_columns(loaded, text_column), label=""))
+        loaded, backend = load_guard_model(
+            loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
+        )
+        with progress("drift", len(rows)) as view:
+            verdicts = list(loaded.scan(backend, rows, progress=view.advance))
     comparisons = compare(loaded, rows, verdicts)
     for comparison in comparisons:
         typer.echo(json.dumps(record_of(comparison)) if as_json else str(comparison))

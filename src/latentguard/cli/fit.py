@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.inputs import read_side
+from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model, save_guard
 from latentguard.cli.options import (
     DeviceMap,
@@ -16,12 +17,19 @@ from latentguard.cli.options import (
     Harmful,
     Harmless,
     Model,
+    Overwrite,
     ProbeKind,
     Quantize,
     TextColumn,
 )
+from latentguard.cli.outputs import output_folder, require_no_guard
 from latentguard.data.builtin import load_traffic
-from latentguard.prompts import Columns
+from latentguard.prompts import Columns, Prompt
+
+if TYPE_CHECKING:
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.models.chat_model import ChatModel
+    from latentguard.probes.probe import Kind
 
 
 def fit(  # noqa: PLR0913, PLR0917 (each is an option)
@@ -51,6 +59,7 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
         typer.Option(help="Weights: int8 (needs torchao) or nf4 (needs bitsandbytes)."),
     ] = None,
     device_map: DeviceMap = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fit a guard for MODEL and write it to OUT.
 
@@ -63,26 +72,48 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     Example: latentguard fit --model Qwen/Qwen2.5-7B-Instruct --out guards/qwen
     """
     from latentguard.data.surface_audit import surface_warnings
+    from latentguard.probes.probe import require_both_classes
+    from latentguard.states import require_reading_name
+
+    kind: Kind = probe.value  # type: ignore[assignment]
+    require_no_guard(out, overwrite=overwrite)
+    require_reading_name(reading)
+    kept = f"Nothing was written to {out}. Run the same command again to start anew."
+    with output_folder(out), explain_interrupt(kept):
+        prompts = _training_prompts(contrast, harmful, harmless, Columns(text=text_column))
+        require_both_classes([bool(p.harmful) for p in prompts], kind)
+        for warning in surface_warnings(prompts):
+            echo_err(f"Warning: {warning}")
+        loaded_dtype = f"{dtype}/{quantize.value}" if quantize else dtype
+        backend = load_model(model, loaded_dtype, device_map)
+        guard = _fit_guard(backend, prompts, reading, kind)
+        save_guard(_fit_long(guard, backend) if long else guard, out)
+    echo_err(f"Guard written to {out}. Next: latentguard calibrate {out} --harmless FILE")
+
+
+def _training_prompts(
+    contrast: bool, harmful: list[str] | None, harmless: list[str] | None, columns: Columns
+) -> list[Prompt]:
+    """The prompts of the files, and the built-in ones if they are asked for or nothing is."""
+    sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
+    return sides + (load_traffic("train") if contrast or not sides else [])
+
+
+def _fit_guard(backend: ChatModel, prompts: list[Prompt], reading: str, probe: Kind) -> LatentGuard:
     from latentguard.guard.latent_guard import LatentGuard
 
-    columns = Columns(text=text_column)
-    sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
-    prompts = sides + (load_traffic("train") if contrast or not sides else [])
-    for warning in surface_warnings(prompts):
-        echo_err(f"Warning: {warning}")
-    backend = load_model(model, f"{dtype}/{quantize.value}" if quantize else dtype, device_map)
-    with progress("capture", len(prompts)) as bar:
-        guard = LatentGuard.fit(
+    with progress("capture", len(prompts)) as view:
+        return LatentGuard.fit(
             backend,
             prompts,
             reading=reading,
-            probe=probe.value,  # type: ignore[arg-type]
-            progress=bar.advance,
+            probe=probe,
+            progress=view.advance,
         )
-    if long:
-        from latentguard.guard.chunk_calibration import fit_windows
 
-        with progress("windows") as bar:
-            guard = fit_windows(backend, guard, progress=bar.advance)
-    save_guard(guard, out)
-    echo_err(f"Guard written to {out}. Next: latentguard calibrate {out} --harmless FILE")
+
+def _fit_long(guard: LatentGuard, backend: ChatModel) -> LatentGuard:
+    from latentguard.guard.chunk_calibration import fit_windows
+
+    with progress("windows") as view:
+        return fit_windows(backend, guard, progress=view.advance)

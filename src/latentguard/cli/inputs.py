@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentguard.cli.console import echo_err
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import PromptError
-from latentguard.prompts import Columns, Prompt, read_prompts, select_side
+from latentguard.prompts import Columns, Prompt, read_prompts, select_side, stream_prompts
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
@@ -35,18 +37,45 @@ def read_source(source: str, columns: Columns, harmful: bool | None) -> list[Pro
 def read_side(sources: Sequence[str] | None, columns: Columns, *, harmful: bool) -> list[Prompt]:
     """The harmful or the harmless prompts of some sources.
 
+    Rows that are labelled otherwise are left out, and counted on standard error.
+
     Raises:
         PromptError: if a source is given twice, or holds no prompt of that side.
     """
     require_distinct(sources or ())
+    wanted, other = ("harmful", "harmless") if harmful else ("harmless", "harmful")
     prompts: list[Prompt] = []
     for source in sources or ():
-        kept = select_side(read_source(source, columns, None), harmful=harmful)
-        if not kept:
-            wanted = "harmful" if harmful else "harmless"
-            raise PromptError(f"{source} was given for {wanted} prompts and holds none.")
-        prompts += kept
+        rows = read_source(source, columns, None)
+        selected = select_side(rows, harmful=harmful)
+        if not selected:
+            raise PromptError(
+                f"{source} was given for {wanted} prompts and holds none: each of its {len(rows)} "
+                f"rows is labelled {other}."
+            )
+        if left_out := len(rows) - len(selected):
+            echo_err(f"{source}: {left_out} of {len(rows)} rows are labelled {other}: left out.")
+        prompts += selected
     return prompts
+
+
+def check_prompts(source: str, columns: Columns) -> int | None:
+    """Check every row of a file before the model loads.
+
+    Returns:
+        How many prompts it holds; None for what can be read only once, such as standard input.
+
+    Raises:
+        PromptError: if a row cannot be used, or there is none.
+    """
+    if Path(source).is_file():
+        count = sum(1 for _ in stream_prompts(source, columns=columns))
+        if not count:
+            raise PromptError(f"{source} holds no prompts; expected at least one row with a text.")
+        return count
+    if source != "-" and not Path(source).exists():  # a Hub data set, or a name mistyped
+        next(stream_prompts(source, columns=columns), None)
+    return None
 
 
 def require_distinct(sources: Sequence[str]) -> None:

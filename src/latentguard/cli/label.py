@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from latentguard.cli.console import echo_err, progress
+from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model
 from latentguard.cli.options import DeviceMap, Dtype, Model, PromptSource, TextColumn
+from latentguard.cli.outputs import output_file
 from latentguard.prompts import Columns, read_prompts
 
 
@@ -29,9 +31,13 @@ def label(
     """
     from latentguard.study.label_file import write_labels
 
-    rows = read_prompts(prompts, columns=Columns(text=text_column))
-    backend = load_model(model, dtype, device_map)
-    with progress("label", len(rows)) as bar:
-        counts = write_labels(backend, rows, out, progress=bar.advance)
+    kept = f"Replies are kept in {out}.replies. Run the same command again to go on."
+    with output_file(out), explain_interrupt(kept):
+        rows = read_prompts(prompts, columns=Columns(text=text_column))
+        if out.exists():
+            echo_err(f"{out} is there, and will be replaced when the last prompt is labelled.")
+        backend = load_model(model, dtype, device_map)
+        with progress("label", len(rows)) as view:
+            counts = write_labels(backend, rows, out, progress=view.advance)
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     echo_err(f"{out}: {outcomes}.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentguard.cli.console import echo_err
+from latentguard.errors import GuardError
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
@@ -27,22 +28,28 @@ def load_model(source: str, dtype: str = "auto", device_map: str | None = None) 
     return ChatModel.load(source, dtype=dtype, **placing)
 
 
-def load_guard(
-    folder: Path,
+def read_guard(folder: Path) -> LatentGuard:
+    """Read a guard without its model."""
+    from latentguard.guard.latent_guard import LatentGuard
+
+    return LatentGuard.load(folder)
+
+
+def load_guard_model(
+    guard: LatentGuard,
     model: str | None,
     *,
     allow_mismatch: bool = False,
     device_map: str | None = None,
 ) -> tuple[LatentGuard, ChatModel]:
-    """Load a guard and the model that it is bound to, verified.
+    """Load the model that a guard is bound to, and verify that it is the one.
 
-    With ``allow_mismatch`` the guard is bound to the model that it meets, and the shift of its
-    canary scores goes to standard error.
+    Returns:
+        The guard and its model. With ``allow_mismatch`` the guard is bound to the model that it
+        meets, and the shift of its canary scores goes to standard error.
     """
     from latentguard.guard.compatibility import Shift
-    from latentguard.guard.latent_guard import LatentGuard
 
-    guard = LatentGuard.load(folder)
     backend = load_model(model or guard.fingerprint.model, guard.fingerprint.dtype, device_map)
     if not allow_mismatch:
         guard.check(backend)
@@ -51,6 +58,24 @@ def load_guard(
     if bound is not guard:
         echo_err(f"Warning: {Shift.between(guard, bound)}")
     return bound, backend
+
+
+def require_calibrated(guard: LatentGuard, folder: Path) -> None:
+    """Raise a GuardError if a guard was never calibrated."""
+    if guard.bound is None:
+        raise GuardError(
+            f"{folder} has no calibration. Calibrate it first: latentguard calibrate {folder} "
+            "--harmless FILE"
+        )
+
+
+def warn_if_uncalibrated(guard: LatentGuard, folder: Path) -> None:
+    """Say that the threshold of a guard promises nothing, if it was never calibrated."""
+    if guard.bound is None:
+        echo_err(
+            f"Warning: {folder} is not calibrated, so 'flagged' follows a threshold that promises "
+            f"nothing. Calibrate it: latentguard calibrate {folder} --harmless FILE"
+        )
 
 
 def save_guard(guard: LatentGuard, folder: Path, *, report: bool = False) -> None:

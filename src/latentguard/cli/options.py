@@ -83,5 +83,8 @@ Model = Annotated[
     str, typer.Option(help="A Hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M).")
 ]
 MovedModel = Annotated[str | None, typer.Option(help="If the model has moved.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the guard that is in the folder.")
+]
 PromptSource = Annotated[str, typer.Argument(help="File, '-', or Hub data set.")]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the prompt.")]

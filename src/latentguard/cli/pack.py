@@ -8,7 +8,13 @@ import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.inputs import guard_columns, read_side
-from latentguard.cli.loading import load_guard, save_guard
+from latentguard.cli.interrupts import explain_interrupt
+from latentguard.cli.loading import (
+    load_guard_model,
+    read_guard,
+    require_calibrated,
+    save_guard,
+)
 from latentguard.cli.options import (
     AllowMismatch,
     DeviceMap,
@@ -17,6 +23,7 @@ from latentguard.cli.options import (
     MovedModel,
     TextColumn,
 )
+from latentguard.cli.outputs import changed_guard
 
 pack = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard from examples.")
 
@@ -46,13 +53,18 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
     """
     from latentguard.guard import packs
 
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
-    columns = guard_columns(loaded, text_column)
-    positives = read_side(examples, columns, harmful=True)
-    negatives = read_side(harmless, columns, harmful=False)
-    with progress("pack") as bar:
-        changed = packs.add(loaded, backend, name, positives, negatives, progress=bar.advance)
-    save_guard(changed, guard)
+    with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
+        loaded = read_guard(guard)
+        require_calibrated(loaded, guard)
+        columns = guard_columns(loaded, text_column)
+        positives = read_side(examples, columns, harmful=True)
+        negatives = read_side(harmless, columns, harmful=False)
+        loaded, backend = load_guard_model(
+            loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
+        )
+        with progress("pack") as view:
+            changed = packs.add(loaded, backend, name, positives, negatives, progress=view.advance)
+        save_guard(changed, guard)
     echo_err(f"Pack '{name}' added to {guard}.")
     typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")
 
@@ -64,9 +76,8 @@ def show(guard: GuardFolder) -> None:
     Example: latentguard pack list guards/qwen
     """
     from latentguard.guard.categories import Categories
-    from latentguard.guard.latent_guard import LatentGuard
 
-    loaded = LatentGuard.load(guard)
+    loaded = read_guard(guard)
     categories = loaded.part(Categories)
     for name, one in (categories.packs if categories else {}).items():
         assert categories is not None
@@ -93,10 +104,15 @@ def remove(
     """
     from latentguard.guard import packs
 
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
-    negatives = read_side(harmless, guard_columns(loaded, text_column), harmful=False)
-    with progress("pack") as bar:
-        changed = packs.remove(loaded, backend, name, negatives, progress=bar.advance)
-    save_guard(changed, guard)
+    with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
+        loaded = read_guard(guard)
+        require_calibrated(loaded, guard)
+        negatives = read_side(harmless, guard_columns(loaded, text_column), harmful=False)
+        loaded, backend = load_guard_model(
+            loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
+        )
+        with progress("pack") as view:
+            changed = packs.remove(loaded, backend, name, negatives, progress=view.advance)
+        save_guard(changed, guard)
     echo_err(f"Pack '{name}' removed from {guard}.")
     typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from latentguard.cli.console import echo_err, progress
-from latentguard.cli.loading import load_model
+from latentguard.cli.loading import load_model, read_guard
 from latentguard.cli.options import GuardFolder, MovedModel
 
 
@@ -33,17 +33,16 @@ def parity(
     Example: latentguard parity guards/smollm2
     """
     from latentguard.errors import GuardError
-    from latentguard.guard.latent_guard import LatentGuard
     from latentguard.integrations.vllm import parity as inside
     from latentguard.integrations.vllm.backend import VllmModel
 
     if backends != "hf,vllm":
         raise typer.BadParameter("only 'hf,vllm' can be compared", param_hint="--backends")
-    loaded = LatentGuard.load(guard)
+    loaded = read_guard(guard)
     prompts = inside.material(n)
     backend = load_model(model or loaded.fingerprint.model, loaded.fingerprint.dtype)
-    with progress("transformers", len(prompts)) as bar:
-        reference = list(loaded.scan(backend, prompts, progress=bar.advance))
+    with progress("transformers", len(prompts)) as view:
+        reference = list(loaded.scan(backend, prompts, progress=view.advance))
     del backend
     echo_err("Starting vLLM ...")
     how = (

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentguard.cli.console import echo_err, progress
-from latentguard.cli.inputs import guard_columns
-from latentguard.cli.loading import load_guard
+from latentguard.cli.console import ProgressView, echo_err, progress
+from latentguard.cli.inputs import check_prompts, guard_columns
+from latentguard.cli.interrupts import explain_interrupt
+from latentguard.cli.loading import load_guard_model, read_guard, warn_if_uncalibrated
 from latentguard.cli.options import (
     AllowMismatch,
     DeviceMap,
@@ -20,8 +24,13 @@ from latentguard.cli.options import (
     PromptSource,
     TextColumn,
 )
+from latentguard.cli.outputs import output_file, output_folder
 from latentguard.errors import LatentGuardError
-from latentguard.prompts import stream_prompts
+from latentguard.prompts import Prompt, stream_prompts
+
+if TYPE_CHECKING:
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.models.chat_model import ChatModel
 
 
 def score(  # noqa: PLR0913, PLR0917 (each is an option)
@@ -60,19 +69,49 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
             raise typer.BadParameter(reason, param_hint="--device-map, --allow-mismatch")
         _score_corpus(guard, prompts, out, model, text_column, (actors, block_rows))
         return
+    locked = output_file(out) if out else nullcontext()
+    with locked, explain_interrupt(partial(_kept_verdicts, out)):
+        loaded = read_guard(guard)
+        warn_if_uncalibrated(loaded, guard)
+        columns = replace(guard_columns(loaded, text_column), label="")  # labels are not read
+        total = check_prompts(prompts, columns)
+        if out and out.exists():
+            echo_err(f"{out} is there, and will be replaced when the last prompt is scored.")
+        loaded, backend = load_guard_model(
+            loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
+        )
+        rows = stream_prompts(prompts, columns=columns)
+        with progress("score", total) as view:
+            _score_rows(loaded, backend, rows, out, view)
+
+
+def _score_rows(
+    guard: LatentGuard,
+    backend: ChatModel,
+    rows: Iterator[Prompt],
+    out: Path | None,
+    view: ProgressView,
+) -> None:
     from latentguard.guard.score_files import line_of, score_to_file
 
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
-    columns = replace(guard_columns(loaded, text_column), label="")  # labels are not read
-    rows = stream_prompts(prompts, columns=columns)
-    with progress("score") as bar:
-        if out is None:
-            for verdict in loaded.scan(backend, rows, progress=bar.advance):
-                typer.echo(line_of(verdict))
-            return
-        done = score_to_file(loaded, backend, rows, out, progress=bar.advance)
+    if out is None:
+        for verdict in guard.scan(backend, rows, progress=view.advance):
+            typer.echo(line_of(verdict))
+        return
+    done = score_to_file(guard, backend, rows, out, progress=view.advance)
     earlier = f" ({done} were there from an earlier run)." if done else "."
     echo_err(f"Verdicts in {out}{earlier}")
+
+
+def _kept_verdicts(out: Path | None) -> str:
+    """What is kept after Control-C, and how to go on."""
+    if out is None:
+        return "Each line above is whole. With --out FILE a run goes on where it stopped."
+    kept = Path(f"{out}.partial")
+    if not kept.exists():
+        return "No prompt was scored yet."
+    count = kept.read_bytes().count(b"\n")
+    return f"{count:,} verdicts are kept in {kept}. Run the same command again to go on."
 
 
 def _score_corpus(
@@ -83,8 +122,6 @@ def _score_corpus(
     text_column: str,
     shares: tuple[int | None, int],
 ) -> None:
-    from latentguard.guard.latent_guard import LatentGuard
-
     if out is None:
         raise typer.BadParameter("--engine ray writes a folder; name it", param_hint="--out")
     try:
@@ -94,9 +131,11 @@ def _score_corpus(
             f"--engine ray needs the extra 'ray' ({error.name} is not there): "
             "pip install 'latentguard[ray]'"
         ) from None
-    loaded = LatentGuard.load(guard)
+    loaded = read_guard(guard)
+    warn_if_uncalibrated(loaded, guard)
     columns = replace(guard_columns(loaded, text_column), label="")
-    with progress("score") as bar:
+    kept = f"Whole files in {out} stay. Run the same command again to go on."
+    with output_folder(out), explain_interrupt(kept), progress("score") as view:
         total = score_corpus(
             loaded,
             prompts,
@@ -104,7 +143,7 @@ def _score_corpus(
             model=model,
             columns=columns,
             workers=Workers(*shares),
-            progress=bar.advance,
+            progress=view.advance,
         )
     echo_err(
         f"{total.rows:,} verdicts in {out}, {total.parts:,} files; {total.flagged:,} flagged, "

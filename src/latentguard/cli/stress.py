@@ -9,7 +9,8 @@ import typer
 
 from latentguard.cli.console import progress
 from latentguard.cli.inputs import read_side
-from latentguard.cli.loading import load_guard
+from latentguard.cli.interrupts import explain_interrupt
+from latentguard.cli.loading import load_guard_model, read_guard
 from latentguard.cli.options import (
     AllowMismatch,
     Amount,
@@ -18,6 +19,7 @@ from latentguard.cli.options import (
     MovedModel,
     TextColumn,
 )
+from latentguard.cli.outputs import output_folder
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import LatentGuardError
 from latentguard.prompts import Columns
@@ -71,8 +73,13 @@ def stress(  # noqa: PLR0913, PLR0917 (each is an option)
     sides += read_side(harmless, columns, harmful=False)
     amount: BudgetName = "small" if budget is Amount.small else "full"
     plan = Plan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
-    loaded, backend = load_guard(guard, model, allow_mismatch=allow_mismatch, device_map=device_map)
-    with progress("stress") as bar:
-        cached_model = CachedModel(backend, Store(out / STORE), step=bar.step)
-        report = run(Trial(loaded, backend, cached_model), plan)
-    typer.echo(report.save(out) / "report.html")
+    kept = f"Scores are kept in {out / STORE}. Run the same command again to go on."
+    with output_folder(out), explain_interrupt(kept):
+        loaded, backend = load_guard_model(
+            read_guard(guard), model, allow_mismatch=allow_mismatch, device_map=device_map
+        )
+        with progress("stress") as view:
+            cached = CachedModel(backend, Store(out / STORE), step=view.step)
+            report = run(Trial(loaded, backend, cached), plan)
+        page = report.save(out) / "report.html"
+    typer.echo(page)

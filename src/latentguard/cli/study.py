@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentguard.cli.console import echo_err, progress
+from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model
 from latentguard.cli.options import Budget, Dtype
+from latentguard.cli.outputs import output_folder
 from latentguard.errors import LatentGuardError
 
 if TYPE_CHECKING:
@@ -57,14 +59,22 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     settings = read_settings(config, "small" if budget is Budget.small else "paper")
     pools = read_pools(data_dir, read_table(config, "data"))
     judged = read_table(config, "judge")
-    backend = load_model(model, dtype)
-    with progress("study") as bar:
-        ready = prepare(
-            backend, out / STORE, settings, pools, step=bar.step, baselines=baseline, judged=judged
-        )
-        report = run(ready, only=only or (), show_prompts=show_prompts, say=echo_err)
-    report.save(out)
-    _draw(report, out)
+    kept = f"Replies and states are kept in {out / STORE}. Run the same command again to go on."
+    with output_folder(out), explain_interrupt(kept):
+        backend = load_model(model, dtype)
+        with progress("study") as view:
+            ready = prepare(
+                backend,
+                out / STORE,
+                settings,
+                pools,
+                step=view.step,
+                baselines=baseline,
+                judged=judged,
+            )
+            report = run(ready, only=only or (), show_prompts=show_prompts, say=echo_err)
+        report.save(out)
+        _draw(report, out)
     typer.echo(out / "report.html")
 
 

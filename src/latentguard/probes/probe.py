@@ -71,6 +71,19 @@ def require_kind(kind: str) -> None:
         raise GuardError(f"There is no probe '{kind}': expected {' or '.join(get_args(Kind))}.")
 
 
+def require_both_classes(labels: Sequence[bool], kind: Kind) -> None:
+    """Raise a GuardError if a class has too few prompts for a probe."""
+    harmful = sum(labels)
+    harmless = len(labels) - harmful
+    fewest = 10 if kind == "linear" else 1
+    if min(harmful, harmless) < fewest:
+        raise GuardError(
+            f"A {kind} probe needs at least {fewest} prompts of each class; found {harmful} "
+            f"harmful and {harmless} harmless."
+            + (" Give more, or use the centroid probe." if kind == "linear" else "")
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Fit:
     """A probe with what cross-validation says of it."""
@@ -117,12 +130,8 @@ def fit_linear(
     Raises:
         GuardError: if there are fewer than 10 prompts of a class.
     """
+    require_both_classes(labels, "linear")
     y = torch.tensor(labels, dtype=torch.bool)
-    if min(int(y.sum()), int((~y).sum())) < 10:
-        raise GuardError(
-            f"A linear probe needs at least 10 prompts of each class; found {int(y.sum())} "
-            f"harmful and {int((~y).sum())} harmless. Give more, or use the centroid probe."
-        )
     design, folds = balanced(states, y), folds_of(groups, seed)
     tried = {strength: _solved(design, strength, folds) for strength in STRENGTHS}
     figures = {strength: auroc(y.numpy(), found[0]) for strength, found in tried.items()}

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from latentguard.cli.console import progress
+from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model
 from latentguard.cli.options import Model
+from latentguard.cli.outputs import output_folder
 
 
 def demo(
@@ -27,6 +29,9 @@ def demo(
     """
     from latentguard.cli.demo.run import run
 
-    with progress("demo") as bar:
-        folder = run(load_model(model), guard, out, step=bar.step)
+    kept = f"A guard that is whole stays in {guard}. Run the same command again to go on."
+    with output_folder(out), output_folder(guard), explain_interrupt(kept):
+        backend = load_model(model)
+        with progress("demo") as view:
+            folder = run(backend, guard, out, step=view.step)
     typer.echo(folder / "report.html")

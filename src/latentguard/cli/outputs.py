@@ -1,0 +1,84 @@
+"""Outputs of a verb: checked before the model loads, one run at a time, nothing lost silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from latentguard.errors import LatentGuardError
+from latentguard.files import exclusive_lock
+
+LOCK = ".lock"
+"""In an output folder, while a run writes it."""
+
+GUARD_FILES = ("guard.json", "guard.safetensors", "README.md")
+"""What saving a guard would replace."""
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and hold its lock while the block runs.
+
+    A folder that was made here and is empty at the end is removed.
+
+    Raises:
+        LatentGuardError: if it cannot be made or written, or another run is writing it.
+    """
+    with _made(folder, folder), exclusive_lock(folder / LOCK, output=folder):
+        yield
+
+
+@contextmanager
+def output_file(file: Path) -> Iterator[None]:
+    """Make the folder of a file, and hold the lock of the file while the block runs.
+
+    Raises:
+        LatentGuardError: if it cannot be written, or another run is writing it.
+    """
+    if file.is_dir():
+        raise LatentGuardError(f"--out should name a file; {file} is a folder.")
+    with _made(file.parent, file), exclusive_lock(f"{file}{LOCK}", output=file):
+        yield
+
+
+@contextmanager
+def changed_guard(folder: Path) -> Iterator[None]:
+    """Hold the lock of a guard that a verb changes in place; loading it says if it is none."""
+    is_guard = (folder / GUARD_FILES[0]).exists()
+    with output_folder(folder) if is_guard else nullcontext():
+        yield
+
+
+def require_no_guard(folder: Path, *, overwrite: bool) -> None:
+    """Check that saving a guard would replace nothing.
+
+    Raises:
+        LatentGuardError: unless ``overwrite``, if a guard, or a file of such a name, is there.
+    """
+    found = [folder / name for name in GUARD_FILES if (folder / name).exists()]
+    if not found or overwrite:
+        return
+    thing = f"{folder} holds a guard" if folder / GUARD_FILES[0] in found else f"{found[0]} exists"
+    raise LatentGuardError(
+        f"{thing}, which would be overwritten; name another folder, or add --overwrite."
+    )
+
+
+@contextmanager
+def _made(folder: Path, output: Path) -> Iterator[None]:
+    """Make a folder and its parents; those that are empty at the end are removed again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(path for path in (folder, *folder.parents) if path.is_file())
+        raise LatentGuardError(f"{output} cannot be written: {file} is no folder.") from None
+    except OSError as error:
+        raise LatentGuardError(f"{output} cannot be written: {error.strerror}.") from None
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
