@@ -11,6 +11,7 @@ from latentguard.guard.drift import cut
 from latentguard.guard.thresholds import Calibration
 from latentguard.guard.verdict import Evidence, Verdict
 from latentguard.serve.drift import DriftMonitor, DriftReference
+from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.telemetry import Telemetry
 from serve.running import (
     PROMPTS,
@@ -114,13 +115,27 @@ def test_a_calibrated_guard_is_compared_with_its_calibration(tmp_path):
     assert index[1] > 0.25
 
 
+def scored(score, evidence=(), readings=1):
+    return ScoredPrompt(verdict(score, evidence), {}, 0.0, readings)
+
+
+def test_chats_of_several_readings_are_no_part_of_the_drift():
+    told = Telemetry(UNIFORM)
+    for score in UNIFORM:
+        told.verdict("chat", "pass", scored(score))
+    before = told.drift.index
+    for _ in range(500):
+        told.verdict("chat", "pass", scored(9.0, readings=2))
+    assert told.drift.index == before
+
+
 def test_long_prompts_are_no_part_of_the_drift():
     told = Telemetry(UNIFORM)
     for score in UNIFORM:
-        told.verdict("chat", "pass", verdict(score))
+        told.verdict("chat", "pass", scored(score))
     before = told.drift.index
     for _ in range(500):
-        told.verdict("chat", "pass", verdict(9.0, (Evidence(0, 0, 1, 9.0),)))
+        told.verdict("chat", "pass", scored(9.0, (Evidence(0, 0, 1, 9.0),)))
     assert told.drift.index == before
     assert b"latentguard_score_count 1500.0" in told.page()
 
@@ -128,7 +143,7 @@ def test_long_prompts_are_no_part_of_the_drift():
 def test_scores_are_counted_in_deciles_of_the_reference():
     told = Telemetry(UNIFORM)
     for score in UNIFORM:
-        told.verdict("moderations", "score", verdict(score))
+        told.verdict("moderations", "score", scored(score))
     told.verdict("moderations", "error")
     lines = told.page().decode().splitlines()
     below = [float(line.split()[-1]) for line in lines if line.startswith("latentguard_score_buck")]

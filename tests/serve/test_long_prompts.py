@@ -37,17 +37,22 @@ def test_verdicts_are_those_of_scan_in_order():
         assert one.flagged == other.flagged
 
 
-def test_a_chat_is_scored_by_turn(url):
+def test_a_chat_is_read_by_turn_and_each_message_by_itself(url):
     messages = [dict(role=r, content=t) for r, t in zip(ROLES, TURNS, strict=True)]
     answer = post(f"{url}/v1/score", json={"messages": messages}, timeout=60).json()["results"][0]
-    assert [e["message"] for e in answer["evidence"]] == [0, 2, 4]
-    assert answer["score"] == pytest.approx(max(e["score"] for e in answer["evidence"]))
+    assert answer["readings"] == 6
+    guard, model = opener()
+    verdicts = list(guard.scan(model, [chat(), *map(Prompt, TURNS)]))
+    margins = [v.score - guard.threshold for v in verdicts]
+    assert answer["score"] - guard.threshold == pytest.approx(max(margins), abs=1e-4)
 
 
 def test_guarded_chat_heeds_every_turn(url):
     guard, model = opener()
-    (verdict,) = guard.scan(model, [chat()])
+    verdicts = guard.scan(model, [chat(), *map(Prompt, TURNS)])
     messages = [dict(role=r, content=t) for r, t in zip(ROLES, TURNS, strict=True)]
     body = {"model": "m", "messages": messages, "max_tokens": 2}
     answer = post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
-    assert (answer["choices"][0]["finish_reason"] == "content_filter") == verdict.flagged
+    assert (answer["choices"][0]["finish_reason"] == "content_filter") == any(
+        verdict.flagged for verdict in verdicts
+    )

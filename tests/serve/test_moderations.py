@@ -93,19 +93,22 @@ def test_score_tells_beliefs_by_layer_and_token(service):
     assert result["quadrant"].startswith("harmful, ")
 
 
-def test_score_reads_a_chat_with_its_history(service):
+def test_score_says_the_most_severe_reading_of_a_chat(service):
     guard, model = opener()
     from latentguard.prompts import Message, Prompt
 
     prompt = Prompt(flagged(), history=(Message("user", "Hello"), Message("assistant", "Hi.")))
-    (expected,) = guard.scan(model, [prompt])
+    texts = [Prompt(text) for text in ("Hello", "Hi.", flagged())]
+    expected = max(guard.scan(model, [prompt, *texts]), key=lambda verdict: verdict.score)
     messages = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hi."},
         {"role": "user", "content": [{"type": "text", "text": flagged()}]},
     ]
     answer = post(f"{service}/v1/score", json={"messages": messages}).json()
-    assert answer["results"][0]["score"] == pytest.approx(expected.score, abs=1e-4)
+    (result,) = answer["results"]
+    assert result["score"] == pytest.approx(expected.score, abs=1e-4)
+    assert result["readings"] == 4
 
 
 @pytest.mark.parametrize("body", [{}, {"input": "a", "messages": [{"role": "user"}]}])

@@ -2,20 +2,15 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 
-from latentguard.serve.completions import severity
 from latentguard.serve.config import ServeConfig
-from latentguard.serve.messages import ChatMessage, chat_prompts
-from latentguard.serve.scoring import ScoredPrompt
 from serve.running import (
     PROMPTS,
     band_guard,
     flagged,
     get,
-    offline,
     passed,
     post,
     reviewed,
@@ -139,26 +134,6 @@ def test_the_log_and_the_metrics(tmp_path, on_review, action):
         ("error", "none", "moderations", "2.0"),
         ("score", "review", "moderations", "1.0"),
     }
-
-
-def test_of_several_prompts_the_decision_counts_before_the_score():
-    """A long prompt has no band to review: it may score more than one that is to be reviewed."""
-    verdict = offline()[passed()]
-    long = ScoredPrompt(replace(verdict, score=0.9, decision="allow"), {}, 0.8)
-    short = ScoredPrompt(replace(verdict, score=0.5, decision="review"), {}, 0.8)
-    other = ScoredPrompt(replace(verdict, score=0.6, decision="review"), {}, 0.8)
-    assert max([long, short, other], key=severity) is other
-
-
-def test_a_message_to_review_behind_one_that_passes_is_found_by_an_upstreams_guard():
-    """What is sent on is read message by message; see ``messages.prompts_of``."""
-    messages = [ChatMessage(role="user", content=text) for text in (reviewed(), passed())]
-    texts = [prompt.text for prompt in chat_prompts(messages)]
-    assert reviewed() in texts
-    with running(opener, on_review="block", upstream="http://127.0.0.1:9/v1") as url:
-        body = dict(messages=[m.model_dump(include={"role", "content"}) for m in messages])
-        answer = post(f"{url}/v1/chat/completions", json=body).json()
-    assert answer["choices"][0]["finish_reason"] == "content_filter"
 
 
 def test_a_guard_without_a_band(service):

@@ -36,9 +36,28 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
             "with their decision) or block."
         ),
     ] = "annotate",
-    on_error: Annotated[
-        str, typer.Option(help="Of chats without a verdict: block or allow.")
-    ] = "block",
+    trust_roles: Annotated[
+        str,
+        typer.Option(
+            help="Roles whose messages your gateway writes, as system,developer: these are read in "
+            "context only. Every other message is read by itself, too."
+        ),
+    ] = "",
+    tools: Annotated[
+        str, typer.Option(help="Of tools and schemas in chats: read, refuse or trust.")
+    ] = "read",
+    control_tokens: Annotated[
+        str,
+        typer.Option(
+            help="Of control tokens as <|im_end|> in chats for --upstream: refuse, escape (with a "
+            "blank), or forward if the upstream takes them for text."
+        ),
+    ] = "refuse",
+    allow_parameter: Annotated[
+        list[str] | None,
+        typer.Option(help="A parameter that the upstream is sent unread; repeatable."),
+    ] = None,
+    on_error: Annotated[str, typer.Option(hidden=True)] = "block",
     refusal: Annotated[str, typer.Option(help="What a blocked chat is answered with.")] = (
         "I can't help with that."
     ),
@@ -101,14 +120,19 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
 
     _require(policy, ("block", "annotate", "shadow"), "--policy")
     _require_review(on_review, policy)
-    _require(on_error, ("block", "allow"), "--on-error")
+    _require_block(on_error)
+    _require(tools, ("read", "refuse", "trust"), "--tools")
+    _require(control_tokens, ("refuse", "escape", "forward"), "--control-tokens")
     _require_url(upstream)
     loaded = LatentGuard.load(guard)  # so that a wrong folder is said at once
     _require_segments(loaded, segment_header)
     options = ServeConfig(
         policy=policy,  # type: ignore[arg-type]
         on_review=on_review,  # type: ignore[arg-type]
-        on_error=on_error,  # type: ignore[arg-type]
+        trusted_roles=_roles(trust_roles),
+        tools=tools,  # type: ignore[arg-type]
+        control_tokens=control_tokens,  # type: ignore[arg-type]
+        unread_parameters=tuple(allow_parameter or ()),
         refusal=refusal,
         segment_header=segment_header,
         name=Path(loaded.fingerprint.model).name or "latentguard",
@@ -182,6 +206,19 @@ def _audit(path: Path | None, fsync: str, texts: bool) -> AuditLog | None:
 def _require(word: str, known: tuple[str, ...], option: str) -> None:
     if word not in known:
         raise typer.BadParameter(f"expected {', '.join(known)}; found '{word}'", param_hint=option)
+
+
+def _require_block(on_error: str) -> None:
+    if on_error != "block":
+        reason = "a client can bring about an error; to answer every chat, use --policy shadow"
+        raise typer.BadParameter(reason, param_hint="--on-error")
+
+
+def _roles(text: str) -> tuple[str, ...]:
+    roles = tuple(filter(None, (role.strip() for role in text.split(","))))
+    for role in roles:
+        _require(role, ("system", "developer", "assistant", "tool", "function"), "--trust-roles")
+    return roles
 
 
 def _require_review(on_review: str, policy: str) -> None:

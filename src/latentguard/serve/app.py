@@ -41,7 +41,7 @@ class ErrorResponse(BaseModel):
 
 def build_app(service: Service) -> RequestLimits:
     """The application of a service, within its limits."""
-    relay = (
+    upstream = (
         UpstreamClient(service.config, own_keys=bool(service.keys))
         if service.config.upstream
         else None
@@ -52,8 +52,8 @@ def build_app(service: Service) -> RequestLimits:
         service.engine.start()
         yield
         await service.engine.stop()
-        if relay is not None:
-            await relay.close()
+        if upstream is not None:
+            await upstream.close()
         if service.audit is not None:
             service.audit.close()
 
@@ -67,8 +67,8 @@ def build_app(service: Service) -> RequestLimits:
         openapi_url="/openapi.json",
     )
     app.include_router(moderation.routes(service))
-    app.include_router(completions.routes(service, relay))
-    app.include_router(page.routes(service, relay))
+    app.include_router(completions.routes(service, upstream))
+    app.include_router(page.routes(service, upstream))
     _watch(app, service)
     _explain(app)
     return RequestLimits(app, service.config, service.keys, partial(_note, service))

@@ -13,13 +13,14 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentguard.errors import GuardError
-from latentguard.guard.verdict import Decision
 from latentguard.models.conversation import Sampling
 from latentguard.prompts import Prompt
+from latentguard.serve.chat_readings import chat_readings
+from latentguard.serve.chat_request import forwarded_chat, require_few
 from latentguard.serve.disconnects import run_while_connected
-from latentguard.serve.errors import ApiError, BadRequest, Unavailable
+from latentguard.serve.errors import ApiError, AuditUnavailable, BadRequest, Unavailable
 from latentguard.serve.guarded_chat import ChatEvent, GuardedChat, ReplyEnd
-from latentguard.serve.messages import ChatMessage, chat_prompts, own_model_prompt, readable_text
+from latentguard.serve.messages import ChatMessage, own_model_prompt, readable_text
 from latentguard.serve.replies import (
     ChatResponse,
     ReplyWriter,
@@ -29,14 +30,11 @@ from latentguard.serve.replies import (
     verdict_note,
 )
 from latentguard.serve.scoring import ScoredPrompt
-from latentguard.serve.service import RequestContext, Service
+from latentguard.serve.service import Action, RequestContext, Service
 from latentguard.serve.upstream import UpstreamClient
 
 CHECK = 8
 """After so many pieces of text it is checked whether the client is still there."""
-
-SEVERITY: tuple[Decision, ...] = ("allow", "review", "block")
-"""The last is the worst."""
 
 
 class StreamOptions(BaseModel):
@@ -68,7 +66,7 @@ class ChatRequest(Chat):
     n: Annotated[int, Field(ge=1)] | None = None
 
 
-def routes(service: Service, relay: UpstreamClient | None) -> APIRouter:
+def routes(service: Service, upstream: UpstreamClient | None) -> APIRouter:
     """The endpoint: answered by the upstream if there is one, else by the guard's own model."""
     router = APIRouter()
     what: dict[int | str, dict[str, Any]] = {
@@ -77,108 +75,105 @@ def routes(service: Service, relay: UpstreamClient | None) -> APIRouter:
 
     async def own(request: Request, body: ChatRequest) -> Response:
         """Answer a chat, unless the guard's verdict forbids it."""
-        return await _own(RequestContext(service, request, "chat"), body, request)
+        return await _own(RequestContext(service, request, "chat"), body)
 
     async def through(request: Request, body: Chat) -> Response:
         """Have the upstream answer a chat, unless the guard's verdict forbids it."""
-        assert relay is not None
-        return await _through(relay, RequestContext(service, request, "chat"), body, request)
+        assert upstream is not None
+        context = RequestContext(service, request, "chat")
+        return await _through(upstream, context, body, await request.json())
 
     how: dict[str, Any] = dict(methods=["POST"], name="completions", responses=what)
-    answer = own if relay is None else through
+    answer = own if upstream is None else through
     router.add_api_route("/v1/chat/completions", answer, response_model=None, **how)
     return router
 
 
 async def _through(
-    relay: UpstreamClient, context: RequestContext, body: Chat, request: Request
+    upstream: UpstreamClient, context: RequestContext, chat: Chat, body: dict[str, Any]
 ) -> Response:
-    """Judge, then ask the upstream."""
+    """Read all that would be sent, then ask the upstream."""
+    service = context.service
     try:
-        worst = await _worst(context, await _read(context, body.messages))
-    except ApiError as fault:
-        if not context.service.answers_without_verdict(fault):
+        forwarded = forwarded_chat(body, service.config, service.control_tokens)
+        scored = await context.score_readings(forwarded.readings)
+    except ApiError as error:
+        answered = service.answers_without_verdict(error)
+        [prompt] = context.with_segment([readable_text(chat.messages)])
+        await context.record_failure([prompt], error, answered=answered)
+        if not answered:
             raise
-        return await relay.ask(request, bool(body.stream), verdict_note(context, fault))
-    if context.service.action(worst) == "block":
-        return _refusal(context, body, worst)
-    return await relay.ask(request, bool(body.stream), verdict_note(context, worst))
+        return await upstream.ask(context.request, body, verdict_note(context, error))
+    outcome = await context.record_chat(forwarded.readings, scored)
+    if service.action(outcome) == "block":
+        return _refusal(context, chat, outcome)
+    sent = body if service.config.policy == "shadow" else forwarded.body
+    return await upstream.ask(context.request, sent, verdict_note(context, outcome))
 
 
-async def _read(context: RequestContext, messages: list[ChatMessage]) -> list[Prompt]:
-    """The prompts of a chat; one that goes on unread is noted, by what of it is text."""
-    try:
-        prompts = chat_prompts(messages)
-        if len(prompts) > context.service.config.max_inputs:
-            raise BadRequest("The chat has too many messages after one another by one role.")
-    except BadRequest as fault:
-        if context.service.answers_without_verdict(fault):
-            await context.record_failure(
-                context.with_segment([readable_text(messages)]), fault, answered=True
-            )
-        raise
-    return context.with_segment(prompts)
-
-
-async def _worst(context: RequestContext, prompts: list[Prompt]) -> ScoredPrompt:
-    """Of a chat that the guard reads as several prompts, the one that counts."""
-    found = await context.score(prompts)
-    await context.record_verdicts(prompts, found, [context.service.action(one) for one in found])
-    return max(found, key=severity)
-
-
-def severity(scored: ScoredPrompt) -> tuple[int, float]:
-    """What is worse is greater; scores alone do not tell, as long prompts have no band."""
-    verdict = scored.verdict
-    return SEVERITY.index(verdict.decision), verdict.score
-
-
-async def _own(context: RequestContext, body: ChatRequest, request: Request) -> Response:
-    """Read and judge in one pass, then go on from it."""
+async def _own(context: RequestContext, body: ChatRequest) -> Response:
+    """Read the chat in the pass that its reply goes on from, and its other texts before that."""
     service = context.service
     _require_plain(body)
-    [prompt], sampling = (
-        context.with_segment([own_model_prompt(body.messages)]),
-        _sampling(service, body),
-    )
+    sampling = _sampling(service, body)
+    [prompt] = context.with_segment([own_model_prompt(body.messages)])
+    roles = service.config.trusted_roles
+    readings = chat_readings(body.messages, context=prompt, trusted_roles=roles)
+    require_few(readings, service.config)
+
+    def action(in_context: ScoredPrompt | None) -> Action:
+        """What becomes of the chat, as far as it was read."""
+        return service.action(service.decide(readings, [in_context, *others], context.segment))
 
     def must_refuse(event: ScoredPrompt | GuardError) -> bool:
         if isinstance(event, ScoredPrompt):
-            return service.action(event) == "block"
+            return action(event) == "block"
         return not service.answers_without_verdict(Unavailable())
 
     chat = GuardedChat(prompt, sampling, must_refuse)
-    request.state.ending.callback(chat.cancel)
-    judged = await _judged(context, chat, request)
-    if isinstance(judged, ScoredPrompt) and service.action(judged) == "block":
-        return _refusal(context, body, judged)
-    reply = _reply(context, body, judged)
+    try:
+        others = await context.score_readings(readings[1:])
+        if others and action(None) == "block":
+            return _refusal(context, body, await context.record_chat(readings, [None, *others]))
+        event = await _first_event(context, chat)
+    except AuditUnavailable:
+        raise
+    except ApiError as error:
+        await context.record_failure([prompt], error, answered=False)
+        raise
+    outcome: ScoredOrError
+    if isinstance(event, ScoredPrompt):
+        outcome = await context.record_chat(readings, [event, *others])
+        if service.action(outcome) == "block":
+            return _refusal(context, body, outcome)
+    else:
+        outcome = await _without_verdict(context, prompt)
+    reply = _reply(context, body, outcome)
     if body.stream:
         return StreamingResponse(_stream(context, chat, reply), media_type="text/event-stream")
-    return await _whole(chat, reply, request)
+    return await _whole(chat, reply, context.request)
 
 
-async def _judged(context: RequestContext, chat: GuardedChat, request: Request) -> ScoredOrError:
-    """The verdict, logged; or the fault in its place, if the chat is to be answered all the same.
+async def _first_event(context: RequestContext, chat: GuardedChat) -> ChatEvent:
+    """The verdict on the chat in context, or why there is none."""
+    context.request.state.ending.callback(chat.cancel)
+    await context.service.engine.start_chat(chat)
+    seconds = context.service.config.deadline
+    return await run_while_connected(_soon(chat, seconds), context.request)
 
-    Only a reading that failed can be forgiven here: before it there is no pass to go on from.
+
+async def _without_verdict(context: RequestContext, prompt: Prompt) -> ApiError:
+    """Record that a chat has no verdict; only a shadow goes on.
+
+    Raises:
+        Unavailable: unless it does.
     """
-    prompts = [chat.prompt]
-    try:
-        await context.service.engine.start_chat(chat)
-        event = await run_while_connected(_soon(chat, context.service.config.deadline), request)
-    except ApiError as fault:
-        await context.record_failure(prompts, fault, answered=False)
-        raise
-    if isinstance(event, ScoredPrompt):
-        await context.record_verdicts(prompts, [event], [context.service.action(event)])
-        return event
-    lack = Unavailable("The guard cannot give a verdict on this prompt.")
-    forgiven = context.service.answers_without_verdict(lack)
-    await context.record_failure(prompts, lack, answered=forgiven)
-    if not forgiven:
-        raise lack
-    return lack
+    error = Unavailable("The guard cannot give a verdict on this prompt.")
+    answered = context.service.answers_without_verdict(error)
+    await context.record_failure([prompt], error, answered=answered)
+    if not answered:
+        raise error
+    return error
 
 
 async def _soon(chat: GuardedChat, seconds: float) -> ChatEvent:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from latentguard.serve.control_tokens import ControlTokenPolicy
+from latentguard.serve.parameters import ToolPolicy
+
 Policy = Literal["block", "annotate", "shadow"]
 OnReview = Literal["pass", "annotate", "block"]
-OnError = Literal["block", "allow"]
 Fsync = Literal["never", "interval", "always"]
 
 
@@ -22,11 +24,20 @@ class ServeConfig:
     """What happens to a chat in the band to review: answered, only logged; answered with its
     decision; refused like a flagged one."""
 
-    on_error: OnError = "block"
-    """Whether a chat that could not be judged, through no doing of the client, is answered."""
-
     refusal: str = "I can't help with that."
     """What a blocked chat is answered with."""
+
+    trusted_roles: tuple[str, ...] = ()
+    """Roles whose messages a gateway writes, not the client: these are read in context only."""
+
+    tools: ToolPolicy = "read"
+    """Whether the texts of tools and schemas are read, refused, or trusted as a gateway's own."""
+
+    control_tokens: ControlTokenPolicy = "refuse"
+    """What is done with control tokens in a chat for an upstream."""
+
+    unread_parameters: tuple[str, ...] = ()
+    """Parameters that an upstream is sent unread, beside those that are known to hold no text."""
 
     segment_header: str | None = None
     """The request header that names the segment of the traffic; None judges all by the common
@@ -62,6 +73,9 @@ class ServeConfig:
 
     max_inputs: int = 128
     """Prompts of one request."""
+
+    max_readings: int = 256
+    """Texts of one chat that are read, each by itself."""
 
     max_body: int = 1 << 20
     """Bytes of a request's body."""

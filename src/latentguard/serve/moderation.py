@@ -20,9 +20,11 @@ from latentguard.data.hazards import MODERATION, OTHER, moderation_names
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Decision, Evidence
 from latentguard.prompts import Prompt
-from latentguard.serve.errors import BadRequest
-from latentguard.serve.messages import ChatMessage, ContentPart, chat_prompts, text_of_parts
-from latentguard.serve.scoring import ScoredPrompt, token_beliefs
+from latentguard.serve.chat_readings import chat_readings
+from latentguard.serve.chat_request import require_few
+from latentguard.serve.errors import ApiError, BadRequest
+from latentguard.serve.messages import ChatMessage, ContentPart, text_of_parts
+from latentguard.serve.scoring import ScoredPrompt, TokenBelief, token_beliefs
 from latentguard.serve.service import RequestContext, Service
 
 Text = Annotated[str, Field(min_length=1)]
@@ -88,13 +90,6 @@ class ScoreRequest(BaseModel):
     """Also the belief after each token of the instruction; for one prompt only."""
 
 
-class TokenBelief(BaseModel):
-    """The belief after one token."""
-
-    text: str
-    belief: float
-
-
 class ScoreResult(BaseModel):
     """All that is known of one prompt."""
 
@@ -110,6 +105,7 @@ class ScoreResult(BaseModel):
     quadrant: str | None
     evidence: list[Evidence]
     obfuscations: list[str]
+    readings: int
     tokens: list[TokenBelief] | None
 
 
@@ -143,15 +139,19 @@ def routes(service: Service) -> APIRouter:
         context = RequestContext(service, request, "score")
         if (body.input is None) == (body.messages is None):
             raise BadRequest("Give either 'input' or 'messages'.")
-        prompts = _texts(body.input) if body.input else chat_prompts(body.messages or [])[:1]
-        if body.tokens and len(prompts) > 1:
-            raise BadRequest("'tokens' is for one prompt at a time.")
-        results = [_score(one) for one in await _judged(context, prompts)]
+        if body.messages:
+            prompt, outcome = await _score_chat(context, body.messages)
+            prompts, scored = [prompt], [outcome]
+        else:
+            prompts = _texts(body.input or "")
+            if body.tokens and len(prompts) > 1:
+                raise BadRequest("'tokens' is for one prompt at a time.")
+            scored = await _judged(context, prompts)
+        results = [_score(one) for one in scored]
         if body.tokens:
-            tokens = await service.engine.run_alone(
-                prompts[0], lambda g, m: token_beliefs(g, m, prompts[0])
+            results[0].tokens = await service.engine.run_alone(
+                prompts[0], lambda guard, model: token_beliefs(guard, model, prompts[0])
             )
-            results[0].tokens = [TokenBelief(text=t.text, belief=t.belief) for t in tokens]
         guard = service.engine.guard
         return ScoreResponse(
             id=_id("score", context),
@@ -162,6 +162,22 @@ def routes(service: Service) -> APIRouter:
         )
 
     return router
+
+
+async def _score_chat(
+    context: RequestContext, messages: list[ChatMessage]
+) -> tuple[Prompt, ScoredPrompt]:
+    """The chat in context, and the most severe of its readings, recorded."""
+    config = context.service.config
+    readings = chat_readings(messages, trusted_roles=config.trusted_roles)
+    require_few(readings, config)
+    try:
+        scored = await context.score_readings(readings)
+    except ApiError as error:
+        await context.record_failure([readings[0].prompt], error, answered=False)
+        raise
+    outcome = await context.record_chat(readings, scored, action="score")
+    return readings[0].prompt, outcome
 
 
 async def _judged(context: RequestContext, prompts: list[Prompt]) -> list[ScoredPrompt]:
@@ -235,6 +251,7 @@ def _score(scored: ScoredPrompt) -> ScoreResult:
         quadrant=verdict.quadrant,
         evidence=list(verdict.evidence),
         obfuscations=list(verdict.obfuscations),
+        readings=scored.readings,
         tokens=None,
     )
 

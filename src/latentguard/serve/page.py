@@ -30,7 +30,7 @@ FILES = {
 }
 
 
-def routes(service: Service, relay: UpstreamClient | None) -> APIRouter:
+def routes(service: Service, upstream: UpstreamClient | None) -> APIRouter:
     """The page's files, ``/v1/guard`` and ``/v1/models``."""
     router = APIRouter()
     for path, (name, kind) in FILES.items():
@@ -48,8 +48,8 @@ def routes(service: Service, relay: UpstreamClient | None) -> APIRouter:
     @router.get("/v1/models", response_model=None)
     async def models(request: Request) -> dict[str, Any] | Response:
         """The upstream's models, or the guard's own one, in OpenAI's form."""
-        if relay is not None:
-            return await relay.models(request)
+        if upstream is not None:
+            return await upstream.models(request)
         model = dict(id=service.config.name, object="model", created=0, owned_by="latentguard")
         return {"object": "list", "data": [model]}
 

@@ -108,10 +108,11 @@ def verdict_note(context: RequestContext, judged: ScoredOrError) -> dict[str, An
     )
     if context.service.config.on_review != "pass":
         known["decision"] = verdict.decision
-    where = dict(
+    where: dict[str, Any] = dict(
         beliefs=verdict.beliefs, quadrant=verdict.quadrant, obfuscations=verdict.obfuscations
     )
-    return {"latentguard": known | where | {"threshold": judged.threshold}}
+    where |= dict(threshold=judged.threshold, readings=judged.readings)
+    return {"latentguard": known | where}
 
 
 def token_usage(prompt: int, reply: int) -> dict[str, int]:

@@ -33,11 +33,14 @@ class ScoredPrompt:
     """Equation 2 for each axis, over the guard's layers."""
 
     threshold: float
-    """What the score was held against: that of the prompt's segment, if it has its own."""
+    """What the score was compared with: that of the prompt's segment, if it has its own."""
+
+    readings: int = 1
+    """How many texts of a chat were read; this is the most severe."""
 
 
 @dataclass(frozen=True)
-class Token:
+class TokenBelief:
     """One token of an instruction."""
 
     text: str
@@ -143,7 +146,7 @@ def threshold_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
     return guard.threshold if limits is known.common else limits.block.threshold
 
 
-def token_beliefs(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[Token]:
+def token_beliefs(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[TokenBelief]:
     """The harmful belief after each token of the instruction, in a pass of its own."""
     axis = next(axis for axis in guard.axes if axis.name == "harmful")
     layout, states = capture_instruction(model, prompt, axis.layers)
@@ -151,6 +154,6 @@ def token_beliefs(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[
     starts = [start for start, _ in layout.spans]
     ends = [*starts[1:], len(prompt.text)]  # so that the tokens together are the text
     return [
-        Token(prompt.text[start:end], belief)
+        TokenBelief(prompt.text[start:end], belief)
         for start, end, belief in zip(starts, ends, beliefs, strict=True)
     ]

@@ -13,12 +13,16 @@ from starlette.requests import Request
 
 from latentguard.prompts import Prompt
 from latentguard.serve.audit_log import AuditLog
+from latentguard.serve.chat_readings import ChatReading
+from latentguard.serve.chat_thresholds import ChatThresholds
 from latentguard.serve.config import ServeConfig
+from latentguard.serve.control_tokens import ControlTokens
 from latentguard.serve.disconnects import run_while_connected
 from latentguard.serve.drift import DriftReference
 from latentguard.serve.engine import ScoringEngine
 from latentguard.serve.errors import ApiError, ClientDisconnected, Unavailable
 from latentguard.serve.keys import ApiKeys
+from latentguard.serve.reading_cache import ReadingCache
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.telemetry import Telemetry
 
@@ -52,10 +56,15 @@ class Service:
     reference: DriftReference = field(default_factory=DriftReference)
     """Known verdicts, for the page."""
 
+    cache: ReadingCache = field(default_factory=ReadingCache)
+    """What was read before of chats."""
+
     canaries: list[dict[str, Any]] = field(default_factory=list)
     """Verdicts on the guard's canaries, once the page has asked for them."""
 
+    _control_tokens: ControlTokens | None = None
     _digest: str = ""
+    _thresholds: ChatThresholds | None = None
 
     @property
     def guard_name(self) -> str:
@@ -75,6 +84,50 @@ class Service:
             self._digest = self.engine.guard.digest
         return self._digest
 
+    @property
+    def control_tokens(self) -> ControlTokens:
+        """Of common model families, and of the guard's model once it is loaded."""
+        if self._control_tokens is None:
+            if self.engine.state not in ("ready", "draining"):
+                return ControlTokens()
+            added = self.engine.model.tokenizer.get_added_vocab()
+            self._control_tokens = ControlTokens(added)
+        return self._control_tokens
+
+    @property
+    def chat_thresholds(self) -> ChatThresholds:
+        """What chats are compared with; made once for each guard."""
+        if self._thresholds is None or self._thresholds.guard is not self.engine.guard:
+            self._thresholds = ChatThresholds(self.engine.guard)
+        return self._thresholds
+
+    def decide(
+        self,
+        readings: Sequence[ChatReading],
+        scored: Sequence[ScoredPrompt | None],
+        segment: str | None,
+    ) -> ScoredPrompt:
+        """The most severe reading of a chat, under the thresholds of so many readings.
+
+        Args:
+            readings: All that is read of the chat.
+            scored: What was found; None where that is still to come.
+            segment: Of the traffic.
+        """
+        decided = self.chat_thresholds.decide(
+            [one.verdict if one else None for one in scored],
+            [reading.is_newest for reading in readings],
+            segment,
+        )
+        most_severe = scored[decided.index]
+        assert most_severe is not None
+        return replace(
+            most_severe,
+            verdict=decided.verdict,
+            threshold=decided.threshold,
+            readings=len(readings),
+        )
+
     def action(self, scored: ScoredPrompt) -> Action:
         """What the policy makes of a chat."""
         if scored.verdict.flagged:
@@ -84,14 +137,11 @@ class Service:
         return "pass"
 
     def answers_without_verdict(self, fault: ApiError) -> bool:
-        """Whether a chat is answered though it could not be judged.
+        """Whether a chat is answered though it could not be judged: by a shadow only.
 
-        ``on_error=allow`` forgives what the service did, never what a client can bring about:
-        an unreadable prompt, or a full queue. A shadow never stands in the way.
+        A client can bring about every lack of a verdict, be it by making the service slow.
         """
-        if self.config.policy == "shadow":
-            return not isinstance(fault, ClientDisconnected)
-        return self.config.on_error == "allow" and isinstance(fault, Unavailable)
+        return self.config.policy == "shadow" and not isinstance(fault, ClientDisconnected)
 
 
 class RequestContext:
@@ -100,7 +150,7 @@ class RequestContext:
     def __init__(self, service: Service, request: Request, endpoint: str) -> None:
         """Begin."""
         self.service, self.endpoint, self.began = service, endpoint, perf_counter()
-        self._request = request
+        self.request = request
         self.id: str = request.state.request
         self.client: str = request.state.client
         header = service.config.segment_header
@@ -111,13 +161,24 @@ class RequestContext:
         return [replace(prompt, segment=self.segment) for prompt in prompts]
 
     async def score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:
-        """Judge prompts; a fault is noted, then raised."""
+        """Score prompts; an error is recorded for each, then raised."""
         try:
-            return await run_while_connected(self.service.engine.score(prompts), self._request)
-        except ApiError as fault:
-            forgiven = self.endpoint == "chat" and self.service.answers_without_verdict(fault)
-            await self.record_failure(prompts, fault, answered=forgiven)
+            return await run_while_connected(self.service.engine.score(prompts), self.request)
+        except ApiError as error:
+            await self.record_failure(prompts, error, answered=False)
             raise
+
+    async def score_readings(self, readings: Sequence[ChatReading]) -> list[ScoredPrompt]:
+        """Score the texts of a chat, those that are not cached; an error is raised only."""
+        cache = self.service.cache
+        prompts = self.with_segment([reading.prompt for reading in readings])
+        known = [cache.get(self.client, prompt) for prompt in prompts]
+        missing = [p for p, scored in zip(prompts, known, strict=True) if scored is None]
+        fresh = iter(await run_while_connected(self.service.engine.score(missing), self.request))
+        found = [scored or next(fresh) for scored in known]
+        for prompt, scored in zip(prompts, found, strict=True):
+            cache.put(self.client, prompt, scored)
+        return found
 
     async def record_failure(
         self, prompts: Sequence[Prompt], fault: ApiError, *, answered: bool
@@ -128,6 +189,29 @@ class RequestContext:
         for _ in prompts:
             self.service.telemetry.verdict(self.endpoint, action)
         await self._write([self._line(p, action) | {"error": fault.code} for p in prompts])
+
+    async def record_chat(
+        self,
+        readings: Sequence[ChatReading],
+        scored: Sequence[ScoredPrompt | None],
+        *,
+        action: Action | None = None,
+    ) -> ScoredPrompt:
+        """The verdict on a chat, recorded before anybody sees it.
+
+        Args:
+            readings: All that is read of the chat; the first names it in the log.
+            scored: What was found; None where reading was not needed any more.
+            action: What is done; None leaves it to the policy.
+
+        Raises:
+            AuditUnavailable: if the audit log cannot be written.
+        """
+        outcome = self.service.decide(readings, scored, self.segment)
+        prompts = self.with_segment([readings[0].prompt])
+        action = action or self.service.action(outcome)
+        await self.record_verdicts(prompts, [outcome], [action])
+        return outcome
 
     async def record_verdicts(
         self, prompts: Sequence[Prompt], found: Sequence[ScoredPrompt], actions: Sequence[Action]
@@ -142,12 +226,12 @@ class RequestContext:
             self._line(prompt, action)
             | dict(score=verdict.score, probability=verdict.probability)
             | dict(flagged=verdict.flagged, decision=verdict.decision, beliefs=verdict.beliefs)
-            | dict(obfuscations=verdict.obfuscations)
-            for prompt, verdict, action in zip(prompts, verdicts, actions, strict=True)
+            | dict(obfuscations=verdict.obfuscations, readings=one.readings)
+            for prompt, one, verdict, action in zip(prompts, found, verdicts, actions, strict=True)
         ]
         await self._write(lines)
-        for verdict, action in zip(verdicts, actions, strict=True):
-            self.service.telemetry.verdict(self.endpoint, action, verdict)
+        for one, action in zip(found, actions, strict=True):
+            self.service.telemetry.verdict(self.endpoint, action, one)
 
     def _line(self, prompt: Prompt, action: Action) -> dict[str, Any]:
         audit = self.service.audit
@@ -182,5 +266,5 @@ class RequestContext:
         except ApiError as fault:
             config = self.service.config
             shadow = self.endpoint == "chat" and config.policy == "shadow"
-            if config.on_error == "block" and not shadow:
+            if not shadow:
                 raise fault from None

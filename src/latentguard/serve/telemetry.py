@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from latentguard.guard.verdict import Verdict
 from latentguard.serve.drift import DriftMonitor
+from latentguard.serve.scoring import ScoredPrompt
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -69,14 +69,16 @@ class Telemetry:
         for wait in waits:
             self.waits.observe(wait)
 
-    def verdict(self, endpoint: str, action: str, verdict: Verdict | None = None) -> None:
-        """Note what was done, and the verdict if there is one."""
-        decision = verdict.decision if verdict else "none"
+    def verdict(self, endpoint: str, action: str, scored: ScoredPrompt | None = None) -> None:
+        """Count what was done, and the verdict if there is one."""
+        decision = scored.verdict.decision if scored else "none"
         self.verdicts.labels(endpoint, action, decision).inc()
-        if verdict is not None:
-            self.scores.observe(verdict.score)
-            if not verdict.evidence:  # else it is the greatest of several: no reference holds such
-                self.drift.add(verdict.score)
+        if scored is None:
+            return
+        verdict = scored.verdict
+        self.scores.observe(verdict.score)
+        if scored.readings == 1 and not verdict.evidence:
+            self.drift.add(verdict.score)  # the greatest of several has no reference
 
     def page(self) -> bytes:
         """Prometheus' text format."""

@@ -27,54 +27,43 @@ LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
 MOST = 8 << 20
 """Bytes of an answer that is read whole."""
 
-KNOWN = frozenset(
-    "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens "
-    "max_tokens messages metadata modalities model n parallel_tool_calls prediction "
-    "presence_penalty prompt_cache_key prompt_cache_retention reasoning_effort response_format "
-    "safety_identifier seed service_tier stop store stream stream_options temperature tool_choice "
-    "tools top_logprobs top_p user verbosity web_search_options".split()
-)
-"""Parameters of OpenAI's API. Servers know others, some of which can replace what is asked."""
-
-SHORT = 64
-"""Characters and numbers that all other parameters together may hold: no room for a request."""
-
 
 class UpstreamClient:
-    """Sends a request on, and its answer back.
-
-    What is sent is what was parsed, not the bytes that came: another parser could find another chat
-    in them, where an object names a key twice.
-    """
+    """Sends a request on, and its answer back."""
 
     def __init__(self, config: ServeConfig, *, own_keys: bool) -> None:
         """Prepare.
 
         Args:
-            config: Where the upstream is, its key, and whether a shadow only looks on.
+            config: Where the upstream is, and its key.
             own_keys: Whether clients show this service's keys: these are never sent on.
         """
         assert config.upstream is not None
-        self._url, self._shadow = config.upstream.rstrip("/"), config.policy == "shadow"
+        self._url = config.upstream.rstrip("/")
         self._key, self._own_keys = config.upstream_key, own_keys
         self._client = httpx.AsyncClient(timeout=TIMEOUT, limits=LIMITS)
 
-    async def ask(self, request: Request, stream: bool, note: Mapping[str, Any]) -> Response:
-        """The upstream's answer to a chat, with ``note`` in it.
+    async def ask(
+        self, request: Request, body: Mapping[str, Any], note: Mapping[str, Any]
+    ) -> Response:
+        """The upstream's answer to a chat.
+
+        Args:
+            request: Of the client.
+            body: What is sent: what was parsed, since another parser could find another chat in
+                the client's bytes, as where an object names a key twice.
+            note: Added to the answer.
 
         Raises:
-            BadRequest: if the body holds NaN or infinity, or (a shadow does not mind) much in
-                fields that nobody knows.
+            BadRequest: if the body holds NaN or infinity.
             UpstreamError: if it cannot be reached, or fails.
         """
-        body = await request.json()
-        if not self._shadow:
-            _require_known(body)
         try:
             content = json.dumps(body, allow_nan=False)
         except ValueError:
             raise BadRequest("The body holds a number that JSON does not know.") from None
         sent = self._request("POST", "chat/completions", request, content)
+        stream = bool(body.get("stream"))
         return await self._told(request, self._answer(request, sent, stream, note))
 
     async def models(self, request: Request) -> Response:
@@ -122,26 +111,6 @@ class UpstreamClient:
         elif not self._own_keys and "authorization" in request.headers:
             headers["authorization"] = request.headers["authorization"]
         return headers
-
-
-def _require_known(body: Mapping[str, Any]) -> None:
-    """Of a request in which another chat could be hidden, nothing is sent."""
-    unknown = {name: value for name, value in body.items() if name not in KNOWN}
-    if _size(list(unknown.values())) > SHORT:
-        names = ", ".join(sorted(name[:40] for name in unknown)[:5])
-        raise BadRequest(
-            f"{names}: OpenAI's API has no such parameters; this guard does not read them, and "
-            f"sends at most {SHORT} characters of them on."
-        )
-
-
-def _size(value: Any) -> int:
-    """How much a value can say: its characters, names included; 1 for a number."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(len(name) + _size(inner) for name, inner in value.items())
-    return sum(map(_size, value)) if isinstance(value, list) else 1
 
 
 async def _whole(answer: httpx.Response, note: Mapping[str, Any]) -> Response:

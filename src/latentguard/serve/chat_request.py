@@ -1,0 +1,76 @@
+"""A chat request as an upstream is sent it, and what of it the guard reads: the same texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latentguard.serve.chat_readings import ChatReading, chat_readings
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.control_tokens import ControlTokens
+from latentguard.serve.errors import BadRequest
+from latentguard.serve.messages import ChatMessage
+from latentguard.serve.parameters import require_known, texts_in
+
+
+@dataclass(frozen=True)
+class ForwardedChat:
+    """What an upstream is sent, and what the guard reads of it."""
+
+    body: dict[str, Any]
+    """The request."""
+
+    readings: list[ChatReading]
+    """Every text in it; the first is the chat in context."""
+
+
+def forwarded_chat(
+    body: Mapping[str, Any], config: ServeConfig, control_tokens: ControlTokens
+) -> ForwardedChat:
+    """Check a request and build what is sent on.
+
+    Args:
+        body: As it was parsed.
+        config: What is let through.
+        control_tokens: Of the guard's tokenizer and common families.
+
+    Raises:
+        BadRequest: if it holds something that the guard does not read.
+    """
+    messages = [_sanitized(one, config, control_tokens) for one in body["messages"]]
+    parameters = {name: value for name, value in body.items() if name != "messages"}
+    kept = require_known(parameters, unread=config.unread_parameters)
+    others = texts_in(kept, config.tools)
+    if config.control_tokens != "forward":
+        inner = [text for message in messages for text in message.other_texts]
+        control_tokens.require_none([*inner, *others])
+    readings = chat_readings(messages, trusted_roles=config.trusted_roles, other_texts=others)
+    require_few(readings, config)
+    return ForwardedChat({"messages": [m.sanitized() for m in messages], **kept}, readings)
+
+
+def require_few(readings: list[ChatReading], config: ServeConfig) -> None:
+    """Check that a chat has no more texts than are read.
+
+    Raises:
+        BadRequest: if it has.
+    """
+    if len(readings) > config.max_readings:
+        raise BadRequest(
+            f"The chat has {len(readings)} texts that would be read each by itself; at most "
+            f"{config.max_readings} are. Send fewer messages or tools."
+        )
+
+
+def _sanitized(
+    message: Mapping[str, Any], config: ServeConfig, control_tokens: ControlTokens
+) -> ChatMessage:
+    """A message with nothing in it but what is read, its control tokens broken up if so wanted."""
+    plain = ChatMessage.model_validate(ChatMessage.model_validate(message).sanitized())
+    if config.control_tokens == "forward":
+        return plain
+    if config.control_tokens == "escape" and plain.content is not None:
+        return plain.model_copy(update={"content": control_tokens.escape(plain.text)})
+    control_tokens.require_none([plain.text])
+    return plain

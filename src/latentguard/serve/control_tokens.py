@@ -1,0 +1,57 @@
+"""Control tokens in a message: text for the guard, but tokens for many an upstream.
+
+Whoever writes ``<|im_end|>`` into a message ends it there, if the server makes a token of it; what
+follows is read as another turn. So such texts are refused or broken up, unless the operator says
+that the upstream keeps them text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+from latentguard.serve.errors import BadRequest
+
+ControlTokenPolicy = Literal["refuse", "escape", "forward"]
+"""Messages with control tokens are refused, sent with a blank in each token, or sent as they are,
+since the upstream is known to take them for text."""
+
+COMMON = (
+    r"<\|[^|<>]{1,64}\|>|<\uff5c[^\uff5c<>]{1,64}\uff5c>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>"
+    r"|\[/?(?:TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\]"
+)
+"""Control tokens of common model families."""
+
+
+class ControlTokens:
+    """Finds control tokens: those of common families, and of the guard's own tokenizer."""
+
+    def __init__(self, own: Iterable[str] = ()) -> None:
+        """Compile the pattern."""
+        known = sorted({token for token in own if token.strip()}, key=len, reverse=True)
+        self._pattern = re.compile("|".join([*map(re.escape, known), COMMON]))
+
+    def find(self, text: str) -> str | None:
+        """The first control token in a text."""
+        found = self._pattern.search(text)
+        return found[0] if found else None
+
+    def escape(self, text: str) -> str:
+        """The text with a blank after the first character of each control token."""
+        while (broken := self._pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)) != text:
+            text = broken
+        return text
+
+    def require_none(self, texts: Iterable[str]) -> None:
+        """Check that no text holds a control token.
+
+        Raises:
+            BadRequest: if one does.
+        """
+        for text in texts:
+            if (token := self.find(text)) is not None:
+                raise BadRequest(
+                    f"A text holds '{token[:40]}', which the upstream may take for a control "
+                    "token; write it otherwise."
+                )

@@ -1,0 +1,156 @@
+"""Parameters of a chat request: those that an upstream is sent, and the texts in them.
+
+Whatever a model could take for words is read by the guard or refused. Everything else is checked to
+be what its name says: a number, a switch, one word, or a label that no model is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+from latentguard.serve.errors import BadRequest
+from latentguard.serve.messages import require_name, texts_of
+
+ToolPolicy = Literal["read", "refuse", "trust"]
+"""What is done with tools and schemas: each text in them is read; they are refused; the gateway
+that adds them is trusted."""
+
+NUMBERS = frozenset(
+    "best_of frequency_penalty length_penalty logprobs max_completion_tokens max_tokens min_p "
+    "min_tokens n presence_penalty prompt_logprobs repetition_penalty seed temperature top_k "
+    "top_logprobs top_p typical_p".split()
+)
+"""Numbers, or switches; ``logprobs`` is either."""
+
+SWITCHES = frozenset(
+    "ignore_eos include_stop_str_in_output logprobs parallel_tool_calls skip_special_tokens "
+    "spaces_between_special_tokens store stream use_beam_search".split()
+)
+
+WORDS = frozenset("model prompt_cache_retention reasoning_effort service_tier verbosity".split())
+"""One word each."""
+
+LABELS = frozenset({"prompt_cache_key", "safety_identifier", "user"})
+"""Short texts that no model is shown."""
+
+TOOLS = frozenset({"function_call", "functions", "response_format", "tool_choice", "tools"})
+"""Texts that models are shown: names, descriptions, schemas."""
+
+LABEL_LENGTH = 512
+
+TEMPLATE_SWITCHES = frozenset({"enable_thinking", "thinking", "thinking_budget"})
+"""What ``chat_template_kwargs`` may hold: templates print other values as they please."""
+
+
+def require_known(parameters: Mapping[str, Any], *, unread: Collection[str] = ()) -> dict[str, Any]:
+    """The parameters that are sent on; empty ones that are unknown are left out.
+
+    Args:
+        parameters: Of the request, without its messages.
+        unread: Names that the operator lets through unread.
+
+    Raises:
+        BadRequest: if one is unknown or is not what its name says.
+    """
+    kept = dict[str, Any]()
+    for name, value in parameters.items():
+        if name in unread or (value is None and name in _CHECKS):
+            kept[name] = value
+        elif name in _CHECKS:
+            if not _CHECKS[name](value):
+                raise BadRequest(f"'{name}' has a value that this guard does not let through.")
+            kept[name] = value
+        elif value not in (None, "", [], {}):
+            raise BadRequest(
+                f"'{name[:40]}' is no parameter that this guard reads; leave it out, or have the "
+                "operator allow it by --allow-parameter."
+            )
+    return kept
+
+
+def texts_in(parameters: Mapping[str, Any], tools: ToolPolicy) -> list[str]:
+    """What a request says beside its messages: tools, schemas, a predicted reply.
+
+    Raises:
+        BadRequest: if tools are there and are refused.
+    """
+    texts = list[str]()
+    for name in sorted(TOOLS & parameters.keys()):
+        if tools == "refuse" and says_something(parameters[name]):
+            raise BadRequest(f"'{name}' is not taken by this service.")
+        if tools == "read":
+            entries = parameters[name] if isinstance(parameters[name], list) else [parameters[name]]
+            texts += [text for entry in entries for text in texts_of(entry)]
+    prediction = parameters.get("prediction")
+    if isinstance(prediction, Mapping):
+        content = prediction.get("content")
+        texts += [content] if isinstance(content, str) else texts_of(content)
+    return texts
+
+
+def says_something(value: Any) -> bool:
+    """Whether a tool parameter is more than its default."""
+    return value not in (None, [], {}, "none", "auto", {"type": "text"})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_word(value: Any) -> bool:
+    try:
+        require_name("", value)
+    except BadRequest:
+        return False
+    return True
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LABEL_LENGTH
+
+
+def _is_stop(value: Any) -> bool:
+    stops = value if isinstance(value, list) else [value]
+    return len(stops) <= 16 and all(map(_is_label, stops))
+
+
+def _maps(name_fits: Callable[[Any], bool], fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return isinstance(value, dict) and all(name_fits(n) and fits(v) for n, v in value.items())
+
+    return check
+
+
+def _is_text_only(value: Any) -> bool:
+    return value in ([], ["text"])
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _is_prediction(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() <= {"type", "content"}
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(SWITCHES, _is_switch),
+    **dict.fromkeys(NUMBERS, _is_number),
+    **dict.fromkeys(WORDS, _is_word),
+    **dict.fromkeys(LABELS, _is_label),
+    **dict.fromkeys(TOOLS, lambda _: True),
+    "chat_template_kwargs": _maps(TEMPLATE_SWITCHES.__contains__, _is_number),
+    "logit_bias": _maps(_is_word, _is_number),
+    "metadata": _maps(_is_label, _is_label),
+    "modalities": _is_text_only,
+    "prediction": _is_prediction,
+    "stop": _is_stop,
+    "stop_token_ids": _are_numbers,
+    "stream_options": _maps(_is_word, _is_switch),
+}
+"""What each known parameter may be."""

@@ -1,0 +1,88 @@
+"""Thresholds of chats: the stated rate is that of a chat, however many texts of it are read."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from latentguard.guard.thresholds import Limits, Rates
+from latentguard.guard.verdict import Verdict
+from latentguard.serve.chat_thresholds import ChatThresholds, shares_of, threshold_at
+from serve.running import band_guard, tiny_guard
+
+DISTRIBUTIONS = {
+    "normal": lambda rng, size: rng.normal(size=size),
+    "logistic": lambda rng, size: rng.logistic(size=size),
+    "exponential": lambda rng, size: rng.exponential(size=size),
+    "uniform": lambda rng, size: rng.uniform(size=size),
+}
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5, 20])
+@pytest.mark.parametrize("n", [400, 3000])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_of_harmless_chats_no_more_are_flagged_than_stated(name, n, turns):
+    """Of chats of so many independent messages; with 400 prompts, most of it is extrapolated."""
+    draw, rng, rates = DISTRIBUTIONS[name], np.random.default_rng(0), Rates(0.01)
+    newest = [False] * (turns - 1) + [True]
+    shares = shares_of(newest)
+    flagged = []
+    for _ in range(20):
+        known = Limits.of(draw(rng, n), rates)
+        at = {share: threshold_at(known.scores, known.block, share) for share in set(shares)}
+        chats = draw(rng, (2000, turns))
+        flagged.append((chats > [at[share] for share in shares]).any(1).mean())
+    assert np.mean(flagged) <= 0.01
+    assert np.quantile(flagged, 0.9) <= 0.015
+
+
+def test_shares_are_at_most_the_whole():
+    for count in range(1, 60):
+        for recent in range(1, count + 1):
+            assert sum(shares_of([True] * recent + [False] * (count - recent))) <= 1
+
+
+def test_a_long_history_raises_the_threshold_of_a_new_message_once():
+    assert shares_of([True]) == [1.0]
+    assert shares_of([True, False])[0] == shares_of([True] + [False] * 100)[0] == 0.5
+
+
+def test_a_smaller_share_has_a_higher_threshold():
+    known = Limits.of(np.random.default_rng(0).normal(size=500), Rates(0.01))
+    found = [threshold_at(known.scores, known.block, 2.0**-n) for n in range(10)]
+    assert found == sorted(found)
+    assert found[0] == pytest.approx(known.block.threshold, abs=1e-6)
+
+
+def verdict(score):
+    return Verdict("a", score, 0.5, False, {"harmful": 0.0})
+
+
+def test_the_most_severe_reading_decides_by_its_own_threshold():
+    guard = band_guard()
+    thresholds = ChatThresholds(guard)
+    alone = thresholds.decide([verdict(guard.threshold + 0.01)], [True], None)
+    assert alone.threshold == guard.threshold
+    several = [guard.threshold - 1, guard.threshold + 9, guard.threshold - 2]
+    decided = thresholds.decide(list(map(verdict, several)), [False, False, True], None)
+    assert decided.index == 1
+    assert decided.verdict.flagged
+    assert decided.threshold > guard.threshold
+
+
+def test_readings_that_are_missing_are_passed_over():
+    decided = ChatThresholds(tiny_guard()).decide([None, verdict(9.0)], [True, False], None)
+    assert (decided.index, decided.verdict.decision) == (1, "block")
+
+
+def test_a_guard_without_calibration_has_one_threshold():
+    guard = tiny_guard()
+    decided = ChatThresholds(guard).decide([verdict(0.0)] * 3, [False, False, True], None)
+    assert decided.threshold == guard.threshold
+
+
+def test_an_unknown_segment_has_the_common_thresholds():
+    guard = replace(band_guard())
+    scores = [verdict(guard.threshold)] * 2
+    found = [ChatThresholds(guard).decide(scores, [False, True], s).threshold for s in (None, "x")]
+    assert found[0] == found[1]
