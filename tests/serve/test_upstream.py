@@ -235,5 +235,5 @@ class TestWhatItIsAsked:
         assert seen == (bodies if policy == "shadow" else [])
         lines = [json.loads(line) for line in audit.read_text().splitlines()]
         unread = [line for line in lines if line["action"] == "unjudged"]
-        assert [one["error"] for one in unread] == ["invalid_request"] * 2 * (policy == "shadow")
+        assert [one["error"] for one in unread] == ["invalid_request"] * 3 * (policy == "shadow")
         assert ('action="unjudged",decision="none"' in page) == (policy == "shadow")
