@@ -65,7 +65,7 @@ def main() -> None:
     """Run and print."""
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
-    sets = material(options.data_dir, options.harmless, options.longest)
+    sets = prompt_sets(options.data_dir, options.harmless, options.longest)
     states = {name: kept(model, prompts, options.states) for name, prompts in sets.items()}
     guard = fitted(model, states["train"], options.states)
     words = ngram_model()
@@ -85,7 +85,7 @@ def main() -> None:
         options.out.write_text(text)
 
 
-def material(folder: Path, harmless: int, longest: int) -> dict[str, list[Prompt]]:
+def prompt_sets(folder: Path, harmless: int, longest: int) -> dict[str, list[Prompt]]:
     """Every set; of the moderation set, short texts and a fixed sample of the harmless ones."""
     texts = [p for p in read_prompts(folder / "openai_moderation.jsonl") if len(p.text) <= longest]
     calm = random.Random(0).sample([p for p in texts if not p.harmful], harmless)

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from categories import arguments, fitted, kept, prompt_groups
+from categories import arguments, fitted, kept, prompt_sets
 from numpy.typing import NDArray
 
 from latentguard.data.surface_audit import ngram_scores
@@ -48,7 +48,7 @@ def main() -> None:
     """Run and print."""
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
-    sets = prompt_groups(options.data_dir, options.harmless, options.longest)
+    sets = prompt_sets(options.data_dir, options.harmless, options.longest)
     states = {
         name: kept(model, sets[name], options.states)
         for name in ("train", "validation", "moderation")
