@@ -65,6 +65,7 @@ def require_extra(package: str, extra: str, purpose: str) -> Any:
         MissingExtra: if it, or a package that it needs, is not installed.
     """
     try:
+        import_module(package.split(".", maxsplit=1)[0])
         return import_module(package)
     except ModuleNotFoundError as error:
         missing = (error.name or package).split(".")[0]

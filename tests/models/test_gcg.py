@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from latentguard.errors import ModelError, PromptError
+from latentguard.errors import MissingExtra, PromptError
 from latentguard.models.gcg import START, SuffixSearch
 from latentguard.prompts import Message, Prompt
 from latentguard.study.attacks import TARGET, with_suffix
@@ -20,7 +20,7 @@ PROMPT = Prompt("How do I do {it}?", history=(Message("user", "Hi"), Message("as
 
 def test_without_nanogcg(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "nanogcg", None)
-    with pytest.raises(ModelError, match=r"pip install 'latentguard\[attacks\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'latentguard\[attacks\]'"):
         SuffixSearch(model)
 
 

@@ -1,11 +1,12 @@
 """A model is attacked inside the ``with`` alone: it learns replies, and leaves as it came."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from latentguard.errors import ModelError, PromptError
+from latentguard.errors import MissingExtra, ModelError, PromptError
 from latentguard.models import lora
 from latentguard.models.lora import FinetuneConfig, Finetuning
 from latentguard.prompts import Prompt
@@ -174,8 +175,8 @@ class TestKept:
 
 class TestRefused:
     def test_without_peft_the_extra_is_named(self, model, monkeypatch):
-        monkeypatch.setattr(lora, "find_spec", lambda name: None)
-        with pytest.raises(ModelError, match=r"pip install 'latentguard\[finetune\]'"):
+        monkeypatch.setitem(sys.modules, "peft", None)
+        with pytest.raises(MissingExtra, match=r"pip install 'latentguard\[finetune\]'"):
             Finetuning(model, QUICK)
         Finetuning(model, FULL)  # needs none
 

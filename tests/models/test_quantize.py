@@ -1,9 +1,11 @@
 """Quantised weights: near the original, of few levels, and put back bit for bit."""
 
+import sys
+
 import pytest
 import torch
 
-from latentguard.errors import ModelError
+from latentguard.errors import MissingExtra
 from latentguard.models import quantize as quantise
 from latentguard.prompts import Prompt
 from latentguard.states import States
@@ -60,9 +62,9 @@ def test_an_error_inside_leaves_no_trace(model):
 
 
 def test_without_bitsandbytes(model, monkeypatch):
-    monkeypatch.setattr(quantise, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with (
-        pytest.raises(ModelError, match=r"latentguard\[quantize\]"),
+        pytest.raises(MissingExtra, match=r"latentguard\[quantize\]"),
         quantise.quantized_weights(model, 8),
     ):
         pass

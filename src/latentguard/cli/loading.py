@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentguard.cli.console import echo_err
-from latentguard.errors import GuardError
+from latentguard.errors import GuardError, MissingExtra
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
@@ -79,7 +79,10 @@ def warn_if_uncalibrated(guard: LatentGuard, folder: Path) -> None:
 
 
 def save_guard(guard: LatentGuard, folder: Path, *, report: bool = False) -> None:
-    """Save a guard, and its calibration report if one is wanted or is there already."""
+    """Save a guard, and its calibration report if one is wanted or is there already.
+
+    Without the extra ``report`` the guard is saved, and a warning says why it has no report.
+    """
     from latentguard.guard.calibration_report import calibration_report
     from latentguard.guard.thresholds import Calibration
     from latentguard.report.document import clear
@@ -90,4 +93,8 @@ def save_guard(guard: LatentGuard, folder: Path, *, report: bool = False) -> Non
     if has_page and guard.part(Calibration) is None:
         clear(page)  # it describes the guard that was there before
     elif report or has_page:
-        echo_err(f"Report: {calibration_report(guard).save(page)}/report.html")
+        try:
+            echo_err(f"Report: {calibration_report(guard).save(page)}/report.html")
+        except MissingExtra as error:
+            clear(page)  # it describes another calibration
+            echo_err(f"Warning: {error}")

@@ -25,7 +25,7 @@ from latentguard.cli.options import (
     TextColumn,
 )
 from latentguard.cli.outputs import output_file, output_folder
-from latentguard.errors import LatentGuardError
+from latentguard.errors import require_extra
 from latentguard.prompts import Prompt, stream_prompts
 
 if TYPE_CHECKING:
@@ -124,25 +124,19 @@ def _score_corpus(
 ) -> None:
     if out is None:
         raise typer.BadParameter("--engine ray writes a folder; name it", param_hint="--out")
-    try:
-        from latentguard.integrations.ray import Workers, score_corpus
-    except ModuleNotFoundError as error:
-        raise LatentGuardError(
-            f"--engine ray needs the extra 'ray' ({error.name} is not there): "
-            "pip install 'latentguard[ray]'"
-        ) from None
+    corpora = require_extra("latentguard.integrations.ray", "ray", "--engine ray")
     loaded = read_guard(guard)
     warn_if_uncalibrated(loaded, guard)
     columns = replace(guard_columns(loaded, text_column), label="")
     kept = f"Whole files in {out} stay. Run the same command again to go on."
     with output_folder(out), explain_interrupt(kept), progress("score") as view:
-        total = score_corpus(
+        total = corpora.score_corpus(
             loaded,
             prompts,
             out,
             model=model,
             columns=columns,
-            workers=Workers(*shares),
+            workers=corpora.Workers(*shares),
             progress=view.advance,
         )
     echo_err(

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latentguard.errors import require_extra
+
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.serve.audit_log import AuditLog
     from latentguard.serve.engine import Opener
 
 log = logging.getLogger("latentguard.serve")
-
-MISSING = "latentguard serve needs the extra 'serve': pip install 'latentguard[serve]'"
 
 
 def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
@@ -107,14 +107,10 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
 
     Example: latentguard serve guards/qwen --audit audit.jsonl
     """
-    from latentguard.errors import LatentGuardError
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.serve.config import ServeConfig
 
-    try:
-        from latentguard.serve import server
-    except ModuleNotFoundError as error:
-        raise LatentGuardError(f"{MISSING} ({error.name} is not there).") from None
+    server = require_extra("latentguard.serve.server", "serve", "latentguard serve")
     from latentguard.serve.drift import DriftReference
     from latentguard.serve.keys import VARIABLE, load_keys
 

@@ -21,7 +21,7 @@ from latentguard.cli.options import (
 )
 from latentguard.cli.outputs import output_folder
 from latentguard.data.builtin import load_contrast
-from latentguard.errors import LatentGuardError
+from latentguard.errors import LatentGuardError, require_extra
 from latentguard.prompts import Columns
 
 
@@ -63,6 +63,7 @@ def stress(  # noqa: PLR0913, PLR0917 (each is an option)
     from latentguard.study.cached_model import CachedModel
     from latentguard.study.store import Store
 
+    require_extra("plotly", "report", "latentguard stress")
     require_known(only or ())
     if bool(harmful) != bool(harmless):
         raise LatentGuardError(

@@ -12,7 +12,7 @@ from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model
 from latentguard.cli.options import Budget, Dtype
 from latentguard.cli.outputs import output_folder
-from latentguard.errors import LatentGuardError
+from latentguard.errors import LatentGuardError, require_extra
 
 if TYPE_CHECKING:
     from latentguard.report.document import Report
@@ -55,6 +55,7 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     from latentguard.study.run import STORE, prepare, require_known, run
     from latentguard.study.settings import read_settings, read_table
 
+    require_extra("plotly", "report", "latentguard study")
     require_known(only or ())
     settings = read_settings(config, "small" if budget is Budget.small else "paper")
     pools = read_pools(data_dir, read_table(config, "data"))

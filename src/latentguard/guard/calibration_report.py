@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import plotly.graph_objects as go
-
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.reliability import Reliability
 from latentguard.guard.thresholds import Calibration
-from latentguard.report.charts import HARMLESS, NEUTRAL
+from latentguard.report.charts import HARMLESS, NEUTRAL, new_plot
 from latentguard.report.document import Figure, Report, Section
 
 
@@ -38,9 +36,7 @@ def calibration_report(guard: LatentGuard) -> Report:
 
 def reliability_figure(found: Reliability) -> Figure:
     """The share of harmful prompts against the probability that they were given."""
-    plot = go.Figure(
-        layout=dict(xaxis_title="predicted probability", yaxis_title="share that is harmful")
-    )
+    plot = new_plot(xaxis_title="predicted probability", yaxis_title="share that is harmful")
     plot.update_layout(xaxis_range=[-0.02, 1.02], yaxis_range=[-0.02, 1.02])
     line = dict(color=NEUTRAL, dash="dot")
     plot.add_scatter(x=[0, 1], y=[0, 1], name="perfect", line=line, hoverinfo="skip", mode="lines")

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from latentguard.errors import ModelError
+from latentguard.errors import require_extra
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 
@@ -49,10 +49,10 @@ class SuffixSearch:
             topk: Tokens that each place of the suffix chooses from in a step.
 
         Raises:
-            ModelError: if nanogcg is not installed.
+            MissingExtra: if nanogcg is not installed.
         """
         self.model, self.width, self.topk = model, width, topk
-        self._gcg = _import_nanogcg()
+        self._gcg = require_extra("nanogcg.gcg", "attacks", "Searching GCG suffixes")
 
     def __call__(self, prompt: Prompt, target: str, *, steps: int, seed: int) -> str:
         """Search the suffix that makes ``target`` likeliest as the opening of the reply.
@@ -114,17 +114,6 @@ class SuffixSearch:
         search = self._gcg.GCG(self.model.model, self.model.tokenizer, self._gcg.GCGConfig(**how))
         search.not_allowed_ids = self._forbidden
         return str(search.run(turns, target).best_string)
-
-
-def _import_nanogcg() -> Any:
-    try:
-        from nanogcg import gcg
-    except ImportError as error:
-        raise ModelError(
-            "Searching GCG suffixes needs nanogcg, which is not installed: "
-            "pip install 'latentguard[attacks]'."
-        ) from error
-    return gcg
 
 
 @contextmanager

