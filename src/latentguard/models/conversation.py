@@ -16,6 +16,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
 from latentguard.models.hooks import read_positions
 from latentguard.models.layout import Layout, min_token_count
+from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt
 from latentguard.states import States
 
@@ -88,7 +89,7 @@ class Conversation:
         """``stop`` once the model or a stop text has ended the reply."""
 
         self._logits = output.logits[0, -1]
-        self._cache = _require_cache(output)
+        self._cache = _require_cache(model.model, output)
 
     def pieces(self, sampling: Sampling) -> Iterator[str]:
         """Yield the reply, a piece of text for each token; some pieces are empty."""
@@ -114,14 +115,15 @@ class Conversation:
     @torch.inference_mode()
     def _step(self, token: int) -> None:
         ids = torch.tensor([[token]], device=self.model.device)
-        output = self.model.model(ids, past_key_values=self._cache, use_cache=True)
+        network = self.model.model
+        output = network(ids, use_cache=True, **{cache_argument(network): self._cache})
         self._logits = output.logits[0, -1]
-        self._cache = output.past_key_values
+        self._cache = _require_cache(network, output)
 
 
-def _require_cache(output: Any) -> Any:
+def _require_cache(network: Any, output: Any) -> Any:
     """What the reply goes on from."""
-    cache = getattr(output, "past_key_values", None)
+    cache = getattr(output, cache_argument(network), None)
     if cache is None:
         raise ModelError(
             f"A reply goes on from the cache of the pass that read the prompt; this model gave a "

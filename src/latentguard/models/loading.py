@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ def load_checkpoint(
     Raises:
         ModelError: if it cannot be found or loaded; says why.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = resolve(str(source))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,7 +59,7 @@ def load_checkpoint(
         if scheme:
             quantized = {"quantization_config": quantization_config(scheme, kind)}
             options = {"device_map": {"": device}} | options | quantized
-        tokenizer = load_tokenizer(source)
+        tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **options)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise _load_error(source, error) from error
@@ -104,6 +107,17 @@ def unscaled_length(model: Any) -> int:
     scaled = [kind for kind in kinds if kind.get("rope_type") in ("longrope", "dynamic")]
     limits = [int(kind.get("original_max_position_embeddings") or UNLIMITED) for kind in scaled]
     return min(limits, default=UNLIMITED)
+
+
+def cache_argument(model: Any) -> str:
+    """What a model calls the cache in its forward and its output: ``cache`` since 5.24."""
+    return _cache_argument(type(model).forward)
+
+
+@functools.cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    parameters = inspect.signature(forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def quantization_config(scheme: str, number: torch.dtype) -> Any:

@@ -26,6 +26,7 @@ from latentguard.errors import PromptError
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.hooks import add_vector, read_positions, record_output_size, skip_blocks
 from latentguard.models.layout import Layout
+from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt
 from latentguard.states import Intervention, Tokens
 
@@ -245,9 +246,9 @@ def forward(
         ids,
         attention_mask=real.long(),
         position_ids=places,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{cache_argument(model.model): cache},
     )
     logits: Tensor = output.logits[:, -1].to(model.device)
     return logits

