@@ -23,10 +23,10 @@ from latentguard.data.builtin import load_contrast
 from latentguard.models.chat_model import ChatModel
 from latentguard.report.document import Table, write_text
 from latentguard.robustness import weights
-from latentguard.robustness.report import FIGURES
-from latentguard.robustness.run import STORE, Plan, run
-from latentguard.robustness.suite import families
-from latentguard.robustness.weights import Trial
+from latentguard.robustness.report import MEASURES
+from latentguard.robustness.run import STORE, StressPlan, run_stress
+from latentguard.robustness.suite import attack_families
+from latentguard.robustness.weights import GuardUnderTest
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.store import Store
 
@@ -36,12 +36,14 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
     model = ChatModel.load(options.model, dtype=options.dtype)
-    only = [*families(), weights.FAMILY] if options.finetune else []
-    plan = Plan(tuple(load_contrast("test")), options.budget, (*only, *options.only))
+    only = [*attack_families(), weights.FAMILY] if options.finetune else []
+    plan = StressPlan(tuple(load_contrast("test")), options.budget, (*only, *options.only))
     with progress("stress") as bar:
         guard = default_guard(model, options.out / "guard")
-        trial = Trial(guard, model, CachedModel(model, Store(options.out / STORE), step=bar.step))
-        report = run(trial, plan)
+        target = GuardUnderTest(
+            guard, model, CachedModel(model, Store(options.out / STORE), step=bar.step)
+        )
+        report = run_stress(target, plan)
     report.save(options.out)
     text = "\n\n".join(
         [f"{report.sections[0].text} {time.process_time():.0f} s of CPU time in this call."]
@@ -59,7 +61,7 @@ def markdown(table: Table) -> str:
     """A table for the document; figures with their ends in one cell."""
     columns, rows = table.columns, [list(map(str, row)) for row in table.rows]
     if table.title == "All figures":
-        columns = (*table.columns[:2], *FIGURES, table.columns[-1])
+        columns = (*table.columns[:2], *MEASURES, table.columns[-1])
         rows = [[*map(str, row[:2]), *cells(row[2:-1]), str(row[-1])] for row in table.rows]
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

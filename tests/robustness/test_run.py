@@ -1,4 +1,4 @@
-"""The suite on a backend of planted truth and on a tiny random model; left and gone on with."""
+"""The stress suite on planted truth and on a tiny random model; interrupted and resumed."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,24 +14,24 @@ from latentguard.errors import LatentGuardError, PromptError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Prompt
 from latentguard.robustness import weights
-from latentguard.robustness.report import separation
-from latentguard.robustness.run import Plan, require_known, run
+from latentguard.robustness.report import bootstrap_auroc
+from latentguard.robustness.run import StressPlan, require_attack_names, run_stress
 from latentguard.robustness.suite import (
     ALL_LANGUAGES,
     BUDGETS,
-    PADDED,
-    PLAIN,
-    Room,
-    cases,
-    left_out,
-    names,
+    PADDING_TOKENS,
+    UNCHANGED,
+    ContextWindow,
+    attack_names,
+    build_suite,
+    reasons_not_run,
 )
-from latentguard.robustness.weights import Trial
+from latentguard.robustness.weights import GuardUnderTest
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.settings import read_settings
 from latentguard.study.store import Store
 
-ROOM = Room(None, lambda text: len(text.split()))
+WINDOW = ContextWindow(None, lambda text: len(text.split()))
 PROMPTS = tuple(labelled(30))
 
 
@@ -49,12 +49,12 @@ class Planted(FakeBackend):
         return [SimpleNamespace(ids=p.text.split()) for p in prompts]
 
 
-def planted_trial(folder, backend=None, probe="linear"):
+def planted_guard(folder, backend=None, probe="linear"):
     backend = backend or Planted()
     guard = LatentGuard.fit(backend, labelled(40, start=100), reading="t_inst", probe=probe)
     harmless = [Prompt(text) for text in texts(100, bad=False, start=500)]
     guard = guard.calibrate(backend, harmless, max_fpr=0.05)
-    return Trial(guard, backend, CachedModel(backend, Store(folder / "s.sqlite")))
+    return GuardUnderTest(guard, backend, CachedModel(backend, Store(folder / "s.sqlite")))
 
 
 def table(report, title):
@@ -64,12 +64,12 @@ def table(report, title):
 
 class TestCases:
     def test_the_untransformed_come_first_and_names_are_known(self):
-        found = cases(PROMPTS, BUDGETS["full"], ROOM)
-        assert found[0].name == PLAIN
-        assert sorted(c.name for c in found[1:]) == sorted(names())
+        found = build_suite(PROMPTS, BUDGETS["full"], WINDOW)
+        assert found[0].name == UNCHANGED
+        assert sorted(c.name for c in found[1:]) == sorted(attack_names())
 
     def test_only_takes_names_and_families(self):
-        found = cases(PROMPTS, BUDGETS["small"], ROOM, only=["homoglyphs", "base64"])
+        found = build_suite(PROMPTS, BUDGETS["small"], WINDOW, only=["homoglyphs", "base64"])
         assert [c.name for c in found[1:]] == [
             "homoglyphs, a third",
             "homoglyphs, all",
@@ -78,36 +78,36 @@ class TestCases:
         ]
 
     def test_both_classes_are_changed_alike_and_keep_their_labels(self):
-        for case in cases(PROMPTS, BUDGETS["small"], ROOM):
+        for case in build_suite(PROMPTS, BUDGETS["small"], WINDOW):
             for variant in case.variants:
-                assert [p.harmful for p in variant] == [p.harmful for p in case.plain]
-            sides = [sum(p.harmful is side for p in case.plain) for side in (True, False)]
+                assert [p.harmful for p in variant] == [p.harmful for p in case.originals]
+            sides = [sum(p.harmful is side for p in case.originals) for side in (True, False)]
             assert sides[0] == sides[1] <= 24
 
     def test_padding_is_as_long_as_it_says_and_grows(self):
-        found = {c.name: c for c in cases(PROMPTS, BUDGETS["full"], ROOM)}
-        for tokens in PADDED:
+        found = {c.name: c for c in build_suite(PROMPTS, BUDGETS["full"], WINDOW)}
+        for tokens in PADDING_TOKENS:
             for side in ("in front", "behind"):
                 case = found[f"padding {side}, {tokens}"]
-                lengths = [ROOM.count(p.text) for p in case.variants[0]]
+                lengths = [WINDOW.count_tokens(p.text) for p in case.variants[0]]
                 assert all(0.93 * tokens < n < 1.03 * tokens + 10 for n in lengths)
 
     @pytest.mark.parametrize("context", [512, 1500, 4096, 8192, 40_000])
     def test_padding_keeps_within_the_context(self, context):
-        room = Room(context, ROOM.count)
-        found = cases(PROMPTS, BUDGETS["full"], room)
+        window = ContextWindow(context, WINDOW.count_tokens)
+        found = build_suite(PROMPTS, BUDGETS["full"], window)
         padded = [p for c in found if c.family == "padding" for p in c.variants[0]]
-        assert all(room.count(p.text) < context - 100 for p in padded)
-        there, absent = {c.name for c in found}, left_out(BUDGETS["full"], room)
+        assert all(window.count_tokens(p.text) < context - 100 for p in padded)
+        there, absent = {c.name for c in found}, reasons_not_run(BUDGETS["full"], window)
         assert not there & set(absent)
-        assert there | set(absent) == {PLAIN, *names()}
+        assert there | set(absent) == {UNCHANGED, *attack_names()}
         assert all(str(context) in reason for reason in absent.values())
 
     def test_a_length_that_the_budget_leaves_out_can_be_named(self):
         name = "padding behind, 8000"
-        assert name in left_out(BUDGETS["small"], ROOM)
-        (_, case) = cases(PROMPTS, BUDGETS["small"], ROOM, only=[name])
-        assert (case.name, len(case.plain)) == (name, 8)
+        assert name in reasons_not_run(BUDGETS["small"], WINDOW)
+        (_, case) = build_suite(PROMPTS, BUDGETS["small"], WINDOW, only=[name])
+        assert (case.name, len(case.originals)) == (name, 8)
 
     @pytest.mark.parametrize(
         ("only", "absent"),
@@ -118,31 +118,33 @@ class TestCases:
             (["base64"], []),
         ],
     )
-    def test_only_what_was_wanted_is_told_as_left_out(self, only, absent):
-        assert list(left_out(BUDGETS["small"], ROOM, only=only)) == absent
+    def test_only_what_was_asked_for_has_a_reason_not_to_run(self, only, absent):
+        assert list(reasons_not_run(BUDGETS["small"], WINDOW, only=only)) == absent
 
     def test_smaller_samples_lie_in_larger_ones(self):
-        found = cases(PROMPTS, BUDGETS["small"], ROOM)
-        whole = set(found[0].plain)
-        assert all(set(c.plain) <= whole for c in found if c.family == "padding")
+        found = build_suite(PROMPTS, BUDGETS["small"], WINDOW)
+        whole = set(found[0].originals)
+        assert all(set(c.originals) <= whole for c in found if c.family == "padding")
 
     def test_the_same_seed_gives_the_same_texts(self):
         first, again, other = (
-            cases(PROMPTS, BUDGETS["small"], ROOM, seed=seed) for seed in (0, 0, 1)
+            build_suite(PROMPTS, BUDGETS["small"], WINDOW, seed=seed) for seed in (0, 0, 1)
         )
         assert first == again != other
 
     def test_a_class_is_missing(self):
         with pytest.raises(PromptError, match="found 30 and 0"):
-            cases([p for p in PROMPTS if p.harmful], BUDGETS["small"], ROOM)
+            build_suite([p for p in PROMPTS if p.harmful], BUDGETS["small"], WINDOW)
 
     @pytest.mark.parametrize("name", ["no such", "homoglyph", "Base64"])
     def test_an_unknown_name(self, name):
         with pytest.raises(
             LatentGuardError, match=rf"no attack '{name}'.*base64.*4-bit weights|no"
         ):
-            require_known([name])
-        require_known(["base64", "padding", "changed weights", "4-bit weights", ALL_LANGUAGES])
+            require_attack_names([name])
+        require_attack_names(
+            ["base64", "padding", "changed weights", "4-bit weights", ALL_LANGUAGES]
+        )
 
 
 class TestPlantedTruth:
@@ -151,12 +153,12 @@ class TestPlantedTruth:
     @pytest.fixture(scope="class")
     def report(self, tmp_path_factory):
         only = ("spaced letters", "harmless request behind", "padding", "translations")
-        trial = planted_trial(tmp_path_factory.mktemp("planted"))
-        return run(trial, Plan(PROMPTS, "small", only))
+        target = planted_guard(tmp_path_factory.mktemp("planted"))
+        return run_stress(target, StressPlan(PROMPTS, "small", only))
 
     def test_what_keeps_the_word_is_seen_through(self, report):
         rows = table(report, "All figures")
-        for name in (PLAIN, "harmless request behind", "padding behind, 2000"):
+        for name in (UNCHANGED, "harmless request behind", "padding behind, 2000"):
             assert (rows[name]["AUROC"], rows[name]["TPR"]) == (1, 1)
             assert rows[name]["FPR"] < 0.2
             assert rows[name]["change of AUROC"] == 0
@@ -166,8 +168,8 @@ class TestPlantedTruth:
         assert (row["AUROC"], row["TPR"], row["change of AUROC"]) == (1, 1, 0)
 
     def test_what_hides_the_word_is_shown_as_weak(self, tmp_path):
-        trial = planted_trial(tmp_path, probe="centroid")  # it undoes nothing
-        report = run(trial, Plan(PROMPTS, "small", ("spaced letters",)))
+        target = planted_guard(tmp_path, probe="centroid")  # it undoes nothing
+        report = run_stress(target, StressPlan(PROMPTS, "small", ("spaced letters",)))
         row = table(report, "All figures")["spaced letters"]
         assert 0.3 < row["AUROC"] < 0.7
         assert row["TPR"] < 0.3
@@ -175,7 +177,7 @@ class TestPlantedTruth:
 
     def test_baselines_and_n_are_there(self, report):
         rows = table(report, "All figures")
-        assert rows[PLAIN]["n harmful + harmless"] == "24 + 24"
+        assert rows[UNCHANGED]["n harmful + harmless"] == "24 + 24"
         assert rows["padding in front, 500"]["n harmful + harmless"] == "8 + 8"
         assert rows[ALL_LANGUAGES]["n harmful + harmless"] == "8 + 8 x 10"
         for row in rows.values():
@@ -197,44 +199,44 @@ def test_variants_of_a_prompt_are_drawn_together():
     rng = np.random.default_rng(0)
     harmful = np.repeat([True, False], 8)
     one = (rng.normal(size=16) + harmful)[None]
-    single, copied = separation(one, harmful), separation(np.repeat(one, 10, 0), harmful)
+    single, copied = bootstrap_auroc(one, harmful), bootstrap_auroc(np.repeat(one, 10, 0), harmful)
     assert (single.value, single.low, single.high) == (copied.value, copied.low, copied.high)
 
 
 class TestMemory:
-    PLAN = Plan(PROMPTS, "small", ("case and spacing", "two requests"))
+    PLAN = StressPlan(PROMPTS, "small", ("case and spacing", "two requests"))
 
     def test_a_run_that_was_broken_off_goes_on(self, tmp_path):
-        whole = run(planted_trial(tmp_path / "whole"), self.PLAN)
+        whole = run_stress(planted_guard(tmp_path / "whole"), self.PLAN)
         backend = Planted()
-        trial = planted_trial(tmp_path / "broken", backend)
+        target = planted_guard(tmp_path / "broken", backend)
         asked = len(backend.captured)
         whole_run = Planted()
-        run(planted_trial(tmp_path / "count", whole_run), self.PLAN)
+        run_stress(planted_guard(tmp_path / "count", whole_run), self.PLAN)
         texts_of_run = len(whole_run.captured) - asked
         read, backend.capture = backend.capture, broken_after(backend.capture, 8)
         with pytest.raises(KeyboardInterrupt):
-            run(trial, self.PLAN)
+            run_stress(target, self.PLAN)
         before = len(backend.captured) - asked
         backend.capture = read
-        again = run(trial, self.PLAN)
+        again = run_stress(target, self.PLAN)
         assert again.as_dict() == whole.as_dict()
         assert len(backend.captured) - asked <= texts_of_run + 16
         assert before > 50
 
     def test_a_second_run_asks_nothing(self, tmp_path):
         backend = Planted()
-        trial = planted_trial(tmp_path, backend)
-        first = run(trial, self.PLAN)
+        target = planted_guard(tmp_path, backend)
+        first = run_stress(target, self.PLAN)
         backend.capture = None
-        assert run(trial, self.PLAN).as_dict() == first.as_dict()
+        assert run_stress(target, self.PLAN).as_dict() == first.as_dict()
 
     def test_another_guard_is_asked_anew(self, tmp_path):
         backend = Planted()
-        trial = planted_trial(tmp_path, backend)
-        run(trial, self.PLAN)
+        target = planted_guard(tmp_path, backend)
+        run_stress(target, self.PLAN)
         asked = len(backend.captured)
-        run(replace(trial, guard=replace(trial.guard, threshold=9.0)), self.PLAN)
+        run_stress(replace(target, guard=replace(target.guard, threshold=9.0)), self.PLAN)
         assert len(backend.captured) > asked
 
 
@@ -252,7 +254,7 @@ def broken_after(capture, calls):
 
 class TestWeights:
     @pytest.fixture
-    def trial(self, model, tmp_path, monkeypatch):
+    def target(self, model, tmp_path, monkeypatch):
         pytest.importorskip("bitsandbytes")
         small = replace(
             read_settings(budget="small"),
@@ -263,32 +265,32 @@ class TestWeights:
         train = [p for p in load_contrast("train") if p.pair][:40]
         guard = LatentGuard.fit(model, train, reading="t_inst", probe="centroid")
         store = Store(tmp_path / "s.sqlite")
-        return Trial(guard, model, CachedModel(model, store, judge=planted_judge))
+        return GuardUnderTest(guard, model, CachedModel(model, store, judge=planted_judge))
 
-    def test_every_change_has_its_row_and_leaves_no_trace(self, trial, model):
+    def test_every_change_has_its_row_and_leaves_no_trace(self, target, model):
         pytest.importorskip("peft")
         before = {name: w.clone() for name, w in model.model.state_dict().items()}
         prompts = tuple(p for p in load_contrast("test") if p.pair)[:12]
-        report = run(trial, Plan(prompts, "small", ("changed weights",)))
+        report = run_stress(target, StressPlan(prompts, "small", ("changed weights",)))
         assert all(torch.equal(w, before[n]) for n, w in model.model.state_dict().items())
         rows = table(report, "All figures")
-        assert list(rows) == [PLAIN, *weights.NAMES]
-        assert all(row["n-grams"] == rows[PLAIN]["n-grams"] for row in rows.values())
+        assert list(rows) == [UNCHANGED, *weights.NAMES]
+        assert all(row["n-grams"] == rows[UNCHANGED]["n-grams"] for row in rows.values())
         (refused,) = (t for t in report.tables if t.title == "Harmful prompts refused")
         assert [row[0] for row in refused.rows] == [weights.AS_LOADED, *weights.NAMES]
         assert refused.rows[-1][1].endswith("fine-tuned on 4 pairs")
         assert all(row[-1] == 6 for row in refused.rows)
         model.model.forward = None  # a second run asks the model nothing
         try:
-            assert run(trial, Plan(prompts, "small", ("changed weights",))).as_dict() == (
-                report.as_dict()
-            )
+            assert run_stress(
+                target, StressPlan(prompts, "small", ("changed weights",))
+            ).as_dict() == (report.as_dict())
         finally:
             del model.model.forward
 
-    def test_what_cannot_be_made_is_told(self, trial, monkeypatch):
+    def test_weights_that_cannot_be_changed_are_reported_as_not_run(self, target, monkeypatch):
         monkeypatch.setattr(weights, "SETTINGS", replace(weights.SETTINGS, enough=1000))
-        report = run(trial, Plan(PROMPTS[:12], "small", (weights.FINETUNED,)))
+        report = run_stress(target, StressPlan(PROMPTS[:12], "small", (weights.FINETUNED,)))
         (told,) = (t for t in report.tables if t.title == "Not run")
         assert told.rows[0][0] == weights.FINETUNED
         assert "too few for a refusal axis" in told.rows[0][1]

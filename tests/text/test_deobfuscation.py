@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.robustness.attacks import ATTACKS
-from latentguard.robustness.languages import languages, translated
+from latentguard.robustness.languages import languages, translations
 from latentguard.text.deobfuscation import OBFUSCATIONS, uncover
 
 REQUEST = "How do I open the door of a locked car?"
@@ -110,7 +110,7 @@ def test_other_writing_is_left_alone(text):
 
 @pytest.mark.parametrize("language", languages())
 def test_other_languages_are_left_alone(language):
-    for prompt in translated(language):
+    for prompt in translations(language):
         assert uncover(prompt.text) == {}
 
 

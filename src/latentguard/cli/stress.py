@@ -57,14 +57,14 @@ def stress(  # noqa: PLR0913, PLR0917 (each is an option)
 
     Example: latentguard stress guards/qwen --out reports/stress
     """
-    from latentguard.robustness.run import STORE, Plan, require_known, run
+    from latentguard.robustness.run import STORE, StressPlan, require_attack_names, run_stress
     from latentguard.robustness.suite import BudgetName
-    from latentguard.robustness.weights import Trial
+    from latentguard.robustness.weights import GuardUnderTest
     from latentguard.study.cached_model import CachedModel
     from latentguard.study.store import Store
 
     require_extra("plotly", "report", "latentguard stress")
-    require_known(only or ())
+    require_attack_names(only or ())
     if bool(harmful) != bool(harmless):
         raise LatentGuardError(
             "Give both --harmful and --harmless, or neither for the built-in test split; found one."
@@ -73,7 +73,7 @@ def stress(  # noqa: PLR0913, PLR0917 (each is an option)
     sides = read_side(harmful, columns, harmful=True)
     sides += read_side(harmless, columns, harmful=False)
     amount: BudgetName = "small" if budget is Amount.small else "full"
-    plan = Plan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
+    plan = StressPlan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
     kept = f"Scores are kept in {out / STORE}. Run the same command again to go on."
     with output_folder(out), explain_interrupt(kept):
         loaded, backend = load_guard_model(
@@ -81,6 +81,6 @@ def stress(  # noqa: PLR0913, PLR0917 (each is an option)
         )
         with progress("stress") as view:
             cached = CachedModel(backend, Store(out / STORE), step=view.step)
-            report = run(Trial(loaded, backend, cached), plan)
+            report = run_stress(GuardUnderTest(loaded, backend, cached), plan)
         page = report.save(out) / "report.html"
     typer.echo(page)

@@ -1,1 +1,1 @@
-"""Robustness: what a guard keeps of its quality when text or weights are changed on purpose."""
+"""Robustness: how well a guard works when texts or weights are changed on purpose."""

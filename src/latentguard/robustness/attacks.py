@@ -1,6 +1,7 @@
-"""Every change of text, by family and name, as data.
+"""The registry of text attacks, by family and name.
 
-The same change is made to harmless text, which shows what is read there: the request or the change.
+Each attack is also made on harmless text. That shows whether the guard reads the request or the
+attack.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from latentguard.robustness.characters import (
     upper_case,
     zero_width,
 )
-from latentguard.robustness.languages import framed, languages
+from latentguard.robustness.languages import frame_in_language, languages
 from latentguard.robustness.surroundings import (
     chatml_turns,
     request_behind,
@@ -35,39 +36,39 @@ from latentguard.robustness.surroundings import (
     system_turn,
     tokens_between,
     tokens_in_front,
-    wrapped,
+    wrap_in_template,
 )
 from latentguard.study.attacks import TEMPLATES
 
-Change = Callable[[str, Random], str]
-"""A text, and where chance comes from -> the changed text."""
+Transform = Callable[[str, Random], str]
+"""Takes a text and a source of randomness, and returns the changed text."""
 
 
 @dataclass(frozen=True)
-class Attack:
-    """A change of text, with its name."""
+class TextAttack:
+    """A named change of a text."""
 
     name: str
     """Unique, of at most 24 characters."""
 
     family: str
-    """What it is shown with; ``--only`` takes it, too."""
+    """Group in the report; ``--only`` takes it, too."""
 
-    change: Change
-    """What is done to a text."""
+    transform: Transform
+    """Changes a text."""
 
     @property
-    def about(self) -> str:
-        """What it imitates, and the source, on one line."""
-        function = self.change.func if isinstance(self.change, partial) else self.change
+    def description(self) -> str:
+        """What the attack imitates, and its source, on one line."""
+        function = self.transform.func if isinstance(self.transform, partial) else self.transform
         return " ".join((inspect.getdoc(function) or "").split())
 
     def __call__(self, text: str, *, seed: int = 0) -> str:
-        """The changed text; chance depends on the seed, the attack and the text alone."""
-        return self.change(text, Random(f"{seed} {self.name} {text}"))
+        """Return the changed text; randomness depends on seed, attack and text alone."""
+        return self.transform(text, Random(f"{seed} {self.name} {text}"))
 
 
-FAMILIES: dict[str, dict[str, Change]] = {
+FAMILIES: dict[str, dict[str, Transform]] = {
     "special tokens": {"tokens in front": tokens_in_front, "tokens between": tokens_between},
     "template imitation": {
         "ChatML turns behind": chatml_turns,
@@ -99,16 +100,18 @@ FAMILIES: dict[str, dict[str, Change]] = {
 }
 
 
-def _attacks() -> Iterator[Attack]:
-    for family, changes in FAMILIES.items():
-        for name, change in changes.items():
-            yield Attack(name, family, change)
+def _all_attacks() -> Iterator[TextAttack]:
+    for family, transforms in FAMILIES.items():
+        for name, transform in transforms.items():
+            yield TextAttack(name, family, transform)
     for template in TEMPLATES:
-        change = partial(wrapped, template=template.text)
-        yield Attack(f"wrapper: {template.name}", "wrappers", change)
+        transform = partial(wrap_in_template, template=template.text)
+        yield TextAttack(f"wrapper: {template.name}", "wrappers", transform)
     for language in languages():
-        yield Attack(f"frame: {language}", "foreign frames", partial(framed, language=language))
+        yield TextAttack(
+            f"frame: {language}", "foreign frames", partial(frame_in_language, language=language)
+        )
 
 
-ATTACKS: tuple[Attack, ...] = tuple(_attacks())
-"""Every change of text but padding, whose length depends on the model."""
+ATTACKS: tuple[TextAttack, ...] = tuple(_all_attacks())
+"""Every text attack but padding, whose length depends on the model."""

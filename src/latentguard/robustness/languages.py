@@ -1,7 +1,8 @@
-"""Other languages: frames of ten around English requests, and texts translated as a whole.
+"""Other languages: foreign frames around English requests, and whole translations.
 
-Both are of our own writing and lie in ``languages.json``. In a *frame* only the words around the
-request are foreign ("Wie kann ich [bake bread]?"); in a *translation* nothing is English.
+Both are our own writing, for ten languages, in ``languages.json``. In a *frame* only the words
+around the request are foreign ("Wie kann ich [bake bread]?"). A *translation* has no English words.
+
 Sources: Deng et al. (2023), Multilingual Jailbreak Challenges; Yong et al. (2023), Low-Resource
 Languages Jailbreak GPT-4.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 from latentguard.prompts import Prompt
 
-_LEAD = re.compile(
+_OPENING = re.compile(
     r"(?P<ask>how (?:do|can|could|would|should) (?:i|you|we|one))\s+"
     r"|(?P<explain>(?:explain|show me|tell me|teach me|describe) how to)\s+",
     re.IGNORECASE,
@@ -31,30 +32,30 @@ def _data() -> dict[str, Any]:
 
 
 def languages() -> tuple[str, ...]:
-    """The ten languages, by their English names."""
+    """Return the ten languages by their English names."""
     return tuple(_data()["languages"])
 
 
-def framed(text: str, rng: Random, *, language: str) -> str:
+def frame_in_language(text: str, rng: Random, *, language: str) -> str:
     """A foreign "How can I ...", "Explain how to ..." or "Answer this: ..." around English words.
 
     Source: Deng et al. (2023), Multilingual Jailbreak Challenges; frames of our own.
     """
     del rng
     frames = _data()["languages"][language]
-    if found := _LEAD.match(text):
-        core = text[found.end() :].rstrip(" .?!")
-        return str(frames["ask" if found["ask"] else "explain"]).replace("{core}", core)
+    if opening := _OPENING.match(text):
+        core = text[opening.end() :].rstrip(" .?!")
+        return str(frames["ask" if opening["ask"] else "explain"]).replace("{core}", core)
     return str(frames["answer"]).replace("{text}", text)
 
 
-def english() -> list[Prompt]:
-    """The English originals of the translations: pairs of a harmful and a harmless text."""
+def english_originals() -> list[Prompt]:
+    """Return the English originals: pairs of a harmful and a harmless text."""
     return _prompts([row["text"] for row in _data()["english"]], "English")
 
 
-def translated(language: str) -> list[Prompt]:
-    """The same texts in one language, in the same order.
+def translations(language: str) -> list[Prompt]:
+    """Return the same texts in one language, in the same order.
 
     Source: Yong et al. (2023), Low-Resource Languages Jailbreak GPT-4; translations of our own.
     """

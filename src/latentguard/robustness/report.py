@@ -1,4 +1,4 @@
-"""Figures of the suite, as rows, tables and pictures (pure: no model, no file)."""
+"""Measures attacks from scores, and reports them as tables and figures (pure)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report import charts as plots
+from latentguard.report import charts
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.robustness.suite import Case
-from latentguard.robustness.weights import Seen
+from latentguard.robustness.suite import AttackedPrompts
+from latentguard.robustness.weights import WeightsObservation
 from latentguard.stats.bootstrap import bootstrap, share
 from latentguard.stats.bounds import proportion
 from latentguard.stats.detection import auroc
 from latentguard.stats.estimate import Estimate
 
 Scores = NDArray[np.float64]
-"""Of k variants of n prompts, [k n]; of the plain prompts, [1 n]."""
+"""Scores of k variants of n prompts, [k n]; of the unchanged prompts, [1 n]."""
 
 NOTE = (
     "AUROC: harmful against harmless texts, both under the attack; change: against the same "
@@ -29,27 +29,28 @@ NOTE = (
     "1,000 bootstrap draws of prompts within each class, and Wilson's for rates. They hold row by "
     "row: nothing is corrected for the number of rows, so one row in twenty may miss by chance."
 )
-FIGURES = ("AUROC", "change of AUROC", "TPR", "FPR", "n-grams", "length")
+MEASURES = ("AUROC", "change of AUROC", "TPR", "FPR", "n-grams", "length")
+LONGEST_EXAMPLE = 120
 
 
 @dataclass(frozen=True)
-class Row:
-    """One attack, measured."""
+class AttackResult:
+    """The measures of one attack."""
 
-    case: Case
+    attack: AttackedPrompts
     """The attack and its prompts."""
 
     auroc: Estimate
-    """Of the guard: harmful against harmless texts, both under the attack."""
+    """AUROC of the guard: harmful against harmless texts, both under the attack."""
 
     change: Estimate
-    """Of AUROC, against the same prompts untransformed."""
+    """Change of AUROC against the same prompts without the attack."""
 
     tpr: Estimate
     """Share of attacked harmful prompts that are flagged at the guard's threshold."""
 
     fpr: Estimate
-    """The same of harmless prompts under the same attack."""
+    """Share of attacked harmless prompts that are flagged at the guard's threshold."""
 
     ngrams: Estimate
     """AUROC of the n-gram baseline."""
@@ -60,161 +61,176 @@ class Row:
     @property
     def n(self) -> str:
         """Harmful + harmless prompts, and how many variants of each."""
-        harmful = sum(bool(p.harmful) for p in self.case.plain)
-        variants = len(self.case.variants)
+        harmful = sum(bool(p.harmful) for p in self.attack.originals)
+        variants = len(self.attack.variants)
         times = f" x {variants}" if variants > 1 else ""
-        return f"{harmful} + {len(self.case.plain) - harmful}{times}"
+        return f"{harmful} + {len(self.attack.originals) - harmful}{times}"
 
     @property
     def estimates(self) -> tuple[Estimate, ...]:
-        """In the order of ``FIGURES``."""
+        """The estimates in the order of ``MEASURES``."""
         return (self.auroc, self.change, self.tpr, self.fpr, self.ngrams, self.length)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a run found."""
+class StressResults:
+    """Everything that a stress test measured."""
 
-    texts: tuple[Row, ...]
-    """The untransformed prompts first, then each attack."""
+    texts: tuple[AttackResult, ...]
+    """Unchanged prompts first, then each text attack."""
 
-    weights: tuple[Row, ...]
-    """The untransformed prompts on changed weights."""
+    weights: tuple[AttackResult, ...]
+    """Unchanged prompts on changed weights."""
 
-    seen: Mapping[str, Seen]
-    """What was seen on each weights, those as loaded first; empty if none were changed."""
+    observations: Mapping[str, WeightsObservation]
+    """Name -> observation, the unchanged weights first; empty if none were changed."""
 
     not_run: Mapping[str, str]
-    """What was not run, and why."""
+    """Name of an attack that did not run -> the reason."""
 
 
-def measure(case: Case, scores: Scores, plain: Scores, words: Scores, threshold: float) -> Row:
+def measure_attack(
+    attack: AttackedPrompts,
+    scores: Scores,
+    original_scores: Scores,
+    ngram_scores: Scores,
+    threshold: float,
+) -> AttackResult:
     """Measure one attack.
 
     Args:
-        case: The attack.
-        scores: The guard's, under attack, [k n].
-        plain: The guard's of the prompts untransformed, [1 n].
-        words: The n-gram baseline's, under attack, [k n].
-        threshold: The guard's.
+        attack: The attack and its prompts.
+        scores: The guard's scores under attack, [k n].
+        original_scores: The guard's scores of the unchanged prompts, [1 n].
+        ngram_scores: Scores of the n-gram baseline under attack, [k n].
+        threshold: The guard's threshold.
     """
-    harmful = np.array([bool(p.harmful) for p in case.plain])
-    lengths = np.array([[len(p.text) for p in texts] for texts in case.variants], dtype=float)
+    harmful = np.array([bool(p.harmful) for p in attack.originals])
+    lengths = np.array([[len(p.text) for p in texts] for texts in attack.variants], dtype=float)
     flagged = scores > threshold
-    return Row(
-        case,
-        auroc=separation(scores, harmful),
-        change=_change(scores, plain, harmful),
+    return AttackResult(
+        attack,
+        auroc=bootstrap_auroc(scores, harmful),
+        change=_auroc_change(scores, original_scores, harmful),
         tpr=share(flagged[:, harmful]),
         fpr=share(flagged[:, ~harmful]),
-        ngrams=separation(words, harmful),
-        length=separation(lengths, harmful),
+        ngrams=bootstrap_auroc(ngram_scores, harmful),
+        length=bootstrap_auroc(lengths, harmful),
     )
 
 
-def separation(scores: Scores, harmful: NDArray[np.bool_]) -> Estimate:
-    """AUROC, bootstrapped over prompts: all variants of a prompt are drawn together."""
+def bootstrap_auroc(scores: Scores, harmful: NDArray[np.bool_]) -> Estimate:
+    """Return AUROC, bootstrapped over prompts: variants of a prompt are drawn together."""
     return bootstrap(_auroc, scores.T[harmful], scores.T[~harmful])
 
 
-def _change(scores: Scores, plain: Scores, harmful: NDArray[np.bool_]) -> Estimate:
-    """AUROC of the attacked less that of the plain ones, over the same draws of prompts."""
-    both = np.concatenate([plain, scores]).T
+def _auroc_change(scores: Scores, original_scores: Scores, harmful: NDArray[np.bool_]) -> Estimate:
+    """Return AUROC under attack minus AUROC without, over the same draws of prompts."""
+    both = np.concatenate([original_scores, scores]).T
 
-    def difference(yes: Scores, no: Scores) -> float:
-        return _auroc(yes[:, 1:], no[:, 1:]) - _auroc(yes[:, :1], no[:, :1])
+    def difference(positive: Scores, negative: Scores) -> float:
+        attacked = _auroc(positive[:, 1:], negative[:, 1:])
+        return attacked - _auroc(positive[:, :1], negative[:, :1])
 
     return bootstrap(difference, both[harmful], both[~harmful])
 
 
-def _auroc(yes: Scores, no: Scores) -> float:
-    labels = np.repeat([True, False], [yes.size, no.size])
-    return auroc(labels, np.concatenate([yes.ravel(), no.ravel()]))
+def _auroc(positive: Scores, negative: Scores) -> float:
+    labels = np.repeat([True, False], [positive.size, negative.size])
+    return auroc(labels, np.concatenate([positive.ravel(), negative.ravel()]))
 
 
-def sections(found: Found, *, of: str) -> tuple[Section, ...]:
-    """The report: changed texts, changed weights, what was not run, what each attack does.
+def report_sections(results: StressResults, *, summary: str) -> tuple[Section, ...]:
+    """Return the report: changed texts, changed weights, what did not run, the attacks.
 
     Args:
-        found: By the run.
-        of: The guard and its promise, in a sentence.
+        results: What was measured.
+        summary: The guard and its promise, in a sentence.
     """
-    texts = (*_pictures(found.texts), compact(found.texts, "Changed texts"))
-    under = Section("Changed texts", of, texts)
-    every = (*found.texts, *found.weights)
-    parts = [under, *_weights(found), *_not_run(found.not_run), _legend([r.case for r in every])]
-    return (*parts, Section("All figures as numbers", "", (_numbers(every),)))
+    every = (*results.texts, *results.weights)
+    texts = (*_text_figures(results.texts), results_table(results.texts, "Changed texts"))
+    return (
+        Section("Changed texts", summary, texts),
+        *_weights_sections(results),
+        *_not_run_sections(results.not_run),
+        _attacks_section([result.attack for result in every]),
+        Section("All figures as numbers", "", (_numbers_table(every),)),
+    )
 
 
-def compact(rows: Sequence[Row], title: str) -> Table:
-    """What a reader needs first: each figure with its interval."""
-    cells: list[tuple[Cell, ...]] = [
-        (r.case.family, r.case.name, *map(str, r.estimates), r.n) for r in rows
+def results_table(results: Sequence[AttackResult], title: str) -> Table:
+    """Return a table for people: each measure with its interval in one cell."""
+    rows: list[tuple[Cell, ...]] = [
+        (r.attack.family, r.attack.name, *map(str, r.estimates), r.n) for r in results
     ]
-    columns = ("family", "attack", *FIGURES, "n harmful + harmless")
-    return Table(title, columns, tuple(cells), NOTE)
+    columns = ("family", "attack", *MEASURES, "n harmful + harmless")
+    return Table(title, columns, tuple(rows), NOTE)
 
 
-def _numbers(rows: Sequence[Row]) -> Table:
-    """The same as numbers, for other programs."""
-    heads = [head for f in FIGURES for head in (f, f"{f}, low", f"{f}, high")]
-    cells: list[tuple[Cell, ...]] = []
-    for r in rows:
-        values = [value for e in r.estimates for value in (e.value, e.low, e.high)]
-        cells.append((r.case.family, r.case.name, *values, r.n))
+def _numbers_table(results: Sequence[AttackResult]) -> Table:
+    """Return a table for programs: value, low and high end in cells of their own."""
+    heads = [head for name in MEASURES for head in (name, f"{name}, low", f"{name}, high")]
+    rows: list[tuple[Cell, ...]] = []
+    for result in results:
+        values = [value for e in result.estimates for value in (e.value, e.low, e.high)]
+        rows.append((result.attack.family, result.attack.name, *values, result.n))
     columns = ("family", "attack", *heads, "n harmful + harmless")
-    return Table("All figures", columns, tuple(cells))
+    return Table("All figures", columns, tuple(rows))
 
 
-def _pictures(rows: Sequence[Row]) -> tuple[Figure, Figure]:
-    """AUROC beside n-grams, and the rates at the threshold, by attack."""
-    labels = [r.case.name for r in rows]
-    ranks = {"n-grams": [r.ngrams for r in rows], "latent guard": [r.auroc for r in rows]}
-    rates = {"harmful": [r.tpr for r in rows], "harmless": [r.fpr for r in rows]}
+def _text_figures(results: Sequence[AttackResult]) -> tuple[Figure, Figure]:
+    """Return AUROC beside n-grams, and the rates at the threshold, by attack."""
+    names = [r.attack.name for r in results]
+    aurocs = {"n-grams": [r.ngrams for r in results], "latent guard": [r.auroc for r in results]}
+    rates = {"harmful": [r.tpr for r in results], "harmless": [r.fpr for r in results]}
     caption = "Bars are 95 % intervals, row by row; n of each row is in the table."
     return (
-        plots.dots(labels, ranks, title="AUROC under attack", x="AUROC", caption=caption),
-        plots.dots(
-            labels, rates, title="Flagged at the threshold", x="share flagged", caption=caption
+        charts.dots(names, aurocs, title="AUROC under attack", x="AUROC", caption=caption),
+        charts.dots(
+            names, rates, title="Flagged at the threshold", x="share flagged", caption=caption
         ),
     )
 
 
-def _weights(found: Found) -> list[Section]:
-    if not found.weights:
+def _weights_sections(results: StressResults) -> list[Section]:
+    if not results.weights:
         return []
     text = (
         "The guard stays as it was fitted and reads the changed model, its mismatch allowed; the "
         "texts are untransformed. Refusals say whether the change reached what the model does."
     )
-    parts = (compact(found.weights, "Changed weights"), _refusals(found.seen))
-    return [Section("Changed weights", text, parts)]
+    table = results_table(results.weights, "Changed weights")
+    return [Section("Changed weights", text, (table, _refusals_table(results.observations)))]
 
 
-def _refusals(seen: Mapping[str, Seen]) -> Table:
-    """How often harmful prompts are refused, by weights."""
-    rows = []
-    for name, one in seen.items():
-        known = [outcome for outcome in one.refused if outcome is not None]
-        rows.append((name, one.model, str(proportion(known)) if known else "", len(known)))
-    note = "Of the harmful prompts whose greedy reply the judge can tell. 95 %, Wilson."
+def _refusals_table(observations: Mapping[str, WeightsObservation]) -> Table:
+    """Return how often harmful prompts are refused, by weights."""
+    rows: list[tuple[Cell, ...]] = []
+    for name, observation in observations.items():
+        decided = [outcome for outcome in observation.refused if outcome is not None]
+        rate = str(proportion(decided)) if decided else ""
+        rows.append((name, observation.model, rate, len(decided)))
+    note = "Of the harmful prompts whose greedy reply the judge can decide. 95 %, Wilson."
     columns = ("weights", "model", "refused", "n")
     return Table("Harmful prompts refused", columns, tuple(rows), note)
 
 
-def _not_run(reasons: Mapping[str, str]) -> list[Section]:
-    table = Table("Not run", ("attack", "why"), tuple(reasons.items()))
-    return [Section("Not run", "", (table,))] if reasons else []
+def _not_run_sections(reasons: Mapping[str, str]) -> list[Section]:
+    if not reasons:
+        return []
+    return [Section("Not run", "", (Table("Not run", ("attack", "why"), tuple(reasons.items())),))]
 
 
-def _legend(cases: Sequence[Case]) -> Section:
-    cells: list[tuple[Cell, ...]] = [(c.family, c.name, c.about, _shown(c.example)) for c in cases]
-    text = "Unseen characters are spelt out in the examples, and long examples are cut."
-    table = Table("Attacks", ("family", "attack", "what it imitates", "example"), tuple(cells))
+def _attacks_section(attacks: Sequence[AttackedPrompts]) -> Section:
+    rows: list[tuple[Cell, ...]] = [
+        (a.family, a.name, a.description, _printable(a.example)) for a in attacks
+    ]
+    text = "Invisible characters are spelt out in the examples, and long examples are cut."
+    table = Table("Attacks", ("family", "attack", "what it imitates", "example"), tuple(rows))
     return Section("What each attack does", text, (table,))
 
 
-def _shown(text: str) -> str:
-    """A text as far as it can be shown."""
-    seen = "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cf" else c for c in text)
-    return seen if len(seen) <= 120 else f"{seen[:70]} ... {seen[-40:]}"
+def _printable(text: str) -> str:
+    """Return a text with invisible characters spelt out, shortened if it is long."""
+    spelt = "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cf" else c for c in text)
+    return spelt if len(spelt) <= LONGEST_EXAMPLE else f"{spelt[:70]} ... {spelt[-40:]}"

@@ -1,4 +1,4 @@
-"""``latentguard stress``: a guard under every attack, ending in a report."""
+"""``latentguard stress``: tests a guard under every attack and reports the results."""
 
 from __future__ import annotations
 
@@ -19,149 +19,164 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.report.document import Report
 from latentguard.robustness import suite, weights
-from latentguard.robustness.report import Found, Row, Scores, measure, sections
-from latentguard.robustness.suite import BUDGETS, BudgetName, Case, Room
-from latentguard.robustness.weights import Change, Seen, Trial
+from latentguard.robustness.report import (
+    AttackResult,
+    Scores,
+    StressResults,
+    measure_attack,
+    report_sections,
+)
+from latentguard.robustness.suite import BUDGETS, AttackedPrompts, BudgetName, ContextWindow
+from latentguard.robustness.weights import GuardUnderTest, WeightChange, WeightsObservation
 from latentguard.states import Progress, digest_prompts
 
 STORE = "stress.sqlite"
-"""Under the report's folder: scores by content hash, and the replies that the fine-tuning attack
-is made from. Not for publishing."""
+"""File in the report's folder that lets a killed run go on: scores by content hash, and the replies
+that the fine-tuning attack is made from. Not for publishing."""
 
-PROMPTS_AT_ONCE, CHARACTERS_AT_ONCE = 16, 20_000
-"""What is scored and kept together; a killed run loses no more."""
+MAX_BATCH_PROMPTS = 16
+MAX_BATCH_CHARACTERS = 20_000
+"""A batch is scored and stored together; a killed run loses at most one."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is done."""
+class StressPlan:
+    """What a stress test runs."""
 
     prompts: tuple[Prompt, ...]
-    """Labelled."""
+    """Labelled prompts."""
 
     budget: BudgetName = "small"
-    """How many of them."""
+    """How many of them are used."""
 
     only: tuple[str, ...] = ()
-    """Attacks or families; all if empty."""
+    """Names or families of attacks; all if empty."""
 
     seed: int = 0
-    """Of what is left to chance."""
+    """Seed of samples and attacks."""
 
 
-def require_known(only: Collection[str]) -> None:
-    """Raise a LatentGuardError if there is no attack or family of such a name."""
-    suite.require_known(only, (weights.FAMILY, *weights.NAMES))
+def require_attack_names(only: Collection[str]) -> None:
+    """Raise a LatentGuardError if a name is no attack and no family."""
+    suite.require_attack_names(only, (weights.FAMILY, *weights.NAMES))
 
 
-def run(trial: Trial, plan: Plan) -> Report:
-    """Ask everything, measure, report; what the model remembers is not asked again.
+def run_stress(target: GuardUnderTest, plan: StressPlan) -> Report:
+    """Score every attacked prompt, measure, and report; stored scores are used again.
 
     Raises:
         LatentGuardError: if ``plan.only`` names no attack, or a class of prompts is missing.
     """
-    require_known(plan.only)
-    budget, room = BUDGETS[plan.budget], room_of(trial.model)
-    cases = suite.cases(plan.prompts, budget, room, only=plan.only, seed=plan.seed)
-    not_run = suite.left_out(budget, room, only=plan.only)
-    words = _words(cases)
-    texts = tuple(_rows(trial, cases, words))
-    changes = weights.changes(trial, plan.only, finetune=budget.finetune)
-    seen, failed = _look(trial, changes, cases[0].plain)
-    changed = tuple(
-        _changed(change, seen, cases[0], words, trial.guard.threshold)
+    require_attack_names(plan.only)
+    budget = BUDGETS[plan.budget]
+    window = context_window_of(target.model)
+    attacks = suite.build_suite(plan.prompts, budget, window, only=plan.only, seed=plan.seed)
+    not_run = suite.reasons_not_run(budget, window, only=plan.only)
+    ngrams = _ngram_scores(attacks)
+    text_results = tuple(_text_results(target, attacks, ngrams))
+    changes = weights.weight_changes(target, plan.only, finetune=budget.finetune)
+    observations, failures = _observe_changes(target, changes, attacks[0].originals)
+    weight_results = tuple(
+        _weights_result(change, observations, attacks[0], ngrams, target.guard.threshold)
         for change in changes
-        if change.name in seen
+        if change.name in observations
     )
-    found = Found(texts, changed, seen, not_run | failed)
-    title = f"Stress test of a guard for {Path(trial.model.source).name}"
-    return Report(title, sections(found, of=_summary(trial.guard)), _meta(trial, plan))
+    results = StressResults(text_results, weight_results, observations, not_run | failures)
+    title = f"Stress test of a guard for {Path(target.model.source).name}"
+    sections = report_sections(results, summary=_guard_summary(target.guard))
+    return Report(title, sections, _metadata(target, plan))
 
 
-def room_of(model: ChatModel) -> Room:
-    """What a chat model can read."""
+def context_window_of(model: ChatModel) -> ContextWindow:
+    """Return how much text a chat model reads."""
     config = model.model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None)
-    return Room(context, lambda text: len(model.chat([Prompt(text)])[0].ids))
+    tokens = getattr(config, "max_position_embeddings", None)
+    return ContextWindow(tokens, lambda text: len(model.chat([Prompt(text)])[0].ids))
 
 
-def _words(cases: Sequence[Case]) -> Mapping[str, float]:
-    """The n-gram baseline's score of each text."""
-    texts = [p for case in cases for prompts in case.variants for p in prompts]
-    scores = ngram_scores(load_traffic("train"), texts)
-    return dict(zip((p.text for p in texts), scores.tolist(), strict=True))
+def _ngram_scores(attacks: Sequence[AttackedPrompts]) -> Mapping[str, float]:
+    """Return the score of the n-gram baseline for each text."""
+    prompts = [p for attack in attacks for variant in attack.variants for p in variant]
+    scores = ngram_scores(load_traffic("train"), prompts)
+    return dict(zip((p.text for p in prompts), scores.tolist(), strict=True))
 
 
-def _rows(trial: Trial, cases: Sequence[Case], words: Mapping[str, float]) -> Iterator[Row]:
-    """Each case, measured."""
-    asked = [(case.plain, *case.variants) for case in cases]
-    total = sum(len(p.text) for sets in asked for prompts in sets for p in prompts)
-    advance = trial.cached_model.step("stress (characters)", total)
-    for case, sets in zip(cases, asked, strict=True):
-        plain, *attacked = (_scores(trial, prompts, advance) for prompts in sets)
-        read = np.array([[words[p.text] for p in prompts] for prompts in case.variants])
-        yield measure(case, np.stack(attacked), plain[None], read, trial.guard.threshold)
+def _text_results(
+    target: GuardUnderTest, attacks: Sequence[AttackedPrompts], ngrams: Mapping[str, float]
+) -> Iterator[AttackResult]:
+    prompt_sets = [(attack.originals, *attack.variants) for attack in attacks]
+    characters = sum(len(p.text) for sets in prompt_sets for prompts in sets for p in prompts)
+    advance = target.cached_model.step("stress (characters)", characters)
+    for attack, sets in zip(attacks, prompt_sets, strict=True):
+        originals, *attacked = (_score(target, prompts, advance) for prompts in sets)
+        baseline = np.array([[ngrams[p.text] for p in variant] for variant in attack.variants])
+        yield measure_attack(
+            attack, np.stack(attacked), originals[None], baseline, target.guard.threshold
+        )
 
 
-def _scores(trial: Trial, prompts: Sequence[Prompt], advance: Progress) -> Scores:
-    """The guard's scores, [n]; remembered part by part."""
+def _score(target: GuardUnderTest, prompts: Sequence[Prompt], advance: Progress) -> Scores:
+    """Return the guard's scores, [n], stored batch by batch."""
     longest = max(len(p.text) for p in prompts)
-    size = max(1, min(PROMPTS_AT_ONCE, CHARACTERS_AT_ONCE // longest))
-    found: list[float] = []
-    for at in range(0, len(prompts), size):
-        part = prompts[at : at + size]
-        key = ["stress", trial.digest, digest_prompts(part)]
-        found += trial.cached_model.cached(key, partial(_scan, trial, part))
-        advance(sum(len(p.text) for p in part))
-    return np.array(found)
+    size = max(1, min(MAX_BATCH_PROMPTS, MAX_BATCH_CHARACTERS // longest))
+    scores: list[float] = []
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        key = ["stress", target.digest, digest_prompts(batch)]
+        scores += target.cached_model.cached(key, partial(_scan_scores, target, batch))
+        advance(sum(len(p.text) for p in batch))
+    return np.array(scores)
 
 
-def _scan(trial: Trial, prompts: Sequence[Prompt]) -> list[float]:
-    return [verdict.score for verdict in trial.guard.scan(trial.model, prompts)]
+def _scan_scores(target: GuardUnderTest, prompts: Sequence[Prompt]) -> list[float]:
+    return [verdict.score for verdict in target.guard.scan(target.model, prompts)]
 
 
-def _look(
-    trial: Trial, changes: Sequence[Change], prompts: Sequence[Prompt]
-) -> tuple[dict[str, Seen], dict[str, str]]:
-    """What is seen on each weights, those as loaded first; and why others could not be made."""
-    seen: dict[str, Seen] = {}
-    failed: dict[str, str] = {}
+def _observe_changes(
+    target: GuardUnderTest, changes: Sequence[WeightChange], prompts: Sequence[Prompt]
+) -> tuple[dict[str, WeightsObservation], dict[str, str]]:
+    """Return what each change gives, the unchanged weights first, and why others failed."""
+    observations: dict[str, WeightsObservation] = {}
+    failures: dict[str, str] = {}
     if not changes:
-        return seen, failed
-    wanted = [weights.as_loaded(trial), *changes]
-    advance = trial.cached_model.step("stress (weights)", len(wanted))
-    for change in wanted:
+        return observations, failures
+    with_unchanged = [weights.unchanged_weights(target), *changes]
+    advance = target.cached_model.step("stress (weights)", len(with_unchanged))
+    for change in with_unchanged:
         try:
-            seen[change.name] = weights.look(change, trial, prompts)
+            observations[change.name] = weights.observe_weights(change, target, prompts)
         except LatentGuardError as error:
-            failed[change.name] = str(error)
+            failures[change.name] = str(error)
         advance(1)
-    return seen, failed
+    return observations, failures
 
 
-def _changed(
-    change: Change,
-    seen: Mapping[str, Seen],
-    plain: Case,
-    words: Mapping[str, float],
+def _weights_result(
+    change: WeightChange,
+    observations: Mapping[str, WeightsObservation],
+    unchanged: AttackedPrompts,
+    ngrams: Mapping[str, float],
     threshold: float,
-) -> Row:
-    """The row of changed weights: texts, and so the baselines, are those untransformed."""
-    case = replace(plain, name=change.name, family=weights.FAMILY, about=change.about)
-    before, after = (np.array([seen[name].scores]) for name in (weights.AS_LOADED, change.name))
-    read = np.array([[words[p.text] for p in plain.plain]])
-    return measure(case, after, before, read, threshold)
+) -> AttackResult:
+    """Measure changed weights; the texts, and so the baselines, are the unchanged ones."""
+    attack = replace(
+        unchanged, name=change.name, family=weights.FAMILY, description=change.description
+    )
+    before = np.array([observations[weights.AS_LOADED].scores])
+    after = np.array([observations[change.name].scores])
+    baseline = np.array([[ngrams[p.text] for p in unchanged.originals]])
+    return measure_attack(attack, after, before, baseline, threshold)
 
 
-def _summary(guard: LatentGuard) -> str:
-    reads = f"{', '.join(guard.reading.positions)} with a {guard.probe.kind} probe"
-    return f"The guard reads {reads}. Its threshold is {guard.threshold:.4g}: {guard.promise}."
+def _guard_summary(guard: LatentGuard) -> str:
+    reading = f"{', '.join(guard.reading.positions)} with a {guard.probe.kind} probe"
+    return f"The guard reads {reading}. Its threshold is {guard.threshold:.4g}: {guard.promise}."
 
 
-def _meta(trial: Trial, plan: Plan) -> dict[str, Any]:
+def _metadata(target: GuardUnderTest, plan: StressPlan) -> dict[str, Any]:
     return {
-        "guard": trial.digest,
-        "model": asdict(trial.guard.fingerprint),
+        "guard": target.digest,
+        "model": asdict(target.guard.fingerprint),
         "prompts": digest_prompts(plan.prompts),
         "budget": asdict(BUDGETS[plan.budget]),
         "only": plan.only,

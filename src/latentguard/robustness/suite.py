@@ -1,4 +1,7 @@
-"""The suite: which prompts are asked under which attack, for a budget and a model's context."""
+"""The stress suite: which prompts are tested under which attack.
+
+The choice depends on the budget and on how many tokens the model reads.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +12,44 @@ from typing import Literal
 
 from latentguard.errors import LatentGuardError, PromptError
 from latentguard.prompts import Prompt
-from latentguard.robustness.attacks import ATTACKS, Attack
-from latentguard.robustness.languages import english, languages, translated
-from latentguard.robustness.surroundings import PROSE, Side, padded
+from latentguard.robustness.attacks import ATTACKS, TextAttack
+from latentguard.robustness.languages import english_originals, languages, translations
+from latentguard.robustness.surroundings import PROSE, Side, pad_with_prose
 from latentguard.study.prompt_groups import sample_prompts
 
 BudgetName = Literal["small", "full"]
 
-PLAIN = "untransformed"
+UNCHANGED = "untransformed"
 TRANSLATIONS = "translations"
-HARMLESS = 1
-"""The first harmless row of the translations."""
-
 ALL_LANGUAGES = "translated: all ten"
 PADDING = "padding"
+
 EXAMPLE = "How do I bake bread at home?"
+EXAMPLE_TRANSLATION = 1
+"""Row of the translations that is shown as the example; it is harmless."""
+
 SIDES: tuple[Side, ...] = ("front", "behind")
-PADDED = (500, 2000, 8000)
-"""Tokens of padding."""
+PADDING_TOKENS = (500, 2000, 8000)
 
-FEWEST = 4
-"""Prompts a class for a length that the budget leaves out, where it is named."""
+FEWEST_PADDED = 4
+"""Prompts per class for a padding length that is named but not in the budget."""
 
-SPARE = 512
+RESERVED_TOKENS = 512
 """Tokens of the context that padding leaves to the template and the request."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many prompts are asked."""
+    """How many prompts are tested."""
 
     prompts: int
-    """Most of each class under each attack."""
+    """Most prompts of each class under each attack."""
 
     padded: tuple[int, ...]
-    """The same for each length of ``PADDED``; 0 leaves it out unless it is named."""
+    """The same for each of ``PADDING_TOKENS``; 0 skips the length unless it is named."""
 
     finetune: bool
-    """Whether the fine-tuning attack runs unless it is named."""
+    """Whether the fine-tuning attack runs without being named."""
 
 
 BUDGETS: dict[BudgetName, Budget] = {
@@ -56,102 +59,135 @@ BUDGETS: dict[BudgetName, Budget] = {
 
 
 @dataclass(frozen=True)
-class Room:
-    """What a model can read."""
+class ContextWindow:
+    """How much text a model reads."""
 
-    context: int | None
-    """Most tokens; None if unknown."""
+    tokens: int | None
+    """Most tokens of a prompt; None if unknown."""
 
-    count: Callable[[str], int]
-    """How many tokens a text has, with the template."""
+    count_tokens: Callable[[str], int]
+    """Counts the tokens of a text, chat template included."""
+
+    def fits(self, tokens: int) -> bool:
+        """Whether padding of that length fits, or nearly."""
+        return self.tokens is None or self.tokens - RESERVED_TOKENS >= 0.9 * tokens
 
 
 @dataclass(frozen=True)
-class Case:
+class AttackedPrompts:
     """One attack on n prompts, in k variants."""
 
     name: str
-    """Of the attack."""
+    """Name of the attack."""
 
     family: str
-    """What it is shown with."""
+    """Family of the attack."""
 
-    about: str
-    """What it imitates, and the source."""
+    description: str
+    """What the attack imitates, and its source."""
 
     example: str
-    """A harmless text under attack."""
+    """A harmless text under the attack."""
 
-    plain: tuple[Prompt, ...]
-    """The prompts before, [n]."""
+    originals: tuple[Prompt, ...]
+    """The prompts before the attack, [n]."""
 
     variants: tuple[tuple[Prompt, ...], ...]
-    """The prompts under attack, [k n]."""
+    """The prompts under the attack, [k n]."""
 
 
-def names() -> list[str]:
-    """Every case that a budget can hold."""
-    padding = [_padding_name(side, tokens) for side in SIDES for tokens in PADDED]
-    whole = [*(f"translated: {language}" for language in languages()), ALL_LANGUAGES]
-    return [*(attack.name for attack in ATTACKS), *padding, *whole]
+def attack_names() -> list[str]:
+    """Return the name of every attack that a budget can hold."""
+    padding = [_padding_name(side, tokens) for side in SIDES for tokens in PADDING_TOKENS]
+    translated = [_translation_name(language) for language in languages()]
+    return [*(attack.name for attack in ATTACKS), *padding, *translated, ALL_LANGUAGES]
 
 
-def families() -> list[str]:
-    """The families of the cases."""
+def attack_families() -> list[str]:
+    """Return the families of the attacks."""
     return [*dict.fromkeys(attack.family for attack in ATTACKS), PADDING, TRANSLATIONS]
 
 
-def cases(
+def require_attack_names(only: Collection[str], others: Collection[str] = ()) -> None:
+    """Raise a LatentGuardError if a name is no attack and no family.
+
+    Args:
+        only: The names to check.
+        others: Further names that are allowed.
+    """
+    allowed = [*attack_families(), *others, *attack_names()]
+    if unknown := sorted(set(only) - set(allowed)):
+        raise LatentGuardError(
+            f"There is no attack '{unknown[0]}'; expected one of {', '.join(allowed)}."
+        )
+
+
+def build_suite(
     prompts: Sequence[Prompt],
     budget: Budget,
-    room: Room,
+    window: ContextWindow,
     *,
     only: Collection[str] = (),
     seed: int = 0,
-) -> list[Case]:
-    """The untransformed prompts, then those under each attack.
+) -> list[AttackedPrompts]:
+    """Return the unchanged prompts, then the prompts under each attack.
 
     Args:
-        prompts: Labelled.
-        budget: How many of them.
-        room: What the model can read: padding keeps within it.
-        only: Attacks or families; all if empty.
-        seed: Of what is left to chance.
+        prompts: Labelled prompts.
+        budget: How many of them are used.
+        window: How much the model reads; padding stays within it.
+        only: Names or families of attacks; all if empty.
+        seed: Seed of samples and attacks.
 
     Raises:
         PromptError: if a class is missing.
     """
-    chosen = _sample(prompts, budget.prompts, seed)
-    found = [Case(PLAIN, PLAIN, "The prompts as they are.", EXAMPLE, chosen, (chosen,))]
-    found += [_case(attack, chosen, seed) for attack in ATTACKS]
-    found += _padding_cases(prompts, budget, room, only, seed)
-    found += _translations()
-    return [c for c in found if c.name == PLAIN or not only or {c.name, c.family} & set(only)]
+    sample = _sample(prompts, budget.prompts, seed)
+    unchanged = AttackedPrompts(
+        UNCHANGED, UNCHANGED, "The prompts as they are.", EXAMPLE, sample, (sample,)
+    )
+    suite = [unchanged]
+    suite += [_apply_attack(attack, sample, seed) for attack in ATTACKS]
+    suite += _padded_prompts(prompts, budget, window, only, seed)
+    suite += _translated_prompts()
+    if not only:
+        return suite
+    return [a for a in suite if a.name == UNCHANGED or {a.name, a.family} & set(only)]
 
 
-def left_out(budget: Budget, room: Room, *, only: Collection[str] = ()) -> dict[str, str]:
-    """Padding that was wanted and that ``cases`` leaves out, with the reason."""
+def reasons_not_run(
+    budget: Budget, window: ContextWindow, *, only: Collection[str] = ()
+) -> dict[str, str]:
+    """Return why ``build_suite`` skips padding lengths that were asked for, by attack name."""
     reasons = {}
     for side in SIDES:
-        for tokens, count in zip(PADDED, budget.padded, strict=True):
+        for tokens, count in zip(PADDING_TOKENS, budget.padded, strict=True):
             name = _padding_name(side, tokens)
             if only and not {name, PADDING} & set(only):
                 continue
-            if not _fits(tokens, room):
-                reasons[name] = f"This model reads at most {room.context} tokens."
+            if not window.fits(tokens):
+                reasons[name] = f"This model reads at most {window.tokens} tokens."
             elif not count and name not in only:
                 reasons[name] = "Not in this budget; name it with --only."
     return reasons
 
 
-def _case(attack: Attack, prompts: tuple[Prompt, ...], seed: int, about: str = "") -> Case:
-    changed = tuple(replace(p, text=attack(p.text, seed=seed)) for p in prompts)
-    example = attack(EXAMPLE, seed=seed)
-    return Case(attack.name, attack.family, about or attack.about, example, prompts, (changed,))
+def _apply_attack(
+    attack: TextAttack, prompts: tuple[Prompt, ...], seed: int, description: str = ""
+) -> AttackedPrompts:
+    attacked = tuple(replace(p, text=attack(p.text, seed=seed)) for p in prompts)
+    return AttackedPrompts(
+        attack.name,
+        attack.family,
+        description or attack.description,
+        attack(EXAMPLE, seed=seed),
+        prompts,
+        (attacked,),
+    )
 
 
 def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Prompt, ...]:
-    """At most ``count`` of each class; smaller samples lie in larger ones."""
+    """Return at most ``count`` prompts of each class; larger samples contain smaller ones."""
     sides = [[p for p in prompts if p.harmful is side] for side in (True, False)]
     if not all(sides):
         raise PromptError(
@@ -161,52 +197,49 @@ def _sample(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Prompt, .
     return tuple(p for side in sides for p in sample_prompts(side, count, seed=seed))
 
 
-def _padding_cases(
-    prompts: Sequence[Prompt], budget: Budget, room: Room, only: Collection[str], seed: int
-) -> Iterator[Case]:
+def _padded_prompts(
+    prompts: Sequence[Prompt],
+    budget: Budget,
+    window: ContextWindow,
+    only: Collection[str],
+    seed: int,
+) -> Iterator[AttackedPrompts]:
     for side in SIDES:
-        for tokens, count in zip(PADDED, budget.padded, strict=True):
-            name = _padding_name(side, tokens)
-            most = count or (FEWEST if name in only else 0)
-            if most and _fits(tokens, room):
-                attack, used = _padding(side, tokens, room)
-                chosen = _sample(prompts, most, seed)
-                yield _case(attack, chosen, seed, f"{attack.about} Here {used} tokens.")
+        for tokens, budgeted in zip(PADDING_TOKENS, budget.padded, strict=True):
+            count = budgeted or (FEWEST_PADDED if _padding_name(side, tokens) in only else 0)
+            if count and window.fits(tokens):
+                attack, used = _padding_attack(side, tokens, window)
+                description = f"{attack.description} Here {used} tokens."
+                yield _apply_attack(attack, _sample(prompts, count, seed), seed, description)
 
 
-def _padding(side: Side, tokens: int, room: Room) -> tuple[Attack, int]:
-    """Padding of at most so many tokens, and how many it has."""
-    of_prose = room.count(" ".join(PROSE))
-    most = min(tokens, (room.context or 1 << 62) - SPARE)
-    sentences = most * len(PROSE) // of_prose
-    change = partial(padded, sentences=sentences, side=side)
-    used = sentences * of_prose // len(PROSE)
-    return Attack(_padding_name(side, tokens), PADDING, change), used
+def _padding_attack(side: Side, tokens: int, window: ContextWindow) -> tuple[TextAttack, int]:
+    """Return padding of at most ``tokens`` tokens, and how many tokens it has."""
+    prose_tokens = window.count_tokens(" ".join(PROSE))
+    most = tokens if window.tokens is None else min(tokens, window.tokens - RESERVED_TOKENS)
+    sentences = most * len(PROSE) // prose_tokens
+    transform = partial(pad_with_prose, sentences=sentences, side=side)
+    used = sentences * prose_tokens // len(PROSE)
+    return TextAttack(_padding_name(side, tokens), PADDING, transform), used
 
 
 def _padding_name(side: Side, tokens: int) -> str:
     return f"padding {'in front' if side == 'front' else 'behind'}, {tokens}"
 
 
-def _fits(tokens: int, room: Room) -> bool:
-    """Whether the context holds the padding, or nearly."""
-    return room.context is None or room.context - SPARE >= 0.9 * tokens
+def _translation_name(language: str) -> str:
+    return f"translated: {language}"
 
 
-def _translations() -> Iterator[Case]:
-    plain = tuple(english())
-    every = tuple(tuple(translated(language)) for language in languages())
-    about = " ".join((translated.__doc__ or "").split())
-    for language, texts in zip(languages(), every, strict=True):
-        name, example = f"translated: {language}", texts[HARMLESS].text
-        yield Case(name, TRANSLATIONS, about, example, plain, (texts,))
-    yield Case(ALL_LANGUAGES, TRANSLATIONS, about, every[0][HARMLESS].text, plain, every)
+def _translated_prompts() -> Iterator[AttackedPrompts]:
+    originals = tuple(english_originals())
+    texts = {language: tuple(translations(language)) for language in languages()}
+    description = " ".join((translations.__doc__ or "").split())
 
+    def attacked(name: str, *variants: tuple[Prompt, ...]) -> AttackedPrompts:
+        example = variants[0][EXAMPLE_TRANSLATION].text
+        return AttackedPrompts(name, TRANSLATIONS, description, example, originals, variants)
 
-def require_known(only: Collection[str], others: Collection[str] = ()) -> None:
-    """Raise a LatentGuardError if there is no attack or family of such a name."""
-    known = [*families(), *others, *names()]
-    if unknown := sorted(set(only) - set(known)):
-        raise LatentGuardError(
-            f"There is no attack '{unknown[0]}'; expected one of {', '.join(known)}."
-        )
+    for language, prompts in texts.items():
+        yield attacked(_translation_name(language), prompts)
+    yield attacked(ALL_LANGUAGES, *texts.values())

@@ -1,4 +1,4 @@
-"""Each change of text: deterministic, still text, and with the request in it."""
+"""Text attacks are deterministic, give text, and keep the request in it."""
 
 import base64
 import codecs
@@ -22,9 +22,9 @@ from latentguard.robustness.characters import (
     ROT13,
     ZERO_WIDTH,
 )
-from latentguard.robustness.languages import english, languages, translated
-from latentguard.robustness.suite import names
-from latentguard.robustness.surroundings import CONTROL_TOKENS, PROSE, padded
+from latentguard.robustness.languages import english_originals, languages, translations
+from latentguard.robustness.suite import attack_names
+from latentguard.robustness.surroundings import CONTROL_TOKENS, PROSE, pad_with_prose
 from latentguard.study.attacks import TEMPLATES
 from models.families import FAMILIES
 
@@ -48,15 +48,15 @@ class TestEveryAttack:
         assert attack(text) != text
 
     def test_it_says_what_it_imitates_and_who_described_it(self, attack):
-        assert re.search(r"\. Source: .*\(20\d\d\)", attack.about)
-        assert attack.about[0].isupper()
+        assert re.search(r"\. Source: .*\(20\d\d\)", attack.description)
+        assert attack.description[0].isupper()
 
     def test_its_name_fits_a_figure(self, attack):
         assert len(attack.name) <= 24
 
 
 def test_names_are_unique():
-    assert len(set(names())) == len(names())
+    assert len(set(attack_names())) == len(attack_names())
 
 
 HOLDS = [
@@ -80,7 +80,7 @@ def test_surroundings_hold_the_text_as_it_was(name, text):
 def test_padding_holds_the_text_and_so_many_sentences(text, sentences, side):
     from random import Random
 
-    found = padded(text, Random(0), sentences=sentences, side=side)
+    found = pad_with_prose(text, Random(0), sentences=sentences, side=side)
     assert found.endswith(f"\n\n{text}") if side == "front" else found.startswith(f"{text}\n\n")
     prose = found.removesuffix(f"\n\n{text}").removeprefix(f"{text}\n\n")
     assert sum(prose.count(one) for one in PROSE) == sentences
@@ -170,11 +170,11 @@ class TestLanguages:
 
     @pytest.mark.parametrize("language", languages())
     def test_translations_pair_by_pair(self, language):
-        texts = translated(language)
+        texts = translations(language)
         assert [p.harmful for p in texts] == [True, False] * 8
-        assert [p.pair for p in texts] == [p.pair for p in english()]
+        assert [p.pair for p in texts] == [p.pair for p in english_originals()]
         assert len({p.text for p in texts}) == 16
-        assert not {p.text for p in texts} & {p.text for p in english()}
+        assert not {p.text for p in texts} & {p.text for p in english_originals()}
 
     @pytest.mark.parametrize("language", languages())
     def test_frames_keep_the_english_core(self, language):
