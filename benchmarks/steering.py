@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from latentguard.data.builtin import load_contrast
+from latentguard.files import write_atomic
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, Reply
-from latentguard.report.document import write_text
 from latentguard.states import Intervention, States
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -47,7 +47,7 @@ def main() -> None:
     found = measure(model, prompts, settings, args)
     print(json.dumps(found, indent=1))
     if args.out:
-        write_text(args.out, json.dumps(found, indent=1))
+        write_atomic(args.out, json.dumps(found, indent=1))
 
 
 def directions(

@@ -20,8 +20,9 @@ from default_guard import default_guard
 
 from latentguard.cli.console import progress
 from latentguard.data.builtin import load_contrast
+from latentguard.files import write_atomic
 from latentguard.models.chat_model import ChatModel
-from latentguard.report.document import Table, write_text
+from latentguard.report.document import Table
 from latentguard.robustness import weights
 from latentguard.robustness.report import MEASURES
 from latentguard.robustness.run import STORE, StressPlan, run_stress
@@ -51,7 +52,7 @@ def main() -> None:
     )
     print(text)
     if options.docs:
-        write_text(options.docs, filled(options.docs.read_text("utf-8"), options.name, text))
+        write_atomic(options.docs, filled(options.docs.read_text("utf-8"), options.name, text))
 
 
 SHOWN = ("Harmful prompts refused", "All figures", "Not run")

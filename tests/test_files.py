@@ -1,4 +1,4 @@
-"""Locks: one writer at a time, across processes and threads, and nothing is left behind."""
+"""Files are whole or not there; a lock has one holder, and nothing is left behind."""
 
 import fcntl
 import os
@@ -9,7 +9,14 @@ import pytest
 
 import latentguard
 from latentguard.errors import LatentGuardError
-from latentguard.files import exclusive_lock
+from latentguard.files import (
+    append_line,
+    atomic_path,
+    exclusive_lock,
+    read_whole_lines,
+    write_all_atomic,
+    write_atomic,
+)
 
 HOLD = """
 import sys
@@ -100,3 +107,71 @@ def test_a_file_system_without_locks_is_used_all_the_same(path, monkeypatch):
     with exclusive_lock(path, output="out"):
         pass
     assert not path.exists()
+
+
+class TestAtomicWriting:
+    @pytest.fixture
+    def full_disk(self, monkeypatch):
+        def fail(descriptor):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(os, "fsync", fail)
+
+    def test_text_is_utf_8_and_nothing_else_is_left(self, tmp_path):
+        write_atomic(tmp_path / "f.txt", "\u00e9\n")
+        write_atomic(tmp_path / "f.bin", b"\xff")
+        assert (tmp_path / "f.txt").read_bytes() == "\u00e9\n".encode()
+        assert (tmp_path / "f.bin").read_bytes() == b"\xff"
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["f.bin", "f.txt"]
+
+    def test_a_full_disk_leaves_the_file_as_it_was(self, tmp_path, full_disk):
+        (tmp_path / "f.txt").write_text("old")
+        with pytest.raises(OSError, match="no space"):
+            write_atomic(tmp_path / "f.txt", "new and longer")
+        assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("f.txt", "old")]
+
+    def test_of_several_files_none_is_replaced_before_all_are_written(self, tmp_path, monkeypatch):
+        done, sync = [], os.fsync
+
+        def fail_second(descriptor):
+            done.append(descriptor)
+            if len(done) == 2:
+                raise OSError("no space left")
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fail_second)
+        for name in ("a", "b"):
+            (tmp_path / name).write_text("old")
+        with pytest.raises(OSError, match="no space"):
+            write_all_atomic({tmp_path / "a": "new", tmp_path / "b": "new"})
+        assert sorted((f.name, f.read_text()) for f in tmp_path.iterdir()) == [
+            ("a", "old"),
+            ("b", "old"),
+        ]
+
+    def test_a_library_writes_by_name(self, tmp_path):
+        with atomic_path(tmp_path / "f") as partial:
+            partial.write_text("new")
+            assert not (tmp_path / "f").exists()
+        assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("f", "new")]
+
+    def test_what_a_library_wrote_before_it_failed_is_removed(self, tmp_path):
+        with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "f") as partial:
+            partial.write_text("new")
+            raise ZeroDivisionError
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestLines:
+    def test_appended_lines_are_on_the_file_at_once(self, tmp_path):
+        with (tmp_path / "f").open("a") as file:
+            append_line(file, "one")
+            assert read_whole_lines(tmp_path / "f") == ["one"]
+
+    def test_a_torn_last_line_is_cut_off(self, tmp_path):
+        (tmp_path / "f").write_text("one\ntwo\nthr")
+        assert read_whole_lines(tmp_path / "f") == ["one", "two"]
+        assert (tmp_path / "f").read_text() == "one\ntwo\n"
+
+    def test_no_file_has_no_lines(self, tmp_path):
+        assert read_whole_lines(tmp_path / "none") == []

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentguard.errors import GuardError
+from latentguard.files import atomic_path
 from latentguard.prompts import Message, Prompt, Reply
 
 Progress = Callable[[int], None]
@@ -177,10 +178,9 @@ class States:
         ]
         meta = dict(prompts=rows, positions=self.positions, layers=self.layers)
         header = {"states": json.dumps(meta | {"fingerprint": asdict(self.fingerprint)})}
-        partial = Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"values": self.values.contiguous()}, partial, metadata=header)
-        partial.replace(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as partial:
+            save_file({"values": self.values.contiguous()}, partial, metadata=header)
 
     @staticmethod
     def load(path: str | Path) -> States:

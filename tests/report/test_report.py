@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from latentguard.report.document import (
     numbered,
     show,
     slug,
-    write_text,
 )
 from latentguard.stats.estimate import Estimate
 
@@ -191,24 +189,6 @@ class TestFiles:
         (tmp_path / "report.json").write_bytes(held.encode("utf-8", "surrogatepass"))
         report.save(tmp_path)
         assert json.loads((tmp_path / "report.json").read_text())["figures"]
-
-    def test_a_file_is_whole_or_not_there(self, tmp_path, monkeypatch):
-        path = tmp_path / "f.txt"
-        write_text(path, "old")
-        write = Path.write_text
-
-        def torn(self, text, **how):
-            write(self, text[:2], **how)
-            raise OSError("no space left")
-
-        monkeypatch.setattr(Path, "write_text", torn)
-        with pytest.raises(OSError, match="no space"):
-            write_text(path, "new and longer")
-        assert path.read_text() == "old"
-        monkeypatch.undo()
-        write_text(path, "é")
-        assert path.read_bytes() == "é".encode()
-        assert [f.name for f in tmp_path.iterdir()] == ["f.txt"]
 
     @pytest.mark.parametrize(
         ("title", "name"), [("A  b/c: D!", "a-b-c-d"), ("../../etc", "etc"), ("Δ rates", "rates")]

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TextIO
 
 from latentguard.errors import PromptError
-from latentguard.files import exclusive_lock
+from latentguard.files import append_line, exclusive_lock, read_whole_lines, write_atomic
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
-from latentguard.report.document import write_text
 from latentguard.states import Backend, Progress, digest_prompts
 
 
@@ -61,21 +60,21 @@ def _scored(
 ) -> int:
     """Go on in the partial file and its notes; how many verdicts were there."""
     partial, notes, out = files
-    if not partial.exists() or _whole_lines(notes)[:1] != [guard.digest]:
+    if not partial.exists() or read_whole_lines(notes)[:1] != [guard.digest]:
         partial.unlink(missing_ok=True)
-        write_text(notes, f"{guard.digest}\n")
-    done = len(_whole_lines(partial))
-    asked, rest = _whole_lines(notes)[: done + 1], iter(prompts)
+        write_atomic(notes, f"{guard.digest}\n")
+    done = len(read_whole_lines(partial))
+    asked, rest = read_whole_lines(notes)[: done + 1], iter(prompts)
     if [_mark(prompt) for prompt in islice(rest, done)] != asked[1:]:
         raise PromptError(
             f"{out}.partial was written for other prompts than these; remove it to start anew."
         )
-    write_text(notes, "".join(f"{line}\n" for line in asked))
+    write_atomic(notes, "".join(f"{line}\n" for line in asked))
     if done and progress is not None:
         progress(done)
     with partial.open("a", encoding="utf-8") as lines, notes.open("a", encoding="utf-8") as marks:
         for verdict in guard.scan(backend, _noted(rest, marks), progress=progress):
-            _write_line(lines, line_of(verdict))
+            append_line(lines, line_of(verdict))
     partial.replace(out)
     notes.unlink()
     return done
@@ -84,27 +83,10 @@ def _scored(
 def _noted(prompts: Iterator[Prompt], marks: TextIO) -> Iterator[Prompt]:
     """Note each prompt before it is scored, so that no line is ever without its note."""
     for prompt in prompts:
-        _write_line(marks, _mark(prompt))
+        append_line(marks, _mark(prompt))
         yield prompt
 
 
 def _mark(prompt: Prompt) -> str:
     """What tells a prompt from another, on one line."""
     return json.dumps([prompt.id, digest_prompts([prompt]), prompt.segment])
-
-
-def _write_line(file: TextIO, line: str) -> None:
-    file.write(f"{line}\n")
-    file.flush()
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines that were written whole; a torn last line is cut off."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return whole.decode().splitlines()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import require_extra
+from latentguard.files import write_atomic
 
 Cell = str | float | int | bool | None
 
@@ -111,9 +112,9 @@ class Report:
         for path in _written(folder):
             path.unlink(missing_ok=True)
         for name, table in zip(numbered([t.title for t in self.tables]), self.tables, strict=True):
-            write_text(folder / "tables" / f"{name}.csv", table.csv())
-        write_text(folder / "report.json", json.dumps(self.as_dict(), indent=1, allow_nan=False))
-        write_text(folder / "report.html", self.html())
+            write_atomic(folder / "tables" / f"{name}.csv", table.csv())
+        write_atomic(folder / "report.json", json.dumps(self.as_dict(), indent=1, allow_nan=False))
+        write_atomic(folder / "report.html", self.html())
         return folder
 
     def as_dict(self) -> dict[str, Any]:
@@ -201,10 +202,3 @@ def numbered(titles: Sequence[str]) -> list[str]:
             name, again = f"{slug(title)}-{again}", again + 1
         names.append(name)
     return names
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import LatentGuardError, require_extra
-from latentguard.report.document import PICTURES, Figure, Report, numbered, write_text
+from latentguard.files import write_atomic
+from latentguard.report.document import PICTURES, Figure, Report, numbered
 
 SIZE = dict(width=900, height=520)
 
@@ -27,7 +28,7 @@ def draw(report: Report, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     names = numbered([figure.title for figure in report.figures])
     for name, figure in zip(names, report.figures, strict=True):
-        write_text(folder / f"{name}.json", figure.plot.to_json())
+        write_atomic(folder / f"{name}.json", figure.plot.to_json())
     jobs = {
         folder / f"{name}.{kind}": dict(fig=_titled(figure), opts=dict(format=kind, **SIZE))
         for name, figure in zip(names, report.figures, strict=True)

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from latentguard.files import write_atomic
 from latentguard.prompts import Prompt
-from latentguard.report.document import write_text
 from latentguard.states import Progress, Speaker
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.judge import Outcome, refused
@@ -45,7 +45,7 @@ def write_labels(
         (replies,) = cached.replies(prompts, max_new_tokens=max_new_tokens)
         outcomes = [cached.judge(reply) for reply in replies]
         lines = map(_line, prompts, outcomes)
-        write_text(out, "".join(f"{json.dumps(line)}\n" for line in lines))
+        write_atomic(out, "".join(f"{json.dumps(line)}\n" for line in lines))
     kept.unlink()
     return dict(Counter(outcomes))
 

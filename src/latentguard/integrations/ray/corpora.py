@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentguard.errors import PromptError
+from latentguard.files import atomic_path
 from latentguard.prompts import Columns, Prompt, parse_json_row, parse_prompt, read_rows
 
 LINES = (".jsonl", ".ndjson")
@@ -117,12 +118,13 @@ def _staged(source: str, columns: Columns, folder: Path) -> str:
     path = folder / f"{_digest(known)}.parquet"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         rows = read_rows(source, columns.text)
-        with pq.ParquetWriter(partial, _staged_schema(columns)) as writer:
+        with (
+            atomic_path(path) as partial,
+            pq.ParquetWriter(partial, _staged_schema(columns)) as writer,
+        ):
             while some := [_staged_row(*row, columns) for row in islice(rows, 8192)]:
                 writer.write_table(pa.Table.from_pylist(some, schema=writer.schema))
-        partial.replace(path)
     return here(str(path))
 
 

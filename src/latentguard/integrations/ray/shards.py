@@ -8,8 +8,6 @@ it, and a block that was scored twice is there once.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentguard.errors import PromptError
+from latentguard.files import atomic_path, write_atomic
 from latentguard.guard.verdict import Verdict
 from latentguard.integrations.ray.corpora import SCHEMA, Block, Row, SourceFile
-from latentguard.report.document import write_text
 
 SUCCESS = "_SUCCESS"
 """Written last: what was scored, by which guard, in which files."""
@@ -74,12 +72,8 @@ def write_part(folder: Path, block: Block, records: Iterable[Mapping[str, Any]])
         records: In the order of the rows.
     """
     table = pa.Table.from_pylist(list(records), COLUMNS)
-    partial = folder / f".{block.name}.{uuid.uuid4().hex}"
-    with partial.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / block.name)
+    with atomic_path(folder / block.name) as partial:
+        pq.write_table(table, partial, compression="zstd")
 
 
 def record(row: Row, verdict: Verdict | None, error: str | None = None) -> dict[str, Any]:
@@ -117,7 +111,7 @@ def write_success(
     inputs = [{"path": f.path, "sha256": f.sha256, "rows": f.rows} for f in files]
     parts = [block.name for block in blocks]
     known = asdict(total) | {"schema": SCHEMA, "guard": guard, "inputs": inputs, "files": parts}
-    write_text(folder / SUCCESS, json.dumps(known, indent=1))
+    write_atomic(folder / SUCCESS, json.dumps(known, indent=1))
     return total
 
 
