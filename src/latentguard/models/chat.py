@@ -65,12 +65,15 @@ class _RenderedPrompt:
 class ChatTokenizer:
     """Turns prompts into layouts, for one tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: Any, *, max_tokens: int = 1 << 62) -> None:
+    def __init__(
+        self, tokenizer: Any, *, max_tokens: int = 1 << 62, template: str | None = None
+    ) -> None:
         """Prepare the copy in which control tokens have unspeakable names.
 
         Args:
             tokenizer: A fast Hugging Face tokenizer with a chat template.
             max_tokens: Tokens that the model reads; a chat of more messages is not even laid out.
+            template: A Jinja template that takes the place of the tokenizer's own.
 
         Raises:
             TemplateError: if it has no chat template, one that hides the user's message, or is
@@ -78,7 +81,8 @@ class ChatTokenizer:
         """
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        template = _require_template(tokenizer)
+        template = _require_template(tokenizer, template)
+        self.template = template
         spec = _plain_spec(tokenizer)
         self.tokenizer_digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
         self.template_digest = hashlib.sha256(template.encode()).hexdigest()
@@ -247,7 +251,10 @@ class ChatTokenizer:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    chat, tokenize=False, add_generation_prompt=True
+                    chat,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=True,
                 )
             )
         except Exception as error:  # a template may raise anything
@@ -262,8 +269,8 @@ class ChatTokenizer:
         return self._control_pattern.sub(lambda match: self._names[match[0]], text)
 
 
-def _require_template(tokenizer: Any) -> str:
-    template = getattr(tokenizer, "chat_template", None)
+def _require_template(tokenizer: Any, template: str | None) -> str:
+    template = template or getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str):
         raise TemplateError(
             "This tokenizer has no single chat template, so t_inst and t_post are undefined. "

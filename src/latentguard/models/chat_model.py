@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,22 @@ class ChatModel:
     """A chat model on transformers."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, source: str = "", quantized: str = ""
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        source: str = "",
+        quantized: str = "",
+        template: str | None = None,
     ) -> None:
         """Wrap a loaded model; ``ChatModel.load`` is the usual way.
+
+        Args:
+            model: The network.
+            tokenizer: Its fast tokenizer.
+            source: Where both came from.
+            quantized: How the weights were quantised on loading.
+            template: A Jinja template that takes the place of the tokenizer's own.
 
         Raises:
             ModelError: if the decoder blocks cannot be found.
@@ -68,7 +81,7 @@ class ChatModel:
         """
         self.model: Any = model.eval()  # not nn.Module: it types each attribute as a tensor
         self.tokenizer = tokenizer
-        self.chat = ChatTokenizer(tokenizer, max_tokens=context_length(model))
+        self.chat = ChatTokenizer(tokenizer, max_tokens=context_length(model), template=template)
         self.source = source
         self.quantized = quantized
         self.blocks = decoder_blocks(model)
@@ -105,6 +118,29 @@ class ChatModel:
         if hasattr(loaded.network.config, "quantization_config"):
             _ = model.fingerprint  # now: bitsandbytes packs weights anew in the first pass
         return model
+
+    def with_template(self, template: str) -> ChatModel:
+        """The same network, prompted by another Jinja template; its fingerprint tells of it.
+
+        Raises:
+            TemplateError: if the template hides the user's message.
+        """
+        other = ChatModel(
+            self.model,
+            self.tokenizer,
+            source=self.source,
+            quantized=self.quantized,
+            template=template,
+        )
+        if self._fingerprint is not None:  # digests of packed weights are those of before a pass
+            digest = other.chat.template_digest
+            other._fingerprint = replace(self._fingerprint, template=digest)  # noqa: SLF001
+        return other
+
+    @property
+    def model_type(self) -> str:
+        """The architecture by its name in the configuration, such as ``llama``."""
+        return str(self.model.config.model_type)
 
     @property
     def device(self) -> torch.device:

@@ -101,7 +101,8 @@ class Finetuning:
             if self.keep is not None:
                 trained.save_pretrained(Path(self.keep) / f"{len(tokenized)}-pairs-seed-{seed}")
             source = f"{self.model.source}, fine-tuned on {len(tokenized)} pairs"
-            yield ChatModel(model, self.model.tokenizer, source=source)
+            template = self.model.chat.template
+            yield ChatModel(model, self.model.tokenizer, source=source, template=template)
 
 
 def _tokenize(model: ChatModel, prompt: Prompt, opening: str, limit: int) -> _TrainingPair:

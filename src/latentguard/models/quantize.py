@@ -45,7 +45,12 @@ def quantized_weights(model: ChatModel, bits: Bits) -> Iterator[ChatModel]:
         with torch.no_grad():
             for layer in inner:
                 layer.weight.copy_(round_weight(layer.weight, bits))
-        yield ChatModel(model.model, model.tokenizer, source=f"{model.source}, {bits}-bit weights")
+        yield ChatModel(
+            model.model,
+            model.tokenizer,
+            source=f"{model.source}, {bits}-bit weights",
+            template=model.chat.template,
+        )
     finally:
         with torch.no_grad():
             for layer, weight in zip(inner, before, strict=True):
