@@ -22,13 +22,11 @@ from typing import Any
 import numpy as np
 
 from latentguard import ChatModel, LatentGuard, Prompt, Verdict, read_prompts
-from latentguard.guard.calibrate import calibrated
 from latentguard.guard.calibration_report import calibration_report
 from latentguard.guard.drift import compare
-from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.reliability import brier, error_of, log_loss
 from latentguard.guard.score_files import score_to_file
-from latentguard.guard.thresholds import Calibration, Rates
+from latentguard.guard.thresholds import Rates
 from latentguard.stats.bounds import proportion
 from latentguard.stats.detection import auroc, estimate_metric
 
@@ -56,7 +54,7 @@ def kept(guard: LatentGuard, traffic: Scored, rng: np.random.Generator) -> dict[
     n, over, rates, false = len(traffic[0]), 0, [], 0
     for _ in range(SPLITS):
         order = rng.permutation(n)
-        ready = calibrated(guard, *pick(traffic, order[: n // 2]), RATES)
+        ready = guard.calibrate_from(*pick(traffic, order[: n // 2]), RATES)
         prompts, verdicts = pick(traffic, order[n // 2 :])
         told = [replace(v, flagged=v.score > ready.threshold) for v in verdicts]
         rates.append(float(np.mean([v.flagged for v in told])))
@@ -72,8 +70,8 @@ def reliability(guard: LatentGuard, sets: Scored, other: Scored, seed: int) -> d
     """Probabilities from one half, tried on the other and on a set of another kind."""
     order = np.random.default_rng(seed).permutation(len(sets[0]))
     half = len(order) // 2
-    ready = calibrated(guard, *pick(sets, order[:half]), RATES)
-    part = ready.part(Calibration)
+    ready = guard.calibrate_from(*pick(sets, order[:half]), RATES)
+    part = ready.thresholds
     assert part is not None and part.reliability is not None
     found: dict[str, Any] = dict(fitted=asdict(part.reliability))
     for name, (prompts, verdicts) in {
@@ -84,7 +82,7 @@ def reliability(guard: LatentGuard, sets: Scored, other: Scored, seed: int) -> d
         scores = np.array([v.score for v in verdicts])
         slope, intercept = ready.platt
         after = 1 / (1 + np.exp(-(slope * scores + intercept)))
-        after = part.knots(scores) if part.knots else after
+        after = part.isotonic(scores) if part.isotonic else after
         before = np.array([v.probability for v in verdicts])
         for when, chances in (("before", before), ("after", after)):
             figures = dict(log_loss=log_loss(labels, chances), brier=brier(labels, chances))
@@ -117,7 +115,7 @@ def main() -> None:
     harmful = pick(labelled, [i for i, p in enumerate(labelled[0]) if p.harmful])
     near = pick(labelled, [i for i, p in enumerate(labelled[0]) if not p.harmful])
     both = (traffic[0] + harmful[0], traffic[1] + harmful[1])
-    ready = calibrated(guard, *both, RATES)
+    ready = guard.calibrate_from(*both, RATES)
     flagged = {
         name: [v.score > ready.threshold for v in found]
         for name, (_, found) in dict(harmful=harmful, near=near, other=other).items()
@@ -132,7 +130,7 @@ def main() -> None:
     for name, (prompts, found) in dict(near=near, harmful=harmful).items():
         told = [replace(v, flagged=v.score > ready.threshold) for v in found]
         result["drift"][name] = str(compare(ready, prompts, told)[0])
-    if labels := ready.part(Quadrants):
+    if labels := ready.quadrants:
         result["quadrants"] = asdict(labels)
         seen = [labels.quadrant(replace(v, flagged=v.score > ready.threshold)) for v in near[1]]
         refusing = np.array([str(q).endswith("refusing") for q in seen])

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from latentguard.data.builtin import load_traffic
 from latentguard.data.surface_audit import ngram_model
-from latentguard.guard.categories import Categories
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.probe import layers_of
@@ -153,7 +152,7 @@ def apart(
 ) -> dict[str, dict[str, str]]:
     """AUROC of each category's score against all other rows, harmless ones included."""
     verdicts = list(guard.judge(states))
-    known = guard.part(Categories).directions.names
+    known = guard.categories.directions.names
     pairs = names or {name: name for name in known}
     chances, found, means = word_scores(words, states.prompts), {}, []
     for code, name in pairs.items():
@@ -177,7 +176,7 @@ def word_scores(words: object, prompts: Iterable[Prompt]) -> dict[str, NDArray[n
 def cost(guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]) -> dict[str, object]:
     """Processor time of ``scan`` with and without categories: five paired rounds."""
     torch.set_num_threads(1)
-    bare = replace(guard, parts=())
+    bare = replace(guard, deobfuscate=False, quadrants=None, thresholds=None, categories=None)
     ratios = []
     for _ in range(5):
         spent = []

@@ -4,7 +4,7 @@
 
 G is the default guard, fitted if it is not there. Of each set of DIR (JSON Lines) and of the
 built-in traffic's held-out splits: how many prompts are read more than once, by which disguise, and
-how many of these are flagged with and without it. Cost: microseconds of ``uncover``,
+how many of these are flagged with and without it. Cost: microseconds of ``deobfuscate``,
 and ``scan`` with the part over ``scan`` without it, in turns.
 """
 
@@ -25,10 +25,9 @@ from default_guard import default_guard
 
 from latentguard.data.builtin import load_traffic
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Obfuscations
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, read_prompts
-from latentguard.text.deobfuscation import uncover
+from latentguard.text.deobfuscation import deobfuscate
 
 ROUNDS, SHORT = 9, 96
 
@@ -38,7 +37,7 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
     model = ChatModel.load(options.model, dtype=options.dtype)
-    guard = default_guard(model, options.guard).with_part(Obfuscations())
+    guard = replace(default_guard(model, options.guard), deobfuscate=True)
     sets = {path.stem: read_prompts(path) for path in sorted(options.data_dir.glob("*.jsonl"))}
     sets |= {f"traffic, {split}": load_traffic(split) for split in ("validation", "test")}
     found = {name: told(guard, model, prompts) for name, prompts in sets.items()}
@@ -51,7 +50,7 @@ def main() -> None:
 def told(guard: LatentGuard, model: ChatModel, prompts: list[Prompt]) -> dict[str, Any]:
     """Of one set."""
     began = time.process_time()
-    texts = [uncover(prompt.text) for prompt in prompts]
+    texts = [deobfuscate(prompt.text) for prompt in prompts]
     spent = (time.process_time() - began) / len(prompts)
     twice = [p for p, beneath in zip(prompts, texts, strict=True) if beneath]
     record: dict[str, Any] = dict(n=len(prompts), read_twice=len(twice), microseconds=spent * 1e6)
@@ -67,7 +66,7 @@ def told(guard: LatentGuard, model: ChatModel, prompts: list[Prompt]) -> dict[st
 
 def bare(guard: LatentGuard) -> LatentGuard:
     """The guard without the second reading."""
-    return replace(guard, parts=tuple(p for p in guard.parts if not isinstance(p, Obfuscations)))
+    return replace(guard, deobfuscate=False)
 
 
 def flagged(guard: LatentGuard, model: ChatModel, prompts: list[Prompt]) -> int:

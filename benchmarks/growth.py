@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,6 @@ from scipy.stats import linregress, t
 
 from latentguard.data.builtin import load_contrast
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.panel import scan_many
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.fitting import capture
 from latentguard.prompts import Prompt
@@ -67,8 +66,17 @@ def calls(what: str, model: ChatModel) -> Callable[[int], Any]:
         return lambda size: drain(model.capture(short(8), layers=range(size + 1)))
     if what == "guards":
         panel = guards(model)
-        return lambda size: drain(scan_many(panel[:size], model, short(16)))
+        return lambda size: judge_all(panel[:size], model, short(16))
     return lambda size: drain(model.capture(short(size)))
+
+
+def judge_all(panel: Sequence[LatentGuard], model: ChatModel, prompts: Sequence[Prompt]) -> None:
+    """Several guards on one capture."""
+    positions = tuple(dict.fromkeys(p for guard in panel for p in guard.positions))
+    layers = sorted({layer for guard in panel for layer in guard.probe.layers})
+    for states in model.capture(prompts, positions=positions, layers=layers):
+        for guard in panel:
+            guard.judge(states)
 
 
 def drain(results: Iterator[Any]) -> None:

@@ -30,7 +30,7 @@ from default_guard import default_guard
 
 from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.data.surface_audit import ngram_model
-from latentguard.guard.chunk_calibration import fit_windows, windows_of
+from latentguard.guard.chunk_calibration import fit_chunking, require_chunking
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Message, Prompt, read_prompts
@@ -96,7 +96,7 @@ def fitted(model: ChatModel, work: Path) -> LatentGuard:
     began = time.process_time()
     guard = default_guard(model, work / "plain")
     middle = time.process_time()
-    guard = fit_windows(model, guard)
+    guard = fit_chunking(model, guard)
     times = dict(fit=middle - began, windows=time.process_time() - middle)
     save(work / "fit.json", times)
     guard.save(work / "guard")
@@ -113,21 +113,23 @@ def score(
     """Append what is not there yet."""
     path = options.work / name
     done = {row["key"] for row in rows_of(path)}
-    windows, words = windows_of(guard), n_grams()
+    chunking, words = require_chunking(guard), n_grams()
+    plain = replace(guard, deobfuscate=False, chunking=replace(chunking, longer_than=0))
     with path.open("a", encoding="utf-8") as file:
         for one in asked:
             if one.key in done:
                 continue
             if time.process_time() > options.seconds:
                 raise SystemExit(f"{options.seconds} s of processor time are over; run it again.")
-            pieces = windows.pieces(one.prompt)
-            own, *each = guard.read_pieces(model, one.prompt, pieces)[1]
-            told = max(e.score for e in windows.find(pieces, [own, *each]))
+            pieces = chunking.chunks(one.prompt)
+            texts = (variant.prompt for variant in plain.plan(one.prompt))
+            own, *each = (found.score for found in plain.score(model, texts))
+            told = max(e.score for e in chunking.find_evidence(pieces, own, each))
             best = pieces[int(np.argmax(each))]
             hit = best.message == one.message and best.start < one.stop and best.end > one.start
             row = dict(key=one.key, cell=one.cell, harmful=one.prompt.harmful, pieces=len(pieces))
             row |= dict(tokens=tokens(model, one.prompt), last=own, piece=max(each), score=told)
-            row |= dict(last_flagged=own > guard.threshold, flagged=told > windows.threshold)
+            row |= dict(last_flagged=own > guard.threshold, flagged=told > chunking.threshold)
             row |= dict(hit=hit, around=one.around)
             row |= baselines(words, one.prompt)
             file.write(json.dumps(row) + "\n")
@@ -157,7 +159,7 @@ def baselines(words: Any, prompt: Prompt) -> dict[str, float]:
 def cost(model: ChatModel, guard: LatentGuard) -> dict[str, Any]:
     """Processor seconds and memory by length; what short prompts cost with and without windows."""
     text, found = "\n\n".join(sorted(topics.topics.values())), list[dict[str, float]]()
-    bare = replace(guard, parts=())
+    bare = replace(guard, deobfuscate=False, chunking=None, quadrants=None, categories=None)
     for length in (256, 1024, 2048, 4096, 7600):
         prompt = Prompt(_tokens(model, text, length))
         row: dict[str, float] = dict(tokens=tokens(model, prompt))
@@ -214,12 +216,12 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     files = {name: options.work / f"{name}.json" for name in ("fit", "cost")}
     kept = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
     guard = LatentGuard.load(options.work / "guard")
-    windows = windows_of(guard)
+    chunking = require_chunking(guard)
     return dict(
         model=Path(options.model).name,
         dtype=guard.fingerprint.dtype,
         guard=guard.fitted,
-        windows=windows.pack()[0],
+        windows=chunking.to_dict(),
         cells=cells,
         **kept,
     )

@@ -24,9 +24,9 @@ from categories import arguments, fitted, kept, prompt_sets
 from numpy.typing import NDArray
 
 from latentguard.data.surface_audit import ngram_scores
-from latentguard.guard.categories import FEWEST
+from latentguard.guard.categories import MIN_PROMPTS
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.packs import against, halves, with_pack
+from latentguard.guard.packs import built_in_harmless, halve, with_pack
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.report.document import show
@@ -101,8 +101,8 @@ class Draw:
         self.given = np.zeros(len(self.prompts), dtype=bool)
         rows = np.random.default_rng([1, draw]).permutation(calm)[: len(calm) // 2]
         self.given[rows if added == DOMAIN else []] = True
-        like, calibrating = map(set, halves(self.chosen(self.given)))
-        known = states["train"].where(set(against()).__contains__)
+        like, calibrating = map(set, halve(self.chosen(self.given)))
+        known = states["train"].where(set(built_in_harmless()).__contains__)
         self.against = States.collect([known, self.texts.where(like.__contains__)])
         own = self.texts.where(calibrating.__contains__)
         self.calm = own if added == DOMAIN else self.built_in
@@ -117,7 +117,7 @@ class Draw:
             name: {self.prompts[i] for i in rows if self.examples[i]}
             for name, rows in categories(self.prompts).items()
         }
-        return {name: members for name, members in found.items() if len(members) >= FEWEST}
+        return {name: members for name, members in found.items() if len(members) >= MIN_PROMPTS}
 
     def packed(self, guard: LatentGuard) -> LatentGuard:
         """The guard with a pack for each category, calibrated."""

@@ -23,8 +23,7 @@ import torch
 import transformers
 
 from latentguard import ChatModel, LatentGuard, load_contrast
-from latentguard.guard.probabilities import Knots
-from latentguard.guard.thresholds import Calibration
+from latentguard.guard.probabilities import IsotonicMap
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, States
 
@@ -38,17 +37,18 @@ def arms(backend: Backend) -> dict[str, LatentGuard]:
     calm = [p for p in load_contrast("validation") if not p.harmful]
     fitted = LatentGuard.fit(backend, training)  # a label of refusal, for the second axis
     ready = fitted.calibrate(backend, calm, max_fpr=0.05, review_fpr=0.2)
-    thresholds = ready.part(Calibration)
+    thresholds = ready.thresholds
     assert thresholds is not None
     ladder = np.linspace(-3, 3, 200)
-    knots = Knots(tuple(ladder.tolist()), tuple((ladder / 6.1 + 0.5).tolist()))
-    isotonic = replace(thresholds, knots=knots)
-    bare = replace(ready, axes=ready.axes[:1], parts=())
+    knots = IsotonicMap(tuple(ladder.tolist()), tuple((ladder / 6.1 + 0.5).tolist()))
+    isotonic = replace(thresholds, isotonic=knots)
+    none = dict(quadrants=None, categories=None, thresholds=None)
+    bare = replace(ready, axes=ready.axes[:1], deobfuscate=False, **none)
     return {
         "bare": bare,
         "bare, again": bare,
-        "calibration": replace(bare, parts=(isotonic,)),
-        "calibration, quadrants": ready.with_part(isotonic),
+        "calibration": replace(bare, thresholds=isotonic),
+        "calibration, quadrants": replace(ready, thresholds=isotonic),
     }
 
 

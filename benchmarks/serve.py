@@ -135,7 +135,7 @@ def opened(asked: argparse.Namespace) -> Opener:
     if asked.guard:
         guard = LatentGuard.load(asked.guard)
         model = ChatModel.load(asked.model, dtype=guard.fingerprint.dtype)
-        guard.check(model)
+        guard.verify_model(model)
     else:
         model = ChatModel.load(asked.model)
         pairs = [p for p in load_contrast("train") if p.pair]

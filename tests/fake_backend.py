@@ -1,6 +1,7 @@
 """A backend without a model: states drawn around planted directions, fixed by what is said."""
 
 import hashlib
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -116,3 +117,9 @@ def with_refusals(prompts):
         )
         for p in prompts
     ]
+
+
+def bare(guard):
+    """The guard's probe and axes alone."""
+    none = dict.fromkeys(("chunking", "thresholds", "quadrants", "categories"))
+    return replace(guard, deobfuscate=False, **none)

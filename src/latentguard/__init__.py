@@ -23,7 +23,6 @@ _HOMES = {
     "load_contrast": "latentguard.data.builtin",
     "load_traffic": "latentguard.data.builtin",
     "read_prompts": "latentguard.prompts",
-    "scan_many": "latentguard.guard.panel",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -78,9 +78,9 @@ class Prompt:
     segment: str | None = None
     """Which part of the traffic it belongs to: a language, a product, a client."""
 
-    undone_from: int = 0
-    """Characters of the obfuscated text that this is decoded from; 0 if it is as said.
-    What lies beneath a long text is read as long ones are."""
+    decoded_from_length: int = 0
+    """Characters of the obfuscated text that this is decoded from; 0 if it is as it was asked.
+    What is decoded from a long text is read as long ones are."""
 
     @property
     def group(self) -> Group | None:

@@ -229,10 +229,10 @@ class Backend(Protocol):
 
 @runtime_checkable
 class Scoring(Protocol):
-    """A backend that lets no states out but reads a guard's scores itself, such as vLLM."""
+    """A backend that lets no states out but scores texts for a guard itself, such as vLLM."""
 
-    def verdicts(self, guard: Any, prompts: Iterable[Prompt]) -> Iterator[Any]:
-        """Yield the guard's verdict on each prompt, in order."""
+    def scores(self, guard: Any, texts: Iterable[Prompt]) -> Iterator[Any]:
+        """Yield the guard's ``VariantScore`` of each text, in order."""
 
 
 class Speaker(Backend, Protocol):

@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 
 import latentguard
+from fake_backend import bare
 from latentguard.cli.loading import save_guard
-from latentguard.guard.chunking import Windows
+from latentguard.guard.chunking import Chunking
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.quadrants import Quadrants
-from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Prompt
 from models.architectures import chat_model
 
@@ -92,8 +91,8 @@ class TestCalibrate:
         page = (guard / "calibration" / "report.html").read_text()
         assert "Reliability" in page
         loaded = LatentGuard.load(guard)
-        assert set(loaded.part(Calibration).segments) == {"en", "de"}
-        assert "40 refused and 160 accepted" in loaded.part(Quadrants).basis
+        assert set(loaded.thresholds.segments) == {"en", "de"}
+        assert "40 refused and 160 accepted" in loaded.quadrants.basis
         assert "Expected calibration error" in lg("show", guard)[1]
 
     def test_the_page_goes_on_with_the_guard(self, lg, guard, files):
@@ -106,11 +105,11 @@ class TestCalibrate:
         assert "At most 5.00%" in page.read_text()
         assert lg(*words, "0.2")[0] == 0
         assert "At most 20.00%" in page.read_text()
-        bare = replace(LatentGuard.load(guard), parts=(), bound=None)
+        plain = replace(bare(LatentGuard.load(guard)), bound=None)
         (page.parent / "mine.txt").touch()
-        save_guard(bare, guard)
+        save_guard(plain, guard)
         assert [file.name for file in page.parent.iterdir()] == ["mine.txt"]
-        save_guard(bare, guard)
+        save_guard(plain, guard)
         assert lg(*words, "0.05")[0] == 0
         assert [file.name for file in page.parent.iterdir()] == ["mine.txt"]
 
@@ -129,26 +128,27 @@ class TestCalibrate:
         assert "at least 30 held-out prompts of each class; found 5 harmful" in err
 
     def test_too_few_long_prompts_leave_their_threshold_as_it_was(self, lg, guard, files, tmp_path):
-        windows = Windows(threshold=2.5)
-        LatentGuard.load(guard).with_part(windows).save(guard)
+        chunking = Chunking(threshold=2.5)
+        replace(LatentGuard.load(guard), chunking=chunking).save(guard)
         long = [row("kind", 5000) | dict(text="A kind sentence of some length. " * 20)]
         mixed = written(tmp_path / "mixed.jsonl", rows(160, "kind", start=1000) + long)
         code, out, err = lg("calibrate", guard, "--harmless", mixed, "--max-fpr", "0.05")
         assert code == 0
         assert "stays as it was" in err
         assert "n = 160 " in out
-        assert LatentGuard.load(guard).part(Windows).threshold == 2.5
+        assert LatentGuard.load(guard).chunking.threshold == 2.5
 
     def test_the_built_in_prompts_leave_it_to_what_fit_picked_it_on(self, lg, guard, monkeypatch):
         texts = [f"Tell me the kind thing number {n}" for n in range(8000, 8100)]
         long = [f"{n}. " + "Tell me the kind thing. " * 9 for n in range(70)]
         said = [Prompt(text, harmful=False) for text in texts + long]
         monkeypatch.setattr("latentguard.cli.calibrate.load_traffic", lambda split: said)
-        LatentGuard.load(guard).with_part(Windows(threshold=2.5, over=150)).save(guard)
+        chunking = Chunking(threshold=2.5, longer_than=150)
+        replace(LatentGuard.load(guard), chunking=chunking).save(guard)
         code, out, err = lg("calibrate", guard)
         assert (code, "stays as it was" in err) == (0, False), err
         assert "n = 100 " in out
-        assert LatentGuard.load(guard).part(Windows).threshold == 2.5
+        assert LatentGuard.load(guard).chunking.threshold == 2.5
 
     def test_a_segment_that_no_prompt_has(self, lg, guard, files):
         words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--segment-column", "langauge"]
@@ -159,11 +159,11 @@ class TestCalibrate:
         words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--segment-column", "language"]
         assert lg("calibrate", guard, *words)[0] == 0
         found = LatentGuard.load(guard)
-        limits = found.part(Calibration)
+        limits = found.thresholds
         _, out, _ = lg("score", guard, files["attack"])
         for line, one in zip(out.splitlines(), rows(80, "sly", start=2000), strict=True):
             verdict = json.loads(line)
-            threshold = limits.limits(one["language"]).block.threshold
+            threshold = limits.for_segment(one["language"]).block.threshold
             assert verdict["flagged"] == (verdict["score"] > threshold)
             assert verdict["quadrant"] in {f"{a}, {b}" for a in SIDES[0] for b in SIDES[1]}
 

@@ -143,15 +143,15 @@ def test_control_c_says_what_is_kept(lg, places, calibrated, monkeypatch, comman
 
 def test_control_c_counts_the_verdicts_that_are_kept(lg, guard, files, tmp_path, monkeypatch):
     monkeypatch.setattr("latentguard.models.chat_model.PROMPTS_PER_STATES", 5)
-    judge, calls = LatentGuard.judge, []
+    measure, calls = LatentGuard.measure, []
 
     def interrupted(self, states):
         calls.append(states)
         if len(calls) > 5:  # canaries take two
             raise KeyboardInterrupt
-        return judge(self, states)
+        return measure(self, states)
 
-    monkeypatch.setattr(LatentGuard, "judge", interrupted)
+    monkeypatch.setattr(LatentGuard, "measure", interrupted)
     code, _, err = lg("score", guard, files["asked"], "--out", tmp_path / "v.jsonl")
     assert code == 130
     assert f"15 verdicts are kept in {tmp_path}/v.jsonl.partial. Run the same command" in err

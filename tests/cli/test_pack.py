@@ -29,7 +29,7 @@ class TestPack:
         assert 0 <= line["category_scores"]["novel"] <= 1
         assert "Category pack `novel`" in lg("show", guard)[1]
         code, out, _ = lg("pack", "remove", guard, "novel", *calm)
-        assert (code, record(guard)["parts"]["categories"]["packs"]) == (0, {})
+        assert (code, record(guard)["categories"]["packs"]) == (0, {})
         assert "No packs" in lg("pack", "list", guard)[2]
 
     def test_on_another_model(self, fails, lg, guard, files, tmp_path, tokenizer):

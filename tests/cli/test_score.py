@@ -75,14 +75,14 @@ class TestScore:
             count.append(1)
             if len(count) > 5:  # canaries take two
                 raise KeyboardInterrupt
-            return judge(self, states)
+            return measure(self, states)
 
-        judge = LatentGuard.judge
-        monkeypatch.setattr(LatentGuard, "judge", killed)
+        measure = LatentGuard.measure
+        monkeypatch.setattr(LatentGuard, "measure", killed)
         code, _, err = lg("score", guard, files["asked"], "--out", out)
         assert code == 130
         assert "Traceback" not in err
-        monkeypatch.setattr(LatentGuard, "judge", judge)
+        monkeypatch.setattr(LatentGuard, "measure", measure)
         left = Path(f"{out}.partial").read_text().splitlines()
         assert len(left) == 15
         code, _, err = lg("score", guard, files["asked"], "--out", out)

@@ -11,7 +11,7 @@ import pytest
 
 from latentguard.data.builtin import load_contrast, load_samples, load_traffic, split_of
 from latentguard.data.surface_audit import audit, ending, form
-from latentguard.guard.canaries import COUNT, canary_prompts
+from latentguard.guard.compatibility import CANARY_COUNT, canary_prompts
 from latentguard.prompts import Prompt
 
 SPLITS = ("train", "validation", "test")
@@ -260,8 +260,8 @@ class TestTraffic:
 class TestCanaries:
     def test_half_harmful_half_harmless_out_of_validation(self):
         found = canary_prompts()
-        assert len(found) == COUNT == len({p.id for p in found})
-        assert sum(p.harmful for p in found) == COUNT // 2
+        assert len(found) == CANARY_COUNT == len({p.id for p in found})
+        assert sum(p.harmful for p in found) == CANARY_COUNT // 2
         assert {split_of(p) for p in found} == {"validation"}
-        assert len({p.category for p in found}) >= COUNT // 2
+        assert len({p.category for p in found}) >= CANARY_COUNT // 2
         assert found == canary_prompts()

@@ -1,4 +1,4 @@
-"""A guard on disk: every way in which it can be damaged is an error, and old ones still load."""
+"""A guard on disk: every way in which it can be damaged is an error, and a pinned one loads."""
 
 import hashlib
 import json
@@ -7,17 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load, save
 
+from data import make_guard
 from fake_backend import FakeBackend, labelled, with_refusals
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import CARD_FILE, JSON_FILE, SCHEMA, TENSOR_FILE
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.thresholds import Calibration
 
-OLD = Path(__file__).parents[1] / "data"
-"""One guard of each schema, as it was written then; they are never written again."""
+PINNED = make_guard.FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +48,11 @@ class TestFiles:
         names = {file.name for file in folder.iterdir()}
         assert names == {JSON_FILE, TENSOR_FILE, CARD_FILE}
         record = json.loads((folder / JSON_FILE).read_text())
-        assert record["schema"] == SCHEMA == 2
+        assert record["schema"] == SCHEMA == 3
         assert record["fingerprint"] == asdict(guard.fingerprint)
         assert set(load((folder / TENSOR_FILE).read_bytes())) == {
             "weight",
-            "learnt",
+            "training_digests",
             *(f"{axis}.{pole}" for axis in ("harmful", "refuse") for pole in POLES),
             *("categories.weight", "categories.bias"),
         }
@@ -140,13 +138,18 @@ class TestDamage:
     @pytest.mark.parametrize("content", [b"\xff\xfe{", b"{}", b"[]", b"3", b"null", b'"a"'])
     def test_other_content(self, folder, content):
         (folder / JSON_FILE).write_bytes(content)
-        with pytest.raises(GuardError, match=r"is not JSON|has schema .* expected 1 to 2"):
+        with pytest.raises(GuardError, match=r"is not JSON|has schema .* expected 3"):
             LatentGuard.load(folder)
 
-    @pytest.mark.parametrize("schema", [0, 3, "1", None])
+    @pytest.mark.parametrize("schema", [0, 2, 4, "3", None])
     def test_another_schema(self, folder, schema):
         edit(folder, lambda r: r.update(schema=schema))
-        with pytest.raises(GuardError, match=f"has schema {schema!r}, expected 1 to 2"):
+        with pytest.raises(GuardError, match=f"has schema {schema!r}, expected 3"):
+            LatentGuard.load(folder)
+
+    def test_what_a_newer_version_added(self, folder):
+        edit(folder, lambda r: r.update(colour="red"))
+        with pytest.raises(GuardError, match=r"colour, which this version .* does not know"):
             LatentGuard.load(folder)
 
     def test_truncated_or_flipped_tensors(self, folder):
@@ -258,49 +261,35 @@ class TestDamage:
             LatentGuard.load(folder)
 
 
-class TestOldGuards:
-    PINNED = {  # noqa: RUF012
-        "Please do the bad item number 1": 0.38194769620895386,
-        "Please do the good item number 1": -0.7722601294517517,
-        "Is it bad to know?": -0.011704180389642715,
-    }
+class TestPinnedGuard:
+    """A guard that was saved by this schema's first version, with every optional field."""
 
-    def test_schema_1(self):
-        backend = FakeBackend()
-        guard = LatentGuard.load(OLD / "guard-schema-1", backend)
-        verdicts = list(guard.scan(backend, self.PINNED))
-        assert [v.score for v in verdicts] == pytest.approx(list(self.PINNED.values()), abs=1e-5)
-        assert [a.name for a in guard.axes] == ["harmful", "refuse"]
-        assert (guard.reading.name, guard.probe.kind) == ("span", "linear")
-        assert guard.bound.max_fpr == 0.05
-        assert [v.flagged for v in verdicts] == [True, False, True]
+    def test_it_loads_and_reproduces_its_verdicts(self):
+        guard = LatentGuard.load(PINNED)
+        wanted = json.loads((PINNED / "verdicts.json").read_text())
+        verdicts = guard.scan(FakeBackend(signal=0.5), make_guard.PROMPTS)
+        for verdict, record in zip(verdicts, wanted, strict=True):
+            numbers = ("score", "probability", "beliefs", "category_scores")
+            for name in numbers:
+                assert getattr(verdict, name) == pytest.approx(record.pop(name), abs=1e-6)
+            evidence = record.pop("evidence")
+            assert [e.score for e in verdict.evidence] == pytest.approx(
+                [e.pop("score") for e in evidence], abs=1e-6
+            )
+            assert [(e.message, e.start, e.end) for e in verdict.evidence] == [
+                tuple(e.values()) for e in evidence
+            ]
+            found = verdict.to_dict()
+            assert record == {name: found[name] for name in record}
 
-    def test_schema_2(self):
-        backend = FakeBackend()
-        guard = LatentGuard.load(OLD / "guard-schema-2", backend)
-        verdicts = list(guard.scan(backend, self.PINNED))
-        assert [v.score for v in verdicts] == pytest.approx(list(self.PINNED.values()), abs=1e-5)
-        assert [v.decision for v in verdicts] == ["block", "review", "block"]
-        assert [v.quadrant for v in verdicts] == [
-            "harmful, accepting",
-            "harmless, accepting",
-            "harmful, accepting",
-        ]
-        assert [v.probability for v in verdicts] == pytest.approx(
-            [0.9873, 0.0004, 0.5543], abs=1e-4
-        )
-        calibration = guard.part(Calibration)
-        assert (set(calibration.segments), calibration.small) == ({"en"}, {"de": 30})
+    def test_it_shows_each_kind_of_verdict(self):
+        verdicts = json.loads((PINNED / "verdicts.json").read_text())
+        assert {v["decision"] for v in verdicts} == {"allow", "review", "block"}
+        assert any(v["evidence"] for v in verdicts) and any(v["obfuscations"] for v in verdicts)
 
-    def test_there_is_one_of_each(self):
-        assert {f.name for f in OLD.glob("guard-schema-*")} == {
-            f"guard-schema-{n}" for n in range(1, SCHEMA + 1)
-        }
-
-    @pytest.mark.parametrize("schema", range(1, SCHEMA + 1))
-    def test_saving_it_again_changes_nothing(self, schema, tmp_path):
-        old = LatentGuard.load(OLD / f"guard-schema-{schema}")
-        old.save(tmp_path)
-        assert LatentGuard.load(tmp_path).digest == old.digest
-        weight = torch.equal(LatentGuard.load(tmp_path).probe.weight, old.probe.weight)
-        assert weight
+    def test_saving_it_again_changes_nothing(self, tmp_path):
+        guard = LatentGuard.load(PINNED)
+        guard.save(tmp_path)
+        assert LatentGuard.load(tmp_path).digest == guard.digest
+        for name in (JSON_FILE, TENSOR_FILE):
+            assert (tmp_path / name).read_bytes() == (PINNED / name).read_bytes()

@@ -1,18 +1,16 @@
 """Drift: the arithmetic by brute force, quiet on the same traffic, loud on other."""
 
 import json
-from dataclasses import replace
 from math import log
 
 import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from fake_backend import FakeBackend, labelled, texts
+from fake_backend import FakeBackend, bare, labelled, texts
 from latentguard.errors import GuardError
 from latentguard.guard.drift import compare, cut, holm, in_steps, record_of, shares, stability
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.thresholds import Calibration
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 
@@ -89,11 +87,11 @@ def guard():
 
 def live(guard, count, shift=0.0, seed=0, part="en"):
     """Verdicts drawn from the calibration's own scores, moved."""
-    known = guard.part(Calibration).limits(part)
+    known = guard.thresholds.for_segment(part)
     drawn = np.random.default_rng(seed).choice(known.scores, count) + shift * guard.spread
     prompts = [Prompt("x", segment=part)] * count
-    rows = [Verdict("1", float(s), 0.5, bool(s > guard.threshold), {}) for s in drawn]
-    return prompts, guard.part(Calibration).decide(prompts, rows)
+    decide = guard.thresholds.decide
+    return prompts, [Verdict("1", float(s), 0.5, decide(part, s) == "block", {}) for s in drawn]
 
 
 class TestCompare:
@@ -144,6 +142,6 @@ class TestCompare:
 
     def test_what_cannot_be_compared(self, guard):
         with pytest.raises(GuardError, match="no calibration"):
-            compare(replace(guard, parts=()), *live(guard, 5))
+            compare(bare(guard), *live(guard, 5))
         with pytest.raises(GuardError, match="no prompt"):
             compare(guard, [], [])

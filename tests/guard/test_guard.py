@@ -11,7 +11,7 @@ from scipy.special import expit
 
 from fake_backend import FINGERPRINT, FakeBackend, labelled, texts, with_refusals
 from latentguard.errors import GuardError, ModelMismatch
-from latentguard.guard.canaries import COUNT
+from latentguard.guard.compatibility import CANARY_COUNT
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Reading, States
@@ -286,7 +286,7 @@ class TestMismatch:
         for act in (
             lambda: list(guard.scan(other, ["good"])),
             lambda: guard.calibrate(other, harmless(60)),
-            lambda: guard.check(other),
+            lambda: guard.verify_model(other),
         ):
             with pytest.raises(ModelMismatch) as error:
                 act()
@@ -298,7 +298,7 @@ class TestMismatch:
         with pytest.raises(
             ModelMismatch, match=r"template z instead of c+ \(edited.*\); dtype bfloat16"
         ):
-            guard.check(other)
+            guard.verify_model(other)
 
     def test_load_looks_too(self, guard, tmp_path):
         guard.save(tmp_path)
@@ -309,14 +309,14 @@ class TestMismatch:
 
     def test_the_same_model_at_another_place(self, guard):
         moved = FakeBackend(fingerprint=replace(FINGERPRINT, model="moved"))
-        guard.check(moved)
+        guard.verify_model(moved)
         assert len(list(guard.scan(moved, ["good"]))) == 1
 
 
 class TestCanaries:
     def test_there_are_some(self, guard):
-        assert len(guard.canaries) == COUNT
-        assert len({c.score for c in guard.canaries}) == COUNT
+        assert len(guard.canaries) == CANARY_COUNT
+        assert len({c.score for c in guard.canaries}) == CANARY_COUNT
 
     @pytest.mark.parametrize("probe", ["linear", "centroid"])
     def test_they_notice_shifted_states(self, backend, probe, tmp_path):
@@ -325,24 +325,24 @@ class TestCanaries:
         shifted = FakeBackend(shift=0.5 * backend.harm)
         assert shifted.fingerprint == guard.fingerprint
         with pytest.raises(ModelMismatch, match="canary prompts differently"):
-            guard.check(shifted)
+            guard.verify_model(shifted)
         with pytest.raises(ModelMismatch, match="canary"):
             LatentGuard.load(tmp_path, shifted)
 
     def test_they_notice_other_weights(self, guard):
         with pytest.raises(ModelMismatch, match="standard deviations"):
-            guard.check(FakeBackend(salt="other"))
+            guard.verify_model(FakeBackend(salt="other"))
 
     @pytest.mark.parametrize("shift", [0.0, 1e-4])
     def test_rounding_is_forgiven(self, guard, shift):
-        guard.check(FakeBackend(shift=shift))
+        guard.verify_model(FakeBackend(shift=shift))
 
     def test_undefined_states(self, guard):
         with pytest.raises(GuardError, match="not a finite number"):
-            guard.check(FakeBackend(shift=float("nan")))
+            guard.verify_model(FakeBackend(shift=float("nan")))
 
     def test_a_guard_without_canaries(self, guard):
-        replace(guard, canaries=()).check(FakeBackend(salt="other"))
+        replace(guard, canaries=()).verify_model(FakeBackend(salt="other"))
 
 
 class Broken(FakeBackend):

@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from fake_backend import FakeBackend, labelled, noise, planted, texts
+from fake_backend import FakeBackend, bare, labelled, noise, planted, texts
 from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.data.hazards import HAZARDS, MODERATION, OTHER, moderation_names
 from latentguard.errors import GuardError
 from latentguard.guard import packs
-from latentguard.guard.categories import FEWEST, Categories, fit_directions
-from latentguard.guard.chunk_calibration import calibrate_windows, fit_windows, harmless_texts
-from latentguard.guard.chunking import Windows
+from latentguard.guard.categories import MIN_PROMPTS, fit_directions
+from latentguard.guard.chunk_calibration import calibrate_chunking, fit_chunking, harmless_texts
+from latentguard.guard.chunking import Chunking
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.leakage import Held, apart, mark
+from latentguard.guard.leakage import TrainingPrompts, exclude_training_prompts, prompt_digest
 from latentguard.guard.score_scale import ScoreScale
-from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Message, Prompt
 from latentguard.stats.detection import auroc
 
@@ -97,18 +96,18 @@ class TestNaming:
         assert scores[~of].mean() < 0.25
 
     def test_score_and_decision_are_as_without_categories(self, backend, guard):
-        bare = replace(guard, parts=())
+        plain = bare(guard)
         for one, other in zip(
-            guard.scan(backend, kinds(5)), bare.scan(backend, kinds(5)), strict=True
+            guard.scan(backend, kinds(5)), plain.scan(backend, kinds(5)), strict=True
         ):
             assert replace(one, category=None, category_scores={}) == other
 
     def test_too_few_of_a_kind_are_left_out(self, backend):
-        prompts = kinds(3 * FEWEST)
+        prompts = kinds(3 * MIN_PROMPTS)
         prompts = [p for p in prompts if p.category != "spite"] + [
             p for p in prompts if p.category == "spite"
         ][1:]
-        names = LatentGuard.fit(backend, prompts).part(Categories).directions.names
+        names = LatentGuard.fit(backend, prompts).categories.directions.names
         assert names == ("arson", "fraud")
 
     def test_without_categories_none_is_named(self, backend):
@@ -182,7 +181,7 @@ class TestPack:
         for v in packed.scan(backend, [*novel(20, 1000), *kinds(20), *harmless(20)]):
             assert v.flagged == (v.score > packed.threshold)
             if v.category == "novel" and v.flagged:
-                cut = packed.part(Categories).cut_off("novel", packed.threshold)
+                cut = packed.categories.cut_off("novel", packed.threshold)
                 assert v.category_scores["novel"] > cut
 
     def test_it_is_stored(self, backend, packed, tmp_path):
@@ -204,7 +203,7 @@ class TestPack:
         two = packs.add(packed, backend, "arson", examples, harmless(400, 7000))
         (verdict,) = two.scan(backend, [novel(1, 900)[0]])
         assert tuple(verdict.category_scores) == (*KINDS, "novel")
-        assert tuple(two.part(Categories).packs) == ("novel", "arson")
+        assert tuple(two.categories.packs) == ("novel", "arson")
         one = packs.remove(two, backend, "novel", harmless(400, 7000))
         (verdict,) = one.scan(backend, [examples[0]])
         assert verdict.category == "arson"
@@ -233,9 +232,10 @@ class TestRefused:
         with pytest.raises(GuardError, match="run 'latentguard calibrate' first"):
             packs.add(guard, backend, "novel", novel(30), harmless(400))
 
-    def test_an_old_guard(self, backend, calibrated):
-        with pytest.raises(GuardError, match="older version"):
-            packs.add(replace(calibrated, parts=()), backend, "novel", novel(30), harmless(400))
+    def test_a_guard_without_categories(self, backend, calibrated):
+        none = replace(calibrated, categories=None)
+        with pytest.raises(GuardError, match="no categories to add a pack to"):
+            packs.add(none, backend, "novel", novel(30), harmless(400))
 
     def test_a_promise_on_other_prompts_needs_prompts_like_them(self, backend, calibrated):
         with pytest.raises(GuardError, match="give harmless prompts like them"):
@@ -256,18 +256,18 @@ class TestRefused:
 
 
 def test_what_is_fitted_never_calibrates():
-    like, calm = packs.halves(harmless(101))
+    like, calm = packs.halve(harmless(101))
     assert not {p.text for p in like} & {p.text for p in calm}
     assert (len(like), len(calm)) == (50, 51)
-    assert packs.halves(harmless(101)[::-1]) == (like, calm)
+    assert packs.halve(harmless(101)[::-1]) == (like, calm)
     more = [*harmless(101), *harmless(60, 3000)]  # what was held stays on its side
-    again, fresh = packs.halves(more, Held.of(like, calm))
+    again, fresh = packs.halve(more, TrainingPrompts.of(like, calm))
     assert again[:50] == sorted(like, key=harmless(101).index) and len(again) == 80
     assert not {p.text for p in like} & {p.text for p in fresh}
     said = [(Message("user", f"Tell me {n}"), Message("assistant", "So.")) for n in range(10)]
     chats = [Prompt("Thanks, go on.", history=history) for history in said]
-    assert list(map(len, packs.halves([*chats, *chats]))) == [10, 10]  # rows, not texts
-    assert len(packs.against()) == packs.AGAINST
+    assert list(map(len, packs.halve([*chats, *chats]))) == [10, 10]  # rows, not texts
+    assert len(packs.built_in_harmless()) == packs.BUILT_IN_HARMLESS
 
 
 class TestThePromise:
@@ -290,10 +290,10 @@ class TestThePromise:
     def test_what_a_pack_is_held_against_never_calibrates_again(self, backend, calibrated):
         given = harmless(400, 30_000)
         packed = packs.add(calibrated, backend, "novel", novel(30), given)
-        assert len(packed.part(Categories).packs["novel"].against) == 200
+        assert len(packed.categories.packs["novel"].harmless_alone) == 200
         assert packed.calibrate(backend, given, max_fpr=0.05).bound.n == 200
         two = packs.add(packed, backend, "arson", kinds_of("arson", 30), given)
-        assert two.bound.n == 200 and two.held == packed.held
+        assert two.bound.n == 200 and two.pack_training_prompts == packed.pack_training_prompts
         one = packs.remove(two, backend, "novel", given)
         assert one.bound.n == 200
         assert packs.remove(one, backend, "arson", given).bound.n == 400
@@ -313,7 +313,7 @@ class TestThePromise:
     def test_copies_are_held_in_every_segment(self, backend, calibrated, traffic):
         sliced = [replace(p, segment=s) for s in ("en", "de") for p in traffic]
         packed = packs.add(calibrated, backend, "novel", novel(30), sliced)
-        rest = apart(sliced, packed.held)[1]
+        rest = kept_of(sliced, packed)
         often = Counter(p.segment for p in rest if p.text == traffic[-1].text)
         assert sum(often.values()) == pytest.approx(100, abs=20) and min(often.values()) > 25
 
@@ -330,7 +330,7 @@ class TestThePromise:
         fitted = [p for p in kinds(90) if not p.harmful]
         turns = (Message("user", "Hello"), Message("assistant", "Hello."))
         chats = [replace(p, history=turns) for p in harmless(1500, 80_000)]
-        guard = calibrated.with_part(Windows())
+        guard = replace(calibrated, chunking=Chunking())
         with pytest.raises(GuardError, match="are among those"):
             guard.calibrate(backend, [*fitted, *chats], max_fpr=0.05)
         few = [replace(p, segment="de") for p in fitted]
@@ -345,7 +345,7 @@ class TestThePromise:
             [asked[k] for k in rng.choice(100, n, p=often / often.sum())] for n in (1000, 600)
         )
         packed = packs.add(calibrated, backend, "novel", novel(30), last)
-        kept = apart(this, packed.held)[1]
+        kept = kept_of(this, packed)
         assert len(kept) > 280
         shares = [
             np.mean([p.text in {q.text for q in asked[:10]} for p in rows]) for rows in (this, kept)
@@ -356,13 +356,11 @@ class TestThePromise:
     def test_part_of_a_file_brings_back_nothing_that_was_learnt(self, backend, calibrated):
         given = [p for p in harmless(200, 97_000) for _ in range(2)]
         packed = packs.add(calibrated, backend, "novel", novel(30), given)
-        held = packed.held
-        kept = apart(given[:150], held)[1]
-        assert not {mark(p) for p in kept} & held.alone
-        assert (
-            packs.add(packed, backend, "arson", kinds_of("arson", 30), given).held.alone
-            >= held.alone
-        )
+        alone = packed.pack_training_prompts.alone
+        kept = kept_of(given[:150], packed)
+        assert not {prompt_digest(p) for p in kept} & alone
+        two = packs.add(packed, backend, "arson", kinds_of("arson", 30), given)
+        assert two.pack_training_prompts.alone >= alone
 
     @pytest.mark.parametrize("seed", range(6))
     def test_a_pack_keeps_every_threshold_or_is_refused(self, backend, calibrated, seed):
@@ -373,13 +371,13 @@ class TestThePromise:
             for k in rng.integers(130, size=250)
         ]
         sliced = calibrated.calibrate(backend, given, max_fpr=0.05)
-        assert set(sliced.part(Calibration).segments) == {"de", "en"}
+        assert set(sliced.thresholds.segments) == {"de", "en"}
         try:
             packed = packs.add(sliced, backend, "novel", novel(30), given)
         except GuardError as error:
             assert "needs 59 harmless" in str(error)
         else:
-            assert set(packed.part(Calibration).segments) == {"de", "en"}
+            assert set(packed.thresholds.segments) == {"de", "en"}
 
     def test_a_segment_of_few_texts(self, backend, calibrated):
         known = next(p for p in kinds(90) if not p.harmful)
@@ -387,9 +385,7 @@ class TestThePromise:
             replace(p, segment="kiosk") for p in [known, *harmless(7, 99_000)] for _ in range(50)
         ]
         given = [*harmless(300, 99_500), *kiosk]
-        assert (
-            "kiosk" in calibrated.calibrate(backend, given, max_fpr=0.05).part(Calibration).segments
-        )
+        assert "kiosk" in calibrated.calibrate(backend, given, max_fpr=0.05).thresholds.segments
 
     def test_a_greeting_that_was_fitted_on_is_asked_again(self, backend, calibrated):
         known = next(p for p in kinds(90) if not p.harmful)
@@ -407,12 +403,17 @@ class TestThePromise:
             replace(p, segment=("de", "en")[n % 2]) for n, p in enumerate(harmless(240, 40_000))
         ]
         sliced = calibrated.calibrate(backend, given, max_fpr=0.05)
-        assert set(sliced.part(Calibration).segments) == {"de", "en"}
+        assert set(sliced.thresholds.segments) == {"de", "en"}
         packed = packs.add(sliced, backend, "novel", novel(30), [*given, *moved(given)])
-        assert set(packed.part(Calibration).segments) == {"de", "en"}
+        assert set(packed.thresholds.segments) == {"de", "en"}
         few = [p for p in given if p.segment == "de"] + given[:20]
-        with pytest.raises(GuardError, match="slice 'en' has a threshold of its own, which needs"):
+        with pytest.raises(GuardError, match="'en' has a threshold of its own, which needs"):
             packs.add(sliced, backend, "novel", novel(30), few)
+
+
+def kept_of(prompts, guard):
+    """Those that may calibrate a guard."""
+    return exclude_training_prompts(prompts, guard.pack_training_prompts)[1]
 
 
 def moved(prompts):
@@ -430,7 +431,7 @@ class TestLongPrompts:
 
     @pytest.fixture(scope="class")
     def long(self, backend, calibrated):
-        return fit_windows(backend, calibrated)
+        return fit_chunking(backend, calibrated)
 
     def own(self, count):
         texts = (f"{self.CALM} {n}" for n in range(count))
@@ -438,7 +439,7 @@ class TestLongPrompts:
 
     def test_a_piece_of_the_new_category_is_found(self, backend, long):
         """Calibrated on texts of our own: the built-in ones speak of novels."""
-        mine = calibrate_windows(backend, long, self.own(100), max_fpr=0.05)
+        mine = calibrate_chunking(backend, long, self.own(100), max_fpr=0.05)
         mixed = [*harmless(400, 6000), *self.own(200)]
         pack = packs.add(mine, backend, "novel", novel(30), mixed)
         texts = [f"{self.CALM}\n\n{p.text}\n\n{self.CALM}" for p in novel(20, start=2000)]
@@ -451,63 +452,64 @@ class TestLongPrompts:
 
     def test_their_rate_is_kept_for_the_union(self, backend, long):
         pack = packs.add(long, backend, "novel", novel(30), harmless(400, 6000))
-        old, new = (g.part(Windows) for g in (long, pack))
+        old, new = (g.chunking for g in (long, pack))
         assert new.threshold >= old.threshold
         assert (new.bound.n, new.bound.max_fpr) == (old.bound.n, 0.05)
         calm = harmless_texts("test", 150)
         assert np.mean([v.flagged for v in pack.scan(backend, calm)]) < 0.1
         gone = packs.remove(pack, backend, "novel", harmless(400, 7000))
-        assert gone.part(Windows).threshold == old.threshold
+        assert gone.chunking.threshold == old.threshold
 
     def test_on_another_model_the_rates_are_those_of_before(self, backend, calibrated):
         strict = calibrated.calibrate(backend, harmless(400), max_fpr=0.01)
         other = Kinds(shift=0.01)
-        moved = fit_windows(backend, strict).rebind(other)
-        assert moved.part(Windows).bound is None
+        moved = fit_chunking(backend, strict).rebind(other)
+        assert moved.chunking.bound is None
         pack = packs.add(moved, other, "novel", novel(30), harmless(800, 6000))
-        assert (pack.bound.max_fpr, pack.part(Windows).bound.max_fpr) == (0.01, 0.05)
+        assert (pack.bound.max_fpr, pack.chunking.bound.max_fpr) == (0.01, 0.05)
 
     def test_long_prompts_of_ones_own(self, backend, long):
-        mine = calibrate_windows(backend, long, self.own(100), max_fpr=0.05)
+        mine = calibrate_chunking(backend, long, self.own(100), max_fpr=0.05)
         with pytest.raises(GuardError, match=r"needs 59 harmless ones like them .* found 0"):
             packs.add(mine, backend, "novel", novel(30), harmless(400, 6000))
         mixed = [*harmless(400, 6000), *self.own(150)]
         pack = packs.add(mine, backend, "novel", novel(30), mixed)
-        assert 59 <= pack.part(Windows).bound.n < 100  # one half is what the pack is held against
+        assert 59 <= pack.chunking.bound.n < 100  # one half is what the pack is held against
 
 
-@pytest.mark.parametrize("parts", [(), (Windows(),)], ids=["plain", "windows"])
+@pytest.mark.parametrize("chunking", [None, Chunking()], ids=["plain", "chunks"])
 @pytest.mark.parametrize("built_in", [load_contrast, load_traffic])
 def test_built_in_prompts_serve_a_guard_that_was_calibrated_on_them(
-    backend, guard, built_in, parts
+    backend, guard, built_in, chunking
 ):
-    for part in parts:
-        guard = guard.with_part(part)
+    guard = replace(guard, chunking=chunking)
     calm = [p for p in built_in("validation") if not p.harmful]
     own = guard.calibrate(backend, calm, max_fpr=0.05)
     packed = packs.add(own, backend, "novel", novel(30))
     assert packed.fitted["calibration_sha256"] == own.fitted["calibration_sha256"]
     assert (
-        packed.bound.n == own.bound.n == len([p for p in calm if not parts or len(p.text) <= 500])
+        packed.bound.n
+        == own.bound.n
+        == len([p for p in calm if not chunking or len(p.text) <= 500])
     )
 
 
-@pytest.mark.parametrize("change", ["names", "packs", "tail", "width", "nan"])
+@pytest.mark.parametrize("change", ["names", "packs", "scale", "width", "nan"])
 def test_damaged_parts_are_not_loaded(packed, change, tmp_path):
-    record, tensors = packed.pack()
-    part = record["parts"]["categories"] = json.loads(json.dumps(record["parts"]["categories"]))
+    record, tensors = packed.to_dict()
+    part = record["categories"] = json.loads(json.dumps(record["categories"]))
     if change == "names":
         part["names"] = part["names"][1:]
     elif change == "packs":
         part["packs"] = {}
-    elif change == "tail":
-        del part["tail"]
+    elif change == "scale":
+        del part["scale"]
     elif change == "width":
-        part["packs"]["novel"]["tail"]["width"] = 0.0
+        part["packs"]["novel"]["scale"]["width"] = 0.0
     else:
         tensors["categories.bias"] = torch.full_like(tensors["categories.bias"], float("nan"))
     with pytest.raises((LookupError, TypeError, ValueError)):
-        LatentGuard.unpack(record, tensors)
+        LatentGuard.from_dict(record, tensors)
 
 
 def test_the_table_names_what_openai_names():

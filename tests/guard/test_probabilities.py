@@ -16,8 +16,8 @@ from latentguard.guard.probabilities import fit_isotonic, fit_probabilities
 from latentguard.guard.reliability import (
     Reliability,
     brier,
-    by_chance,
     error_of,
+    errors_by_chance,
     expected_error,
     log_loss,
 )
@@ -54,7 +54,9 @@ class TestChoice:
     def test_a_truth_of_steps_is_isotonic(self):
         result = found(*drawn(stairs, 3000))
         assert result.reliability.method == "isotonic"
-        assert result.knots(np.array([-3.0, 0.0, 3.0])) == pytest.approx([0.02, 0.5, 0.98], abs=0.1)
+        assert result.isotonic(np.array([-3.0, 0.0, 3.0])) == pytest.approx(
+            [0.02, 0.5, 0.98], abs=0.1
+        )
         losses = result.reliability.log_loss
         assert losses["isotonic"] < losses["platt"]
         assert result.reliability.brier["isotonic"] < result.reliability.brier["platt"]
@@ -62,7 +64,7 @@ class TestChoice:
     def test_few_prompts_of_a_logistic_truth_are_platt(self):
         """Isotonic regression overfits them; cross-validation sees it."""
         result = found(*drawn(logistic, 100, seed=3))
-        assert (result.reliability.method, result.knots) == ("platt", None)
+        assert (result.reliability.method, result.isotonic) == ("platt", None)
 
     def test_classes_weigh_the_same(self):
         """Ten times as many harmless prompts do not move the middle."""
@@ -130,7 +132,7 @@ class TestFigures:
         for seed in range(30):
             scores, labels = drawn(logistic, 400, seed)
             errors.append(expected_error(labels, logistic(scores)))
-            floors.append(by_chance(labels, logistic(scores)).mean())
+            floors.append(errors_by_chance(labels, logistic(scores)).mean())
         assert np.mean(errors) == pytest.approx(np.mean(floors), rel=0.15)
 
     def test_a_wrong_map_is_seen_and_mended(self):
@@ -166,10 +168,13 @@ class TestFigures:
     def test_an_isotonic_map_rises_and_is_never_certain(self):
         scores, labels = drawn(logistic, 300)
         knots = fit_isotonic(scores, labels)
-        assert list(knots.chances) == sorted(knots.chances)
-        assert 0 < min(knots.chances) < max(knots.chances) < 1
-        assert knots(np.array([-99.0, 99.0])).tolist() == [knots.chances[0], knots.chances[-1]]
+        assert list(knots.probabilities) == sorted(knots.probabilities)
+        assert 0 < min(knots.probabilities) < max(knots.probabilities) < 1
+        assert knots(np.array([-99.0, 99.0])).tolist() == [
+            knots.probabilities[0],
+            knots.probabilities[-1],
+        ]
 
     def test_through_json(self):
         result = found(*drawn(logistic, 300)).reliability
-        assert Reliability.unpack(json.loads(json.dumps(asdict(result)))) == result
+        assert Reliability.from_dict(json.loads(json.dumps(asdict(result)))) == result

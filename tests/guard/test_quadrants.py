@@ -8,7 +8,7 @@ import pytest
 from fake_backend import FINGERPRINT, FakeBackend, labelled, with_refusals
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.quadrants import NAMES, Quadrants
-from latentguard.guard.thresholds import Calibration, Rates
+from latentguard.guard.thresholds import Rates
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 
@@ -51,13 +51,13 @@ def named(guard, backend):
 
 class TestPlanted:
     def test_half_way_before_calibration(self, backend, fitted):
-        assert fitted.part(Quadrants) == Quadrants()
+        assert fitted.quadrants == Quadrants()
         assert named(fitted, backend) == FOUR
-        assert fitted.part(Quadrants).notes() == []
+        assert fitted.quadrants.notes() == []
 
     def test_by_labels(self, backend, fitted):
         guard = fitted.calibrate(backend, mixed(60), max_fpr=0.05)
-        part = guard.part(Quadrants)
+        part = guard.quadrants
         assert named(guard, backend) == FOUR
         assert "120 refused and 120 accepted prompts" in part.basis
         assert (part.refused.value, part.accepted.value) == (1.0, 0.0)
@@ -71,13 +71,13 @@ class TestPlanted:
 
     def test_labels_that_beliefs_contradict_place_no_cut_off(self, fitted, backend):
         turned = [replace(p, refused=not p.refused) for p in mixed(60)]
-        part = fitted.calibrate(backend, turned, max_fpr=0.05).part(Quadrants)
+        part = fitted.calibrate(backend, turned, max_fpr=0.05).quadrants
         assert part.refused is None and "at most 5.00% of harmless prompts" in part.basis
 
     def test_by_harmless_traffic_alone(self, backend, fitted):
         calm = [p for p in mixed(80, labels=False) if not p.harmful and "yes" in p.text]
         guard = fitted.calibrate(backend, calm, max_fpr=0.05)
-        part = guard.part(Quadrants)
+        part = guard.quadrants
         found = named(guard, backend)
         assert sum(found[text] == name for text, name in FOUR.items()) >= 3
         assert all(found[text] == name for text, name in FOUR.items() if "harmless" in name)
@@ -118,7 +118,7 @@ class TestKept:
         guard = fitted.calibrate(backend, mixed(60), max_fpr=0.05)
         guard.save(tmp_path)
         loaded = LatentGuard.load(tmp_path, backend)
-        assert loaded.part(Quadrants) == guard.part(Quadrants)
+        assert loaded.quadrants == guard.quadrants
         card = loaded.card
         assert "| quadrant | of harmful prompts, n = 120 | of harmless prompts, n = 120 |" in card
         assert "| harmful, accepting (jailbreak suspect) | 0.500 [" in card
@@ -128,18 +128,18 @@ class TestKept:
         guard = fitted.calibrate(backend, mixed(60), max_fpr=0.05)
         other = FakeBackend(fingerprint=replace(FINGERPRINT, weights="z"))
         there = guard.rebind(other)
-        part = there.part(Quadrants)
-        assert (part.refuse, part.refused, part.notes()) == (guard.part(Quadrants).refuse, None, [])
-        assert there.part(Calibration).reliability is None
+        part = there.quadrants
+        assert (part.refuse, part.refused, part.notes()) == (guard.quadrants.refuse, None, [])
+        assert there.thresholds.reliability is None
         calm = [replace(p, refused=None) for p in mixed(40, start=900) if not p.harmful]
-        again = there.calibrate(other, calm, max_fpr=0.05).part(Quadrants)
+        again = there.calibrate(other, calm, max_fpr=0.05).quadrants
         assert "of harmless prompts count as refusing" in again.basis
-        kept = guard.calibrate(backend, calm, max_fpr=0.05).part(Quadrants)
-        assert kept.basis == guard.part(Quadrants).basis
+        kept = guard.calibrate(backend, calm, max_fpr=0.05).quadrants
+        assert kept.basis == guard.quadrants.basis
 
     def test_a_guard_without_a_refusal_axis_has_none(self, backend):
         guard = LatentGuard.fit(backend, labelled(40)).calibrate(backend, mixed(30), max_fpr=0.06)
-        assert guard.part(Quadrants) is None
+        assert guard.quadrants is None
         assert next(guard.scan(backend, ["bad"])).quadrant is None
 
     def test_the_four(self):

@@ -1,4 +1,4 @@
-"""Calibration: thresholds by segment, the band to review, probabilities; saved and loaded."""
+"""Thresholds by segment, the band to review, probabilities; saved and loaded."""
 
 import json
 from dataclasses import replace
@@ -10,11 +10,12 @@ from fake_backend import FakeBackend, labelled, texts
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import CARD_FILE, JSON_FILE
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.probabilities import Knots
-from latentguard.guard.thresholds import KEPT, Calibration, Limits, Rates
+from latentguard.guard.probabilities import IsotonicMap
+from latentguard.guard.reading_plan import Version
+from latentguard.guard.thresholds import MAX_SCORES, Rates, SegmentThresholds
 from latentguard.prompts import Prompt
 
-LADDER = Knots((-1.0, 0.0, 1.0), (0.1, 0.5, 0.9))
+LADDER = IsotonicMap((-1.0, 0.0, 1.0), (0.1, 0.5, 0.9))
 LANGUAGES = {"en": 300, "de": 120, "fr": 20}
 
 
@@ -45,9 +46,9 @@ def guard(backend, plain):
     )
 
 
-class TestSlices:
+class TestSegments:
     def test_each_that_has_enough_gets_its_own(self, guard):
-        part = guard.part(Calibration)
+        part = guard.thresholds
         assert set(part.segments) == {"en", "de"}
         assert part.small == {"fr": 20}
         assert part.column == "language"
@@ -55,7 +56,8 @@ class TestSlices:
         assert part.common.block.n == 440
         assert part.segments["de"].block.n == 120
         assert part.segments["de"].block.threshold > part.segments["en"].block.threshold
-        assert part.limits("fr") is part.limits(None) is part.limits("nl") is part.common
+        assert part.for_segment("fr") is part.for_segment(None) is part.common
+        assert part.for_segment("nl") is part.common
 
     def test_the_rate_is_kept_in_each(self, backend, guard):
         fresh = traffic({"en": 400, "de": 400}, start=90_000)
@@ -65,14 +67,16 @@ class TestSlices:
             assert np.mean(own) < 0.07
 
     def test_a_prompt_of_a_segment_is_judged_by_it(self, backend, guard):
-        part = guard.part(Calibration)
+        part = guard.thresholds
         between = (part.segments["en"].block.threshold + part.segments["de"].block.threshold) / 2
+        assert [part.decide(name, between) for name in ("en", "de")] == ["block", "allow"]
+        (score,) = guard.score(backend, iter([Prompt("x")]))
+        version = Version((), replace(score, score=between), ())
         prompts = [Prompt("x", segment=name) for name in ("en", "de")]
-        verdicts = [replace(v, score=between) for v in guard.scan(backend, ["x", "x"])]
-        assert [v.flagged for v in part.decide(prompts, verdicts)] == [True, False]
+        assert [guard.decide(p, version).flagged for p in prompts] == [True, False]
 
     def test_without_segments(self, backend, plain):
-        found = plain.calibrate(backend, traffic({None: 100}), max_fpr=0.05).part(Calibration)
+        found = plain.calibrate(backend, traffic({None: 100}), max_fpr=0.05).thresholds
         assert (found.segments, found.small) == ({}, {})
 
 
@@ -80,7 +84,7 @@ class TestDecisions:
     def test_allow_review_block(self, backend, guard):
         fresh = traffic({None: 600}, start=200_000) + labelled(200, start=300_000)
         found = list(guard.scan(backend, fresh))
-        limits = guard.part(Calibration).common
+        limits = guard.thresholds.common
         for verdict in found:
             if verdict.score > limits.block.threshold:
                 assert (verdict.decision, verdict.flagged) == ("block", True)
@@ -96,7 +100,7 @@ class TestDecisions:
         assert found == {"allow", "block"}
 
     def test_both_rates_are_promised(self, guard):
-        limits = guard.part(Calibration).common
+        limits = guard.thresholds.common
         assert limits.block.upper <= 0.05
         assert 0.05 < limits.review.upper <= 0.2
         assert limits.review.threshold < limits.block.threshold
@@ -125,27 +129,29 @@ class TestProbabilities:
         assert alone.threshold == pytest.approx(likely.threshold, abs=1e-6)
 
     def test_they_fit(self, likely, plain):
-        found = likely.part(Calibration).reliability
+        found = likely.thresholds.reliability
         assert found.n == (300, 300)
         assert found.after.low < 0.05
         assert likely.platt != plain.platt
 
     def test_an_isotonic_map_is_used(self, backend, likely):
-        part = likely.part(Calibration)
-        knots = replace(part, knots=LADDER)
-        found = [v.probability for v in likely.with_part(knots).scan(backend, texts(5, bad=True))]
+        part = likely.thresholds
+        there = replace(likely, thresholds=replace(part, isotonic=LADDER))
+        found = [v.probability for v in there.scan(backend, texts(5, bad=True))]
         scores = [v.score for v in likely.scan(backend, texts(5, bad=True))]
-        assert found == pytest.approx(np.interp(scores, LADDER.scores, LADDER.chances).tolist())
+        assert found == pytest.approx(
+            np.interp(scores, LADDER.scores, LADDER.probabilities).tolist()
+        )
 
     def test_they_outlive_another_calibration_of_the_threshold(self, backend, likely):
         again = likely.calibrate(backend, traffic({None: 100}), max_fpr=0.05)
-        assert again.part(Calibration).reliability == likely.part(Calibration).reliability
+        assert again.thresholds.reliability == likely.thresholds.reliability
         assert again.platt == likely.platt
 
 
 class TestKept:
     def test_bit_for_bit(self, backend, guard, tmp_path):
-        there = guard.with_part(replace(guard.part(Calibration), knots=LADDER))
+        there = replace(guard, thresholds=replace(guard.thresholds, isotonic=LADDER))
         there.save(tmp_path)
         loaded = LatentGuard.load(tmp_path, backend)
         fresh = traffic({"en": 20, "de": 20, "fr": 20})
@@ -162,11 +168,11 @@ class TestKept:
     @pytest.mark.parametrize(
         "damage",
         [
-            lambda c: c["limits"].pop(),
+            lambda c: c["bounds"].pop(),
             lambda c: c.pop("segments"),
-            lambda c: c["limits"][0]["block"].update(threshold=float("nan")),
-            lambda c: c["limits"][0].update(block=None),
-            lambda c: c.update(knots={"scores": [1]}),
+            lambda c: c["bounds"][0]["block"].update(threshold=float("nan")),
+            lambda c: c["bounds"][0].update(block=None),
+            lambda c: c.update(isotonic={"scores": [1]}),
             lambda c: c.update(reliability={}),
             lambda c: c.update(reliability=3),
         ],
@@ -174,15 +180,15 @@ class TestKept:
     def test_damage(self, guard, tmp_path, damage):
         guard.save(tmp_path)
         record = json.loads((tmp_path / JSON_FILE).read_text())
-        damage(record["parts"]["calibration"])
+        damage(record["thresholds"])
         (tmp_path / JSON_FILE).write_text(json.dumps(record))
         with pytest.raises(GuardError, match="damaged"):
             LatentGuard.load(tmp_path)
 
     def test_scores_are_sorted_and_not_too_many(self):
-        scores = np.random.default_rng(0).normal(size=3 * KEPT)
-        kept = Limits.of(scores, Rates(0.05)).scores
-        assert (len(kept), kept.dtype) == (KEPT, np.float32)
+        scores = np.random.default_rng(0).normal(size=3 * MAX_SCORES)
+        kept = SegmentThresholds.of(scores, Rates(0.05)).scores
+        assert (len(kept), kept.dtype) == (MAX_SCORES, np.float32)
         assert (np.diff(kept) >= 0).all()
         assert (kept[0], kept[-1]) == pytest.approx((scores.min(), scores.max()))
         assert np.median(kept) == pytest.approx(np.median(scores), abs=1e-3)

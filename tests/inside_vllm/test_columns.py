@@ -7,10 +7,11 @@ import torch
 
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import GuardError
-from latentguard.guard.chunking import Windows
+from latentguard.guard import packs
+from latentguard.guard.chunking import Chunking
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.integrations.vllm.columns import Columns
-from latentguard.integrations.vllm.protocol import readable, rows_of, verdict_of
+from latentguard.guard.reading_plan import ScoredPlan
+from latentguard.integrations.vllm.columns import Columns, variant_score
 from latentguard.prompts import Prompt
 from latentguard.states import States
 
@@ -35,13 +36,19 @@ def read_columns(guard, states):
     return torch.stack(found, 1)
 
 
+def verdict_of(guard, prompt, read):
+    """The verdict on a prompt from what the engine would read of each variant."""
+    scores = [variant_score(guard, values) for values in read]
+    return guard.combine(ScoredPlan(prompt, guard.plan(prompt)[: len(scores)], scores)).verdict
+
+
 def test_columns_add_up_to_the_guards_verdicts(model, guard):
     states = States.collect(
         model.capture(ROWS[:12], positions=guard.positions, layers=guard.probe.layers)
     )
-    inside, read = readable(guard), read_columns(guard, states).tolist()
+    read = read_columns(guard, states).tolist()
     for prompt, values, theirs in zip(states.prompts, read, guard.judge(states), strict=True):
-        ours = verdict_of(inside, prompt, [values])
+        ours = verdict_of(guard, prompt, [values])
         assert ours.score == pytest.approx(theirs.score, abs=2e-6 * guard.spread + 1e-6)
         assert ours.beliefs == pytest.approx(theirs.beliefs, abs=1e-6)
         assert (ours.flagged, ours.decision) == (theirs.flagged, theirs.decision)
@@ -79,41 +86,29 @@ def test_a_sealed_guard_is_refused(guard):
         Columns.of(sealed)
 
 
-def test_parts_that_only_name_stay_outside(guard):
-    class Naming:
-        name, positions = "naming", ()
-
-        def adjust(self, states, scores):
-            return scores
-
-        def judge(self, states, verdicts):
-            return [replace(v, category=str(states.at("t_inst"))) for v in verdicts]
-
-    kept = [part.name for part in readable(replace(guard, parts=(Naming(), *guard.parts))).parts]
-    assert "naming" not in kept
-
-
-def test_long_prompts_are_read_by_pieces_as_elsewhere(model, guard):
-    guard = guard.with_part(Windows(threshold=1.0, size=60, over=200))
+def test_long_prompts_are_read_by_chunks_as_elsewhere(model, guard):
+    chunking = Chunking(threshold=1.0, max_chars=60, longer_than=200)
+    guard = replace(guard, chunking=chunking)
     long = Prompt(" ".join(p.text for p in ROWS[:5]), id="long")
     for prompt in (ROWS[0], long):
-        rows = rows_of(readable(guard), prompt)
+        texts = [variant.prompt for variant in guard.plan(prompt)]
         states = States.collect(
-            model.capture(rows, positions=guard.positions, layers=guard.probe.layers)
+            model.capture(texts, positions=guard.positions, layers=guard.probe.layers)
         )
-        ours = verdict_of(readable(guard), prompt, read_columns(guard, states).tolist())
+        ours = verdict_of(guard, prompt, read_columns(guard, states).tolist())
         (theirs,) = guard.scan(model, [prompt])
-        assert len(rows) > 5 if prompt is long else len(rows) == 1
+        assert len(texts) > 5 if prompt is long else len(texts) == 1
         assert ours.score == pytest.approx(theirs.score, abs=1e-4)
         assert [e.start for e in ours.evidence] == [e.start for e in theirs.evidence]
 
 
-def test_a_part_that_decides_on_states_is_refused(guard):
-    class Deciding:
-        name, positions = "deciding", ()
+def test_categories_that_only_name_stay_outside(model, guard):
+    states = next(model.capture(ROWS[:1], positions=guard.positions, layers=guard.probe.layers))
+    verdict = verdict_of(guard, ROWS[0], read_columns(guard, states).tolist())
+    assert (verdict.category, verdict.category_scores) == (None, {})
 
-        def adjust(self, states, scores):
-            return scores + states.at("t_inst").sum()
 
+def test_a_guard_with_packs_decides_on_states_and_is_refused(model, guard):
+    packed = packs.with_pack(guard, "deciding", packs.capture(guard, model, ROWS))
     with pytest.raises(GuardError, match="deciding"):
-        readable(replace(guard, parts=(Deciding(),)))
+        Columns.of(packed)

@@ -8,8 +8,7 @@ import pytest
 
 from inside_vllm import tiny
 from latentguard.errors import GuardError, ModelError, ModelMismatch
-from latentguard.guard.chunking import Windows
-from latentguard.guard.obfuscations import Obfuscations
+from latentguard.guard.chunking import Chunking
 from latentguard.integrations.vllm import parity
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
@@ -95,7 +94,7 @@ def test_every_condition_and_preemption(engine):
 
 def test_the_guard_is_checked_and_calibrated_inside(engine):
     guard, _, model = engine
-    guard.check(model)
+    guard.verify_model(model)
     harmless = [p for p in PROMPTS[:40]] * 2
     new = guard.calibrate(model, harmless, max_fpr=0.1)
     assert new.bound is not None
@@ -112,7 +111,11 @@ def test_the_guard_is_checked_and_calibrated_inside(engine):
 def test_long_and_disguised_prompts_are_read_as_on_transformers(engine, fitted):
     guard, _, model = engine
     asked = [*tiny.LONG, "\u0336".join(tiny.TEXTS[0]), tiny.TEXTS[1]]
-    wide = guard.with_part(Windows(threshold=1.0, size=60, over=300)).with_part(Obfuscations())
+    wide = replace(
+        guard,
+        chunking=Chunking(threshold=1.0, max_chars=60, longer_than=300),
+        deobfuscate=True,
+    )
     here = ChatModel.load(str(fitted[2] / "model"), dtype="float32")
     found, reference = (list(wide.scan(backend, asked)) for backend in (model, here))
     assert [len(verdict.evidence) for verdict in found] == [1] * len(tiny.LONG) + [0, 0]

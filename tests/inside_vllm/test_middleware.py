@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from latentguard.guard.chunking import Windows
-from latentguard.guard.thresholds import Calibration
+from latentguard.guard.chunking import Chunking
 from latentguard.integrations.vllm import middleware as module
 from latentguard.integrations.vllm.gate import Gate
 from latentguard.integrations.vllm.mailbox import post
@@ -318,9 +317,9 @@ def test_a_client_that_leaves_stops_what_was_begun_for_it(monkeypatch, server):
 
 
 def test_pieces_of_a_long_chat_are_read(served):
-    guard = tiny_guard().with_part(Windows(threshold=1e-3, size=20, over=10))
+    guard = replace(tiny_guard(), chunking=Chunking(threshold=1e-3, max_chars=20, longer_than=10))
     low, high = (values_of(offline()[text].score) for text in (passed(), flagged()))
-    count = len(guard.part(Windows).pieces(Prompt(passed())))
+    count = len(guard.chunking.chunks(Prompt(passed())))
     assert count > 1
     calm, alarmed = [low] * count, [*[low] * (count - 1), high]
     told = [
@@ -332,11 +331,10 @@ def test_pieces_of_a_long_chat_are_read(served):
 
 def test_the_segment_that_the_header_names(served):
     guard = band_guard()
-    part = guard.part(Calibration)
+    part = guard.thresholds
     strict = replace(part.common.block, threshold=offline()[passed()].score - 1)
-    guard = guard.with_part(
-        replace(part, segments={"strict": replace(part.common, block=strict, review=None)})
-    )
+    segments = {"strict": replace(part.common, block=strict, review=None)}
+    guard = replace(guard, thresholds=replace(part, segments=segments))
     answer = served(Server(), body=chat(passed()), guard=guard, headers={"x-traffic": "strict"})
     found = answer.json()["latentguard"]
     assert (found["flagged"], found["threshold"]) == (True, strict.threshold)

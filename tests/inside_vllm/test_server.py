@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
 
 from inside_vllm import tiny
-from latentguard.guard.chunking import Windows
+from latentguard.guard.chunking import Chunking
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
@@ -28,7 +29,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     tiny.save_model("llama", folder / "model")
     guard, model = tiny.fit(str(folder / "model"), folder / "guard")
-    guard = guard.with_part(Windows(threshold=1.0, size=60, over=OVER))
+    guard = replace(guard, chunking=Chunking(threshold=1.0, max_chars=60, longer_than=OVER))
     guard.save(folder / "guard")
     texts = [*tiny.TEXTS, *tiny.LONG, HIDDEN]
     verdicts = dict(zip(texts, guard.scan(model, texts), strict=True))

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from latentguard.errors import ModelMismatch
-from latentguard.guard.compatibility import Shift
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
@@ -103,8 +102,8 @@ class TestChanges:
         assert there.bound is None
         assert "nothing is promised" in there.promise
         list(there.scan(other, TEXTS))
-        there.check(other)
-        shift = Shift.between(guard, there)
+        there.verify_model(other)
+        shift = guard.shift_to(there)
         assert shift.n == len(guard.canaries)
         assert shift.differences[0].startswith(what)
         assert shift.largest > 0
@@ -112,7 +111,7 @@ class TestChanges:
 
     def test_a_swap_moves_more_than_rounding_weights(self, guard, model):
         moved = {
-            name: Shift.between(guard, guard.rebind(change(model))).largest
+            name: guard.shift_to(guard.rebind(change(model))).largest
             for name, (_, change) in CHANGES.items()
         }
         assert moved["int8"] < moved["lora merge"]
@@ -124,17 +123,17 @@ class TestChanges:
         other = changed(model, lambda m: m.model.layers[0].mlp.down_proj.weight.mul_(3.0))
         other._fingerprint = model.fingerprint
         with pytest.raises(ModelMismatch, match="looks like the guard's own but scores"):
-            guard.check(other)
+            guard.verify_model(other)
         with pytest.raises(
             ModelMismatch, match=r"if its chat template prints it .* calibrate again"
         ):
-            guard.check(other)
-        there = guard.admit(other)
+            guard.verify_model(other)
+        there = guard.accept_model(other)
         assert there is not guard
-        assert "nothing that is hashed differs" in str(Shift.between(guard, there))
+        assert "nothing that is hashed differs" in str(guard.shift_to(there))
 
     def test_its_own_model_needs_no_leave(self, guard, model, tmp_path):
-        assert guard.admit(model) is guard
+        assert guard.accept_model(model) is guard
         guard.save(tmp_path)
         assert LatentGuard.load(tmp_path, model, allow_mismatch=True).digest == guard.digest
 
@@ -145,9 +144,9 @@ class TestChanges:
     def test_it_can_be_calibrated_anew(self, guard, model):
         other = changed(model, merged)
         calm = [Prompt(f"Tell me the kind thing number {n}") for n in range(100, 160)]
-        there = guard.admit(other).calibrate(other, calm, max_fpr=0.05)
+        there = guard.accept_model(other).calibrate(other, calm, max_fpr=0.05)
         assert there.bound.n == 60
-        there.check(other)
+        there.verify_model(other)
 
 
 class FakeWidth:

@@ -85,7 +85,7 @@ class TestOffload:
     def test_a_guard_goes_from_one_to_the_other(self, folder, plain, tmp_path):
         guard = LatentGuard.fit(plain, load_contrast("validation"), probe="centroid")
         found = ChatModel.load(folder, device_map=DISK, offload_folder=str(tmp_path))
-        guard.check(found)
+        guard.verify_model(found)
 
     def test_an_edit_of_offloaded_weights_is_seen(self, folder, tmp_path, plain):
         other = ChatModel.load(folder)
@@ -127,9 +127,9 @@ class TestQuantised:
         guard = LatentGuard.fit(found, load_contrast("validation")[:80], probe="centroid")
         guard.save(tmp_path)
         loaded = LatentGuard.load(tmp_path)
-        loaded.check(ChatModel.load(wide, dtype=loaded.fingerprint.dtype))
+        loaded.verify_model(ChatModel.load(wide, dtype=loaded.fingerprint.dtype))
         with pytest.raises(ModelMismatch, match=r": weights .*; dtype "):
-            loaded.check(plain)
+            loaded.verify_model(plain)
 
     def test_nf4_states_are_those_of_rounded_weights(self, wide):
         """Beside bitsandbytes' own rounding, which is put back to float32 and run by torch."""

@@ -17,7 +17,6 @@ import torch
 
 from latentguard.data.builtin import load_contrast
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Prompt
 from latentguard.serve import server
 from latentguard.serve.audit_log import AuditLog
@@ -75,10 +74,10 @@ def band_guard():
     prompts = [Prompt(text, harmful=False) for text in PROMPTS]
     rates = dict(max_fpr=0.25, review_fpr=0.5, confidence=0.5)
     guard = tiny_guard().calibrate(tiny_model(), prompts, **rates)
-    part = guard.part(Calibration)
+    part = guard.thresholds
     block, review = map(_between, (part.common.block, part.common.review))
     part = replace(part, common=replace(part.common, block=block, review=review))
-    return replace(guard, threshold=block.threshold, bound=block).with_part(part)
+    return replace(guard, threshold=block.threshold, bound=block, thresholds=part)
 
 
 def _between(bound):
@@ -97,7 +96,7 @@ def reviewed():
 def opener(reading="span", probe="linear"):
     """Guard and model, checked."""
     guard, model = tiny_guard(reading, probe), tiny_model()
-    guard.check(model)
+    guard.verify_model(model)
     return guard, model
 
 

@@ -266,7 +266,7 @@ def test_a_guard_of_another_model_is_never_ready():
         from models.architectures import chat_model
 
         other = chat_model("llama", tiny_model().tokenizer, seed=1)
-        guard.check(other)
+        guard.verify_model(other)
         return guard, other
 
     with running(wrong, ready=False) as url:

@@ -1,8 +1,10 @@
 """Long prompts and chats in the service: by windows, as offline, and each turn on its own."""
 
+from dataclasses import replace
+
 import pytest
 
-from latentguard.guard.chunking import Windows
+from latentguard.guard.chunking import Chunking
 from latentguard.prompts import Message, Prompt
 from latentguard.serve.scoring import score_prompts
 from serve.running import PROMPTS, post, running, tiny_guard, tiny_model
@@ -12,7 +14,8 @@ ROLES = ["user", "assistant", "user", "assistant", "user"]
 
 
 def opener():
-    return tiny_guard().with_part(Windows(threshold=1.0, size=60, over=200)), tiny_model()
+    chunking = Chunking(threshold=1.0, max_chars=60, longer_than=200)
+    return replace(tiny_guard(), chunking=chunking), tiny_model()
 
 
 def chat():

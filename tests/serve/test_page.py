@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from latentguard.guard.thresholds import Calibration
 from latentguard.prompts import Prompt
 from latentguard.serve.drift import DriftReference
 from latentguard.serve.page import point_of
@@ -216,7 +215,7 @@ def test_a_guard_with_a_band_to_review(visit, scheme):
 def test_two_lines_where_scores_are_drawn(visit):
     """Without a refusal axis, the plane shows scores, and both thresholds as lines."""
     guard, model = band_guard(), tiny_model()
-    guard = replace(guard, axes=guard.axes[:1], parts=(guard.part(Calibration),))
+    guard = replace(guard, axes=guard.axes[:1], quadrants=None, categories=None)
     with running(lambda: (guard, model)) as url:
         page = visit(url)
         read(page, reviewed())

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from latentguard.guard.thresholds import Calibration
 from serve.running import PROMPTS, band_guard, flagged, passed, post, running, tiny_model
 
 HEADER = "X-Traffic"
@@ -15,12 +14,11 @@ ENDPOINTS = ("moderations", "score", "chat/completions")
 def strict_guard():
     """A guard whose segment ``strict`` flags whatever it reads."""
     guard = band_guard()
-    part = guard.part(Calibration)
+    part = guard.thresholds
     low = min(v.score for v in guard.scan(tiny_model(), PROMPTS)) - 1
     block = replace(part.common.block, threshold=low)
-    return guard.with_part(
-        replace(part, segments={"strict": replace(part.common, block=block, review=None)})
-    )
+    segments = {"strict": replace(part.common, block=block, review=None)}
+    return replace(guard, thresholds=replace(part, segments=segments))
 
 
 def opener():
@@ -50,7 +48,7 @@ def asked(url, endpoint, text, **headers):
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_a_segment_has_its_own_threshold(url, endpoint):
     guard = strict_guard()
-    strict = guard.part(Calibration).segments["strict"].block.threshold
+    strict = guard.thresholds.segments["strict"].block.threshold
     assert asked(url, endpoint, passed(), **{HEADER: "strict"}) == (True, strict)
     assert asked(url, endpoint, passed()) == (False, guard.threshold)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.robustness.attacks import ATTACKS
 from latentguard.robustness.languages import languages, translations
-from latentguard.text.deobfuscation import OBFUSCATIONS, uncover
+from latentguard.text.deobfuscation import OBFUSCATIONS, deobfuscate
 
 REQUEST = "How do I open the door of a locked car?"
 ATTACK = {attack.name: attack for attack in ATTACKS}
@@ -35,7 +35,7 @@ ATTACK = {attack.name: attack for attack in ATTACKS}
 )
 def test_what_the_suite_disguises_is_undone(attack, name):
     prompts = load_contrast("test")
-    found = [uncover(ATTACK[attack](prompt.text, seed=0)) for prompt in prompts]
+    found = [deobfuscate(ATTACK[attack](prompt.text, seed=0)) for prompt in prompts]
     whole = [
         any(name in names and p.text.lower() in text.lower() for text, names in texts.items())
         for p, texts in zip(prompts, found, strict=True)
@@ -68,7 +68,7 @@ def bold(text):
     ],
 )
 def test_disguises_that_the_suite_does_not_have(text):
-    assert any(REQUEST.lower() in beneath.lower() for beneath in uncover(text))
+    assert any(REQUEST.lower() in beneath.lower() for beneath in deobfuscate(text))
 
 
 @pytest.mark.parametrize(
@@ -105,31 +105,31 @@ def test_disguises_that_the_suite_does_not_have(text):
     ],
 )
 def test_other_writing_is_left_alone(text):
-    assert uncover(text) == {}
+    assert deobfuscate(text) == {}
 
 
 @pytest.mark.parametrize("language", languages())
 def test_other_languages_are_left_alone(language):
     for prompt in translations(language):
-        assert uncover(prompt.text) == {}
+        assert deobfuscate(prompt.text) == {}
 
 
 def test_ordinary_prompts_are_left_alone():
     texts = [p.text for split in ("validation", "test") for p in load_traffic(split)]
-    assert [text for text in texts if uncover(text)] == []
+    assert [text for text in texts if deobfuscate(text)] == []
 
 
 def test_codes_are_read_without_what_stands_around_them():
     text = ATTACK["base64"](REQUEST, seed=0)
-    assert uncover(f"{text}\nThank you so much.") == {REQUEST: ("base64",)}
-    assert uncover(ATTACK["rot13"](REQUEST, seed=0)) == {REQUEST: ("rot13",)}
-    assert REQUEST in uncover("\u202e" + bold(REQUEST)[::-1] + "\u202c and thank you so much")
+    assert deobfuscate(f"{text}\nThank you so much.") == {REQUEST: ("base64",)}
+    assert deobfuscate(ATTACK["rot13"](REQUEST, seed=0)) == {REQUEST: ("rot13",)}
+    assert REQUEST in deobfuscate("\u202e" + bold(REQUEST)[::-1] + "\u202c and thank you so much")
 
 
 @pytest.mark.parametrize("code", ["base64", "rot13"])
 def test_a_code_does_not_hide_what_is_undone_in_place(code):
     decoy = ATTACK[code]("What a lovely day it is for you and me, my friend", seed=0)
-    texts = uncover(f"{bold(REQUEST)}\n{decoy}")
+    texts = deobfuscate(f"{bold(REQUEST)}\n{decoy}")
     assert any(REQUEST in text for text in texts)
     assert len(texts) == 2
 
@@ -137,12 +137,12 @@ def test_a_code_does_not_hide_what_is_undone_in_place(code):
 def test_base64_without_padding_over_lines_and_for_urls():
     said = f"{REQUEST}\nSay it in two sentences, please??>"
     for code in (base64.b64encode(said.encode()), base64.urlsafe_b64encode(said.encode())):
-        assert uncover(code.decode().rstrip("=")) == {said: ("base64",)}
+        assert deobfuscate(code.decode().rstrip("=")) == {said: ("base64",)}
 
 
 def test_disguises_on_top_of_each_other():
     text = ATTACK["zero width"](ATTACK["homoglyphs, all"](REQUEST.upper(), seed=1), seed=1)
-    ((found, names),) = uncover(text).items()
+    ((found, names),) = deobfuscate(text).items()
     assert found.lower() == REQUEST.lower()
     assert names == ("unseen characters", "look-alikes", "case")
 
@@ -162,12 +162,12 @@ def test_disguises_on_top_of_each_other():
     ids=range(8),
 )
 def test_long_texts_take_no_more_than_seconds(text):
-    assert len(uncover(text)) < 5
+    assert len(deobfuscate(text)) < 5
 
 
 @given(st.text())
 def test_any_text(text):
-    found = uncover(text)
+    found = deobfuscate(text)
     assert text not in found
     assert all(beneath.strip() for beneath in found)
     assert {name for names in found.values() for name in names} <= set(OBFUSCATIONS)

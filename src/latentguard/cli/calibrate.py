@@ -21,7 +21,7 @@ from latentguard.cli.options import (
 from latentguard.cli.outputs import changed_guard
 from latentguard.data.builtin import load_traffic
 from latentguard.errors import PromptError
-from latentguard.guard.leakage import apart
+from latentguard.guard.leakage import exclude_training_prompts
 from latentguard.prompts import Columns, Prompt
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _calibration_prompts(
     if not harmless:
         prompts = [p for p in load_traffic("validation") if not p.harmful]
     prompts += read_side(harmful, columns, harmful=True)
-    excluded, allowed = apart(prompts, guard.held)
+    excluded, allowed = exclude_training_prompts(prompts, guard.pack_training_prompts)
     if excluded:
         echo_err(f"{len(excluded)} of these prompts are left out: packs were trained on them.")
     return allowed
@@ -121,17 +121,17 @@ def _calibration_prompts(
 def _require_enough(guard: LatentGuard, prompts: list[Prompt], rates: Rates) -> None:
     from latentguard.guard.calibrate import require_enough
 
-    require_enough([p for p in prompts if not guard.reads_pieces(p)], rates)
+    require_enough([p for p in prompts if not guard.is_chunked(p)], rates)
 
 
 def _calibrate_long(
     guard: LatentGuard, backend: ChatModel, prompts: list[Prompt], rate: float, confidence: float
 ) -> LatentGuard:
-    """The guard with the threshold of its windows set from the long ones of the prompts."""
-    from latentguard.guard.chunk_calibration import calibrate_windows
+    """The guard with the threshold of its chunking set from the long ones of the prompts."""
+    from latentguard.guard.chunk_calibration import calibrate_chunking
     from latentguard.stats.bounds import smallest_n
 
-    long = [p for p in prompts if guard.reads_pieces(p)]
+    long = [p for p in prompts if guard.is_chunked(p)]
     if not long:
         return guard
     if len(long) < (enough := smallest_n(rate, confidence)):
@@ -140,7 +140,7 @@ def _calibrate_long(
             f"{rate:.2%} needs {enough}."
         )
         return guard
-    with progress("windows", len(long)) as view:
-        return calibrate_windows(
+    with progress("long prompts", len(long)) as view:
+        return calibrate_chunking(
             backend, guard, long, max_fpr=rate, confidence=confidence, progress=view.advance
         )

@@ -50,7 +50,7 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
         ProbeKind, typer.Option(help="linear, or centroid (the paper's rule).")
     ] = ProbeKind.linear,
     long: Annotated[
-        bool, typer.Option("--long", help="Also read long prompts and chats by windows.")
+        bool, typer.Option("--long", help="Also read long prompts and chats by chunks.")
     ] = False,
     text_column: TextColumn = "text",
     dtype: Dtype = "auto",
@@ -113,7 +113,7 @@ def _fit_guard(backend: ChatModel, prompts: list[Prompt], reading: str, probe: K
 
 
 def _fit_long(guard: LatentGuard, backend: ChatModel) -> LatentGuard:
-    from latentguard.guard.chunk_calibration import fit_windows
+    from latentguard.guard.chunk_calibration import fit_chunking
 
-    with progress("windows") as view:
-        return fit_windows(backend, guard, progress=view.advance)
+    with progress("long prompts") as view:
+        return fit_chunking(backend, guard, progress=view.advance)

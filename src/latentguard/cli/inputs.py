@@ -21,10 +21,8 @@ CONTRAST = "contrast"
 
 def guard_columns(guard: LatentGuard, text: str) -> Columns:
     """The columns that a guard reads: the segment too, if it was calibrated by segments."""
-    from latentguard.guard.thresholds import Calibration
-
-    calibration = guard.part(Calibration)
-    return Columns(text=text, segment=(calibration and calibration.column) or "")
+    column = guard.thresholds.column if guard.thresholds else None
+    return Columns(text=text, segment=column or "")
 
 
 def read_source(source: str, columns: Columns, harmful: bool | None) -> list[Prompt]:

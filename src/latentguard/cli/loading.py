@@ -48,15 +48,14 @@ def load_guard_model(
         The guard and its model. With ``allow_mismatch`` the guard is bound to the model that it
         meets, and the shift of its canary scores goes to standard error.
     """
-    from latentguard.guard.compatibility import Shift
 
     backend = load_model(model or guard.fingerprint.model, guard.fingerprint.dtype, device_map)
     if not allow_mismatch:
-        guard.check(backend)
+        guard.verify_model(backend)
         return guard, backend
-    bound = guard.admit(backend)
+    bound = guard.accept_model(backend)
     if bound is not guard:
-        echo_err(f"Warning: {Shift.between(guard, bound)}")
+        echo_err(f"Warning: {guard.shift_to(bound)}")
     return bound, backend
 
 
@@ -84,13 +83,12 @@ def save_guard(guard: LatentGuard, folder: Path, *, report: bool = False) -> Non
     Without the extra ``report`` the guard is saved, and a warning says why it has no report.
     """
     from latentguard.guard.calibration_report import calibration_report
-    from latentguard.guard.thresholds import Calibration
     from latentguard.report.document import clear
 
     guard.save(folder)
     page = folder / "calibration"
     has_page = (page / "report.json").exists()
-    if has_page and guard.part(Calibration) is None:
+    if has_page and guard.thresholds is None:
         clear(page)  # it describes the guard that was there before
     elif report or has_page:
         try:

@@ -75,10 +75,8 @@ def show(guard: GuardFolder) -> None:
 
     Example: latentguard pack list guards/qwen
     """
-    from latentguard.guard.categories import Categories
-
     loaded = read_guard(guard)
-    categories = loaded.part(Categories)
+    categories = loaded.categories
     for name, one in (categories.packs if categories else {}).items():
         assert categories is not None
         cut_off = categories.cut_off(name, loaded.threshold)

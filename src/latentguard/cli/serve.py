@@ -170,7 +170,6 @@ def _opener(
     """
     from transformers.utils import logging as transformers_logging
 
-    from latentguard.guard.compatibility import Shift
     from latentguard.models.chat_model import ChatModel
 
     source = model or guard.fingerprint.model
@@ -180,11 +179,11 @@ def _opener(
         transformers_logging.disable_progress_bar()
         backend = ChatModel.load(source, dtype=guard.fingerprint.dtype, **placing)
         if not allow_mismatch:
-            guard.check(backend)
+            guard.verify_model(backend)
             return guard, backend
-        met = guard.admit(backend)
+        met = guard.accept_model(backend)
         if met is not guard:
-            log.warning("%s", Shift.between(guard, met))
+            log.warning("%s", guard.shift_to(met))
         return met, backend
 
     return opener
@@ -225,10 +224,7 @@ def _require_review(on_review: str, policy: str) -> None:
 
 
 def _require_segments(guard: LatentGuard, header: str | None) -> None:
-    from latentguard.guard.thresholds import Calibration
-
-    known = guard.part(Calibration)
-    if header is not None and not (known and known.segments):
+    if header is not None and not (guard.thresholds and guard.thresholds.segments):
         reason = "this guard has no segments; calibrate it with --segment-column"
         raise typer.BadParameter(reason, param_hint="--segment-header")
 

@@ -24,6 +24,12 @@ SCHEMA = 3
 JSON_FILE, TENSOR_FILE, CARD_FILE = "guard.json", "guard.safetensors", "README.md"
 POLES = ("positive", "negative")
 
+KEYS = frozenset(
+    "schema tensors_sha256 fingerprint reading probe axes threshold bound platt spread canaries "
+    "fitted deobfuscation chunking thresholds quadrants categories".split()
+)
+"""What the JSON of this schema may hold: what a newer version wrote would be dropped unseen."""
+
 
 def write_folder(
     folder: str | Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
@@ -51,7 +57,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             different guards.
     """
     folder = Path(folder)
-    packed, text = _read(folder / TENSOR_FILE), _read(folder / JSON_FILE)
+    packed = _read(folder / TENSOR_FILE)
+    text = _read(folder / JSON_FILE)
     try:
         record = json.loads(text)
     except ValueError:
@@ -67,6 +74,11 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder / TENSOR_FILE} is damaged or belongs to another guard: its digest is not the "
             f"one in {JSON_FILE}. Restore both files, or fit the guard again."
         )
+    if unknown := set(record) - KEYS:
+        raise GuardError(
+            f"{folder / JSON_FILE} holds {', '.join(sorted(unknown))}, which this version of "
+            "latentguard does not know: it was written by a newer one. Use that."
+        )
     try:
         return record, load(packed)
     except SafetensorError as error:
@@ -79,8 +91,10 @@ def require_sound(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     Raises:
         ValueError: if a tensor has another shape than the rest says, or a number is not finite.
     """
-    probe, axes = record["probe"], record["axes"]
-    rows, width = len(probe["layers"]), tensors["weight"].shape[-1]
+    probe = record["probe"]
+    axes = record["axes"]
+    rows = len(probe["layers"])
+    width = tensors["weight"].shape[-1]
     shapes = {f"{a['name']}.{pole}": (rows, width) for a in axes for pole in POLES}
     shapes["weight"] = rows * len(record["reading"]["positions"]), width
     for name, shape in shapes.items():

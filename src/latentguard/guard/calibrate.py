@@ -1,23 +1,32 @@
-"""Calibrating: prompts with their verdicts -> a guard with thresholds, probabilities, quadrants."""
+"""Calibrate: prompts and their verdicts -> thresholds, probabilities and quadrants."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from latentguard.guard.probabilities import fit_probabilities, require_both
+from latentguard.guard.probabilities import fit_probabilities, require_both_classes
 from latentguard.guard.quadrants import Quadrants
-from latentguard.guard.spec import Contents
-from latentguard.guard.thresholds import Calibration, Rates
+from latentguard.guard.thresholds import Rates, Thresholds
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
-from latentguard.states import digest_prompts
 from latentguard.stats.bounds import threshold_for_fpr
 
-C = TypeVar("C", bound=Contents)
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a guard takes from a calibration."""
+
+    platt: tuple[float, float]
+    """Slope and intercept of the map to probabilities."""
+
+    thresholds: Thresholds
+    """By segment."""
+
+    quadrants: Quadrants | None
+    """Cut-offs of both beliefs; None without a refusal axis."""
 
 
 def require_enough(prompts: Sequence[Prompt], rates: Rates) -> None:
@@ -30,7 +39,7 @@ def require_enough(prompts: Sequence[Prompt], rates: Rates) -> None:
     for rate in filter(None, (rates.block, rates.review)):
         threshold_for_fpr(range(int((~harmful).sum())), rate, rates.confidence)
     if harmful.any():
-        require_both(harmful, groups_of(prompts))
+        require_both_classes(harmful, groups_of(prompts))
 
 
 def groups_of(prompts: Sequence[Prompt]) -> list[str]:
@@ -38,32 +47,42 @@ def groups_of(prompts: Sequence[Prompt]) -> list[str]:
     return [prompt.pair or prompt.text for prompt in prompts]
 
 
-def calibrated(
-    guard: C,
+def fit_calibration(
     prompts: Sequence[Prompt],
     verdicts: Sequence[Verdict],
     rates: Rates,
+    *,
+    platt: tuple[float, float],
+    thresholds: Thresholds | None = None,
+    quadrants: Quadrants | None = None,
     column: str | None = None,
-) -> C:
-    """A new guard: limits from harmless prompts, probabilities if there are harmful ones, too.
+) -> Calibration:
+    """Thresholds from harmless prompts, and probabilities if there are harmful ones, too.
+
+    Args:
+        prompts: Harmless unless labelled harmful.
+        verdicts: On each; only scores and beliefs are used.
+        rates: What is asked for.
+        platt: The guard's map so far.
+        thresholds: The guard's so far, whose probabilities are kept if none are fitted.
+        quadrants: The guard's so far.
+        column: The column that names the segment of a prompt.
 
     Raises:
         GuardError: if there are too few prompts.
     """
     scores = np.array([verdict.score for verdict in verdicts])
     harmful = np.array([bool(prompt.harmful) for prompt in prompts])
-    calm = [prompt for prompt in prompts if not prompt.harmful]
-    part = Calibration.of(calm, scores[~harmful], rates, column)
+    harmless = [prompt for prompt in prompts if not prompt.harmful]
+    new = Thresholds.of(harmless, scores[~harmful], rates, column)
     if harmful.any():
-        found = fit_probabilities(scores, harmful, groups_of(prompts), guard.platt)
-        part = replace(part, knots=found.knots, reliability=found.reliability)
-        guard = replace(guard, platt=found.platt)
-    elif old := guard.part(Calibration):
-        part = replace(part, knots=old.knots, reliability=old.reliability)
-    record = {**(guard.fitted or {}), "calibration_sha256": digest_prompts(calm)}
-    bound = part.common.block
-    guard = replace(guard, threshold=bound.threshold, bound=bound, fitted=record).with_part(part)
-    flagged = [replace(v, flagged=v.score > bound.threshold) for v in verdicts]
-    told, known = part.decide(prompts, flagged), guard.part(Quadrants)
-    quadrants = Quadrants.of(prompts, told, rates, known)
-    return guard.with_part(quadrants) if quadrants else guard
+        fit = fit_probabilities(scores, harmful, groups_of(prompts), platt)
+        new = replace(new, isotonic=fit.isotonic, reliability=fit.reliability)
+        platt = fit.platt
+    elif thresholds:
+        new = replace(new, isotonic=thresholds.isotonic, reliability=thresholds.reliability)
+    decided = [
+        replace(verdict, flagged=new.decide(prompt.segment, verdict.score) == "block")
+        for prompt, verdict in zip(prompts, verdicts, strict=True)
+    ]
+    return Calibration(platt, new, Quadrants.of(prompts, decided, rates, quadrants) or quadrants)

@@ -6,9 +6,7 @@ from dataclasses import asdict
 
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.reliability import Reliability
-from latentguard.guard.thresholds import Calibration
 from latentguard.report.charts import HARMLESS, NEUTRAL, new_plot
 from latentguard.report.document import Figure, Report, Section
 
@@ -19,28 +17,27 @@ def calibration_report(guard: LatentGuard) -> Report:
     Raises:
         GuardError: if the guard is not calibrated.
     """
-    calibration, quadrants = guard.part(Calibration), guard.part(Quadrants)
-    if calibration is None:
+    if guard.thresholds is None:
         raise GuardError("The guard is not calibrated; run 'latentguard calibrate' first.")
-    thresholds, *chances = calibration.tables()
+    thresholds, *probabilities = guard.thresholds.tables()
     sections = [Section("Thresholds", f"{guard.promise}.".capitalize(), (thresholds,))]
-    if calibration.reliability is not None:
-        figure = reliability_figure(calibration.reliability)
-        sections.append(Section("Probabilities", "", (figure, *chances)))
-    if quadrants is not None and quadrants.shares:
-        sections.append(Section("Quadrants", "", tuple(quadrants.tables())))
+    if guard.thresholds.reliability is not None:
+        figure = reliability_figure(guard.thresholds.reliability)
+        sections.append(Section("Probabilities", "", (figure, *probabilities)))
+    if guard.quadrants is not None and guard.quadrants.shares:
+        sections.append(Section("Quadrants", "", tuple(guard.quadrants.tables())))
     meta = {"fingerprint": asdict(guard.fingerprint), "fitted": guard.fitted}
     title = f"Calibration of the guard for {guard.fingerprint.model}"
     return Report(title, tuple(sections), meta)
 
 
-def reliability_figure(found: Reliability) -> Figure:
+def reliability_figure(reliability: Reliability) -> Figure:
     """The share of harmful prompts against the probability that they were given."""
     plot = new_plot(xaxis_title="predicted probability", yaxis_title="share that is harmful")
     plot.update_layout(xaxis_range=[-0.02, 1.02], yaxis_range=[-0.02, 1.02])
     line = dict(color=NEUTRAL, dash="dot")
     plot.add_scatter(x=[0, 1], y=[0, 1], name="perfect", line=line, hoverinfo="skip", mode="lines")
-    bins = found.bins
+    bins = reliability.bins
     error = dict(
         type="data",
         symmetric=False,
@@ -52,13 +49,14 @@ def reliability_figure(found: Reliability) -> Figure:
         y=[b.observed for b in bins],
         error_y=error,
         text=[f"n = {b.n}" for b in bins],
-        name=found.method,
+        name=reliability.method,
         mode="lines+markers",
         marker_color=HARMLESS,
     )
     caption = (
-        f"Cross-fitted, {found.n[0]} harmful and {found.n[1]} harmless prompts, both classes "
-        f"weighing the same; bars are 95 % Wilson intervals. Expected calibration error "
-        f"{found.after}; before {found.before}; a perfect map would show {found.floor:.3f}."
+        f"Cross-fitted, {reliability.n[0]} harmful and {reliability.n[1]} harmless prompts, both "
+        f"classes weighing the same; bars are 95 % Wilson intervals. Expected calibration error "
+        f"{reliability.after}; before {reliability.before}; a perfect map would show "
+        f"{reliability.floor:.3f}."
     )
     return Figure("Reliability", plot, caption)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +27,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from latentguard.data.hazards import HAZARDS
+from latentguard.guard.leakage import TrainingPrompts
 from latentguard.guard.probabilities import fit_platt
+from latentguard.guard.reading_plan import CategoryScores
 from latentguard.guard.score_scale import ScoreScale
-from latentguard.guard.verdict import Part, Verdict
 from latentguard.probes.fitting import slots
 from latentguard.probes.ridge import Design, Ridge, folds_of
 from latentguard.states import States
 
-FEWEST = 10
+MIN_PROMPTS = 10
 """Harmful prompts that a category needs."""
 
 STRENGTH = 1.0
@@ -45,7 +46,7 @@ STRENGTH = 1.0
 class Pack:
     """What makes a category able to flag, and what it was made of."""
 
-    tail: ScoreScale
+    scale: ScoreScale
     """Of its log-odds on harmless prompts."""
 
     examples: int
@@ -57,14 +58,32 @@ class Pack:
     data_sha256: str
     """Of both."""
 
-    against: tuple[int, ...] = ()
-    """Marks of the user's own harmless texts among them, which never calibrate (``learnt``)."""
+    harmless_alone: tuple[int, ...] = ()
+    """Digests of the user's own harmless texts among them, which never calibrate (``leakage``)."""
 
-    shared: tuple[int, ...] = ()
+    harmless_shared: tuple[int, ...] = ()
     """Of such that the user's other rows have, too."""
 
-    learnt: tuple[int, ...] = ()
-    """Marks of the harmful ones, on which probabilities are not measured."""
+    harmful_digests: tuple[int, ...] = ()
+    """Of the harmful ones, on which probabilities are not measured."""
+
+    @property
+    def training_prompts(self) -> TrainingPrompts:
+        """The user's harmless prompts that it was trained on."""
+        return TrainingPrompts(frozenset(self.harmless_alone), frozenset(self.harmless_shared))
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Pack:
+        """What ``dataclasses.asdict`` and JSON made of one.
+
+        Raises:
+            LookupError, TypeError, ValueError: if it is damaged.
+        """
+        fields = dict(record)
+        for name in ("harmless_alone", "harmless_shared", "harmful_digests"):
+            fields[name] = tuple(record[name])
+        fields["scale"] = ScoreScale.from_dict(record["scale"])
+        return Pack(**fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +118,7 @@ class Directions:
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted:
+class DirectionFit:
     """Directions with their log-odds on folds that they did not see."""
 
     directions: Directions
@@ -111,7 +130,7 @@ class Fitted:
 
 def fit_directions(
     states: Float[Tensor, "n s d"], members: Mapping[str, Sequence[bool]], groups: Sequence[str]
-) -> Fitted:
+) -> DirectionFit:
     """Fit one direction for each category.
 
     Args:
@@ -122,156 +141,172 @@ def fit_directions(
     targets = torch.tensor([list(rows) for rows in members.values()], dtype=torch.float64).T
     ridge = Ridge(Design(states, targets, torch.ones(len(states))), STRENGTH)
     raw = ridge.held_out(folds_of(groups)).numpy()
-    pairs = [fit_platt(raw[:, i], np.array(rows)) for i, rows in enumerate(members.values())]
-    slope, intercept = np.array(pairs).T
+    maps = [fit_platt(raw[:, i], np.array(rows)) for i, rows in enumerate(members.values())]
+    slope, intercept = np.array(maps).T
     weight, bias = ridge.solve()
-    a, b = (torch.tensor(values, dtype=torch.float32) for values in (slope, intercept))
-    directions = Directions(tuple(members), weight * a[:, None, None], bias * a + b)
-    return Fitted(directions, raw * slope + intercept)
+    scale = torch.tensor(slope, dtype=torch.float32)
+    shift = torch.tensor(intercept, dtype=torch.float32)
+    directions = Directions(tuple(members), weight * scale[:, None, None], bias * scale + shift)
+    return DirectionFit(directions, raw * slope + intercept)
 
 
 @dataclass(frozen=True, eq=False)
-class Categories(Part):
+class Categories:
     """Names the nearest category, and holds the packs."""
 
-    name: ClassVar[str] = "categories"
-
-    reads: tuple[str, ...]
+    positions: tuple[str, ...]
     """The positions of the guard's probe."""
 
     directions: Directions
     """Of the categories that the guard was fitted with."""
 
-    tail: ScoreScale
+    scale: ScoreScale
     """Of the guard's own score on harmless training prompts, cross-fitted."""
 
     packs: Mapping[str, Pack]
     """Category -> what makes it able to flag."""
 
-    added: Directions
+    pack_directions: Directions
     """Of the packs, in their order."""
 
     @staticmethod
-    def fit(states: States, reads: tuple[str, ...], held_out: NDArray[np.float64]) -> Categories:
+    def fit(
+        states: States, positions: tuple[str, ...], held_out: NDArray[np.float64]
+    ) -> Categories:
         """Fit a direction for every category that has enough harmful prompts.
 
         Args:
             states: Labelled, at the layers of the guard's probe.
-            reads: The positions of the guard's probe.
+            positions: Those of the guard's probe.
             held_out: The guard's own score of each prompt, cross-fitted, [n].
         """
-        prompts, values = states.prompts, slots(states, reads)
-        of = [p.category if p.harmful else None for p in prompts]
-        names = sorted({n for n in of if n is not None and of.count(n) >= FEWEST})
+        prompts = states.prompts
+        values = slots(states, positions)
+        category = [p.category if p.harmful else None for p in prompts]
+        counts = {name: category.count(name) for name in category if name is not None}
+        names = sorted(name for name, count in counts.items() if count >= MIN_PROMPTS)
         none = Directions((), torch.zeros(0, *values.shape[1:]), torch.zeros(0))
         directions = none
         if len(names) > 1:
-            members = {name: [c == name for c in of] for name in names}
+            members = {name: [own == name for own in category] for name in names}
             groups = [p.pair or p.text for p in prompts]
             directions = fit_directions(values, members, groups).directions
-        calm = held_out[[not p.harmful for p in prompts]]
-        return Categories(reads, directions, ScoreScale.of(calm), {}, none)
-
-    @property
-    def positions(self) -> tuple[str, ...]:
-        """See ``Part``."""
-        return self.reads
+        harmless = held_out[[not p.harmful for p in prompts]]
+        return Categories(positions, directions, ScoreScale.of(harmless), {}, none)
 
     def with_pack(self, pack: Pack, direction: Directions) -> Categories:
         """These categories and one more, that can flag."""
         packs = {**self.packs, direction.names[0]: pack}
-        return replace(self, packs=packs, added=self.added.join(direction))
+        return replace(self, packs=packs, pack_directions=self.pack_directions.join(direction))
 
-    def without(self, name: str) -> Categories:
+    def without_pack(self, name: str) -> Categories:
         """These categories but one pack."""
-        packs = {n: pack for n, pack in self.packs.items() if n != name}
-        return replace(self, packs=packs, added=self.added.only(tuple(packs)))
+        packs = {other: pack for other, pack in self.packs.items() if other != name}
+        directions = self.pack_directions.only(tuple(packs))
+        return replace(self, packs=packs, pack_directions=directions)
+
+    @property
+    def training_prompts(self) -> TrainingPrompts:
+        """The user's harmless prompts that packs were trained on, which never calibrate."""
+        every = TrainingPrompts()
+        for pack in self.packs.values():
+            every |= pack.training_prompts
+        return every
 
     def pack_scores(self, states: States) -> Float[Tensor, "n c"]:
         """The score of each pack on the scale of the guard's own score, float64."""
-        odds = self.added(slots(states, self.reads)).double()
-        moved = [p.tail.moved(odds[:, i], self.tail) for i, p in enumerate(self.packs.values())]
-        return torch.stack(moved, dim=-1)
+        odds = self.pack_directions(slots(states, self.positions)).double()
+        converted = [
+            pack.scale.convert(odds[:, i], self.scale) for i, pack in enumerate(self.packs.values())
+        ]
+        return torch.stack(converted, dim=-1)
 
     def cut_off(self, name: str, threshold: float) -> float:
         """The probability of a pack from which on it flags, at the guard's threshold."""
-        tail = self.packs[name].tail
-        moved = self.tail.moved(torch.tensor([threshold], dtype=torch.float64), tail)
-        return float(expit(moved.item()))
+        own = torch.tensor([threshold], dtype=torch.float64)
+        return float(expit(self.scale.convert(own, self.packs[name].scale).item()))
 
-    def adjust(self, states: States, scores: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-        """See ``Part``: the greatest of the guard's own score and those of the packs."""
+    def measure(self, states: States) -> list[CategoryScores]:
+        """How near each of n states is to each category and pack."""
+        every = self.directions.join(self.pack_directions) if self.packs else self.directions
+        if not every.names:
+            return [CategoryScores({})] * len(states)
+        probabilities = expit(every(slots(states, self.positions)).double().numpy())
+        scores = [_greatest(every.names, row.tolist()) for row in probabilities]
         if not self.packs:
-            return scores
-        return torch.maximum(scores, self.pack_scores(states).amax(-1))
+            return [CategoryScores(own) for own in scores]
+        highest, which = self.pack_scores(states).max(-1)
+        names = [self.pack_directions.names[n] for n in which.tolist()]
+        return list(map(CategoryScores, scores, names, highest.tolist()))
 
-    def judge(self, states: States, verdicts: Sequence[Verdict]) -> list[Verdict]:
-        """See ``Part``: the scores of all categories, and the nearest.
+    def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What JSON can hold, and tensors."""
+        record = {
+            "positions": self.positions,
+            "names": self.directions.names,
+            "packs": {name: asdict(pack) for name, pack in self.packs.items()},
+            "scale": asdict(self.scale),
+        }
+        both = self.directions.join(self.pack_directions)
+        return record, {"weight": both.weight, "bias": both.bias}
 
-        A flagged prompt whose score is a pack's is named for the pack.
+    @staticmethod
+    def from_dict(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Categories:
+        """What ``to_dict`` wrote.
+
+        Raises:
+            LookupError, TypeError, ValueError: if it is damaged.
         """
-        known = self.directions.join(self.added) if self.packs else self.directions
-        if not known.names:
-            return list(verdicts)
-        chances = expit(known(slots(states, self.reads)).double().numpy())
-        found = [_scores(known.names, row.tolist()) for row in chances]
-        nearest = [max(scores, key=lambda name: scores[name]) for scores in found]
-        if self.packs:
-            raised, which = self.pack_scores(states).max(-1)
-            for i, verdict in enumerate(verdicts):
-                if verdict.flagged and raised[i].item() >= verdict.score:
-                    nearest[i] = self.added.names[int(which[i])]
-        return [
-            replace(v, category=name, category_scores=scores)
-            for v, name, scores in zip(verdicts, nearest, found, strict=True)
-        ]
-
-    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See ``Part``."""
-        packs = {name: asdict(pack) for name, pack in self.packs.items()}
-        record = dict(reads=self.reads, names=self.directions.names, packs=packs)
-        record |= dict(tail=asdict(self.tail))
-        both = self.directions.join(self.added)
-        return record, dict(weight=both.weight, bias=both.bias)
-
-    @classmethod
-    def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """See ``Part``."""
-        names, weight, bias = tuple(record["names"]), tensors["weight"], tensors["bias"]
-        packs = {name: _pack(held) for name, held in record["packs"].items()}
-        sound = weight.ndim == 3 and len(weight) == len(bias) == len(names) + len(packs)
-        if not sound or not all(torch.isfinite(t).all() for t in (weight, bias)):
+        names = tuple(record["names"])
+        weight = tensors["weight"]
+        bias = tensors["bias"]
+        packs = {name: Pack.from_dict(own) for name, own in record["packs"].items()}
+        is_whole = weight.ndim == 3 and len(weight) == len(bias) == len(names) + len(packs)
+        if not is_whole or not all(torch.isfinite(t).all() for t in (weight, bias)):
             raise ValueError("the directions of the categories are damaged")
-        cut = len(names)
-        own = Directions(names, weight[:cut], bias[:cut])
-        added = Directions(tuple(packs), weight[cut:], bias[cut:])
-        return cls(tuple(record["reads"]), own, ScoreScale.unpack(record["tail"]), packs, added)
+        count = len(names)
+        return Categories(
+            positions=tuple(record["positions"]),
+            directions=Directions(names, weight[:count], bias[:count]),
+            scale=ScoreScale.from_dict(record["scale"]),
+            packs=packs,
+            pack_directions=Directions(tuple(packs), weight[count:], bias[count:]),
+        )
 
     def notes(self) -> list[str]:
-        """See ``Part``."""
+        """Paragraphs for the model card."""
         names = ", ".join(map(_with_code, self.directions.names))
-        said = [f"Names the nearest of these risk categories: {names}."] if names else []
-        return said + [
+        nearest = [f"Names the nearest of these risk categories: {names}."] if names else []
+        return nearest + [
             f"Category pack `{name}`: fitted on {pack.examples} harmful and {pack.harmless} "
             "harmless prompts; it can flag by itself, and the promise covers it."
             for name, pack in self.packs.items()
         ]
 
 
-def _scores(names: Sequence[str], chances: Sequence[float]) -> dict[str, float]:
+def nearest_category(
+    categories: CategoryScores | None, *, score: float, flagged: bool
+) -> str | None:
+    """The likely category of a prompt; None if none is known.
+
+    A flagged prompt whose score is a pack's is named for the pack.
+    """
+    if categories is None or not categories.scores:
+        return None
+    pack_score = categories.pack_score
+    if flagged and pack_score is not None and pack_score >= score:
+        return categories.pack
+    return max(categories.scores, key=lambda name: categories.scores[name])
+
+
+def _greatest(names: Sequence[str], probabilities: Sequence[float]) -> dict[str, float]:
     """The probability of each name; of a pack with the name of a category, the greater."""
     scores = dict[str, float]()
-    for name, chance in zip(names, chances, strict=True):
-        scores[name] = max(chance, scores.get(name, 0.0))
+    for name, probability in zip(names, probabilities, strict=True):
+        scores[name] = max(probability, scores.get(name, 0.0))
     return scores
 
 
 def _with_code(name: str) -> str:
     code = HAZARDS[name][0] if name in HAZARDS else None
     return f"{name} ({code})" if code else name
-
-
-def _pack(record: Mapping[str, Any]) -> Pack:
-    """One without marks is of an older version."""
-    marks = {name: tuple(record.get(name, ())) for name in ("against", "shared", "learnt")}
-    return Pack(**{**record, "tail": ScoreScale.unpack(record["tail"]), **marks})

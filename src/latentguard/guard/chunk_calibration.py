@@ -1,41 +1,45 @@
-"""Fitting windows: what is usual in harmless texts, and the threshold of long prompts and chats.
+"""Chunk calibration: what is usual in harmless texts, and the threshold of long prompts and chats.
 
-The probe is the guard's own, so nothing is learnt of harm here: harmless documents and chats of
-the training split say how the greatest score grows with the number of pieces, and those of the
+The probe is the guard's own, so no harm is learned here: harmless documents and chats of the
+training split say how the greatest score grows with the number of chunks, and those of the
 validation split set the threshold.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from latentguard.data.builtin import Split, load_traffic
 from latentguard.data.documents import document, filler
 from latentguard.errors import GuardError
-from latentguard.guard.chunking import OVER, Norm, Piece, Windows
+from latentguard.guard.chunking import LONGER_THAN, Chunking, LengthNorm
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.leakage import require_apart
-from latentguard.guard.obfuscations import Obfuscations, beneath
+from latentguard.guard.leakage import require_unseen
+from latentguard.guard.reading_plan import ScoredPlan, score_plans, versions_of
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Backend, Progress, digest_prompts
 from latentguard.stats.bounds import threshold_for_fpr
 
-NORMING, CALIBRATION = 24, 100
-"""Documents, and as many chats, that the norms and the threshold are taken from."""
+NORM_TEXTS = 24
+"""Documents, and as many chats, that the norms are taken from."""
+
+CALIBRATION_TEXTS = 100
+"""Documents, and as many chats, that the threshold is taken from."""
 
 LONGEST = 3600
 """Characters of the longest document, about; at least twice those of the shortest."""
 
 
-def fit_windows(
+def fit_chunking(
     backend: Backend,
     guard: LatentGuard,
     *,
-    over: int = OVER,
+    longer_than: int = LONGER_THAN,
     max_fpr: float = 0.05,
     progress: Progress | None = None,
 ) -> LatentGuard:
@@ -43,19 +47,20 @@ def fit_windows(
 
     Args:
         backend: The guard's model.
-        guard: Whose probe scores the pieces.
-        over: Characters up to which a prompt without earlier turns is read as ever.
+        guard: Whose probe scores the chunks.
+        longer_than: Characters up to which a prompt without earlier turns is read whole.
         max_fpr: False-positive rate to keep on long harmless prompts and chats.
         progress: Called with the number of texts read.
     """
-    texts = harmless_texts("train", NORMING, over)
-    guard = guard.with_part(Windows(over=over, fitted={"norms_sha256": digest_prompts(texts)}))
-    guard = _normed(backend, guard, texts, progress)
-    held_out = harmless_texts("validation", CALIBRATION, over)
-    return calibrate_windows(backend, guard, held_out, max_fpr=max_fpr, progress=progress)
+    texts = harmless_texts("train", NORM_TEXTS, longer_than)
+    fitted = {"norms_sha256": digest_prompts(texts)}
+    guard = replace(guard, chunking=Chunking(longer_than=longer_than, fitted=fitted))
+    guard = _with_norms(backend, guard, texts, progress)
+    held_out = harmless_texts("validation", CALIBRATION_TEXTS, longer_than)
+    return calibrate_chunking(backend, guard, held_out, max_fpr=max_fpr, progress=progress)
 
 
-def calibrate_windows(
+def calibrate_chunking(
     backend: Backend,
     guard: LatentGuard,
     harmless: Iterable[Prompt],
@@ -67,95 +72,108 @@ def calibrate_windows(
     """A new guard that flags at most ``max_fpr`` of long harmless prompts and chats like these.
 
     Raises:
-        GuardError: if the guard has no windows, or there are too few prompts for the rate.
+        GuardError: if the guard has no chunking, or there are too few prompts for the rate.
     """
-    windows, prompts = windows_of(guard), list(harmless)
+    chunking = require_chunking(guard)
+    prompts = list(harmless)
     threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
-    require_apart([replace(guard.reading.prepare(p), segment=None) for p in prompts], guard.marks)
-    wanted, scores = guard.part(Obfuscations) is not None, list[float]()
-    for prompt in prompts:
-        others = beneath(prompt, wanted)
-        readings = [prompt, *(other for other, _ in others)]
-        found = (windows.find(*_read(backend, guard, reading)) for reading in readings)
-        scores.append(max(e.score for evidence in found for e in evidence))
-        if progress is not None:
-            progress(1)
+    read = [replace(guard.reading.prepare(p), segment=None) for p in prompts]
+    require_unseen(read, guard.all_training_digests)
+    scores = [
+        max(one.score for version in versions_of(scored, chunking) for one in version.evidence)
+        for scored in _read_by_chunks(backend, guard, prompts, progress)
+    ]
     bound = threshold_for_fpr(scores, max_fpr, confidence)
-    how = dict(max_fpr=max_fpr, confidence=confidence, calibration_sha256=digest_prompts(prompts))
-    fitted = {**(windows.fitted or {}), **how}
-    windows = replace(windows, threshold=bound.threshold, bound=bound, fitted=fitted)
-    return guard.with_part(windows).with_canaries(backend)  # those that are long move with it
+    fitted = {
+        **(chunking.fitted or {}),
+        "max_fpr": max_fpr,
+        "confidence": confidence,
+        "calibration_sha256": digest_prompts(prompts),
+    }
+    chunking = replace(chunking, threshold=bound.threshold, bound=bound, fitted=fitted)
+    return replace(guard, chunking=chunking).with_canaries(backend)  # some of these may be long
 
 
-def windows_of(guard: LatentGuard) -> Windows:
-    """The guard's windows.
+def require_chunking(guard: LatentGuard) -> Chunking:
+    """The guard's chunking.
 
     Raises:
         GuardError: if it has none.
     """
-    windows = guard.part(Windows)
-    if windows is None:
+    if guard.chunking is None:
         raise GuardError("This guard reads no long prompts; fit it with 'latentguard fit --long'.")
-    return windows
+    return guard.chunking
 
 
-def harmless_texts(split: Split, count: int, shortest: int = OVER) -> list[Prompt]:
+def harmless_texts(split: Split, count: int, shortest: int = LONGER_THAN) -> list[Prompt]:
     """So many documents from ``shortest`` characters to about ``LONGEST``, and as many chats.
 
     Half of the documents are lines of one kind after the other with a request among them
     (``frames``), half are harmless prompts of all kinds as paragraphs.
     """
-    said = [p.text for p in load_traffic(split) if not p.harmful]
-    draw, texts = random.Random(f"{split} texts"), []
-    times = max(LONGEST / shortest, 2)
+    requests = [p.text for p in load_traffic(split) if not p.harmful]
+    draw = random.Random(f"{split} texts")
+    texts = list[Prompt]()
+    ratio = max(LONGEST / shortest, 2)
     for number in range(count):
-        size = round(shortest * times ** draw.random())
+        size = round(shortest * ratio ** draw.random())
         seed = f"{split} {number}"
-        text = document(draw.choice(said), size, seed=seed) if number % 2 else ""
-        text = text or _paragraphs(said, size, draw)
+        text = document(draw.choice(requests), size, seed=seed) if number % 2 else ""
+        text = text or _paragraphs(requests, size, draw)
         texts.append(Prompt(text, id=f"{split}-document-{number}", harmful=False))
-        texts.append(_chat(draw.sample(said, draw.randint(2, 6)), f"{split}-chat-{number}"))
+        turns = draw.sample(requests, draw.randint(2, 6))
+        texts.append(_chat(turns, f"{split}-chat-{number}"))
     return texts
 
 
-def _paragraphs(said: Sequence[str], size: int, draw: random.Random) -> str:
+def _paragraphs(requests: Sequence[str], size: int, draw: random.Random) -> str:
     text = ""
     while len(text) < size:
-        text += draw.choice(said) + draw.choice(("\n", "\n\n", " "))
+        text += draw.choice(requests) + draw.choice(("\n", "\n\n", " "))
     return text.strip()
 
 
-def _chat(said: Sequence[str], name: str) -> Prompt:
+def _chat(requests: Sequence[str], name: str) -> Prompt:
     """A chat of such requests, with replies that say nothing in particular."""
     history = [
         message
-        for turn, text in enumerate(said[:-1])
+        for turn, text in enumerate(requests[:-1])
         for message in (
             Message("user", text),
             Message("assistant", filler(60, seed=f"{name} {turn}")),
         )
     ]
-    return Prompt(said[-1], name, False, history=tuple(history))
+    return Prompt(requests[-1], name, False, history=tuple(history))
 
 
-def _read(backend: Backend, guard: LatentGuard, prompt: Prompt) -> tuple[list[Piece], list[float]]:
-    """The pieces of a prompt and the guard's scores, that of the whole first."""
-    pieces = windows_of(guard).pieces(prompt)
-    return pieces, guard.read_pieces(backend, prompt, pieces)[1]
+def _read_by_chunks(
+    backend: Backend,
+    guard: LatentGuard,
+    prompts: Sequence[Prompt],
+    progress: Progress | None,
+) -> Iterator[ScoredPlan]:
+    """Read every prompt by chunks, also one that is a little shorter than what is called long."""
+    always = replace(guard, chunking=replace(require_chunking(guard), longer_than=0))
+    for scored in score_plans(prompts, always.plan, partial(guard.score, backend)):
+        yield scored
+        if progress is not None:
+            progress(1)
 
 
-def _normed(
+def _with_norms(
     backend: Backend, guard: LatentGuard, texts: Sequence[Prompt], progress: Progress | None
 ) -> LatentGuard:
     """Norms that are those of harmless texts, at every size that these pass through."""
-    greatest, whole = list[tuple[float, int]](), list[tuple[float, int]]()
-    for text in texts:
-        pieces, scores = _read(backend, guard, text)
-        whole.append((scores[0], len(pieces)))
-        running = np.maximum.accumulate(scores[1:])
-        sizes = [2**k for k in range(len(pieces).bit_length() - 1)]
-        greatest += [(float(running[n - 1]), n) for n in [*sizes, len(pieces)]]
-        if progress is not None:
-            progress(1)
-    piece, end = (Norm.fit(*zip(*rows, strict=True)) for rows in (greatest, whole))
-    return guard.with_part(replace(windows_of(guard), piece=piece, whole=end))
+    plain = replace(guard, deobfuscate=False)
+    greatest = list[tuple[float, int]]()
+    whole = list[tuple[float, int]]()
+    for scored in _read_by_chunks(backend, plain, texts, progress):
+        own, *chunks = (score.score for score in scored.scores)
+        count = len(chunks)
+        whole.append((own, count))
+        running = np.maximum.accumulate(chunks)
+        sizes = [2**k for k in range(count.bit_length() - 1)]
+        greatest += [(float(running[n - 1]), n) for n in [*sizes, count]]
+    norms = [LengthNorm.fit(*zip(*rows, strict=True)) for rows in (greatest, whole)]
+    chunking = replace(require_chunking(guard), chunk_norm=norms[0], whole_norm=norms[1])
+    return replace(guard, chunking=chunking)

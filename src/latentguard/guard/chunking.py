@@ -1,43 +1,38 @@
-"""Windows: how a guard reads long prompts and chats, where evidence may lie anywhere.
+"""Chunking: how a guard reads long prompts and chats, where evidence may lie anywhere.
 
-What the user says is cut into pieces, sentences and lines of up to ``size`` characters of one
-paragraph, and each is scored as a prompt of its own, as the guard scores any; so is the whole.
-Both are put on one scale, on which harmless material has mean 0 and standard deviation 1 whatever
-its size: a longer text has more pieces, and so a higher maximum. The greatest of all is held
-against one threshold, so that the stated rate is that of both readings together.
+What the user says is cut into chunks: sentences and lines of one paragraph, up to ``max_chars``
+characters together. Each chunk is scored as a prompt of its own, and so is the whole. Both scores
+are put on one scale, on which harmless material has mean 0 and standard deviation 1 whatever its
+size, because a longer text has more chunks and so a higher maximum. The greatest of all is compared
+with one threshold, so that the stated rate is that of both readings together.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from latentguard.errors import GuardError, PromptError
-from latentguard.guard.verdict import Evidence, Part
+from latentguard.guard.verdict import Evidence
 from latentguard.prompts import Prompt
 from latentguard.stats.bounds import Bound
 
-SIZE, FLOOR, OVER = 120, 20, 500
-"""Defaults of ``Windows.size``, ``Windows.floor`` and ``Windows.over``."""
-
-R = TypeVar("R")
-
-BATCH = 256
-"""Prompts among which long ones are looked for at a time."""
+MAX_CHARS = 120
+MIN_CHARS = 20
+LONGER_THAN = 500
+"""Defaults of ``Chunking``."""
 
 BREAK = re.compile(r"(?<=[.!?;:])[^\S\n]+|(?<=[\u3002\uff01\uff1f])|\n+")
 """Where sentences and lines end."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Some characters of what the user says."""
 
     message: int
@@ -54,11 +49,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """How a score is distributed on harmless material, by the number of pieces."""
+class LengthNorm:
+    """How a score is distributed on harmless material, by the number of chunks."""
 
     mean: float = 0.0
-    """Where there is one piece."""
+    """Where there is one chunk."""
 
     slope: float = 0.0
     """By how much it grows when their number is multiplied by e."""
@@ -66,37 +61,36 @@ class Norm:
     spread: float = 1.0
     """Standard deviation around that line."""
 
-    def __call__(self, value: float, size: float) -> float:
-        """The value in standard deviations over what is usual at this size."""
-        return (value - self.mean - self.slope * math.log(size)) / self.spread
+    def __call__(self, value: float, chunks: float) -> float:
+        """The value in standard deviations over what is usual for so many chunks."""
+        return (value - self.mean - self.slope * math.log(chunks)) / self.spread
 
     @staticmethod
-    def fit(values: Sequence[float], sizes: Sequence[float]) -> Norm:
-        """A least-squares line through ln(size); flat if there is only one size, or it would fall.
+    def fit(values: Sequence[float], chunks: Sequence[float]) -> LengthNorm:
+        """A least-squares line through ln(chunks); flat if there is one size, or it would fall.
 
         Raises:
             GuardError: if there are fewer than three values, or they do not differ.
         """
-        x, y = np.log(sizes), np.asarray(values, dtype=np.float64)
-        slope = max(float(np.polyfit(x, y, 1)[0]), 0.0) if len(set(sizes)) > 1 else 0.0
+        x = np.log(chunks)
+        y = np.asarray(values, dtype=np.float64)
+        slope = max(float(np.polyfit(x, y, 1)[0]), 0.0) if len(set(chunks)) > 1 else 0.0
         mean = float(y.mean() - slope * x.mean())
         spread = float((y - mean - slope * x).std()) if len(y) > 2 else 0.0
         if not spread > 1e-6 * float(np.abs(y).mean()):
             raise GuardError(f"{len(y)} scores of harmless texts do not show how scores vary.")
-        return Norm(mean, slope, spread)
+        return LengthNorm(mean, slope, spread)
 
 
 @dataclass(frozen=True, eq=False)
-class Windows(Part):
-    """Reads long prompts and chats."""
+class Chunking:
+    """Which prompts are cut into chunks, and what counts as harmful among their scores."""
 
-    name: ClassVar[str] = "windows"
+    chunk_norm: LengthNorm = field(default_factory=LengthNorm)
+    """Of the most harmful chunk."""
 
-    piece: Norm = field(default_factory=Norm)
-    """Of the most harmful piece."""
-
-    whole: Norm = field(default_factory=Norm)
-    """Of the whole, read as ever."""
+    whole_norm: LengthNorm = field(default_factory=LengthNorm)
+    """Of the whole, read as a short prompt is."""
 
     threshold: float = math.inf
     """In standard deviations; a long prompt or a chat is flagged if its greatest is over it."""
@@ -104,26 +98,26 @@ class Windows(Part):
     bound: Bound | None = None
     """What calibration promises of the threshold; None before."""
 
-    size: int = SIZE
-    """Characters in a piece, at the most; blanks do not count."""
+    max_chars: int = MAX_CHARS
+    """Characters in a chunk, at the most; blanks do not count."""
 
-    floor: int = FLOOR
-    """From so many characters on, a blank line ends a piece: a request that has a paragraph of its
-    own is not read together with the next, and tiny paragraphs do not cost a piece each."""
+    min_chars: int = MIN_CHARS
+    """From so many characters on, a blank line ends a chunk: a request that has a paragraph of its
+    own is not read together with the next, and tiny paragraphs do not cost a chunk each."""
 
-    over: int = OVER
-    """A prompt without earlier turns is read as ever up to so many characters."""
+    longer_than: int = LONGER_THAN
+    """A prompt without earlier turns is read whole, and only whole, up to so many characters."""
 
     fitted: dict[str, Any] | None = None
     """Provenance: digests of the data."""
 
-    def needed(self, prompt: Prompt) -> bool:
+    def applies_to(self, prompt: Prompt) -> bool:
         """Whether a prompt is long, or a chat in which the user has spoken before."""
-        size = max(len(prompt.text), prompt.undone_from)
-        return size > self.over or any(m.role == "user" for m in prompt.history)
+        length = max(len(prompt.text), prompt.decoded_from_length)
+        return length > self.longer_than or any(m.role == "user" for m in prompt.history)
 
-    def pieces(self, prompt: Prompt) -> list[Piece]:
-        """What the user says, cut up; a turn that says nothing has no piece.
+    def chunks(self, prompt: Prompt) -> list[Chunk]:
+        """What the user says, cut up; a turn that says nothing has no chunk.
 
         Raises:
             PromptError: if the prompt's own text says nothing.
@@ -132,126 +126,117 @@ class Windows(Part):
             raise PromptError(f"Prompt '{prompt.id}' has no text; expected at least a word.")
         turns = [(n, m.content) for n, m in enumerate(prompt.history) if m.role == "user"]
         return [
-            Piece(number, start, end, text[start:end])
+            Chunk(number, start, end, text[start:end])
             for number, text in [*turns, (len(prompt.history), prompt.text)]
-            for start, end in cut(text, self.size, self.floor)
+            for start, end in cut(text, self.max_chars, self.min_chars)
         ]
 
-    def find(self, pieces: Sequence[Piece], scores: Sequence[float]) -> list[Evidence]:
-        """The most harmful piece of each turn, in standard deviations.
+    def find_evidence(
+        self, chunks: Sequence[Chunk], whole: float, scores: Sequence[float]
+    ) -> list[Evidence]:
+        """The most harmful chunk of each turn, in standard deviations.
 
         Args:
-            pieces: What was read.
-            scores: The guard's, packs included, of the whole and then of each piece.
+            chunks: What was read.
+            whole: The guard's score, packs included, of the whole prompt.
+            scores: The same of each chunk.
 
         Raises:
             GuardError: if a score is not finite.
         """
-        if not all(map(math.isfinite, scores)):
-            raise GuardError("A piece's score is not a finite number; use bfloat16 or float32.")
+        if not all(map(math.isfinite, (whole, *scores))):
+            raise GuardError("A chunk's score is not a finite number; use bfloat16 or float32.")
         best = dict[int, Evidence]()
-        for piece, score in zip(pieces, scores[1:], strict=True):
-            told = self.piece(score, len(pieces))
-            if piece.message not in best or told > best[piece.message].score:
-                best[piece.message] = Evidence(piece.message, piece.start, piece.end, told)
-        last, whole = pieces[-1], self.whole(scores[0], len(pieces))
-        if whole > best[last.message].score:
-            first = next(p for p in pieces if p.message == last.message)
-            best[last.message] = Evidence(last.message, first.start, last.end, whole)
+        for chunk, score in zip(chunks, scores, strict=True):
+            normed = self.chunk_norm(score, len(chunks))
+            if chunk.message not in best or normed > best[chunk.message].score:
+                best[chunk.message] = Evidence(chunk.message, chunk.start, chunk.end, normed)
+        last = chunks[-1]
+        normed = self.whole_norm(whole, len(chunks))
+        if normed > best[last.message].score:
+            first = next(chunk for chunk in chunks if chunk.message == last.message)
+            best[last.message] = Evidence(last.message, first.start, last.end, normed)
         return list(best.values())
 
-    def evidence(
-        self, pieces: Sequence[Piece], scores: Sequence[float], threshold: float, spread: float
+    def in_guard_units(
+        self, evidence: Sequence[Evidence], *, threshold: float, spread: float
     ) -> list[Evidence]:
-        """What ``find`` finds, in the unit of a guard with this threshold and spread."""
+        """Evidence in the unit of a guard with this threshold and spread.
+
+        It is over the guard's threshold exactly if it is over the threshold here.
+        """
         return [
-            replace(e, score=threshold + spread * (e.score - self.threshold))
-            for e in self.find(pieces, scores)
+            replace(one, score=threshold + spread * (one.score - self.threshold))
+            for one in evidence
         ]
 
-    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """See ``Part``."""
-        return asdict(self), {}
-
-    @classmethod
-    def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """See ``Part``."""
-        piece, whole = (Norm(**record[name]) for name in ("piece", "whole"))
-        numbers = [record["threshold"], *asdict(piece).values(), *asdict(whole).values()]
-        if (
-            not all(map(math.isfinite, numbers))
-            or min(record[name] for name in ("size", "floor", "over")) < 1
-        ):
-            raise ValueError("a number of the windows is out of range")
-        bound = Bound(**record["bound"]) if record["bound"] else None
-        return cls(**{**record, "piece": piece, "whole": whole, "bound": bound})
-
-    def rebound(self) -> Windows:
-        """See ``Part``."""
+    def without_promise(self) -> Chunking:
+        """The same, where the guard is bound to another model."""
         return replace(self, bound=None)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Chunking:
+        """What ``to_dict`` wrote.
+
+        Raises:
+            LookupError, TypeError, ValueError: if it is damaged.
+        """
+        norms = {name: LengthNorm(**record[name]) for name in ("chunk_norm", "whole_norm")}
+        bound = Bound(**record["bound"]) if record["bound"] else None
+        chunking = Chunking(**{**record, **norms, "bound": bound})
+        numbers = [chunking.threshold]
+        for norm in norms.values():
+            numbers += asdict(norm).values()
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a number of the chunking is not finite")
+        if min(chunking.max_chars, chunking.min_chars, chunking.longer_than) < 1:
+            raise ValueError("a size of the chunking is less than 1")
+        return chunking
+
     def notes(self) -> list[str]:
-        """See ``Part``."""
+        """A paragraph for the model card."""
         promise = str(self.bound) if self.bound else "not calibrated, so nothing is promised"
         return [
-            f"Prompts of more than {self.over} characters, and chats with earlier turns of the "
-            f"user, are read whole and by pieces of up to {self.size} characters. Of these: "
-            f"{promise}."
+            f"Prompts of more than {self.longer_than} characters, and chats with earlier turns of "
+            f"the user, are read whole and by chunks of up to {self.max_chars} characters. Of "
+            f"these: {promise}."
         ]
 
 
-def with_pieces(prompt: Prompt, pieces: Sequence[Piece]) -> tuple[Prompt, ...]:
-    """What is read of a long prompt: itself, and each piece as a prompt of its own."""
-    return (prompt, *(Prompt(piece.text, id=prompt.id) for piece in pieces))
+def cut(text: str, max_chars: int, min_chars: int = MIN_CHARS) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each chunk: sentences and lines of a paragraph, as many as fit.
 
-
-def read_apart(
-    windows: Windows | None,
-    prompts: Iterator[Prompt],
-    short: Callable[[Iterator[Prompt]], Iterator[R]],
-    long: Callable[[Prompt], R],
-) -> Iterator[R]:
-    """Yield what is read of each prompt, in order: of long ones and chats one by one.
-
-    Args:
-        windows: The guard's; without them, all are short.
-        prompts: Consumed lazily.
-        short: Yields one result a prompt, in order.
-        long: The result of one prompt.
+    Longer sentences are cut at a blank, and paragraphs of less than ``min_chars`` characters go
+    with the next. Blanks do not count, so that a text has no more chunks than its words call for.
     """
-    while windows and (batch := tuple(islice(prompts, BATCH))):
-        apart = [windows.needed(prompt) for prompt in batch]
-        results = short(p for p, longer in zip(batch, apart, strict=True) if not longer)
-        for prompt, longer in zip(batch, apart, strict=True):
-            yield long(prompt) if longer else next(results)
-    yield from short(prompts)
-
-
-def cut(text: str, size: int, floor: int = FLOOR) -> Iterator[tuple[int, int]]:
-    """Sentences and lines of a paragraph, as many together as fit; longer ones in parts.
-
-    Parts end at a blank, and paragraphs of less than ``floor`` characters go with the next. Blanks
-    do not count, so that a text has no more pieces than what it says calls for.
-    """
-    start, end, filled = 0, 0, 0
-    for first, last in _parts(text, size):
-        own = last - first - sum(map(str.isspace, text[first:last]))
-        apart = filled >= floor and text.count("\n", end, first) > 1
-        if filled and (apart or filled + own > size):
+    start = 0
+    end = 0
+    filled = 0
+    for first, last in _sentences(text, max_chars):
+        size = last - first - sum(map(str.isspace, text[first:last]))
+        new_paragraph = filled >= min_chars and text.count("\n", end, first) > 1
+        if filled and (new_paragraph or filled + size > max_chars):
             yield start, end
             filled = 0
-        start, end, filled = (start if filled else first), last, filled + own
+        if not filled:
+            start = first
+        end = last
+        filled += size
     if filled:
         yield start, end
 
 
-def _parts(text: str, size: int) -> Iterator[tuple[int, int]]:
+def _sentences(text: str, max_chars: int) -> Iterator[tuple[int, int]]:
     """Sentences and lines; longer ones in parts; none of them blank."""
     first = 0
     for last, after in [*(m.span() for m in BREAK.finditer(text)), (len(text), len(text))]:
-        while last - first > size:
-            blank = text.rfind(" ", first + 1, first + size + 1)
-            stop = blank if blank > 0 else first + size
+        while last - first > max_chars:
+            blank = text.rfind(" ", first + 1, first + max_chars + 1)
+            stop = blank if blank > 0 else first + max_chars
             if not text[first:stop].isspace():
                 yield first, stop
             first = stop + (blank > 0)

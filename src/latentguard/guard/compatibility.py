@@ -1,44 +1,76 @@
-"""Binding: what it means that a guard meets another model, in words and in canary scores."""
+"""Compatibility: whether a model is the one that a guard was fitted on, and how far scores moved.
+
+A guard is bound to a fingerprint. Canary prompts, whose scores are stored with it, notice what no
+digest shows: a few changed weights, other software, a date in the chat template.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from latentguard.data.builtin import load_contrast
 from latentguard.errors import ModelMismatch
-from latentguard.guard.canaries import TOLERANCE
-from latentguard.guard.spec import Contents
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Fingerprint
 
+CANARY_COUNT = 8
 
-def explain(bound: Fingerprint, found: Fingerprint) -> str | None:
+TOLERANCE = 0.1
+"""How far a canary's score may move, in standard deviations of the training scores."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A prompt with the score that it had when the guard was fitted."""
+
+    text: str
+    """The prompt."""
+
+    score: float
+    """Its score."""
+
+
+def canary_prompts() -> list[Prompt]:
+    """Half harmful, half harmless, spread over the built-in validation split."""
+    prompts = load_contrast("validation")
+    half = CANARY_COUNT // 2
+    sides = [[p for p in prompts if p.harmful is harmful] for harmful in (True, False)]
+    return [p for side in sides for p in side[:: len(side) // half][:half]]
+
+
+def explain_mismatch(expected: Fingerprint, found: Fingerprint) -> str | None:
     """What differs, in one sentence, and what to do; None if nothing does."""
-    if not (different := bound.differences(found)):
+    if not (different := expected.differences(found)):
         return None
     return (
-        f"This guard was fitted on '{bound.model}' and met '{found.model}': "
+        f"This guard was fitted on '{expected.model}' and met '{found.model}': "
         f"{'; '.join(different)}. Use that model, fit a guard for this one, or go on with "
         "--allow-mismatch (allow_mismatch=True), which measures how far the scores move."
     )
 
 
-def require_like(guard: Contents, backend: Backend) -> None:
-    """Check that a guard can read the states of a model at all.
+def require_readable(backend: Backend, *, width: int, layer: int, post: int) -> None:
+    """Check that a model has the states that a guard reads.
+
+    Args:
+        backend: The model.
+        width: Of the guard's weights.
+        layer: The last layer that it reads.
+        post: The last token after the instruction that it reads.
 
     Raises:
-        ModelMismatch: if the model has not the layers, width or positions that the guard reads.
+        ModelMismatch: if the model has not such layers, width or positions.
     """
-    steps = [int(p.removeprefix("post+")) for p in guard.positions if p.startswith("post+")]
     states = next(iter(backend.capture([Prompt("a")], positions=("t_inst",), layers=(0,))))
-    needs = (guard.probe.weight.shape[-1], max(guard.probe.layers), max(steps, default=0))
-    width, depth, post = states.values.shape[-1], backend.depth, backend.post
-    if width != needs[0] or depth < needs[1] or post < needs[2]:
+    found = states.values.shape[-1]
+    if found != width or backend.depth < layer or backend.post < post:
         raise ModelMismatch(
-            f"'{backend.fingerprint.model}' has width {width}, {depth} layers and {post} tokens "
-            f"after the instruction; this guard reads width {needs[0]}, layer {needs[1]} and "
-            f"token {needs[2]} after it. Fit a guard for this model."
+            f"'{backend.fingerprint.model}' has width {found}, {backend.depth} layers and "
+            f"{backend.post} tokens after the instruction; this guard reads width {width}, layer "
+            f"{layer} and token {post} after it. Fit a guard for this model."
         )
 
 
@@ -59,23 +91,39 @@ class Shift:
     """Canaries."""
 
     differences: tuple[str, ...] = ()
-    """What differs between the models; none if the scores alone tell."""
+    """What differs between the models; none if the scores alone show it."""
 
     @staticmethod
-    def between(then: Contents, now: Contents) -> Shift:
-        """From a guard on its own model to the same guard, bound to another."""
-        before, after = (np.array([c.score for c in guard.canaries]) for guard in (then, now))
-        moved = (after - before) / then.spread if len(before) else np.zeros(1)
+    def of(
+        before: Sequence[float],
+        after: Sequence[float],
+        *,
+        spread: float,
+        threshold: float,
+        differences: Sequence[str] = (),
+    ) -> Shift:
+        """From the canaries' scores on the guard's own model and on another.
+
+        Args:
+            before: Scores on the guard's own model, [n].
+            after: Scores on the other, [n].
+            spread: Standard deviation of the guard's training scores.
+            threshold: The guard's.
+            differences: What differs between the models.
+        """
+        was = np.array(before)
+        now = np.array(after)
+        moved = (now - was) / spread if len(was) else np.zeros(1)
         return Shift(
             mean=float(moved.mean()),
             largest=float(np.abs(moved).max()),
-            changed=int(((before > then.threshold) != (after > then.threshold)).sum()),
-            n=len(before),
-            differences=tuple(then.fingerprint.differences(now.fingerprint)),
+            changed=int(((was > threshold) != (now > threshold)).sum()),
+            n=len(was),
+            differences=tuple(differences),
         )
 
     @property
-    def notable(self) -> bool:
+    def is_notable(self) -> bool:
         """Whether it is more than rounding: a guard does not go on over it unasked."""
         return self.largest > TOLERANCE
 

@@ -20,7 +20,7 @@ from scipy.stats import binomtest, ks_2samp
 
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.thresholds import Calibration, Limits
+from latentguard.guard.thresholds import SegmentThresholds
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.stats.bounds import clopper_pearson_upper
@@ -174,7 +174,7 @@ def compare(
     Raises:
         GuardError: if the guard is not calibrated, or there is no prompt.
     """
-    calibration = guard.part(Calibration)
+    calibration = guard.thresholds
     short = [not v.evidence for v in verdicts]  # what windows read has a threshold of its own
     prompts = list(compress(prompts, short))
     verdicts = list(compress(verdicts, short))
@@ -202,7 +202,7 @@ def compare(
 
 
 def _comparison(
-    group: tuple[str, Limits, list[Verdict]], ks: float, moved: float, exceeded: float
+    group: tuple[str, SegmentThresholds, list[Verdict]], ks: float, moved: float, exceeded: float
 ) -> Comparison:
     name, limits, own = group
     live, flagged = np.array([v.score for v in own]), sum(v.flagged for v in own)
@@ -220,7 +220,7 @@ def _comparison(
     )
 
 
-def _exceeded(verdicts: Sequence[Verdict], limits: Limits) -> float:
+def _exceeded(verdicts: Sequence[Verdict], limits: SegmentThresholds) -> float:
     flagged = sum(verdict.flagged for verdict in verdicts)
     rate = limits.block.max_fpr
     return float(binomtest(flagged, len(verdicts), rate, alternative="greater").pvalue)

@@ -1,7 +1,7 @@
-"""Learnt: what a guard or a pack was fitted on, by digest, so that it is not calibrated on it.
+"""Leakage: prompts that a guard or a pack was trained on do not calibrate it.
 
-Scores of prompts that were fitted on lie lower, or higher, than those of the traffic to come, and a
-threshold that is picked on them promises too much.
+Their scores lie lower, or higher, than those of the traffic to come, and a threshold that is picked
+on them promises too much. A guard keeps their digests, never their texts.
 """
 
 from __future__ import annotations
@@ -14,85 +14,89 @@ from dataclasses import dataclass
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
 
-MOST = 0.1
+MAX_SHARE = 0.1
 """Share of the texts of a label that may happen to be among those that a guard was fitted on."""
 
-FEW = 0.05
-"""A part that may be missing without a word: the others are hardly more frequent for it."""
+NEGLIGIBLE_SHARE = 0.05
+"""Up to this share of prompts is left out without thinning the texts that both halves hold."""
 
 
-def mark(prompt: Prompt) -> int:
-    """What was said, in 63 bits."""
+def prompt_digest(prompt: Prompt) -> int:
+    """A digest of what was said, in 63 bits."""
     said = [prompt.text, *(part for m in prompt.history for part in (m.role, m.content))]
     return int.from_bytes(hashlib.sha256("\0".join(said).encode()).digest()[:8]) >> 1
 
 
 @dataclass(frozen=True)
-class Held:
-    """Marks of the user's texts that were learnt from; the user's other rows calibrate."""
+class TrainingPrompts:
+    """Digests of the user's harmless prompts that packs were trained on."""
 
     alone: frozenset[int] = frozenset()
-    """Of texts that no other row has."""
+    """Of texts that occur among the training prompts alone."""
 
     shared: frozenset[int] = frozenset()
-    """Of texts that other rows have, too."""
+    """Of texts that occur among the user's other prompts, too."""
 
     @staticmethod
-    def of(learnt: Iterable[Prompt], others: Iterable[Prompt]) -> Held:
-        """From the rows that were learnt from, and the others."""
-        one, other = set(map(mark, learnt)), set(map(mark, others))
-        return Held(frozenset(one - other), frozenset(one & other))
+    def of(training: Iterable[Prompt], others: Iterable[Prompt]) -> TrainingPrompts:
+        """From the prompts that were trained on, and the others."""
+        one = set(map(prompt_digest, training))
+        other = set(map(prompt_digest, others))
+        return TrainingPrompts(frozenset(one - other), frozenset(one & other))
 
-    def __or__(self, other: Held) -> Held:
+    def __or__(self, other: TrainingPrompts) -> TrainingPrompts:
         """Both; a text that one had alone is alone."""
         alone = self.alone | other.alone
-        return Held(alone, (self.shared | other.shared) - alone)
+        return TrainingPrompts(alone, (self.shared | other.shared) - alone)
 
 
-NOTHING = Held()
-"""Of a guard without packs."""
+def exclude_training_prompts(
+    prompts: Iterable[Prompt], training: TrainingPrompts
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that must not calibrate, and those that may, each in order.
 
+    Prompts that were trained on are left out, because their scores are too low.
 
-def apart(prompts: Iterable[Prompt], held: Held) -> tuple[list[Prompt], list[Prompt]]:
-    """Rows that do not calibrate, as they were learnt from, and the others, each in order.
-
-    A text that was asked but once scores lower, once it was learnt from, than those to come, and is
-    set apart. One that is asked again and again scores then as it does now. But it must stay as
-    frequent beside the others: so as large a part of such rows is set apart as of the rest.
+    - A text that occurs only among the training prompts is always left out.
+    - A text that occurs in both halves is left out as often as the other texts are, so that its
+      share stays the same: one that is asked again and again scores then as it does now.
     """
     rows = list(prompts)
-    marks = {n: mark(prompt) for n, prompt in enumerate(rows) if not prompt.harmful}
-    known = {n for n, of in marks.items() if of in held.alone}
-    shared = [n for n, of in marks.items() if of in held.shared]
-    if len(known) > FEW * len(marks):
-        part = len(known) / (len(marks) - len(shared))
-        known |= set(random.Random(0).sample(shared, round(part * len(shared))))
-    seen = [p for n, p in enumerate(rows) if n in known]
-    return seen, [p for n, p in enumerate(rows) if n not in known]
+    digests = {n: prompt_digest(prompt) for n, prompt in enumerate(rows) if not prompt.harmful}
+    excluded = {n for n, digest in digests.items() if digest in training.alone}
+    shared = [n for n, digest in digests.items() if digest in training.shared]
+    if len(excluded) > NEGLIGIBLE_SHARE * len(digests):
+        share = len(excluded) / (len(digests) - len(shared))
+        excluded |= set(random.Random(0).sample(shared, round(share * len(shared))))
+    left_out = [prompt for n, prompt in enumerate(rows) if n in excluded]
+    return left_out, [prompt for n, prompt in enumerate(rows) if n not in excluded]
 
 
-def require_apart(prompts: Sequence[Prompt], marks: Iterable[int], fewest: int = 1) -> None:
+def require_unseen(prompts: Sequence[Prompt], digests: Iterable[int], min_segment: int = 1) -> None:
     """Refuse to calibrate on what a guard was fitted on.
 
     Texts are counted, not rows: one that is often asked scores then as it does now.
 
     Args:
         prompts: What is to calibrate.
-        marks: Of what was fitted on.
-        fewest: Prompts that a segment needs for a threshold of its own.
+        digests: Of what the guard was fitted on.
+        min_segment: Prompts that a segment needs for a threshold of its own.
 
     Raises:
-        GuardError: if more than ``MOST`` of the texts of a label or of a segment, and more than
-            two, are among them.
+        GuardError: if more than ``MAX_SHARE`` of the texts of a label or of a segment, and more
+            than two, are among them.
     """
-    learnt, harmless = set(marks), [p for p in prompts if not p.harmful]
+    training = set(digests)
+    harmless = [p for p in prompts if not p.harmful]
     groups = {"harmless": harmless, "harmful": [p for p in prompts if p.harmful]}
-    for name in dict.fromkeys(p.segment for p in harmless if p.segment):
-        own = [p for p in harmless if p.segment == name]
-        groups |= {f"harmless (segment '{name}')": own} if len(own) >= fewest else {}
+    for segment in dict.fromkeys(p.segment for p in harmless if p.segment):
+        own = [p for p in harmless if p.segment == segment]
+        if len(own) >= min_segment:
+            groups[f"harmless (segment '{segment}')"] = own
     for name, group in groups.items():
-        texts = {mark(p) for p in group}
-        if (seen := len(texts & learnt)) > max(2, MOST * len(texts)):
+        texts = {prompt_digest(p) for p in group}
+        seen = len(texts & training)
+        if seen > max(2, MAX_SHARE * len(texts)):
             raise GuardError(
                 f"{seen} of the {len(texts)} different {name} prompts to calibrate on are among "
                 "those that the guard was fitted on, whose scores would promise too much; give "

@@ -1,11 +1,14 @@
 """Category packs: 20 to 50 harmful examples become a category that can flag.
 
-What is fitted and what is calibrated never overlap. Harmless prompts of the user's own, where they
-are given, are halved: one half is what the examples are held against, so that the pack learns harm
-and not the domain, the other half calibrates. A pack notes its half; texts that stand in it alone
-never calibrate again (``learnt.apart``). Rows are halved, not texts: what occurs often in the
-traffic does so in both halves. Without such prompts the built-in ones serve; but a promise that was
-made on a user's own traffic is not silently exchanged for one on built-in prompts.
+What is fitted and what is calibrated never overlap.
+
+- Harmless prompts of the user's own, where they are given, are halved. One half is what the
+  examples are trained against, so that the pack learns harm and not the domain. The other half
+  calibrates. Rows are halved, not texts: what occurs often in the traffic does so in both halves.
+- A pack keeps the digests of its half; texts that stand in it alone never calibrate again
+  (``leakage.exclude_training_prompts``).
+- Without such prompts the built-in ones serve. But a promise that was made on a user's own traffic
+  is not silently exchanged for one on built-in prompts.
 """
 
 from __future__ import annotations
@@ -17,25 +20,23 @@ from dataclasses import replace
 
 from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.errors import GuardError
-from latentguard.guard.categories import FEWEST, Categories, Pack, fit_directions
+from latentguard.guard.categories import MIN_PROMPTS, Categories, Pack, fit_directions
 from latentguard.guard.chunk_calibration import (
-    CALIBRATION,
-    calibrate_windows,
+    CALIBRATION_TEXTS,
+    calibrate_chunking,
     harmless_texts,
-    windows_of,
+    require_chunking,
 )
-from latentguard.guard.chunking import Windows
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.leakage import NOTHING, Held, apart, mark
+from latentguard.guard.leakage import TrainingPrompts, exclude_training_prompts, prompt_digest
 from latentguard.guard.score_scale import ScoreScale
-from latentguard.guard.thresholds import Calibration
 from latentguard.probes.fitting import slots
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, States, digest_prompts
 from latentguard.stats.bounds import Bound, smallest_n
 
-AGAINST = 200
-"""Built-in harmless prompts that the examples of a pack are held against."""
+BUILT_IN_HARMLESS = 200
+"""Built-in harmless prompts that the examples of a pack are trained against."""
 
 
 def add(
@@ -62,23 +63,30 @@ def add(
         GuardError: if the guard has no categories or no promise, the name is taken or odd, the
             examples are too few, or the harmless prompts cannot carry the promise.
     """
-    categories, rate = _categories(guard), _promise(guard)
+    categories = _require_categories(guard)
+    rate = _require_promise(guard)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_/-]*", name):
         raise GuardError(f"'{name}' is no name: expected small letters, digits, '_', '-', '/'.")
     if name in categories.packs:
         raise GuardError(f"The guard has a pack '{name}'; remove it first to fit it anew.")
     unique = list({p.text: replace(p, harmful=True) for p in examples}.values())
-    if len(unique) < FEWEST:
+    if len(unique) < MIN_PROMPTS:
         raise GuardError(
-            f"A pack needs at least {FEWEST} different harmful examples, better 20 to 50; "
+            f"A pack needs at least {MIN_PROMPTS} different harmful examples, better 20 to 50; "
             f"found {len(unique)}."
         )
-    like, calm = halves(harmless, guard.held) if harmless else ([], _built_in(guard))
-    held, every = Held.of(like, calm), [*like, *calm]
-    rest = apart(every, guard.held | held)[1]
-    _require_enough(guard, rate, rest, "half of those given" if harmless else "the built-in ones")
-    states = capture(guard, backend, [*unique, *against(), *like], progress)
-    return recalibrated(with_pack(guard, name, states, held), backend, every, progress)
+    training = list[Prompt]()
+    if harmless:
+        training, calibration = halve(harmless, guard.pack_training_prompts)
+    else:
+        calibration = _built_in(guard)
+    own = TrainingPrompts.of(training, calibration)
+    every = [*training, *calibration]
+    _, allowed = exclude_training_prompts(every, guard.pack_training_prompts | own)
+    which = "half of those given" if harmless else "the built-in ones"
+    _require_enough(guard, rate, allowed, which)
+    states = capture(guard, backend, [*unique, *built_in_harmless(), *training], progress)
+    return recalibrate(with_pack(guard, name, states, own), backend, every, progress)
 
 
 def remove(
@@ -94,38 +102,40 @@ def remove(
     Raises:
         GuardError: if there is no such pack, or the harmless prompts cannot carry the promise.
     """
-    categories, rate = _categories(guard), _promise(guard)
+    categories = _require_categories(guard)
+    rate = _require_promise(guard)
     if name not in categories.packs:
-        known = ", ".join(categories.packs) or "none"
-        raise GuardError(f"The guard has no pack '{name}'; it has: {known}.")
-    calm, rest = list(harmless) or _built_in(guard), guard.with_part(categories.without(name))
-    left = apart(calm, rest.held)[1]
-    _require_enough(rest, rate, left, "those given" if harmless else "the built-in ones")
-    return recalibrated(rest, backend, calm, progress)
+        names = ", ".join(categories.packs) or "none"
+        raise GuardError(f"The guard has no pack '{name}'; it has: {names}.")
+    prompts = list(harmless) or _built_in(guard)
+    without = replace(guard, categories=categories.without_pack(name))
+    _, allowed = exclude_training_prompts(prompts, without.pack_training_prompts)
+    which = "those given" if harmless else "the built-in ones"
+    _require_enough(without, rate, allowed, which)
+    return recalibrate(without, backend, prompts, progress)
 
 
-def against() -> list[Prompt]:
-    """The built-in harmless prompts that every pack is held against."""
+def built_in_harmless() -> list[Prompt]:
+    """The built-in harmless prompts that every pack is trained against."""
     train = [p for p in load_traffic("train") if not p.harmful]
-    return train[:: max(1, len(train) // AGAINST)][:AGAINST]
+    return train[:: max(1, len(train) // BUILT_IN_HARMLESS)][:BUILT_IN_HARMLESS]
 
 
-def halves(
-    harmless: Sequence[Prompt],
-    held: Held = NOTHING,
+def halve(
+    harmless: Sequence[Prompt], before: TrainingPrompts | None = None
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Which of the user's harmless prompts a pack is held against, and which calibrate.
+    """Which of the user's harmless prompts a pack is trained against, and which calibrate.
 
     Args:
         harmless: The user's.
-        held: What earlier packs are held against (``LatentGuard.held``); this one is, too.
+        before: What earlier packs were trained against; this one is, too.
     """
-    calm = (replace(p, harmful=False) for p in harmless)
-    known, rest = apart(calm, held)
-    rest.sort(key=mark)
+    labelled = (replace(p, harmful=False) for p in harmless)
+    training, rest = exclude_training_prompts(labelled, before or TrainingPrompts())
+    rest.sort(key=prompt_digest)
     random.Random(0).shuffle(rest)  # rows in no order of theirs: each half is like the traffic
-    more = max(len(harmless) // 2 - len(known), 0)
-    return [*known, *rest[:more]], rest[more:]
+    more = max(len(harmless) // 2 - len(training), 0)
+    return [*training, *rest[:more]], rest[more:]
 
 
 def capture(
@@ -135,16 +145,17 @@ def capture(
     progress: Progress | None = None,
 ) -> States:
     """The states of labelled prompts where the guard reads them."""
-    ready = map(guard.reading.prepare, prompts)
-    how = dict(positions=guard.reading.positions, layers=guard.probe.layers)
-    return States.collect(backend.capture(ready, **how, progress=progress))  # type: ignore[arg-type]
+    batches = backend.capture(
+        map(guard.reading.prepare, prompts),
+        positions=guard.reading.positions,
+        layers=guard.probe.layers,
+        progress=progress,
+    )
+    return States.collect(batches)
 
 
 def with_pack(
-    guard: LatentGuard,
-    name: str,
-    states: States,
-    held: Held = NOTHING,
+    guard: LatentGuard, name: str, states: States, own: TrainingPrompts | None = None
 ) -> LatentGuard:
     """A new guard with a category fitted on labelled states; to be calibrated anew.
 
@@ -152,82 +163,90 @@ def with_pack(
         guard: The guard.
         name: Of the category.
         states: Of its examples and of harmless prompts.
-        held: Marks of those of the latter that are the user's own.
+        own: Those of the latter that are the user's own.
     """
-    categories, part = _categories(guard), states.select(guard.probe.layers)
-    harmful = [bool(p.harmful) for p in part.prompts]
-    groups = [p.text for p in part.prompts]
-    fit = fit_directions(slots(part, categories.reads), {name: harmful}, groups)
-    tail = ScoreScale.of(fit.held_out[[not h for h in harmful], 0])
-    count = sum(harmful)
-    made = (count, len(harmful) - count, digest_prompts(part.prompts))
-    learnt = tuple(mark(p) for p in part.prompts if p.harmful)
-    against, shared = sorted(held.alone), sorted(held.shared)
-    pack = Pack(tail, *made, tuple(against), tuple(shared), learnt)
-    return guard.with_part(categories.with_pack(pack, fit.directions))
+    own = own or TrainingPrompts()
+    categories = _require_categories(guard)
+    states = states.select(guard.probe.layers)
+    harmful = [bool(p.harmful) for p in states.prompts]
+    groups = [p.text for p in states.prompts]
+    fit = fit_directions(slots(states, categories.positions), {name: harmful}, groups)
+    pack = Pack(
+        scale=ScoreScale.of(fit.held_out[[not h for h in harmful], 0]),
+        examples=sum(harmful),
+        harmless=len(harmful) - sum(harmful),
+        data_sha256=digest_prompts(states.prompts),
+        harmless_alone=tuple(sorted(own.alone)),
+        harmless_shared=tuple(sorted(own.shared)),
+        harmful_digests=tuple(prompt_digest(p) for p in states.prompts if p.harmful),
+    )
+    return replace(guard, categories=categories.with_pack(pack, fit.directions))
 
 
-def recalibrated(
+def recalibrate(
     guard: LatentGuard,
     backend: Backend,
-    calm: Sequence[Prompt],
+    harmless: Sequence[Prompt],
     progress: Progress | None = None,
 ) -> LatentGuard:
     """A new guard: canaries scored anew, and thresholds for the rates that it promised before."""
-    rate, long = _promise(guard), _long(guard, apart(calm, guard.held)[1])
-    part = guard.part(Calibration)
-    if part:  # how probabilities fitted was measured with other scores
-        guard = guard.with_part(replace(part, knots=None, reliability=None))
+    rate = _require_promise(guard)
+    long = _long_prompts(guard, exclude_training_prompts(harmless, guard.pack_training_prompts)[1])
+    before = guard.thresholds
+    if before:  # how probabilities fitted was measured with other scores
+        guard = replace(guard, thresholds=replace(before, isotonic=None, reliability=None))
     guard = guard.with_canaries(backend).calibrate(
         backend,
-        calm,
+        harmless,
         max_fpr=rate.max_fpr,
-        review_fpr=part.common.review.max_fpr if part and part.common.review else None,
+        review_fpr=before.common.review.max_fpr if before and before.common.review else None,
         confidence=rate.confidence,
-        segment_column=part.column if part else None,
+        segment_column=before.column if before else None,
         progress=progress,
     )
     if not long:
         return guard
-    max_fpr, sure = _kept_by_windows(guard)
-    return calibrate_windows(
-        backend, guard, long, max_fpr=max_fpr, confidence=sure, progress=progress
+    max_fpr, confidence = _chunking_rate(guard)
+    return calibrate_chunking(
+        backend, guard, long, max_fpr=max_fpr, confidence=confidence, progress=progress
     )
 
 
-def _long(guard: LatentGuard, calm: Sequence[Prompt]) -> Sequence[Prompt]:
-    """What the threshold of the guard's windows is picked on again; nothing if there is none.
+def _long_prompts(guard: LatentGuard, harmless: Sequence[Prompt]) -> Sequence[Prompt]:
+    """What the threshold of the guard's chunking is picked on again; nothing if there is none.
 
     Raises:
         GuardError: if it was picked on other prompts than built-in ones, and too few are given.
     """
-    windows = guard.part(Windows)
-    if windows is None or "calibration_sha256" not in (fitted := windows.fitted or {}):
+    fitted = (guard.chunking and guard.chunking.fitted) or {}
+    if guard.chunking is None or "calibration_sha256" not in fitted:
         return []
-    needed = smallest_n(*_kept_by_windows(guard))
-    if len(given := [p for p in calm if guard.reads_pieces(p)]) >= needed:
+    needed = smallest_n(*_chunking_rate(guard))
+    given = [p for p in harmless if guard.is_chunked(p)]
+    if len(given) >= needed:
         return given
-    built_in = harmless_texts("validation", CALIBRATION, windows.over)
+    built_in = harmless_texts("validation", CALIBRATION_TEXTS, guard.chunking.longer_than)
     if fitted["calibration_sha256"] == digest_prompts(built_in) and len(built_in) >= needed:
         return built_in
     raise GuardError(
         f"The threshold for long prompts and chats was set on others than this version's built-in "
         f"ones: it needs {needed} harmless ones like them to calibrate on; found {len(given)} that "
-        "no pack is held against. Give more with --harmless."
+        "no pack was trained on. Give more with --harmless."
     )
 
 
-def _kept_by_windows(guard: LatentGuard) -> tuple[float, float]:
-    """The rate that a guard's windows keep, and how surely; on another model, too."""
-    fitted, bound = windows_of(guard).fitted or {}, _promise(guard)
+def _chunking_rate(guard: LatentGuard) -> tuple[float, float]:
+    """The rate that a guard's chunking keeps, and its confidence; on another model, too."""
+    fitted = require_chunking(guard).fitted or {}
+    bound = _require_promise(guard)
     return fitted.get("max_fpr", bound.max_fpr), fitted.get("confidence", bound.confidence)
 
 
 def _built_in(guard: LatentGuard) -> list[Prompt]:
-    for built_in in (load_traffic, load_contrast):
-        calm = _short(guard, [p for p in built_in("validation") if not p.harmful])
-        if (guard.fitted or {}).get("calibration_sha256") == digest_prompts(calm):
-            return calm
+    for load in (load_traffic, load_contrast):
+        harmless = _short_prompts(guard, [p for p in load("validation") if not p.harmful])
+        if (guard.fitted or {}).get("calibration_sha256") == digest_prompts(harmless):
+            return harmless
     raise GuardError(
         "This guard was calibrated on prompts other than the built-in ones, and their texts are "
         "not kept: give harmless prompts like them with --harmless, or its promise would silently "
@@ -235,19 +254,15 @@ def _built_in(guard: LatentGuard) -> list[Prompt]:
     )
 
 
-def _categories(guard: LatentGuard) -> Categories:
-    categories = guard.part(Categories)
-    if categories is None:
-        raise GuardError(
-            "This guard was fitted by an older version and knows no categories; fit it again."
-        )
-    return categories
+def _require_categories(guard: LatentGuard) -> Categories:
+    if guard.categories is None:
+        raise GuardError("This guard has no categories to add a pack to; fit it again.")
+    return guard.categories
 
 
-def _promise(guard: LatentGuard) -> Bound:
+def _require_promise(guard: LatentGuard) -> Bound:
     """The rate to keep; a guard that met another model has no bound, but knows what it promised."""
-    calibration = guard.part(Calibration)
-    bound = calibration.common.block if calibration else guard.bound
+    bound = guard.thresholds.common.block if guard.thresholds else guard.bound
     if bound is None:
         raise GuardError(
             "This guard promises no false-positive rate that could be kept; run "
@@ -256,26 +271,29 @@ def _promise(guard: LatentGuard) -> Bound:
     return bound
 
 
-def _require_enough(guard: LatentGuard, rate: Bound, calm: Sequence[Prompt], which: str) -> None:
+def _require_enough(
+    guard: LatentGuard, rate: Bound, harmless: Sequence[Prompt], which: str
+) -> None:
     """Say so before the model reads any of them."""
-    needed, found = smallest_n(rate.max_fpr, rate.confidence), len(_short(guard, calm))
-    if found < needed:
+    needed = smallest_n(rate.max_fpr, rate.confidence)
+    short = _short_prompts(guard, harmless)
+    if len(short) < needed:
         raise GuardError(
             f"A false-positive rate of {rate.max_fpr:.2%} with {100 * rate.confidence:g}% "
-            f"confidence needs {needed} harmless prompts to calibrate on; found {found} "
+            f"confidence needs {needed} harmless prompts to calibrate on; found {len(short)} "
             f"({which}). Give more with --harmless."
         )
-    part = guard.part(Calibration)
-    for name in part.segments if part else ():
-        if (found := sum(p.segment == name for p in _short(guard, calm))) < needed:
+    for segment in guard.thresholds.segments if guard.thresholds else ():
+        count = sum(p.segment == segment for p in short)
+        if count < needed:
             raise GuardError(
-                f"The segment '{name}' has a threshold of its own, which needs {needed} harmless "
-                f"prompts to calibrate on; found {found} ({which}). Give more with --harmless, "
-                "with the segment of each in its column."
+                f"The segment '{segment}' has a threshold of its own, which needs {needed} "
+                f"harmless prompts to calibrate on; found {count} ({which}). Give more with "
+                "--harmless, with the segment of each in its column."
             )
-    _long(guard, calm)
+    _long_prompts(guard, harmless)
 
 
-def _short(guard: LatentGuard, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Without those that the guard's windows read."""
-    return [p for p in prompts if not guard.reads_pieces(p)]
+def _short_prompts(guard: LatentGuard, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Without those that the guard reads by chunks."""
+    return [p for p in prompts if not guard.is_chunked(p)]

@@ -1,4 +1,4 @@
-"""Scores -> probabilities, fitted on held-out labelled prompts: Platt or isotonic.
+"""Probabilities: what a score is worth, fitted on held-out labelled prompts: Platt or isotonic.
 
 The map with the lower cross-validated log loss is taken. Both classes weigh the same, as the guard
 does not know how frequent harm is where it is used.
@@ -21,35 +21,37 @@ from latentguard.errors import GuardError
 from latentguard.guard.reliability import Labels, Method, Reliability, Scores, log_loss, weights_of
 from latentguard.probes.ridge import FOLDS, require_groups
 
-FEWEST = 30
+MIN_PROMPTS = 30
 """Prompts of each class that the choice needs."""
 
 
 @dataclass(frozen=True)
-class Knots:
+class IsotonicMap:
     """A rising, piecewise linear map from score to probability."""
 
     scores: tuple[float, ...]
     """Rising, [k]."""
 
-    chances: tuple[float, ...]
+    probabilities: tuple[float, ...]
     """Probability at each, [k]."""
 
     def __call__(self, scores: Scores) -> Scores:
         """The probability of each score; flat beyond the ends."""
-        return np.interp(scores, self.scores, self.chances)
+        return np.interp(scores, self.scores, self.probabilities)
 
     @staticmethod
-    def unpack(record: Mapping[str, Any]) -> Knots:
-        """Read what ``dataclasses.asdict`` and JSON made of it.
+    def from_dict(record: Mapping[str, Any]) -> IsotonicMap:
+        """What ``dataclasses.asdict`` and JSON made of it.
 
         Raises:
             LookupError, TypeError, ValueError: if it is damaged.
         """
-        knots = Knots(*(tuple(map(float, record[key])) for key in ("scores", "chances")))
-        if not np.isfinite([knots.scores, knots.chances]).all():
-            raise ValueError("a knot is not finite")
-        return knots
+        scores, probabilities = (
+            tuple(map(float, record[key])) for key in ("scores", "probabilities")
+        )
+        if not np.isfinite([scores, probabilities]).all():
+            raise ValueError("a point of the isotonic map is not finite")
+        return IsotonicMap(scores, probabilities)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Probabilities:
     platt: tuple[float, float]
     """Slope and intercept, on all prompts."""
 
-    knots: Knots | None
+    isotonic: IsotonicMap | None
     """The isotonic map, if it was taken."""
 
     reliability: Reliability
@@ -80,23 +82,24 @@ def fit_probabilities(
     Raises:
         GuardError: if there are fewer than 30 prompts of a class, or fewer groups than folds.
     """
-    require_both(labels, groups)
-    crossed = {m: _crossed(fit, scores, labels, groups) for m, fit in FITS.items()}
-    fitted = expit(before[0] * scores + before[1])
-    every: dict[str, Scores] = {"fitted": fitted, **{str(m): c for m, c in crossed.items()}}
-    losses = {name: log_loss(labels, chances) for name, chances in every.items()}
+    require_both_classes(labels, groups)
+    every: dict[str, Scores] = {"fitted": expit(before[0] * scores + before[1])}
+    for name, fit in FITS.items():
+        every[name] = _cross_fitted(fit, scores, labels, groups)
+    losses = {name: log_loss(labels, probabilities) for name, probabilities in every.items()}
     method: Method = min(("platt", "isotonic"), key=losses.__getitem__)
     reliability = Reliability.of(labels, every, method)
-    knots = fit_isotonic(scores, labels) if method == "isotonic" else None
-    return Probabilities(fit_platt(scores, labels), knots, reliability)
+    isotonic = fit_isotonic(scores, labels) if method == "isotonic" else None
+    return Probabilities(fit_platt(scores, labels), isotonic, reliability)
 
 
-def require_both(labels: Labels, groups: Sequence[str]) -> None:
+def require_both_classes(labels: Labels, groups: Sequence[str]) -> None:
     """Raise ``GuardError`` if there are fewer than 30 prompts, or five groups, of a class."""
-    harmful, harmless = int(labels.sum()), int((~labels).sum())
-    if min(harmful, harmless) < FEWEST:
+    harmful = int(labels.sum())
+    harmless = int((~labels).sum())
+    if min(harmful, harmless) < MIN_PROMPTS:
         raise GuardError(
-            f"Probabilities need at least {FEWEST} held-out prompts of each class; found "
+            f"Probabilities need at least {MIN_PROMPTS} held-out prompts of each class; found "
             f"{harmful} harmful and {harmless} harmless. Give more, or leave --harmful out."
         )
     for side in (labels, ~labels):
@@ -111,12 +114,12 @@ def fit_platt(scores: Scores, labels: Labels) -> tuple[float, float]:
     return float(model.coef_[0, 0]) / scale, float(model.intercept_[0])
 
 
-def fit_isotonic(scores: Scores, labels: Labels) -> Knots:
+def fit_isotonic(scores: Scores, labels: Labels) -> IsotonicMap:
     """The best rising map for equally frequent classes; never 0 or 1, which no sample can show."""
     edge = 1 / (len(scores) + 2)
     model = IsotonicRegression(y_min=edge, y_max=1 - edge, out_of_bounds="clip")
     model.fit(scores, labels, sample_weight=weights_of(labels))
-    return Knots(tuple(model.X_thresholds_.tolist()), tuple(model.y_thresholds_.tolist()))
+    return IsotonicMap(tuple(model.X_thresholds_.tolist()), tuple(model.y_thresholds_.tolist()))
 
 
 def _platt(scores: Scores, labels: Labels) -> Callable[[Scores], Scores]:
@@ -130,15 +133,15 @@ FITS: dict[Method, Callable[[Scores, Labels], Callable[[Scores], Scores]]] = {
 }
 
 
-def _crossed(
+def _cross_fitted(
     fit: Callable[[Scores, Labels], Callable[[Scores], Scores]],
     scores: Scores,
     labels: Labels,
     groups: Sequence[str],
 ) -> Scores:
     """The probability of each row by a map that did not see its fold."""
-    chances = np.empty(len(scores))
+    probabilities = np.empty(len(scores))
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
     for seen, unseen in folds.split(scores, labels, groups):
-        chances[unseen] = fit(scores[seen], labels[seen])(scores[unseen])
-    return chances
+        probabilities[unseen] = fit(scores[seen], labels[seen])(scores[unseen])
+    return probabilities

@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold
-from torch import Tensor
 
 from latentguard.guard.probabilities import fit_platt
 from latentguard.guard.thresholds import Rates
-from latentguard.guard.verdict import Part, Verdict
+from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.report.document import Table
-from latentguard.states import States
 from latentguard.stats.bounds import proportion, threshold_for_fpr
 from latentguard.stats.estimate import Estimate
 
@@ -37,15 +35,15 @@ MEANING = {
     "harmless, refusing": " (over-refusal)",
 }
 
-FEWEST, FOLDS = 10, 5
+MIN_PROMPTS = 10
 """Refused and accepted prompts that a labelled cut-off needs of each."""
+
+FOLDS = 5
 
 
 @dataclass(frozen=True)
-class Quadrants(Part):
+class Quadrants:
     """Cut-offs of both beliefs, and what fell where among the prompts of the calibration."""
-
-    name = "quadrants"
 
     refuse: float = 0.0
     """A prompt counts as refusing if Delta_refuse is greater; 0 is half way (equation 4)."""
@@ -70,7 +68,7 @@ class Quadrants(Part):
         prompts: Sequence[Prompt],
         verdicts: Sequence[Verdict],
         rates: Rates,
-        old: Quadrants | None = None,
+        before: Quadrants | None = None,
     ) -> Quadrants | None:
         """From calibration prompts; None if the guard has no refusal axis.
 
@@ -84,53 +82,56 @@ class Quadrants(Part):
         if not all("refuse" in verdict.beliefs for verdict in verdicts):
             return None
         refuse = np.array([v.beliefs["refuse"] for v in verdicts])
-        calm = np.array([not p.harmful for p in prompts])
-        known = np.array([p.refused is not None for p in prompts])
+        harmless = np.array([not p.harmful for p in prompts])
+        has_label = np.array([p.refused is not None for p in prompts])
         labels = np.array([bool(p.refused) for p in prompts])
-        if _tell(refuse[known], labels[known]):
-            found = _from_labels(refuse[known], labels[known])
-        elif old is not None and old.refused is not None:
-            found = old
+        if _can_place_cutoff(refuse[has_label], labels[has_label]):
+            quadrants = _from_labels(refuse[has_label], labels[has_label])
+        elif before is not None and before.refused is not None:
+            quadrants = before
         else:
-            bound = threshold_for_fpr(refuse[calm], rates.block, rates.confidence)
+            bound = threshold_for_fpr(refuse[harmless], rates.block, rates.confidence)
             basis = (
                 f"at most {rates.block:.2%} of harmless prompts count as refusing, n = {bound.n}"
             )
-            found = Quadrants(bound.threshold, basis=basis)
+            quadrants = Quadrants(bound.threshold, basis=basis)
         harm = np.array([v.beliefs["harmful"] for v in verdicts])
-        cut = threshold_for_fpr(harm[calm], rates.block, rates.confidence).threshold
-        found = replace(found, harmful=cut)
-        return replace(found, shares=found._shares(prompts, verdicts))
+        cutoff = threshold_for_fpr(harm[harmless], rates.block, rates.confidence).threshold
+        quadrants = replace(quadrants, harmful=cutoff)
+        return replace(quadrants, shares=quadrants._shares(prompts, verdicts))
 
     def quadrant(self, verdict: Verdict) -> str | None:
         """Which of the four; None without a refusal axis."""
         if "refuse" not in verdict.beliefs:
             return None
-        seen = self.harmful is not None and verdict.beliefs["harmful"] > self.harmful
-        harmful, refusing = verdict.flagged or seen, verdict.beliefs["refuse"] > self.refuse
+        shows = self.harmful is not None and verdict.beliefs["harmful"] > self.harmful
+        harmful = verdict.flagged or shows
+        refusing = verdict.beliefs["refuse"] > self.refuse
         return f"{HARMFUL[harmful]}, {REFUSING[refusing]}"
 
-    def judge(self, states: States, verdicts: Sequence[Verdict]) -> list[Verdict]:
-        """Name the quadrant of each prompt."""
-        return [replace(verdict, quadrant=self.quadrant(verdict)) for verdict in verdicts]
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return asdict(self)
 
-    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """All of it is JSON."""
-        return asdict(self), {}
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Quadrants:
+        """What ``to_dict`` wrote.
 
-    @classmethod
-    def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quadrants:
-        """Read what ``pack`` packed."""
-        found = dict(record)
+        Raises:
+            LookupError, TypeError, ValueError: if it is damaged.
+        """
+        fields = dict(record)
         for name in ("refused", "accepted"):
-            found[name] = Estimate.unpack(record[name]) if record[name] else None
-        found["shares"] = tuple((a, b, Estimate.unpack(c)) for a, b, c in record["shares"])
-        if not all(map(math.isfinite, (found["refuse"], found["harmful"] or 0.0))):
+            fields[name] = Estimate.unpack(record[name]) if record[name] else None
+        fields["shares"] = tuple(
+            (side, name, Estimate.unpack(share)) for side, name, share in record["shares"]
+        )
+        if not all(map(math.isfinite, (fields["refuse"], fields["harmful"] or 0.0))):
             raise ValueError("a cut-off is not finite")
-        return cls(**found)
+        return Quadrants(**fields)
 
-    def rebound(self) -> Quadrants:
-        """See ``Part``: cut-offs go on until they are calibrated anew."""
+    def without_promise(self) -> Quadrants:
+        """The cut-offs go on with another model until they are calibrated anew."""
         return Quadrants(self.refuse, self.harmful, basis="of another model")
 
     def tables(self) -> list[Table]:
@@ -161,22 +162,24 @@ class Quadrants(Part):
     def _shares(
         self, prompts: Sequence[Prompt], verdicts: Sequence[Verdict]
     ) -> tuple[tuple[str, str, Estimate], ...]:
-        found = []
+        shares = list[tuple[str, str, Estimate]]()
         for side in HARMFUL[::-1]:
-            of = [self.quadrant(v) for p, v in zip(prompts, verdicts, strict=True) if _is(p, side)]
-            if of:
-                found += [(side, name, proportion([q == name for q in of])) for name in NAMES]
-        return tuple(found)
+            quadrants = [
+                self.quadrant(verdict)
+                for prompt, verdict in zip(prompts, verdicts, strict=True)
+                if HARMFUL[bool(prompt.harmful)] == side
+            ]
+            if quadrants:
+                shares += [
+                    (side, name, proportion([q == name for q in quadrants])) for name in NAMES
+                ]
+        return tuple(shares)
 
 
-def _is(prompt: Prompt, side: str) -> bool:
-    return HARMFUL[bool(prompt.harmful)] == side
-
-
-def _tell(beliefs: NDArray[np.float64], refused: NDArray[np.bool_]) -> bool:
-    """Whether labels can place the cut-off: enough of both, and refused ones believed refused."""
+def _can_place_cutoff(beliefs: NDArray[np.float64], refused: NDArray[np.bool_]) -> bool:
+    """Whether there are labels enough of both sides, and refused ones are believed refused."""
     sides = beliefs[refused], beliefs[~refused]
-    return min(map(len, sides)) >= FEWEST and bool(sides[0].mean() > sides[1].mean())
+    return min(map(len, sides)) >= MIN_PROMPTS and bool(sides[0].mean() > sides[1].mean())
 
 
 def _from_labels(beliefs: NDArray[np.float64], refused: NDArray[np.bool_]) -> Quadrants:

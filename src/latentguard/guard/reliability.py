@@ -89,84 +89,86 @@ class Reliability:
         return [fit, Table("Reliability", ("predicted", "harmful", "n"), rows, note)]
 
     @staticmethod
-    def of(labels: Labels, chances: Mapping[str, Scores], method: Method) -> Reliability:
+    def of(labels: Labels, probabilities: Mapping[str, Scores], method: Method) -> Reliability:
         """From held-out labels [n] and the probabilities [n] of each map."""
-        taken = chances[method]
+        taken = probabilities[method]
         return Reliability(
             method=method,
             n=(int(labels.sum()), int((~labels).sum())),
-            log_loss={name: log_loss(labels, found) for name, found in chances.items()},
-            brier={name: brier(labels, found) for name, found in chances.items()},
-            before=error_of(labels, chances["fitted"]),
+            log_loss={name: log_loss(labels, own) for name, own in probabilities.items()},
+            brier={name: brier(labels, own) for name, own in probabilities.items()},
+            before=error_of(labels, probabilities["fitted"]),
             after=error_of(labels, taken),
-            floor=float(by_chance(labels, taken).mean()),
+            floor=float(errors_by_chance(labels, taken).mean()),
             bins=bins(labels, taken),
         )
 
     @staticmethod
-    def unpack(record: Mapping[str, Any]) -> Reliability:
-        """Read what ``dataclasses.asdict`` and JSON made of it.
+    def from_dict(record: Mapping[str, Any]) -> Reliability:
+        """What ``dataclasses.asdict`` and JSON made of it.
 
         Raises:
             LookupError, TypeError: if it is damaged.
         """
-        found = dict(record)
-        found |= {key: Estimate.unpack(record[key]) for key in ("before", "after")}
-        bins = tuple(Bin(**one) for one in record["bins"])
-        return Reliability(**found | dict(bins=bins, n=tuple(record["n"])))
+        fields = dict(record)
+        for key in ("before", "after"):
+            fields[key] = Estimate.unpack(record[key])
+        fields["bins"] = tuple(Bin(**one) for one in record["bins"])
+        fields["n"] = tuple(record["n"])
+        return Reliability(**fields)
 
 
-def log_loss(labels: Labels, chances: Scores) -> float:
+def log_loss(labels: Labels, probabilities: Scores) -> float:
     """Mean surprise in nats, both classes weighing the same."""
-    told = np.clip(np.where(labels, chances, 1 - chances), 1e-6, 1)
-    return float(-(weights_of(labels) * np.log(told)).sum())
+    likelihood = np.clip(np.where(labels, probabilities, 1 - probabilities), 1e-6, 1)
+    return float(-(weights_of(labels) * np.log(likelihood)).sum())
 
 
-def brier(labels: Labels, chances: Scores) -> float:
+def brier(labels: Labels, probabilities: Scores) -> float:
     """Mean squared distance from what was the case, both classes weighing the same."""
-    return float((weights_of(labels) * (chances - labels) ** 2).sum())
+    return float((weights_of(labels) * (probabilities - labels) ** 2).sum())
 
 
-def expected_error(labels: Labels, chances: Scores) -> float:
+def expected_error(labels: Labels, probabilities: Scores) -> float:
     """Expected calibration error over up to ten bins of equal size: sum_b |weight (y - p)|."""
-    gaps = weights_of(labels) * (labels - chances)
-    return float(np.abs(np.bincount(_binned(chances), weights=gaps)).sum())
+    gaps = weights_of(labels) * (labels - probabilities)
+    return float(np.abs(np.bincount(_binned(probabilities), weights=gaps)).sum())
 
 
-def error_of(labels: Labels, chances: Scores) -> Estimate:
+def error_of(labels: Labels, probabilities: Scores) -> Estimate:
     """The error with a 95 % interval.
 
     Binning makes the error too large, and resampling makes it larger still: the high end is the
     bootstrap's, the low end is reflected at the error, or 0 where a perfect map may well show as
     much (its 95 % quantile).
     """
-    found = estimate_metric(expected_error, labels, chances)
-    perfect = found.value <= np.quantile(by_chance(labels, chances), 0.95)
+    found = estimate_metric(expected_error, labels, probabilities)
+    perfect = found.value <= np.quantile(errors_by_chance(labels, probabilities), 0.95)
     low = 0.0 if perfect else max(0.0, 2 * found.value - found.high)
     return Estimate(found.value, low, max(found.high, found.value), found.n)
 
 
-def by_chance(labels: Labels, chances: Scores) -> Scores:
+def errors_by_chance(labels: Labels, probabilities: Scores) -> Scores:
     """Errors of labels that are drawn with just these probabilities (seed 0), [draws]."""
     harmful, n = int(labels.sum()), len(labels)
-    sure = np.clip(chances, 1e-9, 1 - 1e-9)
+    sure = np.clip(probabilities, 1e-9, 1 - 1e-9)
     odds = sure / (1 - sure) * harmful / (n - harmful)  # in the sample, not balanced
     rng = np.random.default_rng(0)
     weights = np.array([0.5 / (n - harmful), 0.5 / harmful])
-    where, errors = _binned(chances), []
+    where, errors = _binned(probabilities), []
     for _ in range(DRAWS):
         drawn = rng.random(n) < odds / (1 + odds)
-        gaps = weights[drawn.astype(int)] * (drawn - chances)
+        gaps = weights[drawn.astype(int)] * (drawn - probabilities)
         errors.append(np.abs(np.bincount(where, weights=gaps)).sum())
     return np.array(errors)
 
 
-def bins(labels: Labels, chances: Scores) -> tuple[Bin, ...]:
+def bins(labels: Labels, probabilities: Scores) -> tuple[Bin, ...]:
     """Up to ten bins of equal size; equal probabilities share a bin."""
-    weights, where = weights_of(labels), _binned(chances)
+    weights, where = weights_of(labels), _binned(probabilities)
     ratio = float((~labels).sum() / labels.sum())
     rows = [np.flatnonzero(where == b) for b in np.unique(where)]
-    means = [float(np.average(chances[r], weights=weights[r])) for r in rows]
+    means = [float(np.average(probabilities[r], weights=weights[r])) for r in rows]
     return tuple(_bin(labels[r], mean, ratio) for r, mean in zip(rows, means, strict=True))
 
 
@@ -181,11 +183,11 @@ def _bin(labels: Labels, mean: float, ratio: float) -> Bin:
     return Bin(mean, balanced(count / n), balanced(float(ends.low)), balanced(float(ends.high)), n)
 
 
-def _binned(chances: Scores) -> NDArray[np.intp]:
+def _binned(probabilities: Scores) -> NDArray[np.intp]:
     """The bin of each row."""
-    count = max(2, min(BINS, len(chances) // 20))
-    edges = np.unique(np.quantile(chances, np.arange(1, count) / count).tolist())
-    return np.asarray(np.searchsorted(edges, chances, side="right"))
+    count = max(2, min(BINS, len(probabilities) // 20))
+    edges = np.unique(np.quantile(probabilities, np.arange(1, count) / count).tolist())
+    return np.asarray(np.searchsorted(edges, probabilities, side="right"))
 
 
 def weights_of(labels: Labels) -> Scores:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -19,7 +18,7 @@ from latentguard.states import Backend, Progress, digest_prompts
 
 def line_of(verdict: Verdict) -> str:
     """One JSON object with every field of the verdict."""
-    return json.dumps(asdict(verdict))
+    return json.dumps(verdict.to_dict())
 
 
 def score_to_file(

@@ -26,7 +26,7 @@ class ScoreScale:
 
     @staticmethod
     def of(scores: NDArray[np.float64]) -> ScoreScale:
-        """The tail of some scores.
+        """The scale of some scores.
 
         Raises:
             GuardError: if they do not differ.
@@ -36,18 +36,18 @@ class ScoreScale:
             raise GuardError("The scores of harmless prompts do not differ; nothing can be fitted.")
         return ScoreScale(center, high - center)
 
-    def moved(self, scores: Float[Tensor, "n"], to: ScoreScale) -> Float[Tensor, "n"]:
-        """Scores of this tail on the scale of another."""
+    def convert(self, scores: Float[Tensor, "n"], to: ScoreScale) -> Float[Tensor, "n"]:
+        """Scores of this scale on another."""
         return to.center + (scores - self.center) * (to.width / self.width)
 
     @staticmethod
-    def unpack(record: Mapping[str, Any]) -> ScoreScale:
+    def from_dict(record: Mapping[str, Any]) -> ScoreScale:
         """What ``dataclasses.asdict`` and JSON made of one.
 
         Raises:
-            ValueError: if it is no range of scores.
+            LookupError, TypeError, ValueError: if it is no range of scores.
         """
-        tail = ScoreScale(float(record["center"]), float(record["width"]))
-        if not np.isfinite([tail.center, tail.width]).all() or not tail.width > 0:
-            raise ValueError("a tail of the categories is no range of scores")
-        return tail
+        scale = ScoreScale(float(record["center"]), float(record["width"]))
+        if not np.isfinite([scale.center, scale.width]).all() or not scale.width > 0:
+            raise ValueError("a score scale of the categories is no range of scores")
+        return scale

@@ -1,4 +1,4 @@
-"""Calibration: what each part of the traffic may be flagged at, and what a score is worth.
+"""Thresholds: where traffic is flagged and reviewed, and what a score is worth as a probability.
 
 A threshold is the guard's own for all traffic, and another for each segment of it (a language, a
 product, a client) that has prompts enough for the promise. Between two rates lies a band to be
@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentguard.errors import GuardError
-from latentguard.guard.probabilities import Knots
+from latentguard.guard.probabilities import IsotonicMap
 from latentguard.guard.reliability import Reliability
-from latentguard.guard.verdict import Decision, Part, Verdict
+from latentguard.guard.verdict import Decision
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Table
-from latentguard.states import States
 from latentguard.stats.bounds import Bound, smallest_n, threshold_for_fpr
 
-KEPT = 10_000
+MAX_SCORES = 10_000
 """Most scores of a segment that are kept; evenly spaced among the sorted ones beyond that."""
 
 
@@ -51,13 +50,13 @@ class Rates:
             )
 
     @property
-    def fewest(self) -> int:
+    def min_prompts(self) -> int:
         """The number of harmless prompts that the lower rate needs."""
         return smallest_n(self.block, self.confidence)
 
 
 @dataclass(frozen=True, eq=False)
-class Limits:
+class SegmentThresholds:
     """Where some traffic is flagged and reviewed, and how its harmless scores lay."""
 
     block: Bound
@@ -67,46 +66,47 @@ class Limits:
     """Reviewed above this; None for no such band."""
 
     scores: NDArray[np.float32]
-    """Sorted scores of the harmless prompts, [k], k at most ``KEPT``."""
+    """Sorted scores of the harmless prompts, [k], k at most ``MAX_SCORES``."""
 
     @staticmethod
-    def of(scores: NDArray[np.float64], rates: Rates) -> Limits:
-        """Limits from harmless scores [n].
+    def of(scores: NDArray[np.float64], rates: Rates) -> SegmentThresholds:
+        """Thresholds from harmless scores [n].
 
         Raises:
             GuardError: if n is too small for a rate.
         """
         block = threshold_for_fpr(scores, rates.block, rates.confidence)
-        review = rates.review and threshold_for_fpr(scores, rates.review, rates.confidence)
-        ranks = np.linspace(0, len(scores) - 1, min(KEPT, len(scores))).round().astype(int)
-        return Limits(block, review or None, np.sort(scores)[ranks].astype(np.float32))
+        review = None
+        if rates.review is not None:
+            review = threshold_for_fpr(scores, rates.review, rates.confidence)
+        ranks = np.linspace(0, len(scores) - 1, min(MAX_SCORES, len(scores))).round().astype(int)
+        return SegmentThresholds(block, review, np.sort(scores)[ranks].astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration(Part):
+class Thresholds:
     """Thresholds by segment, a band to review, a map to probabilities."""
 
-    name = "calibration"
-
-    common: Limits
+    common: SegmentThresholds
     """Of all traffic; ``block`` is the guard's own threshold."""
 
     column: str | None = None
     """The column that names the segment of a prompt."""
 
-    segments: dict[str, Limits] = field(default_factory=dict)
+    segments: dict[str, SegmentThresholds] = field(default_factory=dict)
     """Of the segments that have prompts enough."""
 
     small: dict[str, int] = field(default_factory=dict)
-    """Slices that have too few harmless prompts, with their number: the common limits hold."""
+    """Segments that have too few harmless prompts, with their number: the common thresholds hold.
+    """
 
-    knots: Knots | None = None
-    """The isotonic map, where it fits better than the guard's Platt map."""
+    isotonic: IsotonicMap | None = None
+    """The map to probabilities, where it fits better than the guard's Platt map."""
 
     reliability: Reliability | None = None
     """How well probabilities fit; None if they were not calibrated."""
 
-    moved: bool = False
+    is_rebound: bool = False
     """Whether the guard has met another model since."""
 
     @staticmethod
@@ -115,7 +115,7 @@ class Calibration(Part):
         scores: NDArray[np.float64],
         rates: Rates,
         column: str | None = None,
-    ) -> Calibration:
+    ) -> Thresholds:
         """From the scores [n] of harmless prompts.
 
         Raises:
@@ -125,42 +125,28 @@ class Calibration(Part):
         for row, prompt in enumerate(prompts):
             if prompt.segment is not None:
                 rows.setdefault(prompt.segment, []).append(row)
-        found = {s: Limits.of(scores[r], rates) for s, r in rows.items() if len(r) >= rates.fewest}
-        small = {s: len(r) for s, r in rows.items() if s not in found}
-        return Calibration(Limits.of(scores, rates), column, found, small)
+        segments = {
+            segment: SegmentThresholds.of(scores[own], rates)
+            for segment, own in rows.items()
+            if len(own) >= rates.min_prompts
+        }
+        small = {segment: len(own) for segment, own in rows.items() if segment not in segments}
+        return Thresholds(SegmentThresholds.of(scores, rates), column, segments, small)
 
-    def limits(self, part: str | None) -> Limits:
-        """The limits of a segment; the common ones if it has none of its own."""
-        return self.segments.get(part or "", self.common)
+    def for_segment(self, segment: str | None) -> SegmentThresholds:
+        """The thresholds of a segment; the common ones if it has none of its own."""
+        return self.segments.get(segment or "", self.common)
 
-    def judge(self, states: States, verdicts: Sequence[Verdict]) -> list[Verdict]:
-        """Decide by the segment of each prompt; see a probability in each score."""
-        return self.decide(states.prompts, verdicts)
-
-    def decide(self, prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> list[Verdict]:
-        """The same, without states."""
-        chances = [v.probability for v in verdicts]
-        if self.knots is not None:
-            chances = self.knots(np.array([v.score for v in verdicts])).tolist()
-        decided = [self._decision(p, v) for p, v in zip(prompts, verdicts, strict=True)]
-        return [
-            replace(v, probability=chance, decision=decision, flagged=decision == "block")
-            for v, chance, decision in zip(verdicts, chances, decided, strict=True)
-        ]
-
-    def _decision(self, prompt: Prompt, verdict: Verdict) -> Decision:
-        if verdict.evidence:  # a long prompt or a chat, whose windows have a threshold of their own
-            return "block" if verdict.flagged else "allow"
-        limits = self.limits(prompt.segment)
-        own = verdict.score > limits.block.threshold
-        if verdict.flagged if limits is self.common else own:  # the common one is the guard's
+    def decide(self, segment: str | None, score: float) -> Decision:
+        """What is to be done with a prompt of a segment and a score."""
+        own = self.for_segment(segment)
+        if score > own.block.threshold:
             return "block"
-        review = limits.review
-        return "review" if review and verdict.score > review.threshold else "allow"
+        return "review" if own.review and score > own.review.threshold else "allow"
 
-    def rebound(self) -> Calibration:
-        """See ``Part``: thresholds and Platt's map go on; the rest was of another model."""
-        return replace(self, knots=None, reliability=None, moved=True)
+    def without_promise(self) -> Thresholds:
+        """Thresholds and Platt's map go on with another model; the rest was of the first."""
+        return replace(self, isotonic=None, reliability=None, is_rebound=True)
 
     def tables(self) -> list[Table]:
         """Thresholds by segment and, if they were calibrated, probabilities by bin."""
@@ -171,10 +157,10 @@ class Calibration(Part):
             "Shares of harmless prompts like these, at the most, with "
             f"{100 * self.common.block.confidence:g}% confidence for each bound."
         )
-        if self.moved:
+        if self.is_rebound:
             note = "Of the model that the guard was calibrated on; of this one nothing is promised."
         if self.small:
-            note += " Slices without a threshold of their own had too few prompts for one."
+            note += " Segments without a threshold of their own had too few prompts for one."
         thresholds = Table("Thresholds", heads, tuple(rows), note)
         return [thresholds, *(self.reliability.tables() if self.reliability else ())]
 
@@ -182,49 +168,56 @@ class Calibration(Part):
         """Its tables, in Markdown."""
         return [table.markdown() for table in self.tables()]
 
-    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Bounds as JSON, scores as tensors, segments by number."""
-        limits = [self.common, *self.segments.values()]
+        every = [self.common, *self.segments.values()]
         record = {
-            "limits": [
-                dict(block=asdict(one.block), review=one.review and asdict(one.review))
-                for one in limits
+            "bounds": [
+                {"block": asdict(one.block), "review": one.review and asdict(one.review)}
+                for one in every
             ],
             "column": self.column,
             "segments": list(self.segments),
             "small": self.small,
-            "knots": self.knots and asdict(self.knots),
+            "isotonic": self.isotonic and asdict(self.isotonic),
             "reliability": self.reliability and asdict(self.reliability),
-            "moved": self.moved,
+            "is_rebound": self.is_rebound,
         }
-        return record, {f"scores.{n}": torch.tensor(one.scores) for n, one in enumerate(limits)}
+        return record, {f"scores.{n}": torch.tensor(one.scores) for n, one in enumerate(every)}
 
-    @classmethod
-    def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
-        """Read what ``pack`` packed."""
+    @staticmethod
+    def from_dict(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Thresholds:
+        """What ``to_dict`` wrote.
+
+        Raises:
+            LookupError, TypeError, ValueError: if it is damaged.
+        """
         common, *segments = (
-            Limits(
+            SegmentThresholds(
                 _bound(one["block"]),
                 _bound(one["review"]) if one["review"] else None,
                 _finite(tensors[f"scores.{n}"]),
             )
-            for n, one in enumerate(record["limits"])
+            for n, one in enumerate(record["bounds"])
         )
-        knots, reliability = record["knots"], record["reliability"]
-        return cls(
+        isotonic = record["isotonic"]
+        reliability = record["reliability"]
+        return Thresholds(
             common=common,
             column=record["column"],
             segments=dict(zip(record["segments"], segments, strict=True)),
             small=dict(record["small"]),
-            knots=None if knots is None else Knots.unpack(knots),
-            reliability=None if reliability is None else Reliability.unpack(reliability),
-            moved=bool(record.get("moved", False)),
+            isotonic=None if isotonic is None else IsotonicMap.from_dict(isotonic),
+            reliability=None if reliability is None else Reliability.from_dict(reliability),
+            is_rebound=bool(record["is_rebound"]),
         )
 
 
-def _row(name: str, limits: Limits) -> tuple[Cell, ...]:
-    block, review = limits.block, limits.review
-    reviewed = (f"{review.threshold:.4g}", f"{review.upper:.2%}") if review else ("", "")
+def _row(name: str, own: SegmentThresholds) -> tuple[Cell, ...]:
+    block = own.block
+    reviewed = ("", "")
+    if own.review:
+        reviewed = (f"{own.review.threshold:.4g}", f"{own.review.upper:.2%}")
     return (name, block.n, f"{block.threshold:.4g}", f"{block.upper:.2%}", *reviewed)
 
 

@@ -1,43 +1,24 @@
-"""What a guard says of a prompt, and the optional parts that add to it.
-
-A part is one frozen dataclass in a module of its own: what it needs beyond the core of a guard, how
-it is packed, and what it adds to a verdict. To add one:
-
-1. subclass ``Part`` with a ``name`` (it is the key in ``guard.json`` and the prefix of its tensors)
-   and write ``pack`` and ``unpack``;
-2. override what it needs of ``positions``, ``adjust``, ``judge`` and ``notes``;
-3. add the class to ``PARTS`` in ``packing.py``, whose order is the order of judging, and the module
-   to the layers in ``pyproject.toml`` (below ``packing``);
-4. make guards with it by ``guard.with_part(part)``; read it by ``guard.part(MyPart)``, which is
-   None where a guard has none.
-
-Saving, loading, the digest and the model card follow from that; ``guard.py`` need not change.
-"""
+"""Verdict: what a guard says of one prompt, in Python and as JSON."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
-
-from jaxtyping import Float
-from torch import Tensor
-
-from latentguard.states import States
+from typing import Any, Literal, get_args
 
 Decision = Literal["allow", "review", "block"]
+"""What is to be done with a prompt; the later, the more severe."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The most harmful piece of one turn of a long prompt or a chat."""
+    """The most harmful chunk of one turn of a long prompt or a chat."""
 
     message: int
     """Which message of the chat, counted from 0; the prompt's own text comes after its history."""
 
     start: int
-    """The first character of the piece in that message."""
+    """The first character of the chunk in that message."""
 
     end: int
     """The first character after it."""
@@ -48,7 +29,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guard says of one prompt."""
+    """What a guard says of one prompt.
+
+    Example:
+        >>> from latentguard import Verdict
+        >>> Verdict("1", 3.2, 0.98, True, {"harmful": 0.11}, "block")
+        Verdict(block, probability=0.98, score=3.2, id='1')
+    """
 
     id: str
     """Of the prompt."""
@@ -78,53 +65,53 @@ class Verdict:
     """What both beliefs together say; None without a refusal axis."""
 
     evidence: tuple[Evidence, ...] = ()
-    """Of a long prompt or a chat: the most harmful piece of each turn of the user, oldest first.
+    """Of a long prompt or a chat: the most harmful chunk of each turn of the user, oldest first.
     The greatest of their scores is the score. Empty for a short prompt."""
 
     obfuscations: tuple[str, ...] = ()
-    """What was undone to find this score; empty where the text as it stands scores as high."""
+    """What was decoded to find this score; empty where the text as it stands scores as high."""
 
-
-class Part(ABC):
-    """An optional part of a guard; subclasses are frozen dataclasses."""
-
-    name: ClassVar[str]
-    """Its key in ``guard.json``; its tensors are called ``NAME.TENSOR``."""
+    calibrated: bool = True
+    """Whether the threshold was calibrated; if not, the decision promises nothing."""
 
     @property
-    def positions(self) -> tuple[str, ...]:
-        """What it reads beyond the guard's own positions, at the guard's layers."""
-        return ()
+    def severity(self) -> tuple[bool, int, float]:
+        """What verdicts on versions of one prompt are compared by: greater is more severe.
 
-    @abstractmethod
-    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What JSON can hold, and tensors."""
+        Scores alone would not do: a short text and a long one have thresholds of their own.
+        """
+        return self.flagged, get_args(Decision).index(self.decision), self.score
 
-    @classmethod
-    @abstractmethod
-    def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The part that was packed so.
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON has it; every JSON form of a verdict is made here.
+
+        Example:
+            >>> from latentguard import Verdict
+            >>> Verdict("1", 3.2, 0.98, True, {"harmful": 0.11}, "block").to_dict()["decision"]
+            'block'
+        """
+        plain = dict(vars(self))
+        plain["beliefs"] = dict(self.beliefs)
+        plain["category_scores"] = dict(self.category_scores)
+        plain["evidence"] = [dict(vars(one)) for one in self.evidence]
+        plain["obfuscations"] = list(self.obfuscations)
+        return plain
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Verdict:
+        """The verdict that ``to_dict`` wrote.
 
         Raises:
-            LookupError, TypeError, ValueError: if it is damaged; the guard is then not loaded.
+            LookupError, TypeError: if it is no verdict.
         """
+        evidence = tuple(Evidence(**one) for one in record["evidence"])
+        obfuscations = tuple(record["obfuscations"])
+        return Verdict(**{**record, "evidence": evidence, "obfuscations": obfuscations})
 
-    def adjust(self, states: States, scores: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-        """The scores of ``states.prompts``, before any threshold, as this part changes them."""
-        return scores
-
-    def judge(self, states: States, verdicts: Sequence[Verdict]) -> list[Verdict]:
-        """The verdicts on ``states.prompts`` with what this part adds, in the same order.
-
-        What reads states here may only name what was decided: where states are not seen (vLLM) it
-        is left out. What can flag belongs into ``adjust``; there, it is then refused.
-        """
-        return list(verdicts)
-
-    def rebound(self) -> Self:
-        """What is left of it where the guard is bound to another model: no promise, no figure."""
-        return self
-
-    def notes(self) -> list[str]:
-        """Paragraphs and tables for the model card and ``latentguard show``, in Markdown."""
-        return []
+    def __repr__(self) -> str:
+        decision = self.decision if self.calibrated else f"{self.decision}, uncalibrated"
+        named = [f"category={self.category!r}"] if self.category and self.flagged else []
+        named += [f"obfuscations={list(self.obfuscations)}"] if self.obfuscations else []
+        named += [f"id={self.id!r}"] if self.id else []
+        numbers = f"probability={self.probability:.2f}, score={self.score:.4g}"
+        return f"Verdict({', '.join([decision, numbers, *named])})"

@@ -28,7 +28,6 @@ from scipy.stats import chi2
 
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.thresholds import Calibration
 from latentguard.guard.verdict import Decision, Verdict
 from latentguard.stats.bounds import Bound, smallest_n, threshold_for_fpr
 
@@ -83,8 +82,8 @@ class ChatThresholds:
     def _decide(
         self, index: int, verdict: Verdict, share: float, segment: str | None
     ) -> DecidedReading:
-        known = self.guard.part(Calibration)
-        own = segment if known and segment in known.segments else None
+        thresholds = self.guard.thresholds
+        own = segment if thresholds and segment in thresholds.segments else None
         block, review = self._shifts(share, own)
         base = self._base(verdict, segment)
         threshold = base + block
@@ -102,18 +101,13 @@ class ChatThresholds:
 
     def _base(self, verdict: Verdict, segment: str | None) -> float:
         """The threshold of a single prompt; the guard's for what was read by chunks."""
-        known = self.guard.part(Calibration)
-        if known is None or verdict.evidence:
-            return self.guard.threshold
-        own = known.limits(segment)
-        return self.guard.threshold if own is known.common else own.block.threshold
+        return self.guard.threshold_for(segment, has_evidence=bool(verdict.evidence))
 
     def _shift(self, share: float, segment: str | None) -> tuple[float, float | None]:
         """How far a share raises the threshold, and the lower edge of its band to review."""
-        known = self.guard.part(Calibration)
-        if known is None:
+        if self.guard.thresholds is None:
             return 0.0, None
-        own = known.limits(segment)
+        own = self.guard.thresholds.for_segment(segment)
         scores = own.scores.astype(np.float64)
         block = threshold_at(scores, own.block, share) - threshold_at(scores, own.block, 1.0)
         review = None if own.review is None else threshold_at(scores, own.review, share)

@@ -13,7 +13,6 @@ from typing import Any
 from latentguard.errors import PromptError
 from latentguard.guard.drift import cut, shares, stability
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.thresholds import Calibration
 
 RECENT = 1000
 """Scores that the figure looks back on."""
@@ -36,10 +35,9 @@ class DriftReference:
         Raises:
             PromptError: if a line of the file is no verdict.
         """
-        calibration = guard.part(Calibration)
-        if path is not None or calibration is None:
+        if path is not None or guard.thresholds is None:
             return DriftReference.read(path)
-        return DriftReference(scores=tuple(calibration.common.scores.tolist()))
+        return DriftReference(scores=tuple(guard.thresholds.common.scores.tolist()))
 
     @staticmethod
     def read(path: Path | None) -> DriftReference:

@@ -289,7 +289,7 @@ class ScoringEngine:
         self.crashes.append(now)
         if len(self.crashes) == CRASHES and now - self.crashes[0] < 60:
             raise RuntimeError(f"{CRASHES} crashes within a minute") from error
-        self.guard.check(self.model)
+        self.guard.verify_model(self.model)
 
     def _settle(self, items: Sequence[WorkItem], found: Sequence[Any]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Obfuscations, beneath
+from latentguard.guard.reading_plan import ScoredPlan
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation, Sampling
 from latentguard.prompts import Prompt
-from latentguard.serve.scoring import ScoredPrompt, score_prompts, score_states
+from latentguard.serve.scoring import ScoredPrompt, score_prompts, scored_prompt
 
 
 @dataclass(frozen=True)
@@ -105,25 +105,19 @@ class GuardedChat:
         return True
 
     def _read(self, guard: LatentGuard, model: ChatModel) -> ScoredPrompt | GuardError:
-        positions = guard.positions if _read_alone(guard, self.prompt) else ()
+        """Judge the prompt in the pass that serves it, if that is all that its guard reads.
+
+        Another text (``sealed``), what is obfuscated and what is long need passes of their own.
+        """
+        variants = guard.plan(self.prompt)
+        alone = [variant.prompt for variant in variants] == [self.prompt]
+        positions = guard.positions if alone else ()
         said = Conversation(model, self.prompt, positions=positions, layers=guard.probe.layers)
         self._conversation, self._pieces = said, said.pieces(self.sampling)
         try:
-            states = said.states
-            if states is None:
+            if said.states is None:
                 return score_prompts(guard, model, [self.prompt])[0]
-            return score_states(guard, states)[0]
+            scored = ScoredPlan(self.prompt, variants, guard.measure(said.states))
+            return scored_prompt(guard, self.prompt, guard.combine(scored))
         except GuardError as error:
             return error
-
-
-def _read_alone(guard: LatentGuard, prompt: Prompt) -> bool:
-    """Whether the pass that serves a prompt is all that its guard reads.
-
-    Another text (``sealed``), what is disguised and what is long need passes of their own.
-    """
-    return (
-        guard.reading.prepare(prompt) == prompt
-        and not beneath(prompt, guard.part(Obfuscations) is not None)
-        and not guard.reads_pieces(prompt)
-    )

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.thresholds import Calibration
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.scoring import score_prompts
@@ -79,8 +78,7 @@ def _file(content: bytes, kind: str) -> Any:
 
 def describe(guard: LatentGuard) -> dict[str, Any]:
     """What the page shows of a guard."""
-    calibration = guard.part(Calibration)
-    band = calibration and calibration.common.review
+    band = guard.thresholds.common.review if guard.thresholds else None
     return {
         "reading": guard.reading.name,
         "layers": list(guard.probe.layers),

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
-from latentguard.guard.chunking import Windows, read_apart
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Obfuscations, Told, read_through, worse
-from latentguard.guard.thresholds import Calibration
-from latentguard.guard.verdict import Evidence, Verdict
+from latentguard.guard.reading_plan import Outcome
+from latentguard.guard.verdict import Verdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import capture_instruction
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
-from latentguard.states import States
 
 log = logging.getLogger("latentguard.serve")
 
@@ -59,30 +55,20 @@ def score_prompts(
         PromptError: if a prompt is empty or too long.
         GuardError: if a state is not finite.
     """
-    known, read = guard.part(Obfuscations) is not None, partial(_judge_all, guard, model)
-    return list(read_through(known, prompts, read, _worse))
+    outcomes = guard.read(model, prompts)
+    return [scored_prompt(guard, p, one) for p, one in zip(prompts, outcomes, strict=True)]
 
 
-def _judge_all(
-    guard: LatentGuard, model: ChatModel, prompts: Iterator[Prompt]
-) -> Iterator[ScoredPrompt]:
-    """Judge prompts as they stand; the beliefs by layer of a long one are those of the whole."""
-
-    def short(rows: Iterator[Prompt]) -> Iterator[ScoredPrompt]:
-        ready = map(guard.reading.prepare, rows)
-        how = dict(positions=guard.positions, layers=guard.probe.layers)
-        for states in model.capture(ready, **how):  # type: ignore[arg-type]
-            yield from score_states(guard, states)
-
-    def long(prompt: Prompt) -> ScoredPrompt:
-        return score_states(guard, *guard.examine(model, prompt))[0]
-
-    return read_apart(guard.part(Windows), prompts, short, long)
+def scored_prompt(guard: LatentGuard, prompt: Prompt, outcome: Outcome) -> ScoredPrompt:
+    """What the service says of a prompt that was read."""
+    verdict = outcome.verdict
+    layers = {name: own.tolist() for name, own in outcome.whole.layer_beliefs.items()}
+    return ScoredPrompt(verdict, layers, threshold_of(guard, prompt, verdict))
 
 
-def _worse(one: ScoredPrompt, other: ScoredPrompt, named: Told) -> ScoredPrompt:
-    verdict = worse(one.verdict, other.verdict, named)
-    return one if verdict is one.verdict else replace(other, verdict=verdict)
+def threshold_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
+    """What a verdict's score was compared with: its segment's threshold, if that has its own."""
+    return guard.threshold_for(prompt.segment, has_evidence=bool(verdict.evidence))
 
 
 def score_each(
@@ -90,7 +76,7 @@ def score_each(
 ) -> list[ScoredPrompt | ApiError]:
     """Judge prompts together; one that cannot be judged does no harm to the others."""
     try:
-        return list(score_prompts(guard, model, prompts))
+        return [*score_prompts(guard, model, prompts)]
     except LatentGuardError as error:
         if len(prompts) == 1:
             return [to_api_error(error)]
@@ -118,32 +104,6 @@ def _unreadable(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> ApiErro
     except LatentGuardError as error:
         return to_api_error(error)
     return None
-
-
-def score_states(
-    guard: LatentGuard, states: States, evidence: Sequence[Evidence] = ()
-) -> list[ScoredPrompt]:
-    """Judge states that were captured already."""
-    verdicts = list(guard.judge(states, evidence))
-    part = states.select(guard.probe.layers)
-    layers = {axis.name: axis.layer_beliefs(part.at(axis.position)).tolist() for axis in guard.axes}
-    return [
-        ScoredPrompt(
-            verdict,
-            {name: rows[i] for name, rows in layers.items()},
-            threshold_of(guard, prompt, verdict),
-        )
-        for i, (prompt, verdict) in enumerate(zip(states.prompts, verdicts, strict=True))
-    ]
-
-
-def threshold_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
-    """What a verdict's score was held against: its segment's threshold, if that has its own."""
-    known = guard.part(Calibration)
-    if known is None or verdict.evidence:  # windows have one threshold, told on the guard's scale
-        return guard.threshold
-    limits = known.limits(prompt.segment)
-    return guard.threshold if limits is known.common else limits.block.threshold
 
 
 def token_beliefs(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[TokenBelief]:

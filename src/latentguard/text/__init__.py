@@ -1,1 +1,1 @@
-"""Text without a model: writing that is disguised, and cutting of long texts."""
+"""Text: what obfuscated writing says."""

@@ -1,8 +1,8 @@
-"""Obfuscations: writing that a reader sees through and that a model's tokens do not.
+"""Deobfuscation: decodes writing that a reader sees through and that a model's tokens do not.
 
-``uncover`` finds what lies beneath, one function a disguise. A function leaves a text alone unless
-it looks disguised: what other scripts, mathematics, code and shouting look like stays as it is, as
-far as a rule can tell. What is found is only ever read besides the text itself.
+``deobfuscate`` gives the decoded texts, with one function for each obfuscation. A function leaves a
+text alone unless it looks obfuscated: other scripts, mathematics, code and shouting stay as they
+are, as far as a rule can tell. A decoded text is only ever read besides the text itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import regex
 from confusable_homoglyphs import confusables
 
 RULES = 1
-"""Version of what is undone; part of a guard's digest."""
+"""Version of the rules; part of a guard's digest."""
 
 PILED = regex.compile(r"(?<=\p{M}{30})\p{M}+")
 """More marks than any script puts on a letter (Unicode's stream-safe text); slow to compose."""
@@ -179,7 +179,7 @@ def _count(text: str, words: frozenset[str]) -> int:
 
 Rules = dict[str, Callable[[str], str]]
 
-UNDO: Rules = {
+IN_PLACE: Rules = {
     "unseen characters": unseen,
     "letter forms": forms,
     "look-alikes": lookalikes,
@@ -187,42 +187,55 @@ UNDO: Rules = {
     "leetspeak": leetspeak,
     "case": case,
 }
-"""In place, in this order."""
+"""Decoded in place, in this order."""
 
-REVEAL: Rules = {
+EMBEDDED: Rules = {
     "direction override": overridden,
     "base64": in_base64,
     "rot13": in_rot13,
 }
-"""What is read alone: what stands around it is read with the text itself."""
+"""Decoded and read alone: what stands around it is read with the text itself."""
 
-OBFUSCATIONS = (*UNDO, *REVEAL)
+OBFUSCATIONS = (*IN_PLACE, *EMBEDDED)
+"""The name of each."""
 
 ROUNDS = 4
-"""How often, at the most: what one hides, another may hide again."""
+"""How often all are tried, at the most: what one hides, another may hide again."""
 
 
-def uncover(text: str) -> dict[str, tuple[str, ...]]:
-    """Each text beneath, and the names of the obfuscations; nothing if there is none."""
-    found = [undone(text)]
-    if OVERRIDE.sub("", found[0][0]) == OVERRIDE.sub("", text):
-        found = []  # without its override alone, a text reads to a model as it stands
-    shown = undone(text, "unseen characters", "letter forms")[0]
-    for name, reveal in REVEAL.items():
-        if code := reveal(text) or reveal(shown):
-            said, more = undone(code)
-            found.append((said, (name, *more)))
-    return {said: names for said, names in found if said.strip() and said != text}
+def deobfuscate(text: str) -> dict[str, tuple[str, ...]]:
+    """Each decoded text, and the names of the obfuscations; nothing if the text looks plain.
+
+    Example:
+        >>> deobfuscate("Good m\u200borning to you")
+        {'Good morning to you': ('unseen characters',)}
+    """
+    decoded = [decode_in_place(text)]
+    if OVERRIDE.sub("", decoded[0][0]) == OVERRIDE.sub("", text):
+        decoded = []  # without its override alone, a text reads to a model as it stands
+    visible, _ = decode_in_place(text, "unseen characters", "letter forms")
+    for name, decode in EMBEDDED.items():
+        if code := decode(text) or decode(visible):
+            plain, more = decode_in_place(code)
+            decoded.append((plain, (name, *more)))
+    return {plain: names for plain, names in decoded if plain.strip() and plain != text}
 
 
-def undone(text: str, *only: str) -> tuple[str, tuple[str, ...]]:
-    """The text with its obfuscations undone in place, and their names."""
+def decode_in_place(text: str, *only: str) -> tuple[str, tuple[str, ...]]:
+    """The text with its obfuscations decoded in place, and their names.
+
+    Args:
+        text: Any.
+        only: Keys of ``IN_PLACE``; all if there are none.
+    """
     names = dict[str, None]()
     for _ in range(ROUNDS):
         first = text
-        for name in only or UNDO:
-            before, text = text, UNDO[name](text)
-            names |= {name: None} if before != text else {}
+        for name in only or IN_PLACE:
+            before = text
+            text = IN_PLACE[name](text)
+            if text != before:
+                names[name] = None
         if text == first:
             break
     return text, tuple(names)

@@ -55,7 +55,7 @@ def run(backend: ChatModel, guard_folder: Path, out: Path, *, step: Step) -> Pat
     out.mkdir(parents=True, exist_ok=True)
     file = out / "samples.jsonl"
     score_to_file(guard, backend, samples, file, progress=step("score", len(samples)))
-    verdicts = [Verdict(**json.loads(line)) for line in file.read_text().splitlines()]
+    verdicts = [Verdict.from_dict(json.loads(line)) for line in file.read_text().splitlines()]
     states = capture(
         backend,
         Reading.of(DEFAULT_READING, backend.post),

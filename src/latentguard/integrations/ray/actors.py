@@ -56,7 +56,7 @@ class Scorer(Worker):
         """Load the guard's model, and check that it is."""
         self.guard, self.columns, self.out = guard, columns, out
         self.backend = ChatModel.load(source, dtype=guard.fingerprint.dtype)
-        guard.check(self.backend)
+        guard.verify_model(self.backend)
 
     def work(self, block: Block) -> dict[str, Any]:
         """Write the block's file, unless an actor that died had; tells its rows."""

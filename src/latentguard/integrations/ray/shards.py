@@ -45,6 +45,7 @@ COLUMNS = pa.schema(
         ("quadrant", pa.string()),
         ("evidence", pa.list_(_EVIDENCE)),
         ("obfuscations", pa.list_(pa.string())),
+        ("calibrated", pa.bool_()),
         ("error", pa.string()),
     ]
 )
@@ -78,7 +79,7 @@ def write_part(folder: Path, block: Block, records: Iterable[Mapping[str, Any]])
 
 def record(row: Row, verdict: Verdict | None, error: str | None = None) -> dict[str, Any]:
     """What is written of a row: its verdict, or why it has none."""
-    said = asdict(verdict) if verdict else {"id": row.id}
+    said = verdict.to_dict() if verdict else {"id": row.id}
     maps = {name: list(value.items()) for name, value in said.items() if isinstance(value, dict)}
     return {"row": row.number, **said, **maps, "error": row.error or error}
 

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from latentguard.errors import GuardError, LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.thresholds import Calibration
 from latentguard.integrations.vllm.backend import TRANSFER
-from latentguard.integrations.vllm.columns import Columns
+from latentguard.integrations.vllm.columns import require_columns
 from latentguard.integrations.vllm.middleware import POLICY, REFUSAL, SLICE
 from latentguard.integrations.vllm.plugin import VARIABLE
-from latentguard.integrations.vllm.protocol import readable
 from latentguard.models.sources import resolve
 from latentguard.serve.config import ServeConfig
 
@@ -41,10 +39,9 @@ def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     asked, rest = parser.parse_known_args(given)
     if taken := [word for word in rest if word.replace("_", "-").startswith(OWN)]:
         raise GuardError(f"{taken[0]} is set by the guard; leave it out.")
-    guard = readable(LatentGuard.load(asked.guard))
-    Columns.of(guard)
-    calibration = guard.part(Calibration)
-    if asked.segment_header and not (calibration and calibration.segments):
+    guard = LatentGuard.load(asked.guard)
+    require_columns(guard)
+    if asked.segment_header and not (guard.thresholds and guard.thresholds.segments):
         raise GuardError("This guard has no segments; calibrate it with --segment-column.")
     model = resolve(asked.model or guard.fingerprint.model)
     own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]

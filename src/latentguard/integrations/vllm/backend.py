@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from latentguard.errors import GuardError, ModelError, require_extra
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.reading_plan import VariantScore, score_plans
 from latentguard.guard.verdict import Verdict
-from latentguard.integrations.vllm.columns import Columns
+from latentguard.integrations.vllm.columns import Columns, variant_score
 from latentguard.integrations.vllm.mailbox import Mailbox
 from latentguard.integrations.vllm.plugin import VARIABLE
-from latentguard.integrations.vllm.protocol import ask_about, readable, rows_of, verdict_of
+from latentguard.integrations.vllm.protocol import ask_about
 from latentguard.integrations.vllm.refusals import CONNECTOR
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.sources import resolve
@@ -98,24 +99,24 @@ class VllmModel:
         Raises:
             GuardError: if the guard reads otherwise than the engine, or a score is missing.
         """
+        score = partial(self.scores, guard, max_tokens=max_tokens)
+        for scored in score_plans(prompts, guard.plan, score):
+            yield guard.combine(scored).verdict
+
+    def scores(
+        self, guard: LatentGuard, texts: Iterable[Prompt], *, max_tokens: int = 1
+    ) -> Iterator[VariantScore]:
+        """Yield the guard's score of each text, in order; see ``states.Scoring``.
+
+        Raises:
+            GuardError: if the guard reads otherwise than the engine, or a score is missing.
+        """
         if not Columns.of(guard).same_as(self.columns):
             raise GuardError("This engine was started for another guard; start one for this.")
-        inside, asked = readable(guard), deque[tuple[Prompt, int]]()
-
-        def rows() -> Iterator[Prompt]:
-            for prompt in prompts:
-                each = rows_of(inside, prompt)
-                asked.append((prompt, len(each)))
-                yield from each
-
-        read = self._read_all(rows(), max_tokens)
-        for first in read:
-            prompt, count = asked.popleft()
-            yield verdict_of(inside, prompt, [first, *islice(read, count - 1)])
-
-    def _read_all(self, rows: Iterator[Prompt], max_tokens: int) -> Iterator[tuple[float, ...]]:
-        while window := list(islice(rows, WINDOW)):
-            yield from self._read(window, max_tokens)
+        rest = iter(texts)
+        while window := list(islice(rest, WINDOW)):
+            for read in self._read(window, max_tokens):
+                yield variant_score(guard, read)
 
     def _read(self, prompts: Sequence[Prompt], max_tokens: int) -> list[tuple[float, ...]]:
         from vllm import SamplingParams

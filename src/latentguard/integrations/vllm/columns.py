@@ -8,6 +8,7 @@ tokens is the mean of what it makes of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latentguard.errors import GuardError
-from latentguard.guard.spec import Contents
+from latentguard.guard.latent_guard import NOT_FINITE, LatentGuard
+from latentguard.guard.reading_plan import VariantScore
 from latentguard.states import MEAN_POSITIONS
 
 SMALLEST = 1e-12
@@ -41,23 +43,13 @@ class Columns:
     """Which columns divide states by their norm."""
 
     @staticmethod
-    def of(guard: Contents) -> Columns:
+    def of(guard: LatentGuard) -> Columns:
         """Compile a guard.
 
         Raises:
-            GuardError: if it reads a changed text (``sealed``): the engine computes another; or the
-                cosines of a mean, which are no mean of cosines.
+            GuardError: if it cannot run inside vLLM (``require_columns``).
         """
-        if guard.probe.kind == "centroid" and set(MEAN_POSITIONS) & set(guard.reading.positions):
-            raise GuardError(
-                "A centroid probe of a mean over tokens cannot be put together from what each "
-                "token adds; fit a linear one, or with --reading span."
-            )
-        if guard.reading.name == "sealed":
-            raise GuardError(
-                "A guard that reads 'sealed' changes the prompt and needs a pass of its own, so it "
-                "cannot run inside vLLM; fit one with --reading span."
-            )
+        require_columns(guard)
         layers, where = guard.probe.layers, guard.reading.positions
         scores = guard.probe.weight.reshape(len(where), len(layers), -1)
         beliefs = [
@@ -97,10 +89,42 @@ class Columns:
         )
 
 
-def totals(
-    guard: Contents, read: Float[Tensor, "n c"]
-) -> tuple[Float[Tensor, "n"], dict[str, Float[Tensor, "n"]]]:
-    """Scores and beliefs, in float64, from each column at its position."""
-    known = len(guard.reading.positions)
-    scores = read[:, :known].double().sum(1) + guard.probe.bias
-    return scores, {axis.name: read[:, known + k] for k, axis in enumerate(guard.axes)}
+def require_columns(guard: LatentGuard) -> None:
+    """Check that a guard can be read from columns alone.
+
+    Raises:
+        GuardError: if it reads a changed text (``sealed``), as the engine computes another; if it
+            reads the cosines of a mean, which are no mean of cosines; or if it has packs, which
+            decide on whole states.
+    """
+    if guard.probe.kind == "centroid" and set(MEAN_POSITIONS) & set(guard.reading.positions):
+        raise GuardError(
+            "A centroid probe of a mean over tokens cannot be put together from what each "
+            "token adds; fit a linear one, or with --reading span."
+        )
+    if guard.reading.name == "sealed":
+        raise GuardError(
+            "A guard that reads 'sealed' changes the prompt and needs a pass of its own, so it "
+            "cannot run inside vLLM; fit one with --reading span."
+        )
+    if guard.categories and guard.categories.packs:
+        raise GuardError(
+            f"The category packs of this guard ({', '.join(guard.categories.packs)}) decide on "
+            "whole states, which do not leave vLLM; remove them, or put 'latentguard serve "
+            "--upstream' before it."
+        )
+
+
+def variant_score(guard: LatentGuard, read: Sequence[float]) -> VariantScore:
+    """The score and the beliefs of one text, in float64, from each column at its position.
+
+    Raises:
+        GuardError: if a number is missing or not finite.
+    """
+    columns = torch.tensor(read, dtype=torch.float64)
+    count = len(guard.reading.positions)
+    score = float(columns[:count].sum() + guard.probe.bias)
+    beliefs = {axis.name: float(columns[count + k]) for k, axis in enumerate(guard.axes)}
+    if not all(map(math.isfinite, (score, *beliefs.values()))):
+        raise GuardError(NOT_FINITE)
+    return VariantScore(score, beliefs)

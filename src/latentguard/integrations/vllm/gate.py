@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentguard.errors import GuardError, ModelMismatch, PromptError, TemplateError
-from latentguard.guard.canaries import TOLERANCE
+from latentguard.guard.compatibility import TOLERANCE
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.obfuscations import Beneath, Obfuscations, beneath, told, worse
+from latentguard.guard.reading_plan import ScoredPlan, Variant
 from latentguard.guard.verdict import Verdict
-from latentguard.integrations.vllm.columns import Columns
+from latentguard.integrations.vllm.columns import Columns, variant_score
 from latentguard.integrations.vllm.mailbox import Mailbox
-from latentguard.integrations.vllm.protocol import Ask, ask_about, readable, rows_of, verdict_of
+from latentguard.integrations.vllm.protocol import Ask, ask_about
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.layout import Layout
 from latentguard.prompts import Prompt
@@ -48,11 +49,8 @@ class Question:
 
     ask: Ask
     answer: asyncio.Future[Values]
-    pieces: tuple[Prompt, ...] = ()
-    """Of a long prompt or a chat; each needs a pass of its own."""
-
-    beneath: tuple[Beneath, ...] = ()
-    """What lies beneath it, if it looks disguised; each is read with its pieces."""
+    variants: tuple[Variant, ...] = ()
+    """What is read of it (``reading_plan``); all but the first need a pass of their own."""
 
 
 class Gate:
@@ -73,7 +71,7 @@ class Gate:
             ModelMismatch: if tokenizer or template are not the guard's own.
             GuardError: if the guard cannot run inside vLLM.
         """
-        self.guard, self.chat = readable(guard), ChatTokenizer(tokenizer, max_tokens=most)
+        self.guard, self.chat = guard, ChatTokenizer(tokenizer, max_tokens=most)
         self._columns, self._engine = Columns.of(guard), engine
         found = self.chat.tokenizer_digest, self.chat.template_digest
         if found != (guard.fingerprint.tokenizer, guard.fingerprint.template):
@@ -115,20 +113,27 @@ class Gate:
     async def judge(self, question: Question, values: tuple[float, ...]) -> Verdict:
         """The verdict, once all that needs a pass of its own is read.
 
+        A version that is flagged is enough: no decoded text is read after it.
+
         Raises:
             GuardError: if a number is missing or not finite.
             Exception: whatever the engine raises.
         """
-        verdict = verdict_of(
-            self.guard, question.prompt, [values, *await self._read_all(question.pieces)]
-        )
-        for other, names in question.beneath:
+        first, *rest = _versions(question.variants)
+        read = [values, *await self._read_all([variant.prompt for variant in first[1:]])]
+        verdict = self._verdict(question, read)
+        for version in rest:
             if verdict.flagged:
                 break
-            read = await self._read_all(rows_of(self.guard, other))
-            found = verdict_of(self.guard, other, read)
-            verdict = worse(verdict, found, told(question.prompt, names))
+            read += await self._read_all([variant.prompt for variant in version])
+            verdict = self._verdict(question, read)
         return verdict
+
+    def _verdict(self, question: Question, read: Sequence[Sequence[float]]) -> Verdict:
+        """The verdict on what is read so far."""
+        scores = [variant_score(self.guard, values) for values in read]
+        variants = question.variants[: len(scores)]
+        return self.guard.combine(ScoredPlan(question.prompt, variants, scores)).verdict
 
     async def _read_all(self, rows: Sequence[Prompt]) -> list[tuple[float, ...]]:
         turn = asyncio.Semaphore(AT_ONCE)
@@ -180,7 +185,7 @@ class Gate:
         for canary in self.guard.canaries:
             prompt = Prompt(canary.text, id="canary")
             values = await self.read(prompt)
-            score = verdict_of(self.guard, prompt, [values]).score if values else float("nan")
+            score = variant_score(self.guard, values).score if values else float("nan")
             if not abs(score - canary.score) <= TOLERANCE * self.guard.spread:
                 dated = "; its chat template prints today's date" * self.chat.has_date
                 raise ModelMismatch(
@@ -193,21 +198,18 @@ class Gate:
         asyncio.get_running_loop().remove_reader(self._mailbox.socket)
         self._mailbox.close()
 
-    def _plan(self, prompt: Prompt) -> tuple[Layout, Sequence[Prompt], Sequence[Beneath]]:
-        """The prompt's tokens, its pieces, and what lies beneath; a long text takes a while."""
+    def _plan(self, prompt: Prompt) -> tuple[Layout, Sequence[Variant]]:
+        """The prompt's tokens, and what is read of it; a long text takes a while."""
         layout = self.chat([prompt])[0]  # first: it refuses what is too long
-        _, *pieces = rows_of(self.guard, prompt)
-        others = beneath(prompt, self.guard.part(Obfuscations) is not None)
-        return layout, pieces, others
+        return layout, self.guard.plan(prompt)
 
-    def _put(
-        self,
-        prompt: Prompt,
-        layout: Layout,
-        pieces: Sequence[Prompt] = (),
-        others: Sequence[Beneath] = (),
-    ) -> Question:
+    def _put(self, prompt: Prompt, layout: Layout, variants: Sequence[Variant] = ()) -> Question:
         ask = ask_about(layout, self._columns.positions, self._mailbox)
         answer = asyncio.get_running_loop().create_future()
         self._waiting[ask.key] = answer
-        return Question(prompt, layout.ids, ask, answer, tuple(pieces), tuple(others))
+        return Question(prompt, layout.ids, ask, answer, tuple(variants))
+
+
+def _versions(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """The prompt as it stands and each decoded text, with their chunks."""
+    return [list(own) for _, own in groupby(variants, key=lambda variant: variant.version)]

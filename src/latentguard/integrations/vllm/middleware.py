@@ -218,12 +218,8 @@ async def _verdict(gate: Gate, question: Question, values: tuple[float, ...]) ->
 
 
 def _note(gate: Gate, question: Question, verdict: Verdict) -> dict[str, Any]:
-    known = dict(flagged=verdict.flagged, score=verdict.score, probability=verdict.probability)
-    more = dict(beliefs=verdict.beliefs, decision=verdict.decision, quadrant=verdict.quadrant)
-    limit = threshold_of(gate.guard, question.prompt, verdict)
-    return {
-        "latentguard": known | more | dict(obfuscations=list(verdict.obfuscations), threshold=limit)
-    }
+    threshold = threshold_of(gate.guard, question.prompt, verdict)
+    return {"latentguard": verdict.to_dict() | {"threshold": threshold}}
 
 
 async def _read(receive: Receive) -> dict[str, Any]:

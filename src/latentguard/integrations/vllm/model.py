@@ -18,7 +18,6 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.vllm import refusals
 from latentguard.integrations.vllm.columns import Columns
 from latentguard.integrations.vllm.plugin import VARIABLE
-from latentguard.integrations.vllm.protocol import readable
 from latentguard.integrations.vllm.slots import SlotScores
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.weights_digest import WeightsDigest
@@ -40,7 +39,7 @@ class Guarded:
         """
         refusals.require_supported(vllm_config)
         refusals.require_alone()
-        guard = readable(LatentGuard.load(os.environ[VARIABLE]))
+        guard = LatentGuard.load(os.environ[VARIABLE])
         # the layers change the compiled graph, so the guard must be part of the cache's key
         vllm_config.additional_config[VARIABLE.lower()] = guard.digest
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
