@@ -46,7 +46,6 @@ from latentguard.models.conversation import Conversation
 from latentguard.prompts import Prompt
 from latentguard.serve import server
 from latentguard.serve.config import ServeConfig
-from latentguard.serve.scoring import score_states
 from latentguard.states import States
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -345,7 +344,7 @@ def first_token(asked: argparse.Namespace) -> dict[str, Any]:
     def guarded(prompt: Prompt) -> None:
         said = Conversation(model, prompt, positions=guard.positions, layers=guard.probe.layers)
         assert said.states is not None
-        score_states(guard, said.states)
+        guard.judge(said.states)
         int(said._logits.argmax())
 
     def unguarded(prompt: Prompt) -> None:
