@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from latentguard.guard.thresholds import Limits, Rates
+from latentguard.guard.thresholds import Rates, SegmentThresholds
 from latentguard.guard.verdict import Verdict
 from latentguard.serve.chat_thresholds import ChatThresholds, shares_of, threshold_at
 from serve.running import band_guard, tiny_guard
@@ -28,7 +28,7 @@ def test_of_harmless_chats_no_more_are_flagged_than_stated(name, n, turns):
     shares = shares_of(newest)
     flagged = []
     for _ in range(20):
-        known = Limits.of(draw(rng, n), rates)
+        known = SegmentThresholds.of(draw(rng, n), rates)
         at = {share: threshold_at(known.scores, known.block, share) for share in set(shares)}
         chats = draw(rng, (2000, turns))
         flagged.append((chats > [at[share] for share in shares]).any(1).mean())
@@ -48,7 +48,7 @@ def test_a_long_history_raises_the_threshold_of_a_new_message_once():
 
 
 def test_a_smaller_share_has_a_higher_threshold():
-    known = Limits.of(np.random.default_rng(0).normal(size=500), Rates(0.01))
+    known = SegmentThresholds.of(np.random.default_rng(0).normal(size=500), Rates(0.01))
     found = [threshold_at(known.scores, known.block, 2.0**-n) for n in range(10)]
     assert found == sorted(found)
     assert found[0] == pytest.approx(known.block.threshold, abs=1e-6)

@@ -91,9 +91,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     if loaded.bound is not None:
         echo_err(f"Replaced: threshold {loaded.threshold:.6g}, {loaded.promise}.")
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
-    for part in calibrated.parts:
-        for text in part.notes():
-            typer.echo(f"\n{text}")
+    for paragraph in calibrated.notes:
+        typer.echo(f"\n{paragraph}")
 
 
 def _calibration_prompts(

@@ -48,7 +48,6 @@ def load_guard_model(
         The guard and its model. With ``allow_mismatch`` the guard is bound to the model that it
         meets, and the shift of its canary scores goes to standard error.
     """
-
     backend = load_model(model or guard.fingerprint.model, guard.fingerprint.dtype, device_map)
     if not allow_mismatch:
         guard.verify_model(backend)
