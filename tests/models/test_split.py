@@ -58,8 +58,10 @@ def found(folder, plain):
 
 class TestTwoProcesses:
     def test_each_keeps_half_of_the_matrices(self, found, plain):
-        matrices = 7 * plain.depth + 1  # of the blocks, and the head
-        assert [one["shards"] for one in found] == [[0.5] * matrices] * 2
+        matrices = 7 * plain.depth + 1  # of the blocks, and the head; since 5.24 the embedding too
+        for one in found:
+            assert set(one["shards"]) == {0.5}
+            assert matrices <= len(one["shards"]) <= matrices + 1
 
     def test_states_are_whole_in_both(self, found, plain, folder):
         first, second = (States.load(folder / f"out/{rank}/states") for rank in RANKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from latentguard import __version__
 from latentguard.errors import GuardError
 from latentguard.probes.axis import Axis, Centroid, fold
+from latentguard.probes.capture_cache import CaptureCache
 from latentguard.probes.probe import (
     Fit,
     Kind,
@@ -32,11 +34,23 @@ def capture(
     *,
     layers: Sequence[int] | None = None,
     progress: Progress | None = None,
+    cache: CaptureCache | None = None,
 ) -> States:
-    """At the reading's positions and those of the two axes; all layers if None."""
+    """Capture states at the reading's positions and those of the two axes.
+
+    Args:
+        backend: The model.
+        reading: Where; it also prepares the prompts.
+        prompts: What to read.
+        layers: At which layers; all if None.
+        progress: Called with the number of prompts just done.
+        cache: Keeps what is captured, so that a killed run goes on from it; None keeps nothing.
+    """
     positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
-    ready = map(reading.prepare, prompts)
-    batches = backend.capture(ready, positions=positions, layers=layers, progress=progress)
+    at_layers = tuple(range(backend.depth + 1)) if layers is None else tuple(layers)
+    prepared = [reading.prepare(prompt) for prompt in prompts]
+    read = backend.capture if cache is None else partial(cache.capture, backend)
+    batches = read(prepared, positions=positions, layers=at_layers, progress=progress)
     return States.collect(batches)
 
 
