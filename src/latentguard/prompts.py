@@ -464,15 +464,39 @@ def _dataset(source: str) -> Iterator[Mapping[str, Any]]:
         raise PromptError(f"{source} is a file of an unknown kind. {EXPECTED}")
     if not HUB_ID.fullmatch(source):
         raise PromptError(f"{source} cannot be read: no such file. {EXPECTED}")
-    datasets = require_extra("datasets", "hub-data", "Reading Hub data sets")
     name, _, split = source.partition(":")
     org, _, rest = name.partition("/")
     repo, _, config = rest.partition("/")
-    where = dict(path=f"{org}/{repo}", name=config or None, split=split or "train")
+    which = dict(path=f"{org}/{repo}", name=config or None, split=split or "train")
+    yield from _hub_rows(which, source, EXPECTED)
+
+
+def read_hub_rows(
+    id: str, *, config: str | None, split: str, revision: str | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a Hub data set.
+
+    Args:
+        id: As ``org/name``.
+        config: Which of its configurations; None for the only one.
+        split: Such as ``train``.
+        revision: A commit, tag or branch; None for the newest.
+
+    Raises:
+        PromptError: if it cannot be read.
+        MissingExtra: without the extra ``hub-data``.
+    """
+    pinned = {"revision": revision} if revision else {}
+    yield from _hub_rows(dict(path=id, name=config, split=split) | pinned, id, "")
+
+
+def _hub_rows(which: dict[str, Any], name: str, advice: str) -> Iterator[Mapping[str, Any]]:
+    datasets = require_extra("datasets", "hub-data", "Reading Hub data sets")
     try:
-        yield from datasets.load_dataset(streaming=True, **where)
+        yield from datasets.load_dataset(streaming=True, **which)
     except Exception as error:  # datasets raises a different class for each cause
-        raise PromptError(f"{source} cannot be read: {_first_line(error)}. {EXPECTED}") from error
+        reason = f"{name} cannot be read: {_first_line(error)}. {advice}"
+        raise PromptError(reason.strip()) from error
 
 
 def _first_line(error: Exception) -> str:

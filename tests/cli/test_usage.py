@@ -24,6 +24,9 @@ VERBS = {
     "pack add": ("--name", "--examples"),
     "pack list": (),
     "pack remove": ("--harmless",),
+    "data list": ("--data-dir",),
+    "data fetch": ("--out", "--mirror", "--only"),
+    "data import-released": ("--out",),
 }
 
 

@@ -9,6 +9,7 @@ import typer
 
 from latentguard.cli.audit import audit
 from latentguard.cli.calibrate import calibrate
+from latentguard.cli.data import data
 from latentguard.cli.demo.command import demo
 from latentguard.cli.drift import drift
 from latentguard.cli.fit import fit
@@ -37,7 +38,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 """Panel -> verb -> its function, in the order of ``--help``."""
 
-GROUPS: dict[str, dict[str, typer.Typer]] = {"Guard": {"pack": pack}}
+GROUPS: dict[str, dict[str, typer.Typer]] = {"Guard": {"pack": pack}, "Research": {"data": data}}
 """Panel -> group of verbs, such as ``pack add``."""
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from latentguard.errors import PromptError
+from latentguard.files import atomic_path
 
 DTYPES = {
     "f2": torch.float16,
@@ -97,9 +98,9 @@ def import_released(files: Sequence[str | Path], out: str | Path) -> dict[str, t
                 raise PromptError(f"{file} holds '{name}', which another file holds too.")
             arrays[name] = array
         sources[Path(file).name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    partial = Path(f"{out}.partial")
-    save_file(arrays, partial, metadata={f"sha256 of {name}": sha for name, sha in sources.items()})
-    partial.replace(out)
+    digests = {f"sha256 of {name}": digest for name, digest in sources.items()}
+    with atomic_path(out) as partial:
+        save_file(arrays, partial, metadata=digests)
     return {name: tuple(array.shape) for name, array in arrays.items()}
 
 

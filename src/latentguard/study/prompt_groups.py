@@ -22,7 +22,12 @@ FOLDER: dict[str, tuple[str, ...]] = {
     "over_refusal": ("xstest",),
     "held_out": ("xstest", "catqa"),
     "categories": ("catqa",),
-    "jailbreaks": ("jailbreaks",),
+    "jailbreaks": (
+        "jailbreaks",
+        "dsn_suffixes",
+        "in_the_wild_templates",
+        "persuasion_samples",
+    ),
     "moderation": ("openai_moderation",),
 }
 """Which files of a data folder, such as ``advbench.jsonl``, make which pool."""
