@@ -13,6 +13,7 @@ from fake_backend import FINGERPRINT, FakeBackend, labelled, texts, with_refusal
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.guard.compatibility import CANARY_COUNT
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.probes.capture_cache import CaptureCache
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Reading, States
 from latentguard.stats.detection import auroc
@@ -113,6 +114,24 @@ class TestFit:
         for guard in guards:
             mean = np.mean([v.probability for v in guard.scan(backend, fresh)])
             assert mean == pytest.approx(0.5, abs=0.08)
+
+    def test_a_killed_fit_goes_on_and_makes_the_same_guard(self, tmp_path):
+        class Killed(FakeBackend):
+            def capture(self, prompts, **how):
+                for count, states in enumerate(super().capture(prompts, **how)):
+                    if count == 5:
+                        raise KeyboardInterrupt
+                    yield states
+
+        rows = labelled(40)
+        with pytest.raises(KeyboardInterrupt), CaptureCache(tmp_path) as cache:
+            LatentGuard.fit(Killed(), rows, cache=cache)
+        backend = FakeBackend()
+        with CaptureCache(tmp_path) as cache:
+            resumed = LatentGuard.fit(backend, rows, cache=cache)
+        assert resumed.digest == LatentGuard.fit(FakeBackend(), rows).digest
+        assert not {p.text for p in rows[:35]} & set(backend.captured)
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestRefusalAxis:

@@ -1,4 +1,4 @@
-"""Table 4: ids are those of the plain string, positions are right, text that imitates stays text."""
+"""Table 4: ids are those of the plain string, positions are right, imitations stay text."""
 
 import pytest
 

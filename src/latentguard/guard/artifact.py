@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from latentguard.errors import GuardError
+from latentguard.files import write_all_atomic
 
 SCHEMA = 3
 JSON_FILE, TENSOR_FILE, CARD_FILE = "guard.json", "guard.safetensors", "README.md"
@@ -40,13 +40,13 @@ def write_folder(
     packed = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(packed).hexdigest()
     head = {"schema": SCHEMA, "tensors_sha256": digest}
-    written = [
-        _written(folder / TENSOR_FILE, packed),
-        _written(folder / CARD_FILE, card.encode()),
-        _written(folder / JSON_FILE, json.dumps({**head, **record}, indent=1).encode()),
-    ]
-    for partial in written:
-        partial.replace(partial.with_suffix(""))
+    write_all_atomic(
+        {
+            folder / TENSOR_FILE: packed,
+            folder / CARD_FILE: card,
+            folder / JSON_FILE: json.dumps({**head, **record}, indent=1),
+        }
+    )
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -114,16 +114,6 @@ def _read(path: Path) -> bytes:
             f"{path} cannot be read: {error.strerror}. Expected a guard folder, as written by "
             "'latentguard fit --out FOLDER'."
         ) from None
-
-
-def _written(path: Path, content: bytes) -> Path:
-    """The content beside the file of that name, safe from a full disk and from a loss of power."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return partial
 
 
 def model_card(record: Mapping[str, Any], *, promise: str, notes: Sequence[str] = ()) -> str:

@@ -51,6 +51,7 @@ from latentguard.guard.thresholds import Rates, Thresholds
 from latentguard.guard.verdict import Decision, Verdict
 from latentguard.probes import fitting
 from latentguard.probes.axis import Axis
+from latentguard.probes.capture_cache import CaptureCache
 from latentguard.probes.probe import Kind, Probe, layers_of, require_kind
 from latentguard.prompts import Prompt, as_prompts
 from latentguard.states import (
@@ -138,6 +139,7 @@ class LatentGuard:
         reading: str = DEFAULT_READING,
         probe: Kind = "linear",
         progress: Progress | None = None,
+        cache: CaptureCache | None = None,
     ) -> LatentGuard:
         """Capture the states of labelled prompts and fit a guard.
 
@@ -147,6 +149,7 @@ class LatentGuard:
             reading: ``t_inst``, ``t_post``, ``post+k``, ``sealed``, ``span`` or ``pooled``.
             probe: ``centroid`` (the paper) or ``linear``.
             progress: Called with the number of prompts captured.
+            cache: Keeps the states while they are captured, so that a killed fit goes on from them.
 
         Raises:
             GuardError: if a prompt has no label, a class is missing, or a state is not finite.
@@ -155,7 +158,9 @@ class LatentGuard:
         require_kind(probe)
         rows = fitting.require_labels(prompts)
         layers = layers_of(probe, backend.depth)
-        states = fitting.capture(backend, where, rows, layers=layers, progress=progress)
+        states = fitting.capture(
+            backend, where, rows, layers=layers, progress=progress, cache=cache
+        )
         return LatentGuard.from_states(backend, states, where, probe)
 
     @staticmethod

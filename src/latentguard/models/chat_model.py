@@ -134,7 +134,7 @@ class ChatModel:
         )
         if self._fingerprint is not None:  # digests of packed weights are those of before a pass
             digest = other.chat.template_digest
-            other._fingerprint = replace(self._fingerprint, template=digest)  # noqa: SLF001
+            other._fingerprint = replace(self._fingerprint, template=digest)
         return other
 
     @property
