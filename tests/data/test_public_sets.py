@@ -160,11 +160,11 @@ class TestFromTheHub:
 
     def test_columns_that_have_changed_are_named(self, hub, tmp_path, monkeypatch):
         monkeypatch.setitem(HUB_ROWS, "advbench", {"train": [dict(goal="a", target="b")]})
-        with pytest.raises(PromptError, match="'prompt'.*found goal, target"):
+        with pytest.raises(PromptError, match=r"'prompt'.*found goal, target"):
             fetch_set(SETS["advbench"], tmp_path)
 
     def test_a_set_that_is_not_there_says_where_it_is_published(self, tmp_path):
-        with pytest.raises(PromptError, match="not on the Hub. It is published at github.com"):
+        with pytest.raises(PromptError, match=r"not on the Hub\. It is published at github\.com"):
             fetch_set(SETS["dsn_suffixes"], tmp_path)
 
 
