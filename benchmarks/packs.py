@@ -29,7 +29,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.packs import built_in_harmless, halve, with_pack
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
-from latentguard.report.document import show
+from latentguard.report.document import format_cell
 from latentguard.states import States
 from latentguard.stats.bounds import threshold_for_fpr
 from latentguard.study.figures.table_03_guards.user_traffic import (
@@ -59,7 +59,7 @@ def main() -> None:
     table = domain_table(states["moderation"].prompts, trials)
     named = {f"k = {k}, {added}": named_right(guard, states, k, added) for k, added in runs()}
     for row in table.rows:
-        print(*map(show, row), sep=" | ")
+        print(*map(format_cell, row), sep=" | ")
     print(json.dumps(named, indent=1))
     if options.out:
         record = dict(model=Path(options.model).name, dtype=options.dtype, fitted=guard.fitted)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentguard.probes.axis import Axis
-from latentguard.report.charts import Curve, lines_by_layer, matrix
+from latentguard.report.charts import Curve, heat_map, lines_by_layer
 from latentguard.report.document import Cell, Figure, Report, Section, Table
 from latentguard.study.axes import belief
 from latentguard.study.figures.figure_02_clusters import figure
@@ -146,7 +146,7 @@ def categories(released: dict[str, Tensor]) -> Section:
         "Mean cosine of each released harmfulness direction to the others; no prompts, so no "
         "intervals.",
     )
-    grid = matrix(
+    grid = heat_map(
         cosines[LAYER].tolist(),
         names,
         names,

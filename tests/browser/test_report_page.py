@@ -5,7 +5,7 @@ import math
 import pytest
 
 from browser.pages import check
-from latentguard.report import charts as plots
+from latentguard.report import charts
 from latentguard.report.document import Report, Section, Table
 
 LAYERS = [0, 1, 2, 3]
@@ -21,11 +21,13 @@ def page_file(tmp_path_factory):
         for name in ("refused harmful", "accepted harmful", "refused harmless", "x", "y", "z", "w")
     }
     parts = (
-        plots.lines_by_layer({"a": CURVE, "b": CURVE, "random": CURVE}, LAYERS, zero=True, **how),
-        plots.lines_by_layer({"a": CURVE}, ["inst-1", "t_inst", "post+1", "t_post"], **how),
-        plots.plane(groups, title="Plane", caption="n = 14"),
-        plots.matrix([[1.0, 0.5], [math.nan, 1.0]], ["<i>a</i>", "b"], ["a" * 60, "b"], **how_m()),
-        plots.bars(["one", "two"], [0.2, 0.4], title="Bars", x="score", caption=""),
+        charts.lines_by_layer({"a": CURVE, "b": CURVE, "random": CURVE}, LAYERS, zero=True, **how),
+        charts.lines_by_layer({"a": CURVE}, ["inst-1", "t_inst", "post+1", "t_post"], **how),
+        charts.belief_plane(groups, title="Plane", caption="n = 14"),
+        charts.heat_map(
+            [[1.0, 0.5], [math.nan, 1.0]], ["<i>a</i>", "b"], ["a" * 60, "b"], **how_m()
+        ),
+        charts.bar_chart(["one", "two"], [0.2, 0.4], title="Bars", x="score", caption=""),
         Table("Wide", tuple(f"column {n}" for n in range(12)), ((0.5,) * 12, (None,) * 12)),
     )
     report = Report("A <study>", (Section("One & only", "Text.", parts),), {"seed": 0})

@@ -11,7 +11,7 @@ import pytest
 from latentguard.errors import LatentGuardError
 from latentguard.report import image_files as pictures
 from latentguard.report.document import Figure, Report, Section, Table
-from latentguard.report.image_files import draw
+from latentguard.report.image_files import write_pictures
 
 BROWSER = next(filter(shutil.which, ("chromium", "google-chrome", "chrome")), None)
 
@@ -35,7 +35,7 @@ def jobs(monkeypatch):
 class TestFiles:
     def test_names_are_titles_numbered(self, jobs, tmp_path):
         table = Table("Bars", ("a",), ((1,),))
-        found = draw(report(figure("Bars: s^l"), table, figure("Bars: s^l")), tmp_path)
+        found = write_pictures(report(figure("Bars: s^l"), table, figure("Bars: s^l")), tmp_path)
         folder = tmp_path / "figures"
         names = [f"bars-s-l{n}.{kind}" for n in ("", "-2") for kind in ("png", "svg")]
         assert found == [folder / name for name in names]
@@ -45,24 +45,24 @@ class TestFiles:
 
     def test_json_draws_the_same_figure_again(self, jobs, tmp_path):
         one = figure("Bars")
-        draw(report(one), tmp_path)
+        write_pictures(report(one), tmp_path)
         again = go.Figure(json.loads((tmp_path / "figures" / "bars.json").read_text()))
         assert again == one.plot
 
     def test_the_page_keeps_its_figures_as_they_are(self, jobs, tmp_path):
         one = figure("Bars")
         before = one.plot.to_json()
-        draw(report(one), tmp_path)
+        write_pictures(report(one), tmp_path)
         assert one.plot.to_json() == before
         assert {job["fig"].layout.title.text for job in jobs} == {"Bars"}
 
     def test_no_figure_needs_no_browser(self, monkeypatch, tmp_path):
         monkeypatch.setenv("BROWSER_PATH", "/none")
-        assert draw(report(Table("T", ("a",), ())), tmp_path) == []
+        assert write_pictures(report(Table("T", ("a",), ())), tmp_path) == []
 
     def test_drawn_again_over_what_is_there(self, jobs, tmp_path):
-        draw(report(figure("Bars")), tmp_path)
-        draw(report(figure("Bars", (7, 8))), tmp_path)
+        write_pictures(report(figure("Bars")), tmp_path)
+        write_pictures(report(figure("Bars", (7, 8))), tmp_path)
         kept = json.loads((tmp_path / "figures" / "bars.json").read_text())
         assert go.Figure(kept).data[0].y == (7, 8)
 
@@ -73,7 +73,7 @@ class TestBrowsers:
         with pytest.raises(
             LatentGuardError, match=r"Chrome or Chromium, and none was found\. Inst"
         ):
-            draw(report(figure("Bars")), tmp_path)
+            write_pictures(report(figure("Bars")), tmp_path)
         assert os.listdir(tmp_path / "figures") == ["bars.json"]
 
     def test_one_that_does_not_start(self, monkeypatch, tmp_path):
@@ -84,7 +84,7 @@ class TestBrowsers:
         with pytest.raises(
             LatentGuardError, match=r"failed: .*close.*\. All else is kept\."
         ) as told:
-            draw(report(figure("Bars")), tmp_path)
+            write_pictures(report(figure("Bars")), tmp_path)
         assert "\n" not in str(told.value)
         assert os.listdir(tmp_path / "figures") == ["bars.json"]
 
@@ -96,11 +96,11 @@ class TestBrowsers:
         with pytest.raises(
             LatentGuardError, match=r"2 of 2 pictures were not drawn: no such font\. "
         ):
-            draw(report(figure("Bars")), tmp_path)
+            write_pictures(report(figure("Bars")), tmp_path)
 
     @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to draw with")
     def test_pictures(self, tmp_path):
-        png, svg = draw(report(figure("Bars of Fig. 2")), tmp_path)
+        png, svg = write_pictures(report(figure("Bars of Fig. 2")), tmp_path)
         assert png_size(png) == (900, 520)
         drawn = svg.read_text()
         assert drawn.startswith("<svg")

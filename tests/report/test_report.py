@@ -8,16 +8,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from latentguard.report import charts as plots
+from latentguard.report import charts
 from latentguard.report.document import (
-    PICTURES,
+    FIGURE_FORMATS,
     Figure,
     Report,
     Section,
     Table,
-    clear,
-    numbered,
-    show,
+    file_names,
+    format_cell,
+    remove_report,
     slug,
 )
 from latentguard.stats.estimate import Estimate
@@ -33,7 +33,7 @@ TABLE = Table(
 
 def figure(title="Scores", caption="What"):
     scores, labels = np.arange(20.0), np.arange(20) > 9
-    plot = plots.score_histogram(scores, labels, 9.5, of=title).plot
+    plot = charts.score_histogram(scores, labels, 9.5, of=title).plot
     return Figure(title, plot, caption)
 
 
@@ -72,6 +72,30 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page(report):
     return Page(report.html())
+
+
+class TestInANotebook:
+    def test_repr_names_the_sections_and_counts_the_parts(self, report):
+        assert repr(report).startswith("Report(")
+        assert "1 table, 2 figures; sections: First, " in repr(report)
+        assert len(repr(report)) < 300
+
+    def test_a_report_is_shown_as_its_page_in_a_frame(self, report):
+        (frame,) = Page(report._repr_html_()).of("iframe")
+        assert frame["srcdoc"] == report.html()
+
+    def test_repr_of_a_table_gives_its_size(self):
+        assert repr(TABLE) == "Table('Rates & more', 3 rows x 4 columns)"
+
+    def test_a_table_is_shown_with_its_cells_escaped(self):
+        page = Page(TABLE._repr_html_())
+        assert [len(page.of(tag)) for tag in ("th", "td", "script")] == [4, 12, 0]
+        assert EVIL in page.text
+
+    def test_a_figure_is_shown_as_plotly_shows_it(self):
+        shown = figure("Scores", "What")
+        assert repr(shown) == "Figure('Scores', 'What')"
+        assert shown._repr_mimebundle_() == shown.plot._repr_mimebundle_()
 
 
 class TestPage:
@@ -131,7 +155,7 @@ class TestTable:
         [(None, ""), (True, "yes"), (False, "no"), (3, "3"), (0.98765, "0.988"), ("x", "x")],
     )
     def test_show(self, cell, text):
-        assert show(cell) == text
+        assert format_cell(cell) == text
 
 
 class TestFiles:
@@ -160,28 +184,23 @@ class TestFiles:
     def test_an_earlier_report_leaves_nothing_behind_and_other_files_stay(self, report, tmp_path):
         parts = (Table("Old", ("a",), ((1,),)), figure("Old picture"), report.figures[0])
         Report("old", (Section("s", parts=parts),)).save(tmp_path)
-        again = numbered(["Old picture", report.figures[0].title])
+        again = file_names(["Old picture", report.figures[0].title])
         mine = [tmp_path / "tables" / "mine.csv", tmp_path / "figures" / "mine.png"]
         (tmp_path / "figures").mkdir()
-        for path in (*mine, *(tmp_path / "figures" / f"{n}.{k}" for n in again for k in PICTURES)):
+        for path in (
+            *mine,
+            *(tmp_path / "figures" / f"{n}.{k}" for n in again for k in FIGURE_FORMATS),
+        ):
             path.touch()
         report.save(tmp_path)  # pictures of the same titles go too: they show what was found then
         assert {f.name for f in (tmp_path / "tables").iterdir()} == {"rates-more.csv", "mine.csv"}
         assert [f.name for f in (tmp_path / "figures").iterdir()] == ["mine.png"]
 
-    def test_a_report_of_an_older_version(self, report, tmp_path):
-        Report("old", (Section("s", parts=(Table("Old", ("a",), ((1,),)),)),)).save(tmp_path)
-        known = json.loads((tmp_path / "report.json").read_text())
-        del known["figures"]
-        (tmp_path / "report.json").write_text(json.dumps(known))
-        report.save(tmp_path)
-        assert [f.name for f in (tmp_path / "tables").iterdir()] == ["rates-more.csv"]
-
     def test_it_is_cleared_away(self, report, tmp_path):
-        clear(report.save(tmp_path / "r"))
+        remove_report(report.save(tmp_path / "r"))
         assert not (tmp_path / "r").exists()
         (report.save(tmp_path / "r") / "tables" / "mine.csv").touch()
-        clear(tmp_path / "r")
+        remove_report(tmp_path / "r")
         assert [f.name for f in (tmp_path / "r").rglob("*")] == ["tables", "mine.csv"]
 
     @pytest.mark.parametrize("held", ["", "[]", "{}", '{"tables": [1], "figures": []}', "\udc00"])
@@ -199,14 +218,14 @@ class TestFiles:
 
 class TestPlots:
     def test_histogram_of_equal_scores(self):
-        found = plots.score_histogram(np.ones(4), np.arange(4) > 1, 0.5, of="x")
+        found = charts.score_histogram(np.ones(4), np.arange(4) > 1, 0.5, of="x")
         assert found.title == "Scores on x"
         assert "2 harmful, 2 harmless" in found.caption
         assert found.plot.data[0].xbins.size > 0
 
     def test_roc(self):
         labels, scores = np.array([0, 0, 1, 1], dtype=bool), np.array([1.0, 2.0, 3.0, 4.0])
-        found = plots.roc_curves({"ours": scores, "theirs": -scores}, labels, of="x").plot
+        found = charts.roc_curves({"ours": scores, "theirs": -scores}, labels, of="x").plot
         assert [trace.name for trace in found.data] == ["ours", "theirs", "chance"]
         assert (found.data[0].x[-1], found.data[0].y[-1]) == (1.0, 1.0)
         assert max(y for x, y in zip(found.data[0].x, found.data[0].y, strict=True) if x == 0) == 1
@@ -214,20 +233,20 @@ class TestPlots:
     def test_every_rule_gets_a_curve(self):
         labels = np.array([0, 1], dtype=bool)
         rules = {f"rule {n}": np.array([0.0, 1.0]) for n in range(9)}
-        assert len(plots.roc_curves(rules, labels, of="x").plot.data) == 10
+        assert len(charts.roc_curves(rules, labels, of="x").plot.data) == 10
 
     def test_names_that_are_cut_short_alike_keep_their_places(self):
         names = ["jailbreak: persuasion: logical appeal", "jailbreak: persuasion: endorsement"]
-        found = plots.matrix([[0.1, 0.2]], ["row"], names, title="t", caption="c").plot
+        found = charts.heat_map([[0.1, 0.2]], ["row"], names, title="t", caption="c").plot
         assert found.data[0].x is None and list(found.layout.xaxis.tickvals) == [0, 1]
         assert found.data[0].hovertext[0][1] == f"row, {names[1]}"
         one = Estimate(0.5, 0.4, 0.6, (3, 0))
-        found = plots.dots(names, {"s": [one, one]}, title="t", x="x", caption="c").plot
+        found = charts.dot_plot(names, {"s": [one, one]}, title="t", x="x", caption="c").plot
         assert list(found.data[0].y) == [0, 1]
 
     def test_lines(self):
         curve = ([0.5, 0.9], [0.4, 0.8], [0.6, 1.0])
-        found = plots.lines_by_layer({"s": curve}, [1, 2], title="t", y="AUROC", caption="c")
+        found = charts.lines_by_layer({"s": curve}, [1, 2], title="t", y="AUROC", caption="c")
         band, line = found.plot.data
         assert list(band.x) == [1, 2, 2, 1]
         assert list(band.y) == [0.6, 1.0, 0.8, 0.4]
@@ -235,7 +254,7 @@ class TestPlots:
 
     def test_bars_of_the_same_name_stay_apart(self):
         names = ["same words " * 9 + "a", "same words " * 9 + "b"]
-        found = plots.bars(names, [0.1, 0.9], title="t", x="x", caption="c").plot
+        found = charts.bar_chart(names, [0.1, 0.9], title="t", x="x", caption="c").plot
         assert list(found.data[0].x) == [0.1, 0.9]
         assert len(set(found.data[0].y)) == 2
         assert max(map(len, found.layout.yaxis.ticktext)) <= 48

@@ -220,7 +220,7 @@ class TestMemory:
         before = len(backend.captured) - asked
         backend.capture = read
         again = run_stress(target, self.PLAN)
-        assert again.as_dict() == whole.as_dict()
+        assert again.to_dict() == whole.to_dict()
         assert len(backend.captured) - asked <= texts_of_run + 16
         assert before > 50
 
@@ -229,7 +229,7 @@ class TestMemory:
         target = planted_guard(tmp_path, backend)
         first = run_stress(target, self.PLAN)
         backend.capture = None
-        assert run_stress(target, self.PLAN).as_dict() == first.as_dict()
+        assert run_stress(target, self.PLAN).to_dict() == first.to_dict()
 
     def test_another_guard_is_asked_anew(self, tmp_path):
         backend = Planted()
@@ -284,7 +284,7 @@ class TestWeights:
         try:
             assert run_stress(
                 target, StressPlan(prompts, "small", ("changed weights",))
-            ).as_dict() == (report.as_dict())
+            ).to_dict() == (report.to_dict())
         finally:
             del model.model.forward
 

@@ -93,7 +93,7 @@ def test_a_second_run_asks_the_model_nothing(folder, whole, monkeypatch):
     for name in ("capture", "sweep"):
         monkeypatch.setattr(ChatModel, name, nothing)
     monkeypatch.setattr(Finetuning, "__call__", nothing)
-    again = json.dumps(study_report(folder, whole).as_dict(), indent=1)
+    again = json.dumps(study_report(folder, whole).to_dict(), indent=1)
     assert again == (whole / "report.json").read_text()
 
 

@@ -82,16 +82,16 @@ def save_guard(guard: LatentGuard, folder: Path, *, report: bool = False) -> Non
     Without the extra ``report`` the guard is saved, and a warning says why it has no report.
     """
     from latentguard.guard.calibration_report import calibration_report
-    from latentguard.report.document import clear
+    from latentguard.report.document import remove_report
 
     guard.save(folder)
     page = folder / "calibration"
     has_page = (page / "report.json").exists()
     if has_page and guard.thresholds is None:
-        clear(page)  # it describes the guard that was there before
+        remove_report(page)  # it describes the guard that was there before
     elif report or has_page:
         try:
             echo_err(f"Report: {calibration_report(guard).save(page)}/report.html")
         except MissingExtra as error:
-            clear(page)  # it describes another calibration
+            remove_report(page)  # it describes another calibration
             echo_err(f"Warning: {error}")

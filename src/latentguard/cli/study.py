@@ -80,9 +80,9 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
 
 
 def _draw(report: Report, out: Path) -> None:
-    from latentguard.report.image_files import draw
+    from latentguard.report.image_files import write_pictures
 
     try:
-        draw(report, out)
+        write_pictures(report, out)
     except LatentGuardError as error:  # the page is there, and shows the same figures
         echo_err(f"Warning: {error}")

@@ -1,4 +1,4 @@
-"""Plotly figures of the reports; colours are told apart by colour-blind readers, too."""
+"""Plotly charts of the reports, in colours that colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from latentguard.stats.estimate import Estimate
 
 HARMFUL, HARMLESS, NEUTRAL = "#d55e00", "#0072b2", "#7f8c9b"
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
-"""Value, low and high end of the band, at each place."""
+"""Value, low end and high end of the band at each place."""
 
 PALETTE = (HARMFUL, HARMLESS, "#009e73", "#cc79a7", "#e69f00", NEUTRAL)
 MARKS = tuple(
     zip(PALETTE, ("circle", "square", "x", "diamond", "triangle-up", "cross"), strict=True)
 )
-"""Colour and symbol of each group on the plane."""
+"""Colour and symbol of each series of points."""
 
 
 def new_plot(**layout: Any) -> Any:
-    """An empty ``plotly.graph_objects.Figure``.
+    """Return an empty ``plotly.graph_objects.Figure``.
 
     Raises:
         MissingExtra: if the extra ``report`` is not installed.
@@ -38,7 +38,7 @@ def new_plot(**layout: Any) -> Any:
 def score_histogram(
     scores: NDArray[np.float64], labels: NDArray[np.bool_], threshold: float, *, of: str
 ) -> Figure:
-    """How the scores of both classes lie about the threshold."""
+    """Return a histogram of the scores of both classes, with the threshold."""
     plot = new_plot(barmode="overlay", xaxis_title="score", yaxis_title="prompts")
     low, high = float(scores.min()), float(scores.max())
     bins = dict(start=low, end=high, size=(high - low) / 40 or 1.0)
@@ -53,7 +53,7 @@ def score_histogram(
 def roc_curves(
     scores: Mapping[str, NDArray[np.float64]], labels: NDArray[np.bool_], *, of: str
 ) -> Figure:
-    """True-positive against false-positive rate of each rule."""
+    """Return the true-positive against the false-positive rate of each rule."""
     axes = dict(xaxis_title="false-positive rate", yaxis_title="true-positive rate")
     plot = new_plot(**axes, xaxis_range=[0, 1], yaxis_range=[0, 1.02])
     for (rule, values), colour in zip(scores.items(), cycle(PALETTE), strict=False):
@@ -66,8 +66,8 @@ def roc_curves(
     return Figure(f"ROC on {of}", plot, f"{n}. Up and left is better.")
 
 
-def curve(estimates: Sequence[Estimate]) -> Curve:
-    """Estimates as a curve with its band."""
+def to_curve(estimates: Sequence[Estimate]) -> Curve:
+    """Return estimates as a curve with its band."""
     ends = ("value", "low", "high")
     value, low, high = ([float(getattr(e, end)) for e in estimates] for end in ends)
     return value, low, high
@@ -83,17 +83,17 @@ def lines_by_layer(
     x: str = "layer (blocks passed)",
     zero: bool = False,
 ) -> Figure:
-    """Curves with their bands, by layer or, with another ``x``, by position.
+    """Return curves with bands, by layer or, with another ``x``, by position.
 
     Args:
         curves: Name -> (value, low, high), each as long as ``layers``; a name that begins with
-            ``random`` is drawn grey and broken. Many curves are coloured from dark to light.
-        layers: Where.
-        title: Of the figure.
-        y: Name of the upright axis.
+            ``random`` is drawn grey and dashed. Many curves are coloured from dark to light.
+        layers: Places on the horizontal axis.
+        title: Title of the figure.
+        y: Name of the vertical axis.
         caption: What it shows, with n.
-        x: Name of the level axis.
-        zero: Draw a line at 0, such as the threshold of equation 2.
+        x: Name of the horizontal axis.
+        zero: Draws a line at 0, such as the threshold of equation 2.
     """
     plot = new_plot(xaxis_title=x, yaxis_title=y)
     count = sum(not name.startswith("random") for name in curves)
@@ -115,14 +115,14 @@ def lines_by_layer(
     return Figure(title, plot, caption)
 
 
-def stacked(
+def stacked_areas(
     shares: Mapping[str, Sequence[float]],
     layers: Sequence[int],
     *,
     title: str,
     caption: str,
 ) -> Figure:
-    """Shares that add up to 1 at each layer, one above the other: name -> share by layer."""
+    """Return shares that add up to 1 at each layer, stacked: name -> share by layer."""
     axes = dict(xaxis_title="layer (blocks passed)", yaxis_title="share", yaxis_range=[0, 1])
     plot = new_plot(**axes)
     for (name, values), colour in zip(shares.items(), cycle((*PALETTE[:4], NEUTRAL)), strict=False):
@@ -131,13 +131,19 @@ def stacked(
     return Figure(title, plot, caption)
 
 
-def plane(
+def belief_plane(
     groups: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[str]]],
     *,
     title: str,
     caption: str,
 ) -> Figure:
-    """The plane of both beliefs: group -> (Delta_harmful, Delta_refuse, hover text), each [n]."""
+    """Return points by both beliefs.
+
+    Args:
+        groups: Name -> (Delta_harmful, Delta_refuse, hover text), each [n].
+        title: Title of the figure.
+        caption: What it shows, with n.
+    """
     axes = dict(xaxis_title="\u0394 harmful", yaxis_title="\u0394 refuse")
     plot = new_plot(**axes, height=480)
     for (name, (x, y, text)), (colour, symbol) in zip(groups.items(), cycle(MARKS), strict=False):
@@ -149,7 +155,7 @@ def plane(
     return Figure(title, plot, caption)
 
 
-def matrix(
+def heat_map(
     values: Sequence[Sequence[float]],
     rows: Sequence[str],
     columns: Sequence[str],
@@ -157,18 +163,18 @@ def matrix(
     title: str,
     caption: str,
 ) -> Figure:
-    """A heat map of values between 0 and 1, [rows columns], such as cosines or flip rates."""
+    """Return a heat map of values between 0 and 1, [rows columns]."""
     plot = new_plot(height=150 + 30 * len(rows))
     grid = [list(row) for row in values]
     scale = dict(colorscale="Cividis", zmin=0, zmax=1, texttemplate="%{z:.2f}")
-    pointed = [[f"{row}, {column}" for column in columns] for row in rows]
-    plot.add_heatmap(z=grid, hovertext=pointed, hoverinfo="text+z", **scale)
-    plot.update_xaxes(_named(columns, 24))
-    plot.update_yaxes(_named(rows, 24), autorange="reversed")
+    hover_texts = [[f"{row}, {column}" for column in columns] for row in rows]
+    plot.add_heatmap(z=grid, hovertext=hover_texts, hoverinfo="text+z", **scale)
+    plot.update_xaxes(_tick_labels(columns, 24))
+    plot.update_yaxes(_tick_labels(rows, 24), autorange="reversed")
     return Figure(title, plot, caption)
 
 
-def dots(
+def dot_plot(
     names: Sequence[str],
     series: Mapping[str, Sequence[Estimate]],
     *,
@@ -176,19 +182,19 @@ def dots(
     x: str,
     caption: str,
 ) -> Figure:
-    """Points with their intervals, a line for each name, the first on top; a mark each series."""
+    """Return points with intervals: a row per name, the first on top, a mark per series."""
     plot = new_plot(xaxis_title=x, height=150 + 30 * len(names))
     for (name, estimates), (colour, symbol) in zip(series.items(), cycle(MARKS), strict=False):
-        value, low, high = map(np.array, curve(estimates))
+        value, low, high = map(np.array, to_curve(estimates))
         bars = dict(type="data", array=(high - value).tolist(), arrayminus=(value - low).tolist())
         marker = dict(color=colour, symbol=symbol, size=9)
         points = dict(x=value.tolist(), y=list(range(len(names))), error_x=bars, marker=marker)
         plot.add_scatter(**points, name=name, mode="markers")
-    plot.update_yaxes(_named(names, 24), autorange="reversed")
+    plot.update_yaxes(_tick_labels(names, 24), autorange="reversed")
     return Figure(title, plot, caption)
 
 
-def bars(
+def bar_chart(
     names: Sequence[str],
     values: Sequence[float],
     *,
@@ -197,7 +203,7 @@ def bars(
     caption: str,
     colours: Sequence[str] | None = None,
 ) -> Figure:
-    """Horizontal bars, the first on top."""
+    """Return horizontal bars, the first on top."""
     plot = new_plot(xaxis_title=x, height=90 + 26 * len(names))
     plot.add_bar(
         x=list(values),
@@ -207,15 +213,15 @@ def bars(
         hovertext=list(names),
         hoverinfo="x+text",
     )
-    plot.update_yaxes(_named(names, 48), autorange="reversed")
+    plot.update_yaxes(_tick_labels(names, 48), autorange="reversed")
     return Figure(title, plot, caption)
 
 
-def _named(names: Sequence[str], most: int) -> dict[str, list[int] | list[str]]:
-    """Ticks at places: names that are cut short may be the same, their places are not."""
+def _tick_labels(names: Sequence[str], most: int) -> dict[str, list[int] | list[str]]:
+    """Return tick labels by place, since shortened names need not be unique."""
     return dict(tickvals=list(range(len(names))), ticktext=[shorten(n, most) for n in names])
 
 
 def shorten(text: str, most: int) -> str:
-    """A label that leaves room for its bar."""
+    """Return a label of at most ``most`` characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

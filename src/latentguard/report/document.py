@@ -1,4 +1,4 @@
-"""Reports: tables and figures in one folder, as HTML, JSON and CSV, with their provenance."""
+"""Reports: tables and figures with their provenance, written as HTML, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -18,45 +19,62 @@ from latentguard.files import write_atomic
 
 Cell = str | float | int | bool | None
 
-PICTURES = ("json", "png", "svg")
-"""The files of a figure."""
+FIGURE_FORMATS = ("json", "png", "svg")
+"""File name extensions of a figure."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """A titled table."""
 
     title: str
-    """Also names its CSV file."""
+    """Title; also names the CSV file."""
 
     columns: tuple[str, ...]
-    """Column heads."""
+    """Column headings."""
 
     rows: tuple[tuple[Cell, ...], ...]
-    """One tuple a row, as long as ``columns``."""
+    """One tuple per row, as long as ``columns``."""
 
     note: str = ""
-    """What a reader must know: n, where from, how to read it."""
+    """What a reader must know: n, source, how to read it."""
+
+    def __repr__(self) -> str:
+        """Return title and size."""
+        return f"Table({self.title!r}, {len(self.rows)} rows x {len(self.columns)} columns)"
+
+    def _repr_html_(self) -> str:
+        """Return the table as a notebook shows it."""
+        heads = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{escape(format_cell(cell))}</td>' for cell in row)}</tr>"
+            for row in self.rows
+        )
+        note = f"<p>{escape(self.note)}</p>" if self.note else ""
+        return (
+            f"<p><strong>{escape(self.title)}</strong></p><table><thead><tr>{heads}</tr></thead>"
+            f"<tbody>{rows}</tbody></table>{note}"
+        )
 
     def csv(self) -> str:
-        """As CSV text."""
+        """Return the table as CSV text."""
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([self.columns, *self.rows])
         return out.getvalue()
 
     def markdown(self) -> str:
-        """As a Markdown table under its title, with its note."""
+        """Return the table as Markdown, under its title and note."""
         lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        table = "\n".join("| " + " | ".join(map(show, line)) + " |" for line in lines)
+        table = "\n".join("| " + " | ".join(map(format_cell, line)) + " |" for line in lines)
         return f"**{self.title}.** {self.note}\n\n{table}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Figure:
     """A titled Plotly figure."""
 
     title: str
-    """Head line."""
+    """Heading."""
 
     plot: Any
     """A ``plotly.graph_objects.Figure``."""
@@ -64,42 +82,63 @@ class Figure:
     caption: str = ""
     """What it shows, with n."""
 
+    def __repr__(self) -> str:
+        """Return title and caption."""
+        return f"Figure({self.title!r}, {self.caption!r})"
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        """Return what Plotly shows in a notebook."""
+        return self.plot._repr_mimebundle_(**options)
+
 
 @dataclass(frozen=True)
 class Section:
-    """A head line, what it says in a paragraph, and its tables and figures."""
+    """A heading, a paragraph, and tables and figures."""
 
     title: str
-    """Head line."""
+    """Heading."""
 
     text: str = ""
-    """One paragraph."""
+    """One paragraph of text."""
 
     parts: tuple[Table | Figure, ...] = ()
-    """In order of appearance."""
+    """Tables and figures in order of appearance."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What a run found."""
+    """A titled report with its provenance."""
 
     title: str
-    """Head line of the page."""
+    """Title of the page."""
 
     sections: tuple[Section, ...]
-    """In order of appearance."""
+    """Sections in order of appearance."""
 
     meta: dict[str, Any] = field(default_factory=dict)
     """Provenance: model, data digests, versions, settings, seeds."""
 
+    def __repr__(self) -> str:
+        """Return title, section titles and counts."""
+        titles = ", ".join(section.title for section in self.sections)
+        counts = f"{_count(self.tables, 'table')}, {_count(self.figures, 'figure')}"
+        return f"Report({self.title!r}, {counts}; sections: {titles})"
+
+    def _repr_html_(self) -> str:
+        """Return the whole page in a frame of its own, as a notebook shows it."""
+        page = escape(self.html())
+        style = "width:100%;height:40rem;border:0"
+        frame = f'<iframe title="{escape(self.title)}" style="{style}" srcdoc="{page}">'
+        return f"{frame}</iframe>"
+
     @property
     def tables(self) -> list[Table]:
-        """Every table."""
+        """Every table of the report."""
         return [p for section in self.sections for p in section.parts if isinstance(p, Table)]
 
     @property
     def figures(self) -> list[Figure]:
-        """Every figure."""
+        """Every figure of the report."""
         return [p for section in self.sections for p in section.parts if isinstance(p, Figure)]
 
     def save(self, folder: str | Path) -> Path:
@@ -109,25 +148,26 @@ class Report:
         """
         folder = Path(folder)
         (folder / "tables").mkdir(parents=True, exist_ok=True)
-        for path in _written(folder):
+        for path in _report_files(folder):
             path.unlink(missing_ok=True)
-        for name, table in zip(numbered([t.title for t in self.tables]), self.tables, strict=True):
+        names = file_names([table.title for table in self.tables])
+        for name, table in zip(names, self.tables, strict=True):
             write_atomic(folder / "tables" / f"{name}.csv", table.csv())
-        write_atomic(folder / "report.json", json.dumps(self.as_dict(), indent=1, allow_nan=False))
+        write_atomic(folder / "report.json", json.dumps(self.to_dict(), indent=1, allow_nan=False))
         write_atomic(folder / "report.html", self.html())
         return folder
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, as JSON types."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the pictures, as JSON types."""
         tables = [
-            dict(title=t.title, columns=t.columns, rows=_known(t.rows), note=t.note)
+            dict(title=t.title, columns=t.columns, rows=_json_rows(t.rows), note=t.note)
             for t in self.tables
         ]
         figures = [figure.title for figure in self.figures]
         return dict(title=self.title, meta=self.meta, tables=tables, figures=figures)
 
     def html(self) -> str:
-        """One self-contained page: no request leaves it.
+        """Return one self-contained page; it makes no requests.
 
         Raises:
             MissingExtra: if there are figures, and the extra ``report`` is not installed.
@@ -135,11 +175,15 @@ class Report:
         from jinja2 import Environment, PackageLoader
 
         environment = Environment(loader=PackageLoader("latentguard.report", "."), autoescape=True)
-        environment.filters |= {"show": show, "slug": slug}
+        environment.filters |= {"format_cell": format_cell, "slug": slug}
         environment.tests["table"] = lambda part: isinstance(part, Table)
         page = environment.get_template("report.html")
         script = _plotly_script() if self.figures else ""
         return page.render(report=self, plotly=script, meta=json.dumps(self.meta, indent=1))
+
+
+def _count(parts: Sequence[object], noun: str) -> str:
+    return f"{len(parts)} {noun}" if len(parts) == 1 else f"{len(parts)} {noun}s"
 
 
 def _plotly_script() -> str:
@@ -148,9 +192,9 @@ def _plotly_script() -> str:
     return str(offline.get_plotlyjs())
 
 
-def clear(folder: Path) -> None:
-    """Remove the report in a folder, and the folder if nothing else is in it."""
-    for path in _written(folder):
+def remove_report(folder: Path) -> None:
+    """Remove the report in a folder, and the folder if it is empty then."""
+    for path in _report_files(folder):
         path.unlink(missing_ok=True)
     for name in ("report.html", "report.json"):
         (folder / name).unlink(missing_ok=True)
@@ -159,28 +203,30 @@ def clear(folder: Path) -> None:
             place.rmdir()
 
 
-def _written(folder: Path) -> list[Path]:
-    """The tables and pictures of the report in a folder; none if it holds none that can be read."""
+def _report_files(folder: Path) -> list[Path]:
+    """Return the tables and pictures of the report in a folder; none without a readable report."""
     try:
-        known = json.loads((folder / "report.json").read_text("utf-8"))
-        tables = numbered([table["title"] for table in known["tables"]])
-        figures = numbered(known.get("figures", []))  # older ones name none
+        record = json.loads((folder / "report.json").read_text("utf-8"))
+        tables = file_names([table["title"] for table in record["tables"]])
+        figures = file_names(record["figures"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-    drawn = [folder / "figures" / f"{name}.{kind}" for name in figures for kind in PICTURES]
-    return [*(folder / "tables" / f"{name}.csv" for name in tables), *drawn]
+    pictures = [
+        folder / "figures" / f"{name}.{kind}" for name in figures for kind in FIGURE_FORMATS
+    ]
+    return [*(folder / "tables" / f"{name}.csv" for name in tables), *pictures]
 
 
-def _known(rows: tuple[tuple[Cell, ...], ...]) -> list[list[Cell]]:
-    """Cells as JSON has them: what is undefined is null."""
+def _json_rows(rows: tuple[tuple[Cell, ...], ...]) -> list[list[Cell]]:
+    """Return cells as JSON types: an undefined number is null."""
     return [
         [None if isinstance(cell, float) and not isfinite(cell) else cell for cell in row]
         for row in rows
     ]
 
 
-def show(cell: Cell) -> str:
-    """A cell as people read it."""
+def format_cell(cell: Cell) -> str:
+    """Return a cell as people read it."""
     if cell is None:
         return ""
     if isinstance(cell, bool):
@@ -189,12 +235,12 @@ def show(cell: Cell) -> str:
 
 
 def slug(title: str) -> str:
-    """A title as a file name."""
+    """Return a title as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def numbered(titles: Sequence[str]) -> list[str]:
-    """Titles as file names, those that come again numbered."""
+def file_names(titles: Sequence[str]) -> list[str]:
+    """Return titles as file names, with a number after repeated ones."""
     names: list[str] = []
     for title in titles:
         name, again = slug(title), 2

@@ -8,12 +8,12 @@ from typing import Any
 
 from latentguard.errors import LatentGuardError, require_extra
 from latentguard.files import write_atomic
-from latentguard.report.document import PICTURES, Figure, Report, numbered
+from latentguard.report.document import FIGURE_FORMATS, Figure, Report, file_names
 
 SIZE = dict(width=900, height=520)
 
 
-def draw(report: Report, folder: str | Path) -> list[Path]:
+def write_pictures(report: Report, folder: str | Path) -> list[Path]:
     """Write ``figures/*.json``, then ``*.png`` and ``*.svg``, under a report's folder.
 
     Returns:
@@ -26,13 +26,13 @@ def draw(report: Report, folder: str | Path) -> list[Path]:
     """
     folder = Path(folder) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    names = numbered([figure.title for figure in report.figures])
+    names = file_names([figure.title for figure in report.figures])
     for name, figure in zip(names, report.figures, strict=True):
         write_atomic(folder / f"{name}.json", figure.plot.to_json())
     jobs = {
         folder / f"{name}.{kind}": dict(fig=_titled(figure), opts=dict(format=kind, **SIZE))
         for name, figure in zip(names, report.figures, strict=True)
-        for kind in PICTURES[1:]
+        for kind in FIGURE_FORMATS[1:]
     }
     if jobs:
         _render([job | {"path": path} for path, job in jobs.items()])

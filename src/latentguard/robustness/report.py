@@ -185,8 +185,8 @@ def _text_figures(results: Sequence[AttackResult]) -> tuple[Figure, Figure]:
     rates = {"harmful": [r.tpr for r in results], "harmless": [r.fpr for r in results]}
     caption = "Bars are 95 % intervals, row by row; n of each row is in the table."
     return (
-        charts.dots(names, aurocs, title="AUROC under attack", x="AUROC", caption=caption),
-        charts.dots(
+        charts.dot_plot(names, aurocs, title="AUROC under attack", x="AUROC", caption=caption),
+        charts.dot_plot(
             names, rates, title="Flagged at the threshold", x="share flagged", caption=caption
         ),
     )

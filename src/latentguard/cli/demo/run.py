@@ -29,7 +29,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.sources import DEFAULT_HUB_ID
 from latentguard.probes.fitting import capture
 from latentguard.prompts import Prompt
-from latentguard.report import charts as plots
+from latentguard.report import charts
 from latentguard.report.document import Figure, Report, Section, Table
 from latentguard.states import DEFAULT_READING, Progress, Reading, States, digest_prompts
 from latentguard.stats.detection import auroc
@@ -135,8 +135,8 @@ def sample_section(
     samples: Sequence[Prompt], verdicts: Sequence[Verdict], guard: LatentGuard
 ) -> Section:
     """The verdict on each sample prompt."""
-    colours = [plots.HARMFUL if v.flagged else plots.HARMLESS for v in verdicts]
-    figure = plots.bars(
+    colours = [charts.HARMFUL if v.flagged else charts.HARMLESS for v in verdicts]
+    figure = charts.bar_chart(
         [p.text for p in samples],
         [v.probability for v in verdicts],
         title="Probability of harmful",
@@ -176,8 +176,8 @@ def detection_sections(
         (
             detection_table(scores, test, "the test split"),
             decision_table(decisions, test, "the test split"),
-            plots.score_histogram(ours, labels, guard.threshold, of="the test split"),
-            plots.roc_curves({k: scores[k] for k in (OURS, PAPER, "n-grams")}, labels, of="test"),
+            charts.score_histogram(ours, labels, guard.threshold, of="the test split"),
+            charts.roc_curves({k: scores[k] for k in (OURS, PAPER, "n-grams")}, labels, of="test"),
         ),
     )
     parts = (category_figure(test, ours, guard.threshold), layer_figure(paper, states, labels))
@@ -195,8 +195,8 @@ def category_figure(
         side = "harmless" if harmless else "harmful"
         names.append(f"{side}: {category.replace('_', ' ')} (n={sum(rows)})")
         values.append(float((scores[rows] > threshold).mean()))
-        colours.append(plots.HARMLESS if harmless else plots.HARMFUL)
-    return plots.bars(
+        colours.append(charts.HARMLESS if harmless else charts.HARMFUL)
+    return charts.bar_chart(
         names,
         values,
         title="Share flagged by category",
@@ -210,7 +210,7 @@ def layer_figure(paper: LatentGuard, states: States, labels: NDArray[np.bool_]) 
     """AUROC of s^l (equation 2) at t_inst, layer by layer."""
     axis = paper.axes[0]
     curve = layer_curves(axis, states.select(axis.layers), labels)
-    return plots.lines_by_layer(
+    return charts.lines_by_layer(
         {"s^l at t_inst": curve},
         axis.layers,
         title="What each layer knows at t_inst",

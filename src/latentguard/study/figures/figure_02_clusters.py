@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.prompts import Group
-from latentguard.report.charts import curve, lines_by_layer
+from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap, mean_curve
 from latentguard.stats.bounds import proportion
@@ -78,7 +78,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
 
 def figure(groups: Curves, position: str, note: str) -> Figure:
     """Mean s^l of each group by layer, with 95 % bootstrap bands over the prompts."""
-    curves = {f"{shown(g)} (n = {len(s)})": curve(mean_curve(s)) for g, s in groups.items()}
+    curves = {f"{shown(g)} (n = {len(s)})": to_curve(mean_curve(s)) for g, s in groups.items()}
     layers = range(next(iter(groups.values())).shape[1]) if groups else range(0)
     caption = (
         "Above the dashed line a prompt is nearer to the harmful centroid, below it to the "

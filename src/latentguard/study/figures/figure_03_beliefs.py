@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Group, Prompt
-from latentguard.report.charts import plane
+from latentguard.report.charts import belief_plane
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import States
 from latentguard.stats.bootstrap import bootstrap
@@ -216,7 +216,7 @@ def _figure(records: Records, groups: Mapping[Group, Plane]) -> Figure:
         "harmful, above the level line it is believed to be refused; the paper expects refused "
         f"harmless prompts left of the line. {records.note}."
     )
-    return plane(points, title="Beliefs of harmfulness and refusal", caption=caption)
+    return belief_plane(points, title="Beliefs of harmfulness and refusal", caption=caption)
 
 
 def _caveats(

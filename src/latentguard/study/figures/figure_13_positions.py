@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Group
-from latentguard.report.charts import Curve, curve, lines_by_layer
+from latentguard.report.charts import Curve, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import Intervention
 from latentguard.stats.bootstrap import bootstrap, mean_curve, share
@@ -146,7 +146,7 @@ def _middle(s: NDArray[np.float64], settings: Settings) -> list[Estimate]:
 
 
 def _by_position(records: Records, means: Mapping[Group, list[Estimate]]) -> Figure:
-    curves = {_named(records, group): curve(found) for group, found in means.items()}
+    curves = {_named(records, group): to_curve(found) for group, found in means.items()}
     caption = (
         "A position encodes harmfulness if accepted harmful prompts lie above the dashed line and "
         "refused harmless ones below it. The paper finds that of t_inst alone. Bands: 95 %, "
@@ -213,7 +213,7 @@ def _answers_figure(records: Records) -> Figure:
     layers = _layers(records)
     curves = {}
     for along in (*records.positions, "random"):
-        curves[along] = curve([share(_certainly(records, along, layer)) for layer in layers])
+        curves[along] = to_curve([share(_certainly(records, along, layer)) for layer in layers])
     base, n = _certainly(records, "").mean(), len(records.steered[0].answers)
     caption = (
         f"Share of {n} harmless prompts judged harmful ('Certainly') when they are steered along "

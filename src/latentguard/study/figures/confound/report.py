@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import matrix
+from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap, weighted_bootstrap
 from latentguard.stats.bounds import proportion
@@ -142,7 +142,7 @@ def _figure(sets: Sequence[ReadSet]) -> Figure:
         "reads form."
     )
     names, title = [one.name for one in sets], "Harmful or harmless by reading and set"
-    return matrix(values, readings, names, title=title, caption=caption)
+    return heat_map(values, readings, names, title=title, caption=caption)
 
 
 def _effects(records: Records, enough: int) -> dict[str, Estimate]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import curve, lines_by_layer
+from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Figure, Section, Table
 from latentguard.stats.bootstrap import mean_difference, share
 from latentguard.stats.bounds import proportion
@@ -177,7 +177,7 @@ def _curves(records: Records) -> list[Figure]:
 
 def _figure(records: Records, ways: Sequence[Steering], title: str, caption: str) -> Figure:
     by_layer = {way.name: np.moveaxis(records.refused[way] == 1, 1, 0) for way in ways}
-    curves = {name: curve([share(flags) for flags in of]) for name, of in by_layer.items()}
+    curves = {name: to_curve([share(flags) for flags in of]) for name, of in by_layer.items()}
     return lines_by_layer(curves, records.layers, title=title, y="refusal rate", caption=caption)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import Curve, lines_by_layer, stacked
+from latentguard.report.charts import Curve, lines_by_layer, stacked_areas
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap, share
 from latentguard.stats.bounds import proportion
@@ -232,7 +232,7 @@ def _stack(task: Task, way: Steering, layers: Sequence[int]) -> Figure:
     shares = {one.capitalize(): (said == one).mean((0, 2)).tolist() for one in ANSWERS}
     caption = f"n = {len(task.unsteered)}; {task.question}. 'Other': neither word, and no refusal."
     title = f"Four answers to {task.side.name} instructions along {way.name}"
-    return stacked(shares, layers, title=title, caption=caption)
+    return stacked_areas(shares, layers, title=title, caption=caption)
 
 
 def _odds(task: Task, ways: Sequence[Steering], layers: Sequence[int]) -> Figure:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from latentguard.report.charts import plane
+from latentguard.report.charts import belief_plane
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import clustered_mean
 from latentguard.stats.bounds import proportion
@@ -126,7 +126,7 @@ def _planes(records: Records, groups: Mapping[str, Beliefs]) -> Iterator[Figure]
             continue
         n = ", ".join(f"{len(pool.prompts)} {name}" for name, pool in shown.items())
         caption = f"{says}; n: {n}. Right: believed harmful. Up: believed to be refused."
-        yield plane({k: _points(b) for k, b in shown.items()}, title=title, caption=caption)
+        yield belief_plane({k: _points(b) for k, b in shown.items()}, title=title, caption=caption)
 
 
 def _points(pool: Beliefs) -> tuple[list[float], list[float], list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import curve, lines_by_layer
+from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import mean_curve
 from latentguard.stats.bounds import proportion
@@ -183,7 +183,7 @@ def _changes(records: Records) -> Table:
 
 def _belief_figure(records: Records, axis: str) -> Figure:
     side = labelled(records, harmful=True)
-    curves = {s.name: curve(mean_curve(by_layer(s, axis)[side])) for s in records.stages}
+    curves = {s.name: to_curve(mean_curve(by_layer(s, axis)[side])) for s in records.stages}
     shown = (
         f"n = {int(side.sum())} held-out harmful prompts, refused before; bands: 95 %, bootstrap."
     )
@@ -206,7 +206,7 @@ def _rates_figure(records: Records) -> Figure:
     if stages[0].linear:
         rates["recall, linear guard"] = [proportion(linear(s)[harmful] > 0) for s in stages]
     return lines_by_layer(
-        {name: curve(values) for name, values in rates.items()},
+        {name: to_curve(values) for name, values in rates.items()},
         [stage.pairs for stage in stages],
         title="Refusal and recall by size of the attack",
         y="share of harmful prompts",
@@ -218,9 +218,9 @@ def _rates_figure(records: Records) -> Figure:
 
 def _direction_figure(records: Records) -> Figure:
     stages = [stage for stage in records.stages if stage.steered]
-    curves = {s.name: curve([proportion(row) for row in hits_of(s.steered)]) for s in stages}
+    curves = {s.name: to_curve([proportion(row) for row in hits_of(s.steered)]) for s in stages}
     chance = np.concatenate([hits_of(stage.random) for stage in stages], axis=1)
-    curves["random direction"] = curve([proportion(row) for row in chance])
+    curves["random direction"] = to_curve([proportion(row) for row in chance])
     return lines_by_layer(
         curves,
         records.layers,

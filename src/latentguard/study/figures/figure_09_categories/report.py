@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from latentguard.report.charts import Curve, curve, dots, lines_by_layer, matrix
+from latentguard.report.charts import Curve, dot_plot, heat_map, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.intervals import centered_interval
@@ -139,14 +139,14 @@ def _dots(records: Records, means: Mapping[str, Sequence[Estimate]]) -> Figure:
         f"Bars: 95 %, bootstrap over prompts. {PAPER}"
     )
     title = "Category directions: cosine to the others"
-    return dots(records.names, means, title=title, x="mean cosine", caption=caption)
+    return dot_plot(records.names, means, title=title, x="mean cosine", caption=caption)
 
 
 def _by_layer(drawn: Drawn, chance: Drawn, n: int) -> Figure:
     curves: dict[str, Curve] = {}
     for at, concept in CONCEPTS.items():
         rows = to_others(drawn[at]).mean(2)[:, 1:]
-        curves[concept] = curve([centered_interval(of, (n, 0)) for of in rows.T])
+        curves[concept] = to_curve([centered_interval(of, (n, 0)) for of in rows.T])
         none = to_others(chance[at]).mean(2)[:, 1:]
         low, high = np.quantile(none, [0.025, 0.975], axis=0).tolist()
         curves[f"random categories, {concept}"] = (none.mean(0).tolist(), low, high)
@@ -163,7 +163,7 @@ def _by_layer(drawn: Drawn, chance: Drawn, n: int) -> Figure:
 def _matrix(records: Records, values: Array) -> Figure:
     caption = "Cosines between harmfulness directions of categories, mean over the middle layers."
     title = "Harmfulness directions of categories"
-    return matrix(values.tolist(), records.names, records.names, title=title, caption=caption)
+    return heat_map(values.tolist(), records.names, records.names, title=title, caption=caption)
 
 
 def _table(records: Records, means: Mapping[str, Sequence[Estimate]]) -> Table:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Group, Prompt, Reply
-from latentguard.report.charts import matrix
+from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import Intervention, States
 from latentguard.stats.bootstrap import bootstrap
@@ -203,7 +203,7 @@ def flip_figure(names: Sequence[str], steered: Steered) -> Figure:
     )
     title = "No under each category's reverse direction"
     shown = [names[c] for c in rows]
-    return matrix(rates, shown, steered.along[:-1], title=title, caption=caption)
+    return heat_map(rates, shown, steered.along[:-1], title=title, caption=caption)
 
 
 def flip_table(names: Sequence[str], steered: Steered) -> Table:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from latentguard.report.charts import matrix
+from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap, share
 from latentguard.stats.detection import separation
@@ -108,7 +108,7 @@ def _figure(records: Records) -> Iterator[Figure]:
         "Accuracy of each guard (rows) on each group (columns); in the last column, the share of "
         f"accepted harmless and over-refusal prompts that it flags. n: {', '.join(counts)}."
     )
-    yield matrix(values, names, heads, title="What each guard gets right", caption=caption)
+    yield heat_map(values, names, heads, title="What each guard gets right", caption=caption)
 
 
 def _effects(records: Records, enough: int) -> dict[str, Estimate]:

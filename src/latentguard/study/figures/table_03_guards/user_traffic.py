@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.prompts import Prompt
-from latentguard.report.charts import curve, lines_by_layer
+from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import States, digest_prompts
 from latentguard.stats.bootstrap import bootstrap, share
@@ -277,7 +277,7 @@ def _curves(traffic: Traffic) -> Iterator[Figure]:
             ks = list(dict.fromkeys(trial.k for trial in mine))
             n = f"{len(lines['all harmful'])} harmful and {len(lines['harmless'])} harmless texts"
             yield lines_by_layer(
-                {name: curve(points) for name, points in found.items()},
+                {name: to_curve(points) for name, points in found.items()},
                 ks,
                 title=f"In-domain examples: {rule}",
                 y="share flagged",
