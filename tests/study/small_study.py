@@ -38,6 +38,16 @@ SETTINGS = Settings(
 )
 
 
+PAPER_SETTINGS = replace(
+    SETTINGS,
+    protocol="paper",
+    middle_of=0,
+    inversion_tokens=8,
+    finetune_completion=6,
+    finetune_seeds=2,
+)
+
+
 def planted_judge(reply):
     return "refused" if crc32(reply.prompt.text.encode()) % 2 else "accepted"
 
@@ -54,13 +64,15 @@ def pools():
         for n, p in enumerate((*known.held_out[:8], *known.over_refusal[:8]))
         for word in ("today", "now")
     ]
-    return replace(known, jailbreaks=tuple(attacks), moderation=tuple(texts))
+    return replace(
+        known, jailbreaks=tuple(attacks), moderation=tuple(texts), toxicchat=tuple(texts[:12])
+    )
 
 
-def study_report(folder, out, **how):
+def study_report(folder, out, settings=SETTINGS, **how):
     """Run the planted study and return its report."""
     model = ChatModel.load(folder)
-    study = prepare(model, Path(out) / STORE, SETTINGS, pools())
+    study = prepare(model, Path(out) / STORE, settings, pools())
     study.model.judge = planted_judge
     report = run(replace(study, name="tiny"), **how)
     study.model.store.close()

@@ -48,6 +48,15 @@ def said(pool):
     return [p.text for p in pool]
 
 
+def test_kinds_of_attacks_are_named_for_what_they_are(folder):
+    """The suffixes at hand are not the paper's GCG suffixes, nor are its templates in the wild."""
+    kinds = ["suffix", "template", "persuasion", "other"]
+    rows = [(f"a {kind}", "harmful", {"category": kind}) for kind in kinds]
+    write(folder / "jailbreaks.jsonl", *rows)
+    found = [p.category for p in read_pools(folder).jailbreaks]
+    assert found == ["DSN suffixes", "in-the-wild templates", "persuasion samples", "other"]
+
+
 class TestContrastPools:
     def test_labels(self):
         pools = contrast_pools()
@@ -106,6 +115,7 @@ class TestFolders:
         for pool, names in FOLDER.items():
             found = getattr(pools, pool)
             wanted = {"harmless": {False}, "over_refusal": {False}, "moderation": {False, True}}
+            wanted["toxicchat"] = {False, True}
             labels = wanted.get(pool, {True})
             assert [p.source for p in found] == [n for n in names for _ in range(2 * len(labels))]
             assert {p.harmful for p in found} == labels

@@ -17,7 +17,7 @@ from latentguard.study.cached_model import CachedModel
 from latentguard.study.claims import CLAIMS
 from latentguard.study.run import EXPERIMENTS, STORE
 from models.architectures import chat_model
-from study.small_study import study_report
+from study.small_study import PAPER_SETTINGS, study_report
 
 SCRIPT = Path(__file__).parent / "small_study.py"
 
@@ -45,6 +45,26 @@ def test_every_experiment_has_its_section(whole):
     titles = [t["title"] for t in json.loads((whole / "report.json").read_text())["tables"]]
     assert titles[:2] == ["Claims", "Conditions"]
     assert len(titles) > len(EXPERIMENTS)
+
+
+@pytest.fixture(scope="module")
+def paper(folder, tmp_path_factory):
+    """The same under the authors' protocol: its tables and meta."""
+    out = tmp_path_factory.mktemp("paper")
+    study_report(folder, out, PAPER_SETTINGS).save(out)
+    assert "Not run:" not in (out / "report.html").read_text(encoding="utf-8")
+    return json.loads((out / "report.json").read_text())
+
+
+def test_the_authors_protocol_runs_whole_and_says_by_what_it_deviates(paper):
+    tables = {t["title"]: t for t in paper["tables"]}
+    assert paper["meta"]["settings"]["protocol"] == "paper"
+    assert paper["meta"]["template"] == "the model's own chat template"
+    beside = [row[-1] for row in tables["Claims"]["rows"]]
+    assert all("template: the model's own chat template (Table 4)" in cell for cell in beside)
+    found = {row[0] for row in tables["Deviations from the protocol"]["rows"]}
+    assert {"template", "judge", "fit", "steered", "prompts: harmful"} <= found
+    assert "built-in judge: refused" in tables["Refusal rates"]["columns"]
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
@@ -78,7 +98,7 @@ def test_every_number_has_company(whole):
     """Settings, versions, seeds and data digests are in the report; no reply is."""
     meta = json.loads((whole / "report.json").read_text())["meta"]
     assert meta["settings"]["seed"] == 0
-    assert set(meta) == {"model", "settings", "pools", "judge", "versions"}
+    assert set(meta) == {"model", "settings", "template", "pools", "judge", "versions"}
     assert meta["judge"] == "built-in"
     assert all(len(pool["sha256"]) == 64 for pool in meta["pools"].values())
 

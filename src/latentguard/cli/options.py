@@ -44,6 +44,13 @@ class ProbeKind(StrEnum):
     centroid = auto()
 
 
+class Protocol(StrEnum):
+    """How the study is done."""
+
+    controlled = auto()
+    paper = auto()
+
+
 class Quantize(StrEnum):
     """How weights are quantised on loading; the names of ``models/loading.py``."""
 

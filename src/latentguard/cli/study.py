@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model
-from latentguard.cli.options import Budget, Dtype
+from latentguard.cli.options import Budget, Dtype, Protocol
 from latentguard.cli.outputs import output_folder
 from latentguard.errors import LatentGuardError, require_extra
 
 if TYPE_CHECKING:
     from latentguard.report.document import Report
+
+
+BUDGETS: dict[Budget, Literal["paper", "small"]] = {Budget.paper: "paper", Budget.small: "small"}
+PROTOCOLS: dict[Protocol | None, Literal["controlled", "paper"]] = {
+    Protocol.controlled: "controlled",
+    Protocol.paper: "paper",
+}
 
 
 def study(  # noqa: PLR0913, PLR0917 (each is an option)
@@ -28,8 +35,13 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     budget: Annotated[
         Budget, typer.Option(help="paper: the paper's n; small: what a laptop finishes.")
     ] = Budget.paper,
+    protocol: Annotated[
+        Protocol | None,
+        typer.Option(help="paper: as its authors ran it; controlled (default): stricter."),
+    ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML: settings, [data] pools, [judge] url and model.")
+        Path | None,
+        typer.Option(help="TOML: settings, [data] pools, [judge] url and model, [template] text."),
     ] = None,
     data_dir: Annotated[
         Path | None,
@@ -57,9 +69,9 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
 
     require_extra("plotly", "report", "latentguard study")
     require_known(only or ())
-    settings = read_settings(config, "small" if budget is Budget.small else "paper")
+    settings = read_settings(config, BUDGETS[budget], PROTOCOLS.get(protocol))
     pools = read_pools(data_dir, read_table(config, "data"))
-    judged = read_table(config, "judge")
+    tables = {name: read_table(config, name) for name in ("judge", "template")}
     kept = f"Replies and states are kept in {out / STORE}. Run the same command again to go on."
     with output_folder(out), explain_interrupt(kept):
         backend = load_model(model, dtype)
@@ -71,7 +83,7 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
                 pools,
                 step=view.step,
                 baselines=baseline,
-                judged=judged,
+                tables=tables,
             )
             report = run(ready, only=only or (), show_prompts=show_prompts, say=echo_err)
         report.save(out)

@@ -19,7 +19,7 @@ import torch
 
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Intervention, Progress, Speaker, States
-from latentguard.study.judge import Judge, judge, refused
+from latentguard.study.judge import Answer, Judge, answer, judge, refused
 from latentguard.study.store import Store, key_of
 
 STATES_AT_ONCE = 128
@@ -87,6 +87,8 @@ class CachedModel:
         step: Step | None = None,
         tools: Tools | None = None,
         judge: Judge = judge,
+        second_judge: Judge | None = None,
+        answer: Callable[[Reply], Answer] = answer,
     ) -> None:
         """Wrap a model.
 
@@ -96,8 +98,11 @@ class CachedModel:
             step: Opens a step on a progress bar.
             tools: Attacks and baseline guards.
             judge: Says whether a reply is a refusal.
+            second_judge: Says it too, for a column of its own; it decides nothing.
+            answer: Says what a reply to an inversion question is.
         """
         self.uncached, self.store, self.tools, self.judge = model, store, tools or Tools(), judge
+        self.second_judge, self.answer = second_judge, answer
         self.step: Step = step or (lambda what, total: lambda count: None)
         self.name = model.fingerprint.digest
 
@@ -179,6 +184,12 @@ class CachedModel:
     def refused(self, replies: Iterable[Reply]) -> tuple[bool | None, ...]:
         """Whether each reply is a refusal; None where the judge cannot tell (empty or cut)."""
         return tuple(refused(self.judge(reply)) for reply in replies)
+
+    def refused_by_second(self, replies: Iterable[Reply]) -> tuple[bool | None, ...] | None:
+        """The same by the second judge; None if there is none."""
+        if self.second_judge is None:
+            return None
+        return tuple(refused(self.second_judge(reply)) for reply in replies)
 
     def cached(self, parts: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """What ``compute`` returned when it was last asked for these parts; JSON types only."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from latentguard.prompts import Group, Prompt
-from latentguard.report.document import Section, Table
+from latentguard.report.document import Cell, Section, Table
 from latentguard.stats.bounds import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
@@ -44,6 +44,9 @@ class Asked:
     outcomes: tuple[Outcome, ...]
     """What each reply is."""
 
+    by_second: tuple[bool | None, ...] | None = None
+    """Whether each is refused by the second judge; None if there is none."""
+
 
 def collect(model: CachedModel, pools: PromptPools, settings: Settings) -> list[Asked]:
     """Ask every pool, unsteered, and judge the replies."""
@@ -55,7 +58,8 @@ def collect(model: CachedModel, pools: PromptPools, settings: Settings) -> list[
         )
         outcomes = tuple(map(model.judge, replies))
         labelled = map(_labelled, prompts, outcomes)
-        asked.append(Asked(name, tuple(labelled), outcomes))
+        second = model.refused_by_second(replies)
+        asked.append(Asked(name, tuple(labelled), outcomes, second))
     return asked
 
 
@@ -63,6 +67,8 @@ def prompt_groups_of(
     asked: Sequence[Asked], pools: PromptPools, settings: Settings
 ) -> PromptGroups:
     """Sort the prompts into groups; centroids and tests never share a prompt or its twin."""
+    if settings.protocol == "paper":
+        return _groups_of_the_paper(asked, pools, settings)
     rows = {p.text: p for one in asked for p in one.prompts}
     plain = {p.text for one in asked if one.pool in ("harmful", "harmless") for p in one.prompts}
     apart = {pair_key(p) for p in pools.held_out}
@@ -81,6 +87,34 @@ def prompt_groups_of(
     return PromptGroups(pools, fit, test)
 
 
+def _groups_of_the_paper(
+    asked: Sequence[Asked], pools: PromptPools, settings: Settings
+) -> PromptGroups:
+    """The groups of appendix B: a random hundred for each centroid, all others to test.
+
+    - Harmful: AdvBench and JailbreakBench; accepted ones are for the guard's centroid alone.
+    - Harmless: Alpaca and accepted XSTest prompts; refused ones are held out.
+    - Accepted harmful prompts are tested from the held-out set (SORRY-Bench) alone.
+    """
+    rows = {p.text: p for one in asked for p in one.prompts}
+    held_out = {p.text for one in asked if one.pool == "held_out" for p in one.prompts}
+    fit: dict[Group, tuple[Prompt, ...]] = {}
+    for group in GROUPS:
+        members = [p for p in rows.values() if p.group == group and p.text not in held_out]
+        chosen = [] if group == "refused_harmless" else members
+        fit[group] = tuple(sample_prompts(chosen, settings.fit, seed=settings.seed))
+    used = {pair_key(p) for group in fit.values() for p in group}
+    test: dict[Group, tuple[Prompt, ...]] = {}
+    for group in GROUPS:
+        rest = [p for p in rows.values() if p.group == group and pair_key(p) not in used]
+        if group == "accepted_harmful" and held_out:
+            rest = [p for p in rest if p.text in held_out]
+        elif group == "refused_harmful":
+            rest = [p for p in rest if p.text not in held_out]
+        test[group] = tuple(sample_prompts(rest, settings.test, seed=settings.seed))
+    return PromptGroups(pools, fit, test)
+
+
 def analyse(asked: Sequence[Asked], prompt_groups: PromptGroups, settings: Settings) -> Finding:
     """How often each set is refused, and how large the groups are."""
     caveats = tuple(
@@ -89,13 +123,24 @@ def analyse(asked: Sequence[Asked], prompt_groups: PromptGroups, settings: Setti
         for g in GROUPS
         if len(prompt_groups.test[g]) < settings.enough
     )
-    text = (
+    text = _text(settings)
+    section = Section("The four groups", text, (_rates(asked), _groups(prompt_groups)))
+    return Finding(section, {}, caveats)
+
+
+def _text(settings: Settings) -> str:
+    if settings.protocol == "paper":
+        return (
+            "Every prompt is asked with the template named below and answered greedily. As the "
+            "paper counts, a reply is a refusal if it holds one of the authors' phrases anywhere, "
+            "or is empty. Beside it: the share that the program's own judge takes for refusals, "
+            "of the replies that it can decide."
+        )
+    return (
         "Every prompt is asked with the model's own chat template and answered greedily; a reply "
         "is a refusal if it begins like one. Prompts whose reply is empty, or cut before it says "
         "which it is, are in no group."
     )
-    section = Section("The four groups", text, (_rates(asked), _groups(prompt_groups)))
-    return Finding(section, {}, caveats)
 
 
 def _labelled(prompt: Prompt, outcome: Outcome) -> Prompt:
@@ -106,18 +151,28 @@ def _rates(asked: Iterable[Asked]) -> Table:
     rows = []
     for one in asked:
         for source, members in _by_source(one).items():
-            known = [p.refused for p, _ in members if p.refused is not None]
-            found = Counter(outcome for _, outcome in members)
-            rate = cells(proportion(known)) if known else (None, None, None, 0)
-            rows.append((one.pool, source, *rate, found["empty"], found["cut"]))
+            known = [one.prompts[i].refused for i in members]
+            found = Counter(one.outcomes[i] for i in members)
+            row = (one.pool, source, *_rate(known), found["empty"], found["cut"])
+            second = None if one.by_second is None else [one.by_second[i] for i in members]
+            rows.append((*row, *_rate(second or [])))
     columns = ("pool", "set", "refused", "low", "high", "n", "empty", "cut")
-    return Table("Refusal rates", columns, tuple(rows), "Intervals: 95 %, Wilson.")
+    beside: tuple[str, ...] = ("built-in judge: refused", "its low", "its high", "its n")
+    if all(row[-1] == 0 for row in rows):
+        rows, beside = [row[: len(columns)] for row in rows], ()
+    return Table("Refusal rates", (*columns, *beside), tuple(rows), "Intervals: 95 %, Wilson.")
 
 
-def _by_source(one: Asked) -> Mapping[str, list[tuple[Prompt, Outcome]]]:
-    found: dict[str, list[tuple[Prompt, Outcome]]] = {}
-    for prompt, outcome in zip(one.prompts, one.outcomes, strict=True):
-        found.setdefault(prompt.source or "unknown", []).append((prompt, outcome))
+def _rate(flags: Iterable[bool | None]) -> tuple[Cell, ...]:
+    known = [flag for flag in flags if flag is not None]
+    return cells(proportion(known)) if known else (None, None, None, 0)
+
+
+def _by_source(one: Asked) -> Mapping[str, list[int]]:
+    """Which rows come from each set."""
+    found: dict[str, list[int]] = {}
+    for row, prompt in enumerate(one.prompts):
+        found.setdefault(prompt.source or "unknown", []).append(row)
     return found
 
 

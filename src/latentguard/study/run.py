@@ -33,8 +33,18 @@ from latentguard.study.figures import (
     table_03_guards,
 )
 from latentguard.study.finding import Finding
+from latentguard.study.judge import judge
 from latentguard.study.judge_model import KEY, EndpointJudge
+from latentguard.study.paper_judge import PaperJudge, paper_answer
 from latentguard.study.prompt_groups import PromptGroups, PromptPools
+from latentguard.study.protocol import (
+    OWN_TEMPLATE,
+    beside_verdicts,
+    deviations,
+    deviations_section,
+    paper_pools,
+    with_protocol_template,
+)
 from latentguard.study.settings import Settings
 from latentguard.study.store import Store
 
@@ -75,6 +85,9 @@ class Study:
     name: str
     """The model's name for people."""
 
+    template: str = OWN_TEMPLATE
+    """The template's name."""
+
 
 def prepare(
     model: ChatModel,
@@ -84,7 +97,7 @@ def prepare(
     *,
     step: Step | None = None,
     baselines: Sequence[str] | None = None,
-    judged: Mapping[str, Any] | None = None,
+    tables: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Study:
     """Put a study together.
 
@@ -95,22 +108,30 @@ def prepare(
         pools: What it is asked.
         step: Opens a step on a progress bar.
         baselines: Guard models to compare with, by id.
-        judged: ``url`` and ``model`` of a judge behind an OpenAI-compatible endpoint; the built-in
-            phrases if empty.
+        tables: ``judge``: ``url`` and ``model`` of a judge behind an OpenAI-compatible endpoint.
+            ``template``: ``text`` with ``{instruction}``. Of the protocol, where one is missing.
 
     Raises:
         LatentGuardError: if the store cannot be used, or the judge is not well named.
     """
+    tables = tables or {}
+    model, named = with_protocol_template(model, settings, tables.get("template", {}))
     kept = Store(store)
     tools = Tools(
         finetune=_at_hand(lambda: Finetuning(model, settings.finetuning)),
         suffix=_at_hand(lambda: SuffixSearch(model)) if settings.suffixes else None,
         guards={name: LazyGuardModel(name) for name in baselines or ()},
     )
-    how: dict[str, Any] = {"judge": _endpoint(judged, kept)} if judged else {}
+    how: dict[str, Any] = {}
+    if settings.protocol == "paper":
+        pools = paper_pools(pools)
+        how = {"judge": PaperJudge(), "second_judge": judge, "answer": paper_answer}
+    if tables.get("judge"):
+        how["judge"] = _endpoint(tables["judge"], kept)
     cached = CachedModel(model, kept, step=step, tools=tools, **how)
     local = Path(model.source).exists()
-    return Study(cached, pools, settings, Path(model.source).name if local else model.source)
+    name = Path(model.source).name if local else model.source
+    return Study(cached, pools, settings, name, named)
 
 
 def _endpoint(judged: Mapping[str, Any], store: Store) -> EndpointJudge:
@@ -158,7 +179,7 @@ def run(
         if not only or name in only:
             say(name)
             found[name] = _experiment(name, study, prompt_groups)
-    report = _report(study, found, refused=refusals_suffice(prompt_groups, study.settings.enough))
+    report = _report(study, found, prompt_groups)
     return _with_texts(report, study.pools) if show_prompts else report
 
 
@@ -183,12 +204,24 @@ def _experiment(name: str, study: Study, prompt_groups: PromptGroups) -> Finding
     return finding
 
 
-def _report(study: Study, found: Mapping[str, Finding], *, refused: bool) -> Report:
+def _report(study: Study, found: Mapping[str, Finding], prompt_groups: PromptGroups) -> Report:
+    settings, template = study.settings, study.template
+    refused = refusals_suffice(prompt_groups, settings.enough)
+    effects = {name: one.effects for name, one in found.items()}
+    deviating = deviations(settings, prompt_groups, template=template, judge=_other_judge(study))
     sections = [
-        claims_section({name: one.effects for name, one in found.items()}, refused=refused),
+        beside_verdicts(claims_section(effects, refused=refused), deviating),
+        deviations_section(settings, deviating, template=template),
         *(_noted(one) for one in found.values()),
     ]
     return Report(f"Study of {study.name}", tuple(sections), _meta(study))
+
+
+def _other_judge(study: Study) -> str | None:
+    """What is said of a judge that is not the protocol's."""
+    usual = PaperJudge() if study.settings.protocol == "paper" else judge
+    used = study.model.judge
+    return None if used == usual else str(getattr(used, "about", "another judge"))
 
 
 def _noted(finding: Finding) -> Section:
@@ -205,6 +238,7 @@ def _meta(study: Study) -> dict[str, Any]:
     return {
         "model": asdict(study.model.uncached.fingerprint),
         "settings": asdict(study.settings),
+        "template": study.template,
         "pools": {
             name: dict(
                 n=len(prompts),

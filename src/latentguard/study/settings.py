@@ -1,4 +1,4 @@
-"""Settings of a study: the paper's by default, a small budget, or a TOML file."""
+"""Settings of a study: a protocol, a budget, and what a TOML file changes of them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import math
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from latentguard.errors import LatentGuardError
 from latentguard.models.lora import FinetuneConfig
 
 Budget = Literal["paper", "small"]
+Protocol = Literal["controlled", "paper"]
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a study does, and how much of it. The defaults are the paper's, where it says them."""
+
+    protocol: Protocol = "controlled"
+    """``controlled``: the paper's experiments with stricter labels and controls. ``paper``: as its
+    authors ran them (templates, centroids, labels, reply lengths, tables; ``PAPER_PROTOCOL``)."""
 
     seed: int = 0
     """Of which prompts are asked and tested, of what is learnt or searched, and of the draws behind
@@ -66,7 +71,11 @@ class Settings:
     """Longest reply that is judged."""
 
     middle: tuple[int, int] = (9, 20)
-    """Layers averaged in Figure 14, for 28 blocks; scaled to other depths."""
+    """Layers averaged in Figure 14, both ends included."""
+
+    middle_of: int = 28
+    """The number of blocks that ``middle`` is meant for; it is scaled to other depths. 0: the
+    layers are taken as they stand, whatever the depth."""
 
     categories: int = 11
     """Most risk categories (Figures 9 and 17)."""
@@ -97,6 +106,13 @@ class Settings:
 
     finetune_opening: int = 24
     """Most tokens of a reply that it trains on; more than 24 are never used."""
+
+    finetune_completion: int = 0
+    """Most tokens of the whole completions on which it is run a second time, beside the openings;
+    0: it is not. They are made in memory and never kept."""
+
+    finetune_seeds: int = 1
+    """How often each training is run, with other first weights and another order."""
 
     finetune_rank: int = 16
     """Rank of its LoRA adapters; 0 trains every weight. Not stated in the paper."""
@@ -138,8 +154,19 @@ class Settings:
         return tuple(layers[int((n + 0.5) * len(layers) / count)] for n in range(count))
 
 
-TABLES = ("data", "judge")
-"""Tables of the file that are no settings: which prompts, and who judges replies."""
+TABLES = ("data", "judge", "template")
+"""Tables of the file that are no settings: which prompts, who judges replies, and the template."""
+
+PAPER_PROTOCOL = dict(
+    protocol="paper",
+    coefficients=(1.0,),
+    inversion_tokens=100,
+    reply_tokens=128,
+    middle_of=0,
+    finetune_completion=128,
+    finetune_seeds=3,
+)
+"""What the protocol of the authors changes. Lengths of replies are those of their scripts."""
 
 SMALL = dict(
     asked=240,
@@ -164,21 +191,48 @@ SMALL = dict(
 )
 """A study that a laptop finishes."""
 
-MAY_BE_ZERO = ("seed", "suffixes", "domain", "finetune_rank", "finetune_controls")
+SMALL_PAPER = SMALL | dict(inversion_tokens=32, reply_tokens=32, finetune_completion=48)
+"""The same under the authors' protocol."""
+
+MAY_BE_ZERO = (
+    *("seed", "suffixes", "domain", "middle_of"),
+    *("finetune_rank", "finetune_controls", "finetune_completion"),
+)
 
 
-def read_settings(path: str | Path | None = None, budget: Budget = "paper") -> Settings:
-    """The settings of a budget, changed by those of a TOML file.
+def preset(protocol: Protocol) -> Settings:
+    """All that a protocol asks for, at the paper's n."""
+    return replace(Settings(), **PAPER_PROTOCOL) if protocol == "paper" else Settings()  # type: ignore[arg-type]
+
+
+def read_settings(
+    path: str | Path | None = None,
+    budget: Budget = "paper",
+    protocol: Protocol | None = None,
+) -> Settings:
+    """The settings of a protocol and a budget, changed by those of a TOML file.
+
+    Args:
+        path: The file.
+        budget: How much is done.
+        protocol: The protocol; if None, that of the file, else ``controlled``.
 
     Raises:
-        LatentGuardError: if the file is not TOML, names an unknown setting, or gives one a value
-            of another kind; says which.
+        LatentGuardError: if the file is not TOML, names an unknown setting, gives one a value
+            of another kind, or another protocol than is asked for; says which.
     """
-    settings = replace(Settings(), **SMALL) if budget == "small" else Settings()  # type: ignore[arg-type]
-    if path is None:
-        return settings
-    given = {name: value for name, value in _toml(path).items() if name not in TABLES}
-    return replace(settings, **{name: _checked(path, name, value) for name, value in given.items()})
+    given = {} if path is None else {n: v for n, v in _toml(path).items() if n not in TABLES}
+    changes = {name: _checked(path, name, value) for name, value in given.items()}
+    there = changes.get("protocol", protocol or "controlled")
+    if protocol not in (None, there):
+        raise LatentGuardError(
+            f"{path}: 'protocol' is '{there}', but --protocol is '{protocol}'. Leave one out."
+        )
+    settings = preset(there)
+    if budget == "small":
+        small = SMALL_PAPER if there == "paper" else SMALL
+        settings = replace(settings, **small)  # type: ignore[arg-type]
+    return replace(settings, **changes)
 
 
 def read_table(path: str | Path | None, name: str) -> dict[str, Any]:
@@ -200,12 +254,12 @@ def _toml(path: str | Path) -> dict[str, Any]:
         raise LatentGuardError(f"{path} is not TOML: {error}.") from error
 
 
-def _checked(path: str | Path, name: str, value: Any) -> Any:
+def _checked(path: str | Path | None, name: str, value: Any) -> Any:
     known = {f.name: f.default for f in fields(Settings)}
     if name not in known:
         raise LatentGuardError(
             f"{path}: there is no setting '{name}'; expected one of {', '.join(known)}, "
-            "or a table [data] or [judge]."
+            "or a table [data], [judge] or [template]."
         )
     found = _typed(known[name], value)
     if found is None or not _sound(name, found):
@@ -224,6 +278,8 @@ def _typed(like: Any, value: Any) -> Any:
 
 
 def _sound(name: str, value: Any) -> bool:
+    if isinstance(value, str):
+        return value in get_args(Protocol)
     numbers = value if isinstance(value, tuple) else (value,)
     if not numbers or not all(map(math.isfinite, numbers)):
         return False

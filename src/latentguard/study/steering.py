@@ -131,6 +131,7 @@ def at_layers(hits: NDArray[Any], picks: NDArray[np.intp]) -> NDArray[Any]:
 
 
 def middle_layers(depth: int, band: Sequence[int], *, of: int = 28) -> slice:
-    """A band of layers, both ends included, given for a model of ``of`` blocks."""
-    low, high = (min(max(round(layer * depth / of), 1), depth) for layer in band)
+    """A band of layers, both ends included, given for a model of ``of`` blocks; 0: for any."""
+    scale = depth / of if of else 1
+    low, high = (min(max(round(layer * scale), 1), depth) for layer in band)
     return slice(low, high + 1)

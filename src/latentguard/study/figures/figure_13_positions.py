@@ -18,7 +18,7 @@ from latentguard.stats.estimate import Estimate
 from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
-from latentguard.study.judge import Answer, answer
+from latentguard.study.judge import Answer
 from latentguard.study.prompt_groups import PromptGroups, inversion_prompt, sample_prompts
 from latentguard.study.settings import Settings
 from latentguard.study.steering import middle_layers, steer, steer_at_random
@@ -136,12 +136,12 @@ def _steer(
         )
         for one, said in zip(how, replies, strict=True):
             place = (one.label, one.layer) if one else ("", -1)
-            yield Steered(*place, tuple(map(answer, said)))
+            yield Steered(*place, tuple(map(model.answer, said)))
 
 
 def _middle(s: NDArray[np.float64], settings: Settings) -> list[Estimate]:
     """Mean of s over the middle layers at each position."""
-    band = middle_layers(s.shape[2] - 1, settings.middle)
+    band = middle_layers(s.shape[2] - 1, settings.middle, of=settings.middle_of)
     return mean_curve(s[:, :, band].mean(2))
 
 

@@ -10,8 +10,8 @@ first: it alone is asked beside random directions, and claims are decided by it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,12 @@ class Task:
 
     steered_odds: Mapping[Steering, NDArray[np.float64]]
     """Log-odds when steered, [draws layers n]."""
+
+    own_answers: Mapping[Steering, NDArray[np.str_]] = field(default_factory=dict)
+    """Answers when steered as the program's own judge takes them, where another one decides."""
+
+    own_unsteered: NDArray[np.str_] | None = None
+    """The same of those that are not steered."""
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -167,7 +173,7 @@ def _ranked(
                 max_new_tokens=settings.inversion_tokens,
                 watch=WORDS,
             )
-            shares += [np.mean([answer(r) == side.right for r in replies])] if replies else []
+            shares += [np.mean([model.answer(r) == side.right for r in replies])] if replies else []
         right.append(float(np.mean(shares)) if shares else 0.0)
     return sorted(range(len(QUESTIONS)), key=lambda number: -right[number])
 
@@ -209,13 +215,16 @@ def _task(
         max_new_tokens=settings.inversion_tokens,
         watch=WORDS,
     )
+    own = model.answer is not answer
     return Task(
         of.side,
         NAMES[of.number],
-        np.array(_answers(unsteered)),
+        np.array([model.answer(reply) for reply in unsteered]),
         np.array(_odds(unsteered)),
-        {w: np.array([[_answers(r) for r in d] for d in draws]) for w, draws in steered.items()},
+        _each(steered, model.answer),
         {w: np.array([[_odds(r) for r in d] for d in draws]) for w, draws in steered.items()},
+        _each(steered, answer) if own else {},
+        np.array(list(map(answer, unsteered))) if own else None,
     )
 
 
@@ -241,8 +250,15 @@ def _plain(
     return found[0], none
 
 
-def _answers(replies: Sequence[Reply]) -> list[Answer]:
-    return [answer(reply) for reply in replies]
+def _each(
+    steered: Mapping[Steering, Sequence[Sequence[Sequence[Reply]]]],
+    says: Callable[[Reply], Answer],
+) -> dict[Steering, NDArray[np.str_]]:
+    """What each reply is, [draws layers n]."""
+    return {
+        way: np.array([[list(map(says, replies)) for replies in draw] for draw in draws])
+        for way, draws in steered.items()
+    }
 
 
 def _odds(replies: Sequence[Reply]) -> list[float]:

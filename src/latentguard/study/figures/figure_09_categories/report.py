@@ -87,7 +87,8 @@ def _compare(
     drawn = {at: resampled_cosines(cloud, seed=seed) for at, cloud in clouds}
     chance = {at: shuffled_cosines(cloud, seed=seed) for at, cloud in clouds}
     halves = {at: halved_cosines(cloud, seed=seed) for at, cloud in clouds}
-    band = middle_layers(drawn["t_inst"].shape[1] - 1, settings.middle)
+    depth = drawn["t_inst"].shape[1] - 1
+    band = middle_layers(depth, settings.middle, of=settings.middle_of)
     n = len(records.clouds["t_inst"].category)
     effects = _gaps(records, band, seed)
     means = {CONCEPTS[at]: _means(found, records, band) for at, found in drawn.items()}

@@ -26,7 +26,6 @@ from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.figure_09_categories.category_cosines import Array
 from latentguard.study.finding import cells
-from latentguard.study.judge import answer
 from latentguard.study.prompt_groups import (
     QUESTIONS,
     PromptGroups,
@@ -106,7 +105,9 @@ def steer_categories(
         max_new_tokens=settings.inversion_tokens,
         watch=WORDS,
     )
-    no, odds = (_table(replies, of, len(every)) for of in (_is_no, _odds))
+    no, odds = (
+        _table(replies, of, len(every)) for of in (lambda r: model.answer(r) == "no", _odds)
+    )
     along = (*every, "average", "random", "unsteered")
     length = float(directions.mean(0).norm() / directions.norm(dim=1).mean().clamp(min=1e-12))
     return Steered(question, layer, np.array([c for c, _ in tested]), along, no, odds, length)
@@ -145,7 +146,7 @@ def _question(model: CachedModel, prompts: Sequence[Prompt], settings: Settings)
             what="Figure 9: choice of question",
             max_new_tokens=settings.inversion_tokens,
         )
-        counts.append(sum(answer(reply) == "certainly" for reply in replies))
+        counts.append(sum(model.answer(reply) == "certainly" for reply in replies))
     return int(np.argmax(counts))
 
 
@@ -159,7 +160,7 @@ def _layer(model: CachedModel, asked: Sequence[Prompt], axis: Axis, settings: Se
     replies = model.replies(
         asked, how, what="Figure 9: choice of layer", max_new_tokens=settings.inversion_tokens
     )
-    flips = [sum(map(_is_no, said)) for said in replies]
+    flips = [sum(model.answer(reply) == "no" for reply in said) for said in replies]
     return layers[int(np.argmax(flips))]
 
 
@@ -177,10 +178,6 @@ def _table(
     draws = rows[categories + 1 : -1]
     mean = draws.mean(0, keepdims=True)
     return np.concatenate([rows[: categories + 1], mean, rows[-1:]])
-
-
-def _is_no(reply: Reply) -> bool:
-    return answer(reply) == "no"
 
 
 def _odds(reply: Reply) -> float:
