@@ -35,12 +35,14 @@ FOLDER: dict[str, tuple[str, ...]] = {
 }
 """Which files of a data folder, such as ``advbench.jsonl``, make which pool."""
 
+_SUFFIX = {"suffix": "DSN suffixes"}
+_TEMPLATE = {"template": "in-the-wild templates"}
+_PERSUASION = {"persuasion": "persuasion samples"}
 KINDS: dict[str, dict[str, str]] = {
-    "jailbreaks": {
-        "suffix": "DSN suffixes",
-        "template": "in-the-wild templates",
-        "persuasion": "persuasion samples",
-    },
+    "jailbreaks": _SUFFIX | _TEMPLATE | _PERSUASION,
+    "dsn_suffixes": _SUFFIX,
+    "in_the_wild_templates": _TEMPLATE,
+    "persuasion_samples": _PERSUASION,
     "templates_advbench": {"template-jailbreak": "GPTFuzzer templates"},
 }
 """File of a data folder -> kind of attack there -> what these attacks are, for people."""
