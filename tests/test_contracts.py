@@ -119,3 +119,10 @@ class TestSource:
                 text = path.read_text("utf-8")
                 made_up = text.replace("/home/ines/photos", "")  # a prompt of the traffic
                 assert not any(word in made_up for word in ("/root/", "/home/", "/tmp/"))
+
+
+def test_every_test_folder_is_a_package():
+    """Otherwise two test files of one name in two folders cannot be collected together."""
+    folders = {path.parent for path in Path(__file__).parent.rglob("test_*.py")}
+    folders.remove(Path(__file__).parent)
+    assert [str(f) for f in folders if not (f / "__init__.py").exists()] == []

@@ -3,9 +3,9 @@
 import sys
 
 import pytest
-from tiny_files import rows, written
 
 import latentguard
+from cli.tiny_files import rows, written
 from latentguard.cli import main
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Prompt

@@ -1,6 +1,6 @@
 """The verb ``audit``."""
 
-from tiny_files import written
+from cli.tiny_files import written
 
 
 class TestAudit:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_files import rows, written
 
+from cli.tiny_files import rows, written
 from latentguard.data.public_sets import PUBLIC_SETS
 from latentguard.files import exclusive_lock
 

@@ -7,9 +7,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from tiny_files import record, rows, written
 
 import latentguard
+from cli.tiny_files import record, rows, written
 from latentguard.models.chat_model import ChatModel
 
 OPTIONAL = (

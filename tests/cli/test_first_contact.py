@@ -1,9 +1,9 @@
 """First contact: bad input is said before the model loads, nothing is lost, Control-C explains."""
 
 import pytest
-from tiny_files import record, rows, written
 
 import latentguard
+from cli.tiny_files import record, rows, written
 from latentguard.cli import score as score_verb
 from latentguard.files import exclusive_lock
 from latentguard.guard.latent_guard import LatentGuard

@@ -1,8 +1,8 @@
 """The verb ``fit``, on a tiny random model."""
 
 import pytest
-from tiny_files import record, rows, written
 
+from cli.tiny_files import record, rows, written
 from latentguard.data.builtin import load_traffic
 from models.architectures import WIDE, chat_model
 

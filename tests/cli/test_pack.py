@@ -2,8 +2,7 @@
 
 import json
 
-from tiny_files import record, rows, written
-
+from cli.tiny_files import record, rows, written
 from models.architectures import chat_model
 
 

@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_files import rows, written
-
 import latentguard
+from cli.tiny_files import rows, written
 
 
 class TestProcess:

@@ -1,8 +1,8 @@
 """What ``calibrate`` promises, on a tiny random model."""
 
 import pytest
-from tiny_files import record
 
+from cli.tiny_files import record
 from latentguard.data.builtin import load_traffic
 
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_files import record, written
 
 import latentguard
+from cli.tiny_files import record, written
 from latentguard.guard.latent_guard import LatentGuard
 from models.architectures import chat_model
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tiny_files import record
+
+from cli.tiny_files import record
 
 
 class TestShow:
