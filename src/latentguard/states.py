@@ -239,11 +239,19 @@ class Speaker(Backend, Protocol):
     """A backend that also replies; what the study needs of a model."""
 
     def sweep(
-        self, prompts: Iterable[Prompt], interventions: Iterable[Intervention | None], **how: Any
+        self,
+        prompts: Iterable[Prompt],
+        interventions: Iterable[Intervention | None],
+        *,
+        max_new_tokens: int = 24,
+        post: bool = True,
+        watch: Sequence[str] = (),
+        progress: Progress | None = None,
     ) -> list[list[Reply]]:
         """Reply to prompts greedily under each intervention, a list for each.
 
-        ``how``: ``max_new_tokens``, ``post`` (keep the post-instruction tokens), ``watch``.
+        ``post`` keeps the post-instruction tokens; of the words in ``watch`` each reply carries the
+        log-probability as first word.
         """
 
 

@@ -211,28 +211,43 @@ class ChatModel:
             values = self._capture_group(group, tuple(positions), layers, progress)
             yield States(values, group, tuple(positions), layers, self.fingerprint)
 
-    def generate(self, prompts: Iterable[Prompt], **how: Any) -> list[Reply]:
-        """Reply to prompts greedily, unsteered; ``how`` is that of ``sweep``."""
-        return self.sweep(prompts, [None], **how)[0]
+    def generate(self, prompts: Iterable[Prompt], **options: Any) -> list[Reply]:
+        """Reply to prompts greedily, unsteered; ``options`` are those of ``sweep``."""
+        return self.sweep(prompts, [None], **options)[0]
 
     def sweep(
         self,
         prompts: Iterable[Prompt],
         interventions: Iterable[Intervention | None],
-        **how: Any,
+        *,
+        max_new_tokens: int = 24,
+        post: bool = True,
+        watch: Sequence[str] = (),
+        progress: Progress | None = None,
     ) -> list[list[Reply]]:
         """Reply to prompts greedily under each intervention, a list for each; None is unsteered.
 
         Args:
             prompts: What to reply to.
             interventions: How to steer; only the reading of the prompt is steered.
-            how: ``max_new_tokens``, ``post``, ``watch``, ``progress``; see ``generate.sweep``.
+            max_new_tokens: The longest reply; an end token of the model ends it sooner.
+            post: Keep the post-instruction tokens; if not, the prompt ends at t_inst (Table 1).
+            watch: Words whose log-probability as first word is wanted, such as ``Certainly``.
+            progress: Called with the number of replies just made.
 
         Raises:
             PromptError: if a prompt is empty, too long, or has no question to stop before.
             ModelError: if a vector or a layer does not fit the model.
         """
-        return sweep(self, prompts, interventions, **how)
+        return sweep(
+            self,
+            prompts,
+            interventions,
+            max_new_tokens=max_new_tokens,
+            post=post,
+            watch=watch,
+            progress=progress,
+        )
 
     def _capture_group(
         self,

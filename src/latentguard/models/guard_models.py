@@ -170,14 +170,10 @@ class LazyGuardModel:
 
 def _recognise(tokenizer: Any, source: str) -> tuple[GuardFamily, list[str]]:
     """The family, and a template for each of its guidelines that ends where the verdict begins."""
-    text = _rendered(tokenizer)
+    text = _render_sample(tokenizer, source)
     family = next((f for f in FAMILIES if re.search(f.pattern, text, re.DOTALL)), None)
     if family is None:
-        names = ", ".join(sorted(f.name for f in FAMILIES))
-        raise ModelError(
-            f"The chat template of '{source}' is that of no known guard model; expected one of "
-            f"{names}."
-        )
+        raise _unknown_family(source)
     parts = "" if SAMPLE_MESSAGE in text else MESSAGES_IN_PARTS
     end = "" if text.endswith(family.lead) else "{{ " + json.dumps(family.lead) + " }}"
     body = parts + str(tokenizer.chat_template).removesuffix("\n") + end
@@ -186,16 +182,30 @@ def _recognise(tokenizer: Any, source: str) -> tuple[GuardFamily, list[str]]:
     return family, [head + body for head in heads]
 
 
-def _rendered(tokenizer: Any) -> str:
-    """The template around a message; empty if there is no single one."""
+def _render_sample(tokenizer: Any, source: str) -> str:
+    """The template around a message.
+
+    Raises:
+        ModelError: if there is no single template, or it rejects a plain message.
+    """
     if not isinstance(tokenizer.chat_template, str):
-        return ""
+        raise _unknown_family(source, "there is no single one")
     chat = [{"role": "user", "content": SAMPLE_MESSAGE}]
-    how = dict(tokenize=False, add_generation_prompt=True, guideline=SAMPLE_GUIDELINE)
+    options = dict(tokenize=False, add_generation_prompt=True, guideline=SAMPLE_GUIDELINE)
     try:
-        return str(tokenizer.apply_chat_template(chat, **how))
-    except Exception:  # a template may raise anything; then it is none of ours
-        return ""
+        return str(tokenizer.apply_chat_template(chat, **options))
+    except Exception as error:  # a template may raise anything
+        reason = str(error).split("\n")[0]
+        raise _unknown_family(source, f"it rejects a plain message: {reason}") from error
+
+
+def _unknown_family(source: str, reason: str = "") -> ModelError:
+    names = ", ".join(sorted(family.name for family in FAMILIES))
+    detail = f" ({reason})" if reason else ""
+    return ModelError(
+        f"The chat template of '{source}' is that of no known guard model{detail}; expected one of "
+        f"{names}."
+    )
 
 
 def _with_template(tokenizer: Any, template: str) -> Any:
