@@ -60,6 +60,38 @@ class TestBodies:
         assert answer.json()["error"]["type"] == "invalid_request_error"
         assert "Traceback" not in answer.text
 
+    @pytest.mark.parametrize(
+        ("body", "reason"),
+        [
+            (b'{"input": [' + b"0," * 500_000 + b"0]}", "more than 20,000 values"),
+            (b'{"input": [' + b"[]," * 300_000 + b"0]}", "more than 20,000 values"),
+            (b'{"messages": ' + b"[" * 65 + b"]" * 65 + b"}", "64 levels"),
+        ],
+        ids=["numbers", "lists", "levels"],
+    )
+    @pytest.mark.parametrize("path", PATHS)
+    def test_a_body_of_too_many_values_is_not_validated(self, service, path, body, reason):
+        answer = post(f"{service}{path}", content=body, headers=JSON)
+        assert answer.status_code == 400
+        assert reason in answer.json()["error"]["message"]
+
+    @pytest.mark.parametrize("field", ["input", "messages"])
+    def test_the_first_value_that_is_wrong_ends_validation(self, service, field, monkeypatch):
+        from fastapi.exceptions import RequestValidationError
+
+        counts = []
+        inner = RequestValidationError.errors
+        monkeypatch.setattr(
+            RequestValidationError,
+            "errors",
+            lambda self: counts.append(len(inner(self))) or inner(self),
+        )
+        for path in PATHS:
+            body = {field: [0] * 15_000}
+            assert post(f"{service}{path}", json=body).status_code == 400
+        assert counts
+        assert max(counts) <= 5
+
     def test_another_content_type(self, service):
         answer = post(f"{service}{PATHS[0]}", content=b"<a/>", headers={"content-type": "text/xml"})
         assert answer.status_code == 400

@@ -123,10 +123,11 @@ def endless(monkeypatch):
     return over, begun
 
 
-def wait_for(url, line):
+def wait_for(url, line, key=""):
     """Until the service's metrics say so."""
     until = time.monotonic() + 20
-    while line not in get(f"{url}/metrics").text:
+    headers = {"authorization": f"Bearer {key or 0}"}
+    while line not in get(f"{url}/metrics", headers=headers).text:
         assert time.monotonic() < until, line
         time.sleep(0.02)
 
@@ -151,6 +152,93 @@ def test_chats_that_nobody_waits_for_any_more_fill_no_queue(monkeypatch):
     assert len(begun) == 1
 
 
+def test_a_verdict_does_not_wait_for_a_place_among_the_chats(monkeypatch):
+    """All places are taken by chats that go on and on; a flagged one is refused all the same."""
+    over, begun = endless(monkeypatch)
+    with running(chats=1, deadline=60) as url, ThreadPoolExecutor() as pool:
+        ask = functools.partial(post, f"{url}/v1/chat/completions", timeout=90)
+        first = pool.submit(ask, json=dict(messages=[{"role": "user", "content": passed()}]))
+        wait_for(url, "latentguard_chats 1.0")
+        answer = ask(json=dict(messages=[{"role": "user", "content": flagged()}]))
+        assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
+        over.set()
+        assert first.result().status_code == 200
+    assert len(begun) == 1
+
+
+def test_a_short_prompt_is_read_between_the_segments_of_anothers_long_one(monkeypatch):
+    """The long one is held between two segments until the other client has its verdict."""
+    from latentguard.serve import shared_model
+
+    answered, held = threading.Event(), []
+    inner = shared_model.capture_in_segments
+
+    def segments(model, row, layers, *, size, between):
+        def patient():
+            until = time.monotonic() + 30
+            while not answered.is_set() and time.monotonic() < until:
+                held.append(row)
+                between()
+                time.sleep(0.01)
+
+        return inner(model, row, layers, size=size, between=patient)
+
+    monkeypatch.setattr(shared_model, "capture_in_segments", segments)
+
+    def ask(url, key, text):
+        headers = {"authorization": f"Bearer {key}"}
+        body = {"input": text}
+        return post(f"{url}/v1/moderations", json=body, headers=headers, timeout=60).json()
+
+    long = " ".join(PROMPTS[:5])
+    with running(keys=["a", "b"], segment_tokens=64) as url, ThreadPoolExecutor() as pool:
+        ask(url, "b", passed())
+        slow = pool.submit(ask, url, "a", long)
+        while not held:
+            time.sleep(0.01)
+        quick = ask(url, "b", flagged())
+        answered.set()
+        found = slow.result()["results"][0]
+    assert quick["results"][0]["flagged"]
+    guard, model = opener()
+    (expected,) = guard.scan(model, [long])
+    assert found["latentguard"]["score"] == pytest.approx(expected.score, abs=1e-4)
+
+
+def test_one_client_who_fills_the_queue_does_not_keep_another_out():
+    over, entered = threading.Event(), threading.Event()
+
+    def held():
+        guard, model = opener()
+        model = Faulty(model)
+        inner = model.capture
+
+        def capture(prompts, **how):
+            entered.set()
+            over.wait(60)
+            return inner(prompts, **how)
+
+        model.capture = capture
+        return guard, model
+
+    def ask(url, key, texts):
+        headers = {"authorization": f"Bearer {key}"}
+        body = {"input": texts}
+        return post(f"{url}/v1/moderations", json=body, headers=headers, timeout=60).status_code
+
+    with running(held, keys=["a", "b"], queue=20) as url, ThreadPoolExecutor() as pool:
+        flood = [pool.submit(ask, url, "a", PROMPTS[:1])]
+        entered.wait(30)
+        flood += [pool.submit(ask, url, "a", PROMPTS[:5]) for _ in range(4)]
+        wait_for(url, "latentguard_queue_prompts 20.0", "b")
+        other = pool.submit(ask, url, "b", PROMPTS[:2])
+        while not any(one.done() for one in flood):
+            time.sleep(0.01)
+        over.set()
+        assert other.result() == 200
+        assert sorted(one.result() for one in flood) == [200] * 4 + [429]
+
+
 def leave(url, **body):
     """Ask, and be gone before the answer."""
     with contextlib.suppress(httpx.TimeoutException):
@@ -173,7 +261,7 @@ def test_a_chat_whose_client_leaves_waits_no_longer(monkeypatch, tmp_path):
         over.set()
         assert first.result().status_code == 200
     assert len(begun) == 1
-    assert noted(audit) == [None, "client_left"]
+    assert noted(audit) == [None, None, "client_left"]  # its verdict did not wait for a place
 
 
 @pytest.mark.parametrize("policy", ["block", "shadow"])

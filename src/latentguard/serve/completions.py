@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from time import perf_counter
@@ -12,15 +11,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from latentguard.errors import GuardError
 from latentguard.models.conversation import Sampling
-from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import chat_readings
 from latentguard.serve.chat_request import forwarded_chat, require_few
-from latentguard.serve.disconnects import run_while_connected
-from latentguard.serve.errors import ApiError, AuditUnavailable, BadRequest, Unavailable
-from latentguard.serve.guarded_chat import ChatEvent, GuardedChat, ReplyEnd
+from latentguard.serve.errors import ApiError, BadRequest
+from latentguard.serve.guarded_chat import GuardedChat, ReplyEnd
 from latentguard.serve.messages import ChatMessage, own_model_prompt, readable_text
+from latentguard.serve.own_chat import OwnChat
 from latentguard.serve.replies import (
     ChatResponse,
     ReplyWriter,
@@ -30,7 +27,7 @@ from latentguard.serve.replies import (
     verdict_note,
 )
 from latentguard.serve.scoring import ScoredPrompt
-from latentguard.serve.service import Action, RequestContext, Service
+from latentguard.serve.service import RequestContext, Service
 from latentguard.serve.upstream import UpstreamClient
 
 CHECK = 8
@@ -48,7 +45,7 @@ class Chat(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -112,76 +109,25 @@ async def _through(
 
 
 async def _own(context: RequestContext, body: ChatRequest) -> Response:
-    """Read the chat in the pass that its reply goes on from, and its other texts before that."""
+    """Read the chat, then have the guard's own model reply."""
     service = context.service
     _require_plain(body)
-    sampling = _sampling(service, body)
-    [prompt] = context.with_segment([own_model_prompt(body.messages)])
-    roles = service.config.trusted_roles
-    readings = chat_readings(body.messages, context=prompt, trusted_roles=roles)
+    readings = chat_readings(
+        body.messages,
+        context=own_model_prompt(body.messages),
+        trusted_roles=service.config.trusted_roles,
+    )
     require_few(readings, service.config)
-
-    def action(in_context: ScoredPrompt | None) -> Action:
-        """What becomes of the chat, as far as it was read."""
-        return service.action(service.decide(readings, [in_context, *others], context.segment))
-
-    def must_refuse(event: ScoredPrompt | GuardError) -> bool:
-        if isinstance(event, ScoredPrompt):
-            return action(event) == "block"
-        return not service.answers_without_verdict(Unavailable())
-
-    chat = GuardedChat(prompt, sampling, must_refuse)
-    try:
-        others = await context.score_readings(readings[1:])
-        if others and action(None) == "block":
-            return _refusal(context, body, await context.record_chat(readings, [None, *others]))
-        event = await _first_event(context, chat)
-    except AuditUnavailable:
-        raise
-    except ApiError as error:
-        await context.record_failure([prompt], error, answered=False)
-        raise
-    outcome: ScoredOrError
-    if isinstance(event, ScoredPrompt):
-        outcome = await context.record_chat(readings, [event, *others])
-        if service.action(outcome) == "block":
-            return _refusal(context, body, outcome)
-    else:
-        outcome = await _without_verdict(context, prompt)
+    chat = OwnChat(context, readings, _sampling(service, body))
+    outcome = await chat.read()
+    if isinstance(outcome, ScoredPrompt) and service.action(outcome) == "block":
+        return _refusal(context, body, outcome)
+    assert chat.reply is not None
     reply = _reply(context, body, outcome)
     if body.stream:
-        return StreamingResponse(_stream(context, chat, reply), media_type="text/event-stream")
-    return await _whole(chat, reply, context.request)
-
-
-async def _first_event(context: RequestContext, chat: GuardedChat) -> ChatEvent:
-    """The verdict on the chat in context, or why there is none."""
-    context.request.state.ending.callback(chat.cancel)
-    await context.service.engine.start_chat(chat)
-    seconds = context.service.config.deadline
-    return await run_while_connected(_soon(chat, seconds), context.request)
-
-
-async def _without_verdict(context: RequestContext, prompt: Prompt) -> ApiError:
-    """Record that a chat has no verdict; only a shadow goes on.
-
-    Raises:
-        Unavailable: unless it does.
-    """
-    error = Unavailable("The guard cannot give a verdict on this prompt.")
-    answered = context.service.answers_without_verdict(error)
-    await context.record_failure([prompt], error, answered=answered)
-    if not answered:
-        raise error
-    return error
-
-
-async def _soon(chat: GuardedChat, seconds: float) -> ChatEvent:
-    try:
-        async with asyncio.timeout(seconds):
-            return await chat.next_event()
-    except TimeoutError:
-        raise Unavailable(f"No verdict came within {seconds:g} seconds.") from None
+        events = _stream(context, chat.reply, reply)
+        return StreamingResponse(events, media_type="text/event-stream")
+    return await _whole(chat.reply, reply, context.request)
 
 
 def _require_plain(body: ChatRequest) -> None:

@@ -59,8 +59,24 @@ class ServeConfig:
     batch_tokens: int | None = None
     """Tokens scored together; None is what the model takes in one pass."""
 
+    segment_tokens: int | None = None
+    """Tokens that are read at once while several clients share the model; None suits the device."""
+
     queue: int = 256
     """Prompts that may wait; more are turned away with 429."""
+
+    concurrency: int = 512
+    """Requests of one client that may be under way; a client is a key, or an address without keys.
+    """
+
+    rate: float | None = None
+    """Requests of one client in a second, in the long run; None for no limit."""
+
+    burst: int = 20
+    """Requests of one client that may come at once after a pause, where there is a rate."""
+
+    max_elements: int = 20_000
+    """Values in a request's JSON; more are turned away before they are looked at."""
 
     chats: int = 8
     """Chats that are answered at the same time, a token each in turn."""

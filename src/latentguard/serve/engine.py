@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Any, Literal
@@ -19,13 +19,28 @@ from latentguard.prompts import Prompt
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import PayloadTooLarge, QueueFull, Unavailable, error_location
 from latentguard.serve.guarded_chat import GuardedChat
-from latentguard.serve.queue import Work, WorkItem, estimated_tokens, settle
+from latentguard.serve.queue import (
+    FULL,
+    FairQueue,
+    Work,
+    WorkItem,
+    estimated_tokens,
+    settle,
+    size_in_bytes,
+)
 from latentguard.serve.scoring import ScoredPrompt, score_each, to_api_error
+from latentguard.serve.shared_model import SharedModel
 
 log = logging.getLogger("latentguard.serve")
 
 State = Literal["loading", "ready", "draining", "dead"]
 Opener = Callable[[], tuple[LatentGuard, ChatModel]]
+
+SEGMENT_TOKENS = {"cpu": 128, "cuda": 4096}
+"""Tokens that are read at once while several accounts share the model: a tenth of a second."""
+
+SHARED_SECONDS = 10.0
+"""So long after its last request an account still counts as sharing the model."""
 
 CRASHES = 5
 """The thread gives up when it has crashed so often within a minute."""
@@ -55,9 +70,15 @@ class ScoringEngine:
         self.crashes = deque[float](maxlen=CRASHES)
         self._opener, self._on_batch = opener, on_batch
         self._lock, self._stopping = threading.Condition(), False
-        self._items, self._in_flight = deque[WorkItem](), list[WorkItem]()
+        self._queue, self._in_flight = FairQueue(config.queue), list[WorkItem]()
+        self._last_seen = dict[str, float]()
+        """When each account last asked for something."""
+
         self._waiting_chats, self._chats = deque[GuardedChat](), list[GuardedChat]()
         self._busy_since: float | None = None
+        self._is_between = False
+        """Whether the thread is between two segments of a long prompt."""
+
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.guard: LatentGuard
         self.model: ChatModel
@@ -81,75 +102,90 @@ class ScoringEngine:
 
     @property
     def waiting(self) -> int:
-        """How many prompts wait."""
+        """How many prompts and chats wait."""
         with self._lock:
             self._drop_abandoned()
-            return len(self._items) + len(self._waiting_chats)
+            return len(self._queue) + len(self._waiting_chats)
 
     @property
     def active_chats(self) -> int:
         """How many chats are being answered."""
         return len(self._chats)
 
-    async def score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:
-        """Judge prompts, together with those of other requests.
+    @property
+    def has_free_chat(self) -> bool:
+        """Whether a chat that comes now is begun at once."""
+        return len(self._chats) + len(self._waiting_chats) < self.config.chats
+
+    async def score(self, prompts: Sequence[Prompt], *, account: str = "") -> list[ScoredPrompt]:
+        """Score prompts, together with those of other requests.
 
         Raises:
-            ApiError: if one cannot be judged; says why.
+            ApiError: if one cannot be scored; says why.
         """
-        self._admit(len(prompts))
+        self._require_ready(len(prompts))
         for prompt in prompts:
             await self._require_short(prompt)
-        futures = [self._loop.create_future() for _ in prompts]
-        self._submit(
-            [
-                WorkItem(f, p, size=estimated_tokens(p))
-                for f, p in zip(futures, prompts, strict=True)
-            ]
-        )
-        found: list[ScoredPrompt] = await self._within(asyncio.gather(*futures))
-        return found
+        request = object()
+        items = [
+            WorkItem(self._loop.create_future(), p, None, estimated_tokens(p), account, request)
+            for p in prompts
+        ]
+        self._submit(items)
+        scored: list[ScoredPrompt] = await self._within(asyncio.gather(*(i.future for i in items)))
+        return scored
 
-    async def run_alone(self, prompt: Prompt, work: Work) -> Any:
+    async def run_alone(self, prompt: Prompt, work: Work, *, account: str = "") -> Any:
         """Do some work on the thread, alone; ``prompt`` is what it reads.
 
         Raises:
             ApiError: if it cannot be done; says why.
         """
-        self._admit(1)
+        self._require_ready(1)
         await self._require_short(prompt)
         future = self._loop.create_future()
-        self._submit([WorkItem(future, work=work)])
+        self._submit([WorkItem(future, None, work, estimated_tokens(prompt), account)])
         return await self._within(future)
 
     async def start_chat(self, chat: GuardedChat) -> None:
-        """Let the thread answer a chat; the chat tells of it.
+        """Let the thread answer a chat, which then emits events.
 
         Raises:
             ApiError: if it cannot be answered; says why.
         """
-        self._admit(1)
+        self._require_ready(1)
         await self._require_short(chat.prompt)
         with self._lock:
-            self._admit(1)
+            self._require_ready(1)
+            self._drop_abandoned()
+            if len(self._queue) + len(self._waiting_chats) >= self.config.queue:
+                raise QueueFull(FULL)
+            self._last_seen[chat.account] = monotonic()
             self._waiting_chats.append(chat)
             self._lock.notify()
 
-    def _admit(self, count: int) -> None:
+    def _require_ready(self, count: int) -> None:
         if count > self.config.queue:
             raise PayloadTooLarge(
                 f"At most {self.config.queue} prompts can wait; {count} were sent."
             )
         if self.state not in ("ready", "draining"):
             raise Unavailable("The guard is not ready.")
-        if self.waiting + count > self.config.queue:
-            raise QueueFull("Too many prompts are waiting; try again in a second.")
 
     async def _require_short(self, prompt: Prompt) -> None:
-        """Count tokens where there may be too many; a text has no more tokens than bytes."""
+        """Count tokens where there may be too many.
+
+        A text has no more tokens than bytes, and no fewer than its bytes over those of the longest
+        token: what is too long by that is not tokenised.
+        """
         most = min(self.config.max_tokens, self.model.max_tokens)
         if 4 * estimated_tokens(prompt) <= most:
             return
+        fewest = size_in_bytes(prompt) // self._longest_token
+        if fewest > most:
+            raise PayloadTooLarge(
+                f"The prompt has at least {fewest:,} tokens; at most {most:,} are read."
+            )
         try:
             found = await self._within(asyncio.to_thread(count_tokens, self.model, prompt, most))
         except LatentGuardError as error:
@@ -161,9 +197,13 @@ class ScoringEngine:
 
     def _submit(self, items: Sequence[WorkItem]) -> None:
         with self._lock:
-            self._admit(len(items))  # once more: counting tokens may have taken a while
-            self._items.extend(items)
+            self._require_ready(len(items))  # again: counting tokens may have taken a while
+            self._drop_abandoned()
+            evicted = self._queue.add(items, others=len(self._waiting_chats))
+            if items:
+                self._last_seen[items[0].account] = monotonic()
             self._lock.notify()
+        settle((item, QueueFull(FULL)) for item in evicted)
 
     async def _within(self, work: Awaitable[Any]) -> Any:
         try:
@@ -187,6 +227,8 @@ class ScoringEngine:
     def _run(self) -> None:
         try:
             self.guard, self.model = self._opener()
+            words = self.model.tokenizer.get_vocab()
+            self._longest_token = max(len(word.encode("utf-8", "replace")) for word in words)
             self.state = "ready"
             while (items := self._next()) is not None:
                 self._in_flight, self._busy_since = items, monotonic()
@@ -200,55 +242,75 @@ class ScoringEngine:
     def _next(self) -> list[WorkItem] | None:
         """The next batch, empty if only chats go on, None at the end."""
         with self._lock:
-            while not (self._items or self._chats or self._waiting_chats):
+            while not (self._queue or self._chats or self._waiting_chats):
                 if self._stopping:
                     return None
                 self._lock.wait()
-            if self._items and not (self._chats or self._waiting_chats):
-                self._gather(self._items[0].arrived + self.config.wait)
-            return self._pop()
+            first = self._queue.next_item
+            if first is not None and not (self._chats or self._waiting_chats):
+                self._gather(first.arrived + self.config.wait)
+            self._drop_abandoned()
+            return self._queue.take(self._budget)
 
     def _gather(self, until: float) -> None:
         """Wait a moment for more prompts, as long as they fit into one batch."""
-        while self._items and not (self._stopping or self._waiting_chats or self._items[0].work):
+        while (first := self._queue.next_item) and not (self._stopping or self._waiting_chats):
             left = until - monotonic()
-            if left <= 0 or sum(item.size for item in self._items) >= self._budget:
+            if first.work or left <= 0 or self._queue.tokens >= self._budget:
                 return
             self._lock.wait(left)
 
-    def _pop(self) -> list[WorkItem]:
-        """Take the oldest item and, of the other prompts, those nearest in length that fit.
-
-        Like lengths waste little on padding, and the oldest is never passed over.
-        """
-        self._drop_abandoned()
-        taken = [self._items.popleft()] if self._items else []
-        if taken and taken[0].prompt:
-            most = taken[0].size
-            prompts = [item for item in self._items if item.prompt]
-            for item in sorted(prompts, key=lambda item: abs(item.size - most)):
-                most = max(most, item.size)
-                if most * (len(taken) + 1) > self._budget:
-                    break
-                taken.append(item)
-        self._items = deque(item for item in self._items if item not in taken)
-        return taken
-
     @property
     def _budget(self) -> int:
-        return self.config.batch_tokens or self.model.tokens_per_batch
+        """Tokens of a batch: less while several accounts share the model."""
+        whole = self.config.batch_tokens or self.model.tokens_per_batch
+        return min(whole, self._segment) if self._is_shared else whole
+
+    @property
+    def _segment(self) -> int:
+        """Tokens after which others have their turn."""
+        default = SEGMENT_TOKENS.get(self.model.device.type, 4096)
+        return self.config.segment_tokens or default
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether several accounts have asked for something lately."""
+        since = monotonic() - SHARED_SECONDS
+        self._last_seen = {name: at for name, at in self._last_seen.items() if at > since}
+        return len(self._last_seen) > 1
 
     def _serve(self, items: list[WorkItem]) -> None:
         now = monotonic()
+        model: Any = self.model
+        if self._is_shared and not self._is_between:
+            model = SharedModel(self.model, segment=self._segment, between=self._serve_others)
         try:
             work, prompts = items[0].work, [item.prompt for item in items if item.prompt]
-            found = self._alone(work) if work else score_each(self.guard, self.model, prompts)
+            results = self._alone(work) if work else score_each(self.guard, model, prompts)
         except Exception as error:  # whatever it is, nobody may wait for this batch
             self._settle(items, [Unavailable("The guard failed on this batch.")] * len(items))
             self._recover(error)
             return
         self._on_batch([now - item.arrived for item in items])
-        self._settle(items, found)
+        self._settle(items, results)
+
+    def _serve_others(self) -> None:
+        """Between two segments of a long prompt: a batch of short ones, and a step of each chat."""
+        self._busy_since = monotonic()
+        if self._is_between:
+            return
+        self._is_between = True
+        outer = self._in_flight
+        try:
+            with self._lock:
+                items = self._queue.take(self._segment, max_size=self._segment)
+            if items:
+                self._in_flight = [*outer, *items]
+                self._serve(items)
+            self._advance_chats()
+        finally:
+            self._in_flight = outer
+            self._is_between = False
 
     def _alone(self, work: Work) -> list[Any]:
         try:
@@ -260,15 +322,20 @@ class ScoringEngine:
         """Let each chat take a step, and begin those that wait as others end."""
         with self._lock:
             self._drop_abandoned()
-            room = self.config.chats - len(self._chats)
-            self._chats += [
-                self._waiting_chats.popleft() for _ in range(min(room, len(self._waiting_chats)))
-            ]
+            while self._waiting_chats and len(self._chats) < self.config.chats:
+                self._chats.append(self._next_chat())
         self._chats = [chat for chat in self._chats if self._step(chat)]
+
+    def _next_chat(self) -> GuardedChat:
+        """The chat that has waited longest, of the account with the fewest that are answered."""
+        active = Counter(chat.account for chat in self._chats)
+        chat = min(self._waiting_chats, key=lambda one: active[one.account])
+        self._waiting_chats.remove(chat)
+        return chat
 
     def _drop_abandoned(self) -> None:
         """Drop what nobody waits for any more; for whoever holds the lock."""
-        self._items = deque(item for item in self._items if not item.future.done())
+        self._queue.drop_abandoned()
         self._waiting_chats = deque(chat for chat in self._waiting_chats if not chat.cancelled)
 
     def _step(self, chat: GuardedChat) -> bool:
@@ -300,8 +367,8 @@ class ScoringEngine:
             if self.state == "dead":
                 return
             self.state = "dead"
-            items, chats = [*self._in_flight, *self._items], [*self._waiting_chats, *self._chats]
-            self._items.clear()
+            items = [*self._in_flight, *self._queue.clear()]
+            chats = [*self._waiting_chats, *self._chats]
             self._waiting_chats.clear()
         log.error("The scoring thread ended: %s", error)
         gone = Unavailable("The guard has failed.")

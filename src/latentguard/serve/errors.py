@@ -60,6 +60,17 @@ class QueueFull(ApiError):
     status, kind, code, retry = 429, "rate_limit_error", "queue_full", 1
 
 
+class RateLimited(ApiError):
+    """One client asks too often."""
+
+    status, kind, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, reason: str, seconds: int) -> None:
+        """Say why, and after how many seconds there is room."""
+        super().__init__(reason)
+        self.retry = seconds
+
+
 class Unavailable(ApiError):
     """The guard cannot judge now: it is loading, draining, or its thread crashed."""
 

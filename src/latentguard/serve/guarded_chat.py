@@ -43,6 +43,9 @@ class GuardedChat:
         prompt: Prompt,
         sampling: Sampling,
         must_refuse: Callable[[ScoredPrompt | GuardError], bool],
+        *,
+        scored: ScoredPrompt | None = None,
+        account: str = "",
     ) -> None:
         """Prepare a chat.
 
@@ -50,8 +53,11 @@ class GuardedChat:
             prompt: What is asked, with its history.
             sampling: How the reply is drawn.
             must_refuse: Whether a verdict, or its lack, forbids a reply.
+            scored: What was found before, if the prompt is not to be read again.
+            account: Whose it is.
         """
-        self.prompt, self.sampling = prompt, sampling
+        self.prompt, self.sampling, self.account = prompt, sampling, account
+        self._scored = scored
         self.cancelled = False
         """Set by whoever no longer listens."""
         self._must_refuse, self._loop = must_refuse, asyncio.get_running_loop()
@@ -89,10 +95,8 @@ class GuardedChat:
             return False
         if self._conversation is None:
             verdict = self._read(guard, model)
-            if self._must_refuse(
-                verdict
-            ):  # never set to False: the listener may have left meanwhile
-                self.cancelled = True
+            # never set to False: the listener may have left meanwhile
+            self.cancelled = self._must_refuse(verdict) or self.cancelled
             self.emit(verdict)
             return not self.cancelled
         piece = next(self._pieces, None)
@@ -110,10 +114,13 @@ class GuardedChat:
         Another text (``sealed``), what is obfuscated and what is long need passes of their own.
         """
         variants = guard.plan(self.prompt)
-        alone = [variant.prompt for variant in variants] == [self.prompt]
+        is_known = self._scored is not None
+        alone = not is_known and [variant.prompt for variant in variants] == [self.prompt]
         positions = guard.positions if alone else ()
         said = Conversation(model, self.prompt, positions=positions, layers=guard.probe.layers)
         self._conversation, self._pieces = said, said.pieces(self.sampling)
+        if self._scored is not None:
+            return self._scored
         try:
             if said.states is None:
                 return score_prompts(guard, model, [self.prompt])[0]

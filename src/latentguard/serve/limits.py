@@ -7,13 +7,14 @@ import json
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from time import perf_counter
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from latentguard.serve.accounts import Accounts
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import (
     ApiError,
@@ -22,6 +23,7 @@ from latentguard.serve.errors import (
     RequestTimeout,
     error_location,
 )
+from latentguard.serve.json_limits import require_small_json
 from latentguard.serve.keys import ApiKeys
 
 log = logging.getLogger("latentguard.serve")
@@ -60,6 +62,9 @@ class RequestLimits:
             note: Told path, status and seconds of every request.
         """
         self.app, self.config, self.keys, self.note = app, config, keys, note
+        self.accounts = Accounts(
+            concurrency=config.concurrency, rate=config.rate, burst=config.burst
+        )
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -68,11 +73,16 @@ class RequestLimits:
             return
         answer, began, ending = _Answer(send), perf_counter(), AsyncExitStack()
         try:
-            known = {"request": answer.request, "client": self._client(scope), "ending": ending}
-            scope["state"] = {**scope.get("state", {}), **known}
-            body = await self._body(scope, receive)
-            async with ending:  # however it ends: a client may leave before its answer has begun
-                await self.app(scope, _replay(body, receive), answer)
+            client = self._client(scope)
+            account = client if client != "-" else _address(scope)
+            state = dict(request=answer.request, client=client, account=account, ending=ending)
+            scope["state"] = scope.get("state", {}) | state
+            with nullcontext() if scope["path"] in OPEN else self.accounts.admit(account):
+                body = await self._body(scope, receive)
+                if scope["method"] == "POST":
+                    require_small_json(body, self.config.max_elements)
+                async with ending:  # however it ends: a client may leave before its answer begins
+                    await self.app(scope, _replay(body, receive), answer)
         except ApiError as fault:
             await answer.fault(fault, close=True)
         except Exception as error:  # whatever it is, the client reads one plain sentence
@@ -111,6 +121,10 @@ class RequestLimits:
         except TimeoutError:
             raise RequestTimeout("The body did not come in time.") from None
         return bytes(body)
+
+
+def _address(scope: Message) -> str:
+    return str(scope["client"][0]) if scope.get("client") else "-"
 
 
 class _Answer:

@@ -35,8 +35,8 @@ class ModerationRequest(BaseModel):
 
     input: (
         Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[ContentPart], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True)]
     )
     """A text, several texts, or the parts of one message."""
 
@@ -80,10 +80,10 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    input: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = None
     """A text or several texts."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     """A chat, instead of ``input``."""
 
     tokens: bool = False
@@ -150,7 +150,9 @@ def routes(service: Service) -> APIRouter:
         results = [_score(one) for one in scored]
         if body.tokens:
             results[0].tokens = await service.engine.run_alone(
-                prompts[0], lambda guard, model: token_beliefs(guard, model, prompts[0])
+                prompts[0],
+                lambda guard, model: token_beliefs(guard, model, prompts[0]),
+                account=context.account,
             )
         guard = service.engine.guard
         return ScoreResponse(

@@ -153,6 +153,7 @@ class RequestContext:
         self.request = request
         self.id: str = request.state.request
         self.client: str = request.state.client
+        self.account: str = request.state.account
         header = service.config.segment_header
         self.segment = (request.headers.get(header) or None) if header else None
 
@@ -163,7 +164,9 @@ class RequestContext:
     async def score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:
         """Score prompts; an error is recorded for each, then raised."""
         try:
-            return await run_while_connected(self.service.engine.score(prompts), self.request)
+            return await run_while_connected(
+                self.service.engine.score(prompts, account=self.account), self.request
+            )
         except ApiError as error:
             await self.record_failure(prompts, error, answered=False)
             raise
@@ -174,7 +177,8 @@ class RequestContext:
         prompts = self.with_segment([reading.prompt for reading in readings])
         known = [cache.get(self.client, prompt) for prompt in prompts]
         missing = [p for p, scored in zip(prompts, known, strict=True) if scored is None]
-        fresh = iter(await run_while_connected(self.service.engine.score(missing), self.request))
+        work = self.service.engine.score(missing, account=self.account)
+        fresh = iter(await run_while_connected(work, self.request))
         found = [scored or next(fresh) for scored in known]
         for prompt, scored in zip(prompts, found, strict=True):
             cache.put(self.client, prompt, scored)

@@ -1,0 +1,41 @@
+"""Limits of a JSON body, checked before anything validates it value by value."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from latentguard.serve.errors import BadRequest
+
+MAX_DEPTH = 64
+"""Levels of a body."""
+
+NOT_JSON = "The body is not JSON that can be read."
+
+
+def require_small_json(body: bytes, max_elements: int) -> None:
+    """Check how many values a body holds, and how deeply they are nested.
+
+    Raises:
+        BadRequest: if there are too many, or it is no JSON.
+    """
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadRequest(NOT_JSON) from None
+    level = [value]
+    count = 0
+    for _ in range(MAX_DEPTH):
+        count += len(level)
+        if count > max_elements:
+            raise BadRequest(f"The body holds more than {max_elements:,} values.")
+        level = [inner for one in level for inner in _inner(one)]
+        if not level:
+            return
+    raise BadRequest(f"The body is nested more than {MAX_DEPTH} levels deep.")
+
+
+def _inner(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []

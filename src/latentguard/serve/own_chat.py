@@ -1,0 +1,135 @@
+"""A chat that the guard's own model answers: read first, then replied to.
+
+The chat in context is read in the pass that its reply goes on from. Its other texts are read before
+that, together with what others sent. If all places for chats are taken, the chat in context is read
+with them too, so that a verdict does not wait for a place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from latentguard.errors import GuardError
+from latentguard.models.conversation import Sampling
+from latentguard.prompts import Prompt
+from latentguard.serve.chat_readings import ChatReading
+from latentguard.serve.disconnects import run_while_connected
+from latentguard.serve.errors import ApiError, Unavailable
+from latentguard.serve.guarded_chat import ChatEvent, GuardedChat
+from latentguard.serve.replies import ScoredOrError
+from latentguard.serve.scoring import ScoredPrompt
+from latentguard.serve.service import RequestContext
+
+T = TypeVar("T")
+
+
+class OwnChat:
+    """One chat, on the event loop."""
+
+    def __init__(
+        self, context: RequestContext, readings: list[ChatReading], sampling: Sampling
+    ) -> None:
+        """Prepare.
+
+        Args:
+            context: The request.
+            readings: What is read of the chat; the first is the chat in context.
+            sampling: How the reply is drawn.
+        """
+        self.context, self.readings, self.sampling = context, readings, sampling
+        self.scored: list[ScoredPrompt | None] = [None] * len(readings)
+        """What was found so far."""
+
+        self.reply: GuardedChat | None = None
+        """The reply that is under way."""
+
+    async def read(self) -> ScoredOrError:
+        """The recorded verdict, or why there is none though the chat is answered.
+
+        The reply is under way then, unless the verdict forbids one.
+
+        Raises:
+            ApiError: if there is no verdict; this is recorded.
+        """
+        await self._recording(self._read_before())
+        outcome: ScoredPrompt | None = None
+        if self.scored[0] is not None or self._is_blocked():
+            outcome = await self._record()
+            if self._is_blocked():
+                return outcome
+        event = await self._recording(self._begin())
+        if outcome is not None:
+            return outcome
+        if isinstance(event, ScoredPrompt):
+            self.scored[0] = event
+            return await self._record()
+        return await self._without_verdict()
+
+    @property
+    def prompt(self) -> Prompt:
+        """The chat in context."""
+        [prompt] = self.context.with_segment([self.readings[0].prompt])
+        return prompt
+
+    async def _read_before(self) -> None:
+        """Read what does not need the pass of the reply."""
+        start = 1 if self.context.service.engine.has_free_chat else 0
+        self.scored[start:] = await self.context.score_readings(self.readings[start:])
+
+    async def _begin(self) -> ChatEvent:
+        """Begin the reply; what the chat emits first."""
+        self.reply = chat = GuardedChat(
+            self.prompt,
+            self.sampling,
+            self._must_refuse,
+            scored=self.scored[0],
+            account=self.context.account,
+        )
+        self.context.request.state.ending.callback(chat.cancel)
+        await self.context.service.engine.start_chat(chat)
+        seconds = self.context.service.config.deadline
+        return await run_while_connected(_within(chat, seconds), self.context.request)
+
+    def _must_refuse(self, event: ScoredPrompt | GuardError) -> bool:
+        """Whether a verdict on the chat in context, or its lack, forbids a reply."""
+        if isinstance(event, ScoredPrompt):
+            return self._is_blocked(event)
+        return not self.context.service.answers_without_verdict(Unavailable())
+
+    def _is_blocked(self, in_context: ScoredPrompt | None = None) -> bool:
+        scored = [in_context or self.scored[0], *self.scored[1:]]
+        if not any(scored):
+            return False
+        service = self.context.service
+        outcome = service.decide(self.readings, scored, self.context.segment)
+        return service.action(outcome) == "block"
+
+    async def _record(self) -> ScoredPrompt:
+        return await self.context.record_chat(self.readings, self.scored)
+
+    async def _recording(self, work: Awaitable[T]) -> T:
+        """What some work gives; an error is recorded, then raised."""
+        try:
+            return await work
+        except ApiError as error:
+            await self.context.record_failure([self.prompt], error, answered=False)
+            raise
+
+    async def _without_verdict(self) -> ApiError:
+        """Record that there is no verdict; only a shadow goes on."""
+        error = Unavailable("The guard cannot give a verdict on this prompt.")
+        answered = self.context.service.answers_without_verdict(error)
+        await self.context.record_failure([self.prompt], error, answered=answered)
+        if not answered:
+            raise error
+        return error
+
+
+async def _within(chat: GuardedChat, seconds: float) -> ChatEvent:
+    try:
+        async with asyncio.timeout(seconds):
+            return await chat.next_event()
+    except TimeoutError:
+        raise Unavailable(f"No verdict came within {seconds:g} seconds.") from None
