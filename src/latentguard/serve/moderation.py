@@ -10,15 +10,15 @@ claimed (false, 0, applied to nothing). The probability itself is an extra field
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from scipy.special import expit
 
 from latentguard.data.hazards import MODERATION, OTHER, moderation_names
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.verdict import Decision, Evidence
+from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import chat_readings
 from latentguard.serve.chat_request import require_few
@@ -44,17 +44,17 @@ class ModerationRequest(BaseModel):
     """Any; there is one guard."""
 
 
-class Scores(BaseModel):
+VerdictFields: Any = create_model(
+    "VerdictFields", **{name: (kind, ...) for name, kind in get_type_hints(Verdict).items()}
+)
+"""A verdict, as ``Verdict.to_dict`` writes it."""
+
+
+class Scores(VerdictFields):  # type: ignore[misc]
     """The guard's own words."""
 
-    score: float
-    probability: float
-    decision: Decision
     threshold: float
-    beliefs: dict[str, float]
-    category: str | None
-    category_scores: dict[str, float]
-    obfuscations: list[str]
+    readings: int
 
 
 class ModerationResult(BaseModel):
@@ -90,23 +90,11 @@ class ScoreRequest(BaseModel):
     """Also the belief after each token of the instruction; for one prompt only."""
 
 
-class ScoreResult(BaseModel):
+class ScoreResult(Scores):
     """All that is known of one prompt."""
 
-    score: float
-    probability: float
-    flagged: bool
-    decision: Decision
-    threshold: float
-    beliefs: dict[str, float]
-    category: str | None
-    category_scores: dict[str, float]
     by_layer: dict[str, list[float]]
-    quadrant: str | None
-    evidence: list[Evidence]
-    obfuscations: list[str]
-    readings: int
-    tokens: list[TokenBelief] | None
+    tokens: list[TokenBelief] | None = None
 
 
 class ScoreResponse(BaseModel):
@@ -207,22 +195,12 @@ def moderation_result(guard: LatentGuard, scored: ScoredPrompt) -> ModerationRes
     verdict = scored.verdict
     scores = moderation_scores(guard, scored)
     known = {name for own in verdict.category_scores for name in moderation_names(own)} | {OTHER}
-    own = Scores(
-        score=verdict.score,
-        probability=verdict.probability,
-        decision=verdict.decision,
-        threshold=scored.threshold,
-        beliefs=verdict.beliefs,
-        category=verdict.category,
-        category_scores=verdict.category_scores,
-        obfuscations=list(verdict.obfuscations),
-    )
     return ModerationResult(
         flagged=verdict.flagged,
         categories={name: score > 0.5 for name, score in scores.items()},
         category_scores=scores,
         category_applied_input_types={n: ["text"] if n in known else [] for n in MODERATION},
-        latentguard=own,
+        latentguard=Scores(**scored.to_dict()),
     )
 
 
@@ -239,23 +217,7 @@ def moderation_scores(guard: LatentGuard, scored: ScoredPrompt) -> dict[str, flo
 
 
 def _score(scored: ScoredPrompt) -> ScoreResult:
-    verdict = scored.verdict
-    return ScoreResult(
-        score=verdict.score,
-        probability=verdict.probability,
-        flagged=verdict.flagged,
-        decision=verdict.decision,
-        threshold=scored.threshold,
-        beliefs=verdict.beliefs,
-        category=verdict.category,
-        category_scores=verdict.category_scores,
-        by_layer=scored.by_layer,
-        quadrant=verdict.quadrant,
-        evidence=list(verdict.evidence),
-        obfuscations=list(verdict.obfuscations),
-        readings=scored.readings,
-        tokens=None,
-    )
+    return ScoreResult(**scored.to_dict(), by_layer=scored.by_layer)
 
 
 def _id(kind: str, context: RequestContext) -> str:

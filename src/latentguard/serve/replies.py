@@ -102,17 +102,11 @@ def verdict_note(context: RequestContext, judged: ScoredOrError) -> dict[str, An
         return {}
     if isinstance(judged, ApiError):
         return {"latentguard": {"error": judged.code}}
-    verdict = judged.verdict
-    known: dict[str, Any] = dict(
-        flagged=verdict.flagged, score=verdict.score, probability=verdict.probability
-    )
-    if context.service.config.on_review != "pass":
-        known["decision"] = verdict.decision
-    where: dict[str, Any] = dict(
-        beliefs=verdict.beliefs, quadrant=verdict.quadrant, obfuscations=verdict.obfuscations
-    )
-    where |= dict(threshold=judged.threshold, readings=judged.readings)
-    return {"latentguard": known | where}
+    said = judged.to_dict()
+    del said["id"]
+    if context.service.config.on_review == "pass":
+        del said["decision"]
+    return {"latentguard": said}
 
 
 def token_usage(prompt: int, reply: int) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
 from latentguard.guard.latent_guard import LatentGuard
@@ -33,6 +34,10 @@ class ScoredPrompt:
 
     readings: int = 1
     """How many texts of a chat were read; this is the most severe."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON has it, with its threshold and the number of readings."""
+        return self.verdict.to_dict() | dict(threshold=self.threshold, readings=self.readings)
 
 
 @dataclass(frozen=True)

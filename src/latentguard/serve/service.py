@@ -225,13 +225,9 @@ class RequestContext:
         Raises:
             AuditUnavailable: if the audit log cannot be written.
         """
-        verdicts = [scored.verdict for scored in found]
         lines = [
-            self._line(prompt, action)
-            | dict(score=verdict.score, probability=verdict.probability)
-            | dict(flagged=verdict.flagged, decision=verdict.decision, beliefs=verdict.beliefs)
-            | dict(obfuscations=verdict.obfuscations, readings=one.readings)
-            for prompt, one, verdict, action in zip(prompts, found, verdicts, actions, strict=True)
+            self._line(prompt, action) | _without_id(one.to_dict())
+            for prompt, one, action in zip(prompts, found, actions, strict=True)
         ]
         await self._write(lines)
         for one, action in zip(found, actions, strict=True):
@@ -272,3 +268,8 @@ class RequestContext:
             shadow = self.endpoint == "chat" and config.policy == "shadow"
             if not shadow:
                 raise fault from None
+
+
+def _without_id(verdict: dict[str, Any]) -> dict[str, Any]:
+    """A verdict for the log, where the prompt has a name of its own."""
+    return {name: value for name, value in verdict.items() if name != "id"}
