@@ -44,7 +44,7 @@ class ModerationRequest(BaseModel):
     """Any; there is one guard."""
 
 
-VerdictFields: Any = create_model(
+VerdictFields: Any = create_model(  # type: ignore[call-overload]
     "VerdictFields", **{name: (kind, ...) for name, kind in get_type_hints(Verdict).items()}
 )
 """A verdict, as ``Verdict.to_dict`` writes it."""
