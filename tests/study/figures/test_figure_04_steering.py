@@ -15,6 +15,11 @@ from latentguard.stats.bounds import proportion
 from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.figures import figure_04_steering as steering
 from latentguard.study.figures.figure_04_steering.direction_cosine import compare_directions
+from latentguard.study.figures.figure_04_steering.held_out_cosine import (
+    HeldOutCosine,
+    held_out_cosines,
+    held_out_table,
+)
 from latentguard.study.steering import Steering, at_layers, best_layers, random_like, steer_each
 from study.figures.planted import Planted, Silent
 
@@ -288,3 +293,30 @@ class TestEndToEnd:
         effects = steering.analyse(found, settings).effects
         assert "refusal along harmfulness minus random" in effects
         assert "cosine of the directions" not in effects
+
+
+class TestHeldOut:
+    def test_refused_prompts_lie_along_the_direction_and_accepted_ones_against_it(self):
+        along = HeldOutCosine("refused", np.full((4, 3), 0.6), np.full((4, 3), 0.9))
+        against = HeldOutCosine("accepted", np.full((4, 3), -0.1), np.full((4, 3), -0.8))
+        rows = {row[:2]: (row[2], row[5], row[6]) for row in held_out_table((along, against)).rows}
+        assert rows["refused", "as they are"] == (pytest.approx(0.6), 4, 0.57)
+        assert rows["accepted", "centred"] == (pytest.approx(-0.8), 4, -0.14)
+
+    def test_cosines_are_those_of_the_states(self, cached_model, prompt_groups):
+        axes = fit_axes(cached_model, prompt_groups, enough=2)
+        found = {one.behaviour: one for one in held_out_cosines(cached_model, prompt_groups, axes)}
+        prompts = [
+            p
+            for g in ("refused_harmful", "refused_harmless")
+            for p in prompt_groups.test_prompts(g)
+        ]
+        states = cached_model.states(prompts).at("t_post")
+        row, layer = 1, 2
+        v, x = axes.refuse.direction[layer], states[row, layer]
+        middle = (axes.refuse.positive + axes.refuse.negative)[layer] / 2
+        wanted = [float(a @ v / (a.norm() * v.norm())) for a in (x, x - middle)]
+        one = found["refused"]
+        assert one.as_they_are[row, layer - 1] == pytest.approx(wanted[0], abs=1e-5)
+        assert one.centred[row, layer - 1] == pytest.approx(wanted[1], abs=1e-5)
+        assert len(found["accepted"].centred) == len(prompts)

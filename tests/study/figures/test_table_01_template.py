@@ -169,3 +169,28 @@ class Spy:
     def sweep(self, prompts, interventions, **how):
         self.asked.append(how)
         return self.model.sweep(prompts, interventions, **how)
+
+
+class TestProtocol:
+    def test_both_judges_have_rows_of_their_own(self):
+        flags = (True,) * 3 + (False,), (True, False, False, False)
+        planted = records((True, True, True, 2), (True, False, False, 2))
+        rows = rows_of(analyse(replace(planted, by_second=flags), Settings(protocol="paper")))
+        assert {name for name, _ in rows} == {"as the paper counts", "built-in judge"}
+        assert rows["as the paper counts", "difference"][0] == pytest.approx(0.5)
+        assert rows["built-in judge", "with"][0] == pytest.approx(0.75)
+
+    def test_no_row_of_the_controlled_protocol_is_said_to_be_the_papers(self):
+        (table,) = analyse(TestAnalyse.PLANTED, Settings()).section.parts
+        assert "as the paper counts" not in f"{table.rows} {table.note}".lower()
+
+    @pytest.mark.parametrize("protocol", ["controlled", "paper"])
+    def test_the_papers_protocol_asks_advbench_alone(
+        self, cached_model, prompt_groups, settings, protocol
+    ):
+        pool = prompt_groups.pools.harmful[:8]
+        pool = tuple(replace(p, source=("advbench", "jbb")[n % 2]) for n, p in enumerate(pool))
+        groups = replace(prompt_groups, pools=replace(prompt_groups.pools, harmful=pool))
+        asked = collect(cached_model, groups, replace(settings, test=8, protocol=protocol)).prompts
+        wanted = {"controlled": {"advbench", "jbb"}, "paper": {"advbench"}}[protocol]
+        assert {p.source for p in asked} == wanted

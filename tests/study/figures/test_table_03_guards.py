@@ -31,10 +31,13 @@ from latentguard.study.figures.table_03_guards.report import (
     analyse,
 )
 from latentguard.study.figures.table_03_guards.user_traffic import (
+    CODES,
     LONGEST,
+    CategoryTrial,
     Traffic,
     Trial,
     _flagged,
+    category_trials,
     drawn,
     traffic_parts,
 )
@@ -177,10 +180,65 @@ def test_table_9_averages_over_draws_and_leaves_out_what_was_learnt_from(setting
     assert rows["S (sexual)", "harmful", 10] == (pytest.approx(0.75), 2)
     assert rows["HR (harassment)", "harmful", 10] == (pytest.approx(0.5), 1)
     assert rows["harmless", "harmful", 10] == (pytest.approx(0.5), 2)
-    safe = {r[:2]: r[2] for r in parts["Table 8: guards on user traffic"].rows}
+    safe = {r[:2]: r[2] for r in parts["Guards on moderation texts"].rows}
     assert safe[PAPER, "safe"] == pytest.approx(0.5)
     assert safe[PAPER, "unsafe"] == pytest.approx(1 / 3)
     assert f"In-domain examples: {PAPER}" in parts
+
+
+def test_table_9_as_printed_has_each_column_of_the_paper_and_one_category_at_a_time():
+    prompts = tuple(texts("S", "S", harmless=2))
+    scored = Scored("user traffic", prompts, {PAPER: np.array([[1.0, -1, 1, -1]])})
+    trials = (
+        CategoryTrial("S", 0, 0, np.array([1.0, 0.0]), np.array([1.0, 0.0])),
+        CategoryTrial("S", 50, 1, np.array([1.0, np.nan]), np.array([0.5, 1.0])),
+    )
+    parts = {p.title: p for p in traffic_parts(Traffic(scored, (), 0, trials))}
+    rows = parts["Table 9: one category at a time"].rows
+    assert [row[0] for row in rows] == [
+        f"{CODES[c]} ({c})" for c in CODES for _ in range(1 + (c == "S"))
+    ]
+    assert rows[0][1:5] == (2, 0, 0, 0.5)
+    assert (*rows[1][1:5], rows[1][7], rows[1][8]) == (2, 50, 1, 1.0, 1, 0.75)
+    minors = next(row for row in rows if "minors" in row[0])
+    assert minors[1:] == (0, *[None] * 9)
+
+
+def test_examples_of_one_category_alone_are_added_and_never_tested(cached_model, settings):
+    rows = [p for p in load_contrast("train") if p.harmful][:8]
+    safe = [p for p in load_contrast("train") if not p.harmful][:8]
+    domain = tuple(replace(p, category="SV"[n % 2]) for n, p in enumerate(rows[4:]))
+    learnt = Training(
+        cached_model.states([*rows[:4], *safe[:4]], positions=cached_model.span), (), ""
+    )
+    seen = cached_model.states([*domain, *safe[4:]], positions=cached_model.span)
+    trials = {
+        (t.category, t.k): t
+        for t in category_trials(learnt, seen, replace(settings, domain=(0, 9)))
+    }
+    assert set(trials) == {(c, k) for c in "SV" for k in (0, 9)}
+    assert [trials[c, 9].added for c in "SV"] == [1, 1]
+    assert trials["S", 0].added == 0
+    assert all(len(t.recall) == 2 and len(t.wrong) == 4 for t in trials.values())
+    assert not np.isnan(trials["S", 0].recall).any()
+
+
+@pytest.mark.parametrize("protocol", ["controlled", "paper"])
+def test_the_guard_is_called_the_papers_under_its_protocol_alone(
+    cached_model, prompt_groups, settings, protocol
+):
+    learnt = training(cached_model, prompt_groups, replace(settings, protocol=protocol))
+    assert ("Latent Guard is the paper's" in learnt.note) is (protocol == "paper")
+    assert ("is not the paper's guard" in learnt.note) is (protocol == "controlled")
+
+
+def test_table_8_is_of_toxicchat_where_it_is_given(planted, settings):
+    toxic = Scored(
+        "ToxicChat", tuple(texts("S", "S", harmless=2)), {PAPER: np.array([[1.0, -1, 1, -1]])}
+    )
+    found = analyse(replace(planted, toxicchat=toxic), settings)
+    rows = {row[:2]: row[2] for row in table(found, "Table 8: ToxicChat").rows}
+    assert (rows[PAPER, "safe"], rows[PAPER, "unsafe"]) == (0.5, 0.5)
 
 
 @pytest.fixture

@@ -30,21 +30,30 @@ class Records:
     """Whether each is refused when asked with the whole template."""
 
     cut: tuple[bool | None, ...]
-    """Whether each is refused when the prompt ends at t_inst, as the paper counts: all that is
-    no refusal is none."""
+    """Whether each is refused when the prompt ends at t_inst: all that is no refusal is none."""
 
     answered: tuple[bool | None, ...]
     """The same, None where the reply only goes on with the user's own sentence."""
 
+    by_second: tuple[tuple[bool | None, ...], tuple[bool | None, ...]] | None = None
+    """``whole`` and ``cut`` by the second judge, where there is one: the program's own."""
+
 
 def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
-    """Ask plain harmful prompts in both ways."""
-    prompts = tuple(sample_prompts(prompt_groups.pools.harmful, settings.test, seed=settings.seed))
+    """Ask plain harmful prompts in both ways; the paper's protocol: those of AdvBench alone."""
+    pool = prompt_groups.pools.harmful
+    if settings.protocol == "paper":
+        pool = tuple(p for p in pool if p.source == "advbench") or pool
+    prompts = tuple(sample_prompts(pool, settings.test, seed=settings.seed))
     most = settings.reply_tokens
     (whole,) = model.replies(prompts, what="Table 1: whole template", max_new_tokens=most)
     (cut,) = model.replies(prompts, what="Table 1: ends at t_inst", max_new_tokens=most, post=False)
     answered = model.refused(cut)
-    return Records(prompts, model.refused(whole), tuple(one is True for one in answered), answered)
+    refused, second = model.refused(whole), None
+    first, last = (model.refused_by_second(replies) for replies in (whole, cut))
+    if first is not None and last is not None:
+        second = first, last
+    return Records(prompts, refused, tuple(one is True for one in answered), answered, second)
 
 
 def analyse(records: Records, settings: Settings) -> Finding:
@@ -52,15 +61,17 @@ def analyse(records: Records, settings: Settings) -> Finding:
     as_paper = _pairs(records.whole, records.cut)
     answered = _pairs(records.whole, records.answered)
     rows: list[tuple[Cell, ...]] = []
-    for name, pairs in (("any reply", as_paper), ("replies that answer", answered)):
+    ways = [("any reply", as_paper), ("replies that answer", answered)]
+    if records.by_second is not None:
+        ways = [("as the paper counts", as_paper), ("built-in judge", _pairs(*records.by_second))]
+    for name, pairs in ways:
         if len(pairs):
             rows.append((name, "with", *cells(proportion(pairs[:, 0] > 0))))
             rows.append((name, "without", *cells(proportion(pairs[:, 1] > 0))))
             rows.append((name, "difference", *cells(_drop(pairs))))
     note = (
-        f"{len(records.prompts)} harmful prompts. Any reply: as the paper counts. Replies that "
-        "answer: without post-instruction tokens a model may only go on writing the user's "
-        "sentence, which is no reply; those prompts are left out. "
+        f"{len(records.prompts)} harmful prompts ({', '.join(_sources(records.prompts))}). "
+        f"{_COUNTED[records.by_second is not None]} "
         "Differences are paired (95 % bootstrap). The paper: Llama2 1.000 and 0.853, Llama3 0.960 "
         "and 0.589, Qwen2-7B 0.980 and 0.813."
     )
@@ -75,6 +86,21 @@ def analyse(records: Records, settings: Settings) -> Finding:
         return Finding(_section((table,)), {}, (few,))
     effects = {"drop without post-instruction tokens": _drop(answered)}
     return Finding(_section((table,)), effects)
+
+
+_COUNTED = {
+    False: "Any reply: all that is no refusal is none. Replies that answer: without "
+    "post-instruction tokens a model may only go on writing the user's sentence, which is no "
+    "reply; those prompts are left out.",
+    True: "As the paper counts: a refusal holds one of the authors' phrases, or is empty; a reply "
+    "that only goes on with the user's sentence is none. Built-in judge: prompts of which it can "
+    "say in both ways what the reply is.",
+}
+"""What the rows count; of the paper's protocol if True."""
+
+
+def _sources(prompts: Sequence[Prompt]) -> list[str]:
+    return sorted({str(p.source) for p in prompts})
 
 
 def _pairs(first: Sequence[bool | None], second: Sequence[bool | None]) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,10 @@ from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.figure_04_steering.direction_cosine import (
     DirectionCosine,
     compare_directions,
+)
+from latentguard.study.figures.figure_04_steering.held_out_cosine import (
+    HeldOutCosine,
+    held_out_cosines,
 )
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
@@ -44,6 +48,12 @@ class Records:
     note: str
     """What the directions were fitted on."""
 
+    held_out: tuple[HeldOutCosine, ...] = ()
+    """Refused and accepted test prompts along the refusal direction."""
+
+    by_second: Mapping[Steering, NDArray[np.float64]] = field(default_factory=dict)
+    """``refused`` by the second judge; nothing if there is none."""
+
 
 def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Ask accepted harmless prompts again, steered in every way at every layer."""
@@ -64,6 +74,12 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
         way: np.array([[model.refused(of) for of in draw] for draw in found], dtype=float)
         for way, found in steered.items()
     }
+    second = {}
+    if model.second_judge is not None:
+        second = {
+            way: np.array([[model.refused_by_second(of) for of in draw] for draw in found], float)
+            for way, found in steered.items()
+        }
     return Records(
         tuple(p.id for p in prompts),
         layers,
@@ -71,6 +87,8 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
         refused,
         _alike(model, prompt_groups, axes, settings.seed),
         axes.note,
+        held_out_cosines(model, prompt_groups, axes),
+        second,
     )
 
 

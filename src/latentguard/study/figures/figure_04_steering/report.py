@@ -19,6 +19,7 @@ from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
 from latentguard.study.figures.figure_04_steering.collect import DIRECTIONS, Records
 from latentguard.study.figures.figure_04_steering.direction_cosine import DirectionCosine
+from latentguard.study.figures.figure_04_steering.held_out_cosine import held_out_table
 from latentguard.study.finding import Finding, cells
 from latentguard.study.settings import Settings
 from latentguard.study.steering import Steering, at_layers, best_layers
@@ -42,6 +43,8 @@ def analyse(records: Records, settings: Settings) -> Finding:
         effects["cosine of the directions"] = records.alike.mean
         effects["cosine of the directions, without noise"] = records.alike.noiseless
         parts += _cosine_parts(records.alike)
+    if records.held_out:
+        parts.append(held_out_table(records.held_out))
     return Finding(_section(records, parts), effects, tuple(caveats))
 
 
@@ -139,6 +142,7 @@ def _by_layer(records: Records) -> Table:
             layer,
             *cells(share(flags[:, slot] == 1)),
             float(np.isnan(flags[:, slot]).mean()),
+            *((float((records.by_second[way][:, slot] == 1).mean()),) if records.by_second else ()),
         )
         for way, flags in records.refused.items()
         for slot, layer in enumerate(records.layers)
@@ -149,7 +153,8 @@ def _by_layer(records: Records) -> Table:
         "random directions a bootstrap over the prompts."
     )
     heads = ("refused", "low", "high", "n", "empty or cut")
-    columns = ("steered along", "tokens", "coefficient", "layer", *heads)
+    beside = ("built-in judge: refused",) if records.by_second else ()
+    columns = ("steered along", "tokens", "coefficient", "layer", *heads, *beside)
     return Table("Refusal when steered, by layer", columns, rows, note)
 
 

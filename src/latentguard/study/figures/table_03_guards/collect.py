@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from latentguard.prompts import Group, Prompt
-from latentguard.study.attacks import holds
+from latentguard.study.attacks import holds, with_suffix
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.detectors import Detector
+from latentguard.study.figures.figure_06_jailbreaks.collect import search_suffixes
 from latentguard.study.figures.table_03_guards.compared_guards import (
     LINEAR,
     Scored,
@@ -17,7 +18,12 @@ from latentguard.study.figures.table_03_guards.compared_guards import (
     scored,
     training,
 )
-from latentguard.study.figures.table_03_guards.user_traffic import LONGEST, Traffic, judge_traffic
+from latentguard.study.figures.table_03_guards.user_traffic import (
+    LONGEST,
+    Traffic,
+    judge_traffic,
+    sample_texts,
+)
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
 
@@ -37,6 +43,9 @@ class Records:
 
     traffic: Traffic | None = None
     """Texts of users, of both labels."""
+
+    toxicchat: Scored | None = None
+    """ToxicChat, the set of the paper's Table 8."""
 
     note: str = ""
     """What the guards learnt from."""
@@ -62,10 +71,12 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
         name: scored(model, name, prompts, found)[0] for name, prompts in every.items() if prompts
     }
     traffic = judge_traffic(model, learnt, found, prompt_groups.pools.moderation, settings)
+    toxic = sample_texts(prompt_groups.pools.toxicchat, settings)
     return Records(
         tuple(judged[name] for name in groups if name in judged),
         judged.get("harmless"),
         traffic,
+        scored(model, "ToxicChat", toxic, found)[0] if toxic else None,
         learnt.note,
         (*_empty(groups), *_missing(model, prompt_groups, found, traffic)),
         tuple(model.tools.guards),
@@ -83,10 +94,15 @@ def _jailbreaks(
     """Attacks that succeed, by kind; none whose request a centroid saw."""
     fitted = [p for group in prompt_groups.fit.values() for p in group if p.harmful]
     given = [p for p in prompt_groups.pools.jailbreaks if not holds(p, fitted)]
+    kinds = {
+        kind: [p for p in given if (p.category or "other") == kind]
+        for kind in dict.fromkeys(p.category or "other" for p in given)
+    }
+    if own := _own_suffixes(model, prompt_groups, settings):
+        kinds["own GCG suffixes"] = own
     found = {}
-    for kind in dict.fromkeys(p.category or "other" for p in given):
-        members = [p for p in given if (p.category or "other") == kind]
-        members = sample_prompts(members, settings.test, seed=settings.seed)
+    for kind, every in kinds.items():
+        members = sample_prompts(every, settings.test, seed=settings.seed)
         (replies,) = model.replies(
             members, what=f"Table 3: {kind}", max_new_tokens=settings.reply_tokens
         )
@@ -94,6 +110,17 @@ def _jailbreaks(
         accepted = (p for p, was in zip(members, refused, strict=True) if was is False)
         found[f"jailbreak: {kind}"] = tuple(replace(p, refused=False) for p in accepted)
     return found
+
+
+def _own_suffixes(
+    model: CachedModel, prompt_groups: PromptGroups, settings: Settings
+) -> list[Prompt]:
+    """Refused requests with the suffix that was searched on this very model, as in Figure 6."""
+    most = min(settings.suffixes, settings.attacked, settings.test)
+    requests = prompt_groups.test_prompts("refused_harmful")[:most]
+    steps = settings.suffix_steps
+    suffixes = search_suffixes(model, requests, steps=steps, seed=settings.seed)
+    return [with_suffix(*pair) for pair in zip(requests[: len(suffixes)], suffixes, strict=True)]
 
 
 def _harmless(prompt_groups: PromptGroups, settings: Settings) -> tuple[Prompt, ...]:
@@ -122,6 +149,10 @@ def _missing(
         yield "No user traffic of both labels was given (pool moderation): no Tables 8 and 9."
     elif traffic.left_out:
         yield f"{traffic.left_out} texts of user traffic were left out: over {LONGEST} characters."
+    if not prompt_groups.pools.toxicchat:
+        yield "ToxicChat was not given (pool toxicchat): Table 8 is of other texts."
+    if model.tools.suffix is None:
+        yield "No GCG suffix was searched on this model: Table 3 lacks the paper's first column."
     if not model.tools.guards:
         yield (
             "No guard model was given (--baseline): Latent Guard is compared with n-grams instead, "

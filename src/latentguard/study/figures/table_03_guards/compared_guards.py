@@ -23,7 +23,15 @@ from latentguard.study.detectors import Detector, Scores, belief_detector, contr
 from latentguard.study.prompt_groups import PromptGroups, is_fit_side, sample_prompts
 from latentguard.study.settings import Settings
 
-PAPER, LINEAR = "Latent Guard (paper)", "linear guard (span)"
+PAPER, LINEAR = "Latent Guard", "linear guard (span)"
+
+PAPERS_GUARD = {
+    "paper": "Latent Guard is the paper's: equation 3 with centroids of refused harmful prompts "
+    "(and accepted ones of the same sets) and of accepted harmless ones, XSTest among them",
+    "controlled": "Latent Guard has the paper's rule (equation 3), but is not the paper's guard: "
+    "its harmless centroid has no XSTest prompts, and other labels decide who is refused",
+}
+"""What Latent Guard is under each protocol."""
 
 MAX_FPR = 0.05
 """False-positive rate that the linear guard is calibrated for."""
@@ -96,7 +104,8 @@ def training(
     count = sum(bool(p.refused) for p in harmful)
     note = (
         f"Learnt from {len(harmful)} harmful prompts ({count} of them refused) and {len(harmless)} "
-        f"accepted harmless ones, none of which is tested; {_threshold(calibration)}"
+        f"accepted harmless ones, none of which is tested; {_threshold(calibration)}. "
+        f"{PAPERS_GUARD[settings.protocol]}"
     )
     return Training(states, calibration, note)
 

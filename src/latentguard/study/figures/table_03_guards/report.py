@@ -19,7 +19,7 @@ from latentguard.stats.estimate import Estimate
 from latentguard.study.detectors import NGRAMS, RANDOM
 from latentguard.study.figures.table_03_guards.collect import COLUMNS, Records
 from latentguard.study.figures.table_03_guards.compared_guards import PAPER, Scored
-from latentguard.study.figures.table_03_guards.user_traffic import traffic_parts
+from latentguard.study.figures.table_03_guards.user_traffic import label_table, traffic_parts
 from latentguard.study.finding import Finding, cells
 from latentguard.study.settings import Settings
 
@@ -34,6 +34,8 @@ def analyse(records: Records, settings: Settings) -> Finding:
     parts: list[Figure | Table] = []
     if records.groups:
         parts = [*_figure(records), _table3(records)]
+    if records.toxicchat is not None:
+        parts.append(label_table(records.toxicchat, "Table 8: ToxicChat"))
     if records.traffic is not None:
         parts += traffic_parts(records.traffic)
     text = (

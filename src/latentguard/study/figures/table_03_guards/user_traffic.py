@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt
 from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Table
@@ -21,7 +22,7 @@ from latentguard.stats.bootstrap import bootstrap, share
 from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.detectors import Detector
+from latentguard.study.detectors import Detector, belief_detector
 from latentguard.study.figures.table_03_guards.compared_guards import (
     LINEAR,
     PAPER,
@@ -73,6 +74,26 @@ class Trial:
 
 
 @dataclass(frozen=True, eq=False)
+class CategoryTrial:
+    """What Latent Guard flags when it has also learnt from examples of one category (Table 9)."""
+
+    category: str
+    """Which, by its code."""
+
+    k: int
+    """Examples that were asked for."""
+
+    added: int
+    """Those that were added: at most half of the category."""
+
+    recall: NDArray[np.float64]
+    """Share of the draws, of those that test a text of it, in which the text is flagged, [m]."""
+
+    wrong: NDArray[np.float64]
+    """The same of the harmless texts, [h]."""
+
+
+@dataclass(frozen=True, eq=False)
 class Traffic:
     """Texts of users, as all guards judge them."""
 
@@ -84,6 +105,9 @@ class Traffic:
 
     left_out: int
     """Texts that are too long."""
+
+    by_category: tuple[CategoryTrial, ...] = ()
+    """With examples of one category at a time, as in the paper; its protocol alone."""
 
 
 def judge_traffic(
@@ -103,6 +127,23 @@ def judge_traffic(
         settings: At most ``test`` texts of a category and three times as many harmless ones;
             ``domain`` holds the numbers of in-domain examples.
     """
+    sample = sample_texts(texts, settings)
+    if not sample:
+        return None
+    left_out = sum(len(p.text) > LONGEST for p in texts)
+    judged, states = scored(model, "user traffic", sample, found)
+    trials = tuple(domain_trials(model, learnt, states, settings))
+    one_by_one: tuple[CategoryTrial, ...] = ()
+    if settings.protocol == "paper":
+        one_by_one = tuple(category_trials(learnt, states, settings))
+    return Traffic(judged, trials, left_out, one_by_one)
+
+
+def sample_texts(texts: Sequence[Prompt], settings: Settings) -> list[Prompt]:
+    """At most ``test`` texts of a category and three times as many harmless ones, none too long.
+
+    Nothing if a label is missing.
+    """
     short = [p for p in texts if len(p.text) <= LONGEST]
     rows = set[int]()
     for members in categories(short).values():
@@ -111,18 +152,15 @@ def judge_traffic(
     harmless = sample_prompts(
         [p for p in short if p.harmful is False], 3 * settings.test, seed=settings.seed
     )
-    if not rows or not harmless:
-        return None
-    sample = [*(short[i] for i in sorted(rows)), *harmless]
-    judged, states = scored(model, "user traffic", sample, found)
-    trials = tuple(domain_trials(model, learnt, states, settings))
-    return Traffic(judged, trials, len(texts) - len(short))
+    return [*(short[i] for i in sorted(rows)), *harmless] if rows and harmless else []
 
 
 def traffic_parts(traffic: Traffic) -> list[Table | Figure]:
     """Tables 8 and 9 and their curves."""
     prompts, trials = traffic.scored.prompts, _trials(traffic)
-    return [_table8(traffic), domain_table(prompts, trials), *_curves(traffic)]
+    parts: list[Table | Figure] = [label_table(traffic.scored, "Guards on moderation texts")]
+    parts += [domain_table(prompts, trials), *_curves(traffic)]
+    return [*parts, _printed_table9(traffic)] if traffic.by_category else parts
 
 
 def categories(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
@@ -154,6 +192,54 @@ def domain_trials(
             parts = ["domain, at most half", *given, k, added, settings.seed]
             for rule, flags in model.cached(parts, ask).items():
                 yield Trial(rule, added, k, np.array(flags, dtype=np.float64))
+
+
+def category_trials(learnt: Training, texts: States, settings: Settings) -> Iterator[CategoryTrial]:
+    """Latent Guard with k harmful examples of one category, tested on the rest of that category."""
+    prompts = texts.prompts
+    harmless = [row for row, p in enumerate(prompts) if not p.harmful]
+    for name, rows in categories(prompts).items():
+        for k in settings.domain:
+            most = min(k, len(rows) // 2)
+            hits, tested = np.zeros(len(prompts)), np.zeros(len(prompts))
+            for draw in range(SEEDS):
+                rng = np.random.default_rng([settings.seed, k, draw])
+                chosen = {prompts[row] for row in rng.permutation(rows)[:most]}
+                states = [learnt.states, texts.where(chosen.__contains__)] if chosen else []
+                fitted = States.collect(states) if states else learnt.states
+                flags = belief_detector(Axis.fit(fitted, "t_inst"))(texts)[0] > 0
+                free = np.array([p not in chosen for p in prompts])
+                hits += flags & free
+                tested += free
+            share = hits / np.where(tested, tested, np.nan)
+            yield CategoryTrial(name, k, most, share[rows], share[harmless])
+
+
+def _printed_table9(traffic: Traffic) -> Table:
+    """Table 9 with examples of one category at a time; each of the paper's columns is a row."""
+    rows: list[tuple[Cell, ...]] = []
+    for code in dict.fromkeys((*CODES, *(one.category for one in traffic.by_category))):
+        mine = [one for one in traffic.by_category if one.category == code]
+        name = f"{CODES[code]} ({code})" if code in CODES else code
+        for one in mine:
+            figures = [values[~np.isnan(values)] for values in (one.recall, one.wrong)]
+            found = [cells(bootstrap(np.mean, v)) if len(v) else (None,) * 4 for v in figures]
+            rows.append((name, len(one.recall), one.k, one.added, *found[0], *found[1][:3]))
+        if not mine:
+            rows.append((name, 0, *[None] * 9))
+    note = (
+        "Latent Guard with k examples of one category among what its harmful centroid is the mean "
+        "of (at most half of the category), tested on the rest of that category, mean over "
+        f"{SEEDS} draws; beside it the false positives of the same guard, which the paper does not "
+        "give. A category without texts is not in the data at hand. The paper, sexual, minors: "
+        "Llama Guard 3 0.942; without and with examples Qwen2-7B 0.200 and 0.941, Llama3 0.271 and "
+        "0.964, Llama2 0.847 and 1.000."
+    )
+    columns = (
+        *("category", "texts", "k", "added", "recall", "low", "high", "n"),
+        *("false positives", "false positives, low", "false positives, high"),
+    )
+    return Table("Table 9: one category at a time", columns, tuple(rows), note)
 
 
 def _flagged(
@@ -198,8 +284,9 @@ def drawn(
     return picked
 
 
-def _table8(traffic: Traffic) -> Table:
-    judged, rows = traffic.scored, list[tuple[Cell, ...]]()
+def label_table(judged: Scored, title: str) -> Table:
+    """Accuracy of each guard on safe and on unsafe texts (Table 8 is of ToxicChat)."""
+    rows = list[tuple[Cell, ...]]()
     sides = {name: [bool(p.harmful) is side for p in judged.prompts] for name, side in LABELS}
     for rule in judged.scores:
         for label, keep in sides.items():
@@ -209,7 +296,7 @@ def _table8(traffic: Traffic) -> Table:
         "Guard 0.801 and 0.340 (Qwen2), 0.835 and 0.317 (Llama3), 0.353 and 0.727 (Llama2)."
     )
     columns = ("guard", "label", "accuracy", "low", "high", "n")
-    return Table("Table 8: guards on user traffic", columns, tuple(rows), note)
+    return Table(title, columns, tuple(rows), note)
 
 
 def _trials(traffic: Traffic) -> list[Trial]:
