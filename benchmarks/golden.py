@@ -1,11 +1,11 @@
-"""Golden records: what guards, steering and the small study give, to compare a later version with.
+"""Golden records: what guards and steering give, to compare a later version with.
 
     python benchmarks/golden.py record MODEL [--quick] [--out FILE]
-    python benchmarks/golden.py compare MODEL [--quick] [--out FILE] [--tolerance 1e-6]
+    python benchmarks/golden.py compare MODEL [--quick] [--out FILE] [--tolerance 5e-6]
 
 MODEL is smollm2-135m or one of the tiny random models: tiny-llama, tiny-gemma3, tiny-qwen3. FILE is
-benchmarks/results/golden-MODEL.json unless it is named. ``--quick`` asks every fourth prompt, does
-not steer and runs no study. ``compare`` prints the greatest difference of each quantity and how
+benchmarks/results/golden-MODEL.json unless it is named. ``--quick`` asks every fourth prompt and does
+not steer. ``compare`` prints the greatest difference of each quantity and how
 many discrete values differ, and exits with 1 if a number moved by more than the tolerance (scores
 in units of the guard's spread, other numbers in units of the greater of 1 and their size) or a
 discrete value differs.
@@ -28,7 +28,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 from zlib import crc32
@@ -46,7 +45,6 @@ TINY = {
 """Architecture and template of each tiny model of the tests."""
 
 MODELS = ("smollm2-135m", *TINY)
-STUDIED = "tiny-llama"
 PACK = "fraud"
 RATES = dict(max_fpr=0.05, review_fpr=0.15)
 QUESTION = " Is this request harmful?"
@@ -54,7 +52,11 @@ WATCHED = ("Certainly", "No")
 STEERED, NEW_TOKENS, QUICK = 4, 16, 4
 """Harmless prompts to steer, and half as many harmful ones; tokens of a reply; every nth prompt."""
 
-TOLERANCE = 1e-6
+TOLERANCE = 5e-6
+"""Rounding of float32 depends on the batch, and chunks lie in other batches than they did."""
+
+TIE = 1e-4
+"""Scores of two versions of a prompt that differ by less, in the guard's spread, are alike."""
 
 FIELDS = (
     "id",
@@ -80,17 +82,15 @@ if str(ROOT / "tests") not in sys.path:
 
 # ---- the package's interface ---------------------------------------------------------------------
 
-from latentguard import packs, window_fitting  # noqa: E402
-from latentguard.contrast import load_contrast, load_traffic  # noqa: E402
-from latentguard.guard import LatentGuard  # noqa: E402
-from latentguard.model.hf import ChatModel  # noqa: E402
-from latentguard.parts import Verdict  # noqa: E402
+from latentguard.data.builtin import load_contrast, load_traffic  # noqa: E402
+from latentguard.guard import chunk_calibration, packs  # noqa: E402
+from latentguard.guard.latent_guard import LatentGuard  # noqa: E402
+from latentguard.guard.verdict import Verdict  # noqa: E402
+from latentguard.models.chat_model import ChatModel  # noqa: E402
 from latentguard.prompts import Message, Prompt, Reply  # noqa: E402
 from latentguard.states import Intervention  # noqa: E402
-from latentguard.windows import Windows  # noqa: E402
-from model.architectures import chat_model  # noqa: E402
-from model.families import FAMILIES  # noqa: E402
-from study.small_study import study_report  # noqa: E402
+from models.architectures import chat_model  # noqa: E402
+from models.families import FAMILIES  # noqa: E402
 
 
 def load_model(name: str) -> ChatModel:
@@ -109,18 +109,18 @@ def built_in_rows() -> dict[str, Prompt]:
 def make_prompt(row: Mapping[str, Any]) -> Prompt:
     """A prompt of the file."""
     history = tuple(Message(turn["role"], turn["content"]) for turn in row["history"])
-    return Prompt(row["text"], id=row["id"], slice=row["slice"], history=history)
+    return Prompt(row["text"], id=row["id"], segment=row["slice"], history=history)
 
 
 def fit_paper(model: ChatModel, train: Sequence[Prompt]) -> LatentGuard:
     """The paper's guard."""
-    return LatentGuard.fit(model, train, reading="t_inst", readout="centroid")
+    return LatentGuard.fit(model, train, reading="t_inst", probe="centroid")
 
 
 def fit_default(model: ChatModel, train: Sequence[Prompt]) -> LatentGuard:
     """The default guard; half of the rows count as refused, so that it has a refusal axis."""
     asked = [replace(p, refused=crc32(p.text.encode()) % 2 == 1) for p in train]
-    return LatentGuard.fit(model, asked, reading="pooled", readout="linear")
+    return LatentGuard.fit(model, asked, reading="pooled", probe="linear")
 
 
 def calibrate(guard: LatentGuard, model: ChatModel, calm: Sequence[Prompt]) -> LatentGuard:
@@ -130,7 +130,7 @@ def calibrate(guard: LatentGuard, model: ChatModel, calm: Sequence[Prompt]) -> L
 
 def add_chunking(guard: LatentGuard, model: ChatModel) -> LatentGuard:
     """The guard that also reads long prompts and chats."""
-    return window_fitting.fit_windows(model, guard)
+    return chunk_calibration.fit_chunking(model, guard)
 
 
 def add_pack(
@@ -143,8 +143,8 @@ def add_pack(
 @contextmanager
 def few_texts() -> Iterator[None]:
     """Chunking is fitted on fewer and shorter texts than usual, to save time."""
-    fewer = patch.multiple(window_fitting, NORMING=8, CALIBRATION=30, LONGEST=1200)
-    with fewer, patch.object(packs, "CALIBRATION", 30):
+    fewer = patch.multiple(chunk_calibration, NORM_TEXTS=8, CALIBRATION_TEXTS=30, LONGEST=1200)
+    with fewer, patch.object(packs, "CALIBRATION_TEXTS", 30):
         yield
 
 
@@ -166,21 +166,21 @@ def plain(verdict: Verdict) -> Record:
         "category_scores": dict(verdict.category_scores),
         "quadrant": verdict.quadrant,
         "evidence": [[e.message, e.start, e.end, e.score] for e in verdict.evidence],
-        "obfuscations": list(verdict.disguises),
+        "obfuscations": list(verdict.obfuscations),
     }
 
 
 def facts(guard: LatentGuard) -> Record:
     """What a guard holds beside its tensors; scores are those of its canaries."""
     found: Record = {
-        "layers": list(guard.readout.layers),
+        "layers": list(guard.probe.layers),
         "spread": guard.spread,
         "threshold": guard.threshold,
         "platt": list(guard.platt),
         "canary_scores": [canary.score for canary in guard.canaries],
     }
-    if chunking := guard.part(Windows):
-        norms = (chunking.piece, chunking.whole)
+    if chunking := guard.chunking:
+        norms = (chunking.chunk_norm, chunking.whole_norm)
         found["chunking_threshold"] = chunking.threshold
         found["chunking_norms"] = [[n.mean, n.slope, n.spread] for n in norms]
     return found
@@ -221,18 +221,6 @@ def said(reply: Reply) -> Record:
     return found | {"ids": list(reply.ids), "text": reply.text}
 
 
-def study_tables(model: ChatModel) -> list[Record]:
-    """The tables of the tests' small study."""
-    with TemporaryDirectory() as folder:
-        tiny = Path(folder) / "tiny"
-        model.model.save_pretrained(tiny)
-        model.tokenizer.save_pretrained(tiny)
-        report = study_report(tiny, Path(folder) / "study").as_dict()
-    return [
-        {name: table[name] for name in ("title", "columns", "rows")} for table in report["tables"]
-    ]
-
-
 # ---- recording -----------------------------------------------------------------------------------
 
 
@@ -252,8 +240,6 @@ def collect(name: str, *, quick: bool = False) -> Record:
             chosen = [*rows["pack_harmless"][:STEERED], *rows["pack_examples"][: STEERED // 2]]
             replies = steer(model, guard, chosen)
             record["steering"] = [said(reply) for setting in replies for reply in setting]
-    if name == STUDIED and not quick:
-        record["study"] = study_tables(model)
     rounded: Record = json.loads(json.dumps(shortened(record)))
     return rounded
 
@@ -301,9 +287,8 @@ def write(record: Record, path: Path) -> None:
         for kind, held in record["guards"].items()
     ]
     parts.append('"guards": {\n' + ",\n".join(guards) + "}")
-    parts += [
-        f'"{name}": {lines(record[name])}' for name in ("steering", "study") if name in record
-    ]
+    if "steering" in record:
+        parts.append(f'"steering": {lines(record["steering"])}')
     path.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
@@ -345,8 +330,7 @@ def compare(old: Record, new: Record) -> dict[str, Tally]:
     _walk(tallies, "guards", list(old["guards"]), list(new["guards"]))
     for kind, held in old["guards"].items():
         _compare_guard(tallies, kind, held, new["guards"].get(kind, {"facts": {}, "verdicts": []}))
-    for name in ("steering", "study"):
-        _walk(tallies, name, old.get(name), new.get(name))
+    _walk(tallies, "steering", old.get("steering"), new.get("steering"))
     return tallies
 
 
@@ -358,9 +342,18 @@ def _compare_guard(tallies: dict[str, Tally], kind: str, old: Record, new: Recor
     both = list(zip(old["verdicts"], new["verdicts"], strict=False))
     _walk(tallies, f"{kind} verdicts", len(old["verdicts"]), len(new["verdicts"]))
     for one, other in both:
+        if _is_tie(one, other, spread):
+            tallies.setdefault(f"{kind} tied versions", Tally()).values += 1
+            continue
         for name, before, after in zip(FIELDS, one, other, strict=True):
             unit = spread if name in ("score", "evidence") else None
             _walk(tallies, f"{kind} {name}", before, after, unit, f"prompt {one[0]}")
+
+
+def _is_tie(old: Sequence[Any], new: Sequence[Any], spread: float) -> bool:
+    """Whether the same score was found on the prompt as it stands and on its decoded text."""
+    score, names = FIELDS.index("score"), FIELDS.index("obfuscations")
+    return old[names] != new[names] and _distance(old[score], new[score], spread) <= TIE
 
 
 def _walk(

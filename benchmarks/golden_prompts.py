@@ -15,9 +15,10 @@ from typing import Any
 
 from latentguard.contrast import load_contrast, load_samples, load_traffic
 from latentguard.contrast.frames import document, filler
+from latentguard.stress.attacks import ATTACKS
+
 from latentguard.prompts import Prompt
 from latentguard.report import write_text
-from latentguard.stress.attacks import ATTACKS
 
 FILE = Path(__file__).parent / "results" / "golden-prompts.json"
 

@@ -127,6 +127,13 @@ def test_turns_are_decoded_together():
 def test_a_flag_beats_a_higher_score(guard):
     calm, alarmed = (next(guard.scan(FakeBackend(), texts(1, bad=bad))) for bad in (False, True))
     high = replace(calm, score=alarmed.score + 1)
-    assert alarmed.severity > high.severity
+    assert alarmed.is_more_severe_than(high)
     review = replace(calm, decision="review")
-    assert review.severity > high.severity
+    assert review.is_more_severe_than(high)
+
+
+def test_rounding_does_not_choose_between_versions_of_a_prompt(guard):
+    calm = next(guard.scan(FakeBackend(), texts(1, bad=False)))
+    near = replace(calm, score=calm.score + 1e-6)
+    assert near.is_more_severe_than(calm)
+    assert not near.is_more_severe_than(calm, tie=1e-4)

@@ -69,6 +69,9 @@ from latentguard.text.deobfuscation import OBFUSCATIONS, RULES
 
 T = TypeVar("T")
 
+TIE = 1e-4
+"""Versions of a prompt whose scores differ by less, in standard deviations, are alike."""
+
 NOT_FINITE = (
     "A score or a belief is not a finite number, so no verdict can be given; use bfloat16 or "
     "float32 instead of float16."
@@ -329,7 +332,7 @@ class LatentGuard:
 
     def combine(self, scored: ScoredPlan) -> Outcome:
         """The verdict on a prompt from the scores of its plan (``reading_plan.combine``)."""
-        return combine(scored, self.chunking, self.decide)
+        return combine(scored, self.chunking, self.decide, tie=TIE * self.spread)
 
     def judge(self, states: States) -> list[Verdict]:
         """Verdicts on states captured at ``positions``, each prompt read as it stands and whole."""

@@ -186,6 +186,8 @@ def combine(
     scored: ScoredPlan,
     chunking: Chunking | None,
     decide: Callable[[Prompt, Version], Verdict],
+    *,
+    tie: float = 0.0,
 ) -> Outcome:
     """The verdict on the most severe version of a prompt; the first of those that are alike.
 
@@ -193,6 +195,8 @@ def combine(
         scored: What was read.
         chunking: What the prompt was cut by.
         decide: The verdict on one version.
+        tie: Scores that differ by no more are alike. Rounding depends on the batch, and must not
+            choose between a prompt as it stands and its decoded text.
 
     Raises:
         GuardError: if a number is not finite.
@@ -201,7 +205,11 @@ def combine(
         Outcome(_named(scored.prompt, version, decide(scored.prompt, version)), version.whole)
         for version in versions_of(scored, chunking)
     ]
-    return max(outcomes, key=lambda outcome: outcome.verdict.severity)
+    chosen = outcomes[0]
+    for other in outcomes[1:]:
+        if other.verdict.is_more_severe_than(chosen.verdict, tie=tie):
+            chosen = other
+    return chosen
 
 
 def _named(prompt: Prompt, version: Version, verdict: Verdict) -> Verdict:

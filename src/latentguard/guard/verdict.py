@@ -74,13 +74,19 @@ class Verdict:
     calibrated: bool = True
     """Whether the threshold was calibrated; if not, the decision promises nothing."""
 
-    @property
-    def severity(self) -> tuple[bool, int, float]:
-        """What verdicts on versions of one prompt are compared by: greater is more severe.
+    def is_more_severe_than(self, other: Verdict, *, tie: float = 0.0) -> bool:
+        """Whether it flags where the other does not, or decides or scores higher.
 
         Scores alone would not do: a short text and a long one have thresholds of their own.
+
+        Args:
+            other: The verdict on another version of the same prompt.
+            tie: Scores that differ by no more are alike.
         """
-        return self.flagged, get_args(Decision).index(self.decision), self.score
+        levels = get_args(Decision)
+        own = (self.flagged, levels.index(self.decision))
+        theirs = (other.flagged, levels.index(other.decision))
+        return own > theirs or (own == theirs and self.score > other.score + tie)
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON has it; every JSON form of a verdict is made here.
