@@ -1,4 +1,4 @@
-"""Table 4: ids are those of the plain string, positions are right, imitations stay text."""
+"""Table 4: ids of the plain string, right positions; text that imitates them stays text."""
 
 import pytest
 
