@@ -4,11 +4,11 @@
     python benchmarks/golden.py compare MODEL [--quick] [--out FILE] [--tolerance 5e-6]
 
 MODEL is smollm2-135m or one of the tiny random models: tiny-llama, tiny-gemma3, tiny-qwen3. FILE is
-benchmarks/results/golden-MODEL.json unless it is named. ``--quick`` asks every fourth prompt and does
-not steer. ``compare`` prints the greatest difference of each quantity and how
-many discrete values differ, and exits with 1 if a number moved by more than the tolerance (scores
-in units of the guard's spread, other numbers in units of the greater of 1 and their size) or a
-discrete value differs.
+benchmarks/results/golden-MODEL.json unless it is named. ``--quick`` asks every fourth prompt and
+does not steer. ``compare`` prints the greatest difference of each quantity and how many discrete
+values differ. It exits with 1 if a number moved by more than the tolerance (scores in units of the
+guard's spread, other numbers in units of the greater of 1 and their size) or a discrete value
+differs.
 
 Numbers come out bit for bit the same on one machine; another processor adds up in another order, so
 make the record anew there (from the older version) or allow a tolerance of 1e-4.
