@@ -33,7 +33,7 @@ class TestAudit:
         import numpy as np
 
         nothing = lambda prompts, folds: np.zeros(len(prompts))  # noqa: E731 (it is slow)
-        monkeypatch.setattr("latentguard.data.surface_audit.ngram_held_out", nothing)
+        monkeypatch.setattr("latentguard.data.surface_audit.held_out_ngram_scores", nothing)
         code, out, err = lg("audit", "contrast")
         assert (code, err) == (0, "")
         assert "660 harmful, 960 harmless" in " ".join(out.split())

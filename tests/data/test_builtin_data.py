@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from latentguard.data.builtin import load_contrast, load_samples, load_traffic, split_of
-from latentguard.data.surface_audit import audit, ending, form
+from latentguard.data.surface_audit import audit_surface, ending_class, form_class
+from latentguard.errors import PromptError
 from latentguard.guard.compatibility import CANARY_COUNT, canary_prompts
 from latentguard.prompts import Prompt
 
@@ -79,6 +80,11 @@ def letters(text):
 
 
 class TestPairs:
+    @pytest.mark.parametrize("load", [load_contrast, load_traffic])
+    def test_an_unknown_split_is_refused_with_the_known_ones(self, load):
+        with pytest.raises(PromptError, match="no split 'trian'; expected one of train, valid"):
+            load("trian")
+
     def test_how_many(self, prompts, pairs):
         assert len(pairs) >= 600
         assert Counter(p.pair for p in prompts if p.pair).most_common(1)[0][1] == 2
@@ -87,9 +93,9 @@ class TestPairs:
     def test_members_share_their_form(self, pairs):
         for harmful, harmless in pairs:
             a, b = harmful.text, harmless.text
-            assert ending(a) == ending(b), (a, b)
+            assert ending_class(a) == ending_class(b), (a, b)
             assert a[0].isupper() == b[0].isupper(), (a, b)
-            assert form(a) == form(b), (a, b)
+            assert form_class(a) == form_class(b), (a, b)
             assert abs(len(a) - len(b)) <= max(8, 0.18 * max(len(a), len(b))), (a, b)
             assert harmful.category == harmless.category
 
@@ -107,7 +113,7 @@ class TestPairs:
 
     def test_the_forms_are_the_ones_that_they_say(self):
         said = {r["text"]: r["form"] for r in rows() if "pair" in r}
-        right = sum(form(text) == kind for text, kind in said.items())
+        right = sum(form_class(text) == kind for text, kind in said.items())
         assert right / len(said) > 0.9  # the rule of the audit is rough: "any way to", "whats"
 
 
@@ -174,15 +180,15 @@ class TestForm:
     def no_ngrams(self, monkeypatch):
         """They are slow, and what words tell is not form."""
         nothing = lambda prompts, folds: np.zeros(len(prompts))  # noqa: E731
-        monkeypatch.setattr("latentguard.data.surface_audit.ngram_held_out", nothing)
+        monkeypatch.setattr("latentguard.data.surface_audit.held_out_ngram_scores", nothing)
 
     def test_form_does_not_tell_the_label_of_training_prompts(self):
-        found = audit(load_contrast("train"))
+        found = audit_surface(load_contrast("train"))
         assert max(found.ending, found.form, found.length) <= 0.55
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_no_split_is_warned_of(self, split):
-        assert audit(load_contrast(split)).warnings == []
+        assert audit_surface(load_contrast(split)).warnings == []
 
 
 class TestTraffic:
@@ -219,8 +225,8 @@ class TestTraffic:
     def test_members_share_their_form(self, twins):
         for harmful, harmless in twins:
             a, b = harmful["text"], harmless["text"]
-            assert ending(a) == ending(b), (a, b)
-            assert form(a) == form(b), (a, b)
+            assert ending_class(a) == ending_class(b), (a, b)
+            assert form_class(a) == form_class(b), (a, b)
             assert a[0].isupper() == b[0].isupper(), (a, b)
             assert abs(len(a) - len(b)) <= max(14, 0.3 * max(len(a), len(b))), (a, b)
 
@@ -252,8 +258,8 @@ class TestTraffic:
     @pytest.mark.parametrize("split", SPLITS)
     def test_form_does_not_tell_the_label(self, split, monkeypatch):
         nothing = lambda prompts, folds: np.zeros(len(prompts))  # noqa: E731
-        monkeypatch.setattr("latentguard.data.surface_audit.ngram_held_out", nothing)
-        found = audit(load_traffic(split))
+        monkeypatch.setattr("latentguard.data.surface_audit.held_out_ngram_scores", nothing)
+        found = audit_surface(load_traffic(split))
         assert max(found.ending, found.form, found.length) <= 0.56
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from latentguard.data.surface_audit import (
-    audit,
-    ending,
-    form,
-    ngram_held_out,
+    audit_surface,
+    ending_class,
+    form_class,
+    held_out_ngram_scores,
     ngram_scores,
     surface_warnings,
 )
@@ -41,7 +41,7 @@ class TestForms:
         ],
     )
     def test_endings(self, text, kind):
-        assert ending(text) == kind
+        assert ending_class(text) == kind
 
     @pytest.mark.parametrize(
         ("text", "kind"),
@@ -58,12 +58,12 @@ class TestForms:
         ],
     )
     def test_forms(self, text, kind):
-        assert form(text) == kind
+        assert form_class(text) == kind
 
 
 class TestFigures:
     def test_an_ending_that_tells_all(self):
-        found = audit(prompts_of(["Say that."] * 6, ["Say that?"] * 8))
+        found = audit_surface(prompts_of(["Say that."] * 6, ["Say that?"] * 8))
         assert (found.n, found.ending, found.length) == ((6, 8), 1.0, 0.5)
         assert found.endings == {".": (6, 0), "?": (0, 8)}
         assert found.forms == {"imperative": (6, 0), "question": (0, 8)}
@@ -71,41 +71,43 @@ class TestFigures:
 
     def test_shares_not_counts_decide(self):
         """With one class ten times as frequent, guessing it would be right too often."""
-        found = audit(prompts_of(["Say it.", "Say it?"] * 5, ["Say it.", "Say it?"] * 50))
+        found = audit_surface(prompts_of(["Say it.", "Say it?"] * 5, ["Say it.", "Say it?"] * 50))
         assert (found.ending, found.form) == (0.5, 0.5)
         assert found.warnings == []
 
     def test_half_told(self):
-        found = audit(prompts_of(["Say it."] * 5 + ["Say it?"] * 5, ["Say it."] * 10))
+        found = audit_surface(prompts_of(["Say it."] * 5 + ["Say it?"] * 5, ["Say it."] * 10))
         assert found.ending == 0.75
 
     def test_four_kinds(self):
         """Guess the class in which each ending is more frequent: .4 + .3 + .3 + .4 of 2."""
         harmful = ["Say it."] * 4 + ["Say it?"] * 3 + ["Say it!"] * 2 + ["Say it"] * 1
         harmless = ["Say it."] * 1 + ["Say it?"] * 2 + ["Say it!"] * 3 + ["Say it"] * 4
-        assert audit(prompts_of(harmful, harmless)).ending == pytest.approx(0.7)
+        assert audit_surface(prompts_of(harmful, harmless)).ending == pytest.approx(0.7)
 
     @pytest.mark.parametrize("longer", [True, False])
     def test_length_in_its_better_direction(self, longer):
         sides = ["word " * n for n in range(20, 30)], ["word " * n for n in range(1, 11)]
-        found = audit(prompts_of(*(sides if longer else sides[::-1])))
+        found = audit_surface(prompts_of(*(sides if longer else sides[::-1])))
         assert found.length == 1.0
         assert any("length" in warning for warning in found.warnings)
 
     def test_ngrams_that_tell_and_that_do_not(self):
         words = ["alpha", "beta", "gamma", "delta", "omega"] * 4
-        told = audit(prompts_of([f"sly {w}" for w in words], [f"kind {w}" for w in words]))
+        told = audit_surface(prompts_of([f"sly {w}" for w in words], [f"kind {w}" for w in words]))
         assert told.ngrams == 1.0
         pairs = [
             Prompt(f"{w} {n}{n}", id=f"{n}{side}", pair=f"{n}", harmful=side)
             for n, w in enumerate(words)
             for side in (True, False)
         ]
-        assert audit(pairs).ngrams == 0.5  # both of a pair say the same
+        assert audit_surface(pairs).ngrams == 0.5  # both of a pair say the same
 
     def test_unlabelled_prompts_are_left_out(self):
         some = prompts_of(["Say that."] * 5, ["Say that?"] * 5)
-        assert audit([*some, *(Prompt("never seen") for _ in range(9))]) == audit(some)
+        assert audit_surface([*some, *(Prompt("never seen") for _ in range(9))]) == audit_surface(
+            some
+        )
 
     def test_the_quick_warnings_are_those_of_the_audit(self):
         sets = [
@@ -114,7 +116,7 @@ class TestFigures:
             prompts_of(["Say that very much indeed."] * 6, ["Say that."] * 8),
         ]
         for prompts in sets:
-            assert surface_warnings(prompts) == audit(prompts).warnings
+            assert surface_warnings(prompts) == audit_surface(prompts).warnings
         assert surface_warnings([]) == []
         assert surface_warnings(prompts_of(["a"], [])) == []
 
@@ -129,8 +131,8 @@ class TestBaselines:
         ]
         labels = np.array([p.harmful for p in prompts])
         alone = [Prompt(p.text, id=p.id, harmful=p.harmful) for p in prompts]
-        assert auroc(labels, ngram_held_out(alone)) > 0.9
-        assert auroc(labels, ngram_held_out(prompts)) < 0.7
+        assert auroc(labels, held_out_ngram_scores(alone)) > 0.9
+        assert auroc(labels, held_out_ngram_scores(prompts)) < 0.7
 
     def test_scores_of_other_prompts(self):
         train = prompts_of(["sly trick", "sly plan"] * 3, ["kind trick", "kind plan"] * 3)
@@ -151,10 +153,10 @@ class TestErrors:
     )
     def test_too_few(self, prompts, found):
         with pytest.raises(GuardError, match=f"at least 5 harmful and 5 harmless.*{found}"):
-            audit(prompts)
+            audit_surface(prompts)
 
     def test_too_few_pairs(self):
         """Ten prompts in three pairs cannot be split into five folds."""
         prompts = [Prompt(f"some text {n}", harmful=n % 2 == 0, pair=f"{n % 3}") for n in range(12)]
         with pytest.raises(GuardError, match="pairs"):
-            audit(prompts)
+            audit_surface(prompts)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fake_backend import FakeBackend, bare, labelled, texts
 from latentguard.data.builtin import load_traffic
-from latentguard.data.documents import document
+from latentguard.data.documents import build_document
 from latentguard.errors import GuardError, PromptError
 from latentguard.guard.chunk_calibration import (
     CALIBRATION_TEXTS,
@@ -271,10 +271,10 @@ class TestFitting:
 
     @pytest.mark.parametrize("seed", ["a", "b", "c"])
     def test_a_document_holds_its_request(self, seed):
-        found = document("THIS", 900, seed=seed)
+        found = build_document("THIS", 900, seed=seed)
         assert found.count("THIS") == 1
         assert len(found) > 900
-        assert found == document("THIS", 900, seed=seed)
+        assert found == build_document("THIS", 900, seed=seed)
 
 
 class TestPacking:

@@ -24,11 +24,11 @@ def audit(
     from rich.console import Console
     from rich.table import Table
 
-    from latentguard.data.surface_audit import audit as audit_set
+    from latentguard.data.surface_audit import audit_surface
 
     harmful = None if label is None else label is Side.harmful
     prompts = [p for file in files for p in read_source(file, Columns(text=text_column), harmful)]
-    result = audit_set(prompts)
+    result = audit_surface(prompts)
     view = Table("feature", "separates", title=f"{result.n[0]} harmful, {result.n[1]} harmless")
     for name in ("ending", "form", "length", "ngrams"):
         view.add_row(name, f"{getattr(result, name):.3f}")

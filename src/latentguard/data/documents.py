@@ -1,7 +1,6 @@
-"""Long texts around a request: memo, e-mail, log, ... whose lines are drawn with a seed.
+"""Long harmless texts around a request: memos, e-mails, logs and others, made from a seed.
 
-What long prompts look like where nothing is wrong: windows take their norms and their threshold
-from such texts.
+Chunked reading takes its norms and its threshold from such texts.
 """
 
 from __future__ import annotations
@@ -13,47 +12,46 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-AROUND = 2
-"""Lines of one kind on either side of the request."""
+LINES_AROUND = 2
+"""Lines of the same genre before and after the request."""
 
 
-def document(request: str, characters: int, *, seed: str) -> str:
-    """A request somewhere in about so many characters of mixed text; equal seeds, equal texts."""
+def build_document(request: str, characters: int, *, seed: str) -> str:
+    """Return a request inside about ``characters`` characters of text; same seed, same text."""
     before = random.Random(seed).randrange(characters)
-    head, tail = (
-        filler(before, seed=f"{seed} head"),
-        filler(characters - before, seed=f"{seed} tail"),
-    )
-    return f"{head}\n\n{_framed(request, seed)}\n\n{tail}"
+    head = build_filler(before, seed=f"{seed} head")
+    tail = build_filler(characters - before, seed=f"{seed} tail")
+    return f"{head}\n\n{_with_lines_around(request, seed)}\n\n{tail}"
 
 
-def _framed(request: str, seed: str) -> str:
-    """The request as one line of a text of some kind."""
-    draw = random.Random(seed)
-    genre = draw.choice(sorted(_bank()["genres"]))
-    lines = [_line(genre, "lines", draw) for _ in range(2 * AROUND)]
-    left, right = _line(genre, "holders", draw).split("{}")
-    return "\n".join([*lines[:AROUND], left + request + right, *lines[AROUND:]])
-
-
-def filler(characters: int, *, seed: str) -> str:
-    """At least so many characters of lines, one kind of text after the other."""
-    draw, text = random.Random(seed), ""
+def build_filler(characters: int, *, seed: str) -> str:
+    """Return at least ``characters`` characters of lines, one genre after the other."""
+    rng = random.Random(seed)
+    text = ""
     while len(text) < characters:
-        genre = draw.choice(sorted(_bank()["genres"]))
-        lines = (_line(genre, "lines", draw) for _ in range(draw.randint(1, 8)))
+        genre = rng.choice(sorted(_phrases()["genres"]))
+        lines = (_random_line(genre, "lines", rng) for _ in range(rng.randint(1, 8)))
         text += "\n".join(lines) + "\n\n"
     return text.rstrip()
 
 
+def _with_lines_around(request: str, seed: str) -> str:
+    """Return the request as one line of a text of some genre."""
+    rng = random.Random(seed)
+    genre = rng.choice(sorted(_phrases()["genres"]))
+    lines = [_random_line(genre, "lines", rng) for _ in range(2 * LINES_AROUND)]
+    left, right = _random_line(genre, "holders", rng).split("{}")
+    return "\n".join([*lines[:LINES_AROUND], left + request + right, *lines[LINES_AROUND:]])
+
+
 @cache
-def _bank() -> dict[str, Any]:
+def _phrases() -> dict[str, Any]:
     text = files(__package__).joinpath("frames.json").read_text(encoding="utf-8")
-    bank: dict[str, Any] = json.loads(text)
-    return bank
+    phrases: dict[str, Any] = json.loads(text)
+    return phrases
 
 
-def _line(genre: str, kind: str, draw: random.Random) -> str:
-    bank = _bank()
-    line = str(draw.choice(bank["genres"][genre][kind]))
-    return re.sub(r"\{(\w+)\}", lambda word: str(draw.choice(bank["words"][word[1]])), line)
+def _random_line(genre: str, kind: str, rng: random.Random) -> str:
+    phrases = _phrases()
+    line = str(rng.choice(phrases["genres"][genre][kind]))
+    return re.sub(r"\{(\w+)\}", lambda word: str(rng.choice(phrases["words"][word[1]])), line)

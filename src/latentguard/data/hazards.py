@@ -1,7 +1,7 @@
 """Names of risk categories: the MLCommons hazards, and what OpenAI's moderation calls them.
 
 The hazards are those of the MLCommons AILuminate taxonomy (S1 to S14), the moderation categories
-those of OpenAI's ``omni-moderation``. Both divide the world otherwise: where OpenAI has no name of
+those of OpenAI's ``omni-moderation``. The two taxonomies differ. Where OpenAI has no category of
 its own, the nearest is ``illicit``, which covers advice on wrongdoing of any kind.
 """
 
@@ -25,7 +25,7 @@ MODERATION = (
 """OpenAI's names."""
 
 OTHER = "illicit"
-"""What stands for a category that OpenAI has no name for, or that nobody named."""
+"""Stands for a category that OpenAI has no name for, and for an unnamed one."""
 
 HAZARDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "violent_crimes": ("S1", ("violence", "illicit/violent")),
@@ -42,7 +42,7 @@ HAZARDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "sexual_content": ("S12", ("sexual",)),
     "elections": ("S13", (OTHER,)),
     "code_interpreter_abuse": ("S14", (OTHER,)),
-    # finer names of the built-in traffic
+    # finer categories of the built-in traffic
     "cybercrime": ("S2", (OTHER,)),
     "drugs": ("S2", (OTHER,)),
     "fraud": ("S2", (OTHER,)),
@@ -53,7 +53,7 @@ HAZARDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
 
 
 def moderation_names(category: str | None) -> tuple[str, ...]:
-    """OpenAI's names of a category: the table's, its own if it is one of them, else ``OTHER``."""
+    """Return OpenAI's names of a category: its own name if OpenAI has it, else the table's."""
     if category in MODERATION:
         return (category,)
     return HAZARDS[category][1] if category in HAZARDS else (OTHER,)

@@ -1,4 +1,4 @@
-"""Surface audit: how well form alone, without any model, separates a labelled set."""
+"""Surface audit: how well the form of prompts alone separates a labelled set."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
 from latentguard.stats.detection import auroc
 
-WARN_AT = 0.6
-"""Balanced accuracy or AUROC of a surface feature above which a set is called confounded."""
+WARNING_LEVEL = 0.6
+"""A set is called confounded if a surface feature has a higher balanced accuracy or AUROC."""
 
 QUESTION_WORDS = set(
     """
@@ -37,11 +37,11 @@ STATEMENT_WORDS = set(
 
 
 @dataclass(frozen=True)
-class Audit:
-    """What surface form gives away; 0.5 is nothing, 1 is the whole label."""
+class SurfaceAudit:
+    """How well surface form tells the label; 0.5 is chance, 1 is always."""
 
     n: tuple[int, int]
-    """Harmful and harmless prompts."""
+    """Number of harmful and of harmless prompts."""
 
     ending: float
     """Balanced accuracy of the class of the last character alone."""
@@ -56,69 +56,69 @@ class Audit:
     """AUROC of TF-IDF word 1-2-grams + logistic regression over pair-disjoint folds."""
 
     endings: dict[str, tuple[int, int]]
-    """Harmful and harmless prompts by ending."""
+    """Ending -> number of harmful and of harmless prompts."""
 
     forms: dict[str, tuple[int, int]]
-    """Harmful and harmless prompts by form."""
+    """Form -> number of harmful and of harmless prompts."""
 
     @property
     def warnings(self) -> list[str]:
-        """One sentence for each feature of form that separates the classes."""
+        """One sentence for each surface feature that separates the classes."""
         return _warnings({"ending": self.ending, "form": self.form, "length": self.length})
 
 
-def audit(prompts: Sequence[Prompt], *, folds: int = 5) -> Audit:
-    """Audit the labelled prompts of a set.
+def audit_surface(prompts: Sequence[Prompt], *, folds: int = 5) -> SurfaceAudit:
+    """SurfaceAudit the labelled prompts of a set.
 
     Raises:
         GuardError: if there are fewer than ``folds`` labelled prompts of a class, or pairs.
     """
-    known = [p for p in prompts if p.harmful is not None]
-    labels = np.array([p.harmful for p in known], dtype=bool)
+    labelled = [p for p in prompts if p.harmful is not None]
+    labels = np.array([p.harmful for p in labelled], dtype=bool)
     count = int(labels.sum()), int((~labels).sum())
     if min(count, default=0) < folds:
         raise GuardError(
             f"An audit needs at least {folds} harmful and {folds} harmless prompts; found "
             f"{count[0]} and {count[1]}. Give both sides, with --label for files without labels."
         )
-    if (groups := len(set(_groups(known)))) < folds:
+    if (groups := len(set(_groups(labelled)))) < folds:
         raise GuardError(f"An audit needs prompts of at least {folds} pairs; found {groups}.")
-    endings = [ending(p.text) for p in known]
-    forms = [form(p.text) for p in known]
-    return Audit(
+    endings = [ending_class(p.text) for p in labelled]
+    forms = [form_class(p.text) for p in labelled]
+    return SurfaceAudit(
         n=count,
         ending=_balanced_accuracy(endings, labels),
         form=_balanced_accuracy(forms, labels),
-        length=_length(known, labels),
-        ngrams=auroc(labels, ngram_held_out(known, folds=folds)),
+        length=_length(labelled, labels),
+        ngrams=auroc(labels, held_out_ngram_scores(labelled, folds=folds)),
         endings=_counts(endings, labels),
         forms=_counts(forms, labels),
     )
 
 
 def surface_warnings(prompts: Sequence[Prompt]) -> list[str]:
-    """The warnings of an audit, without its n-gram baseline: quick enough for every fit."""
+    """Return the warnings of an audit without its n-gram baseline; fast enough for every fit."""
     labels = np.array([bool(p.harmful) for p in prompts])
     if labels.all() or not labels.any():
         return []
     values = {
-        "ending": _balanced_accuracy([ending(p.text) for p in prompts], labels),
-        "form": _balanced_accuracy([form(p.text) for p in prompts], labels),
+        "ending": _balanced_accuracy([ending_class(p.text) for p in prompts], labels),
+        "form": _balanced_accuracy([form_class(p.text) for p in prompts], labels),
         "length": _length(prompts, labels),
     }
     return _warnings(values)
 
 
-def ending(text: str) -> str:
-    """Class of the last character: ``.``, ``?``, ``!``, ``word`` or ``other``."""
+def ending_class(text: str) -> str:
+    """Return the class of the last character: ``.``, ``?``, ``!``, ``word`` or ``other``."""
     last = text.rstrip()[-1:]
     if last in (".", "?", "!"):
         return last
     return "word" if last.isalnum() else "other"
 
 
-def form(text: str) -> str:
-    """Rough form of a prompt: ``multi``, ``question``, ``statement`` or ``imperative``."""
+def form_class(text: str) -> str:
+    """Return the rough form: ``multi``, ``question``, ``statement`` or ``imperative``."""
     text = text.strip()
     if len(re.split(r"[.?!]+\s+|\n+", text)) > 1:
         return "multi"
@@ -129,20 +129,20 @@ def form(text: str) -> str:
 
 
 def ngram_model() -> Pipeline:
-    """The n-gram baseline: TF-IDF of word 1-2-grams + logistic regression."""
+    """Return the n-gram baseline: TF-IDF of word 1-2-grams + logistic regression."""
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=1)
     return make_pipeline(words, LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000))
 
 
 def ngram_scores(train: Sequence[Prompt], test: Sequence[Prompt]) -> NDArray[np.float64]:
-    """Scores of the n-gram baseline, [n]: what the words alone give."""
+    """Return the scores of the n-gram baseline, [n]."""
     with threadpool_limits(1):  # small matrices: threads cost more than they give
         model = ngram_model().fit([p.text for p in train], [bool(p.harmful) for p in train])
     return np.asarray(model.decision_function([p.text for p in test]), dtype=np.float64)
 
 
-def ngram_held_out(prompts: Sequence[Prompt], *, folds: int = 5) -> NDArray[np.float64]:
-    """Scores of the n-gram baseline on folds that it did not see; pairs stay together, [n]."""
+def held_out_ngram_scores(prompts: Sequence[Prompt], *, folds: int = 5) -> NDArray[np.float64]:
+    """Return n-gram scores on held-out folds, [n]; pairs stay together."""
     texts, labels = [p.text for p in prompts], [bool(p.harmful) for p in prompts]
     split = GroupKFold(folds, shuffle=True, random_state=0)
     how = dict(groups=_groups(prompts), cv=split, method="decision_function")
@@ -152,7 +152,7 @@ def ngram_held_out(prompts: Sequence[Prompt], *, folds: int = 5) -> NDArray[np.f
 
 
 def _groups(prompts: Sequence[Prompt]) -> list[str]:
-    """What stays together in a fold: a pair, or a lone prompt."""
+    """Return what stays together in a fold: a pair, or a single prompt."""
     return [p.pair or f"row {i}" for i, p in enumerate(prompts)]
 
 
@@ -161,17 +161,17 @@ def _warnings(figures: dict[str, float]) -> list[str]:
         f"The {name} of a prompt alone tells the label apart ({value:.2f}, where 0.5 is nothing): "
         "a probe fitted on this set may learn form instead of harm."
         for name, value in figures.items()
-        if value > WARN_AT
+        if value > WARNING_LEVEL
     ]
 
 
 def _length(prompts: Sequence[Prompt], labels: NDArray[np.bool_]) -> float:
-    found = auroc(labels, np.array([len(p.text) for p in prompts], dtype=float))
-    return max(found, 1 - found)
+    area = auroc(labels, np.array([len(p.text) for p in prompts], dtype=float))
+    return max(area, 1 - area)
 
 
 def _balanced_accuracy(values: Sequence[str], labels: NDArray[np.bool_]) -> float:
-    """Of guessing, for each value, the class in which it is more frequent."""
+    """Return the accuracy of guessing, for each value, its more frequent class."""
     shares = [np.array([_share(values, labels == side, v) for v in set(values)]) for side in (1, 0)]
     return float(np.maximum(*shares).sum() / 2)
 

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from latentguard.data.builtin import Split, load_traffic
-from latentguard.data.documents import document, filler
+from latentguard.data.documents import build_document, build_filler
 from latentguard.errors import GuardError
 from latentguard.guard.chunking import LONGER_THAN, Chunking, LengthNorm
 from latentguard.guard.latent_guard import LatentGuard
@@ -118,7 +118,7 @@ def harmless_texts(split: Split, count: int, shortest: int = LONGER_THAN) -> lis
     for number in range(count):
         size = round(shortest * ratio ** draw.random())
         seed = f"{split} {number}"
-        text = document(draw.choice(requests), size, seed=seed) if number % 2 else ""
+        text = build_document(draw.choice(requests), size, seed=seed) if number % 2 else ""
         text = text or _paragraphs(requests, size, draw)
         texts.append(Prompt(text, id=f"{split}-document-{number}", harmful=False))
         turns = draw.sample(requests, draw.randint(2, 6))
@@ -140,7 +140,7 @@ def _chat(requests: Sequence[str], name: str) -> Prompt:
         for turn, text in enumerate(requests[:-1])
         for message in (
             Message("user", text),
-            Message("assistant", filler(60, seed=f"{name} {turn}")),
+            Message("assistant", build_filler(60, seed=f"{name} {turn}")),
         )
     ]
     return Prompt(requests[-1], name, False, history=tuple(history))

@@ -19,7 +19,7 @@ from latentguard.cli.demo.detection import (
     random_direction_scores,
 )
 from latentguard.data.builtin import load_contrast, load_samples
-from latentguard.data.surface_audit import Audit, audit, ngram_scores
+from latentguard.data.surface_audit import SurfaceAudit, audit_surface, ngram_scores
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import JSON_FILE
 from latentguard.guard.latent_guard import LatentGuard
@@ -68,7 +68,7 @@ def run(backend: ChatModel, guard_folder: Path, out: Path, *, step: Step) -> Pat
             summary_section(guard, name_of(backend)),
             sample_section(samples, verdicts, guard),
             *detection_sections(guard, paper, states),
-            audit_section(audit(load_contrast("train"))),
+            audit_section(audit_surface(load_contrast("train"))),
         ),
         provenance(guard),
     )
@@ -219,7 +219,7 @@ def layer_figure(paper: LatentGuard, states: States, labels: NDArray[np.bool_]) 
     )
 
 
-def audit_section(found: Audit) -> Section:
+def audit_section(found: SurfaceAudit) -> Section:
     """How well form alone would do."""
     rows = tuple(
         (name, float(getattr(found, name))) for name in ("ending", "form", "length", "ngrams")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.data.surface_audit import WARN_AT, audit, ngram_held_out
+from latentguard.data.surface_audit import WARNING_LEVEL, audit_surface, held_out_ngram_scores
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Table
@@ -29,12 +29,12 @@ def audit_table(sets: Mapping[str, Sequence[Prompt]]) -> Table:
             continue
         for feature, one in found.items():
             figures = (one.value, one.low, one.high, *one.n)
-            rows.append((name, feature, *figures, one.value > WARN_AT))
+            rows.append((name, feature, *figures, one.value > WARNING_LEVEL))
     note = (
         "No model is asked. Ending (class of the last character) and form (question, imperative, "
         "...): balanced accuracy of the better guess. Length and n-grams (held-out folds): AUROC. "
-        f"0.5 is nothing; above {WARN_AT} a set is called confounded. Intervals: 95 % bootstrap. "
-        f"Too small to audit: {', '.join(left_out) or 'none'}."
+        f"0.5 is nothing; above {WARNING_LEVEL} a set is called confounded. Intervals: 95 % "
+        f"bootstrap. Too small to audit: {', '.join(left_out) or 'none'}."
     )
     columns = ("set", "feature", "value", "low", "high", "n harmful", "n harmless", "confounded")
     return Table("Surface audit", columns, tuple(rows), note)
@@ -46,7 +46,7 @@ def features(prompts: Sequence[Prompt]) -> dict[str, Estimate]:
     Raises:
         GuardError: if there are too few prompts of a class, or pairs.
     """
-    found = audit(prompts)
+    found = audit_surface(prompts)
     harmful = np.array([bool(p.harmful) for p in prompts])
     length = np.array([[len(p.text) for p in prompts]], dtype=np.float64)
     lengths = {sign: separation(*_sides(sign * length, harmful)) for sign in (1, -1)}
@@ -54,7 +54,7 @@ def features(prompts: Sequence[Prompt]) -> dict[str, Estimate]:
         "ending": guessed(found.endings),
         "form": guessed(found.forms),
         "length": max(lengths.values(), key=lambda one: one.value),
-        "n-grams": separation(*_sides(ngram_held_out(prompts)[None], harmful)),
+        "n-grams": separation(*_sides(held_out_ngram_scores(prompts)[None], harmful)),
     }
 
 
