@@ -4,7 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 CLIENTS := .venv-clients
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# Without --no-compile pip spends half of its time on byte code, most of which is never imported.
+INSTALL := -m pip install --disable-pip-version-check --no-compile
+PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
+# Processes of the test run, one thread each.
+WORKERS ?= $(shell nproc)
 
 .PHONY: demo test check fmt clients peers-env clean vllm-env test-vllm
 
@@ -12,7 +16,7 @@ demo: $(VENV)/ready
 	$(BIN)/latentguard demo
 
 test: check clients
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -27,7 +31,7 @@ fmt: $(VENV)/ready
 # vLLM pins other versions than the rest, so it has an environment of its own. Its torchvision,
 # torchaudio and torchcodec are built for another torch and break its import.
 VLLM_VENV ?= .venv-vllm
-VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check
+VLLM_PIP := $(VLLM_VENV)/bin/python $(INSTALL)
 
 vllm-env: $(VLLM_VENV)/ready
 
@@ -60,7 +64,7 @@ clients: $(CLIENTS)/ready
 
 $(CLIENTS)/ready: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	$(CLIENTS)/bin/python $(INSTALL) --quiet --no-deps \
 		--requirement constraints-clients.txt
 	@touch $@
 
@@ -69,16 +73,16 @@ peers-env: .venv-peers/ready .venv-peers-4/ready
 
 .venv-peers/ready: benchmarks/peers-constraints.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --constraint $< torch==2.13.0
-	.venv-peers/bin/python -m pip install --constraint $< --editable . \
+	.venv-peers/bin/python $(INSTALL) --constraint $< torch==2.13.0
+	.venv-peers/bin/python $(INSTALL) --constraint $< --editable . \
 	  nnsight transformer-lens alt-profanity-check
 	@touch $@
 
 # The package itself asks for transformers 5; there it runs from the source, PYTHONPATH=src.
 .venv-peers-4/ready: benchmarks/peers-constraints-4.txt
 	$(PYTHON) -m venv .venv-peers-4
-	.venv-peers-4/bin/python -m pip install --constraint $< torch==2.13.0
-	.venv-peers-4/bin/python -m pip install --constraint $< \
+	.venv-peers-4/bin/python $(INSTALL) --constraint $< torch==2.13.0
+	.venv-peers-4/bin/python $(INSTALL) --constraint $< \
 	  steering-vectors repeng accelerate confusable-homoglyphs httpx jaxtyping rich safetensors scipy
 	@touch $@
 

@@ -6,6 +6,7 @@ import shutil
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share the cores
 
 import pytest
 from hypothesis import HealthCheck, settings

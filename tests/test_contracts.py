@@ -1,7 +1,7 @@
 """Promises about the package as a whole: what it loads, names, imports; how long modules are."""
 
 import ast
-import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -119,6 +119,13 @@ class TestSource:
                 text = path.read_text("utf-8")
                 made_up = text.replace("/home/ines/photos", "")  # a prompt of the traffic
                 assert not any(word in made_up for word in ("/root/", "/home/", "/tmp/"))
+
+
+def test_the_modules_whose_shapes_are_checked_exist():
+    """A module that has moved would go unchecked without a word."""
+    from conftest import SHAPED
+
+    assert [name for name in SHAPED if importlib.util.find_spec(name) is None] == []
 
 
 def test_every_test_folder_is_a_package():
