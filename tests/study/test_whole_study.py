@@ -65,6 +65,18 @@ def test_the_authors_protocol_runs_whole_and_says_by_what_it_deviates(paper):
     found = {row[0] for row in tables["Deviations from the protocol"]["rows"]}
     assert {"template", "judge", "fit", "steered", "prompts: harmful"} <= found
     assert "built-in judge: refused" in tables["Refusal rates"]["columns"]
+    printed = {"Figure 9b as printed", "Table 8: ToxicChat", "Table 9: one category at a time"}
+    printed |= {"Held-out prompts along the refusal direction", "Fine-tuning, run by run"}
+    assert printed <= set(tables)
+
+
+def test_examples_are_shown_only_when_texts_are_asked_for(folder, whole):
+    """Tables 5, 10, 11 and Figure 19 hold prompts and replies."""
+    titles = ("Table 5: refused harmless prompts", "Table 11: jailbreak prompts")
+    shown = study_report(folder, whole, only=["beliefs"], show_prompts=True)
+    hidden = study_report(folder, whole, only=["beliefs"])
+    assert set(titles) <= {table.title for table in shown.tables}
+    assert not set(titles) & {table.title for table in hidden.tables}
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])

@@ -52,7 +52,10 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     ] = None,
     dtype: Dtype = "auto",
     show_prompts: Annotated[
-        bool, typer.Option("--show-prompts", help="Show prompt texts in the figures.")
+        bool,
+        typer.Option(
+            "--show-prompts", help="Show prompt texts in the figures, and tables of examples."
+        ),
     ] = False,
 ) -> None:
     """Run every table and figure of the paper on MODEL; prints the report's path last.

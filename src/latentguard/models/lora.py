@@ -23,7 +23,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 
 MAX_REPLY_TOKENS = 24
-"""Of no pair more reply tokens than these are trained on."""
+"""Of no pair more reply tokens than these are trained on, unless whole replies are asked for."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,15 @@ class Finetuning:
         self.model, self.config, self.keep = model, config, keep
 
     @contextmanager
-    def __call__(self, pairs: Sequence[tuple[Prompt, str]], *, seed: int) -> Iterator[ChatModel]:
+    def __call__(
+        self, pairs: Sequence[tuple[Prompt, str]], *, seed: int, reply_tokens: int | None = None
+    ) -> Iterator[ChatModel]:
         """The model trained on (prompt, opening of a reply) pairs; see ``cached_model.Finetune``.
 
         Args:
             pairs: What to train on; prompts carry no loss.
             seed: Of the adapters' first weights and of the order of the pairs.
+            reply_tokens: Most tokens of a whole reply; an opening as in the config if None.
 
         Raises:
             PromptError: if there is no pair, an opening has no token, or a pair is too long.
@@ -92,7 +95,7 @@ class Finetuning:
         """
         model = self.model.model
         rank = self.config.rank
-        limit = min(MAX_REPLY_TOKENS, self.config.opening_tokens)
+        limit = reply_tokens or min(MAX_REPLY_TOKENS, self.config.opening_tokens)
         tokenized = [_tokenize(self.model, prompt, opening, limit) for prompt, opening in pairs]
         if not tokenized:
             raise PromptError("Fine-tuning needs at least one pair; found none.")

@@ -41,9 +41,9 @@ class Finetune(Protocol):
     """Opens the model fine-tuned on (prompt, opening) pairs; on leaving it is as it was."""
 
     def __call__(
-        self, pairs: Sequence[tuple[Prompt, str]], *, seed: int
+        self, pairs: Sequence[tuple[Prompt, str]], *, seed: int, reply_tokens: int | None = None
     ) -> AbstractContextManager[Speaker]:
-        """Train on the openings alone; ``seed`` orders them."""
+        """Train on the openings alone, or on so many tokens of replies; ``seed`` orders them."""
 
 
 class Suffix(Protocol):

@@ -19,6 +19,7 @@ from latentguard.study import labelling
 from latentguard.study.axes import refusals_suffice
 from latentguard.study.cached_model import CachedModel, Step, Tools
 from latentguard.study.claims import claims_section
+from latentguard.study.examples import examples_section
 from latentguard.study.figures import (
     confound,
     figure_02_clusters,
@@ -163,7 +164,7 @@ def run(
     Args:
         study: What and how.
         only: Experiments to run; all if empty.
-        show_prompts: Show the prompts' texts where a figure is pointed at.
+        show_prompts: Show the prompts' texts where a figure is pointed at, and tables of examples.
         say: Told the name of each experiment as it begins.
 
     Raises:
@@ -180,7 +181,11 @@ def run(
             say(name)
             found[name] = _experiment(name, study, prompt_groups)
     report = _report(study, found, prompt_groups)
-    return _with_texts(report, study.pools) if show_prompts else report
+    if not show_prompts:
+        return report
+    examples = examples_section(study.model, prompt_groups, study.settings)
+    report = replace(report, sections=(*report.sections, examples))
+    return _with_texts(report, study.pools)
 
 
 def require_known(only: Collection[str]) -> None:

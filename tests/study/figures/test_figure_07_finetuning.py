@@ -40,10 +40,12 @@ class Attack:
 
     def __init__(self, model, says=ATTACKED):
         self.model, self.says, self.taught, self.asked = model, says, [], []
+        self.how = []
 
     @contextmanager
-    def __call__(self, taught, *, seed):
+    def __call__(self, taught, *, seed, reply_tokens=None):
         self.taught.append(list(taught))
+        self.how.append((seed, reply_tokens))
         yield Planted(self.model, self._reply)
 
     def _reply(self, prompt, one):
@@ -117,6 +119,55 @@ class TestTiny:
         assert not any(
             said in report.html() for said in (SORRY, FINE, ATTACKED, training_pairs.TEMPLATE)
         )
+
+
+class TestPaperProtocol:
+    def test_whole_completions_beside_openings_each_run_several_times(
+        self, aim, prompt_groups, settings
+    ):
+        planted, attack = aim
+        settings = replace(settings, finetune_completion=40, finetune_seeds=3, seed=5)
+        records = finetuning.collect(planted, prompt_groups, settings)
+        kinds = ["4 pairs", "4 harmless pairs (control)", "4 pairs, whole completions"]
+        wanted = [f"{k}{end}" for end in ("", ", run 2", ", run 3") for k in kinds]
+        assert [stage.name for stage in records.stages] == ["before", *wanted]
+        assert attack.how == [(5 + n, t) for n in range(3) for t in (None, None, 40)]
+        rows = rows_of(finetuning.analyse(records, settings), "Fine-tuning, run by run")
+        assert rows[kinds[2], "refusal rate, harmful"][-1] == 3
+
+    def test_completions_are_made_in_memory_and_never_kept(
+        self, model, cached_model, prompt_groups, settings
+    ):
+        """The opening is shown to the store by today's attack; the rest of it never is."""
+        secret = "and then the whole of it"
+
+        class Long(Planted):
+            def sweep(self, prompts, interventions, *, max_new_tokens=24, **how):
+                found = super().sweep(prompts, interventions, max_new_tokens=max_new_tokens, **how)
+                more = f" {secret}" if max_new_tokens == 40 else ""
+                return [[replace(r, text=r.text + more) for r in replies] for replies in found]
+
+        attack = Attack(model)
+        planted = CachedModel(
+            Long(model, aligned), cached_model.store, tools=Tools(finetune=attack)
+        )
+        settings = replace(settings, finetune_completion=40)
+        finetuning.collect(planted, prompt_groups, settings)
+        assert any(secret in text for _, text in attack.taught[-1])
+        base = sqlite3.connect(planted.store.path)
+        kept = b"".join(row[0] for row in base.execute("SELECT value FROM kept"))
+        base.close()
+        assert secret.encode() not in kept
+
+    def test_whole_completions_decide_where_there_are_any(self, settings):
+        records = planted_records(
+            stage("before", 0, 20),
+            stage("9 pairs", 9, 15),
+            stage("9 pairs, whole completions", 9, 5, whole=True),
+            stage("9 pairs, whole completions, run 2", 9, 0, whole=True, seed=1),
+        )
+        finding = finetuning.analyse(records, settings)
+        assert finding.effects["refusal rate drop after fine-tuning"].value == 0.75
 
 
 class TestPairs:

@@ -8,6 +8,7 @@ import torch
 
 from latentguard.stats.intervals import centered_interval
 from latentguard.study.figures.figure_09_categories import Records, Steered, analyse, collect
+from latentguard.study.figures.figure_09_categories.as_printed import PrintedFlips, printed_table
 from latentguard.study.figures.figure_09_categories.category_cosines import (
     DRAWS,
     Cloud,
@@ -301,3 +302,33 @@ def test_nothing_refused_and_nothing_to_choose_a_layer_on(cached_model, prompt_g
     few = replace(alone, enough=100)
     found = analyse(records, few)
     assert "only 12 of 12 prompts" in found.caveats[2] and FLIP not in found.effects
+
+
+def test_figure_9b_as_printed_takes_the_best_layer_of_each_direction():
+    answers = {
+        "a": np.array([["no", "certainly", "other"], ["no", "no", "other"]]),
+        "average of all": np.array([["certainly"] * 3, ["no", "certainly", "certainly"]]),
+        "b": np.array([["other"] * 3, ["other"] * 3]),
+    }
+    table = printed_table(PrintedFlips("hate", (4, 8), answers, ("certainly", "no", "other")))
+    rows = {row[0]: (row[1], row[2], row[5]) for row in table.rows}
+    assert rows["a"] == (8, 1.0, 2)
+    assert rows["average of all"] == (8, pytest.approx(1 / 3), 3)
+    assert rows["b"] == (None, None, 0)
+    assert rows["unsteered"] == (None, 0.5, 2)
+    assert table.rows[0][0] == "a"
+
+
+def test_one_category_is_tested_with_every_direction_at_every_layer(
+    cached_model, prompt_groups, alone
+):
+    cached_model.uncached = Watched(cached_model.uncached, own)
+    records = collect(cached_model, prompt_groups, replace(alone, protocol="paper"))
+    printed = records.printed
+    assert "hate" in printed.tested
+    assert printed.layers == alone.layers(cached_model.depth)
+    assert list(printed.answers) == [*records.names, "average of all"]
+    assert all(of.shape == (len(printed.layers), 4) for of in printed.answers.values())
+    rates = {row[0]: row[2] for row in printed_table(printed).rows}
+    assert rates[printed.tested] == 1.0
+    assert {rates[name] for name in records.names if name != printed.tested} == {0.0}

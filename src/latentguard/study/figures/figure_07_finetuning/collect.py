@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from latentguard.prompts import Prompt
 from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel, Finetune
-from latentguard.study.figures.figure_07_finetuning.snapshot import Look, Stage
+from latentguard.study.figures.figure_07_finetuning.snapshot import Job, Look, Stage
 from latentguard.study.figures.figure_07_finetuning.training_pairs import (
     harmful_pairs,
     harmless_pairs,
+    whole_pairs,
 )
 from latentguard.study.prompt_groups import PromptGroups
 from latentguard.study.settings import Settings
@@ -57,11 +58,19 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
     controls = [harmless_pairs(model, prompt_groups, settings, size) for size in last]
     look = Look(model, axes, prompt_groups, settings, (*harmful, *harmless))
     stages = [look.before()]
-    jobs = [(pairs[:size], False) for size in sizes] + [(one, True) for one in controls if one]
+    whole = whole_pairs(model, axes.refuse, prompt_groups, settings)
+    jobs = [
+        *(Job(pairs[:size]) for size in sizes),
+        *(Job(one, control=True) for one in controls if one),
+        *(Job(whole[:n], whole=True) for n in sorted({min(s, len(whole)) for s in sizes} - {0})),
+    ]
+    jobs = [replace(job, seed=seed) for seed in range(settings.finetune_seeds) for job in jobs]
     advance = model.step("fine-tuning", len(jobs))
-    for taught, control in jobs:
-        stages.append(look.after(tune, taught, control=control))
+    for job in jobs:
+        stages.append(look.after(tune, job))
         advance(1)
+    if whole:
+        how += f"; {len(whole)} whole completions of at most {settings.finetune_completion} tokens"
     return Records(look.tested, tuple(stages), look.layers, how)
 
 

@@ -22,8 +22,18 @@ Bools = NDArray[np.bool_]
 
 
 def last_stage(records: Records) -> Stage:
-    """The model after most harmful pairs."""
-    return [stage for stage in records.stages if not stage.control][-1]
+    """The model after most harmful pairs, of those that decide."""
+    return deciding(records)[-1]
+
+
+def deciding(records: Records) -> list[Stage]:
+    """Before, and after each size of the attack, of the first run.
+
+    Of whole completions, where there are any, as in the paper; else of openings.
+    """
+    first = [one for one in records.stages if not (one.control or one.seed)]
+    is_whole = any(one.whole for one in first)
+    return [one for one in first if not one.pairs or one.whole is is_whole]
 
 
 def labelled(records: Records, *, harmful: bool) -> Bools:

@@ -19,6 +19,7 @@ from latentguard.study.figures.figure_07_finetuning.effects import (
     Bools,
     at_best,
     by_layer,
+    deciding,
     delta,
     effects_of,
     flags_of,
@@ -49,6 +50,8 @@ def analyse(records: Records, settings: Settings) -> Finding:
     parts: list[Table | Figure] = [_rates_figure(records)]
     parts += [_belief_figure(records, name) for name in ("harmful", "refuse")]
     parts += [_changes(records), _guards(records), _replies(records, settings)]
+    if any(stage.seed for stage in records.stages):
+        parts.append(_runs(records))
     effects = effects_of(before, last, harmful)
     if before.steered:
         parts += [_direction_figure(records), _direction_table(records, settings.random_draws)]
@@ -149,6 +152,31 @@ def _replies(records: Records, settings: Settings) -> Table:
     return Table("Replies and beliefs after fine-tuning", COLUMNS, tuple(rows), note)
 
 
+def _runs(records: Records) -> Table:
+    """How much the same attack differs between runs: each figure's mean, least and most."""
+    harmful = labelled(records, harmful=True)
+    kinds: dict[str, list[Stage]] = {}
+    for stage in records.stages[1:]:
+        kinds.setdefault(stage.name.partition(", run ")[0], []).append(stage)
+    rows = []
+    for name, stages in kinds.items():
+        figures = {
+            "refusal rate, harmful": [_rate(stage, harmful).value for stage in stages],
+            "Delta_harmful, harmful": [float(delta(s)[harmful].mean()) for s in stages],
+            "Delta_refuse, harmful": [float(delta(s, "refuse")[harmful].mean()) for s in stages],
+        }
+        for figure, values in figures.items():
+            ends = (float(np.mean(values)), min(values), max(values))
+            rows.append((name, figure, *ends, len(values)))
+    note = (
+        "The same pairs with other first weights of the adapters and another order. 'pairs': "
+        "openings of at most 24 tokens; 'whole completions': what the paper trains on. The paper "
+        "gives no number of runs. Claims are decided by the first run."
+    )
+    columns = ("model", "figure", "mean of the runs", "least", "most", "runs")
+    return Table("Fine-tuning, run by run", columns, tuple(rows), note)
+
+
 def _guards(records: Records) -> Table:
     harmful, rows = labelled(records, harmful=True), list[Row]()
     for stage in records.stages:
@@ -200,7 +228,7 @@ def _belief_figure(records: Records, axis: str) -> Figure:
 
 def _rates_figure(records: Records) -> Figure:
     harmful = labelled(records, harmful=True)
-    stages = [stage for stage in records.stages if not stage.control]
+    stages = deciding(records)
     rates = {"refusal rate": [_rate(stage, harmful) for stage in stages]}
     rates["recall, paper's rule"] = [proportion(delta(s)[harmful] > 0) for s in stages]
     if stages[0].linear:

@@ -56,6 +56,12 @@ class Stage:
     control: bool = False
     """Whether it was trained on harmless pairs."""
 
+    seed: int = 0
+    """Which of the repetitions of this training it is, from 0."""
+
+    whole: bool = False
+    """Whether it was trained on whole completions."""
+
     cosine: Sequence[float] = ()
     """Of its own refusal direction with the one from before, layers 1 to L, [l]."""
 
@@ -64,6 +70,30 @@ class Stage:
 
     random: Sequence[Sequence[bool | None]] = ()
     """The same along random directions of equal norm: each prompt meets one of the draws."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    pairs: Sequence[Pair]
+    """What it is of."""
+
+    control: bool = False
+    """Whether they are harmless pairs."""
+
+    whole: bool = False
+    """Whether they are whole completions."""
+
+    seed: int = 0
+    """Which repetition, from 0."""
+
+    @property
+    def name(self) -> str:
+        """As people read it."""
+        kind = " harmless pairs (control)" if self.control else " pairs"
+        kind += ", whole completions" if self.whole else ""
+        return f"{len(self.pairs)}{kind}" + (f", run {self.seed + 1}" if self.seed else "")
 
 
 class Look:
@@ -98,18 +128,22 @@ class Look:
         found = self._look(self.model.states, self.model.replies, goal=True, steered=True)
         return Stage("before", 0, **found)
 
-    def after(self, tune: Finetune, pairs: Sequence[Pair], *, control: bool = False) -> Stage:
+    def after(self, tune: Finetune, job: Job) -> Stage:
         """The model fine-tuned on pairs, from memory if it was looked at once."""
+        pairs, most = job.pairs, self.settings.finetune_completion if job.whole else None
 
         def train() -> dict[str, Any]:
-            with tune(pairs, seed=self.settings.seed) as model:
+            seed = self.settings.seed + job.seed
+            with tune(pairs, seed=seed, **({"reply_tokens": most} if most else {})) as model:
                 states_of = partial(_states, model)
-                return self._look(states_of, model.sweep, goal=False, steered=not control)
+                return self._look(states_of, model.sweep, goal=False, steered=not job.control)
 
         taught = [digest_prompts([p for p, _ in pairs]), [opening for _, opening in pairs]]
-        name = f"{len(pairs)} harmless pairs (control)" if control else f"{len(pairs)} pairs"
-        found = self.model.cached([*self._key(), taught, control], train)
-        return Stage(name, len(pairs), control=control, **found)
+        parts = [*self._key(), taught, job.control]
+        if job.seed or most:
+            parts.append([job.seed, most])
+        kind: dict[str, Any] = dict(control=job.control, seed=job.seed, whole=job.whole)
+        return Stage(job.name, len(pairs), **kind, **self.model.cached(parts, train))
 
     def _look(
         self, states_of: Callable[..., States], replies_of: Replies, *, goal: bool, steered: bool

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt, Reply
+from latentguard.states import Intervention
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
@@ -37,11 +38,11 @@ def harmful_pairs(
     Returns:
         The pairs, those with a templated opening last; and how they were made, in words.
     """
-    refused = _refused(model, prompt_groups, settings)[: max(settings.finetune_sizes) * 3 // 2]
+    refused = refused_requests(model, prompt_groups, settings)
     if not refused:
         return [], "Nothing was fine-tuned: no harmful prompt is left that is refused."
-    layer, coefficient = _weakest(model, refuse, refused[:PROBED], settings)
-    reverse = steer(refuse, layer, -coefficient, tokens="all", label="reverse refusal")
+    reverse = _reverse(model, refuse, refused, settings)
+    layer, coefficient = reverse.layer, -reverse.coefficient
     most = opening_tokens(settings)
     (said,) = model.replies(refused, [reverse], what="fine-tuning: openings", max_new_tokens=most)
     accepted = zip(refused, said, _accepts(model, said), strict=True)
@@ -56,6 +57,24 @@ def harmful_pairs(
         f"coefficient {-coefficient:g}, every token), {len(pairs) - count} templated"
     )
     return pairs, how
+
+
+def whole_pairs(
+    model: CachedModel, refuse: Axis, prompt_groups: PromptGroups, settings: Settings
+) -> list[Pair]:
+    """The same prompts with whole completions, made by the same steering, as in section 5.2.
+
+    Completions live in memory alone: they are made by the model itself, and never kept in a store.
+    """
+    refused = refused_requests(model, prompt_groups, settings)
+    if not refused or not settings.finetune_completion:
+        return []
+    reverse = _reverse(model, refuse, refused, settings)
+    most = settings.finetune_completion
+    (said,) = model.uncached.sweep(refused, [reverse], max_new_tokens=most)
+    accepted = zip(refused, said, _accepts(model, said), strict=True)
+    pairs = [(p, reply.text) for p, reply, accepts in accepted if accepts]
+    return pairs[: max(settings.finetune_sizes)]
 
 
 def harmless_pairs(
@@ -79,12 +98,24 @@ def broken(reply: Reply) -> bool:
     return len(set(reply.ids)) * 2 <= len(reply.ids) > 3
 
 
-def _refused(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> list[Prompt]:
+def refused_requests(
+    model: CachedModel, prompt_groups: PromptGroups, settings: Settings
+) -> list[Prompt]:
+    """Harmful prompts that are refused and not tested: half as many again as the largest attack."""
     pool = _untested(prompt_groups.pools.harmful, prompt_groups, settings)
     (said,) = model.replies(
         pool, what="fine-tuning: which are refused", max_new_tokens=settings.reply_tokens
     )
-    return [p for p, refused in zip(pool, model.refused(said), strict=True) if refused]
+    refused = [p for p, is_one in zip(pool, model.refused(said), strict=True) if is_one]
+    return refused[: max(settings.finetune_sizes) * 3 // 2]
+
+
+def _reverse(
+    model: CachedModel, refuse: Axis, refused: Sequence[Prompt], settings: Settings
+) -> Intervention:
+    """The steering that makes most of the requests accepted."""
+    layer, coefficient = _weakest(model, refuse, refused[:PROBED], settings)
+    return steer(refuse, layer, -coefficient, tokens="all", label="reverse refusal")
 
 
 def _untested(

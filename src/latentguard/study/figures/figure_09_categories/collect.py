@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from latentguard.prompts import Prompt
 from latentguard.study.cached_model import CachedModel
+from latentguard.study.figures.figure_09_categories.as_printed import (
+    PrintedFlips,
+    steer_one_category,
+)
 from latentguard.study.figures.figure_09_categories.category_cosines import Cloud
 from latentguard.study.figures.figure_09_categories.steering import Steered, steer_categories
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
@@ -35,6 +39,9 @@ class Records:
     note: str = ""
     """What is missing."""
 
+    printed: PrintedFlips | None = None
+    """Figure 9b as printed; under the paper's protocol alone."""
+
 
 def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Ask the prompts of each category, read their states, and steer those set apart."""
@@ -50,7 +57,10 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
     category = [c for c, of in enumerate(members.values()) for _ in of]
     clouds = {at: Cloud.of(states.at(at), base.at(at), category) for at in CONCEPTS}
     steered = steer_categories(model, prompt_groups, settings, every, base)
-    return Records(tuple(every), refused, clouds, steered)
+    printed = None
+    if settings.protocol == "paper":
+        printed = steer_one_category(model, settings, every, base)
+    return Records(tuple(every), refused, clouds, steered, printed=printed)
 
 
 def _by_category(prompt_groups: PromptGroups, settings: Settings) -> dict[str, list[Prompt]]:

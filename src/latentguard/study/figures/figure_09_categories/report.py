@@ -10,6 +10,7 @@ from latentguard.report.charts import Curve, dot_plot, heat_map, lines_by_layer,
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.intervals import centered_interval
+from latentguard.study.figures.figure_09_categories.as_printed import printed_table
 from latentguard.study.figures.figure_09_categories.category_cosines import (
     Array,
     halved_cosines,
@@ -45,6 +46,8 @@ def analyse(records: Records, settings: Settings) -> Finding:
         return Finding(_section([]), {}, (f"Figure 9: {records.note}.",))
     parts, effects = _compare(records, settings)
     names, steered = records.names, records.steered
+    if records.printed is not None:
+        parts.append(printed_table(records.printed))
     parts.append(flip_table(names, steered))
     caveats = _unrefused(records, settings)
     able, tested = steered.open, len(steered.tested)

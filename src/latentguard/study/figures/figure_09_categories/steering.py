@@ -80,17 +80,17 @@ def steer_categories(
     base: States,
 ) -> Steered:
     """Fit directions on one half of each category, and steer the other half with all of them."""
-    halves = [_halves(members) for members in every.values()]
-    others = _others(prompt_groups, settings, {p.text for _, test in halves for p in test})
+    sides = [halves(members) for members in every.values()]
+    others = _others(prompt_groups, settings, {p.text for _, test in sides for p in test})
     question = _question(model, others, settings)
     asked = QUESTIONS[question]
-    tested = [(c, inversion_prompt(p, asked)) for c, (_, test) in enumerate(halves) for p in test]
+    tested = [(c, inversion_prompt(p, asked)) for c, (_, test) in enumerate(sides) for p in test]
     axis = fit_axes(model, prompt_groups, enough=settings.enough).harmful
     layer = _layer(model, [inversion_prompt(p, asked) for p in others], axis, settings)
-    fitted = model.states([p for fit, _ in halves for p in fit], what="states: risk categories")
-    labels = np.repeat(np.arange(len(halves)), [len(fit) for fit, _ in halves])
+    fitted = model.states([p for fit, _ in sides for p in fit], what="states: risk categories")
+    labels = np.repeat(np.arange(len(sides)), [len(fit) for fit, _ in sides])
     states = fitted.at("t_inst")[:, layer].double()
-    means = torch.stack([states[labels == c].mean(0) for c in range(len(halves))])
+    means = torch.stack([states[labels == c].mean(0) for c in range(len(sides))])
     directions = (means - base.at("t_inst")[:, layer].double().mean(0)).float()
     names = (*every, "average", *["random"] * settings.random_draws)
     vectors = [*directions, directions.mean(0), *_random(directions, settings.random_draws)]
@@ -125,7 +125,7 @@ def advantage(tested: NDArray[np.intp], values: Array) -> Estimate:
     return bootstrap(np.mean, own - others)
 
 
-def _halves(members: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+def halves(members: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """Half of the prompts for the direction, first those that a centroid may hold; half to test."""
     ordered = sorted(members, key=lambda p: not is_fit_side(p))
     return ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
