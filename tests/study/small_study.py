@@ -65,7 +65,7 @@ def pools():
         for word in ("today", "now")
     ]
     return replace(
-        known, jailbreaks=tuple(attacks), moderation=tuple(texts), toxicchat=tuple(texts[:12])
+        known, jailbreaks=tuple(attacks), moderation=tuple(texts), toxicchat=tuple(texts[::2])
     )
 
 
