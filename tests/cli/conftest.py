@@ -23,6 +23,14 @@ def tiny_model(tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache folder of its own: nothing is kept in that of the user."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LATENTGUARD_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def model(tiny_model):
     """The same, where another test module has its own."""

@@ -110,7 +110,10 @@ def test_two_runs_on_one_output_meet_a_lock(fails, places, no_model, command, lo
 
 
 INTERRUPTED = [
-    ("fit --out {tmp}/r --harmful {mixed} --harmless {harmless}", "Nothing was written to"),
+    (
+        "fit --out {tmp}/r --harmful {mixed} --harmless {harmless}",
+        "Run the same command again to go on",
+    ),
     ("score {guard} {asked}", "With --out FILE a run goes on where it stopped"),
     ("score {guard} {asked} --out {tmp}/v.jsonl", "No prompt was scored yet"),
     ("calibrate {guard} --harmless {plain} --max-fpr 0.05", "guard is as it was"),

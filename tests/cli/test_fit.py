@@ -4,6 +4,8 @@ import pytest
 
 from cli.tiny_files import record, rows, written
 from latentguard.data.builtin import load_traffic
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.models.chat_model import ChatModel
 from models.architectures import WIDE, chat_model
 
 
@@ -52,6 +54,38 @@ class TestFit:
         code, verdicts, err = lg("score", out, files["few"], "--device-map", "auto")
         assert code == 0, err
         assert len(verdicts.splitlines()) == 20
+
+    def test_a_killed_fit_goes_on_from_the_states_that_it_captured(
+        self, lg, model, files, tmp_path, monkeypatch, cache
+    ):
+        words = ["fit", "--model", model, "--harmful", files["mixed"]]
+        words += ["--harmless", files["harmless"], "--out"]
+        assert lg(*words, tmp_path / "whole")[0] == 0
+        assert not any((cache / "captures").iterdir())
+
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LatentGuard, "from_states", interrupted)
+            code, _, err = lg(*words, tmp_path / "g")
+        assert code == 130
+        assert f"States are kept in {cache / 'captures'}. Run the same command again" in err
+        assert any((cache / "captures").iterdir())
+        read, capture = [], ChatModel.capture
+
+        def counted(self, prompts, **how):
+            rows = list(prompts)
+            read.append(len(rows))
+            return capture(self, rows, **how)
+
+        monkeypatch.setattr(ChatModel, "capture", counted)
+        assert lg(*words, tmp_path / "g")[0] == 0
+        assert read[0] == 0  # the rest are canaries
+        assert not any((cache / "captures").iterdir())
+        for name in ("guard.json", "guard.safetensors"):
+            one, other = (tmp_path / folder / name for folder in ("g", "whole"))
+            assert one.read_bytes() == other.read_bytes()
 
     def test_it_warns_of_form(self, lg, model, tmp_path):
         sides = []

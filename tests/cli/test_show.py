@@ -1,10 +1,16 @@
 """The verb ``show``."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from cli.tiny_files import record
+
+import latentguard
 
 
 class TestShow:
@@ -25,6 +31,43 @@ class TestShow:
 
     def test_no_guard(self, fails, tmp_path):
         assert "Expected a guard folder" in fails("show", tmp_path)
+
+    def test_nothing_heavy_is_loaded(self, guard, files, lg):
+        """It takes a moment, where torch alone takes seconds."""
+        lg("calibrate", guard, "--harmless", files["plain"], "--max-fpr", "0.05")
+        script = (
+            "import sys; from latentguard.cli import main\n"
+            "try: main()\n"
+            "except SystemExit as stop: assert not stop.code\n"
+            "heavy = {'torch', 'transformers', 'sklearn', 'scipy', 'numpy', 'safetensors'}\n"
+            "print('loaded:', *sorted(heavy & set(sys.modules)))"
+        )
+        env = os.environ | {"PYTHONPATH": str(Path(latentguard.__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, "-c", script, "show", guard],
+            capture_output=True,
+            text=True,
+            env=env,
+            check=True,
+        )
+        assert "at most 5.00%" in done.stdout
+        assert done.stdout.splitlines()[-1] == "loaded:"
+
+    @pytest.mark.parametrize("card", [None, "# My own words\n"])
+    def test_a_card_that_is_not_this_guards_is_not_shown(self, lg, guard, card):
+        whole = lg("show", guard)[1]
+        (guard / "README.md").unlink()
+        if card:
+            (guard / "README.md").write_text(card)
+        assert lg("show", guard)[1] == whole
+
+    def test_a_damaged_guard(self, fails, guard):
+        damaged = record(guard)
+        del damaged["threshold"]
+        (guard / "guard.json").write_text(json.dumps(damaged))
+        assert "damaged" in fails("show", guard)
+        (guard / "guard.safetensors").write_bytes(b"rubbish")
+        assert "damaged or belongs to another guard" in fails("show", guard)
 
 
 class TestShowWithoutAGuard:

@@ -24,12 +24,16 @@ from latentguard.cli.options import (
 )
 from latentguard.cli.outputs import output_folder, require_no_guard
 from latentguard.data.builtin import load_traffic
+from latentguard.models.sources import cache_folder
 from latentguard.prompts import Columns, Prompt
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.models.chat_model import ChatModel
     from latentguard.probes.probe import Kind
+
+CAPTURES = "captures"
+"""In the cache folder: the states of a fit that is not finished."""
 
 
 def fit(  # noqa: PLR0913, PLR0917 (each is an option)
@@ -69,6 +73,8 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     A large model: --device-map auto, and --quantize int8 or nf4. A guard is of the quantised model
     or of the plain one, never of both; the other verbs quantise as it was fitted.
 
+    A killed fit goes on where it stopped: its states are kept in the cache folder meanwhile.
+
     Example: latentguard fit --model Qwen/Qwen2.5-7B-Instruct --out guards/qwen
     """
     from latentguard.data.surface_audit import surface_warnings
@@ -78,7 +84,7 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     kind: Kind = probe.value  # type: ignore[assignment]
     require_no_guard(out, overwrite=overwrite)
     require_reading_name(reading)
-    kept = f"Nothing was written to {out}. Run the same command again to start anew."
+    kept = f"States are kept in {cache_folder() / CAPTURES}. Run the same command again to go on."
     with output_folder(out), explain_interrupt(kept):
         prompts = _training_prompts(contrast, harmful, harmless, Columns(text=text_column))
         require_both_classes([bool(p.harmful) for p in prompts], kind)
@@ -101,14 +107,17 @@ def _training_prompts(
 
 def _fit_guard(backend: ChatModel, prompts: list[Prompt], reading: str, probe: Kind) -> LatentGuard:
     from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.probes.capture_cache import CaptureCache
 
-    with progress("capture", len(prompts)) as view:
+    cache = CaptureCache(cache_folder() / CAPTURES)
+    with cache, progress("capture", len(prompts)) as view:
         return LatentGuard.fit(
             backend,
             prompts,
             reading=reading,
             probe=probe,
             progress=view.advance,
+            cache=cache,
         )
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from latentguard.cli.loading import read_guard
+
 
 def show(
     guard: Annotated[
@@ -26,11 +28,11 @@ def show(
 
 
 def _show_guard(folder: Path) -> None:
-    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.guard.artifact import read_card, read_record
 
-    loaded = LatentGuard.load(folder)
-    typer.echo(loaded.card)
-    for name, value in (loaded.fitted or {}).items():
+    record = read_record(folder)
+    typer.echo(read_card(folder, record) or read_guard(folder).card)
+    for name, value in (record.get("fitted") or {}).items():
         typer.echo(f"{name}: {value}")
 
 

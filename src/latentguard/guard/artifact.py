@@ -1,6 +1,7 @@
 """A guard on disk: ``guard.json``, ``guard.safetensors`` and a model card, in one folder.
 
 No pickle. The JSON names the digest of the tensors, so that files of two guards cannot be mixed.
+torch is imported where tensors are made: ``latentguard show`` reads the rest in a moment.
 """
 
 from __future__ import annotations
@@ -10,15 +11,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import GuardError
 from latentguard.files import write_all_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA = 3
 JSON_FILE, TENSOR_FILE, CARD_FILE = "guard.json", "guard.safetensors", "README.md"
@@ -35,6 +34,8 @@ def write_folder(
     folder: str | Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
 ) -> None:
     """Write a guard: all under temporary names and to the disk, then renamed, the JSON last."""
+    from safetensors.torch import save
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     packed = save({name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -56,7 +57,42 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         GuardError: if a file is missing or damaged, the schema is unknown, or the files belong to
             different guards.
     """
-    folder = Path(folder)
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    record, packed = _read_checked(Path(folder))
+    try:
+        return record, load(packed)
+    except SafetensorError as error:
+        raise GuardError(f"{Path(folder) / TENSOR_FILE} holds no tensors ({error}).") from None
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Read what JSON holds of a guard; the digest of its tensors is checked.
+
+    Raises:
+        GuardError: as ``read_folder``.
+    """
+    return _read_checked(Path(folder))[0]
+
+
+def read_card(folder: str | Path, record: Mapping[str, Any]) -> str | None:
+    """The model card in a guard's folder; None unless it names this guard's weights and threshold.
+
+    Args:
+        folder: Of the guard.
+        record: What ``read_record`` read there.
+    """
+    try:
+        card = (Path(folder) / CARD_FILE).read_text("utf-8")
+        marks = _card_title(record), _card_threshold(record), _card_weights(record)
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or a damaged record
+        return None
+    return card if all(mark in card for mark in marks) else None
+
+
+def _read_checked(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """The JSON and the packed tensors of a guard: of one schema, and of one guard."""
     packed = _read(folder / TENSOR_FILE)
     text = _read(folder / JSON_FILE)
     try:
@@ -79,10 +115,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder / JSON_FILE} holds {', '.join(sorted(unknown))}, which this version of "
             "latentguard does not know: it was written by a newer one. Use that."
         )
-    try:
-        return record, load(packed)
-    except SafetensorError as error:
-        raise GuardError(f"{folder / TENSOR_FILE} holds no tensors ({error}).") from None
+    return record, packed
 
 
 def require_sound(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -91,6 +124,8 @@ def require_sound(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     Raises:
         ValueError: if a tensor has another shape than the rest says, or a number is not finite.
     """
+    import torch
+
     probe = record["probe"]
     axes = record["axes"]
     rows = len(probe["layers"])
@@ -116,18 +151,29 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
+def _card_title(record: Mapping[str, Any]) -> str:
+    return f"# Latent guard for {record['fingerprint']['model']}\n"
+
+
+def _card_threshold(record: Mapping[str, Any]) -> str:
+    return f"- Threshold {record['threshold']:.6g}: "
+
+
+def _card_weights(record: Mapping[str, Any]) -> str:
+    return f"- Bound to weights {record['fingerprint']['weights'][:12]},"
+
+
 def model_card(record: Mapping[str, Any], *, promise: str, notes: Sequence[str] = ()) -> str:
     """What a guard is and promises, for people; ``notes`` are paragraphs of its optional parts."""
     bound_to, layers, made = record["fingerprint"], record["probe"]["layers"], record["fitted"]
     counts = [(made or {}).get(side, "an unknown number of") for side in ("harmful", "harmless")]
-    return f"""# Latent guard for {bound_to["model"]}
-
+    return f"""{_card_title(record)}
 Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}) at layers
 {layers[0]} to {layers[-1]} with the `{record["probe"]["kind"]}` probe.
 
 - Fitted on {counts[0]} harmful and {counts[1]} harmless prompts.
-- Threshold {record["threshold"]:.6g}: {promise}.
-- Bound to weights {bound_to["weights"][:12]}, tokenizer {bound_to["tokenizer"][:12]}, chat template
+{_card_threshold(record)}{promise}.
+{_card_weights(record)} tokenizer {bound_to["tokenizer"][:12]}, chat template
   {bound_to["template"][:12]}, dtype {bound_to["dtype"]}; any other model is refused.
 {"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}
 The promise holds for harmless prompts drawn like those that the guard was calibrated on. A guard of
