@@ -91,7 +91,10 @@ class TestJsonLines:
             ('{"text": "a\\ud83d"}', "'text' is not valid Unicode"),
             ('{"text": "a", "label": "maybe"}', "'label' should be harmful or harmless, found 'm"),
             ('{"text": "a", "refused": 2}', "'refused' should be harmful or harmless, found '2'"),
-            ('{"text": "a", "history": [{"role": "user"}]}', "'history' should be a list"),
+            (
+                '{"text": "a", "history": [{"role": "user"}]}',
+                "'history' should be an object",
+            ),
             ('{"text": "a", "history": [{"role": "user", "content": 1}]}', "found a int"),
             ('{"text": "a", "history": [{"role": "me", "content": "b"}]}', "found 'me'"),
             (b'{"text": "\xff"}', "not UTF-8 text"),

@@ -181,23 +181,25 @@ def _chat_prompt(turns: Any, where: str) -> Prompt:
             f"{where}: expected a text, a Prompt or a list of messages; found "
             f"{'an empty list' if turns == [] else f'a {type(turns).__name__}'}."
         )
-    messages = [_parse_turn(turn, where) for turn in turns]
+    messages = _parse_turns(turns, f"{where}: a message")
     if messages[-1].role != "user":
         raise PromptError(
             f"{where}: the last message of a chat is the user's; found one of "
             f"'{messages[-1].role}'."
         )
-    return Prompt(messages[-1].content, history=tuple(messages[:-1]))
+    return Prompt(messages[-1].content, history=messages[:-1])
 
 
-def _parse_turn(turn: Turn, where: str) -> Message:
-    if isinstance(turn, Message):
-        return turn
+def _parse_turns(turns: Any, what: str) -> tuple[Message, ...]:
     try:
-        return Message(turn["role"], turn["content"])
+        return tuple(
+            turn if isinstance(turn, Message) else Message(turn["role"], turn["content"])
+            for turn in turns or ()
+        )
     except (PromptError, TypeError, KeyError, IndexError) as error:
-        reason = f"{where}: a message should be an object with 'role' and 'content'"
-        raise PromptError(f"{reason} ({error})") from None
+        raise PromptError(
+            f"{what} should be an object with 'role' and 'content' ({error})"
+        ) from None
 
 
 def read_prompts(
@@ -277,7 +279,8 @@ def _text_and_history(
     row: Mapping[str, Any], column: str, where: str
 ) -> tuple[str, tuple[Message, ...]]:
     if column in row:
-        return _text(row[column], column, where), _history(row.get("history"), where)
+        history = _parse_turns(row.get("history"), f"{where}: each of 'history'")
+        return _text(row[column], column, where), history
     if row.get(MESSAGES):
         chat = _chat_prompt(row[MESSAGES], where)
         return _text(chat.text, MESSAGES, where), chat.history
@@ -286,14 +289,6 @@ def _text_and_history(
         f"{where}: no column '{column}'; columns found: {columns}. Name the right one with "
         "--text-column."
     )
-
-
-def _history(value: Any, where: str) -> tuple[Message, ...]:
-    try:
-        return tuple(Message(turn["role"], turn["content"]) for turn in value or ())
-    except (PromptError, TypeError, KeyError, IndexError) as error:
-        reason = f"{where}: 'history' should be a list of objects with 'role' and 'content'"
-        raise PromptError(f"{reason} ({error})") from None
 
 
 def _given(value: object, otherwise: Any) -> Any:

@@ -25,6 +25,7 @@ def places(tmp_path, guard, files):
     (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text"\n')
     written(tmp_path / "replies.jsonl", [dict(prompt="a", reply="b")])
     written(tmp_path / "harmful.jsonl", rows(3, "sly", "harmful"))
+    written(tmp_path / "own.jsonl", rows(140, "kind", start=600))
     return {"tmp": tmp_path, "guard": guard, **files}
 
 
@@ -87,6 +88,27 @@ def test_bad_input_is_said_before_the_model_loads(fails, places, no_model, comma
     assert (places["tmp"] / "file").read_text() == "mine"
 
 
+BAD_FOR_A_CALIBRATED_GUARD = [
+    ("pack add {guard} --name x --examples {tmp}/harmful.jsonl", "at least 10 different harmful"),
+    ("pack add {guard} --name X! --examples {mixed}", "'X!' is no name"),
+    ("pack add {guard} --name x --examples {mixed}", "give harmless prompts like them"),
+    ("pack add {guard} --name x --examples {mixed} --harmless {few}", "59 harmless prompts"),
+    ("pack remove {guard} other", "has no pack 'other'"),
+    ("calibrate {guard} --harmless {tmp}/seen.jsonl --max-fpr 0.05", "the guard was fitted on"),
+    ("drift {guard} {tmp}/torn.jsonl", "line 2: not JSON"),
+]
+
+
+@pytest.mark.parametrize(("command", "reason"), BAD_FOR_A_CALIBRATED_GUARD)
+def test_what_a_calibrated_guard_cannot_do_is_said_before_the_model_loads(
+    fails, places, calibrated, no_model, command, reason
+):
+    written(places["tmp"] / "seen.jsonl", rows(20, "kind") + rows(45, "kind", start=500))
+    before = record(calibrated)
+    assert reason in fails(*command.format(**places).split())
+    assert record(calibrated) == before
+
+
 LOCKED = [
     ("fit --out {tmp}/r --harmful {mixed} --harmless {harmless}", "{tmp}/r/.lock"),
     ("score {guard} {asked} --out {tmp}/v.jsonl", "{tmp}/v.jsonl.lock"),
@@ -117,8 +139,7 @@ INTERRUPTED = [
     ("score {guard} {asked}", "With --out FILE a run goes on where it stopped"),
     ("score {guard} {asked} --out {tmp}/v.jsonl", "No prompt was scored yet"),
     ("calibrate {guard} --harmless {plain} --max-fpr 0.05", "guard is as it was"),
-    ("pack add {guard} --name x --examples {mixed}", "guard is as it was"),
-    ("pack remove {guard} x", "guard is as it was"),
+    ("pack add {guard} --name x --examples {mixed} --harmless {tmp}/own.jsonl", "is as it was"),
     ("drift {guard} {plain}", "Nothing is kept"),
     ("label {asked} --out {tmp}/l.jsonl", "l.jsonl.replies. Run the same command again to go on"),
     ("study m --out {tmp}/r", "store.sqlite. Run the same command again to go on"),

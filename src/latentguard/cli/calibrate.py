@@ -26,7 +26,6 @@ from latentguard.prompts import Columns, Prompt
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
-    from latentguard.guard.thresholds import Rates
     from latentguard.models.chat_model import ChatModel
 
 
@@ -70,7 +69,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
         loaded = read_guard(guard)
         prompts = _calibration_prompts(loaded, harmless, harmful, columns)
-        _require_enough(loaded, prompts, rates)
+        loaded.calibration_prompts(prompts, rates)  # says what is wrong before the model loads
         bound, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
@@ -115,12 +114,6 @@ def _calibration_prompts(
     if excluded:
         echo_err(f"{len(excluded)} of these prompts are left out: packs were trained on them.")
     return allowed
-
-
-def _require_enough(guard: LatentGuard, prompts: list[Prompt], rates: Rates) -> None:
-    from latentguard.guard.calibrate import require_enough
-
-    require_enough([p for p in prompts if not guard.is_chunked(p)], rates)
 
 
 def _calibrate_long(

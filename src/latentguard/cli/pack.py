@@ -59,6 +59,7 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
         columns = guard_columns(loaded, text_column)
         positives = read_side(examples, columns, harmful=True)
         negatives = read_side(harmless, columns, harmful=False)
+        packs.plan_pack(loaded, name, positives, negatives)  # says what is wrong at once
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
@@ -106,6 +107,7 @@ def remove(
         loaded = read_guard(guard)
         require_calibrated(loaded, guard)
         negatives = read_side(harmless, guard_columns(loaded, text_column), harmful=False)
+        packs.without_pack(loaded, name, negatives)  # says what is wrong at once
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )

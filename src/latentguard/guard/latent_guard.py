@@ -228,14 +228,24 @@ class LatentGuard:
             GuardError: if there are too few prompts for a rate, or the guard was fitted on them.
         """
         rates = Rates(max_fpr, review_fpr, confidence)
+        self.require_match(backend.fingerprint)
+        used = self.calibration_prompts(prompts, rates)
+        verdicts = list(self.scan(backend, used, progress=progress))
+        return self.calibrate_from(used, verdicts, rates, column=segment_column)
+
+    def calibration_prompts(self, prompts: Iterable[Prompt], rates: Rates) -> list[Prompt]:
+        """Which prompts ``calibrate`` reads: short ones that no pack was trained on.
+
+        Raises:
+            GuardError: if there are too few for a rate, or the guard was fitted on them.
+        """
         _, allowed = exclude_training_prompts(prompts, self.pack_training_prompts)
         short = [prompt for prompt in allowed if not self.is_chunked(prompt)]
-        self.require_match(backend.fingerprint)
         require_enough(short, rates)
         seen_by_probe = list(map(self.reading.prepare, short))
-        require_unseen(seen_by_probe, self.all_training_digests, smallest_n(max_fpr, confidence))
-        verdicts = list(self.scan(backend, short, progress=progress))
-        return self.calibrate_from(short, verdicts, rates, column=segment_column)
+        fewest = smallest_n(rates.block, rates.confidence)
+        require_unseen(seen_by_probe, self.all_training_digests, fewest)
+        return short
 
     def calibrate_from(
         self,

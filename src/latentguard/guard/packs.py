@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.errors import GuardError
@@ -37,6 +37,54 @@ from latentguard.stats.bounds import Bound, smallest_n
 
 BUILT_IN_HARMLESS = 200
 """Built-in harmless prompts that the examples of a pack are trained against."""
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """What a pack is made of, checked before any model is needed."""
+
+    examples: tuple[Prompt, ...]
+    """Harmful prompts of the category, each text once."""
+
+    training: tuple[Prompt, ...]
+    """The user's harmless prompts that the examples are trained against."""
+
+    calibration: tuple[Prompt, ...]
+    """Harmless prompts that calibrate."""
+
+
+def plan_pack(
+    guard: LatentGuard, name: str, examples: Sequence[Prompt], harmless: Sequence[Prompt] = ()
+) -> PackPlan:
+    """Say what ``add`` would train and calibrate a pack on.
+
+    Raises:
+        GuardError: as ``add``.
+    """
+    categories = _require_categories(guard)
+    rate = _require_promise(guard)
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_/-]*", name):
+        raise GuardError(f"'{name}' is no name: expected small letters, digits, '_', '-', '/'.")
+    if name in categories.packs:
+        raise GuardError(f"The guard has a pack '{name}'; remove it first to fit it anew.")
+    unique = list({p.text: replace(p, harmful=True) for p in examples}.values())
+    if len(unique) < MIN_PROMPTS:
+        raise GuardError(
+            f"A pack needs at least {MIN_PROMPTS} different harmful examples, better 20 to 50; "
+            f"found {len(unique)}."
+        )
+    training = list[Prompt]()
+    if harmless:
+        training, calibration = halve(harmless, guard.pack_training_prompts)
+    else:
+        calibration = _built_in(guard)
+    own = TrainingPrompts.of(training, calibration)
+    _, allowed = exclude_training_prompts(
+        [*training, *calibration], guard.pack_training_prompts | own
+    )
+    which = "half of those given" if harmless else "the built-in ones"
+    _require_enough(guard, rate, allowed, which)
+    return PackPlan(tuple(unique), tuple(training), tuple(calibration))
 
 
 def add(
@@ -63,30 +111,12 @@ def add(
         GuardError: if the guard has no categories or no promise, the name is taken or odd, the
             examples are too few, or the harmless prompts cannot carry the promise.
     """
-    categories = _require_categories(guard)
-    rate = _require_promise(guard)
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_/-]*", name):
-        raise GuardError(f"'{name}' is no name: expected small letters, digits, '_', '-', '/'.")
-    if name in categories.packs:
-        raise GuardError(f"The guard has a pack '{name}'; remove it first to fit it anew.")
-    unique = list({p.text: replace(p, harmful=True) for p in examples}.values())
-    if len(unique) < MIN_PROMPTS:
-        raise GuardError(
-            f"A pack needs at least {MIN_PROMPTS} different harmful examples, better 20 to 50; "
-            f"found {len(unique)}."
-        )
-    training = list[Prompt]()
-    if harmless:
-        training, calibration = halve(harmless, guard.pack_training_prompts)
-    else:
-        calibration = _built_in(guard)
-    own = TrainingPrompts.of(training, calibration)
-    every = [*training, *calibration]
-    _, allowed = exclude_training_prompts(every, guard.pack_training_prompts | own)
-    which = "half of those given" if harmless else "the built-in ones"
-    _require_enough(guard, rate, allowed, which)
-    states = capture(guard, backend, [*unique, *built_in_harmless(), *training], progress)
-    return recalibrate(with_pack(guard, name, states, own), backend, every, progress)
+    chosen = plan_pack(guard, name, examples, harmless)
+    trained_on = [*chosen.examples, *built_in_harmless(), *chosen.training]
+    states = capture(guard, backend, trained_on, progress)
+    own = TrainingPrompts.of(chosen.training, chosen.calibration)
+    with_it = with_pack(guard, name, states, own)
+    return recalibrate(with_it, backend, [*chosen.training, *chosen.calibration], progress)
 
 
 def remove(
@@ -102,6 +132,16 @@ def remove(
     Raises:
         GuardError: if there is no such pack, or the harmless prompts cannot carry the promise.
     """
+    prompts = list(harmless) or _built_in(guard)
+    return recalibrate(without_pack(guard, name, harmless), backend, prompts, progress)
+
+
+def without_pack(guard: LatentGuard, name: str, harmless: Sequence[Prompt] = ()) -> LatentGuard:
+    """The guard without a pack, its thresholds as they were: to be calibrated anew.
+
+    Raises:
+        GuardError: as ``remove``.
+    """
     categories = _require_categories(guard)
     rate = _require_promise(guard)
     if name not in categories.packs:
@@ -112,7 +152,7 @@ def remove(
     _, allowed = exclude_training_prompts(prompts, without.pack_training_prompts)
     which = "those given" if harmless else "the built-in ones"
     _require_enough(without, rate, allowed, which)
-    return recalibrate(without, backend, prompts, progress)
+    return without
 
 
 def built_in_harmless() -> list[Prompt]:
