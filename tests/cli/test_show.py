@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.tiny_files import record
-
 import latentguard
+from cli.tiny_files import record
 
 
 class TestShow:

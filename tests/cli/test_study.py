@@ -54,7 +54,7 @@ def test_without_a_browser_the_page_is_there(lg, folder, config, tmp_path, monke
     def no_browser(report, folder):
         raise LatentGuardError("No Chrome.")
 
-    monkeypatch.setattr(pictures, "draw", no_browser)
+    monkeypatch.setattr(pictures, "write_pictures", no_browser)
     out = tmp_path / "report"
     code, _, err = lg("study", folder, "--out", out, "--config", config, "--only", "clusters")
     assert code == 0

@@ -45,7 +45,7 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="advbench.jsonl, alpaca_harmless.jsonl, ...; default: built-in set."),
+        typer.Option(help="Folder with advbench.jsonl, ...; default: the built-in set."),
     ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="Guard model to compare with, by id; repeatable.")
@@ -60,9 +60,10 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
 ) -> None:
     """Run every table and figure of the paper on MODEL; prints the report's path last.
 
-    Call it again with the same --out to go on after a kill, or for other experiments: what the
-    model held and said is kept there, and the report of the last call replaces the one before. The
-    claims, with effect, interval, n and verdict, come first.
+    Run it again with the same --out to go on after a kill, or for other experiments. States and
+    replies are kept there, and the new report replaces the one before. It begins with the claims,
+    each with effect, interval, n and verdict. --data-dir takes the folder of 'latentguard data
+    fetch'.
 
     Example: latentguard study default --out reports/smollm2 --budget small
     """
