@@ -3,7 +3,7 @@
 ``fit`` makes a guard on a part of the contrast set. ``measure`` starts one engine for it, in this
 process and on one thread, and has it compute the same prompts with scoring on and off, in pairs and
 in random order, with an empty prefix cache each time. On includes laying out the prompts for the
-guard. Off means: the model hands out no extra states and no request carries a question; the
+guard. Off means: the model hands out no extra states and no request carries a pending; the
 connector stays, since an engine cannot drop it.
 
 Printed for each condition: the median over pairs of on/off, less one, in per cent, with a 95 %
@@ -142,19 +142,19 @@ def run(model: Any, ids: list[list[int]], guarded: Sequence[Prompt]) -> None:
     from vllm import SamplingParams
 
     from latentguard.integrations.vllm import model as inside
-    from latentguard.integrations.vllm.protocol import ask_about
+    from latentguard.integrations.vllm.protocol import score_request
 
     layers = model.columns.layers if guarded else ()
     inside.models[-1].set_aux_hidden_state_layers(layers)
     model.engine.reset_prefix_cache()
     extra: list[dict[str, Any] | None] = [None] * len(ids)
     for number, layout in enumerate(model.chat(guarded)):
-        ask = ask_about(layout, model.columns.positions, model._mailbox)
+        ask = score_request(layout, model.columns.positions, model._channel)
         extra[number] = {"kv_transfer_params": ask.params}
     how = [SamplingParams(max_tokens=1, temperature=0.0, extra_args=more) for more in extra]
     tokens = [{"prompt_token_ids": row} for row in ids]
     model.engine.generate(tokens, how, use_tqdm=False)
-    assert len(model._mailbox.collect()) == len(guarded)
+    assert len(model._channel.collect()) == len(guarded)
 
 
 if __name__ == "__main__":

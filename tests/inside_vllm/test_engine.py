@@ -176,8 +176,10 @@ def test_other_tokens_than_those_asked_about_get_no_score(engine, monkeypatch):
 
     from latentguard.integrations.vllm import backend
 
-    asked = backend.ask_about
-    monkeypatch.setattr(backend, "ask_about", lambda lay, *more: asked(real(PROMPTS[:1])[0], *more))
+    asked = backend.score_request
+    monkeypatch.setattr(
+        backend, "score_request", lambda lay, *more: asked(real(PROMPTS[:1])[0], *more)
+    )
     monkeypatch.setattr(model, "chat", Moved())
     with pytest.raises(GuardError, match="gave no score"):
         list(model.verdicts(guard, PROMPTS[:1]))
@@ -187,20 +189,20 @@ def test_the_answer_is_there_before_the_first_token(engine):
     """What streaming relies on: posted in the step that computes the prompt, not later."""
     from vllm import SamplingParams
 
-    from latentguard.integrations.vllm.protocol import ask_about
+    from latentguard.integrations.vllm.protocol import score_request
 
     _, _, model = engine
     llm = model.engine.llm_engine
     model.engine.reset_prefix_cache()
     for number, prompt in enumerate(PROMPTS[-4:]):
         layout = model.chat([prompt])[0]
-        ask = ask_about(layout, model.columns.positions, model._mailbox)
+        ask = score_request(layout, model.columns.positions, model._channel)
         how = SamplingParams(max_tokens=4, extra_args={"kv_transfer_params": ask.params})
         llm.add_request(f"first-{number}", {"prompt_token_ids": list(layout.ids)}, how)
         answers = []
         while llm.has_unfinished_requests():
             outputs = llm.step()
-            answers += model._mailbox.collect()
+            answers += model._channel.collect()
             said = any(len(out.outputs[0].token_ids) for out in outputs)
             assert not said or [a.key for a in answers] == [ask.key]
 

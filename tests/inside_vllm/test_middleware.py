@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from latentguard.errors import GuardError
 from latentguard.guard.chunking import Chunking
 from latentguard.integrations.vllm import middleware as module
-from latentguard.integrations.vllm.gate import Gate
-from latentguard.integrations.vllm.mailbox import post
+from latentguard.integrations.vllm.chat_guard import ChatGuard
 from latentguard.integrations.vllm.middleware import GuardMiddleware
-from latentguard.integrations.vllm.protocol import Ask, digest_ids
+from latentguard.integrations.vllm.protocol import ScoreRequest, digest_ids
+from latentguard.integrations.vllm.score_channel import post
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import BadRequest
 from serve.running import band_guard, flagged, offline, passed, tiny_guard, tiny_model
@@ -69,7 +70,7 @@ class Server:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
     def answer(self, asked):
-        ask = Ask(**asked["kv_transfer_params"]["latentguard"])
+        ask = ScoreRequest(**asked["kv_transfer_params"]["latentguard"])
         text = asked["messages"][-1]["content"]
         layout = self.model.chat([SimpleNamespace(text=text, id="", history=())])[0]
         if self.read == "nothing":
@@ -105,15 +106,15 @@ class Besides:
 
 @pytest.fixture
 def served(monkeypatch):
-    """Ask a guarded fake server: ``served(server, path, json)`` -> response."""
+    """ScoreRequest a guarded fake server: ``served(server, path, json)`` -> response."""
     now = {}
 
     async def opened(state):
-        gate = Gate(now["guard"], tiny_model().tokenizer)
-        gate.read = Besides(*now["besides"])
-        return gate
+        chat_guard = ChatGuard(now["guard"], tiny_model().tokenizer)
+        chat_guard.score = Besides(*now["besides"])
+        return chat_guard
 
-    monkeypatch.setattr(module, "open_gate", opened)
+    monkeypatch.setattr(module, "open_chat_guard", opened)
 
     def ask(
         server,
@@ -129,7 +130,7 @@ def served(monkeypatch):
     ):
         now.update(guard=guard or tiny_guard(), besides=besides)
         monkeypatch.setenv("LATENTGUARD_POLICY", policy)
-        monkeypatch.setenv("LATENTGUARD_SLICE_HEADER", "X-Traffic")
+        monkeypatch.setenv("LATENTGUARD_SEGMENT_HEADER", "X-Traffic")
         guarded = GuardMiddleware(server)
 
         async def app(scope, receive, send):
@@ -139,9 +140,9 @@ def served(monkeypatch):
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
                 answer = await client.request(method, path, json=body, headers=headers)
-            if guarded._gate is not None:
-                assert guarded._gate._waiting == {}
-                guarded._gate.close()
+            if guarded._chat_guard is not None:
+                assert guarded._chat_guard._waiting == {}
+                guarded._chat_guard.close()
             return answer
 
         return asyncio.run(go())
@@ -214,11 +215,12 @@ def test_annotate_answers_what_is_flagged_or_unreadable(served):
 
 def test_what_a_client_sends_as_transfer_parameters_is_dropped(served):
     server = Server()
-    forged = {"latentguard": {"to": "x", "key": "y", "ids": "z", "at": [0]}, "do_remote_prefill": 1}
+    request = {"channel": "x", "key": "y", "ids": "z", "at": [0]}
+    forged = {"latentguard": request, "do_remote_prefill": 1}
     body = chat(passed(), kv_transfer_params=forged, vllm_xargs={"kv_transfer_params": "x"})
     assert served(server, body=body).status_code == 200
     assert set(server.seen[0]["kv_transfer_params"]) == {"latentguard"}
-    assert server.seen[0]["kv_transfer_params"]["latentguard"]["to"] != "x"
+    assert server.seen[0]["kv_transfer_params"]["latentguard"]["channel"] != "x"
     assert "vllm_xargs" not in server.seen[0]
 
 
@@ -236,7 +238,7 @@ class Hidden(Server):
     """Reads a disguised chat as the least harmful."""
 
     def answer(self, asked):
-        ask = Ask(**asked["kv_transfer_params"]["latentguard"])
+        ask = ScoreRequest(**asked["kv_transfer_params"]["latentguard"])
         post([(ask, values_of(offline()[passed()].score))])
 
 
@@ -279,9 +281,9 @@ def test_a_client_that_leaves_stops_what_was_begun_for_it(monkeypatch, server):
     begun, stopped, sent = [], [], []
 
     async def opened(state):
-        gate = Gate(tiny_guard(), tiny_model().tokenizer)
-        gate.read = read
-        return gate
+        chat_guard = ChatGuard(tiny_guard(), tiny_model().tokenizer)
+        chat_guard.score = read
+        return chat_guard
 
     async def read(prompt):
         begun.append(prompt.text)
@@ -300,15 +302,15 @@ def test_a_client_that_leaves_stops_what_was_begun_for_it(monkeypatch, server):
     async def send(message):
         sent.append(message)
 
-    monkeypatch.setattr(module, "open_gate", opened)
+    monkeypatch.setattr(module, "open_chat_guard", opened)
     asked = [json.dumps(chat(HIDDEN)).encode()]
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
     guarded = GuardMiddleware(server)
 
     async def go():
         await guarded(scope | {"app": SimpleNamespace(state=None)}, receive, send)
-        assert guarded._gate._waiting == {}
-        guarded._gate.close()
+        assert guarded._chat_guard._waiting == {}
+        guarded._chat_guard.close()
 
     asyncio.run(go())
     assert begun == stopped == [passed()]
@@ -420,13 +422,13 @@ def test_what_the_guard_cannot_read_is_an_error_of_the_client(served, body):
 def test_the_servers_own_key_is_asked_for_before_a_chat_is_read(
     served, monkeypatch, header, status, by
 ):
-    server, laid_out, question = Server(), [], Gate.question
+    server, laid_out, pending = Server(), [], ChatGuard.begin
 
-    async def noted(gate, *given):
+    async def noted(chat_guard, *given):
         laid_out.append(given)
-        return await question(gate, *given)
+        return await pending(chat_guard, *given)
 
-    monkeypatch.setattr(Gate, "question", noted)
+    monkeypatch.setattr(ChatGuard, "begin", noted)
     monkeypatch.setenv("VLLM_API_KEY", "secret" if by == "variable" else "another")
     state = SimpleNamespace(args=SimpleNamespace(api_key=["secret"] if by == "option" else None))
     headers = {"authorization": header} if header else {}
@@ -437,12 +439,12 @@ def test_the_servers_own_key_is_asked_for_before_a_chat_is_read(
 
 def test_more_messages_than_tokens_are_not_laid_out():
     async def go():
-        gate = Gate(tiny_guard(), tiny_model().tokenizer, most=8)
-        gate.chat._render = None
+        chat_guard = ChatGuard(tiny_guard(), tiny_model().tokenizer, most=8)
+        chat_guard.chat._render = None
         said = [{"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(9)]
         with pytest.raises(BadRequest, match=r"at least 9 tokens .* at most 8"):
-            await gate.question({"messages": said})
-        gate.close()
+            await chat_guard.begin({"messages": said})
+        chat_guard.close()
 
     asyncio.run(go())
 
@@ -458,7 +460,7 @@ def test_another_tokenizer_closes_every_chat(monkeypatch, caplog):
 
     async def go():
         with pytest.raises(ModelMismatch, match="template"):
-            Gate(tiny_guard(), FAMILIES["llama-3"].tokenizer)
+            ChatGuard(tiny_guard(), FAMILIES["llama-3"].tokenizer)
 
     asyncio.run(go())
 
@@ -469,7 +471,7 @@ def test_a_guard_that_does_not_fit_closes_every_chat(served, monkeypatch):
     async def opened(state):
         raise ModelMismatch("other weights")
 
-    monkeypatch.setattr(module, "open_gate", opened)
+    monkeypatch.setattr(module, "open_chat_guard", opened)
     answer = served(Server(), body=chat(passed()))
     assert answer.status_code == 503
     assert "weights" not in answer.text
@@ -480,16 +482,50 @@ def test_canaries_that_moved_stop_the_gate(monkeypatch):
 
     class Engine:
         async def generate(self, tokens, how, request_id):
-            ask = Ask.found_in(how)
+            ask = ScoreRequest.from_sampling(how)
             post([(ask, [1e3] * len(ask.at))])
             yield None
 
     async def go():
         from latentguard.errors import ModelMismatch
 
-        gate = Gate(replace(tiny_guard()), tiny_model().tokenizer, Engine())
+        chat_guard = ChatGuard(replace(tiny_guard()), tiny_model().tokenizer, Engine())
         with pytest.raises(ModelMismatch, match="canary"):
-            await gate.check()
-        gate.close()
+            await chat_guard.check()
+        chat_guard.close()
 
     asyncio.run(go())
+
+
+def test_an_earlier_message_is_read_by_itself(served):
+    """A harmful request in the history, then a harmless last message: the chat is refused."""
+    harmful = flagged()
+    score = 2 * abs(offline()[harmful].score) + tiny_guard().threshold + 100
+    guard = tiny_guard()
+    width = len(guard.reading.positions)
+    high = [score / width] * width + [0.5] * len(guard.axes)
+    low = [-score / width] * width + [0.5] * len(guard.axes)
+    body = {
+        "model": "m",
+        "messages": [
+            {"role": "user", "content": harmful},
+            {"role": "assistant", "content": "Pardon?"},
+            {"role": "user", "content": passed()},
+        ],
+    }
+
+    class Low(Server):
+        def answer(self, asked):
+            post([(ScoreRequest(**asked["kv_transfer_params"]["latentguard"]), low)])
+
+    besides = [low, low, low]
+    assert served(Low(), body=body, besides=besides).json()["latentguard"]["flagged"] is False
+    answer = served(Low(), body=body, besides=[high, low, low])
+    assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
+
+
+@pytest.mark.parametrize("policy", ["Block", "shadow", ""])
+def test_an_unknown_policy_stops_the_start(monkeypatch, policy):
+    monkeypatch.setenv("LATENTGUARD_POLICY", policy)
+    with pytest.raises(GuardError, match="expected block or annotate"):
+        GuardMiddleware(Server())

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentguard.integrations.vllm.protocol import Ask, digest_ids
+from latentguard.integrations.vllm.protocol import ScoreRequest, digest_ids
 from latentguard.integrations.vllm.slots import Ledger, SlotScores
 
 BLOCK = 4
 
 
 def ask(ids, *at):
-    return Ask("box", "key", digest_ids(ids), at)
+    return ScoreRequest("box", "key", digest_ids(ids), at)
 
 
 def scheduled(new=(), old=(), done=(), copies=None):
@@ -162,7 +162,7 @@ def test_a_slot_that_is_read_holds_what_was_last_computed_there(data):
 
 
 def test_a_column_that_averages_reads_every_slot_of_its_span():
-    asked = Ask("box", "key", digest_ids(IDS), (6, 9), (2, 9))
+    asked = ScoreRequest("box", "key", digest_ids(IDS), (6, 9), (2, 9))
     step = Ledger(BLOCK).step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, asked)]))
     slots = tuple(7 * 4 + k for k in (2, 3)) + tuple(3 * 4 + k for k in range(3))
     assert step.due[0].slots == (slots, (5 * 4 + 1,))

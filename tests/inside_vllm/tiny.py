@@ -72,4 +72,4 @@ def start(guard, **options):
 def stop(model):
     """As the end of its process would."""
     model.engine.llm_engine.engine_core.shutdown()
-    model._mailbox.close()
+    model._channel.close()

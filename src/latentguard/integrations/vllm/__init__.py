@@ -4,7 +4,7 @@
   indexed by KV slot, so that a prefix-cache hit keeps its scores;
 * ``connector``: a KV connector that transfers nothing: it clears the slots of new blocks, and reads
   those of a prompt's positions once the prompt was computed;
-* ``mailbox``: brings what was read to whoever asked, before the engine hands out the first token;
+* ``channel``: brings what was read to whoever asked, before the engine hands out the first token;
 * ``middleware``: asks for each chat of the OpenAI server, and holds the reply until the verdict;
 * ``backend``: the same for a program, so that a guard is calibrated on the engine's own scores.
 

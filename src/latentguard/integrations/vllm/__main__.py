@@ -14,14 +14,19 @@ from latentguard.errors import GuardError, LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.vllm.backend import TRANSFER
 from latentguard.integrations.vllm.columns import require_columns
-from latentguard.integrations.vllm.middleware import POLICY, REFUSAL, SLICE
+from latentguard.integrations.vllm.middleware import (
+    POLICIES,
+    POLICY,
+    REFUSAL,
+    SEGMENT_HEADER,
+)
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.models.sources import resolve
 from latentguard.serve.config import ServeConfig
 
 MIDDLEWARE = "latentguard.integrations.vllm.middleware.GuardMiddleware"
 OWN = ("--kv-transfer-config", "--middleware", "--kv-offloading", "--task", "--runner")
-"""ServeConfig of vLLM that are set here, or that would open another way."""
+"""Options of vLLM that are set here, or that would open another way."""
 
 
 def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -32,7 +37,7 @@ def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """
     parser = argparse.ArgumentParser(prog="python -m latentguard.integrations.vllm")
     parser.add_argument("guard", type=Path, help="folder that 'latentguard fit' wrote")
-    parser.add_argument("--policy", choices=["block", "annotate"], default="block")
+    parser.add_argument("--policy", choices=POLICIES, default="block")
     parser.add_argument("--refusal", default=ServeConfig.refusal, help="a blocked chat's answer")
     parser.add_argument("--model", help="if the model has moved")
     parser.add_argument("--segment-header", help="HTTP header that names a request's segment")
@@ -46,7 +51,7 @@ def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     model = resolve(asked.model or guard.fingerprint.model)
     own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]
     own += ["--kv-transfer-config", json.dumps(TRANSFER)]
-    variables = {VARIABLE: str(asked.guard.resolve()), SLICE: asked.segment_header or ""}
+    variables = {VARIABLE: str(asked.guard.resolve()), SEGMENT_HEADER: asked.segment_header or ""}
     return [*own, *rest], variables | {POLICY: asked.policy, REFUSAL: asked.refusal}
 
 

@@ -14,10 +14,10 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import VariantScore, score_plans
 from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.columns import Columns, variant_score
-from latentguard.integrations.vllm.mailbox import Mailbox
 from latentguard.integrations.vllm.plugin import VARIABLE
-from latentguard.integrations.vllm.protocol import ask_about
+from latentguard.integrations.vllm.protocol import score_request
 from latentguard.integrations.vllm.refusals import CONNECTOR
+from latentguard.integrations.vllm.score_channel import ScoreChannel
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.sources import resolve
 from latentguard.prompts import Prompt
@@ -37,9 +37,9 @@ TRANSFER = dict(
 class VllmModel:
     """An engine that was started for one guard; implements ``Backend``, but for states."""
 
-    def __init__(self, guard: LatentGuard, engine: Any, mailbox: Mailbox) -> None:
+    def __init__(self, guard: LatentGuard, engine: Any, channel: ScoreChannel) -> None:
         """Wrap an engine; ``VllmModel.load`` is the usual way."""
-        self.engine, self._guard, self._mailbox = engine, guard, mailbox
+        self.engine, self._guard, self._channel = engine, guard, channel
         self.columns = Columns.of(guard)
         self.chat = ChatTokenizer(engine.get_tokenizer())
 
@@ -69,7 +69,7 @@ class VllmModel:
             )
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"vLLM did not start with this guard: {error}") from error
-        return cls(guard, engine, Mailbox())
+        return cls(guard, engine, ScoreChannel())
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -123,24 +123,26 @@ class VllmModel:
         from vllm.inputs import TokensPrompt
 
         layouts = self.chat(prompts)
-        asks = [ask_about(lay, self.columns.positions, self._mailbox) for lay in layouts]
+        requests = [score_request(lay, self.columns.positions, self._channel) for lay in layouts]
         how = [
             SamplingParams(
                 max_tokens=max_tokens,
                 temperature=0.0,
                 ignore_eos=True,
-                extra_args={"kv_transfer_params": ask.params},
+                extra_args={"kv_transfer_params": request.params},
             )
-            for ask in asks
+            for request in requests
         ]
         tokens = [TokensPrompt(prompt_token_ids=list(lay.ids)) for lay in layouts]
-        with self._mailbox.reading() as answers:
+        with self._channel.reading() as answers:
             self.engine.generate(tokens, how, use_tqdm=False)
         found = {answer.key: answer.values for answer in answers}
-        missing = [p.id for p, ask in zip(prompts, asks, strict=True) if not found.get(ask.key)]
+        missing = [
+            p.id for p, request in zip(prompts, requests, strict=True) if not found.get(request.key)
+        ]
         if missing:
             raise GuardError(
                 f"The engine gave no score for {len(missing)} prompts (the first is "
                 f"'{missing[0]}'), so no verdict can be given."
             )
-        return [found[ask.key] or () for ask in asks]
+        return [found[request.key] or () for request in requests]

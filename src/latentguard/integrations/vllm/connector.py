@@ -20,8 +20,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from latentguard.errors import ModelError
 from latentguard.integrations.vllm import model, refusals
-from latentguard.integrations.vllm.mailbox import post
 from latentguard.integrations.vllm.plugin import VARIABLE
+from latentguard.integrations.vllm.score_channel import post
 from latentguard.integrations.vllm.slots import Ledger, SlotScores, Step
 
 
@@ -87,8 +87,8 @@ class LatentGuardConnector(KVConnectorBase_V1, SupportsHMA):
         """After the pass, before its tokens leave: read and post."""
         step = self._get_connector_metadata().step
         if step.due or step.refused:
-            read = [(due.ask, self._scores.read(due.slots)) for due in step.due]
-            post([*read, *((ask, None) for ask in step.refused)])
+            read = [(due.request, self._scores.read(due.slots)) for due in step.due]
+            post([*read, *((request, None) for request in step.refused)])
 
     def start_load_kv(self, forward_context: Any, **named: Any) -> None:
         """Nothing is loaded."""

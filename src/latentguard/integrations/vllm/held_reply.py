@@ -12,7 +12,7 @@ Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
 
 
-class Relay:
+class HeldReply:
     """Stands between the server and the client's ``send``."""
 
     def __init__(self, send: Send) -> None:

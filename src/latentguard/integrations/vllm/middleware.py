@@ -17,10 +17,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from latentguard.errors import GuardError, LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.verdict import Verdict
-from latentguard.integrations.vllm.gate import Gate, Question
-from latentguard.integrations.vllm.held_reply import Message, Receive, Relay, Send
+from latentguard.integrations.vllm.chat_guard import ChatGuard, PendingChat
+from latentguard.integrations.vllm.held_reply import HeldReply, Message, Receive, Send
 from latentguard.integrations.vllm.plugin import VARIABLE
+from latentguard.serve.chat_thresholds import DecidedReading
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.disconnects import run_until
 from latentguard.serve.errors import (
@@ -33,12 +33,15 @@ from latentguard.serve.errors import (
 )
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.replies import ReplyWriter, token_usage
-from latentguard.serve.scoring import threshold_of
 
 log = logging.getLogger("latentguard.vllm")
 
-POLICY, REFUSAL = "LATENTGUARD_POLICY", "LATENTGUARD_REFUSAL"
-SLICE = "LATENTGUARD_SLICE_HEADER"
+POLICY = "LATENTGUARD_POLICY"
+REFUSAL = "LATENTGUARD_REFUSAL"
+SEGMENT_HEADER = "LATENTGUARD_SEGMENT_HEADER"
+
+POLICIES = ("block", "annotate")
+"""What becomes of a flagged chat: refused, or answered with its verdict."""
 
 CHAT = "/v1/chat/completions"
 HARMLESS = {
@@ -70,10 +73,10 @@ class GuardMiddleware:
     def __init__(self, app: Any) -> None:
         """Wrap the server."""
         self._app, self._opening = app, asyncio.Lock()
-        self._gate: Gate | None = None
-        self._policy = os.environ.get(POLICY, "block")
+        self._chat_guard: ChatGuard | None = None
+        self._policy = _policy()
         self._refusal = os.environ.get(REFUSAL, ServeConfig.refusal)
-        self._header = os.environ.get(SLICE, "")
+        self._segment_header = os.environ.get(SEGMENT_HEADER, "")
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Guard, let through or refuse."""
@@ -98,48 +101,50 @@ class GuardMiddleware:
     async def _chat(self, scope: Any, receive: Receive, send: Send) -> None:
         _keys(scope).require(Headers(scope=scope).get("authorization", ""))
         body = await _read(receive)
-        gate = await self._opened(scope)
-        question = await gate.question(body, Headers(scope=scope).get(self._header) or None)
-        relay, stop, left = Relay(send), asyncio.Event(), asyncio.Event()
+        chat_guard = await self._opened(scope)
+        segment = Headers(scope=scope).get(self._segment_header) or None
+        chat = await chat_guard.begin(body, segment)
+        held_reply, stop, left = HeldReply(send), asyncio.Event(), asyncio.Event()
         sent = json.dumps(body).encode()
         inner = asyncio.create_task(
-            self._app(_resized(scope, len(sent)), _feed(sent, stop, left), relay.take)
+            self._app(_resized(scope, len(sent)), _feed(sent, stop, left), held_reply.take)
         )
         client = asyncio.create_task(_watch(receive, left))
         try:
-            await asyncio.wait({inner, question.answer}, return_when=asyncio.FIRST_COMPLETED)
-            gate.collect()
-            if not question.answer.done() and relay.status != 200:
-                await relay.release({})  # an error of the server's own: nothing was generated
-            elif (values := self._read(question)) is None:
-                await relay.release({"latentguard": {"error": OtherTokens.code}})
+            await asyncio.wait({inner, chat.own.response}, return_when=asyncio.FIRST_COMPLETED)
+            chat_guard.collect()
+            if not chat.own.response.done() and held_reply.status != 200:
+                await held_reply.release({})  # an error of the server's own: nothing was generated
+            elif (values := self._read(chat)) is None:
+                await held_reply.release({"latentguard": {"error": OtherTokens.code}})
             else:
-                verdict = await run_until(_verdict(gate, question, values), left.wait())
-                note = _note(gate, question, verdict)
+                decided = await run_until(_decide(chat_guard, chat, values), left.wait())
+                verdict = decided.verdict
+                note = _note(decided)
                 if self._policy == "block" and (verdict.flagged or verdict.decision == "block"):
                     stop.set()
-                    await self._refuse(question, note, body)(scope, receive, send)
+                    await self._refuse(chat, note, body)(scope, receive, send)
                 else:
-                    await relay.release(note)
+                    await held_reply.release(note)
             await inner
         finally:
             stop.set()
             client.cancel()
-            gate.forget(question)
+            chat_guard.forget(chat.own)
             if not inner.done():
                 await asyncio.wait({inner}, timeout=5)
                 inner.cancel()
 
-    def _read(self, question: Question) -> tuple[float, ...] | None:
+    def _read(self, chat: PendingChat) -> tuple[float, ...] | None:
         """What the engine read; None if it could not, and the chat is answered all the same.
 
         Raises:
             Unavailable: if nothing was read (fail closed).
             OtherTokens: if the guard could not read what the engine was given.
         """
-        if not question.answer.done():
+        if not chat.own.response.done():
             raise Unavailable("The engine gave no score for this chat.")
-        values = question.answer.result()
+        values = chat.own.response.result()
         if values is None and self._policy == "block":
             raise OtherTokens(
                 "The prompt's tokens are not those of its messages in the chat template: control "
@@ -147,11 +152,14 @@ class GuardMiddleware:
             )
         return values
 
-    def _refuse(self, question: Question, note: dict[str, Any], body: dict[str, Any]) -> Any:
+    def _refuse(self, chat: PendingChat, note: dict[str, Any], body: dict[str, Any]) -> Any:
         """What a blocked chat is answered with, as by ``latentguard serve``."""
         options = body.get("stream_options") or {}
         reply = ReplyWriter(
-            question.ask.key, str(body.get("model")), note, usage=bool(options.get("include_usage"))
+            chat.own.request.key,
+            str(body.get("model")),
+            note,
+            usage=bool(options.get("include_usage")),
         )
         finish, none = "content_filter", token_usage(0, 0)
         if not body.get("stream"):
@@ -159,20 +167,32 @@ class GuardMiddleware:
         events = [reply.first(), reply.piece(self._refusal), reply.last(finish, none)]
         return StreamingResponse(iter(events), media_type="text/event-stream")
 
-    async def _opened(self, scope: Any) -> Gate:
-        """The gate; made, and compared with the running engine, when the first chat comes.
+    async def _opened(self, scope: Any) -> ChatGuard:
+        """The chat_guard; made, and compared with the running engine, when the first chat comes.
 
         Raises:
             Unavailable: if the guard does not fit the engine.
         """
         async with self._opening:
-            if self._gate is None:
+            if self._chat_guard is None:
                 try:
-                    self._gate = await open_gate(scope["app"].state)
+                    self._chat_guard = await open_chat_guard(scope["app"].state)
                 except LatentGuardError as error:
                     log.error("Every chat is refused: %s", error)
                     raise Unavailable("The guard does not fit the engine.") from None
-        return self._gate
+        return self._chat_guard
+
+
+def _policy() -> str:
+    """The policy that the environment names.
+
+    Raises:
+        GuardError: if there is no such policy; the server then does not start.
+    """
+    policy = os.environ.get(POLICY, "block")
+    if policy not in POLICIES:
+        raise GuardError(f"{POLICY} is '{policy}'; expected {' or '.join(POLICIES)}.")
+    return policy
 
 
 def _keys(scope: Any) -> ApiKeys:
@@ -182,8 +202,8 @@ def _keys(scope: Any) -> ApiKeys:
     return ApiKeys([key for key in keys if key])
 
 
-async def open_gate(state: Any) -> Gate:
-    """The gate of the server's engine, once its canaries have passed.
+async def open_chat_guard(state: Any) -> ChatGuard:
+    """The chat_guard of the server's engine, once its canaries have passed.
 
     Raises:
         LatentGuardError: if the guard does not fit the engine.
@@ -193,23 +213,25 @@ async def open_gate(state: Any) -> Gate:
     config = state.vllm_config.model_config
     guard = LatentGuard.load(os.environ[VARIABLE])
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    gate = Gate(guard, tokenizer, state.engine_client, most=config.max_model_len)
+    chat_guard = ChatGuard(guard, tokenizer, state.engine_client, most=config.max_model_len)
     try:
-        await gate.check()
+        await chat_guard.check()
     except BaseException:
-        gate.close()
+        chat_guard.close()
         raise
-    return gate
+    return chat_guard
 
 
-async def _verdict(gate: Gate, question: Question, values: tuple[float, ...]) -> Verdict:
+async def _decide(
+    chat_guard: ChatGuard, chat: PendingChat, values: tuple[float, ...]
+) -> DecidedReading:
     """The verdict, once all is read; only a prompt that the engine took brings more passes.
 
     Raises:
         Unavailable: if there is none (fail closed).
     """
     try:
-        return await gate.judge(question, values)
+        return await chat_guard.decide(chat, values)
     except Exception as error:  # whatever the engine raises, the chat is not answered
         log.error(
             "No verdict: %s", error if isinstance(error, GuardError) else error_location(error)
@@ -217,9 +239,8 @@ async def _verdict(gate: Gate, question: Question, values: tuple[float, ...]) ->
         raise Unavailable("The guard cannot give a verdict on this chat.") from None
 
 
-def _note(gate: Gate, question: Question, verdict: Verdict) -> dict[str, Any]:
-    threshold = threshold_of(gate.guard, question.prompt, verdict)
-    return {"latentguard": verdict.to_dict() | {"threshold": threshold}}
+def _note(decided: DecidedReading) -> dict[str, Any]:
+    return {"latentguard": decided.verdict.to_dict() | {"threshold": decided.threshold}}
 
 
 async def _read(receive: Receive) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""A question to the guard inside the engine, and its answer.
+"""What the guard asks of the engine, and what the engine answers.
 
-The question travels with the request: where to read, and the digest of the token ids that were laid
-out from segments (``model/chat.py``). The engine answers only if its own tokens are these, so text
-that imitates control tokens, another template or tools in the prompt cannot move a position.
+The request for scores travels with the chat: where to read, and the digest of the token ids that
+were laid out from segments (``models/chat.py``). The engine answers only if its own tokens are
+these, so text that imitates control tokens, another template or tools in the prompt cannot move a
+position.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ FIELD = "latentguard"
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A question."""
+class ScoreRequest:
+    """Which tokens of a prompt are to be scored."""
 
-    to: str
-    """Path of the mailbox that waits for the answer."""
+    channel: str
+    """Path of the channel that waits for the response."""
 
     key: str
-    """Whose answer it is."""
+    """Which request it is; the response repeats it."""
 
     ids: str
     """Digest of the prompt's tokens."""
@@ -50,17 +51,17 @@ class Ask:
         return {FIELD: asdict(self)}
 
     @staticmethod
-    def found_in(sampling: Any) -> Ask | None:
-        """The question that came with a request; None if there is none."""
+    def from_sampling(sampling: Any) -> ScoreRequest | None:
+        """The score request that came with a chat; None if there is none."""
         params = (getattr(sampling, "extra_args", None) or {}).get("kv_transfer_params")
         found = params.get(FIELD) if isinstance(params, dict) else None
         if not isinstance(found, dict):
             return None
-        return Ask(**(found | {k: tuple(found.get(k, ())) for k in ("at", "starts")}))
+        return ScoreRequest(**(found | {k: tuple(found.get(k, ())) for k in ("at", "starts")}))
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoreResponse:
     """What the engine read."""
 
     key: str
@@ -73,7 +74,7 @@ def digest_ids(ids: Sequence[int]) -> str:
     return hashlib.sha256(array("q", ids).tobytes()).hexdigest()
 
 
-def ask_about(layout: Layout, positions: Sequence[str], mailbox: Any) -> Ask:
-    """The question about a prompt: each column at its position."""
+def score_request(layout: Layout, positions: Sequence[str], channel: Any) -> ScoreRequest:
+    """The score request for a prompt: each column at its position."""
     starts, at = zip(*position_spans(layout, positions), strict=True)
-    return Ask(mailbox.path, mailbox.key(), digest_ids(layout.ids), at, starts)
+    return ScoreRequest(channel.path, channel.key(), digest_ids(layout.ids), at, starts)

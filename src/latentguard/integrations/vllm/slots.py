@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latentguard.integrations.vllm.protocol import Ask, digest_ids
+from latentguard.integrations.vllm.protocol import ScoreRequest, digest_ids
 
 Copy = tuple[int, int]
 """From a block to a block."""
@@ -60,7 +60,7 @@ class SlotScores:
 class Due:
     """A prompt that is computed whole in this step."""
 
-    ask: Ask
+    request: ScoreRequest
     slots: tuple[tuple[int, ...], ...]
     """Where each column is read; several are averaged."""
 
@@ -76,14 +76,14 @@ class Step:
     due: tuple[Due, ...] = ()
     """To be read after the step."""
 
-    refused: tuple[Ask, ...] = ()
+    refused: tuple[ScoreRequest, ...] = ()
     """Prompts whose tokens are not those that were asked about."""
 
 
 @dataclass
 class _Request:
     length: int
-    ask: Ask | None
+    scores: ScoreRequest | None
     blocks: list[int] = field(default_factory=list)
 
 
@@ -99,7 +99,7 @@ class Ledger:
         """Follow a ``SchedulerOutput`` of vLLM."""
         for name in scheduled.finished_req_ids:
             self._requests.pop(name, None)
-        fresh, due, refused = list[int](), list[Due](), list[Ask]()
+        fresh, due, refused = list[int](), list[Due](), list[ScoreRequest]()
         for new in scheduled.scheduled_new_reqs:
             request = self._opened(new, refused)
             fresh += self._taken(request, new.block_ids, new.num_computed_tokens)
@@ -119,13 +119,13 @@ class Ledger:
         copies = tuple((c.src_block_id, c.dst_block_id) for c in self._copied(scheduled))
         return Step(tuple(fresh), copies, tuple(due), tuple(refused))
 
-    def _opened(self, new: Any, refused: list[Ask]) -> _Request:
+    def _opened(self, new: Any, refused: list[ScoreRequest]) -> _Request:
         ids = new.prompt_token_ids
-        ask = Ask.found_in(new.sampling_params)
-        if ask is not None and (ids is None or digest_ids(ids) != ask.ids):
-            refused.append(ask)
-            ask = None
-        request = _Request(len(ids or ()), ask)
+        scores = ScoreRequest.from_sampling(new.sampling_params)
+        if scores is not None and (ids is None or digest_ids(ids) != scores.ids):
+            refused.append(scores)
+            scores = None
+        request = _Request(len(ids or ()), scores)
         self._requests[new.req_id] = request
         return request
 
@@ -139,14 +139,14 @@ class Ledger:
     def _finished(self, request: _Request, name: str, computed: int, scheduled: Any) -> list[Due]:
         """The request, if this step computes the last token of its prompt."""
         after = computed + scheduled.num_scheduled_tokens[name]
-        if request.ask is None or not computed < request.length <= after:
+        if request.scores is None or not computed < request.length <= after:
             return []
         size = self._block
         slots = (
             tuple(request.blocks[i // size] * size + i % size for i in span)
-            for span in request.ask.spans
+            for span in request.scores.spans
         )
-        return [Due(request.ask, tuple(slots))]
+        return [Due(request.scores, tuple(slots))]
 
     @staticmethod
     def _copied(scheduled: Any) -> Sequence[Any]:

@@ -1,17 +1,17 @@
-"""Answers arrive whole, at the right mailbox, and a lost mailbox harms nobody."""
+"""Answers arrive whole, at the right channel, and a lost channel harms nobody."""
 
 import math
 
-from latentguard.integrations.vllm.mailbox import Mailbox, post
-from latentguard.integrations.vllm.protocol import Ask
+from latentguard.integrations.vllm.protocol import ScoreRequest
+from latentguard.integrations.vllm.score_channel import ScoreChannel, post
 
 
 def asks(box, count):
-    return [Ask(box.path, f"k{n}", "", (0,)) for n in range(count)]
+    return [ScoreRequest(box.path, f"k{n}", "", (0,)) for n in range(count)]
 
 
 def test_answers_go_to_their_mailboxes():
-    one, two = Mailbox(), Mailbox()
+    one, two = ScoreChannel(), ScoreChannel()
     post([(asks(one, 1)[0], [0.1, math.nan]), (asks(two, 2)[1], None)])
     (answer,) = one.collect()
     assert answer.key == "k0"
@@ -23,14 +23,14 @@ def test_answers_go_to_their_mailboxes():
 
 
 def test_many_answers_of_one_step_arrive():
-    box = Mailbox()
+    box = ScoreChannel()
     post([(ask, [float(n)] * 12) for n, ask in enumerate(asks(box, 256))])
     assert [a.values[0] for a in box.collect()] == [float(n) for n in range(256)]
     box.close()
 
 
 def test_answers_arrive_while_the_reader_is_busy():
-    box = Mailbox()
+    box = ScoreChannel()
     with box.reading() as found:
         for _ in range(40):
             post([(ask, [1.0] * 12) for ask in asks(box, 64)])
@@ -39,7 +39,7 @@ def test_answers_arrive_while_the_reader_is_busy():
 
 
 def test_a_mailbox_that_is_gone_loses_its_answers_only(caplog):
-    box, other = Mailbox(), Mailbox()
+    box, other = ScoreChannel(), ScoreChannel()
     gone = asks(box, 1)[0]
     box.close()
     post([(gone, [1.0]), (asks(other, 1)[0], [2.0])])
@@ -49,6 +49,6 @@ def test_a_mailbox_that_is_gone_loses_its_answers_only(caplog):
 
 
 def test_only_this_user_can_enter():
-    box = Mailbox()
+    box = ScoreChannel()
     assert box._folder.stat().st_mode & 0o077 == 0
     box.close()

@@ -1,7 +1,7 @@
-"""The way from the engine's worker back to whoever asked: one Unix datagram for each step.
+"""The way of scores from the engine's worker back to the server: a Unix datagram for each step.
 
 The worker posts before it returns from the step that computed the prompt, so an answer lies in the
-mailbox before the engine can hand out the first token of the reply.
+channel before the engine can hand out the first token of the reply.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from latentguard.integrations.vllm.protocol import Answer, Ask
+from latentguard.integrations.vllm.protocol import ScoreRequest, ScoreResponse
 
 log = logging.getLogger("latentguard.vllm")
 
@@ -27,10 +27,10 @@ LONGEST = 1 << 16
 """Bytes of a datagram; longer ones are sent in parts."""
 
 PATIENCE = 2.0
-"""Seconds that a worker waits for a full mailbox; the answer is then lost, and its chat blocked."""
+"""Seconds that a worker waits for a full channel; the answer is then lost, and its chat blocked."""
 
 
-class Mailbox:
+class ScoreChannel:
     """Collects answers; its folder can be entered by this user only."""
 
     def __init__(self) -> None:
@@ -46,19 +46,19 @@ class Mailbox:
         """A new key that nobody can guess."""
         return secrets.token_urlsafe(12)
 
-    def collect(self) -> list[Answer]:
+    def collect(self) -> list[ScoreResponse]:
         """What has arrived since the last time."""
-        found = list[Answer]()
+        found = list[ScoreResponse]()
         with contextlib.suppress(BlockingIOError):
             while True:
                 for key, values in json.loads(self.socket.recv(LONGEST)):
-                    found.append(Answer(key, None if values is None else tuple(values)))
+                    found.append(ScoreResponse(key, None if values is None else tuple(values)))
         return found
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[list[Answer]]:
+    def reading(self) -> Iterator[list[ScoreResponse]]:
         """Collect in the background, for as long as something else keeps this thread busy."""
-        found, done = list[Answer](), threading.Event()
+        found, done = list[ScoreResponse](), threading.Event()
 
         def work() -> None:
             while not done.is_set():
@@ -80,15 +80,15 @@ class Mailbox:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def post(answers: Iterable[tuple[Ask, list[float] | None]]) -> None:
-    """Send answers to their mailboxes; one that is gone or stays full loses them."""
-    ordered = sorted(answers, key=lambda pair: pair[0].to)
+def post(answers: Iterable[tuple[ScoreRequest, list[float] | None]]) -> None:
+    """Send responses to their channels; one that is gone or stays full loses them."""
+    ordered = sorted(answers, key=lambda pair: pair[0].channel)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
         out.settimeout(PATIENCE)
-        for to, group in groupby(ordered, key=lambda pair: pair[0].to):
-            lines = [(ask.key, values) for ask, values in group]
+        for path, group in groupby(ordered, key=lambda pair: pair[0].channel):
+            lines = [(request.key, values) for request, values in group]
             try:
                 for start in range(0, len(lines), 64):
-                    out.sendto(json.dumps(lines[start : start + 64]).encode(), to)
+                    out.sendto(json.dumps(lines[start : start + 64]).encode(), path)
             except OSError as error:
                 log.warning("%d answers could not be delivered: %s", len(lines), error)

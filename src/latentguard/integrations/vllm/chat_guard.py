@@ -1,0 +1,254 @@
+"""The guard as the server's middleware uses it: a chat becomes score requests, scores a verdict.
+
+The chat's own prefill scores the chat as it stands. Every other text that is read (each message by
+itself, decoded texts, chunks) is a request of its own in the same engine. All of them are one flat
+list, planned and combined as everywhere else (``guard/reading_plan.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentguard.errors import GuardError, ModelMismatch, PromptError, TemplateError
+from latentguard.guard.compatibility import TOLERANCE
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.reading_plan import ScoredPlan, Variant
+from latentguard.guard.verdict import Verdict
+from latentguard.integrations.vllm.columns import Columns, variant_score
+from latentguard.integrations.vllm.protocol import ScoreRequest, score_request
+from latentguard.integrations.vllm.score_channel import ScoreChannel
+from latentguard.models.chat import ChatTokenizer
+from latentguard.models.layout import Layout
+from latentguard.prompts import Prompt
+from latentguard.serve.chat_readings import ChatReading, chat_readings
+from latentguard.serve.chat_request import require_few
+from latentguard.serve.chat_thresholds import ChatThresholds, DecidedReading
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.errors import BadRequest
+from latentguard.serve.messages import ChatMessage, own_model_prompt
+
+Values = tuple[float, ...] | None
+"""Each column's value; None if the engine's tokens were not those of the request."""
+
+CONCURRENT = 64
+"""Requests that one chat may have in the engine at a time."""
+
+
+class GuardedBody(BaseModel):
+    """What the guard reads of a chat completion request."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class ReadingPlan:
+    """One text of a chat, and the variants that are read for it."""
+
+    reading: ChatReading
+    """The text."""
+
+    variants: tuple[Variant, ...]
+    """What is scored (``LatentGuard.plan``)."""
+
+
+@dataclass(frozen=True)
+class PendingScore:
+    """A request for scores, and the response to come."""
+
+    ids: tuple[int, ...]
+    """The prompt's tokens, as they were laid out."""
+
+    request: ScoreRequest
+    """What was asked of the engine."""
+
+    response: asyncio.Future[Values]
+    """What it reads."""
+
+
+@dataclass(frozen=True)
+class PendingChat:
+    """A chat whose own prefill is under way."""
+
+    own: PendingScore
+    """The chat as it stands, scored by the prefill that serves it."""
+
+    plans: tuple[ReadingPlan, ...]
+    """All that is read of the chat; the first variant of the first is the chat as it stands."""
+
+    segment: str | None
+    """Of the traffic."""
+
+
+class ChatGuard:
+    """One guard, for one engine; belongs to one event loop."""
+
+    def __init__(
+        self, guard: LatentGuard, tokenizer: Any, engine: Any = None, *, most: int = 1 << 62
+    ) -> None:
+        """Prepare.
+
+        Args:
+            guard: The guard.
+            tokenizer: Of the engine's model.
+            engine: Scores what needs a request of its own.
+            most: Tokens that the engine reads; a chat of more messages is not even laid out.
+
+        Raises:
+            ModelMismatch: if tokenizer or template are not the guard's own.
+            GuardError: if the guard cannot run inside vLLM.
+        """
+        self.guard = guard
+        self.chat = ChatTokenizer(tokenizer, max_tokens=most)
+        self._columns = Columns.of(guard)
+        self._engine = engine
+        self._thresholds = ChatThresholds(guard)
+        digests = self.chat.tokenizer_digest, self.chat.template_digest
+        if digests != (guard.fingerprint.tokenizer, guard.fingerprint.template):
+            raise ModelMismatch(
+                f"This guard was fitted on '{guard.fingerprint.model}'; the tokenizer or the chat "
+                "template that the server uses is another. Use that model's own."
+            )
+        self._channel = ScoreChannel()
+        self._waiting = dict[str, asyncio.Future[Values]]()
+        asyncio.get_running_loop().add_reader(self._channel.socket, self.collect)
+
+    async def begin(self, body: dict[str, Any], segment: str | None = None) -> PendingChat:
+        """Put the score request of a chat into its body; what a client sent there is dropped.
+
+        Args:
+            body: The request's.
+            segment: Of the traffic.
+
+        Raises:
+            BadRequest: if the guard cannot read the chat.
+        """
+        if body.get("use_beam_search"):
+            raise BadRequest("Beam search has no prefill of its own to read; leave it out.")
+        try:
+            messages = GuardedBody.model_validate(body).messages
+            layout, plans = await asyncio.to_thread(self._plan, messages)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise BadRequest(
+                f"The guard cannot read this chat: {where} is not as expected."
+            ) from None
+        except (PromptError, TemplateError) as error:
+            raise BadRequest(str(error)) from None
+        own = self._request(layout)
+        for name in ("ec_transfer_params", "vllm_xargs"):
+            body.pop(name, None)
+        body["kv_transfer_params"] = own.request.params
+        return PendingChat(own, plans, segment)
+
+    async def decide(self, chat: PendingChat, values: tuple[float, ...]) -> DecidedReading:
+        """The most severe reading of a chat, once all that needs a request of its own is scored.
+
+        Args:
+            chat: The chat.
+            values: What its own prefill read.
+
+        Raises:
+            GuardError: if a number is missing or not finite.
+            Exception: whatever the engine raises.
+        """
+        texts = [variant.prompt for plan in chat.plans for variant in plan.variants]
+        scored = iter([values, *await self._score_all(texts[1:])])
+        verdicts = [self._verdict(plan, scored, chat.segment) for plan in chat.plans]
+        newest = [plan.reading.is_newest for plan in chat.plans]
+        return self._thresholds.decide(verdicts, newest, chat.segment)
+
+    def _verdict(
+        self, plan: ReadingPlan, scored: Iterator[tuple[float, ...]], segment: str | None
+    ) -> Verdict:
+        """The verdict on one reading, from the next scores of the flat list."""
+        own = islice(scored, len(plan.variants))
+        scores = [variant_score(self.guard, values) for values in own]
+        prompt = replace(plan.reading.prompt, segment=segment)
+        return self.guard.combine(ScoredPlan(prompt, plan.variants, scores)).verdict
+
+    async def _score_all(self, prompts: Sequence[Prompt]) -> list[tuple[float, ...]]:
+        turn = asyncio.Semaphore(CONCURRENT)
+
+        async def score(prompt: Prompt) -> Values:
+            async with turn:
+                return await self.score(prompt)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(score(prompt)) for prompt in prompts]
+        scores = [task.result() for task in tasks]
+        if None in scores:
+            raise GuardError("The engine gave no score for a text that needs a request of its own.")
+        return [values for values in scores if values is not None]
+
+    async def score(self, prompt: Prompt) -> Values:
+        """What the engine reads of a prompt that nobody else sends it; None if it does not say."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        pending = self._request((await asyncio.to_thread(self.chat, [prompt]))[0])
+        key = pending.request.key
+        transfer = {"kv_transfer_params": pending.request.params}
+        sampling = SamplingParams(max_tokens=1, extra_args=transfer)
+        tokens = TokensPrompt(prompt_token_ids=list(pending.ids))
+        try:
+            async for _ in self._engine.generate(tokens, sampling, request_id=key):
+                pass
+            self.collect()
+            return pending.response.result() if pending.response.done() else None
+        finally:
+            self.forget(pending)
+
+    def collect(self) -> None:
+        """Hand out the responses that have arrived."""
+        for response in self._channel.collect():
+            waiting = self._waiting.get(response.key)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(response.values)
+
+    def forget(self, pending: PendingScore) -> None:
+        """Nobody waits for this response any more."""
+        self._waiting.pop(pending.request.key, None)
+
+    async def check(self) -> None:
+        """Score the guard's canaries in the running engine.
+
+        Raises:
+            ModelMismatch: if one has another score than when the guard was fitted, or none.
+        """
+        for canary in self.guard.canaries:
+            values = await self.score(Prompt(canary.text, id="canary"))
+            score = variant_score(self.guard, values).score if values else float("nan")
+            if not abs(score - canary.score) <= TOLERANCE * self.guard.spread:
+                dated = "; its chat template prints today's date" * self.chat.has_date
+                raise ModelMismatch(
+                    f"A canary scores {score:.4g} in this engine and {canary.score:.4g} when the "
+                    f"guard was fitted{dated}; fit it again on what is served."
+                )
+
+    def close(self) -> None:
+        """Close the channel."""
+        asyncio.get_running_loop().remove_reader(self._channel.socket)
+        self._channel.close()
+
+    def _plan(self, messages: Sequence[ChatMessage]) -> tuple[Layout, tuple[ReadingPlan, ...]]:
+        """The chat's tokens and all that is read of it; a long chat takes a while."""
+        context = own_model_prompt(messages)
+        layout = self.chat([context])[0]  # first: it refuses what is too long
+        readings = chat_readings(messages, context=context)
+        require_few(readings, ServeConfig())
+        plans = [ReadingPlan(one, tuple(self.guard.plan(one.prompt))) for one in readings]
+        return layout, tuple(plans)
+
+    def _request(self, layout: Layout) -> PendingScore:
+        request = score_request(layout, self._columns.positions, self._channel)
+        response = asyncio.get_running_loop().create_future()
+        self._waiting[request.key] = response
+        return PendingScore(layout.ids, request, response)
