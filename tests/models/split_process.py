@@ -5,18 +5,23 @@ It is run as a module: from a file, its folder would come first where Python loo
 """
 
 import faulthandler
+import inspect
 import json
 import sys
 from pathlib import Path
 
 import torch
 from torch import distributed
+from transformers.distributed import DistributedConfig
 
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import ModelMismatch
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.states import Intervention, States
+
+HAS_DISTRIBUTED_PLAN = "tp_plan" in inspect.signature(DistributedConfig).parameters
+"""Whether transformers takes the plan inside ``distributed_config``, as it does since 5.17."""
 
 LIMIT = 120
 """Seconds. A process that waits for a lost one would do so for hours."""
@@ -63,7 +68,9 @@ def main(folder, edited, guard, out):
     torch.set_num_threads(1)
     model = ChatModel.load(folder, tp_plan="auto")
     shards = [p.to_local().numel() / p.numel() for p in model.model.parameters() if split(p)]
-    spelt_anew = ChatModel.load(edited, distributed_config={"tp_plan": "auto"})
+    plan = {"tp_plan": "auto"}
+    options = {"distributed_config": plan} if HAS_DISTRIBUTED_PLAN else plan
+    spelt_anew = ChatModel.load(edited, **options)
     found = dict(
         shards=shards,
         digest=model.fingerprint.digest,
