@@ -1,5 +1,7 @@
 """The built-in contrast set: form-matched pairs, balanced, split by pair, fixed by id."""
 
+import hashlib
+import itertools
 import json
 import re
 import string
@@ -9,7 +11,13 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from latentguard.data.builtin import load_contrast, load_samples, load_traffic, split_of
+from latentguard.data.builtin import (
+    load_contrast,
+    load_samples,
+    load_traffic,
+    load_training_rows,
+    split_of,
+)
 from latentguard.data.surface_audit import audit_surface, ending_class, form_class
 from latentguard.errors import PromptError
 from latentguard.guard.compatibility import CANARY_COUNT, canary_prompts
@@ -261,6 +269,43 @@ class TestTraffic:
         monkeypatch.setattr("latentguard.data.surface_audit.held_out_ngram_scores", nothing)
         found = audit_surface(load_traffic(split))
         assert max(found.ending, found.form, found.length) <= 0.56
+
+
+class TestTrainingRows:
+    def test_all_of_them_are_the_traffic_to_train_on(self):
+        assert load_training_rows(None) == load_traffic("train")
+        assert load_training_rows(10**6) == load_traffic("train")
+
+    def test_the_default_is_the_knee_of_the_learning_curve(self):
+        assert load_training_rows() == load_training_rows(4000)
+
+    @pytest.mark.parametrize("count", [2, 250, 999, 4000])
+    def test_as_many_as_asked_for_but_no_torn_pair(self, count):
+        rows = load_training_rows(count)
+        assert count - 1 <= len(rows) <= count
+        assert set(Counter(p.pair for p in rows if p.pair).values()) <= {2}
+
+    def test_those_of_a_smaller_count_are_among_those_of_a_larger(self):
+        ids = [{p.id for p in load_training_rows(count)} for count in (250, 1000, 4000, None)]
+        for fewer, more in itertools.pairwise(ids):
+            assert fewer < more
+
+    def test_kinds_categories_and_labels_keep_their_shares(self):
+        kinds = {row["id"]: row["kind"] for row in rows("traffic")}
+        for of in (lambda p: kinds[p.id], lambda p: p.category, lambda p: p.harmful):
+            some, whole = (Counter(map(of, load_training_rows(n))) for n in (1000, None))
+            for value, count in whole.items():
+                expected = 1000 * count / whole.total()
+                assert abs(some[value] - expected) <= 4 + 0.1 * expected, value
+
+    def test_they_are_the_same_on_every_machine(self):
+        ids = "\n".join(p.id for p in load_training_rows(1000))
+        assert hashlib.sha256(ids.encode()).hexdigest().startswith("af712fd12a9de7a8")
+
+    @pytest.mark.parametrize("count", [-1, 0, 1])
+    def test_a_guard_needs_a_pair(self, count):
+        with pytest.raises(PromptError, match=f"one pair; found {count}"):
+            load_training_rows(count)
 
 
 class TestCanaries:

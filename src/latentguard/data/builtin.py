@@ -14,6 +14,9 @@ All are requests; no answers are included.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.resources import as_file, files
@@ -23,6 +26,16 @@ from latentguard.errors import PromptError
 from latentguard.prompts import Prompt, read_prompts
 
 Split = Literal["train", "validation", "test"]
+
+DEFAULT_ROWS = 4000
+"""Rows that a guard is fitted on unless another number is given: the knee of the learning curve.
+
+Of SmolLM2-135M's guard, all 9,755 rows raise the mean AUROC on eight public sets from 0.917 to
+0.923, for 2.4 times the reading and ten times the fitting.
+"""
+
+ORDER_SEED = 0
+"""Seed of the order in which training rows are taken."""
 
 
 def load_contrast(split: Split | None = None) -> list[Prompt]:
@@ -41,6 +54,29 @@ def load_traffic(split: Split | None = None) -> list[Prompt]:
         PromptError: if there is no such split.
     """
     return _select_split("traffic", split)
+
+
+def load_training_rows(count: int | None = DEFAULT_ROWS) -> list[Prompt]:
+    """Return the traffic that guards are fitted on: at most ``count`` rows, or all if None.
+
+    - Kinds of text and risk categories have the shares that they have among all rows.
+    - Both members of a pair are in, or none.
+    - The rows depend on ``count`` alone, and those of a smaller count are among those of a larger.
+
+    Raises:
+        PromptError: if ``count`` is below 2, the rows of one pair.
+    """
+    rows = load_traffic("train")
+    if count is None:
+        return rows
+    if count < 2:
+        raise PromptError(f"At least 2 training rows are needed, one pair; found {count}.")
+    chosen = set[str]()
+    for unit in _stratified_units(rows):
+        if len(chosen) + len(unit) > count:
+            break
+        chosen.update(prompt.id for prompt in unit)
+    return [prompt for prompt in rows if prompt.id in chosen]
 
 
 def load_samples() -> list[Prompt]:
@@ -65,6 +101,41 @@ def _select_split(name: str, split: Split | None) -> list[Prompt]:
             f"{', '.join(get_args(Split))}, or none for all prompts."
         )
     return [p for p in _read(name) if split_of(p) == split]
+
+
+def _stratified_units(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Pairs and unpaired prompts, each stratum spread evenly over the whole list.
+
+    A stratum is a kind of text, a category, and whether its rows are paired. Its units come in the
+    order of a hash of their names, from a place that a hash of the stratum gives.
+    """
+    kinds = _traffic_kinds()
+    units = defaultdict[str, list[Prompt]](list)
+    for prompt in prompts:
+        units[prompt.pair or prompt.id].append(prompt)
+    strata = defaultdict[tuple[str, str | None, int], list[str]](list)
+    for name, unit in units.items():
+        strata[kinds[unit[0].id], unit[0].category, len(unit)].append(name)
+    places = dict[str, float]()
+    for stratum, names in strata.items():
+        start = _hash_fraction(str(stratum))
+        for rank, name in enumerate(sorted(names, key=_hash_fraction)):
+            places[name] = (rank + start) / len(names)
+    return [units[name] for name in sorted(places, key=lambda name: (places[name], name))]
+
+
+def _hash_fraction(name: str) -> float:
+    """A number from 0 to 1 that depends on the name alone."""
+    digest = hashlib.sha256(f"{ORDER_SEED} {name}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+@cache
+def _traffic_kinds() -> dict[str, str]:
+    """The kind of text of each row of the traffic, by id."""
+    with as_file(files(__package__) / "traffic.jsonl") as path:
+        rows = map(json.loads, path.read_text("utf-8").splitlines())
+        return {row["id"]: row["kind"] for row in rows}
 
 
 @cache
