@@ -40,7 +40,7 @@ Scores = dict[str, NDArray[np.float64]]
 
 DEFAULT = "default: traffic, pooled, linear"
 RULES = {  # rule -> (training set, reading, probe)
-    "the paper's guard: AdvBench + Alpaca, t_inst, centroid": ("paper", "t_inst", "centroid"),
+    "the paper's rule: AdvBench + Alpaca, t_inst, centroid, no refusal filter": ("paper", "t_inst", "centroid"),
     "AdvBench + Alpaca, t_inst, linear": ("paper", "t_inst", "linear"),
     "AdvBench + Alpaca, pooled, linear": ("paper", "pooled", "linear"),
     "pairs, t_inst, centroid": ("pairs", "t_inst", "centroid"),
