@@ -39,8 +39,9 @@ from latentguard.stats.detection import auroc
 Scores = dict[str, NDArray[np.float64]]
 
 DEFAULT = "default: traffic, pooled, linear"
+PAPERS_RULE = "the paper's rule: AdvBench + Alpaca, t_inst, centroid, no refusal filter"
 RULES = {  # rule -> (training set, reading, probe)
-    "the paper's rule: AdvBench + Alpaca, t_inst, centroid, no refusal filter": ("paper", "t_inst", "centroid"),
+    PAPERS_RULE: ("paper", "t_inst", "centroid"),
     "AdvBench + Alpaca, t_inst, linear": ("paper", "t_inst", "linear"),
     "AdvBench + Alpaca, pooled, linear": ("paper", "pooled", "linear"),
     "pairs, t_inst, centroid": ("pairs", "t_inst", "centroid"),
