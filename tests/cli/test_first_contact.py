@@ -1,5 +1,10 @@
 """First contact: bad input is said before the model loads, nothing is lost, Control-C explains."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import latentguard
@@ -71,8 +76,8 @@ BAD_INPUT = [
     ("drift {guard} {plain}", "guard has no calibration"),
     ("label none.jsonl --out {tmp}/l.jsonl", "none.jsonl cannot be read"),
     ("label {asked} --out {tmp}/file/x", "file/x cannot be written"),
-    ("study m --out {tmp}/file/x", "file/x cannot be written"),
-    ("study m --out {tmp}/r --only inverse", "no experiment 'inverse'"),
+    ("study default --out {tmp}/file/x", "file/x cannot be written"),
+    ("study default --out {tmp}/r --only inverse", "no experiment 'inverse'"),
     ("stress {guard} --out {tmp}/file/x", "file/x cannot be written"),
     ("stress {guard} --out {tmp}/r --only homoglyphz", "no attack 'homoglyphz'"),
     ("demo --out {tmp}/file/x --guard {tmp}/g", "file/x cannot be written"),
@@ -116,7 +121,7 @@ LOCKED = [
     ("pack add {guard} --name x --examples {mixed}", "{guard}/.lock"),
     ("pack remove {guard} x", "{guard}/.lock"),
     ("label {asked} --out {tmp}/l.jsonl", "{tmp}/l.jsonl.lock"),
-    ("study m --out {tmp}/r", "{tmp}/r/.lock"),
+    ("study default --out {tmp}/r", "{tmp}/r/.lock"),
     ("stress {guard} --out {tmp}/r", "{tmp}/r/.lock"),
     ("demo --out {tmp}/d --guard {tmp}/r", "{tmp}/r/.lock"),
 ]
@@ -142,7 +147,7 @@ INTERRUPTED = [
     ("pack add {guard} --name x --examples {mixed} --harmless {tmp}/own.jsonl", "is as it was"),
     ("drift {guard} {plain}", "Nothing is kept"),
     ("label {asked} --out {tmp}/l.jsonl", "l.jsonl.replies. Run the same command again to go on"),
-    ("study m --out {tmp}/r", "store.sqlite. Run the same command again to go on"),
+    ("study default --out {tmp}/r", "store.sqlite. Run the same command again to go on"),
     ("stress {guard} --out {tmp}/r", "Run the same command again to go on"),
     ("demo --out {tmp}/d --guard {tmp}/r", "Run the same command again to go on"),
 ]
@@ -241,6 +246,30 @@ class TestWhatIsSaidPlainly:
         )
         out = lg("score", guard, files[name])[1]
         assert totals == [len(out.splitlines())]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fit --out {tmp}/g --model no/such --harmful {mixed} --harmless {harmless}",
+        "label {asked} --out {tmp}/l.jsonl --model no/such",
+        "study no/such --out {tmp}/r",
+        "demo --out {tmp}/r --guard {tmp}/g --model no/such",
+    ],
+)
+def test_an_unknown_model_is_said_before_torch_is_loaded(places, command):
+    """In a process of its own, without the Hub: importing torch takes longer than the answer."""
+    script = (
+        "import sys; from latentguard.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(latentguard.__file__).parents[1])}
+    words = [sys.executable, "-c", script, *command.format(**places).split()]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "1 False\n"
+    assert "'no/such' could not be loaded as a chat model" in done.stderr
+    assert not (places["tmp"] / "g").exists()
 
 
 def test_a_model_is_loaded_once_the_input_is_sound(lg, places, monkeypatch):

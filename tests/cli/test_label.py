@@ -129,7 +129,7 @@ class TestWhatItWrites:
         lg("label", asked, "--out", tmp_path / "l.jsonl")
         out = tmp_path / "l.jsonl"
         both = ["--harmful", out, "--harmless", out]
-        code, _, err = lg("fit", "--model", "m", "--out", tmp_path / "g", *both)
+        code, _, err = lg("fit", "--model", "default", "--out", tmp_path / "g", *both)
         assert code == 0, err
         labels = read_prompts(out)
         harmful, refuse = latentguard.LatentGuard.load(tmp_path / "g").axes

@@ -71,7 +71,7 @@ def test_without_a_browser_the_page_is_there(lg, folder, config, tmp_path, monke
     ],
 )
 def test_bad_input_is_named_before_the_model_loads(lg, tmp_path, words, said):
-    code, _, err = lg("study", "no-such-model", "--out", tmp_path / "r", *words)
+    code, _, err = lg("study", "default", "--out", tmp_path / "r", *words)
     assert code == 1
     assert said in err
     assert "Loading" not in err
@@ -90,7 +90,7 @@ def test_bad_input_is_named_before_the_model_loads(lg, tmp_path, words, said):
 def test_a_bad_configuration_is_named(lg, tmp_path, text, said):
     path = tmp_path / "bad.toml"
     path.write_text(text, encoding="utf-8")
-    code, _, err = lg("study", "no-such-model", "--out", tmp_path / "r", "--config", path)
+    code, _, err = lg("study", "default", "--out", tmp_path / "r", "--config", path)
     assert code == 1
     assert said in err
 

@@ -10,7 +10,7 @@ import typer
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.inputs import read_side
 from latentguard.cli.interrupts import explain_interrupt
-from latentguard.cli.loading import load_model, save_guard
+from latentguard.cli.loading import load_model, require_model, save_guard
 from latentguard.cli.options import (
     DeviceMap,
     Dtype,
@@ -77,19 +77,13 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
 
     Example: latentguard fit --model Qwen/Qwen2.5-7B-Instruct --out guards/qwen
     """
-    from latentguard.data.surface_audit import surface_warnings
-    from latentguard.probes.probe import require_both_classes
-    from latentguard.states import require_reading_name
-
     kind: Kind = probe.value  # type: ignore[assignment]
     require_no_guard(out, overwrite=overwrite)
-    require_reading_name(reading)
+    require_model(model)
     kept = f"States are kept in {cache_folder() / CAPTURES}. Run the same command again to go on."
     with output_folder(out), explain_interrupt(kept):
         prompts = _training_prompts(contrast, harmful, harmless, Columns(text=text_column))
-        require_both_classes([bool(p.harmful) for p in prompts], kind)
-        for warning in surface_warnings(prompts):
-            echo_err(f"Warning: {warning}")
+        _check_training(prompts, reading, kind)
         loaded_dtype = f"{dtype}/{quantize.value}" if quantize else dtype
         backend = load_model(model, loaded_dtype, device_map)
         guard = _fit_guard(backend, prompts, reading, kind)
@@ -103,6 +97,18 @@ def _training_prompts(
     """The prompts of the files, and the built-in ones if they are asked for or nothing is."""
     sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
     return sides + (load_traffic("train") if contrast or not sides else [])
+
+
+def _check_training(prompts: list[Prompt], reading: str, probe: Kind) -> None:
+    """Say what cannot be fitted, and warn of form that tells the label apart."""
+    from latentguard.data.surface_audit import surface_warnings
+    from latentguard.probes.probe import require_both_classes
+    from latentguard.states import require_reading_name
+
+    require_reading_name(reading)
+    require_both_classes([bool(p.harmful) for p in prompts], probe)
+    for warning in surface_warnings(prompts):
+        echo_err(f"Warning: {warning}")
 
 
 def _fit_guard(backend: ChatModel, prompts: list[Prompt], reading: str, probe: Kind) -> LatentGuard:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.interrupts import explain_interrupt
-from latentguard.cli.loading import load_model
+from latentguard.cli.loading import load_model, require_model
 from latentguard.cli.options import DeviceMap, Dtype, Model, PromptSource, TextColumn
 from latentguard.cli.outputs import output_file
-from latentguard.prompts import Columns, read_prompts
+from latentguard.prompts import Columns, Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from latentguard.models.chat_model import ChatModel
+    from latentguard.study.judge import Outcome
 
 
 def label(
@@ -29,15 +33,19 @@ def label(
 
     Example: latentguard label prompts.jsonl --out labelled.jsonl
     """
-    from latentguard.study.label_file import write_labels
-
+    require_model(model)
     kept = f"Replies are kept in {out}.replies. Run the same command again to go on."
     with output_file(out), explain_interrupt(kept):
         rows = read_prompts(prompts, columns=Columns(text=text_column))
         if out.exists():
             echo_err(f"{out} is there, and will be replaced when the last prompt is labelled.")
-        backend = load_model(model, dtype, device_map)
-        with progress("label", len(rows)) as view:
-            counts = write_labels(backend, rows, out, progress=view.advance)
+        counts = _label(load_model(model, dtype, device_map), rows, out)
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     echo_err(f"{out}: {outcomes}.")
+
+
+def _label(model: ChatModel, prompts: list[Prompt], out: Path) -> dict[Outcome, int]:
+    from latentguard.study.label_file import write_labels
+
+    with progress("label", len(prompts)) as view:
+        return write_labels(model, prompts, out, progress=view.advance)

@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING
 
 from latentguard.cli.console import echo_err
 from latentguard.errors import GuardError, MissingExtra
+from latentguard.models.sources import DEFAULT, resolve
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.models.chat_model import ChatModel
+
+
+def require_model(source: str) -> None:
+    """Raise a ModelError if a model is neither here nor within reach, before torch is imported."""
+    if source != DEFAULT and not source.lower().endswith(".gguf"):
+        resolve(source)
 
 
 def load_model(source: str, dtype: str = "auto", device_map: str | None = None) -> ChatModel:

@@ -9,7 +9,7 @@ import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.interrupts import explain_interrupt
-from latentguard.cli.loading import load_model
+from latentguard.cli.loading import load_model, require_model
 from latentguard.cli.options import Budget, Dtype, Protocol
 from latentguard.cli.outputs import output_folder
 from latentguard.errors import LatentGuardError, require_extra
@@ -67,11 +67,12 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
 
     Example: latentguard study default --out reports/smollm2 --budget small
     """
+    require_extra("plotly", "report", "latentguard study")
+    require_model(model)
     from latentguard.study.prompt_groups import read_pools
     from latentguard.study.run import STORE, prepare, require_known, run
     from latentguard.study.settings import read_settings, read_table
 
-    require_extra("plotly", "report", "latentguard study")
     require_known(only or ())
     settings = read_settings(config, BUDGETS[budget], PROTOCOLS.get(protocol))
     pools = read_pools(data_dir, read_table(config, "data"))

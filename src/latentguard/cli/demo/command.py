@@ -9,7 +9,7 @@ import typer
 
 from latentguard.cli.console import progress
 from latentguard.cli.interrupts import explain_interrupt
-from latentguard.cli.loading import load_model
+from latentguard.cli.loading import load_model, require_model
 from latentguard.cli.options import Model
 from latentguard.cli.outputs import output_folder
 from latentguard.errors import require_extra
@@ -28,12 +28,12 @@ def demo(
 
     Example: latentguard demo
     """
-    from latentguard.cli.demo.run import run
-
     require_extra("plotly", "report", "latentguard demo")
-
+    require_model(model)
     kept = f"A guard that is whole stays in {guard}. Run the same command again to go on."
     with output_folder(out), output_folder(guard), explain_interrupt(kept):
+        from latentguard.cli.demo.run import run
+
         backend = load_model(model)
         with progress("demo") as view:
             folder = run(backend, guard, out, step=view.step)
