@@ -34,6 +34,22 @@ def guard(tmp_path_factory, tokenizer):
     return folder / "guard"
 
 
+@pytest.fixture(scope="module")
+def encodings_folder(tmp_path_factory):
+    """A report folder that several tests share; its store answers all but the first."""
+    return tmp_path_factory.mktemp("encodings")
+
+
+def own_prompts(folder, count):
+    """Options for a few harmful and harmless prompts, in the column 'q'."""
+    options = ["--text-column", "q"]
+    for side in ("harmful", "harmless"):
+        path = folder / f"{side}.jsonl"
+        path.write_text("".join(json.dumps(dict(q=f"{side} {n}")) + "\n" for n in range(count)))
+        options += [f"--{side}", path]
+    return options
+
+
 def tables(folder):
     found = json.loads((folder / "report.json").read_text())["tables"]
     return {t["title"]: t["rows"] for t in found}
@@ -49,19 +65,14 @@ def test_it_prints_the_report_and_writes_every_format(lg, guard, tmp_path):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
-def test_the_page_is_drawn_whole(lg, guard, tmp_path, chromium, width, scheme):
-    assert lg("stress", guard, "--out", tmp_path / "s", "--only", "encodings")[0] == 0
-    check(chromium, tmp_path / "s" / "report.html", width, scheme)
+def test_the_page_is_drawn_whole(lg, guard, encodings_folder, chromium, width, scheme):
+    assert lg("stress", guard, "--out", encodings_folder, "--only", "encodings")[0] == 0
+    check(chromium, encodings_folder / "report.html", width, scheme)
 
 
-def test_prompts_of_ones_own(lg, guard, tmp_path):
-    sides = []
-    for side in ("harmful", "harmless"):
-        file = tmp_path / f"{side}.jsonl"
-        file.write_text("".join(json.dumps(dict(q=f"{side} {n}")) + "\n" for n in range(3)))
-        sides += [f"--{side}", file]
+def test_own_prompts(lg, guard, tmp_path):
     out = tmp_path / "s"
-    code, *_ = lg("stress", guard, "--out", out, "--only", "base64", *sides, "--text-column", "q")
+    code, *_ = lg("stress", guard, "--out", out, "--only", "base64", *own_prompts(tmp_path, 3))
     assert code == 0
     assert [row[-1] for row in tables(out)["All figures"]] == ["3 + 3", "3 + 3"]
 
@@ -117,7 +128,8 @@ def test_wrong_usage_is_2(lg, guard, tmp_path, words):
 
 
 def test_a_killed_process_goes_on(lg, guard, tmp_path):
-    words = ["stress", guard, "--only", "wrappers", "--only", "case and spacing", "--out"]
+    words = ["stress", guard, "--only", "wrappers", "--only", "case and spacing"]
+    words += [*own_prompts(tmp_path, 12), "--out"]
     env = os.environ | {
         "PYTHONPATH": str(Path(latentguard.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",

@@ -7,6 +7,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from fake_backend import FakeBackend, labelled, texts
 from latentguard.data.builtin import load_contrast
@@ -192,6 +193,14 @@ class TestPlantedTruth:
     def test_texts_of_the_prompts_are_only_harmless_examples(self, report, tmp_path):
         page = (report.save(tmp_path) / "report.html").read_text(encoding="utf-8")
         assert "the bad item" not in page
+
+
+def test_auroc_compares_every_variant_with_every_variant():
+    rng = np.random.default_rng(1)
+    harmful = np.repeat([True, False], [5, 7])
+    scores = rng.normal(size=(3, 12)) + harmful
+    pooled = roc_auc_score(np.tile(harmful, 3), scores.ravel())
+    assert bootstrap_auroc(scores, harmful).value == pytest.approx(pooled, abs=1e-12)
 
 
 def test_variants_of_a_prompt_are_drawn_together():

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,10 +136,17 @@ def ngram_model() -> Pipeline:
 
 
 def ngram_scores(train: Sequence[Prompt], test: Sequence[Prompt]) -> NDArray[np.float64]:
-    """Return the scores of the n-gram baseline, [n]."""
-    with threadpool_limits(1):  # small matrices: threads cost more than they give
-        model = ngram_model().fit([p.text for p in train], [bool(p.harmful) for p in train])
+    """Return the scores of the n-gram baseline, [n]; it is fitted once per training set."""
+    model = _fit_ngrams(tuple((p.text, bool(p.harmful)) for p in train))
     return np.asarray(model.decision_function([p.text for p in test]), dtype=np.float64)
+
+
+@lru_cache(maxsize=2)
+def _fit_ngrams(rows: tuple[tuple[str, bool], ...]) -> Pipeline:
+    """Return the baseline, fitted on texts with labels."""
+    texts, labels = zip(*rows, strict=True)
+    with threadpool_limits(1):  # small matrices: threads cost more than they give
+        return ngram_model().fit(texts, labels)
 
 
 def held_out_ngram_scores(prompts: Sequence[Prompt], *, folds: int = 5) -> NDArray[np.float64]:

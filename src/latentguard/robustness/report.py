@@ -13,9 +13,9 @@ from latentguard.report import charts
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.robustness.suite import AttackedPrompts
 from latentguard.robustness.weights import WeightsObservation
-from latentguard.stats.bootstrap import bootstrap, share
+from latentguard.stats.bootstrap import share
 from latentguard.stats.bounds import proportion
-from latentguard.stats.detection import auroc
+from latentguard.stats.detection import auroc_interval
 from latentguard.stats.estimate import Estimate
 
 Scores = NDArray[np.float64]
@@ -121,23 +121,20 @@ def measure_attack(
 
 def bootstrap_auroc(scores: Scores, harmful: NDArray[np.bool_]) -> Estimate:
     """Return AUROC, bootstrapped over prompts: variants of a prompt are drawn together."""
-    return bootstrap(_auroc, scores.T[harmful], scores.T[~harmful])
+    return auroc_interval(_win_rates(scores, harmful))
 
 
 def _auroc_change(scores: Scores, original_scores: Scores, harmful: NDArray[np.bool_]) -> Estimate:
     """Return AUROC under attack minus AUROC without, over the same draws of prompts."""
-    both = np.concatenate([original_scores, scores]).T
-
-    def difference(positive: Scores, negative: Scores) -> float:
-        attacked = _auroc(positive[:, 1:], negative[:, 1:])
-        return attacked - _auroc(positive[:, :1], negative[:, :1])
-
-    return bootstrap(difference, both[harmful], both[~harmful])
+    return auroc_interval(_win_rates(scores, harmful) - _win_rates(original_scores, harmful))
 
 
-def _auroc(positive: Scores, negative: Scores) -> float:
-    labels = np.repeat([True, False], [positive.size, negative.size])
-    return auroc(labels, np.concatenate([positive.ravel(), negative.ravel()]))
+def _win_rates(scores: Scores, harmful: NDArray[np.bool_]) -> Scores:
+    """Return how often each harmful prompt beats each harmless one, over all variants, [n m]."""
+    positive = scores[:, None, harmful, None]
+    negative = scores[None, :, None, ~harmful]
+    rates: Scores = np.sign(positive - negative).mean((0, 1)) / 2 + 0.5
+    return rates
 
 
 def report_sections(results: StressResults, *, summary: str) -> tuple[Section, ...]:
