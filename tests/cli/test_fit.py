@@ -3,7 +3,8 @@
 import pytest
 
 from cli.tiny_files import record, rows, written
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import DEFAULT_ROWS, load_training_rows
+from latentguard.errors import PromptError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from models.architectures import WIDE, chat_model
@@ -25,11 +26,10 @@ class TestFit:
         assert f"latentguard calibrate {out}" in err
         assert "Warning" not in err.replace("Warning: The length", "")
 
-    def test_the_papers_guard_on_the_built_in_set(self, lg, model, tmp_path, monkeypatch):
+    def test_the_papers_guard_on_the_built_in_set(self, lg, model, tmp_path):
         """On a part of it, which is read in a tenth of the time."""
-        some = load_traffic("train")[:1000]
-        monkeypatch.setattr("latentguard.cli.fit.load_traffic", {"train": some}.__getitem__)
-        rule = ["--reading", "t_inst", "--probe", "centroid"]
+        some = load_training_rows(1000)
+        rule = ["--reading", "t_inst", "--probe", "centroid", "--rows", "1000"]
         code, _, err = lg("fit", "--model", model, "--out", tmp_path / "g", "--contrast", *rule)
         made = record(tmp_path / "g")
         assert code == 0
@@ -40,6 +40,20 @@ class TestFit:
         assert (made["reading"]["name"], made["probe"]["kind"]) == ("t_inst", "centroid")
         assert made["probe"]["layers"] == [1, 2, 3, 4]
         assert "Warning" not in err
+
+    @pytest.mark.parametrize(
+        ("words", "count"), [([], DEFAULT_ROWS), (["--rows", "50"], 50), (["--all-rows"], None)]
+    )
+    def test_how_many_built_in_rows_are_read(self, lg, monkeypatch, tmp_path, words, count):
+        asked = []
+
+        def load(count):
+            asked.append(count)
+            raise PromptError("reached")
+
+        monkeypatch.setattr("latentguard.cli.fit.load_training_rows", load)
+        assert "reached" in lg("fit", "--out", tmp_path / "g", *words)[2]
+        assert asked == [count]
 
     def test_quantised_weights_and_where_they_lie(self, lg, tokenizer, files, tmp_path):
         """What the guard says of its model is how ``score`` loads it."""

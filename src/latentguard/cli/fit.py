@@ -23,7 +23,7 @@ from latentguard.cli.options import (
     TextColumn,
 )
 from latentguard.cli.outputs import output_folder, require_no_guard
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import DEFAULT_ROWS, load_training_rows
 from latentguard.models.sources import cache_folder
 from latentguard.prompts import Columns, Prompt
 
@@ -41,6 +41,12 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     model: Model = "default",
     contrast: Annotated[
         bool, typer.Option("--contrast", help="Train on the built-in prompts (the default).")
+    ] = False,
+    rows: Annotated[
+        int, typer.Option(min=2, help="How many of the built-in prompts.")
+    ] = DEFAULT_ROWS,
+    all_rows: Annotated[
+        bool, typer.Option("--all-rows", help="All built-in prompts: a little better, much slower.")
     ] = False,
     harmful: Harmful = None,
     harmless: Harmless = None,
@@ -82,21 +88,17 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     require_model(model)
     kept = f"States are kept in {cache_folder() / CAPTURES}. Run the same command again to go on."
     with output_folder(out), explain_interrupt(kept):
-        prompts = _training_prompts(contrast, harmful, harmless, Columns(text=text_column))
+        columns = Columns(text=text_column)
+        prompts = read_side(harmful, columns, harmful=True)
+        prompts += read_side(harmless, columns, harmful=False)
+        if contrast or not prompts:
+            prompts += load_training_rows(None if all_rows else rows)
         _check_training(prompts, reading, kind)
         loaded_dtype = f"{dtype}/{quantize.value}" if quantize else dtype
         backend = load_model(model, loaded_dtype, device_map)
         guard = _fit_guard(backend, prompts, reading, kind)
         save_guard(_fit_long(guard, backend) if long else guard, out)
     echo_err(f"Guard written to {out}. Next: latentguard calibrate {out} --harmless FILE")
-
-
-def _training_prompts(
-    contrast: bool, harmful: list[str] | None, harmless: list[str] | None, columns: Columns
-) -> list[Prompt]:
-    """The prompts of the files, and the built-in ones if they are asked for or nothing is."""
-    sides = read_side(harmful, columns, harmful=True) + read_side(harmless, columns, harmful=False)
-    return sides + (load_traffic("train") if contrast or not sides else [])
 
 
 def _check_training(prompts: list[Prompt], reading: str, probe: Kind) -> None:
