@@ -83,8 +83,8 @@ def folder(tmp_path):
 
 
 def test_the_arguments_of_the_server(folder):
-    words, variables = arguments([folder, "--policy", "annotate", "--port", "1", "--model", "m"])
-    assert words[:4] == ["--model", "m", "--dtype", "float32"]
+    words, variables = arguments([folder, "--policy", "annotate", "--port", "1", "--model", folder])
+    assert words[:4] == ["--model", folder, "--dtype", "float32"]
     assert words[-2:] == ["--port", "1"]
     assert "GuardMiddleware" in " ".join(words)
     assert variables["LATENTGUARD_GUARD"] == folder
