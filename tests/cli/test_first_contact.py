@@ -218,6 +218,19 @@ class TestNothingIsOverwrittenSilently:
         assert f"{out} is there, and will be replaced" in err
         assert len(out.read_text().splitlines()) == 18
 
+    @pytest.mark.parametrize("command", ["study default --out {}", "stress {guard} --out {}"])
+    def test_a_report_that_will_be_replaced_is_said(
+        self, lg, guard, tmp_path, monkeypatch, command
+    ):
+        def load(source, **_):
+            raise latentguard.LatentGuardError("reached")
+
+        monkeypatch.setattr(ChatModel, "load", load)
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / "report.json").write_text("{}")
+        _, _, err = lg(*command.format(tmp_path / "r", guard=guard).split())
+        assert f"The report in {tmp_path / 'r'} is there, and will be replaced" in err
+
 
 class TestWhatIsSaidPlainly:
     def test_an_uncalibrated_guard(self, lg, guard, files):

@@ -11,7 +11,7 @@ from latentguard.cli.console import echo_err, progress
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model, require_model
 from latentguard.cli.options import DeviceMap, Dtype, Model, PromptSource, TextColumn
-from latentguard.cli.outputs import output_file
+from latentguard.cli.outputs import output_file, warn_of_replacement
 from latentguard.prompts import Columns, Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def label(
     kept = f"Replies are kept in {out}.replies. Run the same command again to go on."
     with output_file(out), explain_interrupt(kept):
         rows = read_prompts(prompts, columns=Columns(text=text_column))
-        if out.exists():
-            echo_err(f"{out} is there, and will be replaced when the last prompt is labelled.")
+        warn_of_replacement(out)
         counts = _label(load_model(model, dtype, device_map), rows, out)
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     echo_err(f"{out}: {outcomes}.")

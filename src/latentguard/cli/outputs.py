@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from latentguard.cli.console import echo_err
 from latentguard.errors import LatentGuardError
 from latentguard.files import exclusive_lock
 
@@ -63,6 +64,13 @@ def require_no_guard(folder: Path, *, overwrite: bool) -> None:
     raise LatentGuardError(
         f"{thing}, which would be overwritten; name another folder, or add --overwrite."
     )
+
+
+def warn_of_replacement(path: Path) -> None:
+    """Say that a file, or the report in a folder, will be replaced, if there is one."""
+    if path.is_file() or (path / "report.json").exists():
+        what = path if path.is_file() else f"The report in {path}"
+        echo_err(f"{what} is there, and will be replaced when this run ends.")
 
 
 @contextmanager

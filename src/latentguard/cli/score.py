@@ -24,7 +24,7 @@ from latentguard.cli.options import (
     PromptSource,
     TextColumn,
 )
-from latentguard.cli.outputs import output_file, output_folder
+from latentguard.cli.outputs import output_file, output_folder, warn_of_replacement
 from latentguard.errors import require_extra
 from latentguard.prompts import Prompt, stream_prompts
 
@@ -75,8 +75,8 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
         warn_if_uncalibrated(loaded, guard)
         columns = replace(guard_columns(loaded, text_column), label="")  # labels are not read
         total = check_prompts(prompts, columns)
-        if out and out.exists():
-            echo_err(f"{out} is there, and will be replaced when the last prompt is scored.")
+        if out:
+            warn_of_replacement(out)
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )

@@ -19,7 +19,7 @@ from latentguard.cli.options import (
     MovedModel,
     TextColumn,
 )
-from latentguard.cli.outputs import output_folder
+from latentguard.cli.outputs import output_folder, warn_of_replacement
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import LatentGuardError, require_extra
 from latentguard.prompts import Columns
@@ -76,6 +76,7 @@ def stress(  # noqa: PLR0913, PLR0917 (each is an option)
     plan = StressPlan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
     kept = f"Scores are kept in {out / STORE}. Run the same command again to go on."
     with output_folder(out), explain_interrupt(kept):
+        warn_of_replacement(out)
         loaded, backend = load_guard_model(
             read_guard(guard), model, allow_mismatch=allow_mismatch, device_map=device_map
         )

@@ -11,7 +11,7 @@ from latentguard.cli.console import echo_err, progress
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model, require_model
 from latentguard.cli.options import Budget, Dtype, Protocol
-from latentguard.cli.outputs import output_folder
+from latentguard.cli.outputs import output_folder, warn_of_replacement
 from latentguard.errors import LatentGuardError, require_extra
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     tables = {name: read_table(config, name) for name in ("judge", "template")}
     kept = f"Replies and states are kept in {out / STORE}. Run the same command again to go on."
     with output_folder(out), explain_interrupt(kept):
+        warn_of_replacement(out)
         backend = load_model(model, dtype)
         with progress("study") as view:
             ready = prepare(
