@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from latentguard.errors import PromptError, require_extra
 
@@ -157,6 +157,13 @@ def as_prompt(item: PromptLike, id: str = "") -> Prompt:
     if isinstance(item, str):
         return Prompt(item, id=id)
     return replace(_chat_prompt(item, f"prompt {id}" if id else "the prompt"), id=id)
+
+
+def is_one_prompt(items: object) -> TypeGuard[PromptLike]:
+    """Whether this stands for one prompt, rather than for several: a text, a prompt or a chat."""
+    if isinstance(items, str | Prompt):
+        return True
+    return isinstance(items, Sequence) and bool(items) and isinstance(items[0], Message | Mapping)
 
 
 def as_prompts(items: Iterable[PromptLike]) -> Iterator[Prompt]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -27,6 +29,42 @@ from latentguard.prompts import Message, Prompt, Reply
 
 Progress = Callable[[int], None]
 """Called with the number of prompts just done."""
+
+
+def no_progress(count: int) -> None:
+    """Show nothing."""
+
+
+@contextmanager
+def progress_bar(name: str, items: object, progress: Progress | None = None) -> Iterator[Progress]:
+    """The progress that was given; without one, a bar if somebody is there to watch it.
+
+    Args:
+        name: What is being done.
+        items: What it is done to; where it has a length, the bar shows the share and the time left.
+        progress: Used as it is.
+    """
+    if progress is not None or not is_interactive():
+        yield progress or no_progress
+        return
+    from tqdm.auto import tqdm
+
+    total = len(items) if isinstance(items, Sized) else None
+    with tqdm(desc=name, total=total, unit=" prompts") as bar:
+        yield bar.update
+
+
+def is_interactive() -> bool:
+    """Whether a person works in a notebook or at a Python prompt, rather than in a program."""
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
+
+
+def show_numbers(numbers: Sequence[int]) -> str:
+    """Numbers as people read them: ``0..28`` where none is left out, else each."""
+    first = numbers[0] if numbers else 0
+    if len(numbers) > 2 and tuple(numbers) == tuple(range(first, first + len(numbers))):
+        return f"{first}..{numbers[-1]}"
+    return ", ".join(map(str, numbers)) if len(numbers) < 2 else f"({', '.join(map(str, numbers))})"
 
 
 CHANGES = {
@@ -80,7 +118,15 @@ the inversion question; every token, template included; or t_inst alone."""
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A vector that is added to the residual stream while the prompt is read: h + c v."""
+    """A vector that is added to the residual stream while the prompt is read: h + c v.
+
+    Example:
+        >>> axis = guard.axes[0]
+        >>> push = lg.Intervention(axis.layers[0], axis.direction[0], coefficient=2.0)
+        >>> replies = model.sweep([lg.Prompt("Hello.")], [None, push], max_new_tokens=2)
+        >>> len(replies)
+        2
+    """
 
     layer: int
     """Which layer; 0 is the embedding output."""
@@ -104,7 +150,15 @@ class Intervention:
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """What a model held at some positions and layers, for some prompts."""
+    """What a model held at some positions and layers, for some prompts.
+
+    Example:
+        >>> states = lg.States.collect(model.capture(["Hello.", "How are you?"]))
+        >>> states  # doctest: +ELLIPSIS
+        States(n=2, positions=(t_inst, t_post), layers=0..4, width=32)
+        >>> states.at("t_inst").shape
+        torch.Size([2, 5, 32])
+    """
 
     values: Float[Tensor, "n p l d"]
     """Residual stream, on the CPU, in the model's dtype."""
@@ -128,6 +182,12 @@ class States:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __repr__(self) -> str:
+        positions = ", ".join(self.positions)
+        layers = show_numbers(self.layers)
+        width = self.values.shape[-1]
+        return f"States(n={len(self)}, positions=({positions}), layers={layers}, width={width})"
 
     def at(self, position: str) -> Float[Tensor, "n l d"]:
         """The states at one position.

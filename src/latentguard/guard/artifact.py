@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentguard.errors import GuardError
 from latentguard.files import write_all_atomic
+from latentguard.models.sources import DEFAULT, DEFAULT_HUB_ID, HUB_ID
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,21 +164,54 @@ def _card_weights(record: Mapping[str, Any]) -> str:
     return f"- Bound to weights {record['fingerprint']['weights'][:12]},"
 
 
-def model_card(record: Mapping[str, Any], *, promise: str, notes: Sequence[str] = ()) -> str:
-    """What a guard is and promises, for people; ``notes`` are paragraphs of its optional parts."""
-    bound_to, layers, made = record["fingerprint"], record["probe"]["layers"], record["fitted"]
-    counts = [(made or {}).get(side, "an unknown number of") for side in ("harmful", "harmless")]
-    return f"""{_card_title(record)}
+def model_card(
+    record: Mapping[str, Any],
+    *,
+    promise: str,
+    notes: Sequence[str] = (),
+    license: str | None = None,
+) -> str:
+    """What a guard is and promises, for people, under what the Hub reads.
+
+    Args:
+        record: What the guard's JSON holds.
+        promise: What its threshold promises.
+        notes: Paragraphs on its optional fields.
+        license: Of the guard; left out if it is unknown.
+    """
+    model = record["fingerprint"]
+    layers = record["probe"]["layers"]
+    made = record["fitted"] or {}
+    counts = [made.get(side, "an unknown number of") for side in ("harmful", "harmless")]
+    return f"""{card_head(record, license=license)}
+{_card_title(record)}
 Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}) at layers
 {layers[0]} to {layers[-1]} with the `{record["probe"]["kind"]}` probe.
 
 - Fitted on {counts[0]} harmful and {counts[1]} harmless prompts.
 {_card_threshold(record)}{promise}.
-{_card_weights(record)} tokenizer {bound_to["tokenizer"][:12]}, chat template
-  {bound_to["template"][:12]}, dtype {bound_to["dtype"]}; any other model is refused.
+{_card_weights(record)} tokenizer {model["tokenizer"][:12]}, chat template
+  {model["template"][:12]}, dtype {model["dtype"]}; any other model is refused.
 {"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}
 The promise holds for harmless prompts drawn like those that the guard was calibrated on. A guard of
 this kind does not stop a determined adversary, and says nothing of the model's replies.
 
 Made by latentguard; `latentguard show FOLDER` prints its figures.
 """
+
+
+def card_head(record: Mapping[str, Any], *, license: str | None = None) -> str:
+    """The YAML at the top of a model card; strings are written as JSON, which is YAML, too."""
+    name = str(record["fingerprint"]["model"])
+    base = DEFAULT_HUB_ID if name == DEFAULT else name
+    auroc = (record["fitted"] or {}).get("cross_validated_auroc")
+    lines = ["library_name: latentguard", "pipeline_tag: text-classification"]
+    lines.append("tags: [latentguard, safety, guardrail, interpretability]")
+    if "/" in base and HUB_ID.fullmatch(base) and not Path(base).exists():
+        lines.append(f"base_model: {json.dumps(base)}")
+    if license:
+        lines.append(f"license: {json.dumps(license)}")
+    if auroc is not None:
+        lines.append("metrics: [roc_auc]")
+        lines.append(f"cross_validated_auroc: {auroc}")
+    return "\n".join(["---", *lines, "---"])

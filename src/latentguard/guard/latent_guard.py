@@ -1,27 +1,23 @@
-"""LatentGuard: a reading, a probe and a threshold, bound to one model."""
+"""LatentGuard: a guard spec with its model: fitted, calibrated, asked, saved and loaded."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from tempfile import TemporaryDirectory
+from typing import overload
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from scipy.special import expit
-from torch import Tensor
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 
 from latentguard.errors import GuardError, ModelMismatch
-from latentguard.guard.artifact import POLES, model_card, read_folder, require_sound, write_folder
+from latentguard.guard.artifact import read_folder, write_folder
 from latentguard.guard.calibrate import fit_calibration, require_enough
-from latentguard.guard.categories import Categories, nearest_category
-from latentguard.guard.chunking import Chunking
+from latentguard.guard.categories import Categories
 from latentguard.guard.compatibility import (
     Canary,
     Shift,
@@ -29,31 +25,20 @@ from latentguard.guard.compatibility import (
     explain_mismatch,
     require_readable,
 )
-from latentguard.guard.leakage import (
-    TrainingPrompts,
-    exclude_training_prompts,
-    prompt_digest,
-    require_unseen,
-)
+from latentguard.guard.display import facts_table
+from latentguard.guard.hub import download_guard, upload_guard
+from latentguard.guard.leakage import exclude_training_prompts, prompt_digest, require_unseen
+from latentguard.guard.own_model import OwnModel
 from latentguard.guard.probabilities import fit_platt
 from latentguard.guard.quadrants import Quadrants
-from latentguard.guard.reading_plan import (
-    Outcome,
-    ScoredPlan,
-    Variant,
-    VariantScore,
-    Version,
-    combine,
-    plan,
-    score_plans,
-)
-from latentguard.guard.thresholds import Rates, Thresholds
-from latentguard.guard.verdict import Decision, Verdict
+from latentguard.guard.reading_plan import Outcome, VariantScore, score_plans
+from latentguard.guard.spec import GuardSpec
+from latentguard.guard.thresholds import Rates
+from latentguard.guard.verdict import Verdict
 from latentguard.probes import fitting
-from latentguard.probes.axis import Axis
 from latentguard.probes.capture_cache import CaptureCache
-from latentguard.probes.probe import Kind, Probe, layers_of, require_kind
-from latentguard.prompts import Prompt, as_prompts
+from latentguard.probes.probe import Kind, layers_of, require_kind
+from latentguard.prompts import Prompt, PromptLike, Turn, as_prompts, is_one_prompt
 from latentguard.states import (
     DEFAULT_READING,
     Backend,
@@ -63,74 +48,26 @@ from latentguard.states import (
     Scoring,
     States,
     digest_prompts,
+    no_progress,
+    progress_bar,
+    show_numbers,
 )
-from latentguard.stats.bounds import Bound, smallest_n
-from latentguard.text.deobfuscation import OBFUSCATIONS, RULES
-
-T = TypeVar("T")
-
-TIE = 1e-4
-"""Versions of a prompt whose scores differ by less, in standard deviations, are alike."""
-
-NOT_FINITE = (
-    "A score or a belief is not a finite number, so no verdict can be given; use bfloat16 or "
-    "float32 instead of float16."
-)
+from latentguard.stats.bounds import smallest_n
 
 
 @dataclass(frozen=True, eq=False)
-class LatentGuard:
-    """A guard for one model; immutable."""
+class LatentGuard(GuardSpec):
+    """A guard for one model; immutable.
 
-    reading: Reading
-    """Where it reads."""
+    Example:
+        >>> guard("How do I kill a Python process?")  # doctest: +ELLIPSIS
+        Verdict(...)
+        >>> [verdict.flagged for verdict in guard(["Hello.", "Good morning."])]
+        [...]
+    """
 
-    probe: Probe
-    """How states become a score."""
-
-    axes: tuple[Axis, ...]
-    """``harmful`` at t_inst; ``refuse`` at t_post where refusals were known."""
-
-    fingerprint: Fingerprint
-    """The model it is bound to."""
-
-    platt: tuple[float, float]
-    """Slope and intercept: probability = sigmoid(slope * score + intercept)."""
-
-    spread: float
-    """Standard deviation of the training scores."""
-
-    canaries: tuple[Canary, ...] = ()
-    """Checked when the guard meets a model."""
-
-    threshold: float = 0.0
-    """A prompt is flagged if its score is greater."""
-
-    bound: Bound | None = None
-    """What calibration promises of the threshold; None before."""
-
-    fitted: dict[str, Any] | None = None
-    """Provenance: counts, choices, digests of the data, versions."""
-
-    training_digests: Int[Tensor, "n"] = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.long)
-    )
-    """Digests of the prompts that it was fitted on (``leakage``)."""
-
-    deobfuscate: bool = False
-    """Whether text that looks obfuscated is also read decoded."""
-
-    chunking: Chunking | None = None
-    """How long prompts and chats are read; None reads them whole, and only whole."""
-
-    thresholds: Thresholds | None = None
-    """Thresholds by segment and the map to probabilities; None before calibration."""
-
-    quadrants: Quadrants | None = None
-    """What both beliefs say together; None without a refusal axis."""
-
-    categories: Categories | None = None
-    """The risk categories that it names, and packs of categories that can flag."""
+    own_model: OwnModel = field(default_factory=OwnModel, repr=False)
+    """Its model, loaded when it is first needed."""
 
     # ---- fitting
 
@@ -183,6 +120,7 @@ class LatentGuard:
             spread=float(fit.held_out.std()),
             fitted=fitting.provenance(states, fit),
             training_digests=torch.tensor([prompt_digest(p) for p in states.prompts]),
+            own_model=OwnModel(backend),
             deobfuscate=probe == "linear",  # the paper's guard reads what is served, only
             quadrants=Quadrants() if len(axes) > 1 else None,
             categories=Categories.fit(
@@ -194,13 +132,13 @@ class LatentGuard:
     def with_canaries(self, backend: Backend, texts: Sequence[str] = ()) -> LatentGuard:
         """The same guard, these canaries or its own scored as it scores now."""
         texts = texts or [canary.text for canary in self.canaries]
-        scores = [verdict.score for verdict in self.scan(backend, texts)]
+        scores = [verdict.score for verdict in self.scan(backend, texts, progress=no_progress)]
         return replace(self, canaries=tuple(map(Canary, texts, scores)))
 
     def calibrate(
         self,
         backend: Backend,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[PromptLike],
         *,
         max_fpr: float = 0.01,
         review_fpr: float | None = None,
@@ -229,7 +167,7 @@ class LatentGuard:
         """
         rates = Rates(max_fpr, review_fpr, confidence)
         self.require_match(backend.fingerprint)
-        used = self.calibration_prompts(prompts, rates)
+        used = self.calibration_prompts(as_prompts(prompts), rates)
         verdicts = list(self.scan(backend, used, progress=progress))
         return self.calibrate_from(used, verdicts, rates, column=segment_column)
 
@@ -277,169 +215,91 @@ class LatentGuard:
             quadrants=calibration.quadrants,
         )
 
+    # ---- asking: with its own model
+
+    @property
+    def model(self) -> Backend:
+        """Its model: the one that it was fitted or loaded with, else loaded now and verified.
+
+        Raises:
+            ModelError: if it cannot be loaded; ``ModelMismatch`` if it is not the guard's own.
+        """
+        return self.own_model.get(self.fingerprint, self.verify_model)
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # a text is no list of texts
+        self, prompts: str | Prompt | Sequence[Turn]
+    ) -> Verdict: ...
+
+    @overload
+    def __call__(self, prompts: Iterable[PromptLike]) -> list[Verdict]: ...
+
+    def __call__(self, prompts: PromptLike | Iterable[PromptLike]) -> Verdict | list[Verdict]:
+        """The verdict on one prompt (a text, a prompt or a chat); a list of them gives a list."""
+        if is_one_prompt(prompts):
+            return next(self.scan(self.model, [prompts], progress=no_progress))
+        return list(self.scan(self.model, prompts))  # type: ignore[arg-type]  # they are several
+
+    def predict_proba(self, prompts: Iterable[PromptLike]) -> Float[NDArray[np.float64], "n 2"]:
+        """The probabilities of harmless and harmful of each prompt, as scikit-learn has them.
+
+        Example:
+            >>> guard.predict_proba(["Hello.", "How are you?"]).shape
+            (2, 2)
+        """
+        harmful = np.array([verdict.probability for verdict in self.scan(self.model, prompts)])
+        return np.stack([1 - harmful, harmful], axis=1)
+
+    def predict(self, prompts: Iterable[PromptLike]) -> Bool[NDArray[np.bool_], "n"]:
+        """Whether each prompt is flagged."""
+        return np.array([verdict.flagged for verdict in self.scan(self.model, prompts)], dtype=bool)
+
     # ---- reading: plan, score, combine
 
     def scan(
         self,
         backend: Backend,
-        prompts: Iterable[Prompt | str],
+        prompts: Iterable[PromptLike],
         *,
         progress: Progress | None = None,
     ) -> Iterator[Verdict]:
-        """Yield a verdict for each prompt, in order.
+        """Yield a verdict for each prompt, in order, in lazy batches.
+
+        Args:
+            backend: The guard's model.
+            prompts: Texts, prompts or chats.
+            progress: Called with 1 after each prompt; a bar is shown if there is none and a person
+                is at an interactive prompt or in a notebook.
 
         Raises:
             ModelMismatch: if the model is not the one the guard was fitted on.
             GuardError: if a state is not finite (fail closed).
-        """
-        for outcome in self.read(backend, prompts):
-            if progress is not None:
-                progress(1)
-            yield outcome.verdict
 
-    def read(self, backend: Backend, prompts: Iterable[Prompt | str]) -> Iterator[Outcome]:
+        Example:
+            >>> [verdict.id for verdict in guard.scan(model, ["Hello.", "How are you?"])]
+            ['1', '2']
+        """
+        with progress_bar("scan", prompts, progress) as advance:
+            for outcome in self.read(backend, prompts):
+                advance(1)
+                yield outcome.verdict
+
+    def read(self, backend: Backend, prompts: Iterable[PromptLike]) -> Iterator[Outcome]:
         """As ``scan``, with what was measured on the version of each prompt that decided."""
         self.require_match(backend.fingerprint)
         score = partial(self.score, backend)
         return map(self.combine, score_plans(as_prompts(prompts), self.plan, score))
-
-    def plan(self, prompt: Prompt) -> list[Variant]:
-        """What is read of a prompt (``reading_plan.plan``)."""
-        return plan(prompt, reading=self.reading, chunking=self.chunking, decode=self.deobfuscate)
 
     def score(self, backend: Backend, texts: Iterator[Prompt]) -> Iterator[VariantScore]:
         """Yield the score of each text of a plan, in order, in lazy batches."""
         if isinstance(backend, Scoring):
             yield from backend.scores(self, texts)
             return
-        for states in backend.capture(texts, positions=self.positions, layers=self.probe.layers):
+        batches = backend.capture(
+            texts, positions=self.positions, layers=self.probe.layers, progress=no_progress
+        )
+        for states in batches:
             yield from self.measure(states)
-
-    def measure(self, states: States) -> list[VariantScore]:
-        """Scores of states captured at ``positions`` and the probe's layers.
-
-        Raises:
-            GuardError: if a number is not finite.
-        """
-        states = states.select(self.probe.layers)
-        scores = self.probe(fitting.slots(states, self.reading.positions)).double()
-        beliefs = {axis.name: axis.layer_beliefs(states.at(axis.position)) for axis in self.axes}
-        categories = self.categories.measure(states) if self.categories else [None] * len(states)
-        if self.categories and self.categories.packs:
-            scores = torch.maximum(scores, self.categories.pack_scores(states).amax(-1))
-        deltas = {name: layers.mean(-1) for name, layers in beliefs.items()}
-        if not all(torch.isfinite(values).all() for values in (scores, *deltas.values())):
-            raise GuardError(NOT_FINITE)
-        return [
-            VariantScore(
-                score=float(scores[row]),
-                beliefs={name: float(values[row]) for name, values in deltas.items()},
-                layer_beliefs={name: layers[row] for name, layers in beliefs.items()},
-                categories=categories[row],
-            )
-            for row in range(len(states))
-        ]
-
-    def combine(self, scored: ScoredPlan) -> Outcome:
-        """The verdict on a prompt from the scores of its plan (``reading_plan.combine``)."""
-        return combine(scored, self.chunking, self.decide, tie=TIE * self.spread)
-
-    def judge(self, states: States) -> list[Verdict]:
-        """Verdicts on states captured at ``positions``, each prompt read as it stands and whole."""
-        scores = self.measure(states)
-        return [
-            self.decide(prompt, Version((), score, ()))
-            for prompt, score in zip(states.prompts, scores, strict=True)
-        ]
-
-    def decide(self, prompt: Prompt, version: Version) -> Verdict:
-        """The verdict on one version of a prompt.
-
-        Raises:
-            GuardError: if a number is not finite.
-        """
-        evidence = version.evidence
-        score = version.whole.score
-        if evidence and self.chunking:
-            units = dict(threshold=self.threshold, spread=self.spread)
-            evidence = self.chunking.in_guard_units(evidence, **units)
-            score = max(one.score for one in evidence)
-        if not all(map(math.isfinite, (score, *version.whole.beliefs.values()))):
-            raise GuardError(NOT_FINITE)
-        decision = self._decision(prompt, score, has_evidence=bool(evidence))
-        flagged = decision == "block"
-        categories = version.whole.categories
-        verdict = Verdict(
-            id=prompt.id,
-            score=score,
-            probability=self.probability(score),
-            flagged=flagged,
-            beliefs=dict(version.whole.beliefs),
-            decision=decision,
-            category=nearest_category(categories, score=score, flagged=flagged),
-            category_scores=dict(categories.scores) if categories else {},
-            evidence=tuple(evidence),
-            calibrated=self._is_calibrated(has_evidence=bool(evidence)),
-        )
-        if self.quadrants is None:
-            return verdict
-        return replace(verdict, quadrant=self.quadrants.quadrant(verdict))
-
-    def _decision(self, prompt: Prompt, score: float, *, has_evidence: bool) -> Decision:
-        if score > self.threshold_for(prompt.segment, has_evidence=has_evidence):
-            return "block"
-        if self.thresholds is None or has_evidence:
-            return "allow"
-        review = self.thresholds.for_segment(prompt.segment).review
-        return "review" if review and score > review.threshold else "allow"
-
-    def _is_calibrated(self, *, has_evidence: bool) -> bool:
-        bound = self.chunking.bound if self.chunking and has_evidence else self.bound
-        return bound is not None
-
-    def threshold_for(self, segment: str | None, *, has_evidence: bool) -> float:
-        """What a score is compared with: the threshold of the segment, if it has its own.
-
-        Args:
-            segment: Of the prompt.
-            has_evidence: Whether it was read by chunks; these have one threshold, which evidence
-                is moved to the guard's by.
-        """
-        if self.thresholds is None or has_evidence:
-            return self.threshold
-        own = self.thresholds.for_segment(segment)
-        return self.threshold if own is self.thresholds.common else own.block.threshold
-
-    def probability(self, score: float) -> float:
-        """The probability of harmful for a score, where both classes are equally frequent."""
-        if self.thresholds and self.thresholds.isotonic:
-            return float(self.thresholds.isotonic(np.array([score]))[0])
-        slope, intercept = self.platt
-        return float(expit(slope * score + intercept))
-
-    def is_chunked(self, prompt: Prompt) -> bool:
-        """Whether it reads this prompt by chunks: it is long, or a chat."""
-        return self.chunking is not None and self.chunking.applies_to(prompt)
-
-    @property
-    def positions(self) -> tuple[str, ...]:
-        """Every position that the probe or an axis reads."""
-        return tuple(
-            dict.fromkeys([*self.reading.positions, *(axis.position for axis in self.axes)])
-        )
-
-    # ---- leakage
-
-    @property
-    def pack_training_prompts(self) -> TrainingPrompts:
-        """The user's harmless prompts that packs were trained on, which never calibrate."""
-        return self.categories.training_prompts if self.categories else TrainingPrompts()
-
-    @property
-    def all_training_digests(self) -> list[int]:
-        """Of all that the guard was fitted on, and of the examples of its packs."""
-        packs = self.categories.packs.values() if self.categories else ()
-        return [*self.training_digests.tolist(), *(d for p in packs for d in p.harmful_digests)]
 
     # ---- the model that it is bound to
 
@@ -482,6 +342,7 @@ class LatentGuard:
         there = replace(
             self,
             fingerprint=backend.fingerprint,
+            own_model=OwnModel(backend),
             bound=None,
             fitted={**(self.fitted or {}), "fitted_on": asdict(self.fingerprint)},
             chunking=self.chunking and self.chunking.without_promise(),
@@ -496,39 +357,7 @@ class LatentGuard:
         shift = self.shift_to(there)
         return there if shift.differences or shift.is_notable else self
 
-    # ---- what it is, on disk and for people
-
-    @property
-    def promise(self) -> str:
-        """What the threshold promises, in words."""
-        return str(self.bound) if self.bound else "not calibrated, so nothing is promised"
-
-    @property
-    def notes(self) -> list[str]:
-        """Paragraphs and tables on what else it does, in Markdown."""
-        notes = list[str]()
-        if self.deobfuscate:
-            notes.append(
-                f"Text that looks obfuscated ({', '.join(OBFUSCATIONS)}) is read as it stands and "
-                "decoded; the most severe reading counts, and the verdict names what was decoded."
-            )
-        for part in (self.chunking, self.thresholds, self.quadrants, self.categories):
-            notes += part.notes() if part else []
-        return notes
-
-    @property
-    def card(self) -> str:
-        """The model card, in Markdown."""
-        return model_card(self.to_dict()[0], promise=self.promise, notes=self.notes)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of everything that makes its verdicts."""
-        record, tensors = self.to_dict()
-        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-        for name in sorted(tensors):
-            digest.update(tensors[name].contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    # ---- on disk and on the Hub
 
     def save(self, folder: str | Path) -> None:
         """Write ``guard.json``, ``guard.safetensors`` and a model card."""
@@ -542,7 +371,7 @@ class LatentGuard:
 
         Args:
             folder: What ``save`` wrote.
-            backend: The model that it is to guard.
+            backend: The model that it is to guard; None loads its own when it is first needed.
             allow_mismatch: Go on with another model, bound to it (``rebind``).
 
         Raises:
@@ -561,93 +390,126 @@ class LatentGuard:
         if allow_mismatch:
             return guard.accept_model(backend)
         guard.verify_model(backend)
-        return guard
-
-    def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What JSON can hold, and tensors."""
-        tensors = {"weight": self.probe.weight, "training_digests": self.training_digests}
-        for axis in self.axes:
-            tensors |= {f"{axis.name}.{pole}": getattr(axis, pole) for pole in POLES}
-        parts = dict[str, dict[str, Any] | None](thresholds=None, categories=None)
-        for name, part in (("thresholds", self.thresholds), ("categories", self.categories)):
-            if part is not None:
-                parts[name], own = part.to_dict()
-                tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
-        record = {
-            "fingerprint": asdict(self.fingerprint),
-            "reading": asdict(self.reading),
-            "probe": {
-                "kind": self.probe.kind,
-                "layers": self.probe.layers,
-                "bias": self.probe.bias,
-            },
-            "axes": [
-                {"name": axis.name, "position": axis.position, "counts": axis.counts}
-                for axis in self.axes
-            ],
-            "threshold": self.threshold,
-            "bound": asdict(self.bound) if self.bound else None,
-            "platt": self.platt,
-            "spread": self.spread,
-            "canaries": [asdict(canary) for canary in self.canaries],
-            "fitted": self.fitted,
-            "deobfuscation": {"rules": RULES} if self.deobfuscate else None,
-            "chunking": self.chunking.to_dict() if self.chunking else None,
-            "quadrants": self.quadrants.to_dict() if self.quadrants else None,
-            **parts,
-        }
-        return record, tensors
+        return replace(guard, own_model=OwnModel(backend))
 
     @staticmethod
-    def from_dict(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LatentGuard:
-        """What ``to_dict`` wrote.
+    def from_pretrained(
+        source: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> LatentGuard:
+        """Read a guard from a folder or from the Hugging Face Hub.
+
+        Args:
+            source: A folder that ``save`` wrote, or a Hub id such as ``org/guard``.
+            revision: A branch, tag or commit of the Hub's repository.
+            token: For the Hub; the one that you are logged in with by default.
 
         Raises:
-            LookupError, TypeError, ValueError, AttributeError, GuardError: if it is damaged.
+            GuardError: if there is no such guard, or it is damaged.
+
+        Example:
+            >>> lg.LatentGuard.from_pretrained("org/guard")  # doctest: +SKIP
+            LatentGuard('org/model', reading='pooled', ...)
         """
-        require_sound(record, tensors)
-        probe = record["probe"]
-        slope, intercept = record["platt"]
-        layers = tuple(probe["layers"])
-        thresholds = _own("thresholds", tensors)
-        categories = _own("categories", tensors)
-        return LatentGuard(
-            reading=Reading(record["reading"]["name"], tuple(record["reading"]["positions"])),
-            probe=Probe(probe["kind"], layers, tensors["weight"], float(probe["bias"])),
-            axes=tuple(_axis(axis, layers, tensors) for axis in record["axes"]),
-            fingerprint=Fingerprint(**record["fingerprint"]),
-            platt=(float(slope), float(intercept)),
-            spread=float(record["spread"]),
-            canaries=tuple(Canary(**canary) for canary in record["canaries"]),
-            threshold=float(record["threshold"]),
-            bound=_optional(record["bound"], lambda bound: Bound(**bound)),
-            fitted=record["fitted"],
-            training_digests=tensors["training_digests"],
-            deobfuscate=record["deobfuscation"] is not None,
-            chunking=_optional(record["chunking"], Chunking.from_dict),
-            thresholds=_optional(record["thresholds"], Thresholds.from_dict, thresholds),
-            quadrants=_optional(record["quadrants"], Quadrants.from_dict),
-            categories=_optional(record["categories"], Categories.from_dict, categories),
-        )
+        if Path(source).is_dir():
+            return LatentGuard.load(source)
+        return LatentGuard.load(download_guard(str(source), revision=revision, token=token))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        license: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the guard to the Hugging Face Hub, and make the repository if there is none.
+
+        Args:
+            repo_id: Such as ``org/guard``.
+            private: Whether a new repository is private; the Hub's default if None.
+            license: Named in the model card, such as ``apache-2.0``.
+            token: For the Hub; the one that you are logged in with by default.
+
+        Returns:
+            Where the upload can be seen.
+
+        Raises:
+            GuardError: if the Hub does not take it; says why.
+
+        Example:
+            >>> guard.push_to_hub("org/guard")  # doctest: +SKIP
+            'https://huggingface.co/org/guard/commit/...'
+        """
+        with TemporaryDirectory() as folder:
+            write_folder(folder, *self.to_dict(), self.card_with(license=license))
+            return upload_guard(folder, repo_id, private=private, token=token)
+
+    def __repr__(self) -> str:
+        layers = show_numbers(self.probe.layers)
+        words = [
+            repr(self.fingerprint.model),
+            f"reading={self.reading.name!r}",
+            f"probe={self.probe.kind!r}",
+            f"layers={layers}",
+            f"threshold={self.threshold:.4g}" + ("" if self.bound else " (uncalibrated)"),
+        ]
+        if self.categories and self.categories.packs:
+            words.append(f"packs={list(self.categories.packs)}")
+        return f"LatentGuard({', '.join(words)})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        categories = self.categories
+        facts = {
+            "model": f"{self.fingerprint.model} ({self.fingerprint.dtype})",
+            "reads": f"{self.reading.name}: {', '.join(self.reading.positions)}",
+            "probe": f"{self.probe.kind}, layers {show_numbers(self.probe.layers)}",
+            "threshold": f"{self.threshold:.4g}: {self.promise}",
+            "axes": ", ".join(f"{axis.name} at {axis.position}" for axis in self.axes),
+            "long prompts": self.chunking.notes()[0] if self.chunking else "read whole",
+            "obfuscated text": "also read decoded" if self.deobfuscate else "read as it stands",
+            "categories": ", ".join(categories.directions.names) if categories else "",
+            "packs": ", ".join(categories.packs) if categories else "",
+        }
+        return facts_table("Latent guard", facts)
 
 
-def _axis(
-    record: Mapping[str, Any], layers: tuple[int, ...], tensors: Mapping[str, Tensor]
-) -> Axis:
-    positive, negative = (tensors[f"{record['name']}.{pole}"] for pole in POLES)
-    counts = tuple(record["counts"])
-    return Axis(record["name"], record["position"], layers, positive, negative, counts)
+def load_guard(
+    source: str | Path,
+    model: Backend | str | Path | None = None,
+    *,
+    device: str | None = None,
+    allow_mismatch: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> LatentGuard:
+    """Load a guard that answers by itself: ``guard("text")`` gives a verdict.
 
+    Args:
+        source: A folder that ``latentguard fit`` wrote, or a Hub id such as ``org/guard``.
+        model: The guard's model, loaded already; or where it is, if it has moved. By default the
+            guard loads its own, when it is first asked.
+        device: Where the model is loaded: ``cpu``, ``cuda``, ...
+        allow_mismatch: Go on with another model than the guard's own, bound to it; the model is
+            loaded at once.
+        revision: Of the Hub's repository.
+        token: For the Hub.
 
-def _optional(record: Any, read: Callable[..., T], *tensors: Mapping[str, Tensor]) -> T | None:
-    return None if record is None else read(record, *tensors)
+    Raises:
+        GuardError: if there is no such guard, or it is damaged.
+        ModelMismatch: if the model is not the guard's own.
 
-
-def _own(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one part, by their names in it."""
-    prefix = f"{name}."
-    return {
-        key.removeprefix(prefix): tensor
-        for key, tensor in tensors.items()
-        if key.startswith(prefix)
-    }
+    Example:
+        >>> guard = lg.load_guard(folder, model)
+        >>> guard("What is the capital of France?").flagged in (True, False)
+        True
+    """
+    guard = LatentGuard.from_pretrained(source, revision=revision, token=token)
+    if model is None or isinstance(model, str | Path):
+        own = OwnModel(source=None if model is None else str(model), device=device)
+        guard = replace(guard, own_model=own)
+        return guard.accept_model(own.load(guard.fingerprint)) if allow_mismatch else guard
+    if allow_mismatch:
+        return guard.accept_model(model)
+    guard.verify_model(model)
+    return replace(guard, own_model=OwnModel(model))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from latentguard.guard.display import facts_table
+
 Decision = Literal["allow", "review", "block"]
 """What is to be done with a prompt; the later, the more severe."""
 
@@ -121,3 +123,23 @@ class Verdict:
         named += [f"id={self.id!r}"] if self.id else []
         numbers = f"probability={self.probability:.2f}, score={self.score:.4g}"
         return f"Verdict({', '.join([decision, numbers, *named])})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        beliefs = (f"{name} {value:+.3f}" for name, value in self.beliefs.items())
+        chunks = (
+            f"message {one.message}, characters {one.start} to {one.end}: {one.score:.3g}"
+            for one in self.evidence
+        )
+        facts = {
+            "prompt": self.id,
+            "decision": self.decision + ("" if self.calibrated else " (uncalibrated)"),
+            "probability of harmful": f"{self.probability:.3f}",
+            "score": f"{self.score:.4g}",
+            "beliefs": ", ".join(beliefs),
+            "nearest category": self.category or "",
+            "quadrant": self.quadrant or "",
+            "decoded": ", ".join(self.obfuscations),
+            "evidence": "; ".join(chunks),
+        }
+        return facts_table("Verdict", facts)

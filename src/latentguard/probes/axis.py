@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from latentguard.errors import GuardError
 from latentguard.prompts import Prompt
-from latentguard.states import States
+from latentguard.states import States, show_numbers
 
 GROUPS: dict[str, Callable[[Prompt], bool]] = {
     "harmful": lambda p: p.harmful is True,
@@ -56,7 +56,15 @@ class Centroid:
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """Two poles of a concept, such as harmful and harmless at t_inst."""
+    """Two poles of a concept, such as harmful and harmless at t_inst.
+
+    Example:
+        >>> axis = lg.Axis.fit(model.capture(lg.load_contrast("test")[:8]), "t_inst")
+        >>> axis
+        Axis(harmful at t_inst, layers=0..4, width=32, counts=(4, 4))
+        >>> axis.direction.shape  # equation 5, to steer with
+        torch.Size([5, 32])
+    """
 
     name: str
     """``harmful`` or ``refuse``."""
@@ -128,6 +136,14 @@ class Axis:
         assert up is not None and down is not None
         poles = up.mean.float(), down.mean.float()
         return Axis(name, position, layers, *poles, (up.count, down.count))
+
+    def __repr__(self) -> str:
+        layers = show_numbers(self.layers)
+        width = self.positive.shape[-1]
+        return (
+            f"Axis({self.name} at {self.position}, layers={layers}, width={width}, "
+            f"counts={self.counts})"
+        )
 
     @property
     def direction(self) -> Float[Tensor, "l d"]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latentguard.errors import GuardError
-from latentguard.guard.latent_guard import NOT_FINITE, LatentGuard
 from latentguard.guard.reading_plan import VariantScore
+from latentguard.guard.spec import NOT_FINITE, GuardSpec
 from latentguard.states import MEAN_POSITIONS
 
 SMALLEST = 1e-12
@@ -43,7 +43,7 @@ class Columns:
     """Which columns divide states by their norm."""
 
     @staticmethod
-    def of(guard: LatentGuard) -> Columns:
+    def of(guard: GuardSpec) -> Columns:
         """Compile a guard.
 
         Raises:
@@ -89,7 +89,7 @@ class Columns:
         )
 
 
-def require_columns(guard: LatentGuard) -> None:
+def require_columns(guard: GuardSpec) -> None:
     """Check that a guard can be read from columns alone.
 
     Raises:
@@ -115,7 +115,7 @@ def require_columns(guard: LatentGuard) -> None:
         )
 
 
-def variant_score(guard: LatentGuard, read: Sequence[float]) -> VariantScore:
+def variant_score(guard: GuardSpec, read: Sequence[float]) -> VariantScore:
     """The score and the beliefs of one text, in float64, from each column at its position.
 
     Raises:

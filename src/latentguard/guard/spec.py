@@ -1,0 +1,377 @@
+"""GuardSpec: all that makes a guard's verdicts, and how it decides; no model is needed.
+
+A spec is data: ``to_dict`` and ``from_dict`` turn it into JSON and tensors and back. What it says
+of a prompt follows from what was measured (``reading_plan``). ``LatentGuard`` adds the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from scipy.special import expit
+from torch import Tensor
+
+from latentguard.errors import GuardError
+from latentguard.guard.artifact import POLES, model_card, require_sound
+from latentguard.guard.categories import Categories, nearest_category
+from latentguard.guard.chunking import Chunking
+from latentguard.guard.compatibility import Canary
+from latentguard.guard.leakage import TrainingPrompts
+from latentguard.guard.quadrants import Quadrants
+from latentguard.guard.reading_plan import (
+    Outcome,
+    ScoredPlan,
+    Variant,
+    VariantScore,
+    Version,
+    combine,
+    plan,
+)
+from latentguard.guard.thresholds import Thresholds
+from latentguard.guard.verdict import Decision, Verdict
+from latentguard.probes.axis import Axis
+from latentguard.probes.fitting import slots
+from latentguard.probes.probe import Probe
+from latentguard.prompts import Prompt
+from latentguard.states import Fingerprint, Reading, States
+from latentguard.stats.bounds import Bound
+from latentguard.text.deobfuscation import OBFUSCATIONS, RULES
+
+T = TypeVar("T")
+
+TIE = 1e-4
+"""Versions of a prompt whose scores differ by less, in standard deviations, are alike."""
+
+NOT_FINITE = (
+    "A score or a belief is not a finite number, so no verdict can be given; use bfloat16 or "
+    "float32 instead of float16."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class GuardSpec:
+    """What a guard is; immutable."""
+
+    reading: Reading
+    """Where it reads."""
+
+    probe: Probe
+    """How states become a score."""
+
+    axes: tuple[Axis, ...]
+    """``harmful`` at t_inst; ``refuse`` at t_post where refusals were known."""
+
+    fingerprint: Fingerprint
+    """The model it is bound to."""
+
+    platt: tuple[float, float]
+    """Slope and intercept: probability = sigmoid(slope * score + intercept)."""
+
+    spread: float
+    """Standard deviation of the training scores."""
+
+    canaries: tuple[Canary, ...] = ()
+    """Checked when the guard meets a model."""
+
+    threshold: float = 0.0
+    """A prompt is flagged if its score is greater."""
+
+    bound: Bound | None = None
+    """What calibration promises of the threshold; None before."""
+
+    fitted: dict[str, Any] | None = None
+    """Provenance: counts, choices, digests of the data, versions."""
+
+    training_digests: Int[Tensor, "n"] = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.long)
+    )
+    """Digests of the prompts that it was fitted on (``leakage``)."""
+
+    deobfuscate: bool = False
+    """Whether text that looks obfuscated is also read decoded."""
+
+    chunking: Chunking | None = None
+    """How long prompts and chats are read; None reads them whole, and only whole."""
+
+    thresholds: Thresholds | None = None
+    """Thresholds by segment and the map to probabilities; None before calibration."""
+
+    quadrants: Quadrants | None = None
+    """What both beliefs say together; None without a refusal axis."""
+
+    categories: Categories | None = None
+    """The risk categories that it names, and packs of categories that can flag."""
+
+    # ---- what it reads
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Every position that the probe or an axis reads."""
+        return tuple(
+            dict.fromkeys([*self.reading.positions, *(axis.position for axis in self.axes)])
+        )
+
+    def plan(self, prompt: Prompt) -> list[Variant]:
+        """What is read of a prompt (``reading_plan.plan``)."""
+        return plan(prompt, reading=self.reading, chunking=self.chunking, decode=self.deobfuscate)
+
+    # ---- how it decides
+
+    def measure(self, states: States) -> list[VariantScore]:
+        """Scores of states captured at ``positions`` and the probe's layers.
+
+        Raises:
+            GuardError: if a number is not finite.
+        """
+        states = states.select(self.probe.layers)
+        scores = self.probe(slots(states, self.reading.positions)).double()
+        beliefs = {axis.name: axis.layer_beliefs(states.at(axis.position)) for axis in self.axes}
+        categories = self.categories.measure(states) if self.categories else [None] * len(states)
+        if self.categories and self.categories.packs:
+            scores = torch.maximum(scores, self.categories.pack_scores(states).amax(-1))
+        deltas = {name: layers.mean(-1) for name, layers in beliefs.items()}
+        if not all(torch.isfinite(values).all() for values in (scores, *deltas.values())):
+            raise GuardError(NOT_FINITE)
+        return [
+            VariantScore(
+                score=float(scores[row]),
+                beliefs={name: float(values[row]) for name, values in deltas.items()},
+                layer_beliefs={name: layers[row] for name, layers in beliefs.items()},
+                categories=categories[row],
+            )
+            for row in range(len(states))
+        ]
+
+    def combine(self, scored: ScoredPlan) -> Outcome:
+        """The verdict on a prompt from the scores of its plan (``reading_plan.combine``)."""
+        return combine(scored, self.chunking, self.decide, tie=TIE * self.spread)
+
+    def judge(self, states: States) -> list[Verdict]:
+        """Verdicts on states captured at ``positions``, each prompt read as it stands and whole."""
+        scores = self.measure(states)
+        return [
+            self.decide(prompt, Version((), score, ()))
+            for prompt, score in zip(states.prompts, scores, strict=True)
+        ]
+
+    def decide(self, prompt: Prompt, version: Version) -> Verdict:
+        """The verdict on one version of a prompt.
+
+        Raises:
+            GuardError: if a number is not finite.
+        """
+        evidence = version.evidence
+        score = version.whole.score
+        if evidence and self.chunking:
+            units = dict(threshold=self.threshold, spread=self.spread)
+            evidence = self.chunking.in_guard_units(evidence, **units)
+            score = max(one.score for one in evidence)
+        if not all(map(math.isfinite, (score, *version.whole.beliefs.values()))):
+            raise GuardError(NOT_FINITE)
+        decision = self._decision(prompt, score, has_evidence=bool(evidence))
+        flagged = decision == "block"
+        categories = version.whole.categories
+        verdict = Verdict(
+            id=prompt.id,
+            score=score,
+            probability=self.probability(score),
+            flagged=flagged,
+            beliefs=dict(version.whole.beliefs),
+            decision=decision,
+            category=nearest_category(categories, score=score, flagged=flagged),
+            category_scores=dict(categories.scores) if categories else {},
+            evidence=tuple(evidence),
+            calibrated=self._is_calibrated(has_evidence=bool(evidence)),
+        )
+        if self.quadrants is None:
+            return verdict
+        return replace(verdict, quadrant=self.quadrants.quadrant(verdict))
+
+    def _decision(self, prompt: Prompt, score: float, *, has_evidence: bool) -> Decision:
+        if score > self.threshold_for(prompt.segment, has_evidence=has_evidence):
+            return "block"
+        if self.thresholds is None or has_evidence:
+            return "allow"
+        review = self.thresholds.for_segment(prompt.segment).review
+        return "review" if review and score > review.threshold else "allow"
+
+    def _is_calibrated(self, *, has_evidence: bool) -> bool:
+        bound = self.chunking.bound if self.chunking and has_evidence else self.bound
+        return bound is not None
+
+    def threshold_for(self, segment: str | None, *, has_evidence: bool) -> float:
+        """What a score is compared with: the threshold of the segment, if it has its own.
+
+        Args:
+            segment: Of the prompt.
+            has_evidence: Whether it was read by chunks; these have one threshold, which evidence
+                is moved to the guard's by.
+        """
+        if self.thresholds is None or has_evidence:
+            return self.threshold
+        own = self.thresholds.for_segment(segment)
+        return self.threshold if own is self.thresholds.common else own.block.threshold
+
+    def probability(self, score: float) -> float:
+        """The probability of harmful for a score, where both classes are equally frequent."""
+        if self.thresholds and self.thresholds.isotonic:
+            return float(self.thresholds.isotonic(np.array([score]))[0])
+        slope, intercept = self.platt
+        return float(expit(slope * score + intercept))
+
+    def is_chunked(self, prompt: Prompt) -> bool:
+        """Whether it reads this prompt by chunks: it is long, or a chat."""
+        return self.chunking is not None and self.chunking.applies_to(prompt)
+
+    # ---- leakage
+
+    @property
+    def pack_training_prompts(self) -> TrainingPrompts:
+        """The user's harmless prompts that packs were trained on, which never calibrate."""
+        return self.categories.training_prompts if self.categories else TrainingPrompts()
+
+    @property
+    def all_training_digests(self) -> list[int]:
+        """Of all that the guard was fitted on, and of the examples of its packs."""
+        packs = self.categories.packs.values() if self.categories else ()
+        return [*self.training_digests.tolist(), *(d for p in packs for d in p.harmful_digests)]
+
+    # ---- what it is, on disk and for people
+
+    @property
+    def promise(self) -> str:
+        """What the threshold promises, in words."""
+        return str(self.bound) if self.bound else "not calibrated, so nothing is promised"
+
+    @property
+    def notes(self) -> list[str]:
+        """Paragraphs and tables on what else it does, in Markdown."""
+        notes = list[str]()
+        if self.deobfuscate:
+            notes.append(
+                f"Text that looks obfuscated ({', '.join(OBFUSCATIONS)}) is read as it stands and "
+                "decoded; the most severe reading counts, and the verdict names what was decoded."
+            )
+        for part in (self.chunking, self.thresholds, self.quadrants, self.categories):
+            notes += part.notes() if part else []
+        return notes
+
+    @property
+    def card(self) -> str:
+        """The model card, in Markdown."""
+        return self.card_with()
+
+    def card_with(self, *, license: str | None = None) -> str:
+        """The model card, with the YAML that the Hugging Face Hub reads.
+
+        Args:
+            license: Of the guard, such as ``apache-2.0``; left out if it is unknown.
+        """
+        record, _ = self.to_dict()
+        return model_card(record, promise=self.promise, notes=self.notes, license=license)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that makes its verdicts."""
+        record, tensors = self.to_dict()
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+        for name in sorted(tensors):
+            digest.update(tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What JSON can hold, and tensors."""
+        tensors = {"weight": self.probe.weight, "training_digests": self.training_digests}
+        for axis in self.axes:
+            tensors |= {f"{axis.name}.{pole}": getattr(axis, pole) for pole in POLES}
+        parts = dict[str, dict[str, Any] | None](thresholds=None, categories=None)
+        for name, part in (("thresholds", self.thresholds), ("categories", self.categories)):
+            if part is not None:
+                parts[name], own = part.to_dict()
+                tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+        record = {
+            "fingerprint": asdict(self.fingerprint),
+            "reading": asdict(self.reading),
+            "probe": {
+                "kind": self.probe.kind,
+                "layers": self.probe.layers,
+                "bias": self.probe.bias,
+            },
+            "axes": [
+                {"name": axis.name, "position": axis.position, "counts": axis.counts}
+                for axis in self.axes
+            ],
+            "threshold": self.threshold,
+            "bound": asdict(self.bound) if self.bound else None,
+            "platt": self.platt,
+            "spread": self.spread,
+            "canaries": [asdict(canary) for canary in self.canaries],
+            "fitted": self.fitted,
+            "deobfuscation": {"rules": RULES} if self.deobfuscate else None,
+            "chunking": self.chunking.to_dict() if self.chunking else None,
+            "quadrants": self.quadrants.to_dict() if self.quadrants else None,
+            **parts,
+        }
+        return record, tensors
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """What ``to_dict`` wrote.
+
+        Raises:
+            LookupError, TypeError, ValueError, AttributeError, GuardError: if it is damaged.
+        """
+        require_sound(record, tensors)
+        probe = record["probe"]
+        slope, intercept = record["platt"]
+        layers = tuple(probe["layers"])
+        thresholds = _own("thresholds", tensors)
+        categories = _own("categories", tensors)
+        return cls(
+            reading=Reading(record["reading"]["name"], tuple(record["reading"]["positions"])),
+            probe=Probe(probe["kind"], layers, tensors["weight"], float(probe["bias"])),
+            axes=tuple(_axis(axis, layers, tensors) for axis in record["axes"]),
+            fingerprint=Fingerprint(**record["fingerprint"]),
+            platt=(float(slope), float(intercept)),
+            spread=float(record["spread"]),
+            canaries=tuple(Canary(**canary) for canary in record["canaries"]),
+            threshold=float(record["threshold"]),
+            bound=_optional(record["bound"], lambda bound: Bound(**bound)),
+            fitted=record["fitted"],
+            training_digests=tensors["training_digests"],
+            deobfuscate=record["deobfuscation"] is not None,
+            chunking=_optional(record["chunking"], Chunking.from_dict),
+            thresholds=_optional(record["thresholds"], Thresholds.from_dict, thresholds),
+            quadrants=_optional(record["quadrants"], Quadrants.from_dict),
+            categories=_optional(record["categories"], Categories.from_dict, categories),
+        )
+
+
+def _axis(
+    record: Mapping[str, Any], layers: tuple[int, ...], tensors: Mapping[str, Tensor]
+) -> Axis:
+    positive, negative = (tensors[f"{record['name']}.{pole}"] for pole in POLES)
+    counts = tuple(record["counts"])
+    return Axis(record["name"], record["position"], layers, positive, negative, counts)
+
+
+def _optional(record: Any, read: Callable[..., T], *tensors: Mapping[str, Tensor]) -> T | None:
+    return None if record is None else read(record, *tensors)
+
+
+def _own(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one part, by their names in it."""
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }
