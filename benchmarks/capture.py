@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from latentguard.models.chat import Layout
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompts import Prompt, read_prompts
+from latentguard.prompt_files import read_prompts
+from latentguard.prompts import Prompt
 
 CHECKED = 64
 """Prompts whose states are compared first; they warm every arm up, too."""

@@ -28,7 +28,8 @@ from latentguard.data.surface_audit import ngram_model
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.probe import layers_of
-from latentguard.prompts import Prompt, read_prompts
+from latentguard.prompt_files import read_prompts
+from latentguard.prompts import Prompt
 from latentguard.states import DEFAULT_READING, Reading, States, digest_prompts
 from latentguard.stats.bounds import proportion
 from latentguard.stats.detection import auroc, estimate_metric

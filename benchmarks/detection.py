@@ -31,7 +31,8 @@ from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.data.surface_audit import ngram_scores
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompts import Prompt, read_prompts
+from latentguard.prompt_files import read_prompts
+from latentguard.prompts import Prompt
 from latentguard.report.document import Table
 from latentguard.states import Reading, States
 from latentguard.stats.detection import auroc

@@ -26,7 +26,8 @@ from default_guard import default_guard
 from latentguard.data.builtin import load_traffic
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompts import Prompt, read_prompts
+from latentguard.prompt_files import read_prompts
+from latentguard.prompts import Prompt
 from latentguard.text.deobfuscation import deobfuscate
 
 ROUNDS, SHORT = 9, 96

@@ -33,7 +33,8 @@ from latentguard.data.surface_audit import ngram_model
 from latentguard.guard.chunk_calibration import fit_chunking, require_chunking
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompts import Message, Prompt, read_prompts
+from latentguard.prompt_files import read_prompts
+from latentguard.prompts import Message, Prompt
 from latentguard.stats.bounds import proportion
 from latentguard.stats.detection import auroc, estimate_metric, tpr_at
 from latentguard.stats.estimate import Estimate

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.loading import cache_argument
-from latentguard.prompts import Prompt, read_prompts
+from latentguard.prompt_files import read_prompts
+from latentguard.prompts import Prompt
 
 Arm = Callable[[Sequence[Prompt]], Tensor | None]
 CHECKED = 24

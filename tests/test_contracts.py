@@ -58,7 +58,7 @@ class TestNames:
     @pytest.mark.parametrize("name", latentguard.__all__)
     def test_a_public_name_resolves(self, name):
         """At the first use and at the next, whatever modules were loaded before."""
-        home = importlib.import_module(latentguard._HOMES[name])
+        home = importlib.import_module(latentguard._MODULES[name])
         for _ in range(2):
             found = getattr(latentguard, name)
             assert found is getattr(home, name)

@@ -7,16 +7,14 @@ import sys
 import pytest
 
 from latentguard.errors import MissingExtra, PromptError
-from latentguard.prompts import (
+from latentguard.prompt_files import (
     Columns,
-    Message,
-    Prompt,
-    as_prompts,
     parse_prompt,
     read_prompts,
     select_side,
     stream_prompts,
 )
+from latentguard.prompts import Message, Prompt, as_prompts
 
 
 @pytest.fixture

@@ -6,32 +6,73 @@ The public names load on first use; ``import latentguard`` loads no torch.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from latentguard.errors import require_extra
+
+if TYPE_CHECKING:
+    from latentguard.data.builtin import load_contrast, load_traffic
+    from latentguard.errors import LatentGuardError
+    from latentguard.guard.latent_guard import LatentGuard, load_guard
+    from latentguard.guard.verdict import Verdict
+    from latentguard.integrations.ray import score_corpus
+    from latentguard.integrations.vllm.backend import VllmModel
+    from latentguard.models.chat_model import ChatModel
+    from latentguard.probes.axis import Axis
+    from latentguard.prompt_files import read_prompts
+    from latentguard.prompts import Message, Prompt, Reply
+    from latentguard.states import Intervention, States
 
 __version__ = "0.1.0"
 
-_HOMES = {
+__all__ = [
+    "Axis",
+    "ChatModel",
+    "Intervention",
+    "LatentGuard",
+    "LatentGuardError",
+    "Message",
+    "Prompt",
+    "Reply",
+    "States",
+    "Verdict",
+    "VllmModel",
+    "load_contrast",
+    "load_guard",
+    "load_traffic",
+    "read_prompts",
+    "score_corpus",
+]
+
+_MODULES = {
     "Axis": "latentguard.probes.axis",
     "ChatModel": "latentguard.models.chat_model",
     "Intervention": "latentguard.states",
     "LatentGuard": "latentguard.guard.latent_guard",
     "LatentGuardError": "latentguard.errors",
+    "Message": "latentguard.prompts",
     "Prompt": "latentguard.prompts",
     "Reply": "latentguard.prompts",
     "States": "latentguard.states",
     "Verdict": "latentguard.guard.verdict",
+    "VllmModel": "latentguard.integrations.vllm.backend",
     "load_contrast": "latentguard.data.builtin",
+    "load_guard": "latentguard.guard.latent_guard",
     "load_traffic": "latentguard.data.builtin",
-    "read_prompts": "latentguard.prompts",
+    "read_prompts": "latentguard.prompt_files",
+    "score_corpus": "latentguard.integrations.ray",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+_EXTRAS = {"score_corpus": "ray"}
+"""Names that need an optional extra."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'latentguard' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    if name in _EXTRAS:
+        return getattr(require_extra(_MODULES[name], _EXTRAS[name], name), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

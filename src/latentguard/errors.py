@@ -19,7 +19,15 @@ from typing import Any
 
 
 class LatentGuardError(Exception):
-    """The parent of every error that latentguard raises on purpose."""
+    """The parent of every error that latentguard raises on purpose.
+
+    Example:
+        >>> try:
+        ...     lg.load_contrast("trian")
+        ... except lg.LatentGuardError as error:
+        ...     print(error)
+        The built-in prompts have no split 'trian'; expected one of train, validation, ...
+    """
 
 
 class PromptError(LatentGuardError):

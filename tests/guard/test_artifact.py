@@ -59,7 +59,8 @@ class TestFiles:
 
     def test_the_card(self, folder):
         card = (folder / CARD_FILE).read_text()
-        assert card.startswith("# Latent guard for fake\n")
+        assert card.startswith("---\nlibrary_name: latentguard\n")
+        assert "\n# Latent guard for fake\n" in card
         for words in ("`t_inst`", "`linear`", "30 harmful and 30 harmless", "nothing is promised"):
             assert words in card
         assert "aaaaaaaaaaaa" in card

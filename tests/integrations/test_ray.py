@@ -27,7 +27,8 @@ from latentguard.integrations.ray.actors import Scorer
 from latentguard.integrations.ray.corpora import cut, survey
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.fitting import fit_axes as fit_in_one
-from latentguard.prompts import Columns, Prompt, read_prompts
+from latentguard.prompt_files import Columns, read_prompts
+from latentguard.prompts import Prompt
 from latentguard.states import States
 from models.architectures import chat_model
 from models.families import FAMILIES

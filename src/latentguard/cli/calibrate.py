@@ -22,7 +22,8 @@ from latentguard.cli.outputs import changed_guard
 from latentguard.data.builtin import load_traffic
 from latentguard.errors import PromptError
 from latentguard.guard.leakage import exclude_training_prompts
-from latentguard.prompts import Columns, Prompt
+from latentguard.prompt_files import Columns
+from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard

@@ -25,7 +25,8 @@ from latentguard.cli.options import (
 from latentguard.cli.outputs import output_folder, require_no_guard
 from latentguard.data.builtin import DEFAULT_ROWS, load_training_rows
 from latentguard.models.sources import cache_folder
-from latentguard.prompts import Columns, Prompt
+from latentguard.prompt_files import Columns
+from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard

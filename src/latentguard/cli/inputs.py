@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from latentguard.cli.console import echo_err
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import PromptError
-from latentguard.prompts import Columns, Prompt, read_prompts, select_side, stream_prompts
+from latentguard.prompt_files import Columns, read_prompts, select_side, stream_prompts
+from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard

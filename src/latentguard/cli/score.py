@@ -26,7 +26,8 @@ from latentguard.cli.options import (
 )
 from latentguard.cli.outputs import output_file, output_folder, warn_of_replacement
 from latentguard.errors import require_extra
-from latentguard.prompts import Prompt, stream_prompts
+from latentguard.prompt_files import stream_prompts
+from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard

@@ -22,7 +22,7 @@ from latentguard.cli.options import (
 from latentguard.cli.outputs import output_folder, warn_of_replacement
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import LatentGuardError, require_extra
-from latentguard.prompts import Columns
+from latentguard.prompt_files import Columns
 
 
 def stress(  # noqa: PLR0913, PLR0917 (each is an option)

@@ -23,7 +23,8 @@ from importlib.resources import as_file, files
 from typing import Literal, get_args
 
 from latentguard.errors import PromptError
-from latentguard.prompts import Prompt, read_prompts
+from latentguard.prompt_files import read_prompts
+from latentguard.prompts import Prompt
 
 Split = Literal["train", "validation", "test"]
 
@@ -43,6 +44,11 @@ def load_contrast(split: Split | None = None) -> list[Prompt]:
 
     Raises:
         PromptError: if there is no such split.
+
+    Example:
+        >>> prompts = lg.load_contrast("test")
+        >>> prompts[0].harmful, prompts[1].harmful
+        (True, False)
     """
     return _select_split("contrast", split)
 
@@ -52,6 +58,11 @@ def load_traffic(split: Split | None = None) -> list[Prompt]:
 
     Raises:
         PromptError: if there is no such split.
+
+    Example:
+        >>> harmless = [p for p in lg.load_traffic("validation") if not p.harmful]
+        >>> len(harmless) > 100
+        True
     """
     return _select_split("traffic", split)
 

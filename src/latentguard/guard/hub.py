@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from latentguard.errors import GuardError
@@ -19,16 +20,18 @@ def download_guard(repo_id: str, *, revision: str | None = None, token: str | No
     Raises:
         GuardError: if there is no such folder and no such guard on the Hub; says why.
     """
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
-            repo_id, revision=revision, token=token, allow_patterns=list(FILES)
+            repo_id,
+            revision=revision,
+            token=token,
+            allow_patterns=list(FILES),
+            endpoint=_endpoint(),
         )
         return Path(folder)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError) as error:
+    except _hub_errors() as error:
         raise GuardError(
             f"There is no folder '{repo_id}', and no guard of that name came from the Hugging Face "
             f"Hub ({_reason(error)}). Expected a folder that 'latentguard fit' wrote, or a Hub id "
@@ -47,11 +50,9 @@ def upload_guard(
     Raises:
         GuardError: if the Hub does not take it; says why.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    api = HfApi(token=token)
+    api = HfApi(endpoint=_endpoint(), token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
@@ -60,12 +61,31 @@ def upload_guard(
             allow_patterns=list(FILES),
             commit_message="Upload a latent guard",
         )
-    except (HFValidationError, HfHubHTTPError, httpx.HTTPError) as error:
+    except _hub_errors() as error:
         raise GuardError(
             f"The guard was not uploaded to '{repo_id}' ({_reason(error)}). Check the name, log in "
             "with 'hf auth login', or give a token."
         ) from None
     return str(commit.commit_url)
+
+
+def _endpoint() -> str | None:
+    """Where the Hub is, if it is not the public one."""
+    return os.environ.get("HF_ENDPOINT")
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises: for names, for answers, and where the Hub is out of reach."""
+    from huggingface_hub import errors
+
+    network = errors.HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever it is built on
+    return (
+        errors.HFValidationError,
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        network,
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.guard.artifact import read_folder, write_folder
-from latentguard.guard.calibrate import fit_calibration, require_enough
+from latentguard.guard.calibrate import require_enough
 from latentguard.guard.categories import Categories
 from latentguard.guard.compatibility import (
     Canary,
@@ -47,7 +47,6 @@ from latentguard.states import (
     Reading,
     Scoring,
     States,
-    digest_prompts,
     no_progress,
     progress_bar,
     show_numbers,
@@ -184,36 +183,6 @@ class LatentGuard(GuardSpec):
         fewest = smallest_n(rates.block, rates.confidence)
         require_unseen(seen_by_probe, self.all_training_digests, fewest)
         return short
-
-    def calibrate_from(
-        self,
-        prompts: Sequence[Prompt],
-        verdicts: Sequence[Verdict],
-        rates: Rates,
-        *,
-        column: str | None = None,
-    ) -> LatentGuard:
-        """As ``calibrate``, from this guard's verdicts on prompts that may calibrate it."""
-        calibration = fit_calibration(
-            prompts,
-            verdicts,
-            rates,
-            platt=self.platt,
-            thresholds=self.thresholds,
-            quadrants=self.quadrants,
-            column=column,
-        )
-        harmless = [prompt for prompt in prompts if not prompt.harmful]
-        bound = calibration.thresholds.common.block
-        return replace(
-            self,
-            platt=calibration.platt,
-            threshold=bound.threshold,
-            bound=bound,
-            fitted={**(self.fitted or {}), "calibration_sha256": digest_prompts(harmless)},
-            thresholds=calibration.thresholds,
-            quadrants=calibration.quadrants,
-        )
 
     # ---- asking: with its own model
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, TypeVar
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import POLES, model_card, require_sound
+from latentguard.guard.calibrate import fit_calibration
 from latentguard.guard.categories import Categories, nearest_category
 from latentguard.guard.chunking import Chunking
 from latentguard.guard.compatibility import Canary
@@ -35,13 +36,13 @@ from latentguard.guard.reading_plan import (
     combine,
     plan,
 )
-from latentguard.guard.thresholds import Thresholds
+from latentguard.guard.thresholds import Rates, Thresholds
 from latentguard.guard.verdict import Decision, Verdict
 from latentguard.probes.axis import Axis
 from latentguard.probes.fitting import slots
 from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
-from latentguard.states import Fingerprint, Reading, States
+from latentguard.states import Fingerprint, Reading, States, digest_prompts
 from latentguard.stats.bounds import Bound
 from latentguard.text.deobfuscation import OBFUSCATIONS, RULES
 
@@ -230,6 +231,36 @@ class GuardSpec:
     def is_chunked(self, prompt: Prompt) -> bool:
         """Whether it reads this prompt by chunks: it is long, or a chat."""
         return self.chunking is not None and self.chunking.applies_to(prompt)
+
+    def calibrate_from(
+        self,
+        prompts: Sequence[Prompt],
+        verdicts: Sequence[Verdict],
+        rates: Rates,
+        *,
+        column: str | None = None,
+    ) -> Self:
+        """As ``calibrate``, from this guard's verdicts on prompts that may calibrate it."""
+        calibration = fit_calibration(
+            prompts,
+            verdicts,
+            rates,
+            platt=self.platt,
+            thresholds=self.thresholds,
+            quadrants=self.quadrants,
+            column=column,
+        )
+        harmless = [prompt for prompt in prompts if not prompt.harmful]
+        bound = calibration.thresholds.common.block
+        return replace(
+            self,
+            platt=calibration.platt,
+            threshold=bound.threshold,
+            bound=bound,
+            fitted={**(self.fitted or {}), "calibration_sha256": digest_prompts(harmless)},
+            thresholds=calibration.thresholds,
+            quadrants=calibration.quadrants,
+        )
 
     # ---- leakage
 

@@ -34,8 +34,7 @@ class Verdict:
     """What a guard says of one prompt.
 
     Example:
-        >>> from latentguard import Verdict
-        >>> Verdict("1", 3.2, 0.98, True, {"harmful": 0.11}, "block")
+        >>> lg.Verdict("1", 3.2, 0.98, True, {"harmful": 0.11}, "block")
         Verdict(block, probability=0.98, score=3.2, id='1')
     """
 
@@ -94,8 +93,7 @@ class Verdict:
         """The verdict as JSON has it; every JSON form of a verdict is made here.
 
         Example:
-            >>> from latentguard import Verdict
-            >>> Verdict("1", 3.2, 0.98, True, {"harmful": 0.11}, "block").to_dict()["decision"]
+            >>> lg.Verdict("1", 3.2, 0.98, True, {"harmful": 0.11}, "block").to_dict()["decision"]
             'block'
         """
         plain = dict(vars(self))

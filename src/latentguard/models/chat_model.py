@@ -27,8 +27,8 @@ from latentguard.models.loading import (
 )
 from latentguard.models.prefill import has_only_keys_and_values
 from latentguard.models.weights_digest import execution_device, weights_digest
-from latentguard.prompts import Prompt, Reply
-from latentguard.states import Fingerprint, Intervention, Progress, States
+from latentguard.prompts import Prompt, PromptLike, Reply, as_prompts
+from latentguard.states import Fingerprint, Intervention, Progress, States, progress_bar
 
 PROMPTS_PER_STATES = 256
 """Prompts that are sorted by length and yielded together; bounds memory, whatever their number."""
@@ -55,7 +55,15 @@ class _Prefix:
 
 
 class ChatModel:
-    """A chat model on transformers."""
+    """A chat model on transformers.
+
+    Example:
+        >>> model = lg.ChatModel.load("default")  # doctest: +SKIP
+        >>> states = next(model.capture(["Hello."]))
+        >>> reply = model.generate(["Hello."], max_new_tokens=3)[0]
+        >>> len(reply.ids) <= 3
+        True
+    """
 
     def __init__(
         self,
@@ -184,7 +192,7 @@ class ChatModel:
 
     def capture(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[PromptLike],
         *,
         positions: Sequence[str] = ("t_inst", "t_post"),
         layers: Sequence[int] | None = None,
@@ -193,31 +201,37 @@ class ChatModel:
         """Yield states in the order of the prompts, ``PROMPTS_PER_STATES`` at a time.
 
         Args:
-            prompts: What to read; consumed lazily.
+            prompts: What to read: texts, prompts or chats; consumed lazily.
             positions: ``t_inst``, ``t_post``, ``post+k``, ``mean`` (over the instruction's tokens)
                 or ``post`` (over those after it).
             layers: Layer indices; all, from 0 (embedding output) to L, if None.
-            progress: Called after each batch with its number of prompts.
+            progress: Called after each batch with its number of prompts; a bar is shown if there
+                is none and a person is at an interactive prompt or in a notebook.
 
         Raises:
             PromptError: if a prompt is empty, too long, or has no such position.
+
+        Example:
+            >>> next(model.capture(["Hello."], positions=("t_inst",), layers=(1, 2)))
+            States(n=1, positions=(t_inst), layers=(1, 2), width=32)
         """
         layers = tuple(range(self.depth + 1) if layers is None else layers)
         if not layers or not set(layers) <= set(range(self.depth + 1)):
             raise ModelError(f"Layers run from 0 to {self.depth}; found {layers}.")
         if not positions:
             raise PromptError("At least one position is needed, such as 't_inst'; found none.")
-        for group in _groups(prompts):
-            values = self._capture_group(group, tuple(positions), layers, progress)
-            yield States(values, group, tuple(positions), layers, self.fingerprint)
+        with progress_bar("capture", prompts, progress) as advance:
+            for group in _groups(as_prompts(prompts)):
+                values = self._capture_group(group, tuple(positions), layers, advance)
+                yield States(values, group, tuple(positions), layers, self.fingerprint)
 
-    def generate(self, prompts: Iterable[Prompt], **options: Any) -> list[Reply]:
+    def generate(self, prompts: Iterable[PromptLike], **options: Any) -> list[Reply]:
         """Reply to prompts greedily, unsteered; ``options`` are those of ``sweep``."""
         return self.sweep(prompts, [None], **options)[0]
 
     def sweep(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[PromptLike],
         interventions: Iterable[Intervention | None],
         *,
         max_new_tokens: int = 24,
@@ -241,7 +255,7 @@ class ChatModel:
         """
         return sweep(
             self,
-            prompts,
+            as_prompts(prompts),
             interventions,
             max_new_tokens=max_new_tokens,
             post=post,

@@ -14,7 +14,8 @@ from typing import Any
 
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import PromptError
-from latentguard.prompts import Group, Prompt, read_prompts
+from latentguard.prompt_files import read_prompts
+from latentguard.prompts import Group, Prompt
 
 FOLDER: dict[str, tuple[str, ...]] = {
     "harmful": ("advbench", "jbb"),

@@ -22,7 +22,7 @@ from latentguard.integrations.ray.rounds import EACH_DEVICE, Workers, each, star
 from latentguard.integrations.ray.shards import SUCCESS, Summary, finished, write_success
 from latentguard.probes.axis import Axis, Centroid
 from latentguard.probes.fitting import Poles, axes_of, merge_poles
-from latentguard.prompts import Columns
+from latentguard.prompt_files import Columns
 from latentguard.states import Progress
 
 __all__ = ["Workers", "fit_axes", "score_corpus"]
@@ -45,7 +45,7 @@ def score_corpus(
     Args:
         guard: The guard.
         source: A Parquet or JSON Lines file, a folder or pattern of them, or what else
-            ``prompts.stream_prompts`` reads, such as a Hub set; that is first copied into ``out``.
+            ``stream_prompts`` reads, such as a Hub set; that is first copied into ``out``.
         out: A folder on a file system that all nodes share.
         model: Where the guard's model is, if it has moved.
         columns: Which column holds what; labels are not read.
@@ -56,6 +56,10 @@ def score_corpus(
         PromptError: if the corpus cannot be read, or ``out`` holds other verdicts.
         ModelMismatch: if the model is not the guard's.
         LatentGuardError: if a block's workers die again and again.
+
+    Example:
+        >>> lg.score_corpus(guard, "corpus/*.parquet", "verdicts")  # doctest: +SKIP
+        Summary(rows=100000, flagged=812, unscored=0, parts=13)
     """
     out, columns = Path(out), columns or Columns(label="")
     start()

@@ -18,7 +18,8 @@ from latentguard.integrations.ray.corpora import Block, Row
 from latentguard.models.chat_model import PROMPTS_PER_STATES, ChatModel
 from latentguard.probes.axis import Centroid
 from latentguard.probes.fitting import AXES, Poles, fold_axes, merge_poles
-from latentguard.prompts import Columns, Prompt
+from latentguard.prompt_files import Columns
+from latentguard.prompts import Prompt
 
 
 class Worker:

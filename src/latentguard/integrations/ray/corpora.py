@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from latentguard.errors import PromptError
 from latentguard.files import atomic_path
-from latentguard.prompts import Columns, Prompt, parse_json_row, parse_prompt, read_rows
+from latentguard.prompt_files import Columns, parse_json_row, parse_prompt, read_rows
+from latentguard.prompts import Prompt
 
 LINES = (".jsonl", ".ndjson")
 SCHEMA = 2
@@ -81,7 +82,7 @@ def find_files(
 ) -> list[str]:
     """The Parquet and JSON Lines files of a file, a folder or a pattern, sorted by name.
 
-    Anything else that ``prompts.stream_prompts`` reads, a Hub set above all, is first copied into
+    Anything else that ``stream_prompts`` reads, a Hub set above all, is first copied into
     one Parquet file in ``staging``. What lies under ``apart``, where verdicts go, is left out.
 
     Raises:

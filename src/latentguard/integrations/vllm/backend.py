@@ -35,7 +35,13 @@ TRANSFER = dict(
 
 
 class VllmModel:
-    """An engine that was started for one guard; implements ``Backend``, but for states."""
+    """An engine that was started for one guard; implements ``Backend``, but for states.
+
+    Example:
+        >>> engine = lg.VllmModel.load("guards/qwen")  # doctest: +SKIP
+        >>> list(guard.scan(engine, ["Hello."]))  # doctest: +SKIP
+        [Verdict(allow, probability=0.02, score=-2.1, id='1')]
+    """
 
     def __init__(self, guard: LatentGuard, engine: Any, channel: ScoreChannel) -> None:
         """Wrap an engine; ``VllmModel.load`` is the usual way."""
