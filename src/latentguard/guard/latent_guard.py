@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.guard.artifact import read_folder, write_folder
-from latentguard.guard.calibrate import require_enough
 from latentguard.guard.categories import Categories
 from latentguard.guard.compatibility import (
     Canary,
@@ -27,7 +26,7 @@ from latentguard.guard.compatibility import (
 )
 from latentguard.guard.display import facts_table
 from latentguard.guard.hub import download_guard, upload_guard
-from latentguard.guard.leakage import exclude_training_prompts, prompt_digest, require_unseen
+from latentguard.guard.leakage import prompt_digest
 from latentguard.guard.own_model import OwnModel
 from latentguard.guard.probabilities import fit_platt
 from latentguard.guard.quadrants import Quadrants
@@ -51,7 +50,6 @@ from latentguard.states import (
     progress_bar,
     show_numbers,
 )
-from latentguard.stats.bounds import smallest_n
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,20 +167,6 @@ class LatentGuard(GuardSpec):
         used = self.calibration_prompts(as_prompts(prompts), rates)
         verdicts = list(self.scan(backend, used, progress=progress))
         return self.calibrate_from(used, verdicts, rates, column=segment_column)
-
-    def calibration_prompts(self, prompts: Iterable[Prompt], rates: Rates) -> list[Prompt]:
-        """Which prompts ``calibrate`` reads: short ones that no pack was trained on.
-
-        Raises:
-            GuardError: if there are too few for a rate, or the guard was fitted on them.
-        """
-        _, allowed = exclude_training_prompts(prompts, self.pack_training_prompts)
-        short = [prompt for prompt in allowed if not self.is_chunked(prompt)]
-        require_enough(short, rates)
-        seen_by_probe = list(map(self.reading.prepare, short))
-        fewest = smallest_n(rates.block, rates.confidence)
-        require_unseen(seen_by_probe, self.all_training_digests, fewest)
-        return short
 
     # ---- asking: with its own model
 

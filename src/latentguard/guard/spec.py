@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, TypeVar
 
@@ -21,11 +21,15 @@ from torch import Tensor
 
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import POLES, model_card, require_sound
-from latentguard.guard.calibrate import fit_calibration
+from latentguard.guard.calibrate import fit_calibration, require_enough
 from latentguard.guard.categories import Categories, nearest_category
 from latentguard.guard.chunking import Chunking
 from latentguard.guard.compatibility import Canary
-from latentguard.guard.leakage import TrainingPrompts
+from latentguard.guard.leakage import (
+    TrainingPrompts,
+    exclude_training_prompts,
+    require_unseen,
+)
 from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.reading_plan import (
     Outcome,
@@ -43,7 +47,7 @@ from latentguard.probes.fitting import slots
 from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
 from latentguard.states import Fingerprint, Reading, States, digest_prompts
-from latentguard.stats.bounds import Bound
+from latentguard.stats.bounds import Bound, smallest_n
 from latentguard.text.deobfuscation import OBFUSCATIONS, RULES
 
 T = TypeVar("T")
@@ -231,6 +235,22 @@ class GuardSpec:
     def is_chunked(self, prompt: Prompt) -> bool:
         """Whether it reads this prompt by chunks: it is long, or a chat."""
         return self.chunking is not None and self.chunking.applies_to(prompt)
+
+    # ---- calibrating
+
+    def calibration_prompts(self, prompts: Iterable[Prompt], rates: Rates) -> list[Prompt]:
+        """Which prompts ``calibrate`` reads: short ones that no pack was trained on.
+
+        Raises:
+            GuardError: if there are too few for a rate, or the guard was fitted on them.
+        """
+        _, allowed = exclude_training_prompts(prompts, self.pack_training_prompts)
+        short = [prompt for prompt in allowed if not self.is_chunked(prompt)]
+        require_enough(short, rates)
+        seen_by_probe = list(map(self.reading.prepare, short))
+        fewest = smallest_n(rates.block, rates.confidence)
+        require_unseen(seen_by_probe, self.all_training_digests, fewest)
+        return short
 
     def calibrate_from(
         self,
