@@ -78,7 +78,9 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def read_card(folder: str | Path, record: Mapping[str, Any]) -> str | None:
-    """The model card in a guard's folder; None unless it names this guard's weights and threshold.
+    """The model card in a guard's folder, without its YAML.
+
+    None unless it names this guard's weights and threshold.
 
     Args:
         folder: Of the guard.
@@ -89,7 +91,9 @@ def read_card(folder: str | Path, record: Mapping[str, Any]) -> str | None:
         marks = _card_title(record), _card_threshold(record), _card_weights(record)
     except (OSError, ValueError, KeyError, TypeError):  # not there, or a damaged record
         return None
-    return card if all(mark in card for mark in marks) else None
+    if not all(mark in card for mark in marks):
+        return None
+    return card[card.index(marks[0]) :]
 
 
 def _read_checked(folder: Path) -> tuple[dict[str, Any], bytes]:
@@ -164,27 +168,19 @@ def _card_weights(record: Mapping[str, Any]) -> str:
     return f"- Bound to weights {record['fingerprint']['weights'][:12]},"
 
 
-def model_card(
-    record: Mapping[str, Any],
-    *,
-    promise: str,
-    notes: Sequence[str] = (),
-    license: str | None = None,
-) -> str:
-    """What a guard is and promises, for people, under what the Hub reads.
+def model_card(record: Mapping[str, Any], *, promise: str, notes: Sequence[str] = ()) -> str:
+    """What a guard is and promises, for people.
 
     Args:
         record: What the guard's JSON holds.
         promise: What its threshold promises.
         notes: Paragraphs on its optional fields.
-        license: Of the guard; left out if it is unknown.
     """
     model = record["fingerprint"]
     layers = record["probe"]["layers"]
     made = record["fitted"] or {}
     counts = [made.get(side, "an unknown number of") for side in ("harmful", "harmless")]
-    return f"""{card_head(record, license=license)}
-{_card_title(record)}
+    return f"""{_card_title(record)}
 Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}) at layers
 {layers[0]} to {layers[-1]} with the `{record["probe"]["kind"]}` probe.
 
@@ -201,7 +197,10 @@ Made by latentguard; `latentguard show FOLDER` prints its figures.
 
 
 def card_head(record: Mapping[str, Any], *, license: str | None = None) -> str:
-    """The YAML at the top of a model card; strings are written as JSON, which is YAML, too."""
+    """The YAML that the Hugging Face Hub reads at the top of a model card.
+
+    Strings are written as JSON, which is YAML, too.
+    """
     name = str(record["fingerprint"]["model"])
     base = DEFAULT_HUB_ID if name == DEFAULT else name
     auroc = (record["fitted"] or {}).get("cross_validated_auroc")
@@ -214,4 +213,4 @@ def card_head(record: Mapping[str, Any], *, license: str | None = None) -> str:
     if auroc is not None:
         lines.append("metrics: [roc_auc]")
         lines.append(f"cross_validated_auroc: {auroc}")
-    return "\n".join(["---", *lines, "---"])
+    return "\n".join(["---", *lines, "---", "", ""])

@@ -314,7 +314,7 @@ class LatentGuard(GuardSpec):
 
     def save(self, folder: str | Path) -> None:
         """Write ``guard.json``, ``guard.safetensors`` and a model card."""
-        write_folder(folder, *self.to_dict(), self.card)
+        write_folder(folder, *self.to_dict(), self.hub_card())
 
     @staticmethod
     def load(
@@ -394,7 +394,7 @@ class LatentGuard(GuardSpec):
             'https://huggingface.co/org/guard/commit/...'
         """
         with TemporaryDirectory() as folder:
-            write_folder(folder, *self.to_dict(), self.card_with(license=license))
+            write_folder(folder, *self.to_dict(), self.hub_card(license=license))
             return upload_guard(folder, repo_id, private=private, token=token)
 
     def __repr__(self) -> str:

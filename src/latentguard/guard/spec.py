@@ -20,7 +20,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from latentguard.errors import GuardError
-from latentguard.guard.artifact import POLES, model_card, require_sound
+from latentguard.guard.artifact import POLES, card_head, model_card, require_sound
 from latentguard.guard.calibrate import fit_calibration, require_enough
 from latentguard.guard.categories import Categories, nearest_category
 from latentguard.guard.chunking import Chunking
@@ -318,16 +318,15 @@ class GuardSpec:
     @property
     def card(self) -> str:
         """The model card, in Markdown."""
-        return self.card_with()
+        return model_card(self.to_dict()[0], promise=self.promise, notes=self.notes)
 
-    def card_with(self, *, license: str | None = None) -> str:
-        """The model card, with the YAML that the Hugging Face Hub reads.
+    def hub_card(self, *, license: str | None = None) -> str:
+        """The model card with the YAML that the Hugging Face Hub reads.
 
         Args:
             license: Of the guard, such as ``apache-2.0``; left out if it is unknown.
         """
-        record, _ = self.to_dict()
-        return model_card(record, promise=self.promise, notes=self.notes, license=license)
+        return card_head(self.to_dict()[0], license=license) + self.card
 
     @property
     def digest(self) -> str:
