@@ -59,3 +59,30 @@ def test_guarded_chat_heeds_every_turn(url):
     assert (answer["choices"][0]["finish_reason"] == "content_filter") == any(
         verdict.flagged for verdict in verdicts
     )
+
+
+def test_chunks_of_earlier_turns_are_not_read_again(monkeypatch):
+    """Of a chat that grows by a turn, the guard reads the new message's chunks and the whole."""
+    guard, model = opener()
+    texts = []
+    inner = model.capture
+
+    def capture(prompts, **how):
+        prompts = list(prompts)
+        texts.extend(prompt.text for prompt in prompts)
+        return inner(prompts, **how)
+
+    monkeypatch.setattr(model, "capture", capture)
+    how = dict(policy="annotate", upstream="http://127.0.0.1:9/v1")
+    with running(lambda: (guard, model), **how) as url:
+        for turns in (3, 5):
+            texts.clear()
+            messages = [
+                dict(role=role, content=text)
+                for role, text in zip(ROLES[:turns], TURNS[:turns], strict=True)
+            ]
+            post(f"{url}/v1/score", json={"messages": messages}, timeout=60)
+    assert TURNS[4] in texts
+    chunks = [one.text for one in guard.chunking.chunks(chat()) if one.message == 0]
+    assert chunks
+    assert not set(chunks) & set(texts)

@@ -13,11 +13,18 @@ from typing import Any, Literal
 
 from latentguard.errors import LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.reading_plan import VariantScore
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import count_tokens
 from latentguard.prompts import Prompt
 from latentguard.serve.config import ServeConfig
-from latentguard.serve.errors import PayloadTooLarge, QueueFull, Unavailable, error_location
+from latentguard.serve.errors import (
+    ApiError,
+    PayloadTooLarge,
+    QueueFull,
+    Unavailable,
+    error_location,
+)
 from latentguard.serve.guarded_chat import GuardedChat
 from latentguard.serve.queue import (
     FULL,
@@ -28,8 +35,9 @@ from latentguard.serve.queue import (
     settle,
     size_in_bytes,
 )
-from latentguard.serve.scoring import ScoredPrompt, score_each, to_api_error
+from latentguard.serve.scoring import PromptScorer, ScoredPrompt, to_api_error
 from latentguard.serve.shared_model import SharedModel
+from latentguard.serve.text_cache import TextCache
 
 log = logging.getLogger("latentguard.serve")
 
@@ -76,6 +84,7 @@ class ScoringEngine:
 
         self._waiting_chats, self._chats = deque[GuardedChat](), list[GuardedChat]()
         self._busy_since: float | None = None
+        self._cache = TextCache[VariantScore]()
         self._is_between = False
         """Whether the thread is between two segments of a long prompt."""
 
@@ -285,8 +294,8 @@ class ScoringEngine:
         if self._is_shared and not self._is_between:
             model = SharedModel(self.model, segment=self._segment, between=self._serve_others)
         try:
-            work, prompts = items[0].work, [item.prompt for item in items if item.prompt]
-            results = self._alone(work) if work else score_each(self.guard, model, prompts)
+            work = items[0].work
+            results = self._alone(work) if work else self._score(items, model)
         except Exception as error:  # whatever it is, nobody may wait for this batch
             self._settle(items, [Unavailable("The guard failed on this batch.")] * len(items))
             self._recover(error)
@@ -311,6 +320,11 @@ class ScoringEngine:
         finally:
             self._in_flight = outer
             self._is_between = False
+
+    def _score(self, items: Sequence[WorkItem], model: Any) -> list[ScoredPrompt | ApiError]:
+        prompts = [item.prompt for item in items if item.prompt]
+        scorer = PromptScorer(self.guard, model, self._cache)
+        return scorer.score_each(prompts, [item.account for item in items])
 
     def _alone(self, work: Work) -> list[Any]:
         try:

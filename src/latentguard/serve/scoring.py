@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.reading_plan import Outcome
+from latentguard.guard.reading_plan import Outcome, ScoredPlan, VariantScore
 from latentguard.guard.verdict import Verdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import capture_instruction
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
+from latentguard.serve.text_cache import TextCache
 
 log = logging.getLogger("latentguard.serve")
 
@@ -51,17 +53,95 @@ class TokenBelief:
     """Delta_harmful after it."""
 
 
+class PromptScorer:
+    """Scores prompts with one guard and its model; belongs to the scoring thread."""
+
+    def __init__(
+        self, guard: LatentGuard, model: ChatModel, cache: TextCache[VariantScore] | None = None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            guard: The guard.
+            model: Its model.
+            cache: Scores of texts without a history, such as chunks of a chat's earlier turns.
+        """
+        self.guard, self.model, self._cache = guard, model, cache
+
+    def score(self, prompts: Sequence[Prompt], accounts: Sequence[str]) -> list[ScoredPrompt]:
+        """Score prompts in as few passes as they fit in; each verdict is that of ``guard.scan``.
+
+        Args:
+            prompts: What is scored.
+            accounts: Whose each prompt is; what is cached for one is not used for another.
+
+        Raises:
+            PromptError: if a prompt is empty or too long.
+            GuardError: if a state is not finite.
+        """
+        plans = [self.guard.plan(prompt) for prompt in prompts]
+        rows = [
+            (account, variant.prompt)
+            for account, variants in zip(accounts, plans, strict=True)
+            for variant in variants
+        ]
+        scores = iter(self._score_rows(rows))
+        results = []
+        for prompt, variants in zip(prompts, plans, strict=True):
+            scored = ScoredPlan(prompt, variants, list(islice(scores, len(variants))))
+            results.append(scored_prompt(self.guard, prompt, self.guard.combine(scored)))
+        return results
+
+    def _score_rows(self, rows: Sequence[tuple[str, Prompt]]) -> list[VariantScore]:
+        """The score of each text, in order; those that are cached are not read."""
+        known = [self._cached(account, text) for account, text in rows]
+        missing = [row for row, score in zip(rows, known, strict=True) if score is None]
+        texts = iter([text for _, text in missing])
+        fresh = list(self.guard.score(self.model, texts))
+        for (account, text), score in zip(missing, fresh, strict=True):
+            if self._cache is not None and not text.history:
+                self._cache.put(score, account, text.text)
+        scores = iter(fresh)
+        return [next(scores) if score is None else score for score in known]
+
+    def _cached(self, account: str, text: Prompt) -> VariantScore | None:
+        if self._cache is None or text.history:
+            return None
+        return self._cache.get(account, text.text)
+
+    def score_each(
+        self, prompts: Sequence[Prompt], accounts: Sequence[str]
+    ) -> list[ScoredPrompt | ApiError]:
+        """Score prompts together; one that cannot be scored does no harm to the others."""
+        try:
+            return [*self.score(prompts, accounts)]
+        except LatentGuardError as error:
+            if len(prompts) == 1:
+                return [to_api_error(error)]
+        errors = [self._why_unreadable(prompt) for prompt in prompts]
+        sound = [n for n, error in enumerate(errors) if error is None]
+        if len(sound) == len(prompts):
+            pairs = zip(prompts, accounts, strict=True)
+            return [self.score_each([prompt], [account])[0] for prompt, account in pairs]
+        readable = [prompts[n] for n in sound], [accounts[n] for n in sound]
+        scored = iter(self.score_each(*readable) if sound else ())
+        return [error or next(scored) for error in errors]
+
+    def _why_unreadable(self, prompt: Prompt) -> ApiError | None:
+        """Why a prompt cannot be read, without a pass of the model."""
+        try:
+            layout = self.model.chat([self.guard.reading.prepare(prompt)])[0]
+            self.model.check_length(len(layout.ids), prompt)
+        except LatentGuardError as error:
+            return to_api_error(error)
+        return None
+
+
 def score_prompts(
     guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]
 ) -> list[ScoredPrompt]:
-    """Judge prompts in as few passes as they fit in; each verdict is that of ``guard.scan``.
-
-    Raises:
-        PromptError: if a prompt is empty or too long.
-        GuardError: if a state is not finite.
-    """
-    outcomes = guard.read(model, prompts)
-    return [scored_prompt(guard, p, one) for p, one in zip(prompts, outcomes, strict=True)]
+    """Score prompts in as few passes as they fit in, without a cache (``PromptScorer.score``)."""
+    return PromptScorer(guard, model).score(prompts, [""] * len(prompts))
 
 
 def scored_prompt(guard: LatentGuard, prompt: Prompt, outcome: Outcome) -> ScoredPrompt:
@@ -76,39 +156,12 @@ def threshold_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
     return guard.threshold_for(prompt.segment, has_evidence=bool(verdict.evidence))
 
 
-def score_each(
-    guard: LatentGuard, model: ChatModel, prompts: Sequence[Prompt]
-) -> list[ScoredPrompt | ApiError]:
-    """Judge prompts together; one that cannot be judged does no harm to the others."""
-    try:
-        return [*score_prompts(guard, model, prompts)]
-    except LatentGuardError as error:
-        if len(prompts) == 1:
-            return [to_api_error(error)]
-    faults = [_unreadable(guard, model, prompt) for prompt in prompts]
-    sound = [p for p, fault in zip(prompts, faults, strict=True) if fault is None]
-    if len(sound) == len(prompts):
-        return [score_each(guard, model, [prompt])[0] for prompt in prompts]
-    found = iter(score_each(guard, model, sound) if sound else ())
-    return [fault or next(found) for fault in faults]
-
-
 def to_api_error(error: LatentGuardError) -> ApiError:
     """What a client is told: of its own text all, of the service nothing."""
     if isinstance(error, (PromptError, TemplateError)):
         return BadRequest(str(error))
     log.error("No verdict: %s", error)
     return Unavailable("The guard cannot give a verdict on this prompt.")
-
-
-def _unreadable(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> ApiError | None:
-    """Why a prompt cannot be read, without a pass of the model."""
-    try:
-        layout = model.chat([guard.reading.prepare(prompt)])[0]
-        model.check_length(len(layout.ids), prompt)
-    except LatentGuardError as error:
-        return to_api_error(error)
-    return None
 
 
 def token_beliefs(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[TokenBelief]:

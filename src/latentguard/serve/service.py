@@ -22,9 +22,9 @@ from latentguard.serve.drift import DriftReference
 from latentguard.serve.engine import ScoringEngine
 from latentguard.serve.errors import ApiError, ClientDisconnected, Unavailable
 from latentguard.serve.keys import ApiKeys
-from latentguard.serve.reading_cache import ReadingCache
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.telemetry import Telemetry
+from latentguard.serve.text_cache import TextCache
 
 Action = Literal[
     "score", "pass", "review", "block", "annotate", "shadow", "error", "unjudged", "left"
@@ -56,7 +56,7 @@ class Service:
     reference: DriftReference = field(default_factory=DriftReference)
     """Known verdicts, for the page."""
 
-    cache: ReadingCache = field(default_factory=ReadingCache)
+    cache: TextCache[ScoredPrompt] = field(default_factory=TextCache)
     """What was read before of chats."""
 
     canaries: list[dict[str, Any]] = field(default_factory=list)
@@ -173,16 +173,21 @@ class RequestContext:
 
     async def score_readings(self, readings: Sequence[ChatReading]) -> list[ScoredPrompt]:
         """Score the texts of a chat, those that are not cached; an error is raised only."""
-        cache = self.service.cache
         prompts = self.with_segment([reading.prompt for reading in readings])
-        known = [cache.get(self.client, prompt) for prompt in prompts]
+        known = [self._cached(prompt) for prompt in prompts]
         missing = [p for p, scored in zip(prompts, known, strict=True) if scored is None]
         work = self.service.engine.score(missing, account=self.account)
         fresh = iter(await run_while_connected(work, self.request))
-        found = [scored or next(fresh) for scored in known]
-        for prompt, scored in zip(prompts, found, strict=True):
-            cache.put(self.client, prompt, scored)
-        return found
+        results = [scored or next(fresh) for scored in known]
+        for prompt, scored in zip(prompts, results, strict=True):
+            if not prompt.history:
+                self.service.cache.put(scored, self.account, self.segment or "", prompt.text)
+        return results
+
+    def _cached(self, prompt: Prompt) -> ScoredPrompt | None:
+        if prompt.history:
+            return None
+        return self.service.cache.get(self.account, self.segment or "", prompt.text)
 
     async def record_failure(
         self, prompts: Sequence[Prompt], fault: ApiError, *, answered: bool
