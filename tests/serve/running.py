@@ -106,7 +106,7 @@ def running(open_guard=opener, *, keys=(), audit=None, reference=None, ready=Tru
     log = AuditLog(audit) if isinstance(audit, (str, Path)) else audit
     made = server.create_server(
         open_guard,
-        ServeConfig(**{"name": "tiny", "drain": 5.0} | options),
+        ServeConfig(**{"name": "tiny", "drain": 5.0, "probe_upstream": False} | options),
         keys=ApiKeys(keys),
         audit=log,
         reference=reference,

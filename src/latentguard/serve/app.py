@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from latentguard import __version__
 from latentguard.serve import completions, moderation, page
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
-from latentguard.serve.limits import RequestLimits
-from latentguard.serve.service import Service
+from latentguard.serve.limits import Message, RequestLimits, address_of
+from latentguard.serve.service import Service, timestamp
 from latentguard.serve.upstream import UpstreamClient
 
 ERRORS = (400, 401, 408, 413, 429, 500, 502, 503)
@@ -41,11 +41,11 @@ class ErrorResponse(BaseModel):
 
 def build_app(service: Service) -> RequestLimits:
     """The application of a service, within its limits."""
-    upstream = (
-        UpstreamClient(service.config, own_keys=bool(service.keys))
-        if service.config.upstream
-        else None
-    )
+    upstream = None
+    if service.config.upstream:
+        upstream = UpstreamClient(service.config, own_keys=bool(service.keys))
+        if service.config.probe_upstream:
+            service.require_upstream = upstream.require_reachable
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,15 +57,7 @@ def build_app(service: Service) -> RequestLimits:
         if service.audit is not None:
             service.audit.close()
 
-    app = FastAPI(
-        title="latentguard",
-        version=__version__,
-        lifespan=lifespan,
-        docs_url=None,  # its page loads scripts from elsewhere
-        redoc_url=None,
-        responses={status: {"model": ErrorResponse} for status in ERRORS},
-        openapi_url="/openapi.json",
-    )
+    app = _bare_app(lifespan)
     app.include_router(moderation.routes(service))
     app.include_router(completions.routes(service, upstream))
     app.include_router(page.routes(service, upstream))
@@ -74,8 +66,42 @@ def build_app(service: Service) -> RequestLimits:
     return RequestLimits(app, service.config, service.keys, partial(_note, service))
 
 
-def _note(service: Service, path: str, status: int, took: float) -> None:
+def build_health_app(service: Service) -> FastAPI:
+    """Health, readiness and metrics alone, for a port of their own."""
+    app = _bare_app()
+    _watch(app, service)
+    _explain(app)
+    return app
+
+
+def _bare_app(lifespan: Any = None) -> FastAPI:
+    return FastAPI(
+        title="latentguard",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        responses={status: {"model": ErrorResponse} for status in ERRORS},
+        openapi_url="/openapi.json",
+    )
+
+
+async def _note(service: Service, scope: Message, status: int, took: float) -> None:
+    """Count a request; one that was refused before anything was logged of it leaves a line."""
+    path = scope["path"]
     endpoint = path if path in PUBLIC else "other"
+    state = scope["state"]
+    if 400 <= status < 500 and endpoint != "other" and not state.get("is_recorded"):
+        line = dict(
+            time=timestamp(),
+            request=state["request"],
+            client=state["client"],
+            address=address_of(scope),
+            endpoint=path.rpartition("/")[2],
+            action="rejected",
+            status=status,
+        )
+        await service.record_rejections([line])
     service.telemetry.requests.labels(endpoint, str(status)).inc()
     if endpoint != "other":
         service.telemetry.seconds.labels(endpoint).observe(took)
@@ -93,9 +119,8 @@ def _watch(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", response_class=PlainTextResponse)
     async def readyz() -> str:
-        """Whether verdicts can be asked for: the guard fits its model and its canaries pass."""
-        if service.engine.state != "ready":
-            raise Unavailable(f"The guard is {service.engine.state}.")
+        """Whether verdicts can be asked for: guard, audit log and upstream are there."""
+        await service.require_ready()
         return "ready"
 
     @app.get("/metrics", response_class=PlainTextResponse)

@@ -1,4 +1,7 @@
-"""The audit log: one JSON object a verdict, whole lines only, rotated; texts only if asked.
+"""The audit log: one JSON object a verdict, whole lines only; texts only if asked.
+
+Requests that were refused before there was a verdict have a log of their own beside the first, so
+that nobody can flush the history of verdicts with them; it never holds texts.
 
 Policies of ``fsync``: ``never`` (a crash of the process loses nothing, one of the machine loses
 what the kernel had not written), ``interval`` (at most a second of lines; a thread sees to it) and
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.prompts import Prompt
+from latentguard.serve.audit_sinks import FileSink, Sink, make_private, sink_of
 from latentguard.serve.config import Fsync
 from latentguard.serve.errors import AuditUnavailable
 
@@ -29,85 +33,129 @@ log = logging.getLogger("latentguard.serve")
 INTERVAL = 1.0
 """Seconds between two fsyncs of policy ``interval``."""
 
-FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
+REJECTED_SHARE = 8
+"""The log of refused requests is rotated at this part of the size of the other."""
 
 
 class AuditLog:
-    """Appends lines to a file; a line that cannot be written whole leaves no trace in it."""
+    """Appends lines; one that cannot be written whole leaves no trace."""
 
     def __init__(
         self,
-        path: str | Path,
+        target: str | Path,
         *,
         max_bytes: int = 64 << 20,
         keep: int = 10,
         fsync: Fsync = "interval",
         texts: bool = False,
+        salt: Path | None = None,
     ) -> None:
-        """Open or create the log; a torn last line, of a killed process, is cut off.
+        """Open or create the log.
 
         Args:
-            path: The file; older ones are ``PATH.1`` (the newest) to ``PATH.keep``.
-            max_bytes: When it is rotated.
+            target: A file; a pipe; ``-`` for standard output; or ``syslog``.
+            max_bytes: When a file is rotated; 0 leaves that to others.
             keep: How many older files are kept.
             fsync: When lines are forced to the disk.
             texts: Whether prompts are written too.
+            salt: The file with the salt; beside a file by default, else made for this process.
 
         Raises:
             OSError: if it cannot be opened, or another process writes it.
         """
-        self.path, self.max_bytes, self.keep = Path(path), max_bytes, keep
         self.fsync, self.texts, self.lost = fsync, texts, 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._owner, self._salt = _salt(self._beside("salt"))
-        self._lock, self._closed, self._dirty = threading.Lock(), threading.Event(), False
-        self._file = os.open(self.path, FLAGS, 0o600)
-        self._size = _whole(self._file)
-        if fsync == "interval":
+        self.is_failing = False
+        """Whether the last line could not be written."""
+
+        self.sink = sink_of(str(target), max_bytes=max_bytes, keep=keep)
+        self._rejected: Sink = self.sink
+        is_file = isinstance(self.sink, FileSink)
+        if salt is None and is_file:
+            salt = Path(f"{target}.salt")
+        self._owner: int | None = None
+        self._salt = secrets.token_bytes(32)
+        if salt is not None:
+            self._owner, self._salt = _salt(salt)
+        if is_file:
+            rejected = f"{target}.rejected"
+            self._rejected = sink_of(rejected, max_bytes=max_bytes // REJECTED_SHARE, keep=1)
+        self._lock, self._closed, self._is_dirty = threading.Lock(), threading.Event(), False
+        if fsync == "interval" and is_file:
             threading.Thread(target=self._keep_synced, name="audit", daemon=True).start()
+
+    @property
+    def may_block(self) -> bool:
+        """Whether a write can take long, so that it is not done on the event loop."""
+        return self.fsync == "always" or self.sink.may_block
 
     def digest(self, prompt: Prompt) -> str:
         """What names a prompt in the log: equal for equal prompts, and no use without the salt."""
         turns = [[turn.role, turn.content] for turn in prompt.history]
-        said = json.dumps([turns, prompt.text]).encode()
-        return hmac.new(self._salt, said, hashlib.sha256).hexdigest()[:32]
+        content = json.dumps([turns, prompt.text]).encode()
+        return hmac.new(self._salt, content, hashlib.sha256).hexdigest()[:32]
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append a line for each record, all or none.
 
         Raises:
-            AuditUnavailable: if the disk does not take them.
+            AuditUnavailable: if they cannot be written.
         """
-        data = "".join(f"{json.dumps(record)}\n" for record in records).encode()
         with self._lock:
             try:
-                if self._size and self._size + len(data) > self.max_bytes:
-                    self._rotate()
-                self._append(data)
+                self._append(self.sink, records)
             except OSError as error:
                 self.lost += len(records)
+                self.is_failing = True
                 raise AuditUnavailable(
                     f"The audit log cannot be written ({error.strerror})."
                 ) from error
+            self.is_failing = False
+
+    def reject(self, record: Mapping[str, Any]) -> None:
+        """Append a line for a refused request; one that cannot be written is only counted."""
+        with self._lock:
+            try:
+                self._append(self._rejected, [record])
+            except OSError:
+                self.lost += 1
+
+    def reopen(self) -> None:
+        """Begin anew at the same places, as after a rotation by others.
+
+        Raises:
+            OSError: if they cannot be opened; the old ones go on.
+        """
+        with self._lock:
+            self.sink.reopen()
+            if self._rejected is not self.sink:
+                self._rejected.reopen()
 
     def close(self) -> None:
         """Force everything to the disk, and let another process write."""
         self._closed.set()
-        with self._lock, contextlib.suppress(OSError):
-            os.close(self._owner)
-            os.fsync(self._file)
-            os.close(self._file)
+        with self._lock:
+            self.sink.close()
+            if self._rejected is not self.sink:
+                self._rejected.close()
+            if self._owner is not None:
+                os.close(self._owner)
 
-    def _beside(self, suffix: str | int) -> Path:
-        return self.path.with_name(f"{self.path.name}.{suffix}")
+    def _append(self, sink: Sink, records: Sequence[Mapping[str, Any]]) -> None:
+        data = "".join(f"{json.dumps(record)}\n" for record in records).encode()
+        sink.append(data)
+        if self.fsync == "always":
+            sink.sync()
+        self._is_dirty = True
 
     def _keep_synced(self) -> None:
-        """Force lines to the disk now and then; writers do not wait for it."""
+        """Force lines to the disk now and then."""
         while not self._closed.wait(INTERVAL):
             with self._lock:
-                if not self._dirty or self._closed.is_set():
+                if not self._is_dirty or self._closed.is_set():
                     continue
-                file, self._dirty = os.dup(self._file), False
+                self._is_dirty = False
+                assert isinstance(self.sink, FileSink)
+                file = self.sink.duplicate()
             try:
                 os.fsync(file)
             except OSError as error:
@@ -115,56 +163,36 @@ class AuditLog:
             finally:
                 os.close(file)
 
-    def _append(self, data: bytes) -> None:
-        try:
-            written = os.write(self._file, data)
-            if written < len(data):
-                raise OSError(28, "no space left for a whole line")
-            if self.fsync == "always":
-                os.fsync(self._file)
-        except OSError:
-            with contextlib.suppress(OSError):  # a device cannot be cut
-                os.ftruncate(self._file, self._size)
-            raise
-        self._size, self._dirty = self._size + len(data), True
-
-    def _rotate(self) -> None:
-        """Begin a new file; nothing moves until there is one, so that a full disk costs no file."""
-        os.fsync(self._file)
-        fresh, older = self._beside("new"), [self._beside(n) for n in range(1, self.keep + 1)]
-        file = os.open(fresh, FLAGS | os.O_TRUNC, 0o600)
-        for source, target in reversed(list(zip([self.path, *older], older, strict=False))):
-            if source.exists():
-                source.replace(target)
-        fresh.replace(self.path)
-        os.close(self._file)
-        self._file, self._size = file, 0
-
-
-def _whole(file: int) -> int:
-    """Cut a torn last line off, and say how long the rest is."""
-    size = end = os.fstat(file).st_size
-    while end and os.pread(file, 1, end - 1) != b"\n":
-        end -= 1
-    if end < size:
-        os.ftruncate(file, end)
-    return end
-
 
 def _salt(path: Path) -> tuple[int, bytes]:
-    """The salt of this log, made at random the first time; readable by the owner alone.
+    """The salt of a log, made at random the first time; readable by the owner alone.
 
     Its file stays open and locked, so that no second process cuts or rotates the same log.
+
+    Raises:
+        OSError: if another process has it, or it holds something else.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        make_private(file)
         if not os.fstat(file).st_size:
             os.write(file, secrets.token_hex(32).encode())
-        found = os.pread(file, 1024, 0).decode("ascii").strip()
-        if len(found) < 32:
-            raise OSError(f"{path} holds no salt; remove it to have a new one made.")
-        return file, bytes.fromhex(found)
+        return file, _parsed_salt(os.pread(file, 1024, 0), path)
     except BlockingIOError:
         os.close(file)
         raise OSError(f"Another process writes {path.stem}; give each a log of its own.") from None
+    except OSError:
+        os.close(file)
+        raise
+
+
+def _parsed_salt(content: bytes, path: Path) -> bytes:
+    with contextlib.suppress(ValueError):
+        salt = bytes.fromhex(content.decode("ascii").strip())
+        if len(salt) >= 16:
+            return salt
+    raise OSError(
+        f"{path} holds no salt: expected at least 32 hexadecimal digits. Remove it to have a new "
+        "one made; prompts then get other names."
+    )

@@ -53,6 +53,21 @@ class ServeConfig:
     upstream_key: str | None = None
     """What the upstream is shown instead of the client's own key."""
 
+    upstream_key_header: str = "authorization"
+    """The header with that key; ``authorization`` says ``Bearer`` before it."""
+
+    upstream_connect_seconds: float = 10.0
+    """Seconds to connect to the upstream."""
+
+    upstream_read_seconds: float = 120.0
+    """Seconds until the upstream's answer begins, or the next piece of it comes."""
+
+    probe_upstream: bool = True
+    """Whether the service is not ready while the upstream cannot be reached."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that the Host header may have; all, if there are none."""
+
     wait: float = 0.003
     """Seconds that the first prompt of a batch may wait for others."""
 
@@ -93,6 +108,18 @@ class ServeConfig:
     max_readings: int = 256
     """Texts of one chat that are read, each by itself."""
 
+    health_host: str = "127.0.0.1"
+    """Where health and metrics are served."""
+
+    health_port: int | None = None
+    """Their port; None serves them beside the rest only."""
+
+    max_connections: int = 1024
+    """Open connections; more are cut."""
+
+    max_connections_per_address: int = 512
+    """Open connections from one address; more are cut."""
+
     max_body: int = 1 << 20
     """Bytes of a request's body."""
 
@@ -110,6 +137,9 @@ class ServeConfig:
 
     stall: float = 300.0
     """Seconds after which one pass counts as stuck, and the process exits."""
+
+    close_delay: float = 0.0
+    """Seconds between SIGTERM, when it is no longer ready, and the end of new connections."""
 
     drain: float = 30.0
     """Seconds that requests have to finish after SIGTERM."""

@@ -13,6 +13,11 @@ class ApiError(Exception):
     """Seconds after which the client may try again."""
 
     @property
+    def is_clients_doing(self) -> bool:
+        """Whether the request is refused for what it is; one that its client left is not."""
+        return 400 <= self.status < 500 and self.status != ClientDisconnected.status
+
+    @property
     def body(self) -> dict[str, object]:
         """OpenAI's error object."""
         error = {"message": str(self), "type": self.kind, "param": None, "code": self.code}

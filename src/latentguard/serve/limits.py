@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from latentguard.serve.accounts import Accounts
 from latentguard.serve.config import ServeConfig
+from latentguard.serve.connections import Connections
 from latentguard.serve.errors import (
     ApiError,
     BadRequest,
@@ -31,6 +32,7 @@ log = logging.getLogger("latentguard.serve")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Note = Callable[[Message, int, float], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 HEADERS = {
@@ -50,16 +52,14 @@ class RequestLimits:
     What the application raises is logged, never shown.
     """
 
-    def __init__(
-        self, app: App, config: ServeConfig, keys: ApiKeys, note: Callable[[str, int, float], None]
-    ) -> None:
+    def __init__(self, app: App, config: ServeConfig, keys: ApiKeys, note: Note) -> None:
         """Wrap an application.
 
         Args:
             app: The application.
             config: Limits of size and time.
             keys: Who may come in.
-            note: Told path, status and seconds of every request.
+            note: Given the scope, the status and the seconds of every request.
         """
         self.app, self.config, self.keys, self.note = app, config, keys, note
         self.accounts = Accounts(
@@ -73,10 +73,13 @@ class RequestLimits:
             return
         answer, began, ending = _Answer(send), perf_counter(), AsyncExitStack()
         try:
-            client = self._client(scope)
-            account = client if client != "-" else _address(scope)
-            state = dict(request=answer.request, client=client, account=account, ending=ending)
+            address = address_of(scope)
+            state = dict(request=answer.request, client="-", account=address, ending=ending)
             scope["state"] = scope.get("state", {}) | state
+            self._require_host(scope)
+            client = self._client(scope)
+            account = client if client != "-" else address
+            scope["state"] |= dict(client=client, account=account)
             with nullcontext() if scope["path"] in OPEN else self.accounts.admit(account):
                 body = await self._body(scope, receive)
                 if scope["method"] == "POST":
@@ -89,7 +92,14 @@ class RequestLimits:
             log.error("%s failed: %s", answer.request, error_location(error))
             await answer.fault(ApiError("The service failed on this request."), close=True)
         finally:
-            self.note(scope["path"], answer.status, perf_counter() - began)
+            await self.note(scope, answer.status, perf_counter() - began)
+
+    def _require_host(self, scope: Message) -> None:
+        """Refuse names that are not this service's, as pages of others would use."""
+        allowed = self.config.allowed_hosts
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+        if allowed and host not in allowed and host.rpartition(":")[0] not in allowed:
+            raise BadRequest("This service is not known by this name.")
 
     def _client(self, scope: Message) -> str:
         if scope["path"] in OPEN:
@@ -123,7 +133,8 @@ class RequestLimits:
         return bytes(body)
 
 
-def _address(scope: Message) -> str:
+def address_of(scope: Message) -> str:
+    """Where a request came from."""
     return str(scope["client"][0]) if scope.get("client") else "-"
 
 
@@ -173,12 +184,17 @@ class TimedProtocol(H11Protocol):
     """HTTP that cuts clients who send their headers, or read their answers, too slowly."""
 
     read_seconds, write_seconds = 10.0, 30.0
+    open_connections: Connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for headers."""
+        """Wait for headers; a connection too many is cut."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
         super().connection_made(transport)
-        self._wait("headers", self.read_seconds)
+        self._address = self.client[0] if self.client else "-"
+        if self.open_connections.open(self._address):
+            self._wait("headers", self.read_seconds)
+        else:
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Stop waiting once the headers are whole; later bytes do not prolong the wait."""
@@ -200,6 +216,7 @@ class TimedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
+        self.open_connections.close(self._address)
         for what in list(self._timers):
             self._stop_waiting(what)
         super().connection_lost(exc)

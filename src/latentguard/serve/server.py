@@ -9,16 +9,18 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import uvicorn
 
 from latentguard.errors import LatentGuardError
-from latentguard.serve.app import build_app
+from latentguard.serve.app import build_app, build_health_app
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.config import ServeConfig
+from latentguard.serve.connections import Connections, require_file_descriptors
 from latentguard.serve.drift import DriftReference
 from latentguard.serve.engine import Opener, ScoringEngine
 from latentguard.serve.keys import ApiKeys
@@ -26,15 +28,16 @@ from latentguard.serve.limits import TimedProtocol
 from latentguard.serve.service import Service
 from latentguard.serve.telemetry import Telemetry
 
-CONNECTIONS = 1024
-"""Open connections; more get 503."""
-
 
 class Server(uvicorn.Server):
     """Ends quietly on a signal, and with a failure if the scoring thread has ended."""
 
     failure: BaseException | None = None
-    _taken: socket.socket | None = None
+    service: Service
+    health: HealthServer | None = None
+    """Health and metrics on a port of their own."""
+
+    _socket: socket.socket | None = None
 
     def listen(self) -> socket.socket:
         """Take the port, once, before anything is loaded.
@@ -42,35 +45,82 @@ class Server(uvicorn.Server):
         Raises:
             LatentGuardError: if it cannot be had.
         """
-        if self._taken is None:
-            host, port = self.config.host, self.config.port
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            try:
-                self._taken = socket.create_server((host, port), family=family)
-            except OSError as error:
-                reason = str(error.strerror).split(" (")[0]  # Python says the address once more
-                raise LatentGuardError(
-                    f"Cannot listen on {host}, port {port} ({reason}); free it, or give another."
-                ) from None
-        return self._taken
+        if self._socket is None:
+            self._socket = _listen(self.config.host, self.config.port)
+        return self._socket
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal comes, and health for as long."""
+        if self.health is None:
+            await super().serve(sockets)
+            return
+        health = asyncio.create_task(self.health.serve([self.health.listen()]))
+        try:
+            await super().serve(sockets)
+        finally:
+            self.health.should_exit = True
+            await health
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Drain on SIGTERM and SIGINT; unlike the parent's, do not raise the signal again."""
+        """Drain on SIGTERM and SIGINT, reload on SIGHUP; do not raise a signal again."""
         loop = asyncio.get_running_loop()
-        main = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGTERM, signal.SIGINT) if main else ()
-        for one in signals:
-            loop.add_signal_handler(one, self.handle_exit, one, None)
+        handlers: dict[signal.Signals, Callable[[], object]] = {
+            signal.SIGTERM: self._close_soon,
+            signal.SIGINT: partial(self.handle_exit, signal.SIGINT, None),
+            signal.SIGHUP: self.service.reload,
+        }
+        if threading.current_thread() is not threading.main_thread():
+            handlers = {}
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
         try:
             yield
         finally:
-            for one in signals:
-                loop.remove_signal_handler(one)
+            for number in handlers:
+                loop.remove_signal_handler(number)
+
+    def _close_soon(self) -> None:
+        """Be not ready at once, and take no more connections a while later."""
+        self.service.is_closing = True
+        delay = self.service.config.close_delay
+        asyncio.get_running_loop().call_later(delay, self.handle_exit, signal.SIGTERM, None)
 
     def fail(self, error: BaseException) -> None:
         """Stop serving: nobody may take the silence of a dead guard for consent."""
         self.failure, self.should_exit = error, True
+
+
+class HealthServer(uvicorn.Server):
+    """Serves health and metrics; it leaves signals to the other."""
+
+    _socket: socket.socket | None = None
+
+    def listen(self) -> socket.socket:
+        """Take the port, once.
+
+        Raises:
+            LatentGuardError: if it cannot be had.
+        """
+        if self._socket is None:
+            self._socket = _listen(self.config.host, self.config.port)
+        return self._socket
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Do nothing."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = str(error.strerror).split(" (")[0]  # Python says the address once more
+        raise LatentGuardError(
+            f"Cannot listen on {host}, port {port} ({reason}); free it, or give another."
+        ) from None
 
 
 def create_server(
@@ -89,19 +139,28 @@ def create_server(
     service = Service(config, engine, telemetry, keys or ApiKeys(), audit, reference)
     telemetry.gauge("queue_prompts", "Prompts that wait.", lambda: engine.waiting)
     telemetry.gauge("chats", "Chats that are being answered.", lambda: engine.active_chats)
-    telemetry.gauge("ready", "1 when verdicts can be asked for.", lambda: engine.state == "ready")
+    telemetry.gauge("ready", "1 when verdicts can be asked for.", lambda: service.is_ready)
     telemetry.gauge("crashes", "Recent crashes of the thread.", lambda: len(engine.crashes))
     telemetry.gauge(
         "audit_lost_lines", "Lines that the disk did not take.", lambda: audit.lost if audit else 0
     )
     server = Server(uvicorn.Config(build_app(service), **_settings(config), **how))
+    server.service = service
+    if config.health_port is not None:
+        address: dict[str, Any] = dict(host=config.health_host, port=config.health_port)
+        health = uvicorn.Config(build_health_app(service), lifespan="off", **_COMMON, **address)
+        server.health = HealthServer(health)
     engine.on_death = server.fail
     return server
 
 
 def run(server: Server) -> int:
     """Serve until a signal comes or the guard fails; 0 or 1, for the exit code."""
+    config = server.service.config
     try:
+        require_file_descriptors(config.max_connections, has_upstream=config.upstream is not None)
+        if server.health is not None:
+            server.health.listen()
         server.run([server.listen()])
     except LatentGuardError as error:
         server.failure = error
@@ -112,26 +171,30 @@ def run(server: Server) -> int:
 
 
 def exit_process(code: int) -> None:
-    """ReplyEnd the process even if a thread is stuck inside the model."""
+    """End the process even if a thread is stuck inside the model."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
+_COMMON: dict[str, Any] = dict(
+    ws="none",
+    loop="asyncio",
+    access_log=False,
+    server_header=False,
+    proxy_headers=False,
+    log_level="warning",
+)
+
+
 def _settings(config: ServeConfig) -> dict[str, Any]:
     class Protocol(TimedProtocol):
         read_seconds, write_seconds = config.read_seconds, config.write_seconds
+        open_connections = Connections(config.max_connections, config.max_connections_per_address)
 
-    return dict(
+    return _COMMON | dict(
         http=Protocol,
-        ws="none",
-        loop="asyncio",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        log_level="warning",
-        limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=config.max_header,
         timeout_graceful_shutdown=int(config.drain),
         timeout_keep_alive=int(max(5, config.read_seconds)),

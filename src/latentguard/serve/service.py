@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from time import perf_counter
@@ -25,6 +26,8 @@ from latentguard.serve.keys import ApiKeys
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.telemetry import Telemetry
 from latentguard.serve.text_cache import TextCache
+
+log = logging.getLogger("latentguard.serve")
 
 Action = Literal[
     "score", "pass", "review", "block", "annotate", "shadow", "error", "unjudged", "left"
@@ -62,6 +65,12 @@ class Service:
     canaries: list[dict[str, Any]] = field(default_factory=list)
     """Verdicts on the guard's canaries, once the page has asked for them."""
 
+    require_upstream: Callable[[], Awaitable[None]] | None = None
+    """Raises an ``ApiError`` if the upstream cannot be reached; None without one."""
+
+    is_closing: bool = False
+    """Whether it is about to end."""
+
     _control_tokens: ControlTokens | None = None
     _digest: str = ""
     _thresholds: ChatThresholds | None = None
@@ -83,6 +92,36 @@ class Service:
                 raise Unavailable("The guard is not ready.")
             self._digest = self.engine.guard.digest
         return self._digest
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the guard can give verdicts, and is to go on with it."""
+        return self.engine.state == "ready" and not self.is_closing
+
+    async def require_ready(self) -> None:
+        """Check all that a verdict needs: guard, audit log and upstream.
+
+        Raises:
+            Unavailable: if something is missing.
+        """
+        if self.is_closing:
+            raise Unavailable("The service is closing.")
+        if self.engine.state != "ready":
+            raise Unavailable(f"The guard is {self.engine.state}.")
+        if self.audit is not None and self.audit.is_failing:
+            line = dict(time=timestamp(), request="-", client="-", endpoint="readyz")
+            await asyncio.to_thread(self.audit.write, [line | dict(action="probe")])
+        if self.require_upstream is not None:
+            await self.require_upstream()
+
+    def reload(self) -> None:
+        """Begin the audit log anew, as after a rotation by others."""
+        if self.audit is None:
+            return
+        try:
+            self.audit.reopen()
+        except OSError as error:
+            log.error("The audit log cannot be opened again: %s", error.strerror)
 
     @property
     def control_tokens(self) -> ControlTokens:
@@ -128,6 +167,17 @@ class Service:
             readings=len(readings),
         )
 
+    async def record_rejections(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Log requests that were refused before there was a verdict, without their texts."""
+        if self.audit is None:
+            return
+        for line in lines:
+            line.pop("text", None)
+            if self.audit.may_block:
+                await asyncio.to_thread(self.audit.reject, line)
+            else:
+                self.audit.reject(line)
+
     def action(self, scored: ScoredPrompt) -> Action:
         """What the policy makes of a chat."""
         if scored.verdict.flagged:
@@ -136,12 +186,12 @@ class Service:
             return "block" if self.config.on_review == "block" else "review"
         return "pass"
 
-    def answers_without_verdict(self, fault: ApiError) -> bool:
+    def answers_without_verdict(self, error: ApiError) -> bool:
         """Whether a chat is answered though it could not be judged: by a shadow only.
 
         A client can bring about every lack of a verdict, be it by making the service slow.
         """
-        return self.config.policy == "shadow" and not isinstance(fault, ClientDisconnected)
+        return self.config.policy == "shadow" and not isinstance(error, ClientDisconnected)
 
 
 class RequestContext:
@@ -154,6 +204,12 @@ class RequestContext:
         self.id: str = request.state.request
         self.client: str = request.state.client
         self.account: str = request.state.account
+        named = {"client_request": "x-request-id", "trace": "traceparent"}
+        self._trace = {
+            name: request.headers[header][:128]
+            for name, header in named.items()
+            if header in request.headers
+        }
         header = service.config.segment_header
         self.segment = (request.headers.get(header) or None) if header else None
 
@@ -190,14 +246,19 @@ class RequestContext:
         return self.service.cache.get(self.account, self.segment or "", prompt.text)
 
     async def record_failure(
-        self, prompts: Sequence[Prompt], fault: ApiError, *, answered: bool
+        self, prompts: Sequence[Prompt], error: ApiError, *, answered: bool
     ) -> None:
         """Note that there is no verdict, and whether the chat is answered all the same."""
         lack: Action = "unjudged" if answered else "error"
-        action: Action = "left" if isinstance(fault, ClientDisconnected) else lack
+        action: Action = "left" if isinstance(error, ClientDisconnected) else lack
         for _ in prompts:
             self.service.telemetry.verdict(self.endpoint, action)
-        await self._write([self._line(p, action) | {"error": fault.code} for p in prompts])
+        lines = [self._line(p, action) | {"error": error.code} for p in prompts]
+        if error.is_clients_doing and not answered:
+            await self.service.record_rejections(lines)
+        else:
+            await self._write(lines)
+        self.request.state.is_recorded = True
 
     async def record_chat(
         self,
@@ -244,7 +305,7 @@ class RequestContext:
             return {}
         ready = self.service.engine.state in ("ready", "draining")
         line = dict(
-            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            time=timestamp(),
             request=self.id,
             client=self.client,
             endpoint=self.endpoint,
@@ -253,6 +314,7 @@ class RequestContext:
             action=action,
             ms=round(1000 * (perf_counter() - self.began), 2),
         )
+        line |= self._trace
         if self.service.config.segment_header:
             line["segment"] = prompt.segment
         if audit.texts:
@@ -264,17 +326,22 @@ class RequestContext:
         if audit is None:
             return
         try:
-            if audit.fsync == "always":  # a disk may take its time; the others need not wait
+            if audit.may_block:  # a disk may take its time; the others need not wait
                 await asyncio.to_thread(audit.write, lines)
             else:
                 audit.write(lines)
-        except ApiError as fault:
+        except ApiError as error:
             config = self.service.config
             shadow = self.endpoint == "chat" and config.policy == "shadow"
             if not shadow:
-                raise fault from None
+                raise error from None
 
 
 def _without_id(verdict: dict[str, Any]) -> dict[str, Any]:
     """A verdict for the log, where the prompt has a name of its own."""
     return {name: value for name, value in verdict.items() if name != "id"}
+
+
+def timestamp() -> str:
+    """Now, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

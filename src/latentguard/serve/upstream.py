@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
+from time import monotonic
 from typing import Any
 
 import httpx
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.disconnects import run_while_connected
@@ -18,14 +20,22 @@ from latentguard.serve.replies import sse_event
 
 log = logging.getLogger("latentguard.serve")
 
-TIMEOUT = httpx.Timeout(10.0, read=120.0)
-"""Seconds to connect, and until the answer begins or the next piece of it comes."""
-
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
 """As many chats as this service admits: one that waits for a connection would be a 502."""
 
-MOST = 8 << 20
+MAX_ANSWER = 8 << 20
 """Bytes of an answer that is read whole."""
+
+MAX_LINE = 1 << 20
+"""Bytes of a line of a stream."""
+
+PROBE_SECONDS = 5.0
+"""For so long it is remembered whether the upstream could be reached."""
+
+TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
+"""Sent on as the client sent them, so that a request can be followed."""
+
+UNREACHABLE = "The upstream service cannot be reached."
 
 
 class UpstreamClient:
@@ -35,13 +45,17 @@ class UpstreamClient:
         """Prepare.
 
         Args:
-            config: Where the upstream is, and its key.
+            config: Where the upstream is, its key and its times.
             own_keys: Whether clients show this service's keys: these are never sent on.
         """
         assert config.upstream is not None
-        self._url = config.upstream.rstrip("/")
-        self._key, self._own_keys = config.upstream_key, own_keys
-        self._client = httpx.AsyncClient(timeout=TIMEOUT, limits=LIMITS)
+        self._url = httpx.URL(config.upstream)
+        self._key, self._key_header = config.upstream_key, config.upstream_key_header
+        self._own_keys = own_keys
+        timeout = httpx.Timeout(config.upstream_connect_seconds, read=config.upstream_read_seconds)
+        self._client = httpx.AsyncClient(timeout=timeout, limits=LIMITS)
+        self._probe_lock = asyncio.Lock()
+        self._probed, self._is_reachable = -PROBE_SECONDS, False
 
     async def ask(
         self, request: Request, body: Mapping[str, Any], note: Mapping[str, Any]
@@ -63,8 +77,8 @@ class UpstreamClient:
         except ValueError:
             raise BadRequest("The body holds a number that JSON does not know.") from None
         sent = self._request("POST", "chat/completions", request, content)
-        stream = bool(body.get("stream"))
-        return await self._told(request, self._answer(request, sent, stream, note))
+        is_stream = bool(body.get("stream"))
+        return await self._within(request, self._answer(request, sent, is_stream, note))
 
     async def models(self, request: Request) -> Response:
         """The upstream's models, which chats name; the guard's own model need not be one of them.
@@ -73,62 +87,112 @@ class UpstreamClient:
             UpstreamError: if it cannot be reached, or fails.
         """
         sent = self._request("GET", "models", request)
-        return await self._told(request, self._answer(request, sent, stream=False, note={}))
+        return await self._within(request, self._answer(request, sent, False, {}))
+
+    async def require_reachable(self) -> None:
+        """Check that the upstream answers; it is asked at most every few seconds.
+
+        Raises:
+            UpstreamError: if it does not, or fails.
+        """
+        async with self._probe_lock:
+            if monotonic() - self._probed >= PROBE_SECONDS:
+                self._is_reachable = await self._probe()
+                self._probed = monotonic()
+        if not self._is_reachable:
+            raise UpstreamError(UNREACHABLE)
 
     async def close(self) -> None:
         """Close connections."""
         await self._client.aclose()
 
-    async def _told(self, request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+    async def _probe(self) -> bool:
+        try:
+            answer = await self._client.get(self._at("models"), headers=self._own_headers())
+        except httpx.HTTPError:
+            return False
+        return answer.status_code < 500
+
+    async def _within(self, request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+        """The answer, as long as the client is there."""
         try:
             return await run_while_connected(answer, request)
         except httpx.HTTPError as error:
             log.error("The upstream cannot be reached: %r", error)
-            raise UpstreamError("The upstream service cannot be reached.") from None
+            raise UpstreamError(UNREACHABLE) from None
 
     async def _answer(
-        self, request: Request, sent: httpx.Request, stream: bool, note: Mapping[str, Any]
+        self, request: Request, sent: httpx.Request, is_stream: bool, note: Mapping[str, Any]
     ) -> Response:
         answer = await self._client.send(sent, stream=True)
         request.state.ending.push_async_callback(answer.aclose)  # a stream may never be begun
         if answer.status_code >= 500:
             log.error("The upstream answered %s.", answer.status_code)
             raise UpstreamError("The upstream service failed.")
-        if stream and answer.status_code == 200:
-            return StreamingResponse(_noted(answer, note), media_type="text/event-stream")
+        if answer.status_code in (401, 403) and not self._shows_clients_key:
+            log.error("The upstream answered %s: check its key.", answer.status_code)
+            raise UpstreamError("The upstream service refused this service.")
+        if is_stream and answer.status_code == 200:
+            return StreamingResponse(_with_note(answer, note), media_type="text/event-stream")
         return await _whole(answer, note)
+
+    @property
+    def _shows_clients_key(self) -> bool:
+        return not self._key and not self._own_keys
 
     def _request(
         self, method: str, path: str, request: Request, content: str | None = None
     ) -> httpx.Request:
-        url, headers = f"{self._url}/{path}", self._headers(request)
-        return self._client.build_request(method, url, content=content, headers=headers)
-
-    def _headers(self, request: Request) -> dict[str, str]:
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        if self._key:
-            headers["authorization"] = f"Bearer {self._key}"
-        elif not self._own_keys and "authorization" in request.headers:
+        headers = self._own_headers() | _traced(request)
+        if self._shows_clients_key and "authorization" in request.headers:
             headers["authorization"] = request.headers["authorization"]
+        return self._client.build_request(method, self._at(path), content=content, headers=headers)
+
+    def _at(self, path: str) -> httpx.URL:
+        """A path below the upstream's; its query goes with each request."""
+        return self._url.copy_with(path=f"{self._url.path.rstrip('/')}/{path}")
+
+    def _own_headers(self) -> dict[str, str]:
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if self._key and self._key_header.lower() == "authorization":
+            headers["authorization"] = f"Bearer {self._key}"
+        elif self._key:
+            headers[self._key_header] = self._key
         return headers
+
+
+def _traced(request: Request) -> dict[str, str]:
+    return {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
 
 
 async def _whole(answer: httpx.Response, note: Mapping[str, Any]) -> Response:
     content = b""
     async for piece in answer.aiter_bytes():
         content += piece
-        if len(content) > MOST:
+        if len(content) > MAX_ANSWER:
             raise UpstreamError("The upstream's answer is too long.")
-    kept = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
-    body = _object(content, answer.status_code) | dict(note)
-    return JSONResponse(body, status_code=answer.status_code, headers=kept)
+    headers = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
+    body = _encoded(_object(content, answer.status_code) | dict(note))
+    return Response(body, answer.status_code, headers, media_type="application/json")
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    """An answer as strict JSON.
+
+    Raises:
+        UpstreamError: if it holds what strict JSON does not know.
+    """
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):  # NaN, lone surrogates, thousands of levels
+        raise UpstreamError("The upstream's answer is no strict JSON.") from None
 
 
 def _object(content: bytes, status: int) -> dict[str, Any]:
     """An answer's object; a proxy before the upstream may refuse in words that are no JSON."""
     try:
         body = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if isinstance(body, dict):
         return body
@@ -137,26 +201,33 @@ def _object(content: bytes, status: int) -> dict[str, Any]:
     return BadRequest(f"The upstream service refused the request with status {status}.").body
 
 
-async def _noted(answer: httpx.Response, note: Mapping[str, Any]) -> AsyncIterator[bytes]:
+async def _with_note(answer: httpx.Response, note: Mapping[str, Any]) -> AsyncIterator[bytes]:
     """The events as they come; the note goes into the first."""
-    left = dict(note)
+    remaining = dict(note)
     try:
         async for line in _lines(answer):
-            if left and line.startswith(b"data: {"):
-                line = b"data: " + json.dumps(json.loads(line[6:]) | left).encode()  # noqa: PLW2901
-                left = {}
-            yield line + b"\n"
-    except (httpx.HTTPError, ValueError) as error:
-        log.error("The upstream broke off: %r", error)
+            event = line
+            if remaining and line.startswith(b"data: {"):
+                event = b"data: " + _encoded(json.loads(line[6:]) | remaining)
+                remaining = {}
+            yield event + b"\n"
+    except (httpx.HTTPError, UpstreamError, ValueError, RecursionError) as error:
+        log.error("The upstream broke off: %s", type(error).__name__)
         yield sse_event(UpstreamError("The upstream service broke off.").body).encode()
 
 
 async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """Lines as events have them; ``aiter_lines`` ends one at U+2028, too, which JSON may hold."""
+    """Lines as events have them; ``aiter_lines`` ends one at U+2028, too, which JSON may hold.
+
+    Raises:
+        UpstreamError: if a line is too long.
+    """
     rest = b""
     async for piece in answer.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             yield line
+        if len(rest) > MAX_LINE:
+            raise UpstreamError("A line of the upstream's stream is too long.")
     if rest:
         yield rest
