@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,7 +68,16 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
             "Have your gateway set it: who sets it picks the threshold."
         ),
     ] = None,
-    audit: Annotated[Path | None, typer.Option(help="Audit log, JSON Lines.")] = None,
+    audit: Annotated[
+        str | None,
+        typer.Option(
+            help="Audit log, JSON Lines: a file, a pipe, '-' (standard output) or syslog."
+        ),
+    ] = None,
+    audit_max_bytes: Annotated[
+        int, typer.Option(min=0, help="When the audit file is rotated; 0 leaves that to others.")
+    ] = 64 << 20,
+    audit_keep: Annotated[int, typer.Option(min=0, help="Older audit files that are kept.")] = 10,
     audit_fsync: Annotated[str, typer.Option(help="never, interval or always.")] = "interval",
     audit_texts: Annotated[bool, typer.Option(help="Write prompts into the audit log.")] = False,
     api_keys: Annotated[
@@ -81,6 +90,23 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
             "scores that calibrated the guard."
         ),
     ] = None,
+    health_port: Annotated[
+        int | None, typer.Option(help="Serve health and metrics on a port of their own, too.")
+    ] = None,
+    health_host: Annotated[str, typer.Option(help="Address of that port.")] = "127.0.0.1",
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests of one client that may be under way.")
+    ] = 512,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Requests of one client in a second.")
+    ] = None,
+    max_connections: Annotated[int, typer.Option(min=1, help="Open connections.")] = 1024,
+    max_connections_per_address: Annotated[
+        int, typer.Option(min=1, help="Open connections from one address.")
+    ] = 512,
+    close_delay: Annotated[
+        float, typer.Option(min=0, help="Seconds of not being ready before it closes on SIGTERM.")
+    ] = 0.0,
     queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait.")] = 256,
     wait_ms: Annotated[float, typer.Option(min=0, help="A batch waits so long for more.")] = 3.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 4096,
@@ -134,6 +160,13 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
         name=Path(loaded.fingerprint.model).name or "latentguard",
         upstream=upstream,
         upstream_key=os.environ.get("LATENTGUARD_UPSTREAM_KEY"),
+        health_port=health_port,
+        health_host=health_host,
+        concurrency=concurrency,
+        rate=rate,
+        max_connections=max_connections,
+        max_connections_per_address=max_connections_per_address,
+        close_delay=close_delay,
         wait=wait_ms / 1000,
         queue=queue,
         max_tokens=max_tokens,
@@ -147,7 +180,7 @@ def serve(  # noqa: PLR0913, PLR0917 (each is an option of the command line)
         _opener(loaded, model, device_map=device_map, allow_mismatch=allow_mismatch),
         options,
         keys=keys,
-        audit=_audit(audit, audit_fsync, audit_texts),
+        audit=_audit(audit, audit_fsync, texts=audit_texts, sizes=(audit_max_bytes, audit_keep)),
         reference=DriftReference.of(loaded, reference),
         host=host,
         port=port,
@@ -189,13 +222,17 @@ def _opener(
     return opener
 
 
-def _audit(path: Path | None, fsync: str, texts: bool) -> AuditLog | None:
+def _audit(
+    target: str | None, fsync: str, *, texts: bool, sizes: tuple[int, int]
+) -> AuditLog | None:
     from latentguard.serve.audit_log import AuditLog
 
     _require(fsync, ("never", "interval", "always"), "--audit-fsync")
-    if path is None:
+    if target is None:
         return None
-    return AuditLog(path, fsync=fsync, texts=texts)  # type: ignore[arg-type]
+    max_bytes, keep = sizes
+    how: dict[str, Any] = dict(fsync=fsync, texts=texts, max_bytes=max_bytes, keep=keep)
+    return AuditLog(target, **how)
 
 
 def _require(word: str, known: tuple[str, ...], option: str) -> None:
