@@ -348,16 +348,19 @@ class Reading:
         Raises:
             GuardError: if there is no such reading.
         """
-        known: dict[str, tuple[str, ...]] = {"t_inst": ("t_inst",), "t_post": ("t_post",)}
-        known["sealed"] = ("t_inst",)
-        known["span"] = ("t_inst", *(f"post+{k}" for k in range(1, post)), "t_post")
-        known["pooled"] = ("t_inst", "post", "t_post", "mean")
-        known |= {f"post+{k}": (f"post+{k}",) for k in range(1, post + 1)}
-        if name not in known:
+        positions: dict[str, tuple[str, ...]] = {
+            "t_inst": ("t_inst",),
+            "t_post": ("t_post",),
+            "sealed": ("t_inst",),
+            "span": ("t_inst", *(f"post+{k}" for k in range(1, post)), "t_post"),
+            "pooled": ("t_inst", "post", "t_post", "mean"),
+            **{f"post+{k}": (f"post+{k}",) for k in range(1, post + 1)},
+        }
+        if name not in positions:
             raise GuardError(
                 f"There is no reading '{name}' here: expected {READING_NAMES}, with k up to {post}."
             )
-        return Reading(name, known[name])
+        return Reading(name, positions[name])
 
     def prepare(self, prompt: Prompt) -> Prompt:
         """The prompt as it is read: its ending made uniform if the reading is sealed."""

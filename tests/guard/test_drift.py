@@ -9,7 +9,14 @@ from scipy.stats import ks_2samp
 
 from fake_backend import FakeBackend, bare, labelled, texts
 from latentguard.errors import GuardError
-from latentguard.guard.drift import compare, cut, holm, in_steps, record_of, shares, stability
+from latentguard.guard.drift import (
+    bin_edges,
+    bin_shares,
+    compare,
+    holm,
+    population_stability,
+    round_to_steps,
+)
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
@@ -19,7 +26,7 @@ class TestArithmetic:
     def test_stability_by_brute_force(self):
         rng = np.random.default_rng(0)
         known, live = rng.normal(size=500), rng.normal(0.5, 1, 300)
-        edges = cut(known)
+        edges = bin_edges(known)
         parts = np.diff([0, *np.searchsorted(np.sort(known), edges), 500])
         assert len(edges) == 9 and 40 <= parts.min() <= parts.max() <= 60  # about ten equal parts
         total = 0.0
@@ -27,7 +34,7 @@ class TestArithmetic:
             a = (((live > low) & (live <= high)).sum() + 0.5) / (300 + 5)
             e = (((known > low) & (known <= high)).sum() + 0.5) / (500 + 5)
             total += (a - e) * log(a / e)
-        found = stability(shares(live, edges), shares(known, edges))
+        found = population_stability(bin_shares(live, edges), bin_shares(known, edges))
         assert found == pytest.approx(total)
 
     @pytest.mark.parametrize("at", [0.3, 0.25, 5.0, -5.0])
@@ -39,21 +46,21 @@ class TestArithmetic:
         known = np.concatenate([rng.normal(size=400), np.full(200, at)])
         known[-100:] += other * known_twice
         live = np.concatenate([rng.normal(size=400), np.full(200, at + other)])
-        edges = cut(known)
-        assert stability(shares(live, edges), shares(known, edges)) < 0.1
-        assert ks_2samp(*in_steps(live, known, 1.0)).pvalue > 0.1
+        edges = bin_edges(known)
+        assert population_stability(bin_shares(live, edges), bin_shares(known, edges)) < 0.1
+        assert ks_2samp(*round_to_steps(live, known, 1.0)).pvalue > 0.1
 
     def test_what_has_moved_is_seen_in_steps(self):
         rng = np.random.default_rng(0)
         known, live = rng.normal(size=2000), rng.normal(0.2, 1, 2000)
-        assert ks_2samp(*in_steps(live, known, 1.0)).pvalue < 1e-3
-        assert ks_2samp(*in_steps(known[::2], known[1::2], 1.0)).pvalue > 0.05
-        alike = in_steps(np.zeros(30), np.zeros(30), 0.5)
+        assert ks_2samp(*round_to_steps(live, known, 1.0)).pvalue < 1e-3
+        assert ks_2samp(*round_to_steps(known[::2], known[1::2], 1.0)).pvalue > 0.05
+        alike = round_to_steps(np.zeros(30), np.zeros(30), 0.5)
         assert not np.any(alike)
 
     def test_too_few_to_cut(self):
-        assert cut(range(19)) == []
-        assert len(cut(range(20))) == 9
+        assert bin_edges(range(19)) == []
+        assert len(bin_edges(range(20))) == 9
 
     @pytest.mark.parametrize(
         ("chances", "corrected"),
@@ -99,7 +106,7 @@ class TestCompare:
         found = compare(guard, *live(guard, 400))
         assert [one.traffic for one in found] == ["all", "en"]
         assert all(one.holds and not one.moved for one in found)
-        assert found[1].known == 300
+        assert found[1].calibration_n == 300
         assert found[1].stability < 0.1
 
     def test_false_alarms_are_rare(self, guard):
@@ -135,7 +142,7 @@ class TestCompare:
         assert [one.traffic for one in compare(guard, prompts, verdicts)] == ["all"]
 
     def test_as_json(self, guard):
-        row = json.loads(json.dumps(record_of(compare(guard, *live(guard, 200))[0])))
+        row = json.loads(json.dumps(compare(guard, *live(guard, 200))[0].to_dict()))
         assert row["n"] == 200
         assert row["holds"] is True
         assert row["says"].startswith("all: ")

@@ -11,7 +11,8 @@ import pytest
 from fake_backend import FakeBackend, labelled, texts
 from latentguard.errors import LatentGuardError, PromptError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.score_files import line_of, score_to_file
+from latentguard.guard.score_files import score_to_file
+from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 
 COUNT = 40
@@ -97,10 +98,13 @@ class TestAWholeRun:
         rows = (tmp_path / "v").read_bytes().split(b"\n")[:-1]
         assert [json.loads(row)["id"] for row in rows] == ids * 4
 
-    def test_a_line(self, guard):
-        verdict = next(guard.scan(FakeBackend(), ["good"]))
-        assert json.loads(line_of(verdict)) == json.loads(json.dumps(asdict(verdict)))
-        assert "\n" not in line_of(verdict)
+    def test_a_line_is_the_verdict_and_reads_back(self, guard, tmp_path):
+        score_to_file(guard, FakeBackend(), [Prompt("good", id="1")], tmp_path / "v")
+        (verdict,) = guard.scan(FakeBackend(), [Prompt("good", id="1")])
+        row = json.loads((tmp_path / "v").read_text())
+        assert row == verdict.to_dict()
+        assert Verdict.from_dict(row) == verdict
+        assert list(row)[:4] == ["id", "score", "probability", "flagged"]
 
 
 class TestResume:

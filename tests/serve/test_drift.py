@@ -7,7 +7,7 @@ import re
 import pytest
 
 from latentguard.errors import PromptError
-from latentguard.guard.drift import cut
+from latentguard.guard.drift import bin_edges
 from latentguard.guard.verdict import Evidence, Verdict
 from latentguard.serve.drift import DriftMonitor, DriftReference
 from latentguard.serve.scoring import ScoredPrompt
@@ -103,7 +103,7 @@ def test_a_calibrated_guard_is_compared_with_its_calibration(tmp_path):
         alike = get(f"{url}/metrics").text
         post(f"{url}/v1/moderations", json={"input": [flagged()] * 100})
         moved = get(f"{url}/metrics").text
-    edges = cut(guard.thresholds.common.scores)
+    edges = bin_edges(guard.thresholds.common.scores)
     shown = re.findall(r'latentguard_score_bucket\{le="([^+"]+)"', alike)
     assert [float(edge) for edge in shown] == pytest.approx(edges)
     index = [

@@ -31,7 +31,7 @@ def drift(
 
     Example: latentguard drift guards/qwen last-week.jsonl
     """
-    from latentguard.guard.drift import compare, record_of
+    from latentguard.guard.drift import compare
 
     with explain_interrupt("Nothing is kept: drift compares all prompts or none."):
         loaded = read_guard(guard)
@@ -44,5 +44,5 @@ def drift(
             verdicts = list(loaded.scan(backend, rows, progress=view.advance))
     comparisons = compare(loaded, rows, verdicts)
     for comparison in comparisons:
-        typer.echo(json.dumps(record_of(comparison)) if as_json else str(comparison))
+        typer.echo(json.dumps(comparison.to_dict()) if as_json else str(comparison))
     raise typer.Exit(not all(comparison.holds for comparison in comparisons))

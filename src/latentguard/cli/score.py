@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -93,11 +94,11 @@ def _score_rows(
     out: Path | None,
     view: ProgressView,
 ) -> None:
-    from latentguard.guard.score_files import line_of, score_to_file
+    from latentguard.guard.score_files import score_to_file
 
     if out is None:
         for verdict in guard.scan(backend, rows, progress=view.advance):
-            typer.echo(line_of(verdict))
+            typer.echo(json.dumps(verdict.to_dict()))
         return
     done = score_to_file(guard, backend, rows, out, progress=view.advance)
     earlier = f" ({done} were there from an earlier run)." if done else "."

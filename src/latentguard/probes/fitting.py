@@ -137,14 +137,14 @@ def require_labels(prompts: Iterable[Prompt]) -> list[Prompt]:
     Raises:
         GuardError: if one is not; names it.
     """
-    known = list(prompts)
-    missing = [p.id for p in known if p.harmful is None]
+    rows = list(prompts)
+    missing = [p.id for p in rows if p.harmful is None]
     if missing:
         raise GuardError(
             f"{len(missing)} training prompts have no label (the first is '{missing[0]}'); "
             "expected harmful or harmless for each."
         )
-    return known
+    return rows
 
 
 def _require_finite(states: States, reading: Reading) -> None:

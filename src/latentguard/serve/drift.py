@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import PromptError
-from latentguard.guard.drift import cut, shares, stability
+from latentguard.guard.drift import bin_edges, bin_shares, population_stability
 from latentguard.guard.latent_guard import LatentGuard
 
 RECENT = 1000
@@ -71,8 +71,8 @@ class DriftMonitor:
 
     def __init__(self, known: Sequence[float]) -> None:
         """Cut the known scores into ten equal parts; into none if they are too few."""
-        self.edges = cut(known)
-        self._expected = shares(known, self.edges)
+        self.edges = bin_edges(known)
+        self._expected = bin_shares(known, self.edges)
         self._recent = deque[float](maxlen=RECENT)
 
     def add(self, score: float) -> None:
@@ -85,4 +85,4 @@ class DriftMonitor:
         recent = list(self._recent)
         if not self.edges or len(recent) < 100:
             return math.nan
-        return stability(shares(recent, self.edges), self._expected)
+        return population_stability(bin_shares(recent, self.edges), self._expected)

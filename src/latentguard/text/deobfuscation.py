@@ -54,11 +54,11 @@ def unseen(text: str) -> str:
         return text
     lean = PILED.sub("", text)
     composed = unicodedata.normalize("NFC", lean)
-    found = UNSEEN.sub("", composed)
-    marks = MARKED.findall(found)
-    if len(marks) > 3 and 4 * len(marks) > len(LATIN.findall(found)):
-        found = MARKED.sub("", unicodedata.normalize("NFD", found))
-    return text if found == composed and lean == text else found
+    visible = UNSEEN.sub("", composed)
+    marks = MARKED.findall(visible)
+    if len(marks) > 3 and 4 * len(marks) > len(LATIN.findall(visible)):
+        visible = MARKED.sub("", unicodedata.normalize("NFD", visible))
+    return text if visible == composed and lean == text else visible
 
 
 def forms(text: str) -> str:
@@ -87,33 +87,38 @@ def lookalikes(text: str) -> str:
     """
     if text.isascii():
         return text
-    words = {word: "".join(map(_like, word)) for word in WORD.findall(text) if not word.isascii()}
-    wanted = {word: to for word, to in words.items() if to != word and not FOREIGN.search(to)}
-    mixed = {word: to for word, to in wanted.items() if ASCII.search(word)}
-    if any(FOREIGN.search(to) for to in words.values()):
-        wanted = mixed
-    if not mixed and not any(len(word) > 2 for word in wanted):
+    latin = {
+        word: "".join(map(_latin_lookalike, word))
+        for word in WORD.findall(text)
+        if not word.isascii()
+    }
+    replaced = {w: to for w, to in latin.items() if to != w and not FOREIGN.search(to)}
+    mixed = {w: to for w, to in replaced.items() if ASCII.search(w)}
+    if any(FOREIGN.search(to) for to in latin.values()):
+        replaced = mixed
+    if not mixed and not any(len(word) > 2 for word in replaced):
         return text
-    return str(WORD.sub(lambda found: wanted.get(found[0], found[0]), text))
+    return str(WORD.sub(lambda match: replaced.get(match[0], match[0]), text))
 
 
 @cache
-def _like(letter: str) -> str:
+def _latin_lookalike(letter: str) -> str:
     """The ASCII letter that it looks like (Unicode TR 39)."""
     if letter < "\u0250" or not letter.isalpha():
         return letter
-    known = confusables.is_confusable(letter, preferred_aliases=[]) or ()
-    like = (one["c"] for found in known for one in found["homoglyphs"])
-    found = next((one for one in like if len(one) == 1 and ASCII.match(one)), letter)
-    return "I" if found == "l" and letter.isupper() else found  # to TR 39, these are one
+    entries = confusables.is_confusable(letter, preferred_aliases=[]) or ()
+    lookalikes = (one["c"] for entry in entries for one in entry["homoglyphs"])
+    ascii_letters = (one for one in lookalikes if len(one) == 1 and ASCII.match(one))
+    lookalike = next(ascii_letters, letter)
+    return "I" if lookalike == "l" and letter.isupper() else lookalike  # to TR 39, these are one
 
 
 def spacing(text: str) -> str:
     """Letters that stand apart, put together where that makes English; two blanks part words."""
-    return APART.sub(lambda found: _together(found[0]), text)
+    return APART.sub(lambda match: _join_letters(match[0]), text)
 
 
-def _together(letters: str) -> str:
+def _join_letters(letters: str) -> str:
     words = " ".join("".join(word.split()) for word in re.split(" {2,}", letters))
     return words if _count(words, COMMON) else letters
 
@@ -123,7 +128,7 @@ def leetspeak(text: str) -> str:
     odd = [word for word in text.split() if len(word) < 40 and LEETISH.search(word)]
     if len(odd) < 3 or not _count(" ".join(odd).translate(LEET), COMMON):
         return text
-    return LEET_WORD.sub(lambda found: found[0].translate(LEET), text)
+    return LEET_WORD.sub(lambda match: match[0].translate(LEET), text)
 
 
 def case(text: str) -> str:
