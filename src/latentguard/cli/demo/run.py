@@ -26,7 +26,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.score_files import score_to_file
 from latentguard.guard.verdict import Verdict
 from latentguard.models.chat_model import ChatModel
-from latentguard.models.sources import DEFAULT_NAME
+from latentguard.models.sources import DEFAULT_HUB_ID
 from latentguard.probes.fitting import capture
 from latentguard.prompts import Prompt
 from latentguard.report import charts
@@ -114,7 +114,7 @@ def _own(guard: LatentGuard, train: Sequence[Prompt]) -> bool:
 
 def name_of(backend: ChatModel) -> str:
     """The model's name for people."""
-    return f"{DEFAULT_NAME} (default)" if backend.source == "default" else backend.source
+    return f"{DEFAULT_HUB_ID}, 4-bit weights (default)" if backend.source == "default" else backend.source
 
 
 def summary_section(guard: LatentGuard, model: str) -> Section:
