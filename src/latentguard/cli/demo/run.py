@@ -114,7 +114,8 @@ def _own(guard: LatentGuard, train: Sequence[Prompt]) -> bool:
 
 def name_of(backend: ChatModel) -> str:
     """The model's name for people."""
-    return f"{DEFAULT_HUB_ID}, 4-bit weights (default)" if backend.source == "default" else backend.source
+    default = f"{DEFAULT_HUB_ID}, 4-bit weights (default)"
+    return default if backend.source == "default" else backend.source
 
 
 def summary_section(guard: LatentGuard, model: str) -> Section:
