@@ -27,7 +27,7 @@ from latentguard.guard.drift import compare
 from latentguard.guard.reliability import brier, error_of, log_loss
 from latentguard.guard.score_files import score_to_file
 from latentguard.guard.thresholds import Rates
-from latentguard.stats.bounds import proportion
+from latentguard.stats.rates import proportion
 from latentguard.stats.detection import auroc, estimate_metric
 
 SPLITS = 200

@@ -31,9 +31,9 @@ from latentguard.probes.probe import layers_of
 from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 from latentguard.states import DEFAULT_READING, Reading, States, digest_prompts
-from latentguard.stats.bounds import proportion
 from latentguard.stats.detection import auroc, estimate_metric
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 
 CATQA = {
     "Adult Content": "sexual_content",

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latentguard.prompts import Prompt, Reply
-from latentguard.stats.bounds import proportion
+from latentguard.stats.rates import proportion
 from latentguard.study.judge import Judge, judge
 from latentguard.study.judge_model import EndpointJudge
 

@@ -35,7 +35,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Message, Prompt
-from latentguard.stats.bounds import proportion
+from latentguard.stats.rates import proportion
 from latentguard.stats.detection import auroc, estimate_metric, tpr_at
 from latentguard.stats.estimate import Estimate
 

@@ -4,10 +4,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import norm
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score, roc_curve
 
 from latentguard.errors import GuardError
-from latentguard.stats.detection import auroc, balanced_accuracy_at, estimate_metric, f1_at, tpr_at
+from latentguard.stats.detection import (
+    auroc,
+    auroc_interval,
+    balanced_accuracy_at,
+    combine_areas,
+    estimate_metric,
+    f1_at,
+    separation,
+    tpr_at,
+    win_matrix,
+)
 
 FEW_VALUES = st.integers(-3, 3).map(float)
 """So few that ties are everywhere."""
@@ -102,3 +113,31 @@ class TestEstimate:
     def test_what_cannot_be_measured(self, labels, scores, reason):
         with pytest.raises(GuardError, match=reason):
             estimate_metric(auroc, labels, scores)
+
+
+class TestAurocInterval:
+    @pytest.mark.parametrize("area", [0.6, 0.8, 0.95, 0.99])
+    @pytest.mark.parametrize("n", [10, 30])
+    def test_coverage(self, n, area):
+        """Normal scores; without the undecided prompts 0.99 is covered in 0.4 and 0.8."""
+        rng = np.random.default_rng(0)
+        shift = 2**0.5 * norm.ppf(area)
+        held = 0
+        for trial in range(200):
+            wins = win_matrix(rng.normal(size=n) + shift, rng.normal(size=n))
+            found = auroc_interval(wins, seed=trial)
+            held += found.low <= area <= found.high
+        assert held / 200 >= 0.89
+
+    def test_faultless_scores_of_few_prompts_are_no_point(self):
+        found = separation([3.0, 4.0, 5.0], [0.0, 1.0])
+        assert (found.value, found.high, found.n) == (1, 1, (3, 2))
+        assert found.low < 0.8
+
+    def test_a_sum_of_areas(self):
+        rng = np.random.default_rng(2)
+        one, other = (win_matrix(rng.normal(size=40) + s, rng.normal(size=40)) for s in (1, 2))
+        found = combine_areas([one, other], [-1, 1], constant=0.5)
+        assert found.value == pytest.approx(other.mean() - one.mean() + 0.5)
+        assert found.low < found.value < found.high
+        assert found.n == (80, 80)

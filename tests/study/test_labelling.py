@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentguard.prompts import Prompt
-from latentguard.stats.bounds import proportion
+from latentguard.stats.rates import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.labelling import (
     ASKED,

@@ -22,7 +22,8 @@ from latentguard.guard.thresholds import Rates
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.report.document import Table
-from latentguard.stats.bounds import proportion, threshold_for_fpr
+from latentguard.stats.bounds import threshold_for_fpr
+from latentguard.stats.rates import proportion
 from latentguard.stats.estimate import Estimate
 
 HARMFUL = ("harmless", "harmful")

@@ -13,8 +13,8 @@ from latentguard.report import charts
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.robustness.suite import AttackedPrompts
 from latentguard.robustness.weights import WeightsObservation
-from latentguard.stats.bootstrap import share
-from latentguard.stats.bounds import proportion
+from latentguard.stats.rates import share
+from latentguard.stats.rates import proportion
 from latentguard.stats.detection import auroc_interval
 from latentguard.stats.estimate import Estimate
 

@@ -14,13 +14,12 @@ Axis names in shapes: n rows, r draws.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from latentguard.errors import GuardError
-from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.intervals import Method, bca_interval, percentile_interval
 
@@ -35,7 +34,7 @@ def bootstrap(
     statistic: Callable[..., float],
     *samples: ArrayLike,
     paired: bool = False,
-    method: Method = "percentile",
+    method: Method = "bca",
     draws: int = DRAWS,
     seed: Seed = 0,
 ) -> Estimate:
@@ -73,6 +72,8 @@ def bootstrap(
     every = [np.arange(len(unit)) for unit in units]
     left_out = [
         np.array([of_rows([*every[:k], np.delete(rows, row), *every[k + 1 :]]) for row in rows])
+        if len(rows) > 1
+        else np.array(values[:1])
         for k, rows in enumerate(every)
     ]
     return bca_interval(values, left_out, n)
@@ -81,7 +82,7 @@ def bootstrap(
 def weighted_bootstrap(
     statistic: Callable[..., Array],
     *owners: int | Sequence[object],
-    method: Method = "percentile",
+    method: Method = "bca",
     seed: Seed = 0,
 ) -> Estimate:
     """A statistic of row weights with its 95 % interval.
@@ -106,6 +107,9 @@ def weighted_bootstrap(
     left_out = []
     for k, one in enumerate(owners):
         without = _without_each(one)
+        if len(without) == 1:
+            left_out.append(values[:1])
+            continue
         ones = [np.ones((len(without), size)) for size in sizes]
         left_out.append(statistic(*ones[:k], without, *ones[k + 1 :]))
     return bca_interval(values, left_out, n)
@@ -135,7 +139,7 @@ def clustered_mean(
     owners: Sequence[object] = (),
     *,
     minus: ArrayLike | None = None,
-    method: Method = "percentile",
+    method: Method = "bca",
     seed: Seed = 0,
 ) -> Estimate:
     """The mean of values, perhaps less that of others, with its 95 % interval.
@@ -171,38 +175,21 @@ def mean_curve(rows: ArrayLike, *, seed: Seed = 0) -> list[Estimate]:
     """
     values = np.asarray(rows, dtype=np.float64)
     n = len(values)
-    if not n:
-        raise GuardError("A curve needs at least one row; found none.")
+    _require_rows(n)
     means = resample_weights(n, seed=seed) @ values / n
-    return [percentile_interval(column, (n, 0)) for column in means.T]
+    without = (values.sum(0) - values) / max(n - 1, 1)
+    columns = zip(means.T, without.T, strict=True)
+    return [bca_interval(drawn, [left_out], (n, 0)) for drawn, left_out in columns]
 
 
-def share(flags: ArrayLike) -> Estimate:
-    """The share of True among flags [draws n], each prompt counted once however many the draws.
+def mean_difference(first: ArrayLike, second: ArrayLike, *, seed: Seed = 0) -> Estimate:
+    """Mean of first - second over n prompts, with a paired 95 % interval; of rates see ``rates``.
 
-    The interval is Wilson's for one draw, and where all draws agree; otherwise a bootstrap over
-    the n prompts.
-
-    Raises:
-        GuardError: if there is no prompt.
-    """
-    hits = np.asarray(flags, dtype=bool)
-    if (hits == hits[:1]).all():
-        return proportion(hits[0])
-    return bootstrap(lambda rows: float(rows.mean()), hits.mean(0))
-
-
-def mean_difference(
-    first: ArrayLike, second: ArrayLike, *, rates: bool = True, seed: Seed = 0
-) -> Estimate:
-    """Mean of first - second over n prompts, with a paired 95 % interval.
+    Prompts are drawn again, and so are random directions.
 
     Args:
         first: [n].
-        second: [n], or [d n]: of d random directions. They are drawn again too, d - 1 at a time,
-            which gives their mean the variance that it has.
-        rates: Add two rows, a difference of 1 and one of -1 (as Agresti and Coull add successes and
-            failures), so that a few prompts that all agree do not make the interval a point.
+        second: [n], or [d n]: of d random directions.
         seed: Of the draws.
 
     Raises:
@@ -210,38 +197,14 @@ def mean_difference(
     """
     rows = np.atleast_2d(np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64))
     d, n = rows.shape
-    _require_rows(n)
-    wide = np.hstack([rows, np.tile([1.0, -1.0] * rates, (d, 1))])
-    m = wide.shape[1]
-    rng = np.random.default_rng(seed)
-    prompts = rng.integers(m, size=(DRAWS, m))
-    directions = rng.integers(d, size=(DRAWS, max(d - 1, 1)))
-    means = [wide[np.ix_(of, at)].mean() for of, at in zip(directions, prompts, strict=True)]
-    return _holding(float(rows.mean()), means, n)
 
+    def mean(prompts: Array, directions: Array | None = None) -> Array:
+        of = np.ones((len(prompts), d)) if directions is None else directions
+        found: Array = ((of @ rows) * prompts).sum(1) / of.sum(1) / prompts.sum(1)
+        return found
 
-def mean_difference_by_group(
-    first: ArrayLike, second: ArrayLike, groups: int, *, seed: Seed = 0
-) -> Estimate:
-    """The same of rates [n] where prompt k, k + groups, ... met random direction k.
-
-    What one direction met hangs together, so directions are drawn again, and prompts within each.
-
-    Raises:
-        GuardError: if there is no row.
-    """
-    rows = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    n = len(rows)
-    _require_rows(n)
-    parts = [rows[k::groups] for k in range(min(groups, n))]
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(DRAWS):
-        chosen = rng.integers(len(parts), size=max(len(parts) - 1, 1))
-        drawn = np.concatenate([rng.choice(parts[k], len(parts[k])) for k in chosen])
-        added = rng.random(len(drawn)) < 2 / (n + 2)  # the two rows that rates are given
-        means.append(np.where(added, rng.choice([1.0, -1.0], len(drawn)), drawn).mean())
-    return _holding(float(rows.mean()), means, n)
+    found = weighted_bootstrap(mean, *([n, d] if d > 1 else [n]), seed=seed)
+    return replace(found, n=(n, 0))
 
 
 def _owner_numbers(owners: int | Sequence[object]) -> tuple[NDArray[np.intp], int]:
@@ -259,12 +222,6 @@ def _without_each(owners: int | Sequence[object]) -> Array:
     numbers, k = _owner_numbers(owners)
     weights: Array = (np.arange(k)[:, None] != numbers).astype(np.float64)
     return weights
-
-
-def _holding(value: float, draws: Sequence[Any], n: int) -> Estimate:
-    """The middle 95 % of the draws, stretched to the value if it lies outside."""
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(value, min(float(low), value), max(float(high), value), (n, 0))
 
 
 def _require_rows(n: int) -> None:

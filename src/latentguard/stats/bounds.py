@@ -6,24 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta, binomtest
+from scipy.stats import beta
 
 from latentguard.errors import GuardError
-from latentguard.stats.estimate import Estimate
-
-
-def proportion(flags: ArrayLike) -> Estimate:
-    """The share of True among flags [n], with its 95 % Wilson interval.
-
-    Raises:
-        GuardError: if there is no flag.
-    """
-    hits = np.asarray(flags, dtype=bool)
-    if not len(hits):
-        raise GuardError("A share needs at least one row; found none.")
-    count, n = int(hits.sum()), len(hits)
-    found = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    return Estimate(count / n, float(found.low), float(found.high), (count, n - count))
 
 
 @dataclass(frozen=True)

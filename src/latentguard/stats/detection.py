@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -89,7 +90,7 @@ def estimate_metric(
     def of_classes(up: NDArray[np.float64], down: NDArray[np.float64]) -> float:
         return metric(sides, np.concatenate([up, down]))
 
-    return bootstrap(of_classes, positive, negative, draws=draws, seed=seed)
+    return bootstrap(of_classes, positive, negative, method="percentile", draws=draws, seed=seed)
 
 
 def separation(positive: ArrayLike, negative: ArrayLike) -> Estimate:
@@ -137,10 +138,51 @@ def auroc_interval(
     n, m = wins.shape
     if not n or not m:
         raise GuardError(f"An area needs prompts of both groups; found {n} and {m}.")
-    rows = owners or n
+    wide = with_undecided(wins)
+    rows = [*owners, object()] if owners else n + 1
+    how: dict[str, Any] = dict(method="percentile", seed=seed)
     if paired:
-        return weighted_bootstrap(lambda both: weighted_auroc(wins, both, both), rows, seed=seed)
-    return weighted_bootstrap(partial(weighted_auroc, wins), rows, m, seed=seed)
+        found = weighted_bootstrap(lambda both: weighted_auroc(wide, both, both), rows, **how)
+    else:
+        found = weighted_bootstrap(partial(weighted_auroc, wide), rows, m + 1, **how)
+    return around(float(wins.mean()), found, (n, 0 if paired else m))
+
+
+def combine_areas(
+    wins: Sequence[NDArray[np.float64]], factors: Sequence[float], *, constant: float = 0.0
+) -> Estimate:
+    """A weighted sum of AUROCs of different prompts, and a constant, with its 95 % interval.
+
+    Args:
+        wins: ``win_matrix`` of each set, [n m].
+        factors: What each area is multiplied by.
+        constant: What is added.
+    """
+    wide = [with_undecided(one) for one in wins]
+    sizes = [size for one in wide for size in one.shape]
+
+    def total(*weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        sides = zip(wide, weights[::2], weights[1::2], strict=True)
+        areas = np.stack([weighted_auroc(one, up, down) for one, up, down in sides])
+        found: NDArray[np.float64] = np.asarray(factors) @ areas + constant
+        return found
+
+    value = float(np.dot(factors, [one.mean() for one in wins])) + constant
+    n = (sum(one.shape[0] for one in wins), sum(one.shape[1] for one in wins))
+    return around(value, weighted_bootstrap(total, *sizes, method="percentile"), n)
+
+
+def with_undecided(wins: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same with one more prompt on either side that neither wins nor loses, [n+1 m+1].
+
+    So a few prompts that are told apart without fault do not make the interval a point.
+    """
+    return np.pad(wins, ((0, 1), (0, 1)), constant_values=0.5)
+
+
+def around(value: float, found: Estimate, n: tuple[int, int]) -> Estimate:
+    """The interval of an area with undecided prompts, stretched to the area without them."""
+    return Estimate(value, min(found.low, value), max(found.high, value), n)
 
 
 def weighted_auroc(

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
@@ -294,8 +294,7 @@ def _digest(one: Intervention | None) -> list[Any]:
 
 
 def _plain(reply: Reply) -> dict[str, Any]:
-    kept = asdict(replace(reply, prompt=Prompt("")))
-    return {name: kept[name] for name in ("text", "ids", "finished", "watched")}
+    return {name: getattr(reply, name) for name in ("text", "ids", "finished", "watched")}
 
 
 def _reply(prompt: Prompt, kept: dict[str, Any], label: str) -> Reply:

@@ -7,8 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from latentguard.prompts import Group, Prompt
+<<<<<<< HEAD
 from latentguard.report.document import Cell, Section, Table
-from latentguard.stats.bounds import proportion
+from latentguard.stats.rates import proportion
+=======
+from latentguard.report.document import Section, Table
+from latentguard.stats.rates import proportion
+>>>>>>> 5d79bb6 (Intervals for few prompts: BCa, adjusted differences of rates, areas with undecided prompts; planted model and worlds)
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Outcome, refused

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from latentguard.probes.axis import Axis
 from latentguard.report.document import Report
-from latentguard.stats.bootstrap import share
-from latentguard.stats.bounds import proportion
+from latentguard.stats.rates import proportion, share
 from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.figures import figure_04_steering as steering
 from latentguard.study.figures.figure_04_steering.direction_cosine import compare_directions

@@ -8,7 +8,7 @@ import pytest
 
 from latentguard.data.builtin import load_contrast
 from latentguard.prompts import Prompt
-from latentguard.stats.bounds import proportion
+from latentguard.stats.rates import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.claims import CLAIMS
 from latentguard.study.figures.table_01_template import Records, analyse, collect

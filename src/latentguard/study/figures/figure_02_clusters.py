@@ -13,8 +13,8 @@ from latentguard.prompts import Group
 from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap, mean_curve
-from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells

@@ -17,8 +17,8 @@ from latentguard.report.charts import belief_plane
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import States
 from latentguard.stats.bootstrap import bootstrap
-from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 from latentguard.study.axes import belief, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells

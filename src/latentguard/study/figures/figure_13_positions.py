@@ -13,8 +13,9 @@ from latentguard.prompts import Group
 from latentguard.report.charts import Curve, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import Intervention
-from latentguard.stats.bootstrap import bootstrap, mean_curve, share
+from latentguard.stats.bootstrap import bootstrap, mean_curve
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import share
 from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Section, Table
-from latentguard.stats.bootstrap import mean_difference
-from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion, rate_difference
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
@@ -110,7 +109,7 @@ def _pairs(first: Sequence[bool | None], second: Sequence[bool | None]) -> NDArr
 
 
 def _drop(pairs: NDArray[np.float64]) -> Estimate:
-    return mean_difference(pairs[:, 0], pairs[:, 1])
+    return rate_difference(pairs[:, 0], pairs[:, 1])
 
 
 def _section(parts: Sequence[Table]) -> Section:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.bootstrap import bootstrap, weighted_bootstrap
-from latentguard.stats.bounds import proportion
-from latentguard.stats.detection import separation, weighted_auroc, win_matrix
+from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.detection import combine_areas, separation, win_matrix
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 from latentguard.study.detectors import LENGTH, NGRAMS, Scores
 from latentguard.study.figures.confound.collect import OWN, PLAIN, SIDES, ReadSet, Records
 from latentguard.study.figures.confound.readings import PAPER
@@ -165,17 +161,10 @@ def _effects(records: Records, enough: int) -> dict[str, Estimate]:
 def _mean_area(pairs: Sequence[Pair], less_than: Pair | None = None) -> Estimate:
     """Mean AUROC of some sets, or by how much it is less than that of another set."""
     every = [*pairs, *([less_than] if less_than else [])]
-    wins = [win_matrix(*pair) for pair in every]
-    sizes = [size for one in wins for size in one.shape]
-
-    def figure(*weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        sides = zip(wins, weights[::2], weights[1::2], strict=True)
-        areas = np.stack([weighted_auroc(one, up, down) for one, up, down in sides])
-        mean: NDArray[np.float64] = areas[: len(pairs)].mean(0)
-        return mean if less_than is None else areas[-1] - mean
-
-    n = (sum(sizes[::2]), sum(sizes[1::2]))
-    return replace(weighted_bootstrap(figure, *sizes), n=n)
+    signs = [*([1.0 / len(pairs)] * len(pairs)), -1.0]
+    if less_than is not None:
+        signs = [-sign for sign in signs]
+    return combine_areas([win_matrix(*pair) for pair in every], signs[: len(every)])
 
 
 def _caveats(records: Records, enough: int) -> Iterator[str]:

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Figure, Section, Table
-from latentguard.stats.bootstrap import mean_difference, share
-from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion, rate_difference, share
 from latentguard.study.figures.figure_04_steering.collect import DIRECTIONS, Records
 from latentguard.study.figures.figure_04_steering.direction_cosine import DirectionCosine
 from latentguard.study.figures.figure_04_steering.held_out_cosine import held_out_table
@@ -66,7 +65,7 @@ class _Best:
     @property
     def over(self) -> Estimate:
         """How much more is refused than by chance."""
-        return mean_difference(self.hits[0], self.chance)
+        return rate_difference(self.hits[0], self.chance)
 
 
 def _best(records: Records) -> list[_Best]:
@@ -90,7 +89,7 @@ def _effects(records: Records, best: Sequence[_Best], coefficient: float) -> dic
         effects |= {f"{along} minus random": one.over}
     whole = {one.way.of: one.hits[0] for one in here if one.way.tokens == "all"}
     if "refuse" in whole:
-        over = mean_difference(whole["refuse"], whole["harmful"])
+        over = rate_difference(whole["refuse"], whole["harmful"])
         effects["refusal along refusal minus along harmfulness"] = over
     return effects
 

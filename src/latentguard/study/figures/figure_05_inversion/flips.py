@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.stats.bootstrap import bootstrap, mean_difference, share
+from latentguard.stats.bootstrap import bootstrap, mean_difference
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import rate_difference, share
 from latentguard.study.figures.figure_05_inversion.collect import (
     CALLED,
     Records,
@@ -97,7 +98,7 @@ def left_alone(found: Sequence[Turned]) -> dict[str, Estimate]:
     if not plain:
         return {}
     acts, none = plain
-    over = mean_difference(acts.values[0], none.values)
+    over = rate_difference(acts.values[0], none.values)
     effects = {f"{acts.name} minus random": over}
     if over.low > SURELY:
         held = next(one for one in there if one.along == acts.along and one is not acts)
@@ -126,8 +127,8 @@ def differences(found: Sequence[Turned]) -> dict[str, Estimate]:
     for name, short in ((f"random, norm of {CALLED['harmful']}", "random"), (refuse, refuse)):
         if name in others:
             pair = main.values[0], others[name]
-            rates = main.values.dtype == np.bool_
-            effects[f"{main.name} minus {short}"] = mean_difference(*pair, rates=rates)
+            compare = rate_difference if main.values.dtype == np.bool_ else mean_difference
+            effects[f"{main.name} minus {short}"] = compare(*pair)
     return effects
 
 

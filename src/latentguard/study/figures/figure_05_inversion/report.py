@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from latentguard.report.charts import Curve, lines_by_layer, stacked_areas
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.bootstrap import bootstrap, share
-from latentguard.stats.bounds import proportion
+from latentguard.stats.bootstrap import bootstrap
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion, share
 from latentguard.study.figures.figure_05_inversion.collect import (
     CALLED,
     SIDES,

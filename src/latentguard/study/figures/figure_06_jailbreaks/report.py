@@ -14,9 +14,9 @@ import numpy as np
 from latentguard.report.charts import belief_plane
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import clustered_mean
-from latentguard.stats.bounds import proportion
 from latentguard.stats.detection import auroc_interval, win_matrix
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 from latentguard.study.figures.figure_06_jailbreaks.collect import Attack, Beliefs, Records, pooled
 from latentguard.study.finding import CELLS, Finding, cells
 from latentguard.study.settings import Settings

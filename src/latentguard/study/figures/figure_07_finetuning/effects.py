@@ -7,13 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.stats.bootstrap import (
-    bootstrap,
-    mean_curve,
-    mean_difference,
-    mean_difference_by_group,
-)
+from latentguard.stats.bootstrap import bootstrap, mean_curve
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import rate_difference, rate_difference_by_direction
 from latentguard.study.figures.figure_07_finetuning.collect import Records
 from latentguard.study.figures.figure_07_finetuning.snapshot import Stage
 from latentguard.study.steering import at_layers, best_layers
@@ -53,12 +49,12 @@ def effects_of(before: Stage, after: Stage, harmful: Bools) -> dict[str, Estimat
     refused = [flags_of(stage.refused)[harmful] for stage in (before, after)]
     known = ~np.isnan(refused).any(0)
     if known.any():
-        drop = mean_difference(refused[0][known], refused[1][known])
+        drop = rate_difference(refused[0][known], refused[1][known])
         effects["refusal rate drop after fine-tuning"] = drop
     for name, scores in (("guard", delta), ("linear guard", linear)):
         if after.linear or scores is delta:
             caught = [scores(stage)[harmful] > 0 for stage in (after, before)]
-            effects[f"{name} recall after minus before"] = mean_difference(*caught)
+            effects[f"{name} recall after minus before"] = rate_difference(*caught)
     return effects
 
 
@@ -78,7 +74,7 @@ def _of_beliefs(
 
 def over_chance(before: Stage, stage: Stage, draws: int) -> Estimate:
     """Refusal along the direction minus along chance, where the direction was best before."""
-    return mean_difference_by_group(*at_best(before, stage), draws)
+    return rate_difference_by_direction(*at_best(before, stage), draws)
 
 
 def at_best(before: Stage, stage: Stage) -> tuple[Bools, Bools]:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import mean_curve
-from latentguard.stats.bounds import proportion
 from latentguard.stats.detection import auroc, estimate_metric
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 from latentguard.study.figures.figure_07_finetuning.collect import Records
 from latentguard.study.figures.figure_07_finetuning.effects import (
     Bools,

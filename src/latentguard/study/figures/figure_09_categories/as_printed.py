@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Table
 from latentguard.states import Intervention, States
-from latentguard.stats.bounds import proportion
+from latentguard.stats.rates import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.figure_09_categories.steering import halves
 from latentguard.study.finding import cells

@@ -20,8 +20,8 @@ from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import Intervention, States
 from latentguard.stats.bootstrap import bootstrap
-from latentguard.stats.bounds import proportion
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.figure_09_categories.category_cosines import Array

@@ -7,15 +7,12 @@ perfect. Here the false-positive rate of the same rule at the same threshold sta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-
-import numpy as np
 
 from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.bootstrap import bootstrap, share
 from latentguard.stats.detection import separation
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import mean_rate_difference, share
 from latentguard.study.detectors import NGRAMS, RANDOM
 from latentguard.study.figures.table_03_guards.collect import COLUMNS, Records
 from latentguard.study.figures.table_03_guards.compared_guards import PAPER, Scored
@@ -123,10 +120,9 @@ def _effects(records: Records, enough: int) -> dict[str, Estimate]:
     columns = _columns(records, enough)
     if columns:
         other = baseline(records)
-        gains = [g.right(PAPER).mean(0) - g.right(other).mean(0) for g in columns]
-        mean = bootstrap(lambda *groups: float(np.mean([g.mean() for g in groups])), *gains)
+        pairs = [(g.right(PAPER).mean(0), g.right(other).mean(0)) for g in columns]
         name = MINUS if records.models else OVER_WORDS  # the claim is about a dedicated guard
-        found[name] = replace(mean, n=(sum(map(len, gains)), 0))
+        found[name] = mean_rate_difference(pairs)
     return found
 
 

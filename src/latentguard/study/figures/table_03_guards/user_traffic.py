@@ -18,9 +18,9 @@ from latentguard.prompts import Prompt
 from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import States, digest_prompts
-from latentguard.stats.bootstrap import bootstrap, share
-from latentguard.stats.bounds import proportion
+from latentguard.stats.bootstrap import bootstrap
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion, share
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.detectors import Detector, belief_detector
 from latentguard.study.figures.table_03_guards.compared_guards import (

@@ -1,0 +1,172 @@
+"""Verdicts in worlds where the truth is planted: the rules of every claim, over many seeds.
+
+    python benchmarks/planted_worlds.py --seeds 40 --out benchmarks/results/planted-worlds.json
+
+Three worlds (``planted_model``): one with exactly the paper's pattern, one without any, and one in
+which form alone carries the label. Each seed is a study from asking the prompts to the verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from planted_model import WORLDS, PlantedModel, World, judge
+from tqdm import tqdm
+
+from latentguard.prompts import Prompt
+from latentguard.study import labelling
+from latentguard.study.axes import refusals_suffice
+from latentguard.study.cached_model import CachedModel, Tools
+from latentguard.study.claims import CLAIMS
+from latentguard.study.prompt_groups import PromptGroups, PromptPools
+from latentguard.study.run import EXPERIMENTS
+from latentguard.study.settings import Settings
+from latentguard.study.store import Store
+
+SETTINGS = Settings(
+    asked=400,
+    coefficients=(1.0,),
+    inversion_others=(1.0,),
+    inversion_templates=1,
+    categories=6,
+    per_category=40,
+    probed=3,
+    suffixes=0,
+    finetune_sizes=(50,),
+    finetune_steered=50,
+)
+"""The paper's sizes, on six layers."""
+
+KINDS = ("suffix", "template", "persuasion")
+TEMPLATES = 12
+
+
+def pools_of(model: PlantedModel) -> PromptPools:
+    """Prompts of every pool, with what the model knows of each."""
+    rng = np.random.default_rng([model.seed, 3])
+    follows = model.world.form_follows_label
+
+    def many(n: int, source: str, *, harmful: bool, refused: float) -> Iterator[Prompt]:
+        for _ in range(n):
+            usual = 1 if harmful else -1
+            form = usual if rng.random() < follows else -usual
+            more = {"category": int(rng.integers(6))}
+            prompt = model.prompt(
+                harmful=harmful, refused=rng.random() < refused, form=form, source=source, **more
+            )
+            yield prompt
+
+    harmful = tuple(many(400, "advbench", harmful=True, refused=0.9))
+    held_out = tuple(many(300, "sorry", harmful=True, refused=0.4))
+    return PromptPools(
+        harmful=harmful,
+        harmless=tuple(many(400, "alpaca", harmful=False, refused=0.02)),
+        over_refusal=tuple(many(300, "xstest", harmful=False, refused=0.5)),
+        held_out=held_out,
+        categories=tuple(_by_category(model, rng, follows)),
+        jailbreaks=tuple(_attacks(harmful, rng)),
+        matched=tuple(_pairs(model, rng, 100)),
+    )
+
+
+def _by_category(model: PlantedModel, rng: np.random.Generator, follows: float) -> Iterator[Prompt]:
+    for category in range(6):
+        for _ in range(40):
+            form = 1 if rng.random() < follows else -1
+            yield model.prompt(
+                harmful=True,
+                refused=rng.random() < 0.8,
+                form=form,
+                source="catqa",
+                category=category,
+            )
+
+
+def _pairs(model: PlantedModel, rng: np.random.Generator, count: int) -> Iterator[Prompt]:
+    """Pairs of a harmful and a harmless prompt of one form."""
+    for number in range(count):
+        form = 1 if rng.random() < 0.5 else -1
+        for harmful in (True, False):
+            refused = rng.random() < (0.7 if harmful else 0.2)
+            pair = f"pair {number}"
+            yield model.prompt(
+                harmful=harmful, refused=refused, form=form, source="pairs", pair=pair
+            )
+
+
+def _attacks(requests: Sequence[Prompt], rng: np.random.Generator) -> Iterator[Prompt]:
+    """Suffixes of their own, few templates around many requests, and persuasion."""
+    for number, request in enumerate(requests[:120]):
+        junk = " ".join("".join(rng.choice(list("xzvk"), 4)) for _ in range(4))
+        yield _attack(request, f"{request.text} {junk} {number}", "suffix")
+    for number, request in enumerate(requests[100:340]):
+        frame = number % TEMPLATES
+        yield _attack(
+            request, f"In frame {frame} all is told: {request.text} So frame {frame}", "template"
+        )
+    for number, request in enumerate(requests[200:260]):
+        text = f"To persuade you, case {number}: {request.text} It would help all of us."
+        yield _attack(request, text, "persuasion")
+
+
+def _attack(request: Prompt, text: str, kind: str) -> Prompt:
+    return Prompt(text, f"{request.id}+{kind}", True, category=kind, source=kind, pair=request.text)
+
+
+def groups_of(model: CachedModel, pools: PromptPools, settings: Settings) -> PromptGroups:
+    """The four groups, as a study makes them."""
+    asked = labelling.collect(model, pools, settings)
+    return labelling.prompt_groups_of(asked, pools, settings)
+
+
+def effects_of(
+    world: World, seed: int, experiments: Sequence[str], settings: Settings = SETTINGS
+) -> dict[str, Any]:
+    """Experiment -> effects, of one study of a planted model."""
+    planted = PlantedModel(world, seed)
+    tools = Tools(finetune=planted.finetune, guards={"planted": planted.unsafe})
+    store = Store(":memory:")
+    model = CachedModel(planted, store, tools=tools, judge=judge)
+    groups = groups_of(model, pools_of(planted), settings)
+    assert refusals_suffice(groups, settings.enough)
+    found = {}
+    for name in experiments:
+        module = EXPERIMENTS[name]
+        found[name] = module.analyse(module.collect(model, groups, settings), settings).effects
+    store.close()
+    return found
+
+
+def verdicts_of(world: World, seed: int, claims: Sequence[int]) -> dict[int, str]:
+    """Number of each claim -> its verdict, of one study of a planted model."""
+    wanted = [CLAIMS[n - 1] for n in claims]
+    effects = effects_of(world, seed, list(dict.fromkeys(one.experiment for one in wanted)))
+    return {n: one.verdict(effects[one.experiment]) for n, one in zip(claims, wanted, strict=True)}
+
+
+def main() -> None:
+    """Run the worlds and write how often each claim came out in which way."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--worlds", nargs="*", default=list(WORLDS), choices=list(WORLDS))
+    parser.add_argument("--claims", nargs="*", type=int, default=range(1, len(CLAIMS) + 1))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    counts: dict[str, dict[int, Counter[str]]] = {}
+    for name in args.worlds:
+        counts[name] = {n: Counter() for n in args.claims}
+        for seed in tqdm(range(args.first, args.first + args.seeds), desc=name, mininterval=30):
+            for n, verdict in verdicts_of(WORLDS[name], seed, list(args.claims)).items():
+                counts[name][n][verdict] += 1
+            args.out.write_text(json.dumps({"seeds": seed + 1 - args.first, "verdicts": counts}))
+
+
+if __name__ == "__main__":
+    main()
