@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
 
@@ -56,6 +56,9 @@ class World:
     form_at_inst: float = 0.3
     """How strongly t_inst holds the form of a prompt."""
 
+    form_at_post: float = 0.0
+    """The same of t_post."""
+
     refusal_at_post: float = 1.0
     """How strongly t_post holds whether a prompt is refused."""
 
@@ -67,6 +70,9 @@ class World:
 
     form_follows_label: float = 0.85
     """Share of prompts, outside matched pairs, whose form is that of their label."""
+
+    pairs_follow_label: float = 0.0
+    """Share of matched pairs whose form is not matched, but that of each label."""
 
     steer_harm: float = 1.7
     """How much the harmfulness direction makes the model refuse."""
@@ -139,6 +145,10 @@ FORM = World(
     category_at_inst=0.6,
     attack_harm=0,
 )
+FORM_EVERYWHERE = replace(
+    FORM, name="form everywhere", form_at_post=1.5, refusal_at_post=0, tuned_refusal=-1.0
+)
+LEAKY_FORM = replace(FORM, name="form, leaky pairs", pairs_follow_label=0.7)
 CONTRARY = World(
     "contrary",
     refusal_at_post=0.3,
@@ -155,8 +165,16 @@ CONTRARY = World(
     harm_elsewhere=1.0,
     tuned_refusal=-1.0,
 )
-WORLDS = {one.name: one for one in (PAPER, NULL, FORM, CONTRARY)}
-"""``contrary``: the model holds harm and refusal, and does what the claims deny."""
+WORLDS = {one.name: one for one in (PAPER, NULL, FORM, FORM_EVERYWHERE, LEAKY_FORM, CONTRARY)}
+"""By name:
+
+- ``paper``: exactly the paper's pattern; form is confounded with the label, as in the paper's sets.
+- ``null``: states hold nothing of harm, refusal or form, and steering does nothing.
+- ``form``: t_inst holds form alone, and form is that of the label in every set but matched pairs.
+- ``form everywhere``: the same, and t_post holds form instead of refusal.
+- ``form, leaky pairs``: the same as ``form``, and seven of ten matched pairs are not matched.
+- ``contrary``: the model holds harm and refusal, and does what the claims deny.
+"""
 
 
 @dataclass(frozen=True)
@@ -322,7 +340,7 @@ class PlantedModel:
         if position == "t_inst":
             return harm, form, 0.0
         if position == "t_post":
-            return w.harm_at_post * harm, 0.0, refusal
+            return w.harm_at_post * harm, form_of(prompt.text) * w.form_at_post, refusal
         if position.startswith("inst"):
             return w.harm_elsewhere * harm, 0.3 * form, 0.0
         return w.harm_elsewhere * harm, 0.1 * form, 0.6 * refusal

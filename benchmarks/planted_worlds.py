@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from latentguard.prompts import Prompt
 from latentguard.study import labelling
 from latentguard.study.axes import refusals_suffice
 from latentguard.study.cached_model import CachedModel, Tools
-from latentguard.study.claims import CLAIMS
+from latentguard.study.claims import CLAIMS, Claim
 from latentguard.study.prompt_groups import PromptGroups, PromptPools
 from latentguard.study.run import EXPERIMENTS
 from latentguard.study.settings import Settings
@@ -91,8 +92,10 @@ def _by_category(model: PlantedModel, rng: np.random.Generator, follows: float) 
 def _pairs(model: PlantedModel, rng: np.random.Generator, count: int) -> Iterator[Prompt]:
     """Pairs of a harmful and a harmless prompt of one form."""
     for number in range(count):
-        form = 1 if rng.random() < 0.5 else -1
+        matched = 1 if rng.random() < 0.5 else -1
+        leaks = rng.random() < model.world.pairs_follow_label
         for harmful in (True, False):
+            form = matched if not leaks else 1 if harmful else -1
             refused = rng.random() < (0.7 if harmful else 0.2)
             pair = f"pair {number}"
             yield model.prompt(
@@ -138,16 +141,29 @@ def effects_of(
     found = {}
     for name in experiments:
         module = EXPERIMENTS[name]
-        found[name] = module.analyse(module.collect(model, groups, settings), settings).effects
+        records = module.collect(model, groups, settings)
+        if name == "confound":  # the audit is slow, and decides nothing
+            records = replace(records, audited={})
+        found[name] = module.analyse(records, settings).effects
     store.close()
     return found
 
 
+def experiments_of(claims: Iterable[Claim]) -> list[str]:
+    """The experiments that decide some claims."""
+    names = [
+        one.experiment or claim.experiment
+        for claim in claims
+        for one in (*claim.conditions, *claim.form)
+    ]
+    return list(dict.fromkeys(names))
+
+
 def verdicts_of(world: World, seed: int, claims: Sequence[int]) -> dict[int, str]:
     """Number of each claim -> its verdict, of one study of a planted model."""
-    wanted = [CLAIMS[n - 1] for n in claims]
-    effects = effects_of(world, seed, list(dict.fromkeys(one.experiment for one in wanted)))
-    return {n: one.verdict(effects[one.experiment]) for n, one in zip(claims, wanted, strict=True)}
+    wanted = {n: CLAIMS[n - 1] for n in claims}
+    effects = effects_of(world, seed, experiments_of(wanted.values()))
+    return {n: one.verdict(effects) for n, one in wanted.items()}
 
 
 def main() -> None:

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap as scipy_bootstrap
 
 from latentguard.errors import GuardError
-from latentguard.stats.bootstrap import bootstrap, clustered_mean, mean_curve, mean_difference
+from latentguard.stats.bootstrap import (
+    bootstrap,
+    bootstrap_mean,
+    mean_curve,
+    mean_difference,
+)
 
 
 class TestResampled:
@@ -81,7 +86,7 @@ class TestBca:
         for trial in range(400):
             sample = rng.exponential(size=n)
             for method in held:
-                found = clustered_mean(sample, method=method, seed=trial)
+                found = bootstrap_mean(sample, method=method, seed=trial)
                 held[method] += found.low <= 1 <= found.high
         assert held["bca"] / 400 >= 0.91
         assert held["bca"] > held["percentile"]
@@ -89,7 +94,7 @@ class TestBca:
     def test_rows_and_weights_give_the_same_interval(self):
         sample = np.random.default_rng(4).exponential(size=25)
         rows = bootstrap(np.mean, sample, method="bca")
-        weights = clustered_mean(sample, method="bca")
+        weights = bootstrap_mean(sample, method="bca")
         assert rows.value == pytest.approx(weights.value)
         assert (rows.low, rows.high) == pytest.approx((weights.low, weights.high), abs=0.1)
 
@@ -102,8 +107,8 @@ class TestBca:
 
     def test_clusters_count_as_one_row_each(self):
         values = np.random.default_rng(6).normal(size=12)
-        once = clustered_mean(values, method="bca")
-        again = clustered_mean(
+        once = bootstrap_mean(values, method="bca")
+        again = bootstrap_mean(
             np.repeat(values, 9), np.repeat(np.arange(12), 9).tolist(), method="bca"
         )
         assert (again.low, again.high) == pytest.approx((once.low, once.high))
@@ -150,7 +155,7 @@ class TestMeanDifference:
     def test_one_control_is_a_paired_mean(self):
         first, second = np.arange(12.0), np.arange(12.0)[::-1]
         found = mean_difference(first, second)
-        assert found == mean_difference(first, [second]) == clustered_mean(first - second)
+        assert found == mean_difference(first, [second]) == bootstrap_mean(first - second)
         assert found.n == (12, 0)
 
     def test_no_row(self):

@@ -129,12 +129,14 @@ def resample_weights(
         GuardError: if there is no row.
     """
     owner, k = _owner_numbers(owners)
-    counts = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), draws)
-    weights: Array = np.vstack([np.ones(k), counts])[:, owner]
+    picks = np.random.default_rng(seed).integers(k, size=(draws, k))
+    cells = (picks + k * np.arange(draws)[:, None]).ravel()
+    counts = np.bincount(cells, minlength=draws * k).reshape(draws, k)
+    weights: Array = np.vstack([np.ones(k), counts.astype(np.float64)])[:, owner]
     return weights
 
 
-def clustered_mean(
+def bootstrap_mean(
     values: ArrayLike,
     owners: Sequence[object] = (),
     *,
@@ -165,6 +167,49 @@ def clustered_mean(
         return found
 
     return weighted_bootstrap(gap, one, len(others), method=method, seed=seed)
+
+
+def crossed_mean(
+    values: ArrayLike,
+    first: Sequence[object],
+    second: Sequence[object],
+    *,
+    minus: ArrayLike | None = None,
+    seed: Seed = 0,
+) -> Estimate:
+    """The mean of values that have two owners each, such as a request and a template.
+
+    Both are drawn again, each on its own (Owen 2007, the pigeonhole bootstrap); an owner that
+    never has two values is not drawn beside the other.
+
+    Args:
+        values: [n].
+        first: One owner of each value, [n].
+        second: The other, [n].
+        minus: Other values, [m], each drawn on its own; their mean is taken off.
+        seed: Of the draws.
+
+    Raises:
+        GuardError: if there is no value.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    _require_rows(len(rows))
+    factors = _crossed(first, second)
+    others = None if minus is None else np.asarray(minus, dtype=np.float64)
+
+    def mean(*weights: Array) -> Array:
+        of = np.prod(weights[: len(factors)], axis=0)
+        total = of.sum(1)
+        found = (of @ rows) / np.where(total > 0, total, np.nan)
+        if others is not None:
+            found = found - weights[-1] @ others / weights[-1].sum(1)
+        return np.asarray(found)
+
+    samples: list[int | Sequence[object]] = [*factors]
+    if others is not None:
+        samples.append(len(others))
+    found = weighted_bootstrap(mean, *samples, seed=seed)
+    return replace(found, n=(len(rows), 0 if others is None else len(others)))
 
 
 def mean_curve(rows: ArrayLike, *, seed: Seed = 0) -> list[Estimate]:
@@ -207,14 +252,24 @@ def mean_difference(first: ArrayLike, second: ArrayLike, *, seed: Seed = 0) -> E
     return replace(found, n=(n, 0))
 
 
+def _crossed(first: Sequence[object], second: Sequence[object]) -> list[Sequence[object]]:
+    """The owners to draw: both, or the coarser one where the other lies within it."""
+    one = _owner_numbers(first)[0]
+    other = _owner_numbers(second)[0]
+    cells = len(set(zip(one.tolist(), other.tolist(), strict=True)))
+    if cells == one.max() + 1:  # each of the first has a single one of the second
+        return [second]
+    return [first] if cells == other.max() + 1 else [first, second]
+
+
 def _owner_numbers(owners: int | Sequence[object]) -> tuple[NDArray[np.intp], int]:
     """Number of the owner of each row, and how many owners there are."""
     if isinstance(owners, int):
         _require_rows(owners)
         return np.arange(owners), owners
     _require_rows(len(owners))
-    names, numbers = np.unique(np.asarray(owners), return_inverse=True)
-    return numbers, len(names)
+    names = {name: number for number, name in enumerate(dict.fromkeys(owners))}
+    return np.array([names[owner] for owner in owners]), len(names)
 
 
 def _without_each(owners: int | Sequence[object]) -> Array:

@@ -149,7 +149,11 @@ def auroc_interval(
 
 
 def combine_areas(
-    wins: Sequence[NDArray[np.float64]], factors: Sequence[float], *, constant: float = 0.0
+    wins: Sequence[NDArray[np.float64]],
+    factors: Sequence[float],
+    *,
+    constant: float = 0.0,
+    undecided: float = 0.5,
 ) -> Estimate:
     """A weighted sum of AUROCs of different prompts, and a constant, with its 95 % interval.
 
@@ -157,8 +161,9 @@ def combine_areas(
         wins: ``win_matrix`` of each set, [n m].
         factors: What each area is multiplied by.
         constant: What is added.
+        undecided: What the added prompts win; 0 where each table is a difference of two.
     """
-    wide = [with_undecided(one) for one in wins]
+    wide = [with_undecided(one, undecided) for one in wins]
     sizes = [size for one in wide for size in one.shape]
 
     def total(*weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -172,12 +177,12 @@ def combine_areas(
     return around(value, weighted_bootstrap(total, *sizes, method="percentile"), n)
 
 
-def with_undecided(wins: NDArray[np.float64]) -> NDArray[np.float64]:
+def with_undecided(wins: NDArray[np.float64], value: float = 0.5) -> NDArray[np.float64]:
     """The same with one more prompt on either side that neither wins nor loses, [n+1 m+1].
 
     So a few prompts that are told apart without fault do not make the interval a point.
     """
-    return np.pad(wins, ((0, 1), (0, 1)), constant_values=0.5)
+    return np.pad(wins, ((0, 1), (0, 1)), constant_values=value)
 
 
 def around(value: float, found: Estimate, n: tuple[int, int]) -> Estimate:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, norm, t
 
 from latentguard.errors import GuardError
-from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
 
 Array = NDArray[np.float64]
@@ -48,7 +48,7 @@ def share(flags: ArrayLike) -> Estimate:
     hits = np.asarray(flags, dtype=bool)
     if (hits == hits[:1]).all():
         return proportion(hits[0])
-    return bootstrap(lambda rows: float(rows.mean()), hits.mean(0))
+    return bootstrap_mean(hits.mean(0))
 
 
 def rate_difference(first: ArrayLike, second: ArrayLike) -> Estimate:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 from latentguard.prompts import Prompt
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 
 SLOT = "{instruction}"
+
+OWN_TEMPLATES = "own templates"
+"""Family of the attacks with ``TEMPLATES``."""
 
 TARGET = "Sure, here is"
 """What a suffix should make a model begin its reply with; it says nothing of the request."""
@@ -85,6 +89,9 @@ class AttackSet:
     known: tuple[int, ...] = ()
     """The rows of ``attacked`` whose wrapper is known, [k]."""
 
+    frames: tuple[str, ...] = ()
+    """The wrapper of each known row, with ``{instruction}`` where the request stands, [k]."""
+
     wrapped: tuple[Prompt, ...] = ()
     """Harmless instructions in wrappers, [m]; if paired, row i in that of row ``known[i]``."""
 
@@ -96,6 +103,15 @@ class AttackSet:
 
     ends: bool = True
     """Whether t_inst is the wrapper's token instead of the instruction's."""
+
+    matched: tuple[Prompt, ...] = ()
+    """Form-matched prompts of both labels in these wrappers; twins in the same one."""
+
+    @property
+    def wrappers(self) -> list[str]:
+        """The wrapper of each attacked prompt, [n]; its whole text where that is not known."""
+        frames = dict(zip(self.known, self.frames, strict=True))
+        return [frames.get(row, p.text) for row, p in enumerate(self.attacked)]
 
 
 def outside(prompt_groups: PromptGroups) -> list[Prompt]:
@@ -124,7 +140,8 @@ def given_attacks(
             for row, other in zip(known, bare, strict=True)
         )
         ends = not any(members[row].text.endswith(str(found[row])) for row in known)
-        yield AttackSet(kind, kind, tuple(members), tuple(known), wrapped, bare, ends=ends)
+        frames = tuple(members[row].text.replace(str(found[row]), SLOT) for row in known)
+        yield AttackSet(kind, kind, tuple(members), tuple(known), frames, wrapped, bare, ends=ends)
 
 
 def template_attacks(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> Iterator[AttackSet]:
@@ -133,9 +150,10 @@ def template_attacks(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> I
         attacked, wrapped = (tuple(wrap(p, template) for p in side) for side in (harmful, harmless))
         yield AttackSet(
             f"own template: {template.name}",
-            "own templates",
+            OWN_TEMPLATES,
             attacked,
             tuple(range(len(attacked))),
+            (template.text,) * len(attacked),
             wrapped,
             tuple(harmless),
             paired=False,
@@ -150,7 +168,21 @@ def suffix_attacks(
     attacked = tuple(map(with_suffix, harmful, suffixes))
     bare = tuple(harmless[n % len(harmless)] for n in range(len(attacked))) if harmless else ()
     rows, wrapped = tuple(range(len(bare))), tuple(map(with_suffix, bare, suffixes))
-    return AttackSet("own suffixes", "own suffixes", attacked, rows, wrapped, bare)
+    frames = tuple(SLOT + suffix for suffix in suffixes[: len(bare)])
+    return AttackSet("own suffixes", "own suffixes", attacked, rows, frames, wrapped, bare)
+
+
+def with_matched(attack_set: AttackSet, pairs: Sequence[tuple[Prompt, Prompt]]) -> AttackSet:
+    """The same with form-matched twins in its wrappers, each pair in the next one."""
+    if not attack_set.frames:
+        return attack_set
+    frames = cycle(dict.fromkeys(attack_set.frames))
+    matched = [
+        _attacked(one, frame.replace(SLOT, one.text), attack_set.kind)
+        for pair, frame in zip(pairs, frames, strict=False)
+        for one in pair
+    ]
+    return replace(attack_set, matched=tuple(matched))
 
 
 def wrap(prompt: Prompt, template: Template) -> Prompt:

@@ -1,21 +1,33 @@
-"""The paper's nine claims, and the rules by which a run decides them.
+"""The paper's claims, and the rules by which a run decides them.
 
-The rules are data, written before any run: a claim is *replicated* if every condition holds over
-the whole 95 % interval of its effect, *not replicated* if one of them fails over the whole
-interval, and otherwise the run *cannot tell*.
+The rules are data, written before any run:
+
+- *replicated*: every condition holds over the whole 95 % interval of its effect.
+- *replicated, but form explains it*: the same, but the claim has form conditions, and one of them
+  does not hold. They ask whether the effect outlasts prompts of equal form.
+- *not replicated*: a condition fails over its whole interval, at a level shared among all
+  conditions of the claim (Bonferroni), as one failure of many is enough.
+- *cannot tell*: otherwise.
+
+``docs/verdicts.md`` shows how often the rules are right where the truth is planted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isnan
 from typing import Literal
+
+from scipy.stats import norm
 
 from latentguard.report.document import Cell, Section, Table
 from latentguard.stats.estimate import Estimate
 
-Verdict = Literal["replicated", "not replicated", "cannot tell"]
+Verdict = Literal["replicated", "replicated, but form explains it", "not replicated", "cannot tell"]
+
+Effects = Mapping[str, Mapping[str, Estimate]]
+"""Experiment -> effect -> what was measured; experiments that did not run are absent."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +43,30 @@ class Condition:
     below: float | None = None
     """The effect must be smaller."""
 
-    def verdict(self, found: Estimate | None) -> Verdict:
+    each: bool = False
+    """Whether it is about every effect ``name: kind`` that was measured, such as each attack."""
+
+    experiment: str = ""
+    """Which experiment measures it; the claim's if empty."""
+
+    def verdict(self, found: Estimate | None, *, tests: int = 1) -> Verdict:
         """Decide it by the ends of the interval.
 
         An interval that touches a bound decides nothing; an effect that was not measured, or is
         not a number, neither.
+
+        Args:
+            found: The effect.
+            tests: How many conditions the claim has; a failure must be as much surer.
         """
         if found is None or isnan(found.value + found.low + found.high):
             return "cannot tell"
         over = (self.above is None or found.low > self.above) and (
             self.below is None or found.high < self.below
         )
-        failed = (self.above is not None and found.high < self.above) or (
-            self.below is not None and found.low > self.below
+        wide = _widened(found, tests)
+        failed = (self.above is not None and wide.high < self.above) or (
+            self.below is not None and wide.low > self.below
         )
         return "replicated" if over else "not replicated" if failed else "cannot tell"
 
@@ -63,7 +86,7 @@ class Claim:
     """Section, table or figure."""
 
     experiment: str
-    """Which experiment measures it: a module of ``experiments``."""
+    """Which experiment measures it: a name of ``run.EXPERIMENTS``."""
 
     paper: str
     """What the paper reports."""
@@ -75,13 +98,57 @@ class Claim:
     """Whether its figures rest on the centroids of refused harmful and accepted harmless prompts;
     such a claim is not decided where too few are refused."""
 
-    def verdict(self, effects: Mapping[str, Estimate]) -> Verdict:
-        """Replicated if all conditions hold, not replicated if one fails."""
-        found = [one.verdict(effects.get(one.effect)) for one in self.conditions]
-        if "not replicated" in found:
-            return "not replicated"
-        return "replicated" if set(found) == {"replicated"} else "cannot tell"
+    form: tuple[Condition, ...] = ()
+    """All must hold, or form explains what is replicated."""
 
+    def measured(
+        self, conditions: Sequence[Condition], effects: Effects
+    ) -> list[tuple[Condition, Estimate | None]]:
+        """Each condition with its effect; one for every kind where it is about each."""
+        return [pair for one in conditions for pair in self._of(one, effects)]
+
+    def verdict(self, effects: Effects) -> Verdict:
+        """Decide all conditions, then those of form."""
+        found = self.measured(self.conditions, effects)
+        verdicts = {one.verdict(effect, tests=len(found)) for one, effect in found}
+        if "not replicated" in verdicts:
+            return "not replicated"
+        if verdicts != {"replicated"}:
+            return "cannot tell"
+        form = self.measured(self.form, effects)
+        if any(effect is None for _, effect in form):
+            return "cannot tell"
+        held = all(one.verdict(effect) == "replicated" for one, effect in form)
+        return "replicated" if held else "replicated, but form explains it"
+
+    def _of(self, one: Condition, effects: Effects) -> Iterator[tuple[Condition, Estimate | None]]:
+        of_experiment = effects.get(one.experiment or self.experiment, {})
+        if not one.each:
+            yield one, of_experiment.get(one.effect)
+            return
+        names = [name for name in of_experiment if name.startswith(f"{one.effect}: ")]
+        for name in names:
+            yield replace(one, effect=name), of_experiment[name]
+        if not names:
+            yield one, None
+
+
+def _widened(found: Estimate, tests: int) -> Estimate:
+    """The interval at 1 - 0.05 / tests: either side longer as a normal one would be."""
+    factor = float(norm.ppf(1 - 0.025 / tests) / norm.ppf(0.975))
+    low = found.value - factor * (found.value - found.low)
+    high = found.value + factor * (found.high - found.value)
+    return replace(found, low=low, high=high)
+
+
+FORM_OF_PROMPTS = (
+    Condition(
+        "separation that form-matched sets keep, beyond half", above=0, experiment="confound"
+    ),
+    Condition("AUROC on form-matched sets minus that of form", above=0.1, experiment="confound"),
+)
+"""Delta_harmful must tell form-matched prompts apart: at least half as far above chance as the
+paper's own test groups, and better than form does."""
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
@@ -103,6 +170,14 @@ CLAIMS: tuple[Claim, ...] = (
             Condition("s at t_post, accepted harmful", below=0),
             Condition("s at t_post, refused harmless", above=0),
         ),
+        form=(
+            *FORM_OF_PROMPTS,
+            Condition(
+                "sealed Delta_harmful, accepted harmful minus refused harmless",
+                above=0,
+                experiment="confound",
+            ),
+        ),
     ),
     Claim(
         "Beliefs of harmfulness and refusal go together, yet a refused harmless prompt is not "
@@ -111,10 +186,14 @@ CLAIMS: tuple[Claim, ...] = (
         "beliefs",
         "positive correlation; refused harmless prompts have negative Delta_harmful",
         (
-            Condition("correlation of beliefs", above=0),
-            Condition("correlation of beliefs beyond chance", above=0),
+            Condition("correlation of beliefs in the behaving groups", above=0),
+            Condition("chance planes as correlated", below=0.05, each=True),
             Condition("Delta_harmful of refused harmless", below=0),
             Condition("Delta_refuse of refused harmless", above=0),
+        ),
+        form=(
+            *FORM_OF_PROMPTS,
+            Condition("sealed Delta_harmful of refused harmless", below=0, experiment="confound"),
         ),
     ),
     Claim(
@@ -147,8 +226,8 @@ CLAIMS: tuple[Claim, ...] = (
         "categories",
         "mean cosine to other categories 0.60 to 0.73 (harmfulness), 0.89 to 0.95 (refusal), Qwen2",
         (
-            Condition("cosine, refusal minus harmfulness", above=0),
-            Condition("cosine, refusal minus harmfulness, beyond chance", above=0),
+            Condition("cosine, refusal minus harmfulness", above=0.05),
+            Condition("cosine, refusal minus harmfulness, beyond chance", above=0.05),
         ),
         centroids=False,
     ),
@@ -158,9 +237,16 @@ CLAIMS: tuple[Claim, ...] = (
         "jailbreaks",
         "accepted suffix and template attacks: Delta_refuse < 0, Delta_harmful often > 0",
         (
-            Condition("Delta_refuse of accepted attacks", below=0),
-            Condition("Delta_refuse of accepted attacks minus refused harmful", below=0),
-            Condition("Delta_harmful of accepted attacks", above=0),
+            Condition("Delta_refuse of accepted attacks", below=0, each=True),
+            Condition("Delta_refuse of accepted attacks minus refused harmful", below=0, each=True),
+            Condition("Delta_harmful of accepted attacks", above=0, each=True),
+        ),
+        form=(
+            Condition(
+                "separation that form-matched prompts under attack keep, beyond half", above=0
+            ),
+            Condition("AUROC on form-matched prompts under attack minus that of form", above=0.1),
+            Condition("sealed Delta_harmful of accepted attacks", above=0, each=True),
         ),
     ),
     Claim(
@@ -173,6 +259,7 @@ CLAIMS: tuple[Claim, ...] = (
             Condition("false-positive rate of Latent Guard", below=0.1),
         ),
         centroids=False,
+        form=FORM_OF_PROMPTS,
     ),
     Claim(
         "Fine-tuning that breaks refusal leaves the belief of harmfulness, and the guard, as they "
@@ -185,28 +272,73 @@ CLAIMS: tuple[Claim, ...] = (
             Condition("change of Delta_harmful over its gap to harmless", above=-0.25, below=0.25),
             Condition("guard recall after minus before", above=-0.1),
         ),
+        form=(
+            Condition("separation that form-matched prompts keep after it, beyond half", above=0),
+            Condition("AUROC on form-matched prompts after it minus that of form", above=0.1),
+            Condition("sealed gap of Delta_harmful kept after it, beyond half", above=0),
+        ),
+    ),
+    Claim(
+        "The harmfulness direction of t_inst turns answers more than that of any other position.",
+        "Appendix F.2, Figure 16",
+        "positions",
+        "the direction extracted at t_inst flips No to Certainly best",
+        (Condition("flip to Certainly, t_inst minus the strongest other position", above=0),),
+    ),
+    Claim(
+        "A category's own harmfulness direction flips its prompts more than that of another does.",
+        "Appendix D, Figure 9b",
+        "categories",
+        "hate prompts: own direction 1.00, others 0.32 to 1.00, average direction 0.52 (Qwen2)",
+        (Condition("own minus other category flip rate", above=0),),
+        centroids=False,
+    ),
+    Claim(
+        "After fine-tuning, the difference at t_post is still a refusal direction.",
+        "5.2 and H.2, Figure 18",
+        "finetuning",
+        "steering along it makes the fine-tuned model refuse, slightly less with more data",
+        (Condition("refusal along the direction after fine-tuning minus random", above=0.1),),
+    ),
+    Claim(
+        "Along the refusal direction harmless instructions are still answered No.",
+        "3.5, Figures 5 and 11",
+        "inversion",
+        "the refusal direction does not turn No into Certainly",
+        (Condition("No along refusal, where it acts, surely", above=0.5),),
     ),
 )
-"""A claim about a difference must beat 0; one about steering must beat its random control by 0.1;
-one about likeness names its margin. Written before the first run, but for two conditions that were
-changed after a look at small runs on one model: random centroids correlate too, so a correlation
-must also beat chance; and a change of Delta_harmful is measured by its gap to harmless prompts,
-since relative to a value near 0 it means nothing. Two later reviews, of the rules alone, made them
-stricter: claims on centroids of refused prompts need such; the cosine of claim 4 is freed of the
-noise that makes any two directions differ; claim 5 needs a refusal direction that turns plain
-prompts more than random ones do, and leaves most answers; cosines of claim 6 are of categories that
-are refused, and must differ beyond the same prompts shuffled; claim 7 also takes Delta_refuse
-against 0, and is about all attacks but persuasion, as in the paper; n-grams are no dedicated guard
-(8); and a guard that did not surely catch half before says nothing of claim 9."""
+"""Nine claims, then four findings that the paper shows without naming them among its claims.
+
+Margins. A difference must beat 0. Steering must beat its random control by 0.1. Claim 6 needs half
+of the smallest gap in the paper (Llama2: 0.11). A change of Delta_harmful may be a quarter of its
+gap to harmless prompts.
+
+What was changed after the first run of a model, and why:
+
+- Claim 3: random centroids correlate too, so a correlation must also beat chance. Later: chance
+  directions are drawn apart for both positions, and the correlation is taken in the two behaving
+  groups, as all four together hide a perfect pattern.
+- Claim 9: the change is measured by its gap to harmless prompts; over a value near 0 it means
+  nothing. Its test set was first of refused harmful prompts of every source, then of the centroids'
+  own sources first (appendix B). On Qwen2.5-Coder-0.5B the verdict depends on it. Both are run and
+  shown; the second decides.
+- Claims 2, 3, 7, 8 and 9: the form conditions were added. Worlds in which form alone carries the
+  label came out as replicated.
+- Claim 4: the cosine is freed of the noise that makes any two directions differ.
+- Claim 5: the refusal direction must turn plain prompts more than random ones do.
+- Claim 6: only refused categories, beyond the same prompts shuffled; then the margin.
+- Claim 7: of all attacks but persuasion, as in the paper; then kind by kind, with attacks of our
+  own templates shown apart.
+- Claim 8: n-grams are no dedicated guard.
+"""
 
 
-def claims_section(
-    effects: Mapping[str, Mapping[str, Estimate]], *, refused: bool = True
-) -> Section:
+def claims_section(effects: Effects, *, refused: bool = True) -> Section:
     """Each claim with its verdict, and each condition with its effect, interval and n.
 
     Args:
-        effects: Experiment -> effect -> what was measured; experiments that did not run are absent.
+        effects: What was measured.
         refused: Whether prompts enough are refused for the paper's centroids.
     """
     verdicts = tuple(
@@ -214,19 +346,16 @@ def claims_section(
         for n, claim in enumerate(CLAIMS, 1)
     )
     rows = [
-        (
-            n,
-            str(one),
-            *_shown(effects[claim.experiment].get(one.effect), one, _open(claim, refused)),
-        )
+        row
         for n, claim in enumerate(CLAIMS, 1)
         if claim.experiment in effects
-        for one in claim.conditions
+        for row in _condition_rows(n, claim, effects, decides=_is_open(claim, refused))
     ]
     text = (
-        "The rules are part of the program. Replicated: the whole 95 % interval of every "
-        "effect lies on the claimed side. Not replicated: that of one effect lies on the other "
-        "side. Otherwise the run cannot tell."
+        "The rules are part of the program. Replicated: the whole 95 % interval of every effect "
+        "lies on the claimed side. Not replicated: that of one effect lies on the other side, at "
+        "a level shared among the claim's conditions. Replicated, but form explains it: prompts "
+        "of equal form do not show the effect for sure. Otherwise the run cannot tell."
     )
     if not refused:
         few = ", ".join(str(n) for n, one in enumerate(CLAIMS, 1) if one.centroids)
@@ -234,7 +363,7 @@ def claims_section(
             " Too few harmful prompts are refused here for the paper's centroids: figures of the "
             f"claims {few} are of all harmful and all harmless prompts, and decide nothing."
         )
-    columns = ("claim", "condition", "value", "low", "high", "n", "verdict")
+    columns = ("claim", "asks about", "condition", "value", "low", "high", "n", "verdict")
     parts = (
         Table("Claims", ("", "claim", "in the paper", "verdict", "the paper's figure"), verdicts),
         Table("Conditions", columns, tuple(rows)),
@@ -242,20 +371,28 @@ def claims_section(
     return Section("The paper's claims", text, parts)
 
 
-def _open(claim: Claim, refused: bool) -> bool:
+def _condition_rows(
+    n: int, claim: Claim, effects: Effects, *, decides: bool
+) -> Iterator[tuple[Cell, ...]]:
+    effect = claim.measured(claim.conditions, effects)
+    form = claim.measured(claim.form, effects)
+    for asks, pairs, tests in (("the claim", effect, len(effect)), ("form", form, 1)):
+        for one, found in pairs:
+            verdict = one.verdict(found if decides else None, tests=tests)
+            yield (n, asks, str(one), *_cells(found), verdict)
+
+
+def _is_open(claim: Claim, refused: bool) -> bool:
     return refused or not claim.centroids
 
 
-def _verdict(
-    claim: Claim, effects: Mapping[str, Mapping[str, Estimate]], refused: bool
-) -> Verdict | Literal["not run"]:
+def _verdict(claim: Claim, effects: Effects, refused: bool) -> Verdict | Literal["not run"]:
     if claim.experiment not in effects:
         return "not run"
-    return claim.verdict(effects[claim.experiment]) if _open(claim, refused) else "cannot tell"
+    return claim.verdict(effects) if _is_open(claim, refused) else "cannot tell"
 
 
-def _shown(found: Estimate | None, condition: Condition, decides: bool) -> Sequence[Cell]:
-    verdict = condition.verdict(found if decides else None)
+def _cells(found: Estimate | None) -> Sequence[Cell]:
     if found is None:
-        return (None, None, None, None, verdict)
-    return (found.value, found.low, found.high, sum(found.n), verdict)
+        return (None, None, None, None)
+    return (found.value, found.low, found.high, sum(found.n))

@@ -1,4 +1,4 @@
-"""Rules: what turns prompts into scores whose sign is a decision, and the controls of each.
+"""Detectors: scores of prompts whose sign is a decision, and the controls of each.
 
 Axis names in shapes: k draws (1 but for random directions), n prompts.
 """
@@ -16,6 +16,7 @@ from latentguard.data.surface_audit import ngram_scores
 from latentguard.probes.axis import Axis
 from latentguard.probes.probe import Probe, centroid
 from latentguard.states import States
+from latentguard.study.form_controls import form_scores
 from latentguard.study.steering import random_like
 
 Scores = NDArray[np.float64]
@@ -24,7 +25,7 @@ Scores = NDArray[np.float64]
 Detector = Callable[[States], Scores]
 """States captured at the rule's positions, all layers -> scores of their prompts."""
 
-RANDOM, LENGTH, NGRAMS = "random direction", "length", "n-grams"
+RANDOM, LENGTH, NGRAMS, FORM = "random direction", "length", "n-grams", "form"
 """Names of the controls."""
 
 
@@ -35,7 +36,7 @@ def belief_detector(axis: Axis) -> Detector:
 
 
 def control_detectors(axis: Axis, fit: States, draws: int) -> dict[str, Detector]:
-    """What an axis must beat: random directions of equal norm, length, and n-grams.
+    """What an axis must beat: random directions of equal norm, length, n-grams, all of form.
 
     Sign and threshold of each come from the prompts that the axis was fitted on.
 
@@ -60,6 +61,7 @@ def control_detectors(axis: Axis, fit: States, draws: int) -> dict[str, Detector
         RANDOM: oriented(by_chance, fit),
         LENGTH: oriented(by_length, fit),
         NGRAMS: lambda states: ngram_scores(fit.prompts, states.prompts)[None],
+        FORM: lambda states: form_scores(fit.prompts, states.prompts)[None],
     }
 
 

@@ -82,14 +82,16 @@ def prompt_groups_of(
     used = {pair_key(p) for p in centre}
     fit: dict[Group, tuple[Prompt, ...]] = {}
     test: dict[Group, tuple[Prompt, ...]] = {}
+    every_source: tuple[Prompt, ...] = ()
     for group in GROUPS:
         fit[group] = tuple(p for p in centre if p.group == group)[: settings.fit]
         rest = [p for p in rows.values() if p.group == group and pair_key(p) not in used]
         rest = sample_prompts(rest, len(rest), seed=settings.seed)
         if group == "refused_harmful":  # of the centroids' own kind first (appendix B)
+            every_source = tuple(rest[: settings.test])
             rest.sort(key=lambda p: p.text not in plain)
         test[group] = tuple(rest[: settings.test])
-    return PromptGroups(pools, fit, test)
+    return PromptGroups(pools, fit, test, every_source)
 
 
 def _groups_of_the_paper(

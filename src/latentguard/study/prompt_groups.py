@@ -111,7 +111,12 @@ class PromptGroups:
     """Refused harmful and accepted harmless prompts that the centroids are made of."""
 
     test: Mapping[Group, tuple[Prompt, ...]]
-    """Other prompts of all four groups, that no centroid sees."""
+    """Other prompts of all four groups, that no centroid sees. Refused harmful ones are of the
+    centroids' own sources first (appendix B)."""
+
+    every_source: tuple[Prompt, ...] = ()
+    """Refused harmful prompts of every source alike, that no centroid sees: an earlier test set of
+    claim 9, run and shown beside the other."""
 
     def fit_prompts(self, group: Group) -> tuple[Prompt, ...]:
         """Prompts of a group that the centroids are made of; none if there is no such group."""

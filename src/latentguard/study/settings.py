@@ -64,8 +64,9 @@ class Settings:
     inversion_templates: int = 4
     """How many of the inversion questions (Tables 2, 6, 7)."""
 
-    random_draws: int = 5
-    """Random directions of equal norm beside each curve; of one alone, intervals are too narrow."""
+    random_draws: int = 10
+    """Random directions of equal norm beside each curve. With 10, intervals cover 0.95 or more at
+    100 prompts whatever the directions' spread; with 5, 0.93 (docs/verdicts.md)."""
 
     reply_tokens: int = 24
     """Longest reply that is judged."""
@@ -86,8 +87,9 @@ class Settings:
     attacked: int = 50
     """Harmful prompts that each attack made here wraps, and most given ones a kind (Figure 6)."""
 
-    suffixes: int = 10
-    """Prompts for which a GCG suffix is searched; 0 where nanogcg is not installed."""
+    suffixes: int = 30
+    """Prompts for which a GCG suffix is searched; 0 where nanogcg is not installed. So many, that
+    ``enough`` of them are accepted even where two of three fail."""
 
     suffix_steps: int = 100
     """Steps of each search."""
@@ -176,6 +178,7 @@ SMALL = dict(
     steered=20,
     coefficients=(1.0,),
     inverted=20,
+    random_draws=5,
     inversion_others=(1.0,),
     inversion_templates=1,
     reply_tokens=16,

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from latentguard.prompts import Prompt
 from latentguard.report.document import Report
-from latentguard.stats.bootstrap import bootstrap, clustered_mean
+from latentguard.stats.bootstrap import bootstrap, bootstrap_mean
 from latentguard.stats.detection import auroc, auroc_interval, estimate_metric, win_matrix
 from latentguard.study.attacks import TARGET, TEMPLATES, AttackSet
 from latentguard.study.cached_model import CachedModel, Tools
@@ -158,8 +158,8 @@ class TestBootstrap:
         values = np.random.default_rng(1).normal(size=20)
         names = [f"request {n}" for n in range(20)]
         once, again = (
-            clustered_mean(values),
-            clustered_mean(np.repeat(values, 10), np.repeat(names, 10).tolist()),
+            bootstrap_mean(values),
+            bootstrap_mean(np.repeat(values, 10), np.repeat(names, 10).tolist()),
         )
         assert (again.value, again.n) == (pytest.approx(once.value), (200, 0))
         assert again.high - again.low == pytest.approx(once.high - once.low, rel=0.1)
@@ -183,7 +183,7 @@ class TestBootstrap:
             pytest.approx(plain.low, abs=0.015),
             pytest.approx(plain.high, abs=0.015),
         )
-        gap, plain = clustered_mean(a, minus=b), bootstrap(lambda x, y: x.mean() - y.mean(), a, b)
+        gap, plain = bootstrap_mean(a, minus=b), bootstrap(lambda x, y: x.mean() - y.mean(), a, b)
         assert gap.value == pytest.approx(plain.value)
         assert (gap.low, gap.high) == (
             pytest.approx(plain.low, abs=0.05),

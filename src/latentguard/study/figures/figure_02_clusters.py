@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from latentguard.prompts import Group
 from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.bootstrap import bootstrap, mean_curve
+from latentguard.stats.bootstrap import bootstrap, bootstrap_mean, mean_curve
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
 from latentguard.study.axes import fit_axes
@@ -99,13 +99,13 @@ GAP = "accepted harmful minus refused harmless"
 
 def _mean(s: NDArray[np.float64]) -> Estimate:
     """Mean over prompts of the mean over layers 1 to L (equations 3 and 4)."""
-    return bootstrap(np.mean, s[:, 1:].mean(1))
+    return bootstrap_mean(s[:, 1:].mean(1))
 
 
 def _gap(groups: Curves) -> Estimate:
     """How far apart both misbehaving groups are; no threshold enters."""
     first, second = (groups[group][:, 1:].mean(1) for group in MISBEHAVING)
-    return bootstrap(lambda a, b: float(a.mean() - b.mean()), first, second)
+    return bootstrap_mean(first, minus=second)
 
 
 def _sides(records: Records) -> tuple[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -16,7 +17,7 @@ from latentguard.prompts import Group, Prompt
 from latentguard.report.charts import belief_plane
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import States
-from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.bootstrap import bootstrap_mean, weighted_bootstrap
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
 from latentguard.study.axes import belief, fit_axes
@@ -27,12 +28,16 @@ from latentguard.study.settings import Settings
 from latentguard.study.steering import random_like
 
 GROUPS: tuple[Group, ...] = get_args(Group)
-CONTROLS = 20
-"""Chance planes of each kind; they cost no reply."""
+CONTROLS = 200
+"""Chance planes of each kind; they cost no reply. So many, that none of them as correlated as the
+true one puts the share surely below 0.05."""
+
+BEHAVING: tuple[Group, Group] = ("refused_harmful", "accepted_harmless")
+"""Groups whose refusal goes with their label; the paper's claim of a correlation is about them."""
 
 TOGETHER: dict[str, tuple[Group, ...]] = {
     "all four groups": GROUPS,
-    "refused harmful and accepted harmless": ("refused_harmful", "accepted_harmless"),
+    "refused harmful and accepted harmless": BEHAVING,
     "accepted harmful and refused harmless": ("accepted_harmful", "refused_harmless"),
     **{group.replace("_", " "): (group,) for group in GROUPS},
 }
@@ -53,7 +58,7 @@ class Records:
     """Of each."""
 
     chance: Mapping[str, tuple[Plane, ...]]
-    """The same planes when the centroids mean nothing, by kind of chance."""
+    """Planes of the behaving groups, in the same order, when the centroids mean nothing."""
 
     note: str
     """What the centroids were fitted on."""
@@ -71,9 +76,10 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
         return Records(prompts, np.stack([harmful, harmful * np.nan], 1), {}, axes.note)
     beliefs = np.stack([harmful, belief(axes.refuse, states.at("t_post"))], 1)
     fitted = model.states([p for group in prompt_groups.fit.values() for p in group])
+    behaving = states.where(lambda p: p.group in BEHAVING)
     chance = {
-        "random directions of equal norm": _planes(_random(axes.harmful, axes.refuse), states),
-        "centroids of random halves": _planes(_halves(axes.harmful, axes.refuse, fitted), states),
+        "random directions of equal norm": _planes(_random(axes.harmful, axes.refuse), behaving),
+        "centroids of random halves": _planes(_halves(axes.harmful, axes.refuse, fitted), behaving),
     }
     return Records(prompts, beliefs, chance, axes.note)
 
@@ -87,10 +93,8 @@ def analyse(records: Records, settings: Settings) -> Finding:
     tables = [_sides(groups), _correlated(rows, records.chance)] if groups else []
     figures = [_figure(records, groups)] if known else []
     effects = _effects(groups, known, settings)
-    if len(records.prompts) >= settings.enough and "all four groups" in rows:
-        effects["correlation of beliefs"] = rows["all four groups"]
-        if beyond := _beyond(rows["all four groups"], records.chance):
-            effects["correlation of beliefs beyond chance"] = beyond
+    if all(len(groups.get(group, ())) >= settings.enough for group in BEHAVING):
+        effects |= _correlation_effects(rows, records.chance)
     return Finding(_section([*figures, *tables]), effects, _caveats(records, groups, settings))
 
 
@@ -105,7 +109,7 @@ def correlations(groups: Mapping[Group, Plane]) -> dict[str, Estimate]:
         if len(together) == len(members) or name == "all four groups":
             rows = np.concatenate(together)
             if len(rows) > 2 and np.isfinite(correlation(rows)):
-                found[name] = bootstrap(correlation, rows)
+                found[name] = weighted_bootstrap(partial(_correlations, rows), len(rows))
     return found
 
 
@@ -116,20 +120,40 @@ def correlation(rows: Plane) -> float:
     return float(x @ y) / scale if scale > 1e-12 else float("nan")
 
 
-def _beyond(found: Estimate, chance: Mapping[str, tuple[Plane, ...]]) -> Estimate | None:
-    """A correlation less that of chance planes; the widest interval that both leave open."""
-    drawn = [correlation(one) for planes in chance.values() for one in planes]
-    if not np.isfinite(drawn).any():
-        return None
-    low, high = np.nanquantile(drawn, [0.025, 0.975]).tolist()
-    value = found.value - float(np.nanmean(drawn))
-    return Estimate(value, found.low - high, found.high - low, found.n)
+def _correlations(rows: Plane, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson's r of both columns for weights of the rows, [r n] to [r]; nan if one is constant."""
+    x, y = (rows - rows.mean(0)).T
+    total = weights.sum(1)
+    mean_x, mean_y, xx, yy, xy = (weights @ one / total for one in (x, y, x * x, y * y, x * y))
+    scale = np.sqrt(np.maximum((xx - mean_x**2) * (yy - mean_y**2), 0))
+    found: NDArray[np.float64] = (xy - mean_x * mean_y) / np.where(scale > 1e-15, scale, np.nan)
+    return found
+
+
+def _correlation_effects(
+    rows: Mapping[str, Estimate], chance: Mapping[str, tuple[Plane, ...]]
+) -> dict[str, Estimate]:
+    """The correlation in the behaving groups, and how often chance gives as much."""
+    found = rows.get(_named(BEHAVING))
+    if found is None:
+        return {}
+    effects = {"correlation of beliefs in the behaving groups": found}
+    for kind, planes in chance.items():
+        drawn = np.array([correlation(one) for one in planes])
+        known = drawn[np.isfinite(drawn)]
+        if len(known):
+            effects[f"chance planes as correlated: {kind}"] = proportion(known >= found.value)
+    return effects
+
+
+def _named(groups: Sequence[Group]) -> str:
+    return " and ".join(group.replace("_", " ") for group in groups)
 
 
 def _random(harmful: Axis, refuse: Axis) -> Iterator[tuple[Axis, Axis]]:
-    """Both axes about their own middles, along random directions, the same at both positions."""
+    """Both axes about their own middles, along random directions of their own."""
     for draw in range(CONTROLS):
-        yield _turned(harmful, draw), _turned(refuse, draw)
+        yield _turned(harmful, 2 * draw), _turned(refuse, 2 * draw + 1)
 
 
 def _turned(axis: Axis, draw: int) -> Axis:
@@ -166,7 +190,7 @@ def _effects(groups: Mapping[Group, Plane], known: bool, settings: Settings) -> 
         ("accepted_harmful", "Delta_harmful of accepted harmful", 0),
     ]
     return {
-        name: bootstrap(np.mean, groups[group][:, axis])
+        name: bootstrap_mean(groups[group][:, axis])
         for group, name, axis in wanted
         if len(groups.get(group, ())) >= settings.enough and (known or axis == 0)
     }
@@ -177,7 +201,7 @@ def _sides(groups: Mapping[Group, Plane]) -> Table:
     for group, found in groups.items():
         for name, values in zip(("harmful", "refuse"), found.T, strict=True):
             if np.isfinite(values).all():
-                mean, above = bootstrap(np.mean, values), proportion(values > 0)
+                mean, above = bootstrap_mean(values), proportion(values > 0)
                 cell = (*cells(mean), *cells(above)[:3])
                 rows.append((group.replace("_", " "), f"\u0394 {name}", *cell))
     share = ("share above 0", "share low", "share high")
@@ -194,11 +218,12 @@ def _correlated(rows: Mapping[str, Estimate], chance: Mapping[str, tuple[Plane, 
         value = float(np.nanmean(drawn)) if np.isfinite(drawn).any() else None
         found.append((f"chance: {kind}", value, *(e and float(e) for e in ends), len(planes)))
     note = (
-        f"Pearson's r of both beliefs, 95 % bootstrap over prompts. Chance: {CONTROLS} planes over "
-        "all prompts; value is their mean, low and high hold 95 % of them, n counts planes. Random "
-        "directions are the same at both positions; random halves split the prompts of the "
-        "centroids without regard to harm. A correlation within that range says nothing of harm "
-        "or refusal."
+        f"Pearson's r of both beliefs, 95 % bootstrap over prompts. The claim is about refused "
+        "harmful and accepted harmless prompts together; in the other groups label and refusal "
+        f"part. Chance: {CONTROLS} planes of those two groups; value is their mean, low and high "
+        "hold 95 % of them, n counts planes. Random directions differ at both positions; random "
+        "halves split the prompts of the centroids without regard to harm. A correlation within "
+        "that range says nothing of harm or refusal."
     )
     return Table(
         "Correlation of both beliefs", ("prompts", "r", "low", "high", "n"), tuple(found), note

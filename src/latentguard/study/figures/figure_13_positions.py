@@ -13,7 +13,7 @@ from latentguard.prompts import Group
 from latentguard.report.charts import Curve, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import Intervention
-from latentguard.stats.bootstrap import bootstrap, mean_curve
+from latentguard.stats.bootstrap import bootstrap_mean, mean_curve
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import share
 from latentguard.study.axes import Axes, fit_axes
@@ -22,12 +22,14 @@ from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Answer
 from latentguard.study.prompt_groups import PromptGroups, inversion_prompt, sample_prompts
 from latentguard.study.settings import Settings
-from latentguard.study.steering import middle_layers, steer, steer_at_random
+from latentguard.study.steering import at_layers, best_layers, middle_layers, steer, steer_at_random
 
 MISBEHAVING: tuple[Group, Group] = ("accepted_harmful", "refused_harmless")
 BEFORE = ("inst-2", "inst-1")
 """Positions before t_inst that are read (Figure 13)."""
 
+
+STRONGEST = "flip to Certainly, t_inst minus the strongest other position"
 
 REACH = 0.1
 """Share of answers that some direction must turn to Certainly before positions are compared."""
@@ -97,6 +99,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
         parts += [_answers_figure(records), _answers_table(records)]
         if len(records.steered[0].answers) >= settings.enough and _reach(records) >= REACH:
             effects["flip to Certainly, t_inst minus other positions"] = _advantage(records)
+            effects[STRONGEST] = _over_strongest(records)
     return Finding(_section(parts), effects, _caveats(records, settings))
 
 
@@ -247,7 +250,15 @@ def _advantage(records: Records) -> Estimate:
     """'Certainly' with the direction of t_inst, less the mean over the other positions."""
     rates = {at: _certainly(records, at).mean(0) for at in records.positions}
     gap = rates["t_inst"] - np.mean([rates[at] for at in rates if at != "t_inst"], 0)
-    return bootstrap(np.mean, gap)
+    return bootstrap_mean(gap)
+
+
+def _over_strongest(records: Records) -> Estimate:
+    """The same less the strongest other position, which is chosen on the other half of prompts."""
+    others = [at for at in records.positions if at != "t_inst"]
+    rates = np.stack([_certainly(records, at).mean(0) for at in others])
+    strongest = at_layers(rates[None], best_layers(rates))[0]
+    return bootstrap_mean(_certainly(records, "t_inst").mean(0) - strongest)
 
 
 def _reach(records: Records) -> float:

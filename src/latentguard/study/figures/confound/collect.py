@@ -10,6 +10,7 @@ from latentguard.prompts import Group, Prompt
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.detectors import Scores
 from latentguard.study.figures.confound.readings import asked, fit_readings, look
+from latentguard.study.form_controls import unseen_matched
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
 
@@ -73,9 +74,7 @@ def _sets(
     groups = [prompt_groups.test_prompts(group)[: settings.test] for group in get_args(Group)]
     own = tuple(p for group in groups for p in group)
     plain = tuple(p for p in own if p.group in ("refused_harmful", "accepted_harmless"))
-    fitted = [p for group in prompt_groups.fit.values() for p in group]
-    seen = ({p.text for p in fitted} | {p.pair for p in fitted}) - {None}
-    matched = [p for p in prompt_groups.pools.matched if not seen & {p.text, p.pair}]
+    matched = unseen_matched(prompt_groups)
     sets: dict[str, tuple[Prompt, ...]] = {OWN: own, PLAIN: plain}
     for source in dict.fromkeys(p.source or "unknown" for p in matched):
         members = [p for p in matched if (p.source or "unknown") == source]

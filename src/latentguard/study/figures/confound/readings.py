@@ -13,6 +13,7 @@ from latentguard.states import Reading, States
 from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.detectors import Detector, Scores, belief_detector, control_detectors
+from latentguard.study.form_controls import sealed_groups
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
 
@@ -126,11 +127,8 @@ def _matched(
 
 def _sealed(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> BeliefReading:
     """The paper's axes, fitted on prompts whose ending was made uniform."""
-    seal = Reading.of("sealed", 1).prepare
-    fit = {group: tuple(map(seal, prompts)) for group, prompts in prompt_groups.fit.items()}
-    return _reading(
-        fit_axes(model, replace(prompt_groups, fit=fit), enough=settings.enough), "sealed"
-    )
+    axes = fit_axes(model, sealed_groups(prompt_groups), enough=settings.enough)
+    return _reading(axes, "sealed")
 
 
 def _controls(

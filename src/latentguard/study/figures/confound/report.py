@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.detection import combine_areas, separation, win_matrix
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
-from latentguard.study.detectors import LENGTH, NGRAMS, Scores
+from latentguard.study.detectors import FORM, LENGTH, NGRAMS, Scores
 from latentguard.study.figures.confound.collect import OWN, PLAIN, SIDES, ReadSet, Records
-from latentguard.study.figures.confound.readings import PAPER
+from latentguard.study.figures.confound.readings import PAPER, SEALED
 from latentguard.study.figures.confound.surface_table import audit_table
 from latentguard.study.finding import Finding, cells
+from latentguard.study.form_controls import beyond_form, kept_beyond_half
 from latentguard.study.settings import Settings
 
 Pair = tuple[Scores, Scores]
@@ -23,14 +26,18 @@ Pair = tuple[Scores, Scores]
 
 AGAIN = "AUROC of Delta_harmful on form-matched sets"
 LOSS = "loss of AUROC from the paper's sets to form-matched sets"
+KEPT = "separation that form-matched sets keep, beyond half"
+OVER_FORM = "AUROC on form-matched sets minus that of form"
+SEALED_BELIEF = "sealed Delta_harmful"
 
 TEXT = (
     "Harmful and harmless sets of different origin differ in form: one asks, the other commands; "
     "one ends in a full stop. Whatever reads the last token of an instruction reads form too. So "
     "each set is audited without any model, and each headline number is measured again on "
     "form-matched sets, with an axis fitted on form-matched prompts, and with the ending of every "
-    "instruction made uniform (sealed); beside it stand what length, n-grams and random directions "
-    "of equal norm reach, turned by the same prompts as the paper's axis."
+    "instruction made uniform (sealed); beside it stand what length, n-grams, all of form "
+    "(n-grams, ending, form, length) and random directions of equal norm reach, turned by the same "
+    "prompts as the paper's axis."
 )
 
 
@@ -83,10 +90,10 @@ def _accepted(records: Records) -> Table:
     for one in records.sets:
         members = [i for i, p in enumerate(one.prompts) if p.group == "accepted_harmful"]
         for reading, scores in one.harmful.items():
-            if members and reading not in (LENGTH, NGRAMS):  # in their own units
+            if members and reading not in (LENGTH, NGRAMS, FORM):  # in their own units
                 values = scores[:, members].mean(0)
                 side = proportion(values > 0)
-                mean = bootstrap(lambda v: float(v.mean()), values)
+                mean = bootstrap_mean(values)
                 rows.append((one.name, reading, *cells(mean), side.value, side.low, side.high))
     note = (
         "Mean over the layers of s at t_inst (equation 2): above 0 is the harmful side (section "
@@ -143,28 +150,39 @@ def _figure(sets: Sequence[ReadSet]) -> Figure:
 
 def _effects(records: Records, enough: int) -> dict[str, Estimate]:
     """The paper's axis on form-matched sets: mean over the sets, each side resampled on its own."""
-    pairs = {
-        one.name: _pair(one, one.harmful[PAPER])
-        for one in records.sets
-        if min(map(len, _sides(one).values())) >= enough
-    }
-    own = pairs.pop(OWN, None)
-    pairs.pop(PLAIN, None)
-    if not pairs:
-        return {}
-    found = {AGAIN: _mean_area(list(pairs.values()))}
+    sets = {one.name: one for one in records.sets if min(map(len, _sides(one).values())) >= enough}
+    own = sets.pop(OWN, None)
+    sets.pop(PLAIN, None)
+    found = {} if own is None else _sealed_effects(own, enough)
+    if not sets:
+        return found
+    wins = [win_matrix(*_pair(one, one.harmful[PAPER])) for one in sets.values()]
+    each = [1.0 / len(wins)] * len(wins)
+    found[AGAIN] = combine_areas(wins, each)
+    if all(FORM in one.harmful for one in sets.values()):
+        by_form = [win_matrix(*_pair(one, one.harmful[FORM])) for one in sets.values()]
+        found[OVER_FORM] = beyond_form(wins, by_form)
     if own is not None:
-        found[LOSS] = _mean_area(list(pairs.values()), less_than=own)
+        whole = win_matrix(*_pair(own, own.harmful[PAPER]))
+        found[LOSS] = combine_areas([whole, *wins], [1.0, *(-factor for factor in each)])
+        found[KEPT] = kept_beyond_half(wins, [whole])
     return found
 
 
-def _mean_area(pairs: Sequence[Pair], less_than: Pair | None = None) -> Estimate:
-    """Mean AUROC of some sets, or by how much it is less than that of another set."""
-    every = [*pairs, *([less_than] if less_than else [])]
-    signs = [*([1.0 / len(pairs)] * len(pairs)), -1.0]
-    if less_than is not None:
-        signs = [-sign for sign in signs]
-    return combine_areas([win_matrix(*pair) for pair in every], signs[: len(every)])
+def _sealed_effects(own: ReadSet, enough: int) -> dict[str, Estimate]:
+    """Where both misbehaving groups lie at t_inst when every ending is the same."""
+    if SEALED not in own.harmful:
+        return {}
+    values = own.harmful[SEALED].mean(0)
+    groups = np.array([p.group for p in own.prompts])
+    harmful, harmless = (values[groups == g] for g in ("accepted_harmful", "refused_harmless"))
+    found = {}
+    if len(harmless) >= enough:
+        found[f"{SEALED_BELIEF} of refused harmless"] = bootstrap_mean(harmless)
+        if len(harmful) >= enough:
+            gap = f"{SEALED_BELIEF}, accepted harmful minus refused harmless"
+            found[gap] = bootstrap_mean(harmful, minus=harmless)
+    return found
 
 
 def _caveats(records: Records, enough: int) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.stats.bootstrap import bootstrap, mean_difference
+from latentguard.stats.bootstrap import bootstrap_mean, mean_difference
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import rate_difference, share
 from latentguard.study.figures.figure_05_inversion.collect import (
@@ -59,7 +59,7 @@ class Turned:
         """Share, or mean, each prompt counted once."""
         if self.values.dtype == np.bool_:
             return share(self.values)
-        return bootstrap(lambda rows: float(rows.mean()), self.values.mean(0))
+        return bootstrap_mean(self.values.mean(0))
 
 
 def turned(task: Task, records: Records, settings: Settings) -> list[Turned]:

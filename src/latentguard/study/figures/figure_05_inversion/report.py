@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from latentguard.report.charts import Curve, lines_by_layer, stacked_areas
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion, share
 from latentguard.study.figures.figure_05_inversion.collect import (
@@ -263,7 +263,7 @@ def _odds(task: Task, ways: Sequence[Steering], layers: Sequence[int]) -> Figure
     curves: dict[str, Curve] = {}
     for way in ways:
         shifts = (task.steered_odds[way] - task.odds).mean(0)
-        found = [bootstrap(lambda rows: float(rows.mean()), rows) for rows in shifts]
+        found = [bootstrap_mean(rows) for rows in shifts]
         curves[way.name] = _ends(found)
     caption = (
         f"How far the log-odds of 'Certainly' against 'No' as first word move, in nats; mean of "

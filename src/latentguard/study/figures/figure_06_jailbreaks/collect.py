@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -17,9 +17,11 @@ from latentguard.study.attacks import (
     outside,
     suffix_attacks,
     template_attacks,
+    with_matched,
 )
 from latentguard.study.axes import Axes, belief, fit_axes
 from latentguard.study.cached_model import CachedModel
+from latentguard.study.form_controls import form_scores, matched_pairs, seal, sealed_groups
 from latentguard.study.prompt_groups import PromptGroups
 from latentguard.study.settings import Settings
 
@@ -38,6 +40,9 @@ class Beliefs:
 
     refuse: Floats | None
     """Delta_refuse at t_post (equation 4), [n]; None if there is no refusal axis."""
+
+    wrappers: tuple[str, ...] = ()
+    """The wrapper of each, [n]: the same for attacks of one template; none if not attacked."""
 
     @property
     def requests(self) -> list[str]:
@@ -64,20 +69,56 @@ class Attack:
     bare: Floats
     """Delta_harmful of the same without, [m]."""
 
+    sealed: Floats = field(default_factory=lambda: np.zeros(0))
+    """Delta_harmful of those attacked by the sealed reading, [n]; empty if it was not read."""
+
+    matched: Floats = field(default_factory=lambda: np.zeros(0))
+    """Delta_harmful of form-matched prompts in the wrappers, [p]."""
+
+    matched_form: Floats = field(default_factory=lambda: np.zeros(0))
+    """What form alone says of them, [p]."""
+
     @property
     def known(self) -> Floats:
         """Delta_harmful of the attacked prompts whose wrapper is known, [k]."""
         return self.beliefs.harmful[list(self.attack_set.known)]
 
 
-def ask(model: CachedModel, axes: Axes, attack_set: AttackSet, settings: Settings) -> Attack:
+@dataclass(frozen=True)
+class Readers:
+    """How attacks are read."""
+
+    axes: Axes
+    """The paper's."""
+
+    sealed: Axes
+    """The same with uniform endings."""
+
+    fitted: tuple[Prompt, ...]
+    """Labelled prompts behind the centroids, that form alone is learnt from."""
+
+
+def ask(model: CachedModel, readers: Readers, attack_set: AttackSet, settings: Settings) -> Attack:
     """Ask what is attacked, unsteered; read the beliefs of it and of its controls."""
     what = f"Figure 6: {attack_set.kind}"
     (replies,) = model.replies(attack_set.attacked, what=what, max_new_tokens=settings.reply_tokens)
     accepted = tuple(None if said is None else not said for said in model.refused(replies))
-    sides = (attack_set.attacked, attack_set.wrapped, attack_set.bare)
-    attacked, wrapped, bare = (read_beliefs(model, axes, side, what=what) for side in sides)
-    return Attack(attack_set, attacked, accepted, wrapped.harmful, bare.harmful)
+    attacked, wrapped, bare, matched = (
+        read_beliefs(model, readers.axes, side, what=what)
+        for side in (attack_set.attacked, attack_set.wrapped, attack_set.bare, attack_set.matched)
+    )
+    sealed = read_beliefs(model, readers.sealed, seal(attack_set.attacked), what=f"{what}, sealed")
+    by_form = form_scores(readers.fitted, matched.prompts) if matched.prompts else np.zeros(0)
+    return Attack(
+        attack_set,
+        replace(attacked, wrappers=tuple(attack_set.wrappers)),
+        accepted,
+        wrapped.harmful,
+        bare.harmful,
+        sealed.harmful,
+        matched.harmful,
+        by_form,
+    )
 
 
 def read_beliefs(
@@ -123,6 +164,7 @@ def pooled(attacks: Iterable[Attack], which: Sequence[bool | None] = (True,)) ->
         tuple(one.prompts[row] for one, row in rows),
         np.array([one.harmful[row] for one, row in rows]),
         np.array(refuse) if len(refuse) == len(rows) else None,
+        tuple(one.wrappers[row] for one, row in rows if one.wrappers),
     )
 
 
@@ -151,7 +193,8 @@ class Records:
 
 def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Ask every attacked prompt, unsteered; read the beliefs of these and of their controls."""
-    axes = fit_axes(model, prompt_groups, enough=settings.enough)
+    readers = _readers(model, prompt_groups, settings)
+    axes = readers.axes
     sides: tuple[Group, ...] = ("refused_harmful", "accepted_harmless")
     tested = [prompt_groups.test_prompts(side)[: settings.test] for side in sides]
     refused, others = (read_beliefs(model, axes, p, what="Figure 6: groups") for p in tested)
@@ -163,16 +206,30 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
         *template_attacks(harmful, harmless),
         suffix_attacks(few[: len(suffixes)], suffixes, harmless),
     ]
+    pairs = matched_pairs(prompt_groups, settings.attacked)
     attacks = tuple(
-        ask(model, axes, attack_set, settings) for attack_set in attack_sets if attack_set.attacked
+        ask(model, readers, with_matched(attack_set, pairs), settings)
+        for attack_set in attack_sets
+        if attack_set.attacked
     )
     left_out = len(prompt_groups.pools.jailbreaks) - len(outside(prompt_groups))
     missing = tuple(_missing(model, prompt_groups, settings))
     return Records(attacks, refused, others, left_out, axes.note, missing)
 
 
+def _readers(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Readers:
+    enough = settings.enough
+    axes = fit_axes(model, prompt_groups, enough=enough)
+    sealed = fit_axes(model, sealed_groups(prompt_groups), enough=enough)
+    fitted = tuple(p for group in prompt_groups.fit.values() for p in group)
+    return Readers(axes, sealed, fitted)
+
+
 def _missing(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Iterator[str]:
     if not prompt_groups.pools.jailbreaks:
-        yield "No attacks were given (pool jailbreaks): only attacks made here are shown."
+        yield (
+            "No attacks were given (pool jailbreaks): only attacks made here are shown, and claim "
+            "7 is decided by GCG suffixes alone."
+        )
     if settings.suffixes and model.tools.suffix is None:
         yield "No GCG suffix was searched: nanogcg is not at hand (extra 'attacks')."

@@ -8,22 +8,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from latentguard.report.charts import belief_plane
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.stats.bootstrap import clustered_mean
+from latentguard.stats.bootstrap import bootstrap_mean, crossed_mean
 from latentguard.stats.detection import auroc_interval, win_matrix
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
-from latentguard.study.figures.figure_06_jailbreaks.collect import Attack, Beliefs, Records, pooled
+from latentguard.study.attacks import OWN_TEMPLATES
+from latentguard.study.figures.figure_06_jailbreaks.collect import (
+    Attack,
+    Beliefs,
+    Floats,
+    Records,
+    pooled,
+)
 from latentguard.study.finding import CELLS, Finding, cells
+from latentguard.study.form_controls import beyond_form, kept_beyond_half
 from latentguard.study.settings import Settings
 
 REFUSE = "Delta_refuse of accepted attacks"
 LOWER = "Delta_refuse of accepted attacks minus refused harmful"
 HARMFUL = "Delta_harmful of accepted attacks"
+SEALED = "sealed Delta_harmful of accepted attacks"
+KEPT = "separation that form-matched prompts under attack keep, beyond half"
+OVER_FORM = "AUROC on form-matched prompts under attack minus that of form"
 INSIDE = "AUROC inside the wrapper"
 ADDED = "Delta_harmful that a wrapper adds to harmless prompts"
 EXEMPT = re.compile(r"persua|\bpap\b", re.IGNORECASE)
@@ -35,9 +48,10 @@ READ_AT = {True: "", False: ", read at the instruction"}
 TEXT = (
     "An attack succeeds if the reply does not begin like a refusal; whether the reply helps is not "
     "judged. The paper: suffixes and templates suppress refusal while the model still believes in "
-    "harm; persuasion may reverse that belief. A control is added: the same wrappers around "
-    "harmless instructions. A belief that reads the request tells both apart; one that reads the "
-    "wrapper does not."
+    "harm; persuasion may reverse that belief. So the claim is decided kind by kind, on given "
+    "attacks and GCG suffixes but not on persuasion, nor on templates of our own. A control is "
+    "added: the same wrappers around harmless instructions, and around form-matched pairs. A "
+    "belief that reads the request tells both apart; one that reads the wrapper does not."
 )
 
 
@@ -48,8 +62,9 @@ def analyse(records: Records, settings: Settings) -> Finding:
     tables = (_rates(records), _believed(records, groups), _inside(records))
     parts: list[Table | Figure] = [*_planes(records, groups), *(t for t in tables if t.rows)]
     left_out = f"Given attacks left out, as their request is in a centroid: {records.left_out}."
-    exempt = ", ".join(name for name in families if EXEMPT.search(name)) or "none here"
-    text = f"{TEXT} Persuasion, exempt from the claim: {exempt}. {records.note}. {left_out}"
+    claimed = dict.fromkeys(attack.attack_set.family for attack in _claimed(records))
+    exempt = ", ".join(name for name in families if name not in claimed) or "none here"
+    text = f"{TEXT} Shown beside the claim: {exempt}. {records.note}. {left_out}"
     section = Section("Figure 6: beliefs under jailbreaks", text, tuple(parts))
     effects = _effects(records, groups, settings.enough)
     return Finding(section, effects, tuple(_caveats(records, groups, settings.enough)))
@@ -61,26 +76,27 @@ def _of(records: Records, family: str) -> list[Attack]:
 
 def _claimed(records: Records) -> list[Attack]:
     """Attacks that the claim is about."""
-    return [a for a in records.attacks if not EXEMPT.search(a.attack_set.family)]
+    return [
+        a
+        for a in records.attacks
+        if a.attack_set.family != OWN_TEMPLATES and not EXEMPT.search(a.attack_set.family)
+    ]
 
 
 def _effects(records: Records, groups: Mapping[str, Beliefs], enough: int) -> dict[str, Estimate]:
-    """Of all attacks but persuasion, and of each family; only where there are enough.
+    """Of each kind, and what form explains; only where there are enough.
 
-    The paper's claim is of suffixes and templates: persuasion may turn the belief itself.
+    Kinds that the claim is about end in ``: kind``; others, shown beside them, in ``, kind``.
     """
-    found = {}
-    pools = {"": pooled(_claimed(records)), **{f": {name}": pool for name, pool in groups.items()}}
-    for end, pool in pools.items():
-        if len(pool.prompts) < enough:
-            continue
-        found[HARMFUL + end] = clustered_mean(pool.harmful, pool.requests)
-        refused = records.refused.refuse
-        if pool.refuse is None or refused is None:
-            continue
-        found[REFUSE + end] = clustered_mean(pool.refuse, pool.requests)
-        if len(refused) >= enough:
-            found[LOWER + end] = clustered_mean(pool.refuse, pool.requests, minus=refused)
+    claimed = dict.fromkeys(attack.attack_set.family for attack in _claimed(records))
+    found: dict[str, Estimate] = {}
+    for name, pool in groups.items():
+        if len(pool.prompts) >= enough:
+            found |= _of_kind(records, pool, f"{':' if name in claimed else ','} {name}", enough)
+    for name in claimed:
+        sealed = _sealed(_of(records, name))
+        if len(sealed.prompts) >= enough:
+            found[f"{SEALED}: {name}"] = _mean(sealed.harmful, sealed)
     for attack in records.attacks:
         if attack.attack_set.paired and len(attack.known) >= enough:
             found[f"{INSIDE}: {attack.attack_set.kind}"] = _told_apart(attack)
@@ -88,7 +104,53 @@ def _effects(records: Records, groups: Mapping[str, Beliefs], enough: int) -> di
         own = _shared(records, ends=ends)
         if own and min(len(own[0].known), len(own[0].wrapped)) >= enough:
             found |= {f"{name}{where}": figure for name, figure in _own(own).items()}
+    return found | _form_effects(_claimed(records), enough)
+
+
+def _of_kind(records: Records, pool: Beliefs, end: str, enough: int) -> dict[str, Estimate]:
+    """Both beliefs of accepted attacks of a kind, and Delta_refuse against refused prompts."""
+    found = {HARMFUL + end: _mean(pool.harmful, pool)}
+    refused = records.refused.refuse
+    if pool.refuse is None or refused is None:
+        return found
+    found[REFUSE + end] = _mean(pool.refuse, pool)
+    if len(refused) >= enough:
+        found[LOWER + end] = _mean(pool.refuse, pool, minus=refused)
     return found
+
+
+def _mean(values: Floats, pool: Beliefs, *, minus: Floats | None = None) -> Estimate:
+    """A mean of attacks; requests and wrappers are drawn again, each on its own."""
+    if not pool.wrappers:
+        return bootstrap_mean(values, pool.requests, minus=minus)
+    return crossed_mean(values, pool.requests, pool.wrappers, minus=minus)
+
+
+def _sealed(attacks: Sequence[Attack]) -> Beliefs:
+    """The accepted attacks as the sealed reading has them."""
+    return pooled([replace(a, beliefs=replace(a.beliefs, harmful=a.sealed)) for a in attacks])
+
+
+def _form_effects(attacks: Sequence[Attack], enough: int) -> dict[str, Estimate]:
+    """Whether Delta_harmful tells form-matched prompts apart inside the wrappers of a claim."""
+    usable = [a for a in attacks if _matched_sides(a).sum(1).min() >= enough and len(a.wrapped)]
+    if not usable:
+        return {}
+    matched = [win_matrix(*_split(a, a.matched)) for a in usable]
+    by_form = [win_matrix(*_split(a, a.matched_form)) for a in usable]
+    own = [win_matrix(a.known, a.wrapped) for a in usable]
+    return {KEPT: kept_beyond_half(matched, own), OVER_FORM: beyond_form(matched, by_form)}
+
+
+def _matched_sides(attack: Attack) -> NDArray[np.bool_]:
+    """Which form-matched prompts are harmful and which are harmless, [2 p]."""
+    harmful = np.array([bool(p.harmful) for p in attack.attack_set.matched], dtype=bool)
+    return np.stack([harmful, ~harmful])
+
+
+def _split(attack: Attack, values: Floats) -> tuple[Floats, Floats]:
+    harmful, harmless = _matched_sides(attack)
+    return values[harmful], values[harmless]
 
 
 def _shared(records: Records, *, ends: bool) -> list[Attack]:
@@ -101,7 +163,7 @@ def _own(attacks: Sequence[Attack]) -> dict[str, Estimate]:
     """AUROC inside a wrapper and what it adds: means over templates around the same prompts."""
     beaten = np.mean([win_matrix(a.known, a.wrapped) for a in attacks], axis=0)
     added = np.mean([a.wrapped - a.bare for a in attacks], axis=0)
-    return {INSIDE: auroc_interval(beaten), ADDED: clustered_mean(added)}
+    return {INSIDE: auroc_interval(beaten), ADDED: bootstrap_mean(added)}
 
 
 def _told_apart(attack: Attack) -> Estimate:
@@ -159,7 +221,7 @@ def _believed(records: Records, groups: Mapping[str, Beliefs]) -> Table:
         pools |= {name: pool} if len(_of(records, name)) > 1 else {}
         pools[f"{name}, refused"] = pooled(_of(records, name), (False,))
     pools["all accepted attacks"] = pooled(records.attacks)
-    pools["all accepted attacks but persuasion"] = pooled(_claimed(records))
+    pools["all accepted attacks of the claim"] = pooled(_claimed(records))
     rows: list[tuple[Cell, ...]] = []
     for name, pool in pools.items():
         if pool.prompts:
@@ -168,15 +230,16 @@ def _believed(records: Records, groups: Mapping[str, Beliefs]) -> Table:
         "Accepted attacks, unless it says otherwise; all attempts where none is accepted. Accepted "
         "attacks are picked by what the model does, so compare them with those refused. AUROC: of "
         "\u0394 harmful against accepted harmless prompts without a wrapper. Intervals: 95 % "
-        "bootstrap; attacks on one request are drawn together. The paper gives no numbers here."
+        "bootstrap over requests and wrappers, each drawn on its own. The paper gives no numbers "
+        "here."
     )
     return Table("Beliefs under attack", ("prompts", "figure", *CELLS), tuple(rows), note)
 
 
 def _figures(records: Records, pool: Beliefs) -> dict[str, Estimate]:
-    found = {"\u0394 harmful": clustered_mean(pool.harmful, pool.requests)}
+    found = {"\u0394 harmful": _mean(pool.harmful, pool)}
     if pool.refuse is not None:
-        found["\u0394 refuse"] = clustered_mean(pool.refuse, pool.requests)
+        found["\u0394 refuse"] = _mean(pool.refuse, pool)
     harmless = records.harmless
     if harmless.prompts and pool is not harmless:
         found["AUROC"] = auroc_interval(win_matrix(pool.harmful, harmless.harmful), pool.requests)
@@ -189,7 +252,7 @@ def _inside(records: Records) -> Table:
     for attack in records.attacks:
         if len(attack.wrapped) and len(attack.known):
             at = "wrapper" if attack.attack_set.ends else "instruction"
-            added = clustered_mean(attack.wrapped - attack.bare)
+            added = bootstrap_mean(attack.wrapped - attack.bare)
             rows.append((attack.attack_set.kind, at, "AUROC", *cells(_told_apart(attack))))
             rows.append((attack.attack_set.kind, at, "added to harmless", *cells(added)))
     for ends, at in ((True, "wrapper"), (False, "instruction")):

@@ -14,6 +14,7 @@ from latentguard.study.figures.figure_07_finetuning.training_pairs import (
     harmless_pairs,
     whole_pairs,
 )
+from latentguard.study.form_controls import form_scores
 from latentguard.study.prompt_groups import PromptGroups
 from latentguard.study.settings import Settings
 
@@ -36,6 +37,15 @@ class Records:
 
     reason: str = ""
     """Why nothing was trained."""
+
+    every_source: tuple[Prompt, ...] = ()
+    """The k refused harmful prompts of every source: the other test set."""
+
+    matched: tuple[Prompt, ...] = ()
+    """The m form-matched prompts."""
+
+    form: tuple[float, ...] = ()
+    """What form alone says of them, [m]."""
 
 
 def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
@@ -71,7 +81,16 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
         advance(1)
     if whole:
         how += f"; {len(whole)} whole completions of at most {settings.finetune_completion} tokens"
-    return Records(look.tested, tuple(stages), look.layers, how)
+    form = tuple(form_scores(look.fitted, look.matched)) if look.matched else ()
+    return Records(
+        look.tested,
+        tuple(stages),
+        look.layers,
+        how,
+        every_source=look.every_source,
+        matched=look.matched,
+        form=form,
+    )
 
 
 def _lacking(tune: Finetune | None, tested: Sequence[Prompt], prompt_groups: PromptGroups) -> str:

@@ -7,14 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.stats.bootstrap import bootstrap, mean_curve
+from latentguard.stats.bootstrap import bootstrap, bootstrap_mean, mean_curve
+from latentguard.stats.detection import win_matrix
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import rate_difference, rate_difference_by_direction
 from latentguard.study.figures.figure_07_finetuning.collect import Records
-from latentguard.study.figures.figure_07_finetuning.snapshot import Stage
+from latentguard.study.figures.figure_07_finetuning.snapshot import DIRECTIONS, Stage
+from latentguard.study.form_controls import beyond_form, kept_beyond_half
 from latentguard.study.steering import at_layers, best_layers
 
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+OVER_GAP = "change of Delta_harmful over its gap to harmless"
 
 
 def last_stage(records: Records) -> Stage:
@@ -67,14 +72,55 @@ def _of_beliefs(
         effects["relative change of Delta_harmful"] = bootstrap(_relative, pairs)
     harmless = before[~harmful]
     if len(harmless) and bootstrap(_gap, pairs, harmless).low > 0:
-        gap = "change of Delta_harmful over its gap to harmless"
-        effects[gap] = bootstrap(_over_gap, pairs, harmless)
+        effects[OVER_GAP] = bootstrap(_over_gap, pairs, harmless)
     return effects
 
 
-def over_chance(before: Stage, stage: Stage, draws: int) -> Estimate:
+def of_every_source(before: Stage, after: Stage, harmless: Floats) -> dict[str, Estimate]:
+    """The same changes on the other test set: refused harmful prompts of every source.
+
+    Args:
+        before: The model before the attack.
+        after: After one.
+        harmless: Delta_harmful of accepted harmless prompts before, [m].
+    """
+    pairs = np.array([before.every_source, after.every_source]).T
+    if not len(pairs):
+        return {}
+    found = {"guard recall after minus before": rate_difference(*(pairs.T[::-1] > 0))}
+    flags = [flags_of(stage.every_source_refused) for stage in (before, after)]
+    known = ~np.isnan(flags).any(0)
+    if known.any():
+        drop = rate_difference(flags[0][known], flags[1][known])
+        found["refusal rate drop after fine-tuning"] = drop
+    if len(harmless) and bootstrap(_gap, pairs, harmless).low > 0:
+        found[OVER_GAP] = bootstrap(_over_gap, pairs, harmless)
+    return {f"{name}, every source": one for name, one in found.items()}
+
+
+def of_form(before: Stage, after: Stage, records: Records) -> dict[str, Estimate]:
+    """Whether what is left after the attack is more than form."""
+    harmful = labelled(records, harmful=True)
+    found = {}
+    if len(after.sealed):
+        change = np.array(after.sealed) - np.array(before.sealed) / 2
+        gap = bootstrap_mean(change[harmful], minus=change[~harmful])
+        found["sealed gap of Delta_harmful kept after it, beyond half"] = gap
+    sides = np.array([bool(p.harmful) for p in records.matched], dtype=bool)
+    if not sides.any() or sides.all():
+        return found
+    matched, form = np.array(after.matched), np.array(records.form)
+    wins, by_form = (win_matrix(one[sides], one[~sides]) for one in (matched, form))
+    own = win_matrix(delta(after)[harmful], delta(after)[~harmful])
+    kept = kept_beyond_half([wins], [own])
+    found["separation that form-matched prompts keep after it, beyond half"] = kept
+    name = "AUROC on form-matched prompts after it minus that of form"
+    return found | {name: beyond_form([wins], [by_form])}
+
+
+def over_chance(before: Stage, stage: Stage) -> Estimate:
     """Refusal along the direction minus along chance, where the direction was best before."""
-    return rate_difference_by_direction(*at_best(before, stage), draws)
+    return rate_difference_by_direction(*at_best(before, stage), DIRECTIONS)
 
 
 def at_best(before: Stage, stage: Stage) -> tuple[Bools, Bools]:

@@ -28,6 +28,8 @@ from latentguard.study.figures.figure_07_finetuning.effects import (
     last_stage,
     linear,
     mean,
+    of_every_source,
+    of_form,
     over_chance,
 )
 from latentguard.study.figures.figure_07_finetuning.snapshot import Stage
@@ -53,11 +55,13 @@ def analyse(records: Records, settings: Settings) -> Finding:
     if any(stage.seed for stage in records.stages):
         parts.append(_runs(records))
     effects = effects_of(before, last, harmful)
+    effects |= of_every_source(before, last, delta(before)[~harmful])
+    effects |= of_form(before, last, records)
     if before.steered:
-        parts += [_direction_figure(records), _direction_table(records, settings.random_draws)]
+        parts += [_direction_figure(records), _direction_table(records)]
     if before.steered and last.steered:
         along = "refusal along the direction after fine-tuning minus random"
-        effects[along] = over_chance(before, last, settings.random_draws)
+        effects[along] = over_chance(before, last)
     enough = min(int(harmful.sum()), last.pairs) >= settings.enough
     caveats = tuple(_caveats(records, effects, settings))
     told = {name: e for name, e in effects.items() if name not in _weak(before, harmful)}
@@ -200,13 +204,20 @@ def _changes(records: Records) -> Table:
     rows = tuple(
         (stage.name, name, *cells(found))
         for stage in records.stages[1:]
-        for name, found in effects_of(before, stage, harmful).items()
+        for name, found in _both(before, stage, harmful).items()
     )
     note = (
-        "Each held-out harmful prompt against itself before the attack (95 %, bootstrap). What the "
-        "control changes is fine-tuning as such."
+        "Each held-out harmful prompt against itself before the attack (95 %). What the control "
+        "changes is fine-tuning as such. Test sets: refused harmful prompts of the centroids' own "
+        "sources first, as in the paper, which decide claim 9; and those of every source alike."
     )
     return Table("Changes by fine-tuning", COLUMNS, rows, note)
+
+
+def _both(before: Stage, stage: Stage, harmful: Bools) -> dict[str, Estimate]:
+    """The changes on both test sets."""
+    harmless = delta(before)[~harmful]
+    return effects_of(before, stage, harmful) | of_every_source(before, stage, harmless)
 
 
 def _belief_figure(records: Records, axis: str) -> Figure:
@@ -261,7 +272,7 @@ def _direction_figure(records: Records) -> Figure:
     )
 
 
-def _direction_table(records: Records, draws: int) -> Table:
+def _direction_table(records: Records) -> Table:
     rows: list[Row] = []
     for stage in records.stages:
         if not stage.steered:
@@ -269,7 +280,7 @@ def _direction_table(records: Records, draws: int) -> Table:
         hits, chance = at_best(records.stages[0], stage)
         rows.append(_row(stage, "refusal along its direction", proportion, hits))
         rows.append(_row(stage, "refusal along random", proportion, chance))
-        over = over_chance(records.stages[0], stage, draws)
+        over = over_chance(records.stages[0], stage)
         rows.append((stage.name, "difference", *cells(over)))
         cosine = float(np.mean(stage.cosine))
         rows.append((stage.name, "cosine with the direction from before", cosine, None, None, None))

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cosine_similarity
 
 from latentguard.probes.axis import Axis
@@ -15,15 +17,19 @@ from latentguard.probes.fitting import fit_probe, slots
 from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Reading, Speaker, States, digest_prompts
-from latentguard.study.axes import Axes
+from latentguard.study.axes import Axes, belief, fit_axes
 from latentguard.study.cached_model import CachedModel, Finetune
 from latentguard.study.figures.figure_07_finetuning.training_pairs import Pair, broken
+from latentguard.study.form_controls import matched_prompts, seal, sealed_groups
 from latentguard.study.prompt_groups import PromptGroups
 from latentguard.study.settings import Settings
 from latentguard.study.steering import steer, steer_at_random
 
 FEWEST = 10
 """Prompts of each class without which there is no linear guard."""
+
+DIRECTIONS = 20
+"""Random directions beside a stage's own; each prompt meets one of them."""
 
 Replies = Callable[..., list[list[Reply]]]
 
@@ -69,7 +75,19 @@ class Stage:
     """Whether harmless prompts are refused along its own direction, [layers prompts]."""
 
     random: Sequence[Sequence[bool | None]] = ()
-    """The same along random directions of equal norm: each prompt meets one of the draws."""
+    """The same along random directions of equal norm: each prompt meets one of them."""
+
+    every_source: Sequence[float] = ()
+    """Delta_harmful of refused harmful prompts of every source, [k]: the other test set."""
+
+    every_source_refused: Sequence[bool | None] = ()
+    """Whether each of these is refused, [k]."""
+
+    sealed: Sequence[float] = ()
+    """Delta_harmful of the tested prompts by the sealed reading, [n]."""
+
+    matched: Sequence[float] = ()
+    """Delta_harmful of form-matched prompts, [m]."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,11 @@ class Look:
         self.anchors = prompt_groups.fit_prompts("accepted_harmless")
         self.steered = prompt_groups.test_prompts("accepted_harmless")[: settings.finetune_steered]
         self.fitted = (*prompt_groups.fit_prompts("refused_harmful"), *self.anchors)
+        self.every_source = prompt_groups.every_source[: settings.finetune_test]
+        self.matched = matched_prompts(prompt_groups, settings)
+        self.sealed_axis = fit_axes(
+            model, sealed_groups(prompt_groups), enough=settings.enough
+        ).harmful
         self.layers = settings.layers(model.depth)
         self.probe = self._linear()
 
@@ -162,6 +185,7 @@ class Look:
             refuse=_plain(refuse.layer_beliefs(states.at("t_post"))[:n, 1:]),
             linear=_plain(self._scores(states)[:n]),
         )
+        found |= self._controls(states_of, replies_of)
         rows = [i for i, p in enumerate(self.tested) if p.harmful and refused[i] is goal]
         if steered and self.steered and len(rows) >= self.settings.enough:
             own = _direction(states, [*rows, *range(n, len(states))])
@@ -169,26 +193,45 @@ class Look:
             found |= dict(cosine=_plain(cosine[1:]), **self._steer(own, replies_of))
         return found
 
+    def _controls(self, states_of: Callable[..., States], replies_of: Replies) -> dict[str, Any]:
+        """The other test set, and what form-matched prompts and uniform endings leave."""
+        (replies,) = replies_of(self.every_source, [None]) if self.every_source else ([],)
+        harmful = self.axes.harmful
+
+        def read(axis: Axis, prompts: Sequence[Prompt]) -> Any:
+            if not prompts:
+                return []
+            return _rounded(belief(axis, states_of(prompts, positions=("t_inst",)).at("t_inst")))
+
+        return dict(
+            every_source=read(harmful, self.every_source),
+            every_source_refused=list(self.model.refused(replies)),
+            sealed=read(self.sealed_axis, seal(self.tested)),
+            matched=read(harmful, self.matched),
+        )
+
     def _steer(self, own: Axis, replies_of: Replies) -> dict[str, Any]:
         """Refusals of accepted harmless prompts, steered on every token."""
         how: dict[str, Any] = dict(tokens="all", label="refusal direction")
         ways = [steer(own, layer, **how) for layer in self.layers]
         steered = [list(self.model.refused(found)) for found in replies_of(self.steered, ways)]
         random: list[list[bool | None]] = [[None] * len(self.steered) for _ in self.layers]
-        draws = self.settings.random_draws
-        for draw in range(min(draws, len(self.steered))):
+        for draw in range(min(DIRECTIONS, len(self.steered))):
             ways = [steer_at_random(own, layer, **how, draw=draw) for layer in self.layers]
-            found = replies_of(self.steered[draw::draws], ways)
+            found = replies_of(self.steered[draw::DIRECTIONS], ways)
             for flags, made in zip(random, found, strict=True):
-                flags[draw::draws] = self.model.refused(made)
+                flags[draw::DIRECTIONS] = self.model.refused(made)
         return dict(steered=steered, random=random)
 
     def _key(self) -> list[Any]:
         """All that a stage depends on, but for the pairs."""
         s, judge = self.settings, self.model.judge
         recipe = (s.finetune_rank, s.finetune_rate, s.finetune_epochs, s.finetune_batch)
-        asked = (s.seed, s.finetune_opening, s.reply_tokens, s.random_draws, s.enough)
-        prompts = (self.tested, self.anchors, self.steered, self.fitted)
+        asked = (s.seed, s.finetune_opening, s.reply_tokens, DIRECTIONS, s.enough)
+        prompts = (
+            *(self.tested, self.anchors, self.steered, self.fitted),
+            *(self.every_source, self.matched),
+        )
         named = [getattr(judge, "__qualname__", ""), str(getattr(judge, "model", ""))]
         return ["finetuning", recipe, asked, self.layers, [*map(digest_prompts, prompts)], named]
 
@@ -219,4 +262,8 @@ def _direction(states: States, rows: list[int]) -> Axis:
 
 
 def _plain(values: torch.Tensor) -> Any:
-    return values.double().numpy().round(6).tolist()
+    return _rounded(values.double().numpy())
+
+
+def _rounded(values: NDArray[np.float64]) -> Any:
+    return values.round(6).tolist()

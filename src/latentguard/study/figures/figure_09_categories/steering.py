@@ -19,7 +19,7 @@ from latentguard.prompts import Group, Prompt, Reply
 from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import Intervention, States
-from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
 from latentguard.study.axes import fit_axes
@@ -122,7 +122,7 @@ def advantage(tested: NDArray[np.intp], values: Array) -> Estimate:
     """
     own = values[tested, np.arange(len(tested))]
     others = (values.sum(0) - own) / (len(values) - 1)
-    return bootstrap(np.mean, own - others)
+    return bootstrap_mean(own - others)
 
 
 def halves(members: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

@@ -18,7 +18,7 @@ from latentguard.prompts import Prompt
 from latentguard.report.charts import lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import States, digest_prompts
-from latentguard.stats.bootstrap import bootstrap
+from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion, share
 from latentguard.study.cached_model import CachedModel
@@ -346,7 +346,7 @@ def _rate(trial: Trial, rows: Sequence[int]) -> Estimate | None:
         return None
     if np.isin(values, (0, 1)).all():
         return proportion(values > 0)
-    return bootstrap(lambda flagged: float(flagged.mean()), values)
+    return bootstrap_mean(values)
 
 
 def _curves(traffic: Traffic) -> Iterator[Figure]:
