@@ -159,10 +159,12 @@ def experiments_of(claims: Iterable[Claim]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def verdicts_of(world: World, seed: int, claims: Sequence[int]) -> dict[int, str]:
+def verdicts_of(
+    world: World, seed: int, claims: Sequence[int], settings: Settings = SETTINGS
+) -> dict[int, str]:
     """Number of each claim -> its verdict, of one study of a planted model."""
     wanted = {n: CLAIMS[n - 1] for n in claims}
-    effects = effects_of(world, seed, experiments_of(wanted.values()))
+    effects = effects_of(world, seed, experiments_of(wanted.values()), settings)
     return {n: one.verdict(effects) for n, one in wanted.items()}
 
 

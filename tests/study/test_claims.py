@@ -87,9 +87,36 @@ class TestCondition:
         assert str(Condition("e", above=-0.25, below=0.25)) == "e > -0.25 and e < 0.25"
 
 
+class TestUnions:
+    def test_a_failure_among_many_conditions_must_be_surer(self):
+        """At 0.05 / 4 a normal interval is 1.27 times as wide."""
+        condition = Condition("e", above=0)
+        near = Estimate(-1.0, -1.9, -0.1, (20, 0))
+        assert condition.verdict(near) == "not replicated"
+        assert condition.verdict(near, tests=4) == "cannot tell"
+        assert condition.verdict(Estimate(-1.0, -1.7, -0.3, (20, 0)), tests=4) == "not replicated"
+
+    def test_success_needs_no_correction_as_all_must_hold(self):
+        barely = Estimate(1.0, 1e-9, 2.0, (20, 0))
+        assert Condition("e", above=0).verdict(barely, tests=9) == "replicated"
+
+    def test_four_conditions_at_their_bound_fail_together_as_often_as_one(self):
+        """Each effect is truly 0; one of four intervals fails in 0.1, uncorrected."""
+        rng = np.random.default_rng(0)
+        one = Claim("c", "w", "x", "", tuple(Condition(f"e{k}", above=0) for k in range(4)))
+        failed = 0
+        for _ in range(2000):
+            means = rng.normal(size=4)
+            effects = {
+                f"e{k}": Estimate(m, m - 1.96, m + 1.96, (9, 0)) for k, m in enumerate(means)
+            }
+            failed += one.verdict({"x": effects}) == "not replicated"
+        assert failed / 2000 == pytest.approx(0.025, abs=0.008)
+
+
 class TestClaim:
     def test_every_mix_of_verdicts(self):
-        of = {"replicated": effect(1, 2), "not replicated": effect(-2, -1), "cannot tell": None}
+        of = {"replicated": effect(1, 2), "not replicated": effect(-9, -8), "cannot tell": None}
         for mix in product(of, repeat=3):
             conditions = [Condition(f"e{n}", above=0) for n in range(3)]
             effects = {f"e{n}": of[v] for n, v in enumerate(mix) if of[v]}
@@ -100,50 +127,96 @@ class TestClaim:
                 if all(v == "replicated" for v in mix)
                 else "cannot tell"
             )
-            assert claim(*conditions).verdict(effects) == wanted
+            assert claim(*conditions).verdict({"template": effects}) == wanted
 
     def test_without_conditions_nothing_is_told(self):
-        assert claim().verdict({"e": effect(1, 2)}) == "cannot tell"
+        assert claim().verdict({"template": {"e": effect(1, 2)}}) == "cannot tell"
 
     def test_other_effects_do_not_matter(self):
-        effects = {"e": effect(1, 2), "other": effect(-2, -1)}
+        effects = {"template": {"e": effect(1, 2), "other": effect(-2, -1)}}
         assert claim(Condition("e", above=0)).verdict(effects) == "replicated"
 
+    def test_each_kind_must_hold(self):
+        one = claim(Condition("e", above=0, each=True))
+        good = {"e: a": effect(1, 2), "e: b": effect(1, 2), "e, c": effect(-9, -8)}
+        assert one.verdict({"template": good}) == "replicated"
+        assert one.verdict({"template": good | {"e: b": effect(-9, -8)}}) == "not replicated"
+        assert one.verdict({"template": good | {"e: b": effect(-1, 2)}}) == "cannot tell"
+        assert one.verdict({"template": {"e, c": effect(1, 2)}}) == "cannot tell"
 
-class TestTheNine:
+
+class TestForm:
+    """The fourth verdict: replicated, but form explains it."""
+
+    def verdict(self, main, form):
+        conditions = (Condition("f", above=0), Condition("g", above=0, experiment="confound"))
+        one = replace(claim(Condition("e", above=0)), form=conditions)
+        here = {"e": main} | ({"f": form[0]} if form[0] else {})
+        there = {"g": form[1]} if form[1] else {}
+        return one.verdict({"template": here, "confound": there})
+
+    @pytest.mark.parametrize(
+        ("form", "wanted"),
+        [
+            ((effect(1, 2), effect(1, 2)), "replicated"),
+            ((effect(1, 2), effect(-2, -1)), "replicated, but form explains it"),
+            ((effect(-1, 2), effect(1, 2)), "replicated, but form explains it"),
+            ((effect(-2, -1), effect(-2, -1)), "replicated, but form explains it"),
+            ((effect(1, 2), None), "cannot tell"),
+            ((None, effect(-2, -1)), "cannot tell"),
+        ],
+    )
+    def test_all_form_conditions_must_hold(self, form, wanted):
+        assert self.verdict(effect(1, 2), form) == wanted
+
+    @pytest.mark.parametrize("main", [effect(-2, -1), effect(-1, 1)])
+    def test_form_explains_nothing_that_is_not_replicated(self, main):
+        wanted = "not replicated" if main.high < 0 else "cannot tell"
+        assert self.verdict(main, (effect(-2, -1), effect(-2, -1))) == wanted
+
+    def test_claims_about_what_is_read_at_t_inst_have_them(self):
+        assert [n for n, one in enumerate(CLAIMS, 1) if one.form] == [2, 3, 7, 8, 9]
+
+
+class TestTheClaims:
+    def test_nine_and_four_findings(self):
+        assert len(CLAIMS) == 13
+
     def test_each_can_be_decided_both_ways(self):
-        assert len(CLAIMS) == 9
         for one in CLAIMS:
-            good = {c.effect: effect(*inside(c)) for c in one.conditions}
+            good = all_good(one)
             assert one.verdict(good) == "replicated"
             for c in one.conditions:
-                assert one.verdict(good | {c.effect: effect(*outside(c))}) == "not replicated"
-                assert one.verdict({k: v for k, v in good.items() if k != c.effect}) == (
-                    "cannot tell"
-                )
+                bad = with_effect(good, one, c, effect(*outside(c)))
+                assert one.verdict(bad) == "not replicated"
+                assert one.verdict(with_effect(good, one, c, None)) == "cannot tell"
+            for c in one.form:
+                bad = with_effect(good, one, c, effect(*outside(c)))
+                assert one.verdict(bad) == "replicated, but form explains it"
 
-    def test_each_is_measured_by_one_experiment(self):
+    def test_each_is_measured_by_experiments_of_the_study(self):
         from latentguard.study.run import EXPERIMENTS
 
-        assert {one.experiment for one in CLAIMS} <= set(EXPERIMENTS)
         for one in CLAIMS:
-            names = [c.effect for c in one.conditions]
+            every = (*one.conditions, *one.form)
+            assert {c.experiment or one.experiment for c in every} <= set(EXPERIMENTS)
+            names = [c.effect for c in every]
             assert len(set(names)) == len(names)
-            assert all(c.above is not None or c.below is not None for c in one.conditions)
+            assert all(c.above is not None or c.below is not None for c in every)
 
 
 class TestSection:
     def test_nothing_has_run(self):
         claims, conditions = claims_section({}).parts
-        assert [row[0] for row in claims.rows] == list(range(1, 10))
+        assert [row[0] for row in claims.rows] == list(range(1, 14))
         assert {row[3] for row in claims.rows} == {"not run"}
         assert conditions.rows == ()
 
     def test_nothing_was_measured(self):
         claims, conditions = claims_section({one.experiment: {} for one in CLAIMS}).parts
         assert {row[3] for row in claims.rows} == {"cannot tell"}
-        assert len(conditions.rows) == sum(len(one.conditions) for one in CLAIMS)
-        assert {row[2:] for row in conditions.rows} == {(None, None, None, None, "cannot tell")}
+        assert len(conditions.rows) == sum(len(one.conditions) + len(one.form) for one in CLAIMS)
+        assert {row[3:] for row in conditions.rows} == {(None, None, None, None, "cannot tell")}
 
     def test_each_effect_beside_its_claim(self):
         first = CLAIMS[0]
@@ -151,18 +224,23 @@ class TestSection:
         measured = replace(effect(0.1, 0.3), value=0.17, n=(30, 4))
         claims, conditions = claims_section({first.experiment: {name: measured}}).parts
         assert claims.rows[0] == (1, first.name, first.where, "replicated", first.paper)
-        assert conditions.rows[0] == (1, f"{name} > 0", 0.17, 0.1, 0.3, 34, "replicated")
+        row = (1, "the claim", f"{name} > 0", 0.17, 0.1, 0.3, 34, "replicated")
+        assert conditions.rows[0] == row
         assert {row[3] for row in claims.rows[1:]} == {"not run"}
 
+    def test_conditions_of_form_are_named_so(self):
+        effects = merged(all_good(one) for one in CLAIMS)
+        asks = [(row[0], row[1]) for row in claims_section(effects).parts[1].rows]
+        assert ("form" in {what for n, what in asks if n == 2}) and (1, "form") not in asks
+
     def test_claims_about_refused_prompts_need_such(self):
-        effects = {
-            one.experiment: {c.effect: effect(*inside(c)) for c in one.conditions} for one in CLAIMS
-        }
+        effects = merged(all_good(one) for one in CLAIMS)
         whole, few = (claims_section(effects, refused=refused) for refused in (True, False))
         assert {row[3] for row in whole.parts[0].rows} == {"replicated"}
         told = {row[0] for row in few.parts[0].rows if row[3] != "cannot tell"}
-        assert told == {1, 6, 8} == {row[0] for row in few.parts[1].rows if row[-1] == "replicated"}
-        assert "claims 2, 3, 4, 5, 7, 9" in few.text
+        assert told == {1, 6, 8, 11}
+        assert told == {row[0] for row in few.parts[1].rows if row[-1] == "replicated"}
+        assert "claims 2, 3, 4, 5, 7, 9, 10, 12, 13" in few.text
         assert "Too few" not in whole.text
 
     def test_an_effect_of_another_experiment_is_not_taken(self):
@@ -173,6 +251,34 @@ class TestSection:
     def test_rows_fit_their_heads(self):
         for table in claims_section({one.experiment: {} for one in CLAIMS}).parts:
             assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def name_of(condition):
+    return f"{condition.effect}: a kind" if condition.each else condition.effect
+
+
+def all_good(one):
+    """Effects with which a claim is replicated."""
+    effects = {}
+    for c in (*one.conditions, *one.form):
+        of = effects.setdefault(c.experiment or one.experiment, {})
+        of[name_of(c)] = effect(*inside(c))
+    return effects
+
+
+def with_effect(effects, one, condition, found):
+    """The same with another effect, or without it."""
+    at = condition.experiment or one.experiment
+    of = {name: e for name, e in effects[at].items() if name != name_of(condition)}
+    return effects | {at: of | ({name_of(condition): found} if found else {})}
+
+
+def merged(every):
+    found = {}
+    for effects in every:
+        for experiment, of in effects.items():
+            found.setdefault(experiment, {}).update(of)
+    return found
 
 
 def inside(condition):
@@ -186,5 +292,5 @@ def inside(condition):
 
 def outside(condition):
     if condition.above is not None:
-        return condition.above - 0.02, condition.above - 0.01
-    return condition.below + 0.01, condition.below + 0.02
+        return condition.above - 0.5, condition.above - 0.4
+    return condition.below + 0.4, condition.below + 0.5

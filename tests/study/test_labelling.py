@@ -109,6 +109,8 @@ class TestMaterial:
         other = asked("held_out", *prompts(90, harmful=True, refused=True, name="b"))
         few, many = (prompt_groups_of([plain, other], pools(), Settings(test=n)) for n in (5, 60))
         assert set(few.test["refused_harmful"]) < set(plain.prompts)
+        sources = [p in set(plain.prompts) for p in many.every_source]
+        assert len(sources) == 60 and 0 < sum(sources) < 40  # the earlier set takes all alike
         left = [p for p in plain.prompts if not is_fit_side(p)]
         assert set(left) < set(many.test["refused_harmful"])
         assert len(many.test["refused_harmful"]) == 60

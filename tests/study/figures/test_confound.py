@@ -12,11 +12,25 @@ from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt
 from latentguard.report.document import Figure
 from latentguard.states import Fingerprint, States
-from latentguard.stats.detection import auroc, estimate_metric, separation, win_matrix
-from latentguard.study.detectors import LENGTH, NGRAMS, RANDOM, belief_detector, control_detectors
+from latentguard.stats.detection import separation, win_matrix
+from latentguard.study.detectors import (
+    FORM,
+    LENGTH,
+    NGRAMS,
+    RANDOM,
+    belief_detector,
+    control_detectors,
+)
 from latentguard.study.figures.confound.collect import OWN, PLAIN, ReadSet, Records, collect
 from latentguard.study.figures.confound.readings import MATCHED, PAPER, SEALED
-from latentguard.study.figures.confound.report import AGAIN, LOSS, analyse
+from latentguard.study.figures.confound.report import (
+    AGAIN,
+    KEPT,
+    LOSS,
+    OVER_FORM,
+    SEALED_BELIEF,
+    analyse,
+)
 from latentguard.study.figures.confound.surface_table import features, guessed
 from latentguard.study.prompt_groups import PromptGroups
 
@@ -58,10 +72,34 @@ def test_what_the_axis_loses_on_form_matched_sets_is_measured(settings):
     assert finding.effects[LOSS].n == (72, 72)
     assert finding.effects[LOSS].low > 0.1
     rows = {(r[0], r[1]): r[2:] for r in table(finding, "Harmful or harmless, again").rows}
-    assert rows[OWN, PAPER] == (1.0, 1.0, 1.0, 24, 24)
+    assert (rows[OWN, PAPER][0], *rows[OWN, PAPER][2:]) == (1.0, 1.0, 24, 24)
+    assert 0.85 < rows[OWN, PAPER][1] < 1  # 24 prompts a side are not without doubt
     assert rows[OWN, LENGTH][0] == 0.0
     assert rows["a", PAPER][0] == pytest.approx(0.5)
     assert rows["a", PAPER][1] < 0.5 < rows["a", PAPER][2]
+
+
+@pytest.mark.parametrize("outlasts", [True, False])
+def test_form_is_what_matched_sets_leave_nothing_of(settings, outlasts):
+    """The axis tells the paper's own groups apart; the matched set, or not."""
+    matched = planted("a", tells=outlasts)
+    by_form = planted("a", tells=False).harmful[PAPER]
+    matched = replace(matched, harmful=dict(matched.harmful) | {FORM: by_form})
+    own = planted(OWN, tells=True)
+    effects = analyse(Records({}, (own, matched), "note"), settings).effects
+    assert effects[KEPT].value == pytest.approx(0.25 if outlasts else -0.25)
+    assert effects[OVER_FORM].value == pytest.approx(0.5 if outlasts else 0)
+    assert effects[KEPT].low > 0 if outlasts else effects[KEPT].high < 0
+    assert (effects[OVER_FORM].low > 0.1) is outlasts
+
+
+def test_the_sealed_reading_places_the_misbehaving_groups(settings):
+    own = planted(OWN, tells=True)
+    scores = np.array([[1.0 if p.harmful else -1.0 for p in own.prompts]])
+    own = replace(own, harmful=dict(own.harmful) | {SEALED: scores})
+    effects = analyse(Records({}, (own,), "note"), settings).effects
+    assert effects[f"{SEALED_BELIEF} of refused harmless"].value == -1
+    assert effects[f"{SEALED_BELIEF}, accepted harmful minus refused harmless"].value == 2
 
 
 def test_the_mean_of_accepted_harmful_prompts_is_theirs_alone(settings):
@@ -105,10 +143,7 @@ def test_areas_are_those_of_sklearn_and_a_mean_over_draws():
     assert found.value == pytest.approx(np.mean(wanted))
     assert found.low < found.value < found.high
     assert found.n == (11, 8)
-    slow = estimate_metric(auroc, labels, np.concatenate([up[0], down[0]]))
-    quick = separation(up[:1], down[:1])
-    assert quick.value == pytest.approx(slow.value)
-    assert (quick.low, quick.high) == pytest.approx((slow.low, slow.high), abs=0.05)
+    assert separation(up[0], down[0]).value == pytest.approx(wanted[0])
     with pytest.raises(GuardError, match="found 3 and 0"):
         separation(up[:, :3], down[:, :0])
 
@@ -157,18 +192,19 @@ def test_controls_are_turned_by_the_prompts_that_they_were_fitted_on():
     fit, other = planted_states(), planted_states(seed=1)
     harmful = np.array([p.harmful for p in fit.prompts])
     rules = control_detectors(Axis.fit(fit, "t_inst"), fit, 3)
-    assert list(rules) == [RANDOM, LENGTH, NGRAMS]
+    assert list(rules) == [RANDOM, LENGTH, NGRAMS, FORM]
     found = {name: rule(fit) for name, rule in rules.items()}
     assert {name: scores.shape for name, scores in found.items()} == {
         RANDOM: (3, 24),
         LENGTH: (1, 24),
         NGRAMS: (1, 24),
+        FORM: (1, 24),
     }
     for name in (RANDOM, LENGTH):
         up, down = found[name][:, harmful].mean(1), found[name][:, ~harmful].mean(1)
         assert (up > 0).all()
         assert up == pytest.approx(-down)  # 0 lies midway
-    for name in (LENGTH, NGRAMS):
+    for name in (LENGTH, NGRAMS, FORM):
         assert ((rules[name](other)[0] > 0) == harmful).all()
     again = control_detectors(Axis.fit(fit, "t_inst"), fit, 3)[RANDOM](other)
     assert (again == rules[RANDOM](other)).all()
@@ -178,7 +214,7 @@ def test_end_to_end(cached_model, prompt_groups, settings, monkeypatch):
     records = collect(cached_model, prompt_groups, settings)
     fitted = {p.text for group in prompt_groups.fit.values() for p in group}
     assert [one.name for one in records.sets] == [OWN, PLAIN, "contrast"]
-    readings = [PAPER, MATCHED, SEALED, RANDOM, LENGTH, NGRAMS]
+    readings = [PAPER, MATCHED, SEALED, RANDOM, LENGTH, NGRAMS, FORM]
     for one in records.sets:
         assert not fitted & {p.text for p in one.prompts}
         assert list(one.harmful) == readings
@@ -186,7 +222,9 @@ def test_end_to_end(cached_model, prompt_groups, settings, monkeypatch):
             draws = settings.random_draws if name == RANDOM else 1
             assert scores.shape == (draws, len(one.prompts))
     finding = analyse(records, settings)
-    assert set(finding.effects) == {AGAIN, LOSS}
+    sealed = f"{SEALED_BELIEF} of refused harmless"
+    gap = f"{SEALED_BELIEF}, accepted harmful minus refused harmless"
+    assert set(finding.effects) == {AGAIN, LOSS, KEPT, OVER_FORM, sealed, gap}
     figures = [part for part in finding.section.parts if isinstance(part, Figure)]
     assert len(figures) == 1
     assert len(table(finding, "Surface audit").rows) > 8
@@ -214,4 +252,4 @@ def test_a_model_that_does_not_refuse_has_no_refusal_rows(cached_model, prompt_g
     assert not any(PAPER in one.refuse for one in records.sets)
     finding = analyse(records, settings)
     assert any("No refusal axis" in sentence for sentence in finding.caveats)
-    assert set(finding.effects) == {AGAIN}
+    assert set(finding.effects) == {AGAIN, OVER_FORM}

@@ -1,15 +1,20 @@
 """Figure 3: planted planes with known correlations, and the tiny model end to end."""
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import pearsonr
 
 from latentguard.prompts import Prompt
+from latentguard.study.axes import fit_axes
 from latentguard.study.figures.figure_03_beliefs import (
+    BEHAVING,
     CONTROLS,
     Records,
+    _random,
     analyse,
     collect,
     correlation,
@@ -35,7 +40,8 @@ def planted(centres, n=30, refuse=True):
     beliefs = np.concatenate(rows)
     if not refuse:
         beliefs[:, 1] = np.nan
-    chance = {"kind": tuple(rng.standard_normal((CONTROLS, len(beliefs), 2)))}
+    behaving = sum(p.group in BEHAVING for p in prompts)
+    chance = {"kind": tuple(rng.standard_normal((CONTROLS, behaving, 2)))}
     return Records(tuple(prompts), beliefs, chance if refuse else {}, "Centroids: planted")
 
 
@@ -58,9 +64,9 @@ def test_the_papers_pattern():
     assert effects["Delta_harmful of refused harmless"].high < 0
     assert effects["Delta_refuse of refused harmless"].low > 0
     assert effects["Delta_harmful of accepted harmful"].low > 0
-    plain, beyond = (effects[f"correlation of beliefs{end}"] for end in ("", " beyond chance"))
-    assert beyond.low < plain.low and beyond.high > plain.high
-    assert beyond.value == pytest.approx(plain.value, abs=0.1)
+    assert effects["correlation of beliefs in the behaving groups"].low > 0.95
+    assert effects["chance planes as correlated: kind"].value == 0
+    assert effects["chance planes as correlated: kind"].high < 0.05
     rows = {row[0]: row[1:] for row in tables(finding)["Correlation of both beliefs"].rows}
     assert rows["refused harmful and accepted harmless"][0] > 0.95
     assert rows["accepted harmful and refused harmless"][0] < -0.9
@@ -68,6 +74,31 @@ def test_the_papers_pattern():
     sides = {row[:2]: row[2:] for row in tables(finding)["Beliefs of the four groups"].rows}
     assert sides["refused harmless", "\u0394 harmful"][4] == 0.0
     assert sides["refused harmless", "\u0394 refuse"][4] == 1.0
+
+
+def test_all_four_groups_together_may_hide_a_perfect_pattern():
+    """Label and refusal part in two groups, so over all four they need not correlate."""
+    square = {g: (0.1 * (1 if h else -1), 0.1 * (1 if r else -1)) for g, (h, r) in GROUPS.items()}
+    finding = analyse(planted(square), Settings())
+    rows = {row[0]: row[1] for row in tables(finding)["Correlation of both beliefs"].rows}
+    assert abs(rows["all four groups"]) < 0.1
+    assert finding.effects["correlation of beliefs in the behaving groups"].low > 0.9
+
+
+def test_chance_that_is_as_correlated_is_counted():
+    records = planted(PAPER)
+    behaving = records.beliefs[[p.group in BEHAVING for p in records.prompts]]
+    half = [behaving if k % 2 else planes for k, planes in enumerate(records.chance["kind"])]
+    finding = analyse(replace(records, chance={"kind": tuple(half)}), Settings())
+    assert finding.effects["chance planes as correlated: kind"].value == pytest.approx(0.5)
+
+
+def test_random_directions_differ_at_both_positions(cached_model, prompt_groups):
+    """One direction for both would make any states that share something correlate."""
+    axes = fit_axes(cached_model, prompt_groups, enough=2)
+    for harmful, refuse in islice(_random(axes.harmful, axes.refuse), 3):
+        cosine = torch.cosine_similarity(harmful.direction, refuse.direction, dim=-1)
+        assert (cosine.abs() < 0.9).all()
 
 
 def test_correlation_is_pearsons():
@@ -105,7 +136,7 @@ def test_end_to_end(cached_model, prompt_groups, settings):
     assert len(records.prompts) == 24 and np.isfinite(records.beliefs).all()
     assert {len(planes) for planes in records.chance.values()} == {CONTROLS}
     finding = analyse(records, settings)
-    assert len(finding.effects) == 5 and not finding.caveats
+    assert len(finding.effects) == 6 and not finding.caveats
     cached_model.uncached = Silent(cached_model.uncached)
     again = collect(cached_model, prompt_groups, settings)
     np.testing.assert_array_equal(records.beliefs, again.beliefs)

@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 
 from latentguard.prompts import Prompt
 from latentguard.report.document import Report
-from latentguard.stats.bootstrap import bootstrap, bootstrap_mean
-from latentguard.stats.detection import auroc, auroc_interval, estimate_metric, win_matrix
+from latentguard.stats.bootstrap import bootstrap_mean
+from latentguard.stats.detection import auroc_interval, win_matrix
 from latentguard.study.attacks import TARGET, TEMPLATES, AttackSet
 from latentguard.study.cached_model import CachedModel, Tools
 from latentguard.study.figures import figure_06_jailbreaks as jailbreaks
@@ -21,8 +21,11 @@ from latentguard.study.figures.figure_06_jailbreaks.report import (
     ADDED,
     HARMFUL,
     INSIDE,
+    KEPT,
     LOWER,
+    OVER_FORM,
     REFUSE,
+    SEALED,
 )
 from latentguard.study.settings import Settings
 from study.figures.planted import Planted, Silent
@@ -39,7 +42,10 @@ def believed(name, harmful, refuse=()):
 def attack(kind, beliefs, accepted, wrapped=(), bare=(), family=None, **how):
     twins = tuple(Prompt(f"twin {n}") for n in range(len(wrapped)))
     known = tuple(range(len(beliefs.prompts))) if len(wrapped) else ()
-    attack_set = AttackSet(kind, family or kind, beliefs.prompts, known, twins, twins, **how)
+    frames = tuple(f"{{instruction}} {kind} {n}" for n in known)
+    attack_set = AttackSet(
+        kind, family or kind, beliefs.prompts, known, frames, twins, twins, **how
+    )
     sides = (np.asarray(side, dtype=float) for side in (wrapped, bare))
     return Attack(attack_set, beliefs, tuple(accepted), *sides)
 
@@ -70,32 +76,67 @@ class TestEffects:
             True, True, False, None
         ])  # fmt: skip
         found = jailbreaks.analyse(records([one]), FEW).effects
-        assert found[HARMFUL].value == pytest.approx(0.15)
-        assert found[REFUSE].value == pytest.approx(-0.2)
-        assert found[LOWER].value == pytest.approx(-0.2 - 0.3)
-        assert found[HARMFUL].n == found[REFUSE].n == (2, 0)
-        assert found[LOWER].n == (2, 2)
-        assert found[f"{HARMFUL}: suffix"] == found[HARMFUL]
-        assert found[f"{REFUSE}: suffix"] == found[REFUSE]
+        assert found[f"{HARMFUL}: suffix"].value == pytest.approx(0.15)
+        assert found[f"{REFUSE}: suffix"].value == pytest.approx(-0.2)
+        assert found[f"{LOWER}: suffix"].value == pytest.approx(-0.2 - 0.3)
+        assert found[f"{HARMFUL}: suffix"].n == found[f"{REFUSE}: suffix"].n == (2, 0)
+        assert found[f"{LOWER}: suffix"].n == (2, 2)
 
     @pytest.mark.parametrize("name", ["persuasion", "Persuasive", "PAP", "pap (logical appeal)"])
-    def test_families_are_pooled(self, name):
+    def test_the_claim_is_about_each_given_kind_but_persuasion(self, name):
+        """Own templates and persuasion are shown beside it: no condition takes their names."""
         kinds = [
             attack("own template: a", believed("a", [0.1]), [True], family="own templates"),
             attack("own template: b", believed("b", [0.5]), [True], family="own templates"),
             attack(name, believed("p", [-0.6, -0.6]), [True, True]),
+            attack("suffix", believed("s", [0.2, 0.4]), [True, True]),
+            attack("own suffixes", believed("o", [0.6, 0.8]), [True, True]),
         ]
         finding = jailbreaks.analyse(records(kinds), FEW)
         found = finding.effects
-        assert found[f"{HARMFUL}: own templates"].value == pytest.approx(0.3)
-        assert found[f"{HARMFUL}: {name}"].value == pytest.approx(-0.6)
-        assert found[HARMFUL].value == pytest.approx(0.3)  # the paper's claim spares persuasion
-        assert f"exempt from the claim: {name}." in finding.section.text
-        (table,) = (p for p in finding.section.parts if p.title == "Beliefs under attack")
-        shown = {row[:2]: row[2] for row in table.rows}
-        assert (
-            shown["all accepted attacks but persuasion", "\u0394 harmful"] == found[HARMFUL].value
+        assert found[f"{HARMFUL}, own templates"].value == pytest.approx(0.3)
+        assert found[f"{HARMFUL}, {name}"].value == pytest.approx(-0.6)
+        claimed = {key for key in found if key.startswith(f"{HARMFUL}: ")}
+        assert claimed == {f"{HARMFUL}: suffix", f"{HARMFUL}: own suffixes"}
+        assert f"Shown beside the claim: own templates, {name}." in finding.section.text
+        shown = values_of(finding, "Beliefs under attack")
+        whole = shown["all accepted attacks of the claim", "\u0394 harmful"]
+        assert whole == pytest.approx(0.5)
+
+    def test_requests_and_templates_are_drawn_each_on_its_own(self):
+        """Two templates far apart, ten requests each: the templates decide the interval."""
+        values = np.repeat([-1.0, 1.0], 10) + 0.01 * np.random.default_rng(0).normal(size=20)
+        prompts = tuple(Prompt(f"t{k % 2} {k // 2}", pair=f"r{k % 10}") for k in range(20))
+        wrappers = tuple(f"template {k // 10}" for k in range(20))
+        beliefs = Beliefs(prompts, values, values - 5, wrappers)
+        one = attack("template", beliefs, [True] * 20)
+        wide = jailbreaks.analyse(records([one]), FEW).effects[f"{HARMFUL}: template"]
+        assert wide.low < -0.9 < 0.9 < wide.high
+
+    @pytest.mark.parametrize("reads", ["request", "form"])
+    def test_form_matched_pairs_inside_the_wrapper_decide(self, reads):
+        """A belief in the request tells twins apart; one in their form does not."""
+        n, rng = 30, np.random.default_rng(0)
+        pairs = tuple(
+            Prompt(f"{k} {side}", harmful=side) for k in range(n) for side in (True, False)
         )
+        harm = np.array([1.0 if p.harmful else -1.0 for p in pairs])
+        values = (harm if reads == "request" else 0) + 0.3 * rng.normal(size=2 * n)
+        one = attack(
+            "suffix", believed("s", rng.normal(1, 0.3, n)), [True] * n, -np.ones(n), np.ones(n)
+        )
+        one = replace(
+            one,
+            attack_set=replace(one.attack_set, matched=pairs),
+            sealed=np.ones(n),
+            matched=values,
+            matched_form=rng.normal(size=2 * n),
+        )
+        found = jailbreaks.analyse(records([one]), FEW).effects
+        assert found[f"{SEALED}: suffix"].value == 1
+        assert (found[KEPT].low > 0) is (reads == "request")
+        assert (found[OVER_FORM].low > 0.1) is (reads == "request")
+        assert (found[KEPT].high < 0) is (reads == "form")
 
     def test_too_few_give_no_effect_but_a_sentence(self):
         one = attack("suffix", believed("s", [0.1, 0.2, 0.3]), [True, False, None])
@@ -174,22 +215,6 @@ class TestBootstrap:
         assert found.value == pytest.approx(roc_auc_score(labels, scores))
         assert 0 <= found.low <= found.high <= 1
 
-    def test_intervals_are_those_of_the_plain_bootstrap(self):
-        rng = np.random.default_rng(2)
-        a, b = rng.normal(0.5, 1, 40), rng.normal(0, 1, 60)
-        plain = estimate_metric(auroc, [True] * 40 + [False] * 60, [*a, *b])
-        found = auroc_interval(win_matrix(a, b))
-        assert (found.low, found.high) == (
-            pytest.approx(plain.low, abs=0.015),
-            pytest.approx(plain.high, abs=0.015),
-        )
-        gap, plain = bootstrap_mean(a, minus=b), bootstrap(lambda x, y: x.mean() - y.mean(), a, b)
-        assert gap.value == pytest.approx(plain.value)
-        assert (gap.low, gap.high) == (
-            pytest.approx(plain.low, abs=0.05),
-            pytest.approx(plain.high, abs=0.05),
-        )
-
     def test_pool(self):
         one = attack("a", believed("a", [1, 2, 3], [4, 5, 6]), [True, False, None])
         two = attack("b", believed("b", [7], [8]), [True])
@@ -246,7 +271,7 @@ class TestShown:
         one = attack("s", believed("s", [0.1, 0.2], None), [True, True])
         none = believed("r", [0.3], None), believed("h", [0.0], None)
         finding = jailbreaks.analyse(records([one], *none), FEW)
-        assert set(finding.effects) == {HARMFUL, f"{HARMFUL}: s"}
+        assert set(finding.effects) == {f"{HARMFUL}: s"}
         assert not any(hasattr(part, "plot") for part in finding.section.parts)
         assert any("refuse is not known" in one for one in finding.caveats)
 

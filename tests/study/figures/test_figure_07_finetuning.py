@@ -14,6 +14,7 @@ from latentguard.prompts import Prompt, Reply
 from latentguard.report.document import Report
 from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel, Tools
+from latentguard.study.claims import CLAIMS
 from latentguard.study.figures import figure_07_finetuning as finetuning
 from latentguard.study.figures.figure_07_finetuning import snapshot as looking
 from latentguard.study.figures.figure_07_finetuning import training_pairs
@@ -349,9 +350,8 @@ class TestMissing:
         assert Report("r", (finding.section,)).html()
 
 
-def stage(name, count, refused, scale=1.0, **rest):
+def stage(name, count, refused, scale=1.0, n=20, **rest):
     """20 harmful prompts with beliefs scale * (0.1, 0.3), 20 harmless ones with their reverse."""
-    n = 20
     beliefs = np.repeat([1.0, -1.0], n)[:, None] * np.array([0.1, 0.3])
     return Stage(
         name,
@@ -408,6 +408,44 @@ class TestAnalysis:
         gap = effects["change of Delta_harmful over its gap to harmless"]  # 0.2 to -0.2
         assert gap.value == pytest.approx((scale - 1) / 2)
         assert effects["guard recall after minus before"].value == recall
+
+    @pytest.mark.parametrize("reads", ["harm", "text"])
+    def test_a_score_that_is_a_function_of_the_text_is_explained_by_form(self, settings, reads):
+        """Fine-tuning cannot change it: every other condition holds, form-matched ones do not."""
+        rng = np.random.default_rng(0)
+        matched = tuple(Prompt(f"pair {k // 2} {k % 2}", harmful=k % 2 == 0) for k in range(60))
+        form = rng.normal(size=60)
+        harm = np.array([1.0 if p.harmful else -1.0 for p in matched])
+        values = form if reads == "text" else harm + 0.3 * rng.normal(size=60)
+        beliefs = [0.2] * 40 + [-0.2] * 40
+        control = dict(matched=values.tolist(), sealed=beliefs, n=40)
+        stages = (stage("before", 0, 40, **control), stage("50 pairs", 50, 0, **control))
+        records = replace(
+            planted_records(*stages, n=40),
+            matched=matched,
+            form=tuple(form),
+        )
+        effects = finetuning.analyse(records, replace(settings, enough=10)).effects
+        wanted = "replicated" if reads == "harm" else "replicated, but form explains it"
+        assert CLAIMS[8].verdict({"finetuning": effects}) == wanted
+
+    def test_the_earlier_test_set_is_shown_and_decides_nothing(self, settings):
+        """Refused harmful prompts of every source: half of them lose their belief."""
+        before = stage("before", 0, 20, every_source=[0.3] * 20, every_source_refused=[True] * 20)
+        after = stage(
+            "50 pairs", 50, 0, every_source=[0.3, -0.3] * 10, every_source_refused=[False] * 20
+        )
+        finding = finetuning.analyse(planted_records(before, after), settings)
+        found = finding.effects
+        assert found["guard recall after minus before"].value == 0
+        assert found["guard recall after minus before, every source"].value == -0.5
+        gap = found["change of Delta_harmful over its gap to harmless, every source"]
+        assert gap.value == pytest.approx(-0.3 / 0.5)
+        assert found["refusal rate drop after fine-tuning, every source"].value == 1
+        shown = rows_of(finding, "Changes by fine-tuning")
+        assert shown["50 pairs", "guard recall after minus before, every source"][0] == -0.5
+        named = {c.effect for one in CLAIMS for c in one.conditions}
+        assert not any(name.endswith("every source") for name in named)
 
     @pytest.mark.parametrize(("scale", "told"), [(1, True), (-1, False)])
     def test_a_guard_that_caught_nothing_has_nothing_to_lose(self, settings, scale, told):

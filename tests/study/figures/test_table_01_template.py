@@ -71,11 +71,11 @@ class TestAnalyse:
 
     def test_the_claim_asks_for_it(self):
         (claim,) = [one for one in CLAIMS if one.experiment == "template"]
-        assert claim.verdict(analyse(self.PLANTED, Settings()).effects) == "replicated"
+        assert claim.verdict(effects_of(self.PLANTED)) == "replicated"
         same = records((True, True, True, 30))
-        assert claim.verdict(analyse(same, Settings()).effects) == "cannot tell"
+        assert claim.verdict(effects_of(same)) == "cannot tell"
         more = records((False, True, True, 30), (True, True, True, 5))
-        assert claim.verdict(analyse(more, Settings()).effects) == "not replicated"
+        assert claim.verdict(effects_of(more)) == "not replicated"
 
     @pytest.mark.parametrize("count", [0, 1, 9])
     def test_too_few_answer(self, count):
@@ -194,3 +194,7 @@ class TestProtocol:
         asked = collect(cached_model, groups, replace(settings, test=8, protocol=protocol)).prompts
         wanted = {"controlled": {"advbench", "jbb"}, "paper": {"advbench"}}[protocol]
         assert {p.source for p in asked} == wanted
+
+
+def effects_of(planted):
+    return {"template": analyse(planted, Settings()).effects}

@@ -13,7 +13,7 @@ from latentguard.report.document import Figure
 from latentguard.states import Fingerprint, Reading, States
 from latentguard.stats.bounds import threshold_for_fpr
 from latentguard.study.cached_model import CachedModel, Tools
-from latentguard.study.detectors import LENGTH, NGRAMS, RANDOM
+from latentguard.study.detectors import FORM, LENGTH, NGRAMS, RANDOM
 from latentguard.study.figures.table_03_guards.collect import Records, collect
 from latentguard.study.figures.table_03_guards.compared_guards import (
     LINEAR,
@@ -318,7 +318,7 @@ def test_end_to_end(model, tmp_path, large, monkeypatch):
     )
     monkeypatch.setattr(cached_model, "judge", lambda reply: "accepted")
     records = collect(cached_model, prompt_groups, settings)
-    rules = [PAPER, LINEAR, RANDOM, LENGTH, NGRAMS, "some/guard"]
+    rules = [PAPER, LINEAR, RANDOM, LENGTH, NGRAMS, FORM, "some/guard"]
     assert [g.name for g in records.groups][:3] == [
         "jailbreak: suffix",
         "refused harmless",

@@ -142,7 +142,9 @@ def _correlation_effects(
         drawn = np.array([correlation(one) for one in planes])
         known = drawn[np.isfinite(drawn)]
         if len(known):
-            effects[f"chance planes as correlated: {kind}"] = proportion(known >= found.value)
+            effects[f"chance planes as correlated: {kind}"] = proportion(
+                known >= found.value - 1e-9
+            )
     return effects
 
 

@@ -128,7 +128,8 @@ def _mean(values: Floats, pool: Beliefs, *, minus: Floats | None = None) -> Esti
 
 def _sealed(attacks: Sequence[Attack]) -> Beliefs:
     """The accepted attacks as the sealed reading has them."""
-    return pooled([replace(a, beliefs=replace(a.beliefs, harmful=a.sealed)) for a in attacks])
+    read = [a for a in attacks if len(a.sealed)]
+    return pooled([replace(a, beliefs=replace(a.beliefs, harmful=a.sealed)) for a in read])
 
 
 def _form_effects(attacks: Sequence[Attack], enough: int) -> dict[str, Estimate]:

@@ -101,7 +101,9 @@ def of_every_source(before: Stage, after: Stage, harmless: Floats) -> dict[str, 
 def of_form(before: Stage, after: Stage, records: Records) -> dict[str, Estimate]:
     """Whether what is left after the attack is more than form."""
     harmful = labelled(records, harmful=True)
-    found = {}
+    found: dict[str, Estimate] = {}
+    if harmful.all() or not harmful.any():
+        return {}
     if len(after.sealed):
         change = np.array(after.sealed) - np.array(before.sealed) / 2
         gap = bootstrap_mean(change[harmful], minus=change[~harmful])
