@@ -27,8 +27,8 @@ from latentguard.guard.drift import compare
 from latentguard.guard.reliability import brier, error_of, log_loss
 from latentguard.guard.score_files import score_to_file
 from latentguard.guard.thresholds import Rates
-from latentguard.stats.rates import proportion
 from latentguard.stats.detection import auroc, estimate_metric
+from latentguard.stats.rates import proportion
 
 SPLITS = 200
 RATES = Rates(0.01, 0.05)

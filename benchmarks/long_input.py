@@ -35,9 +35,9 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Message, Prompt
-from latentguard.stats.rates import proportion
 from latentguard.stats.detection import auroc, estimate_metric, tpr_at
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 
 FIGURES = {"AUROC": auroc, "TPR at 5% FPR": tpr_at(0.05), "TPR at 1% FPR": tpr_at(0.01)}
 RULES = {

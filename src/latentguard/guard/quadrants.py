@@ -23,8 +23,8 @@ from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.report.document import Table
 from latentguard.stats.bounds import threshold_for_fpr
-from latentguard.stats.rates import proportion
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 
 HARMFUL = ("harmless", "harmful")
 REFUSING = ("accepting", "refusing")

@@ -13,10 +13,9 @@ from latentguard.report import charts
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.robustness.suite import AttackedPrompts
 from latentguard.robustness.weights import WeightsObservation
-from latentguard.stats.rates import share
-from latentguard.stats.rates import proportion
-from latentguard.stats.detection import auroc_interval
+from latentguard.stats.detection import auroc_interval, combine_areas
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion, share
 
 Scores = NDArray[np.float64]
 """Scores of k variants of n prompts, [k n]; of the unchanged prompts, [1 n]."""
@@ -126,7 +125,8 @@ def bootstrap_auroc(scores: Scores, harmful: NDArray[np.bool_]) -> Estimate:
 
 def _auroc_change(scores: Scores, original_scores: Scores, harmful: NDArray[np.bool_]) -> Estimate:
     """Return AUROC under attack minus AUROC without, over the same draws of prompts."""
-    return auroc_interval(_win_rates(scores, harmful) - _win_rates(original_scores, harmful))
+    change = _win_rates(scores, harmful) - _win_rates(original_scores, harmful)
+    return combine_areas([change], [1.0], undecided=0.0)
 
 
 def _win_rates(scores: Scores, harmful: NDArray[np.bool_]) -> Scores:

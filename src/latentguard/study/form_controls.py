@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.data.surface_audit import ending, form, ngram_scores
+from latentguard.data.surface_audit import ending_class, form_class, ngram_scores
 from latentguard.prompts import Prompt
 from latentguard.states import Reading
 from latentguard.stats.detection import combine_areas
@@ -97,5 +97,5 @@ def _with_shape(prompt: Prompt) -> Prompt:
     """The prompt with words that name its ending, its form and its length."""
     text = prompt.text
     length = int(np.log2(1 + len(text.split())))
-    shape = f"ending{ENDINGS[ending(text)]} form{form(text)} length{length}"
+    shape = f"ending{ENDINGS[ending_class(text)]} form{form_class(text)} length{length}"
     return replace(prompt, text=f"{text} {shape}")

@@ -7,13 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from latentguard.prompts import Group, Prompt
-<<<<<<< HEAD
 from latentguard.report.document import Cell, Section, Table
 from latentguard.stats.rates import proportion
-=======
-from latentguard.report.document import Section, Table
-from latentguard.stats.rates import proportion
->>>>>>> 5d79bb6 (Intervals for few prompts: BCa, adjusted differences of rates, areas with undecided prompts; planted model and worlds)
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Outcome, refused
@@ -112,14 +107,16 @@ def _groups_of_the_paper(
         fit[group] = tuple(sample_prompts(chosen, settings.fit, seed=settings.seed))
     used = {pair_key(p) for group in fit.values() for p in group}
     test: dict[Group, tuple[Prompt, ...]] = {}
+    every_source: tuple[Prompt, ...] = ()
     for group in GROUPS:
         rest = [p for p in rows.values() if p.group == group and pair_key(p) not in used]
         if group == "accepted_harmful" and held_out:
             rest = [p for p in rest if p.text in held_out]
         elif group == "refused_harmful":
+            every_source = tuple(sample_prompts(rest, settings.test, seed=settings.seed))
             rest = [p for p in rest if p.text not in held_out]
         test[group] = tuple(sample_prompts(rest, settings.test, seed=settings.seed))
-    return PromptGroups(pools, fit, test)
+    return PromptGroups(pools, fit, test, every_source)
 
 
 def analyse(asked: Sequence[Asked], prompt_groups: PromptGroups, settings: Settings) -> Finding:

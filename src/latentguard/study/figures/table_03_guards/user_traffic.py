@@ -223,7 +223,7 @@ def _printed_table9(traffic: Traffic) -> Table:
         name = f"{CODES[code]} ({code})" if code in CODES else code
         for one in mine:
             figures = [values[~np.isnan(values)] for values in (one.recall, one.wrong)]
-            found = [cells(bootstrap(np.mean, v)) if len(v) else (None,) * 4 for v in figures]
+            found = [cells(bootstrap_mean(v)) if len(v) else (None,) * 4 for v in figures]
             rows.append((name, len(one.recall), one.k, one.added, *found[0], *found[1][:3]))
         if not mine:
             rows.append((name, 0, *[None] * 9))
