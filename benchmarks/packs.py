@@ -8,7 +8,7 @@ against, and the guard is calibrated on, either built-in harmless prompts alone,
 in-domain harmless texts as well, as ``latentguard pack add --harmless`` does it; the other half is
 tested. "calibrated in the domain" without packs is what those harmless texts give by themselves.
 The mean of three draws. The paper's way, examples added to one probe, is Table 9 of the study
-(``experiments/guards.py``), whose draws and table these are. Baseline: n-grams, trained and
+(``study/figures/table_03_guards``), whose draws and table these are. Baseline: n-grams, trained and
 calibrated on the same prompts.
 """
 
