@@ -141,18 +141,21 @@ class GuardSpec:
         beliefs = {axis.name: axis.layer_beliefs(states.at(axis.position)) for axis in self.axes}
         categories = self.categories.measure(states) if self.categories else [None] * len(states)
         if self.categories and self.categories.packs:
-            scores = torch.maximum(scores, self.categories.pack_scores(states).amax(-1))
+            packs = [one.pack_score for one in categories if one is not None]
+            scores = torch.maximum(scores, torch.tensor(packs, dtype=torch.float64))
         deltas = {name: layers.mean(-1) for name, layers in beliefs.items()}
         if not all(torch.isfinite(values).all() for values in (scores, *deltas.values())):
             raise GuardError(NOT_FINITE)
+        delta_rows = {name: values.tolist() for name, values in deltas.items()}
+        layer_rows = {name: layers.unbind(0) for name, layers in beliefs.items()}
         return [
             VariantScore(
-                score=float(scores[row]),
-                beliefs={name: float(values[row]) for name, values in deltas.items()},
-                layer_beliefs={name: layers[row] for name, layers in beliefs.items()},
-                categories=categories[row],
+                score=score,
+                beliefs={name: rows[n] for name, rows in delta_rows.items()},
+                layer_beliefs={name: rows[n] for name, rows in layer_rows.items()},
+                categories=categories[n],
             )
-            for row in range(len(states))
+            for n, score in enumerate(scores.tolist())
         ]
 
     def combine(self, scored: ScoredPlan) -> Outcome:
