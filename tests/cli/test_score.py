@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import latentguard
 from cli.tiny_files import record, written
+from guard.hub_server import hub
 from latentguard.guard.latent_guard import LatentGuard
 from models.architectures import chat_model
 
@@ -126,6 +128,27 @@ class TestScore:
 
     def test_no_guard(self, fails, files, tmp_path):
         assert "Expected a guard folder" in fails("score", tmp_path / "none", files["asked"])
+
+
+class TestGuardOfTheHub:
+    """By the local stand-in of the Hub."""
+
+    @pytest.fixture
+    def pushed(self, monkeypatch, tmp_path, guard):
+        with hub() as running:
+            monkeypatch.setenv("HF_ENDPOINT", running.url)
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+            LatentGuard.load(guard).push_to_hub("org/guard")
+            yield "org/guard"
+
+    def test_it_scores_and_is_shown_by_its_id(self, lg, pushed, guard, files):
+        assert lg("score", pushed, files["asked"])[1] == lg("score", guard, files["asked"])[1]
+        assert lg("show", pushed)[1] == lg("show", guard)[1]
+
+    def test_a_guard_that_is_not_there(self, fails, pushed, files):
+        error = fails("score", "org/other", files["asked"])
+        assert "There is no folder 'org/other', and no guard of that name came from" in error
 
 
 class TestEngineRay:

@@ -12,12 +12,12 @@ from latentguard.cli.console import progress
 from latentguard.cli.inputs import guard_columns
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_guard_model, read_guard, require_calibrated
-from latentguard.cli.options import AllowMismatch, DeviceMap, GuardFolder, MovedModel, TextColumn
+from latentguard.cli.options import AllowMismatch, DeviceMap, GuardSource, MovedModel, TextColumn
 from latentguard.prompt_files import read_prompts
 
 
 def drift(
-    guard: GuardFolder,
+    guard: GuardSource,
     prompts: Annotated[str, typer.Argument(help="Recent traffic: file, '-', or Hub data set.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     text_column: TextColumn = "text",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from latentguard.cli.console import echo_err
 from latentguard.errors import GuardError, MissingExtra
+from latentguard.guard.hub import find_guard
 from latentguard.models.sources import DEFAULT, resolve
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ def load_model(source: str, dtype: str = "auto", device_map: str | None = None) 
     return ChatModel.load(source, dtype=dtype, **placing)
 
 
-def read_guard(folder: Path) -> LatentGuard:
-    """Read a guard without its model."""
-    from latentguard.guard.latent_guard import LatentGuard
+def read_guard(source: str | Path) -> LatentGuard:
+    """Read a guard, of a folder or of the Hub, without its model."""
+    folder = find_guard(source)
+    from latentguard.guard.latent_guard import LatentGuard  # torch: not for a name mistyped
 
     return LatentGuard.load(folder)
 
@@ -65,21 +67,21 @@ def load_guard_model(
     return bound, backend
 
 
-def require_calibrated(guard: LatentGuard, folder: Path) -> None:
+def require_calibrated(guard: LatentGuard, source: str | Path) -> None:
     """Raise a GuardError if a guard was never calibrated."""
     if guard.bound is None:
         raise GuardError(
-            f"{folder} has no calibration. Calibrate it first: latentguard calibrate {folder} "
+            f"{source} has no calibration. Calibrate it first: latentguard calibrate {source} "
             "--harmless FILE"
         )
 
 
-def warn_if_uncalibrated(guard: LatentGuard, folder: Path) -> None:
+def warn_if_uncalibrated(guard: LatentGuard, source: str | Path) -> None:
     """Say that the threshold of a guard promises nothing, if it was never calibrated."""
     if guard.bound is None:
         echo_err(
-            f"Warning: {folder} is not calibrated, so 'flagged' follows a threshold that promises "
-            f"nothing. Calibrate it: latentguard calibrate {folder} --harmless FILE"
+            f"Warning: {source} is not calibrated, so 'flagged' follows a threshold that promises "
+            f"nothing. Calibrate it: latentguard calibrate {source} --harmless FILE"
         )
 
 

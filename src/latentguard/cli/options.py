@@ -79,6 +79,9 @@ Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, ...; auto: float32 on a CPU, else bfloat16.")
 ]
 GuardFolder = Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")]
+GuardSource = Annotated[
+    str, typer.Argument(help="Folder that 'latentguard fit' wrote, or a Hub id as org/guard.")
+]
 Harmful = Annotated[list[str] | None, typer.Option(help="Harmful prompts; repeatable.")]
 Harmless = Annotated[list[str] | None, typer.Option(help="Harmless prompts; repeatable.")]
 HarmlessTraffic = Annotated[

@@ -8,11 +8,12 @@ import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.loading import load_model, read_guard
-from latentguard.cli.options import GuardFolder, MovedModel
+from latentguard.cli.options import GuardSource, MovedModel
+from latentguard.guard.hub import find_guard
 
 
 def parity(
-    guard: GuardFolder,
+    guard: GuardSource,
     backends: Annotated[str, typer.Option(help="The reference, and what is compared.")] = "hf,vllm",
     n: Annotated[
         int, typer.Option(help="Prompts, of the built-in test split; half are long.")
@@ -38,7 +39,8 @@ def parity(
 
     if backends != "hf,vllm":
         raise typer.BadParameter("only 'hf,vllm' can be compared", param_hint="--backends")
-    loaded = read_guard(guard)
+    folder = find_guard(guard)
+    loaded = read_guard(folder)
     prompts = inside.material(n)
     backend = load_model(model or loaded.fingerprint.model, loaded.fingerprint.dtype)
     with progress("transformers", len(prompts)) as view:
@@ -53,7 +55,7 @@ def parity(
             "disable_log_stats": False,  # counts preemptions
         }
     )
-    engine = VllmModel.load(guard, model, **how)
+    engine = VllmModel.load(folder, model, **how)
     found = inside.compare(
         loaded, reference, engine, prompts, spare=lambda: inside.preemptions(engine)
     )

@@ -20,7 +20,7 @@ from latentguard.cli.options import (
     AllowMismatch,
     DeviceMap,
     Engine,
-    GuardFolder,
+    GuardSource,
     MovedModel,
     PromptSource,
     TextColumn,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def score(  # noqa: PLR0913, PLR0917 (each is an option)
-    guard: GuardFolder,
+    guard: GuardSource,
     prompts: PromptSource,
     out: Annotated[
         Path | None, typer.Option(help="JSON Lines file; standard output if none.")
@@ -117,7 +117,7 @@ def _kept_verdicts(out: Path | None) -> str:
 
 
 def _score_corpus(
-    guard: Path,
+    guard: str,
     prompts: str,
     out: Path | None,
     model: str | None,

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from latentguard.cli.loading import read_guard
+from latentguard.guard.hub import find_guard
 
 
 def show(
     guard: Annotated[
-        Path | None, typer.Argument(help="Folder that 'latentguard fit' wrote.")
+        str | None, typer.Argument(help="Folder that 'latentguard fit' wrote, or a Hub id.")
     ] = None,
 ) -> None:
     """Print what a guard is, what it promises, and what it is bound to.
@@ -24,7 +25,7 @@ def show(
     if guard is None:
         _list_models()
     else:
-        _show_guard(guard)
+        _show_guard(find_guard(guard))
 
 
 def _show_guard(folder: Path) -> None:

@@ -15,7 +15,7 @@ from latentguard.cli.options import (
     AllowMismatch,
     Amount,
     DeviceMap,
-    GuardFolder,
+    GuardSource,
     MovedModel,
     TextColumn,
 )
@@ -26,7 +26,7 @@ from latentguard.prompt_files import Columns
 
 
 def stress(  # noqa: PLR0913, PLR0917 (each is an option)
-    guard: GuardFolder,
+    guard: GuardSource,
     out: Annotated[Path, typer.Option(help="Report folder; its store lets a killed run go on.")],
     only: Annotated[
         list[str] | None,

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import CARD_FILE, JSON_FILE, TENSOR_FILE
 
 FILES = (JSON_FILE, TENSOR_FILE, CARD_FILE)
+
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""``org/guard``."""
+
+
+def find_guard(
+    source: str | Path, *, revision: str | None = None, token: str | None = None
+) -> Path:
+    """The folder of a guard: itself, or where the Hub's guard of that name was fetched to.
+
+    Args:
+        source: A folder, or a Hub id such as ``org/guard``.
+        revision: A branch, tag or commit of the Hub's repository.
+        token: For the Hub.
+
+    Raises:
+        GuardError: if there is no such folder, and no such guard on the Hub.
+    """
+    if Path(source).exists():
+        return Path(source)
+    if not HUB_ID.fullmatch(str(source)):
+        raise GuardError(
+            f"There is no folder '{source}'. Expected a guard folder, as 'latentguard fit --out "
+            "FOLDER' writes it, or a Hub id as org/guard."
+        )
+    return download_guard(str(source), revision=revision, token=token)
 
 
 def download_guard(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:

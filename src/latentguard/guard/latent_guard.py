@@ -25,7 +25,7 @@ from latentguard.guard.compatibility import (
     require_readable,
 )
 from latentguard.guard.display import facts_table
-from latentguard.guard.hub import download_guard, upload_guard
+from latentguard.guard.hub import find_guard, upload_guard
 from latentguard.guard.leakage import prompt_digest
 from latentguard.guard.own_model import OwnModel
 from latentguard.guard.probabilities import fit_platt
@@ -363,9 +363,7 @@ class LatentGuard(GuardSpec):
             >>> lg.LatentGuard.from_pretrained("org/guard")  # doctest: +SKIP
             LatentGuard('org/model', reading='pooled', ...)
         """
-        if Path(source).is_dir():
-            return LatentGuard.load(source)
-        return LatentGuard.load(download_guard(str(source), revision=revision, token=token))
+        return LatentGuard.load(find_guard(source, revision=revision, token=token))
 
     def push_to_hub(
         self,
