@@ -12,7 +12,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.layout import CaptureRow
 from latentguard.models.segments import can_be_segmented, capture_in_segments
 from latentguard.prompts import Prompt
-from latentguard.states import States
+from latentguard.states import Progress, States
 
 GROUP = 256
 """Prompts that are sorted into short and long ones together."""
@@ -35,20 +35,26 @@ class SharedModel:
         return getattr(self._model, name)
 
     def capture(
-        self, prompts: Iterable[Prompt], *, positions: Sequence[str], layers: Sequence[int]
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        positions: Sequence[str],
+        layers: Sequence[int],
+        progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield states in the order of the prompts, as ``ChatModel.capture`` does."""
+        where = dict(positions=positions, layers=layers, progress=progress)
         rest = iter(prompts)
         while group := tuple(islice(rest, GROUP)):
             rows = [CaptureRow(layout, positions) for layout in self._model.chat(group)]
             long = [n for n, row in enumerate(rows) if self._is_long(row)]
             if not long:
-                yield from self._model.capture(group, positions=positions, layers=layers)
+                yield from self._model.capture(group, **where)  # type: ignore[arg-type]
                 continue
             values: list[Any] = [None] * len(group)
             short = [n for n in range(len(group)) if n not in long]
             texts = [group[n] for n in short]
-            states = list(self._model.capture(texts, positions=positions, layers=layers))
+            states = list(self._model.capture(texts, **where))  # type: ignore[arg-type]
             for n, value in zip(short, (v for one in states for v in one.values), strict=True):
                 values[n] = value
             for n in long:
@@ -56,8 +62,10 @@ class SharedModel:
                 values[n] = capture_in_segments(
                     self._model, rows[n], layers, size=self._segment, between=self._between
                 )
-            where = tuple(positions), tuple(layers)
-            yield States(torch.stack(values), group, *where, self._model.fingerprint)
+                if progress is not None:
+                    progress(1)
+            axes = tuple(positions), tuple(layers)
+            yield States(torch.stack(values), group, *axes, self._model.fingerprint)
 
     def _is_long(self, row: CaptureRow) -> bool:
         return row.length > self._segment and can_be_segmented(self._model, row)
