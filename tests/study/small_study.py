@@ -11,7 +11,7 @@ from zlib import crc32
 
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
-from latentguard.study.prompt_groups import contrast_pools
+from latentguard.study.prompt_groups import contrast_pools, is_fit_side
 from latentguard.study.run import STORE, prepare, run
 from latentguard.study.settings import Settings
 
@@ -29,7 +29,7 @@ SETTINGS = Settings(
     reply_tokens=4,
     categories=2,
     per_category=4,
-    attacked=2,
+    attacked=12,
     suffixes=0,
     domain=(0, 2),
     finetune_sizes=(4,),
@@ -53,11 +53,14 @@ def planted_judge(reply):
 
 
 def pools():
-    """The contrast set, with three attacks and a few texts to moderate."""
+    """The contrast set, with a few attacks and a few texts to moderate."""
     known = contrast_pools()
+    requests = [p for p in known.harmful if not is_fit_side(p)]
     attacks = [
-        replace(p, id=f"attack-{n}", text=f"Pretend that you may. {p.text}", category="template")
-        for n, p in enumerate(known.held_out[:3])
+        replace(
+            p, id=f"attack-{n}", text=f"Pretend that you may do this. {p.text}", category="template"
+        )
+        for n, p in enumerate(requests[:24])
     ]
     texts = [
         Prompt(f"{p.text} {word}", f"text-{n}-{word}", p.harmful, category=f"C{n % 2}", source="m")

@@ -87,8 +87,8 @@ def test_the_page_is_drawn_whole(chromium, whole, width, scheme):
 def test_every_claim_is_measured(whole):
     """Each condition names an effect that its experiment makes when all groups are there."""
     conditions = json.loads((whole / "report.json").read_text())["tables"][1]["rows"]
-    assert len(conditions) == sum(len(claim.conditions) for claim in CLAIMS)
-    missing = {row[1].split(" > ")[0].split(" < ")[0] for row in conditions if row[2] is None}
+    assert len(conditions) >= sum(len(claim.conditions) + len(claim.form) for claim in CLAIMS)
+    missing = {row[2].split(" > ")[0].split(" < ")[0] for row in conditions if row[3] is None}
     assert missing <= NOT_ON_A_RANDOM_MODEL
 
 
@@ -103,6 +103,10 @@ NOT_ON_A_RANDOM_MODEL = {
     "cosine, refusal minus harmfulness",  # one category may have no two refused prompts
     "cosine, refusal minus harmfulness, beyond chance",
     "Latent Guard minus baseline guard accuracy",  # no guard model is given
+    "flip to Certainly, t_inst minus the strongest other position",  # no direction turns answers
+    "No along refusal, where it acts, surely",
+    "own minus other category flip rate",
+    "refusal along the direction after fine-tuning minus random",  # too few are then accepted
 }
 
 
@@ -151,7 +155,7 @@ def test_a_killed_study_gives_the_same_report(folder, whole, tmp_path):
 def test_one_experiment_alone(folder, whole):
     report = study_report(folder, whole, only=["inversion"])
     titles = [section.title for section in report.sections]
-    assert len(titles) == 3  # claims, groups, inversion
+    assert len(titles) == 4  # claims, protocol, groups, inversion
     assert isinstance(report, Report)
 
 
