@@ -9,7 +9,7 @@ The rules are data, written before any run:
   conditions of the claim (Bonferroni), as one failure of many is enough.
 - *cannot tell*: otherwise.
 
-``docs/verdicts.md`` shows how often the rules are right where the truth is planted.
+``benchmarks/planted_worlds.py`` measures how often the rules are right where the truth is planted.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Settings:
 
     random_draws: int = 10
     """Random directions of equal norm beside each curve. With 10, intervals cover 0.95 or more at
-    100 prompts whatever the directions' spread; with 5, 0.93 (docs/verdicts.md)."""
+    100 prompts whatever the directions' spread; with 5, 0.93."""
 
     reply_tokens: int = 24
     """Longest reply that is judged."""
