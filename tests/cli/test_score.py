@@ -9,8 +9,9 @@ import pytest
 from huggingface_hub import constants
 
 import latentguard
-from cli.tiny_files import record, written
+from cli.tiny_files import written
 from guard.hub_server import hub
+from guard_files import edit_guard
 from latentguard.guard.latent_guard import LatentGuard
 from models.architectures import chat_model
 
@@ -116,9 +117,8 @@ class TestScore:
     def test_a_model_that_has_moved(self, lg, fails, guard, model, files, tmp_path):
         moved = tmp_path / "moved"
         moved.symlink_to(model)
-        changed = record(guard)
-        changed["fingerprint"]["model"] = str(tmp_path / "gone")
-        (guard / "guard.json").write_text(json.dumps(changed))
+        gone = str(tmp_path / "gone")
+        edit_guard(guard, lambda record: record["fingerprint"].update(model=gone))
         assert "gone' could not be loaded" in fails("score", guard, files["asked"])
         assert lg("score", guard, files["asked"], "--model", moved)[0] == 0
 

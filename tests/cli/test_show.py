@@ -1,6 +1,5 @@
 """The verb ``show``."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import latentguard
-from cli.tiny_files import record
+from guard_files import edit_guard
 
 
 class TestShow:
@@ -23,9 +22,7 @@ class TestShow:
         assert "at most 5.00%" in lg("show", guard)[1]
 
     def test_a_guard_of_unknown_making(self, lg, guard):
-        changed = record(guard)
-        changed["fitted"] = None
-        (guard / "guard.json").write_text(json.dumps(changed))
+        edit_guard(guard, lambda record: record.update(fitted=None))
         assert lg("show", guard)[0] == 0
 
     def test_no_guard(self, fails, tmp_path):
@@ -61,9 +58,7 @@ class TestShow:
         assert lg("show", guard)[1] == whole
 
     def test_a_damaged_guard(self, fails, guard):
-        damaged = record(guard)
-        del damaged["threshold"]
-        (guard / "guard.json").write_text(json.dumps(damaged))
+        edit_guard(guard, lambda record: record.pop("threshold"))
         assert "damaged" in fails("show", guard)
         (guard / "guard.safetensors").write_bytes(b"rubbish")
         assert "damaged or belongs to another guard" in fails("show", guard)

@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 
 from data import make_guard
 from fake_backend import FakeBackend, labelled, with_refusals
+from guard_files import edit_guard
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import CARD_FILE, JSON_FILE, SCHEMA, TENSOR_FILE
 from latentguard.guard.latent_guard import LatentGuard
@@ -30,17 +31,10 @@ def folder(guard, tmp_path):
     return tmp_path / "g"
 
 
-def edit(folder, change):
-    """Change the JSON."""
-    record = json.loads((folder / JSON_FILE).read_text())
-    change(record)
-    (folder / JSON_FILE).write_text(json.dumps(record))
-
-
 def swap(folder, packed):
     """Put other tensors in, with the digest that fits them."""
     (folder / TENSOR_FILE).write_bytes(packed)
-    edit(folder, lambda r: r.update(tensors_sha256=hashlib.sha256(packed).hexdigest()))
+    edit_guard(folder, lambda r: r.update(tensors_sha256=hashlib.sha256(packed).hexdigest()))
 
 
 class TestFiles:
@@ -144,12 +138,12 @@ class TestDamage:
 
     @pytest.mark.parametrize("schema", [0, 2, 4, "3", None])
     def test_another_schema(self, folder, schema):
-        edit(folder, lambda r: r.update(schema=schema))
+        edit_guard(folder, lambda r: r.update(schema=schema))
         with pytest.raises(GuardError, match=f"has schema {schema!r}, expected 3"):
             LatentGuard.load(folder)
 
     def test_what_a_newer_version_added(self, folder):
-        edit(folder, lambda r: r.update(colour="red"))
+        edit_guard(folder, lambda r: r.update(colour="red"))
         with pytest.raises(GuardError, match=r"colour, which this version .* does not know"):
             LatentGuard.load(folder)
 
@@ -174,8 +168,8 @@ class TestDamage:
 
     def test_each_key_is_needed(self, folder):
         whole = (folder / JSON_FILE).read_text()
-        for key in json.loads(whole):
-            edit(folder, lambda r, key=key: r.pop(key))
+        for key in set(json.loads(whole)) - {"content_sha256"}:  # guards of before have none
+            edit_guard(folder, lambda r, key=key: r.pop(key))
             with pytest.raises(GuardError):
                 LatentGuard.load(folder)
             (folder / JSON_FILE).write_text(whole)
@@ -203,7 +197,7 @@ class TestDamage:
                 record = record[key]
             del record[path[-1]]
 
-        edit(folder, remove)
+        edit_guard(folder, remove)
         with pytest.raises(GuardError, match="holds a damaged guard"):
             LatentGuard.load(folder)
 
@@ -218,6 +212,8 @@ class TestDamage:
             dict(platt=None),
             dict(spread=float("nan")),  # would let any canary pass
             dict(spread="wide"),
+            dict(spread=0.0),
+            dict(spread=1e308),
             dict(axes=None),
             dict(canaries=None),
             dict(canaries=[{"text": "a", "score": float("nan")}]),
@@ -236,7 +232,7 @@ class TestDamage:
         ids=str,
     )
     def test_values_that_cannot_be(self, folder, change):
-        edit(folder, lambda r: r.update(change))
+        edit_guard(folder, lambda r: r.update(change))
         with pytest.raises(GuardError, match="holds a damaged guard"):
             LatentGuard.load(folder)
 
@@ -260,6 +256,50 @@ class TestDamage:
         swap(folder, save(kept))
         with pytest.raises(GuardError, match="holds a damaged guard"):
             LatentGuard.load(folder)
+
+
+def make_high(record):
+    record["threshold"] = 1e308
+
+
+def drop_canaries(record):
+    record["canaries"] = []
+
+
+def lower_below_a_canary(record):
+    record["threshold"] = min(canary["score"] for canary in record["canaries"]) - 0.1
+
+
+class TestIntegrity:
+    @pytest.mark.parametrize("change", [make_high, drop_canaries, lower_below_a_canary])
+    def test_a_change_of_the_json_is_noticed_by_its_digest(self, folder, change):
+        edit_guard(folder, change, seal=False)
+        with pytest.raises(GuardError, match=r"was changed after it was written.*Restore the file"):
+            LatentGuard.load(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (make_high, r"a threshold of 1e\+308 is out of the range of scores"),
+            (lambda r: r.update(threshold=-1e6), ".* is out of the range of scores"),
+            (lambda r: r.update(threshold=float("inf")), "a number is not finite"),
+            (drop_canaries, "there are no canaries"),
+            (lower_below_a_canary, "the decision on canary . is not that of the threshold"),
+        ],
+    )
+    def test_what_cannot_be_is_refused_whatever_the_digest(self, folder, change, reason):
+        edit_guard(folder, change)
+        with pytest.raises(GuardError, match=f"holds a damaged guard .{reason}"):
+            LatentGuard.load(folder)
+
+    def test_spaces_and_order_do_not_count(self, folder):
+        record = json.loads((folder / JSON_FILE).read_text())
+        (folder / JSON_FILE).write_text(json.dumps(dict(reversed(record.items()))))
+        LatentGuard.load(folder)
+
+    def test_a_guard_of_before_has_no_digest(self, folder):
+        edit_guard(folder, lambda record: record.pop("content_sha256"))
+        LatentGuard.load(folder)
 
 
 class TestPinnedGuard:
@@ -292,5 +332,9 @@ class TestPinnedGuard:
         guard = LatentGuard.load(PINNED)
         guard.save(tmp_path)
         assert LatentGuard.load(tmp_path).digest == guard.digest
-        for name in (JSON_FILE, TENSOR_FILE):
-            assert (tmp_path / name).read_bytes() == (PINNED / name).read_bytes()
+        assert (tmp_path / TENSOR_FILE).read_bytes() == (PINNED / TENSOR_FILE).read_bytes()
+        record = json.loads((tmp_path / JSON_FILE).read_text())
+        assert record.pop("content_sha256")  # later versions write these, too
+        for canary in record["canaries"]:
+            assert canary.pop("flagged") in (True, False)
+        assert record == json.loads((PINNED / JSON_FILE).read_text())

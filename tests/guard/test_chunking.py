@@ -1,7 +1,6 @@
 """Chunking: chunks, norms, one threshold for both readings, and who is read by chunks."""
 
 import base64
-import json
 import math
 import time
 from dataclasses import replace
@@ -12,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_backend import FakeBackend, bare, labelled, texts
+from guard_files import edit_guard
 from latentguard.data.builtin import load_traffic
 from latentguard.data.documents import build_document
 from latentguard.errors import GuardError, PromptError
@@ -294,9 +294,6 @@ class TestPacking:
     )
     def test_a_damaged_one_is_not_loaded(self, guard, tmp_path, change):
         guard.save(tmp_path / "g")
-        path = tmp_path / "g" / "guard.json"
-        record = json.loads(path.read_text())
-        record["chunking"] |= change
-        path.write_text(json.dumps(record))
+        edit_guard(tmp_path / "g", lambda record: record["chunking"].update(change))
         with pytest.raises(GuardError, match="damaged"):
             LatentGuard.load(tmp_path / "g")

@@ -356,6 +356,20 @@ class TestCanaries:
     def test_rounding_is_forgiven(self, guard, shift):
         guard.verify_model(FakeBackend(shift=shift))
 
+    def test_one_that_changes_side_may_move_by_rounding_only(self, guard, backend):
+        """Though others may move five times as far."""
+        scores = sorted(canary.score for canary in guard.canaries)
+        moved = 0.05 * guard.spread
+        near = replace(guard, threshold=scores[4] - moved / 2)
+        canaries = tuple(
+            replace(one, score=one.score - moved * (one.score == scores[4]))
+            for one in guard.canaries
+        )
+        with pytest.raises(ModelMismatch, match="1 changed side of the threshold"):
+            replace(near, canaries=canaries).verify_model(backend)
+        far = replace(near, threshold=scores[4] + 3 * moved)
+        replace(far, canaries=canaries).verify_model(backend)
+
     def test_undefined_states(self, guard):
         with pytest.raises(GuardError, match="not a finite number"):
             guard.verify_model(FakeBackend(shift=float("nan")))

@@ -1,14 +1,14 @@
 """Thresholds by segment, the band to review, probabilities; saved and loaded."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fake_backend import FakeBackend, labelled, texts
+from guard_files import edit_guard
 from latentguard.errors import GuardError
-from latentguard.guard.artifact import CARD_FILE, JSON_FILE
+from latentguard.guard.artifact import CARD_FILE
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.probabilities import IsotonicMap
 from latentguard.guard.reading_plan import Version
@@ -179,9 +179,7 @@ class TestKept:
     )
     def test_damage(self, guard, tmp_path, damage):
         guard.save(tmp_path)
-        record = json.loads((tmp_path / JSON_FILE).read_text())
-        damage(record["thresholds"])
-        (tmp_path / JSON_FILE).write_text(json.dumps(record))
+        edit_guard(tmp_path, lambda record: damage(record["thresholds"]))
         with pytest.raises(GuardError, match="damaged"):
             LatentGuard.load(tmp_path)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -10,6 +11,7 @@ import time
 import httpx
 import pytest
 
+from guard_files import edit_guard
 from latentguard.serve import server
 from latentguard.serve.config import ServeConfig
 from serve.running import (
@@ -122,24 +124,24 @@ def test_a_dead_thread_ends_the_process_with_a_failure(nursery, folder, url):
 
 
 def test_a_guard_that_does_not_match_its_model(nursery, folder, url, tmp_path):
-    record = json.loads((folder / "guard.json").read_text())
-    record["fingerprint"]["weights"] = "0" * 64
-    for name in ("guard.safetensors", "README.md"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "guard.json").write_text(json.dumps(record))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    edit_guard(tmp_path, lambda record: record["fingerprint"].update(weights="0" * 64))
     with nursery.process(tmp_path, *port(url)) as child:
         assert child.wait() == 1
         assert re.search("weights .* instead of", child.stderr)
 
 
-def test_another_model_is_allowed_by_name(nursery, url, tmp_path):
-    """The shift is logged, the promise is gone, and the canaries count as they score now."""
-    band_guard().save(tmp_path)
-    record = json.loads((tmp_path / "guard.json").read_text())
+def _of_another_model(record):
     record["fingerprint"]["weights"] = "0" * 64
     for canary in record["canaries"]:
         canary["score"] -= 2 * record["spread"]
-    (tmp_path / "guard.json").write_text(json.dumps(record))
+        canary["flagged"] = canary["score"] > record["threshold"]
+
+
+def test_another_model_is_allowed_by_name(nursery, url, tmp_path):
+    """The shift is logged, the promise is gone, and the canaries count as they score now."""
+    band_guard().save(tmp_path)
+    edit_guard(tmp_path, _of_another_model)
     with nursery.process(tmp_path, *port(url), "--allow-mismatch") as child:
         wait_ready(url)
         assert "scores of 8 canary prompts moved by +2.00 standard deviations" in child.stderr

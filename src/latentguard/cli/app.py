@@ -20,6 +20,7 @@ from latentguard.cli.parity import parity
 from latentguard.cli.score import score
 from latentguard.cli.serve import serve
 from latentguard.cli.show import show
+from latentguard.cli.sign import sign
 from latentguard.cli.stress import stress
 from latentguard.cli.study import study
 
@@ -33,7 +34,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "drift": drift,
         "stress": stress,
     },
-    "Serve": {"serve": serve, "parity": parity},
+    "Serve": {"serve": serve, "sign": sign, "parity": parity},
     "Research": {"study": study, "label": label, "audit": audit},
 }
 """Panel -> verb -> its function, in the order of ``--help``."""

@@ -1,6 +1,8 @@
 """A guard on disk: ``guard.json``, ``guard.safetensors`` and a model card, in one folder.
 
-No pickle. The JSON names the digest of the tensors, so that files of two guards cannot be mixed.
+No pickle. The JSON names the digest of the tensors, so that files of two guards cannot be mixed,
+and the digest of its own content. A digest notices accidents; against intent there is
+``signature``.
 torch is imported where tensors are made: ``latentguard show`` reads the rest in a moment.
 """
 
@@ -20,15 +22,21 @@ from latentguard.models.sources import DEFAULT, DEFAULT_HUB_ID, HUB_ID
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from latentguard.guard.signature import VerifyKey
+
 SCHEMA = 3
 JSON_FILE, TENSOR_FILE, CARD_FILE = "guard.json", "guard.safetensors", "README.md"
+SIGNATURE_FILE = "guard.sig"
 POLES = ("positive", "negative")
 
 KEYS = frozenset(
-    "schema tensors_sha256 fingerprint reading probe axes threshold bound platt spread canaries "
-    "fitted deobfuscation chunking thresholds quadrants categories".split()
+    "schema tensors_sha256 content_sha256 fingerprint reading probe axes threshold bound platt "
+    "spread canaries fitted deobfuscation chunking thresholds quadrants categories".split()
 )
 """What the JSON of this schema may hold: what a newer version wrote would be dropped unseen."""
+
+SCORE_RANGE = 20.0
+"""Scores lie within so many standard deviations of the canaries' scores."""
 
 
 def write_folder(
@@ -41,27 +49,40 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     packed = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(packed).hexdigest()
-    head = {"schema": SCHEMA, "tensors_sha256": digest}
+    content = {"schema": SCHEMA, "tensors_sha256": digest, **record}
+    content["content_sha256"] = content_digest(content)
     write_all_atomic(
         {
             folder / TENSOR_FILE: packed,
             folder / CARD_FILE: card,
-            folder / JSON_FILE: json.dumps({**head, **record}, indent=1),
+            folder / JSON_FILE: json.dumps(content, indent=1),
         }
     )
 
 
-def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def content_digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of what a guard's JSON holds, but for this digest; spaces and order do not count."""
+    rest = {key: value for key, value in record.items() if key != "content_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_folder(
+    folder: str | Path, verify_key: VerifyKey | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what ``write_folder`` wrote.
 
+    Args:
+        folder: Of the guard.
+        verify_key: What it has to be signed with, if anything.
+
     Raises:
-        GuardError: if a file is missing or damaged, the schema is unknown, or the files belong to
-            different guards.
+        GuardError: if a file is missing or damaged, the schema is unknown, the files belong to
+            different guards, or the signature is not by the key.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    record, packed = _read_checked(Path(folder))
+    record, packed = _read_checked(Path(folder), verify_key)
     try:
         return record, load(packed)
     except SafetensorError as error:
@@ -96,10 +117,14 @@ def read_card(folder: str | Path, record: Mapping[str, Any]) -> str | None:
     return card[card.index(marks[0]) :]
 
 
-def _read_checked(folder: Path) -> tuple[dict[str, Any], bytes]:
+def _read_checked(
+    folder: Path, verify_key: VerifyKey | None = None
+) -> tuple[dict[str, Any], bytes]:
     """The JSON and the packed tensors of a guard: of one schema, and of one guard."""
     packed = _read(folder / TENSOR_FILE)
     text = _read(folder / JSON_FILE)
+    if verify_key is not None:
+        verify_key.require_signed(folder, text)
     try:
         record = json.loads(text)
     except ValueError:
@@ -114,6 +139,11 @@ def _read_checked(folder: Path) -> tuple[dict[str, Any], bytes]:
         raise GuardError(
             f"{folder / TENSOR_FILE} is damaged or belongs to another guard: its digest is not the "
             f"one in {JSON_FILE}. Restore both files, or fit the guard again."
+        )
+    if record.get("content_sha256", content_digest(record)) != content_digest(record):
+        raise GuardError(
+            f"{folder / JSON_FILE} was changed after it was written: its digest is not that of its "
+            "content. Restore the file, or fit and calibrate the guard again."
         )
     if unknown := set(record) - KEYS:
         raise GuardError(
@@ -140,10 +170,32 @@ def require_sound(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     for name, shape in shapes.items():
         if not rows or tensors[name].shape != shape or not torch.isfinite(tensors[name]).all():
             raise ValueError(f"{name} is not {shape[0]} x {shape[1]} finite numbers")
-    scores = [canary["score"] for canary in record["canaries"]]
-    numbers = [record["threshold"], record["spread"], probe["bias"], *record["platt"], *scores]
+    _require_sound_numbers(record)
+
+
+def _require_sound_numbers(record: Mapping[str, Any]) -> None:
+    canaries = record["canaries"]
+    if not canaries:
+        raise ValueError("there are no canaries, so another model would not be noticed")
+    scores = [canary["score"] for canary in canaries]
+    threshold = record["threshold"]
+    spread = record["spread"]
+    numbers = [threshold, spread, record["probe"]["bias"], *record["platt"], *scores]
     if not all(map(math.isfinite, numbers)):
         raise ValueError("a number is not finite")
+    if not 0 < spread <= SCORE_RANGE * (max(scores) - min(scores)):
+        raise ValueError(f"a spread of {spread:g} is not that of the canaries' scores")
+    reach = SCORE_RANGE * spread
+    low = min(scores) - reach
+    high = max(scores) + reach
+    if not low <= threshold <= high:
+        raise ValueError(
+            f"a threshold of {threshold:g} is out of the range of scores, {low:.3g} to {high:.3g}"
+        )
+    for number, canary in enumerate(canaries):
+        flagged = canary["score"] > threshold
+        if canary.get("flagged", flagged) != flagged:
+            raise ValueError(f"the decision on canary {number} is not that of the threshold")
 
 
 def _read(path: Path) -> bytes:

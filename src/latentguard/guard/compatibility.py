@@ -21,6 +21,9 @@ CANARY_COUNT = 8
 TOLERANCE = 0.1
 """How far a canary's score may move, in standard deviations of the training scores."""
 
+ROUNDING = 0.02
+"""How far it may move if it changes side of the threshold: as on other hardware."""
+
 
 @dataclass(frozen=True)
 class Canary:
@@ -90,6 +93,9 @@ class Shift:
     n: int
     """Canaries."""
 
+    largest_change: float = 0.0
+    """Of the canaries that changed side of the threshold; 0 if none did."""
+
     differences: tuple[str, ...] = ()
     """What differs between the models; none if the scores alone show it."""
 
@@ -114,28 +120,31 @@ class Shift:
         was = np.array(before)
         now = np.array(after)
         moved = (now - was) / spread if len(was) else np.zeros(1)
+        changed = (was > threshold) != (now > threshold)
         return Shift(
             mean=float(moved.mean()),
             largest=float(np.abs(moved).max()),
-            changed=int(((was > threshold) != (now > threshold)).sum()),
+            changed=int(changed.sum()),
             n=len(was),
+            largest_change=float(np.abs(moved[changed]).max()) if changed.any() else 0.0,
             differences=tuple(differences),
         )
 
     @property
     def is_notable(self) -> bool:
         """Whether it is more than rounding: a guard does not go on over it unasked."""
-        return self.largest > TOLERANCE
+        return self.largest > TOLERANCE or self.largest_change > ROUNDING
 
     @property
     def complaint(self) -> str:
         """Why a guard does not go on with what looks like its own model."""
         return (
             "The model looks like the guard's own but scores the canary prompts differently: by up "
-            f"to {self.largest:.2f} standard deviations, allowed {TOLERANCE}. A few of its weights "
-            "or the software under it changed, or the date, if its chat template prints it "
-            "(strftime_now); fit again, or go on with "
-            "--allow-mismatch (allow_mismatch=True) and calibrate again."
+            f"to {self.largest:.2f} standard deviations, allowed {TOLERANCE}; {self.changed} "
+            f"changed side of the threshold, allowed {ROUNDING}. A few of its weights or the "
+            "software under it changed, or the date, if its chat template prints it "
+            "(strftime_now); fit again, or go on with --allow-mismatch (allow_mismatch=True) and "
+            "calibrate again."
         )
 
     def __str__(self) -> str:

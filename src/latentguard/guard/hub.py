@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from latentguard.errors import GuardError
-from latentguard.guard.artifact import CARD_FILE, JSON_FILE, TENSOR_FILE
+from latentguard.guard.artifact import CARD_FILE, JSON_FILE, SIGNATURE_FILE, TENSOR_FILE
 
-FILES = (JSON_FILE, TENSOR_FILE, CARD_FILE)
+FILES = (JSON_FILE, TENSOR_FILE, CARD_FILE, SIGNATURE_FILE)
 
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

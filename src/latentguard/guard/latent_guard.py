@@ -31,6 +31,7 @@ from latentguard.guard.own_model import OwnModel
 from latentguard.guard.probabilities import fit_platt
 from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.reading_plan import Outcome, VariantScore, score_plans
+from latentguard.guard.signature import VerifyKey
 from latentguard.guard.spec import GuardSpec
 from latentguard.guard.thresholds import Rates
 from latentguard.guard.verdict import Verdict
@@ -318,7 +319,11 @@ class LatentGuard(GuardSpec):
 
     @staticmethod
     def load(
-        folder: str | Path, backend: Backend | None = None, *, allow_mismatch: bool = False
+        folder: str | Path,
+        backend: Backend | None = None,
+        *,
+        allow_mismatch: bool = False,
+        verify_key: VerifyKey | None = None,
     ) -> LatentGuard:
         """Read a guard; with a backend, also check that it is the guard's model (``verify_model``).
 
@@ -326,17 +331,19 @@ class LatentGuard(GuardSpec):
             folder: What ``save`` wrote.
             backend: The model that it is to guard; None loads its own when it is first needed.
             allow_mismatch: Go on with another model, bound to it (``rebind``).
+            verify_key: What the guard has to be signed with, if anything.
 
         Raises:
-            GuardError: if the folder is not a whole guard of a known schema.
+            GuardError: if the folder is not a whole guard of a known schema, or not signed.
             ModelMismatch: if the backend is not the model that the guard was fitted on.
         """
-        record, tensors = read_folder(folder)
+        record, tensors = read_folder(folder, verify_key)
         try:
             guard = LatentGuard.from_dict(record, tensors)
         except (LookupError, TypeError, ValueError, AttributeError, GuardError) as error:
+            reason = error if isinstance(error, ValueError | GuardError) else repr(error)
             raise GuardError(
-                f"{folder} holds a damaged guard ({error!r}); restore it or fit it again."
+                f"{folder} holds a damaged guard ({reason}); restore it or fit it again."
             ) from None
         if backend is None:
             return guard

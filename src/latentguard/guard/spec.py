@@ -366,7 +366,10 @@ class GuardSpec:
             "bound": asdict(self.bound) if self.bound else None,
             "platt": self.platt,
             "spread": self.spread,
-            "canaries": [asdict(canary) for canary in self.canaries],
+            "canaries": [
+                asdict(canary) | {"flagged": canary.score > self.threshold}
+                for canary in self.canaries
+            ],
             "fitted": self.fitted,
             "deobfuscation": {"rules": RULES} if self.deobfuscate else None,
             "chunking": self.chunking.to_dict() if self.chunking else None,
@@ -395,7 +398,7 @@ class GuardSpec:
             fingerprint=Fingerprint(**record["fingerprint"]),
             platt=(float(slope), float(intercept)),
             spread=float(record["spread"]),
-            canaries=tuple(Canary(**canary) for canary in record["canaries"]),
+            canaries=tuple(Canary(one["text"], one["score"]) for one in record["canaries"]),
             threshold=float(record["threshold"]),
             bound=_optional(record["bound"], lambda bound: Bound(**bound)),
             fitted=record["fitted"],
