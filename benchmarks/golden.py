@@ -86,9 +86,9 @@ from latentguard.data.builtin import load_contrast, load_traffic  # noqa: E402
 from latentguard.guard import chunk_calibration, packs  # noqa: E402
 from latentguard.guard.latent_guard import LatentGuard  # noqa: E402
 from latentguard.guard.verdict import Verdict  # noqa: E402
+from latentguard.interventions import Intervention  # noqa: E402
 from latentguard.models.chat_model import ChatModel  # noqa: E402
 from latentguard.prompts import Message, Prompt, Reply  # noqa: E402
-from latentguard.states import Intervention  # noqa: E402
 from models.architectures import chat_model  # noqa: E402
 from models.families import FAMILIES  # noqa: E402
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from latentguard.interventions import Intervention
 from latentguard.prompts import Prompt, Reply
-from latentguard.states import Fingerprint, Intervention, States
+from latentguard.states import Fingerprint, States
 
 DEPTH = 6
 """Blocks; layers run from 0 to 6."""

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from latentguard.data.builtin import load_contrast
 from latentguard.files import write_atomic
+from latentguard.interventions import Intervention
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt, Reply
-from latentguard.states import Intervention, States
+from latentguard.states import States
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

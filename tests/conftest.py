@@ -16,6 +16,7 @@ SHAPED = [
     "latentguard.probes.axis",
     "latentguard.probes.probe",
     "latentguard.states",
+    "latentguard.interventions",
     "latentguard.models.generate",
     "latentguard.models.chat_model",
     "latentguard.models.hooks",

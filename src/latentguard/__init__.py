@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from latentguard.guard.verdict import Verdict
     from latentguard.integrations.ray import score_corpus
     from latentguard.integrations.vllm.backend import VllmModel
+    from latentguard.interventions import Intervention
     from latentguard.models.chat_model import ChatModel
     from latentguard.probes.axis import Axis
     from latentguard.prompt_files import read_prompts
     from latentguard.prompts import Message, Prompt, Reply
-    from latentguard.states import Intervention, States
+    from latentguard.states import States
 
 __version__ = "0.1.0"
 
@@ -47,7 +48,7 @@ __all__ = [
 _MODULES = {
     "Axis": "latentguard.probes.axis",
     "ChatModel": "latentguard.models.chat_model",
-    "Intervention": "latentguard.states",
+    "Intervention": "latentguard.interventions",
     "LatentGuard": "latentguard.guard.latent_guard",
     "LatentGuardError": "latentguard.errors",
     "Message": "latentguard.prompts",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from latentguard.errors import GuardError
 from latentguard.files import atomic_path
+from latentguard.interventions import Intervention
 from latentguard.prompts import Message, Prompt, Reply
 
 Progress = Callable[[int], None]
@@ -109,43 +110,6 @@ class Fingerprint:
         """SHA-256 of all that binds."""
         bound = json.dumps([self.weights, self.tokenizer, self.template, self.dtype])
         return hashlib.sha256(bound.encode()).hexdigest()
-
-
-Tokens = Literal["instruction", "before", "all", "t_inst"]
-"""Which prompt tokens are steered: those of the last user message; of these, those that lie before
-the inversion question; every token, template included; or t_inst alone."""
-
-
-@dataclass(frozen=True, eq=False)
-class Intervention:
-    """A vector that is added to the residual stream while the prompt is read: h + c v.
-
-    Example:
-        >>> axis = guard.axes[0]
-        >>> push = lg.Intervention(axis.layers[0], axis.direction[0], coefficient=2.0)
-        >>> replies = model.sweep([lg.Prompt("Hello.")], [None, push], max_new_tokens=2)
-        >>> len(replies)
-        2
-    """
-
-    layer: int
-    """Which layer; 0 is the embedding output."""
-
-    vector: Float[Tensor, "d"]
-    """What is added, such as the direction of an axis at this layer."""
-
-    coefficient: float = 1.0
-    """How often; negative steers the other way, 0 changes nothing."""
-
-    tokens: Tokens = "instruction"
-    """Where."""
-
-    label: str = ""
-    """What replies are marked with."""
-
-    def __post_init__(self) -> None:
-        if self.tokens not in get_args(Tokens):
-            raise ValueError(f"tokens is one of {get_args(Tokens)}; found '{self.tokens}'")
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,9 @@ from transformers.distributed import DistributedConfig
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import ModelMismatch
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.interventions import Intervention
 from latentguard.models.chat_model import ChatModel
-from latentguard.states import Intervention, States
+from latentguard.states import States
 
 HAS_DISTRIBUTED_PLAN = "tp_plan" in inspect.signature(DistributedConfig).parameters
 """Whether transformers takes the plan inside ``distributed_config``, as it does since 5.17."""

@@ -9,11 +9,12 @@ import torch
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import ModelError, ModelMismatch
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.interventions import Intervention
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.quantize import quantized_weights
 from latentguard.models.weights_digest import weights_digest
 from latentguard.prompts import Prompt
-from latentguard.states import Intervention, States
+from latentguard.states import States
 from models.architectures import WIDE, chat_model
 
 PROMPTS = [Prompt(f"Tell me of thing {n}" + " and more" * (n % 5), id=str(n)) for n in range(20)]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from latentguard.errors import ModelError, PromptError
+from latentguard.interventions import Intervention
 from latentguard.models import prefill
 from latentguard.models.hooks import add_vector, read_positions, record_output_size, skip_blocks
 from latentguard.prompts import Prompt
-from latentguard.states import Intervention
 from models.architectures import ARCHITECTURES, HYBRIDS, chat_model
 from models.families import FAMILIES
 from models.test_generate import PROMPTS, TURNS, ids_of, talker

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from latentguard.errors import ModelError, PromptError
+from latentguard.interventions import Intervention
 from latentguard.prompts import Message, Prompt, Reply
-from latentguard.states import Fingerprint, Intervention, States
+from latentguard.states import Fingerprint, States
 from latentguard.study import cached_model as module
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.prompt_groups import QUESTIONS, inversion_prompt

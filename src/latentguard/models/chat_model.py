@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentguard.errors import ModelError, PromptError
+from latentguard.interventions import Intervention
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.generate import sweep
 from latentguard.models.hooks import decoder_blocks, read_positions
@@ -28,7 +29,7 @@ from latentguard.models.loading import (
 from latentguard.models.prefill import has_only_keys_and_values
 from latentguard.models.weights_digest import execution_device, weights_digest
 from latentguard.prompts import Prompt, PromptLike, Reply, as_prompts
-from latentguard.states import Fingerprint, Intervention, Progress, States, progress_bar
+from latentguard.states import Fingerprint, Progress, States, progress_bar
 
 PROMPTS_PER_STATES = 256
 """Prompts that are sorted by length and yielded together; bounds memory, whatever their number."""

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from latentguard.errors import ModelError
+from latentguard.interventions import Intervention
 from latentguard.models.layout import Layout
 from latentguard.models.prefill import (
     KeysValues,
@@ -31,7 +32,7 @@ from latentguard.models.prefill import (
     steered_tokens,
 )
 from latentguard.prompts import Prompt, Reply
-from latentguard.states import Intervention, Progress
+from latentguard.states import Progress
 
 DECODED_BATCHES = {"cpu": 16, "cuda": 4}
 """Tokens that are kept while decoding, as a multiple of the model's ``tokens_per_batch``."""

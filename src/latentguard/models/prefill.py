@@ -23,12 +23,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from latentguard.errors import PromptError
+from latentguard.interventions import Intervention, Tokens
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.hooks import add_vector, read_positions, record_output_size, skip_blocks
 from latentguard.models.layout import Layout
 from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt
-from latentguard.states import Intervention, Tokens
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """Keys and values of each block, ``[rows heads tokens width]``."""

@@ -17,8 +17,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from latentguard.interventions import Intervention
 from latentguard.prompts import Prompt, Reply
-from latentguard.states import Intervention, Progress, Speaker, States
+from latentguard.states import Progress, Speaker, States
 from latentguard.study.judge import Answer, Judge, answer, judge, refused
 from latentguard.study.store import Store, key_of
 

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from latentguard.interventions import Intervention, Tokens
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt, Reply
-from latentguard.states import Intervention, Tokens
 from latentguard.study.axes import Axes, Which
 from latentguard.study.cached_model import CachedModel
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from latentguard.interventions import Intervention
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Group
 from latentguard.report.charts import Curve, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
-from latentguard.states import Intervention
 from latentguard.stats.bootstrap import bootstrap_mean, mean_curve
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import share

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from latentguard.interventions import Tokens
 from latentguard.prompts import Prompt, Reply
-from latentguard.states import Tokens
 from latentguard.study.axes import Axes, Which, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.judge import Answer, answer

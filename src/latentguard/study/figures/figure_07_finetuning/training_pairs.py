@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from latentguard.interventions import Intervention
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt, Reply
-from latentguard.states import Intervention
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings

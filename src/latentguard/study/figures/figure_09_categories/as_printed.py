@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from latentguard.interventions import Intervention
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Table
-from latentguard.states import Intervention, States
+from latentguard.states import States
 from latentguard.stats.rates import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.figure_09_categories.steering import halves

@@ -14,11 +14,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from latentguard.interventions import Intervention
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Group, Prompt, Reply
 from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Table
-from latentguard.states import Intervention, States
+from latentguard.states import States
 from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion

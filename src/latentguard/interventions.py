@@ -1,0 +1,49 @@
+"""Interventions: what is changed in a model while it reads a prompt, and while it replies.
+
+Layers count as in ``states``: layer k is the residual stream after k blocks.
+Axis names in shapes: d width, p positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+Tokens = Literal["instruction", "before", "all", "t_inst"]
+"""Which prompt tokens are steered: those of the last user message; of these, those that lie before
+the inversion question; every token, template included; or t_inst alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A vector that is added to the residual stream while the prompt is read: h + c v.
+
+    Example:
+        >>> axis = guard.axes[0]
+        >>> push = lg.Intervention(axis.layers[0], axis.direction[0], coefficient=2.0)
+        >>> replies = model.sweep([lg.Prompt("Hello.")], [None, push], max_new_tokens=2)
+        >>> len(replies)
+        2
+    """
+
+    layer: int
+    """Which layer; 0 is the embedding output."""
+
+    vector: Float[Tensor, "d"]
+    """What is added, such as the direction of an axis at this layer."""
+
+    coefficient: float = 1.0
+    """How often; negative steers the other way, 0 changes nothing."""
+
+    tokens: Tokens = "instruction"
+    """Where."""
+
+    label: str = ""
+    """What replies are marked with."""
+
+    def __post_init__(self) -> None:
+        if self.tokens not in get_args(Tokens):
+            raise ValueError(f"tokens is one of {get_args(Tokens)}; found '{self.tokens}'")
