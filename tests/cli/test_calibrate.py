@@ -216,3 +216,16 @@ class TestMismatch:
         code, _, err = lg("score", ready, files["live"])
         assert (code, "Warning" in err) == (0, False), err
         assert "fitted_on" in lg("show", ready)[1]
+
+
+class TestBeforeAndAfter:
+    def test_harmful_prompts_show_what_a_calibration_changes(self, lg, ready, files):
+        words = ["--harmless", files["calm"], "--harmful", files["sly"], "--max-fpr", "0.2"]
+        code, out, err = lg("calibrate", ready, *words)
+        assert code == 0, err
+        assert "**Before and after.**" in out
+        assert "| all | caught |" in out
+        assert "| all | falsely flagged |" in out
+
+    def test_harmless_prompts_alone_show_none(self, lg, ready, files):
+        assert "Before and after" not in lg("calibrate", ready, "--harmless", files["calm"])[1]

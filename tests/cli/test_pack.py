@@ -31,6 +31,24 @@ class TestPack:
         assert (code, record(guard)["categories"]["packs"]) == (0, {})
         assert "No packs" in lg("pack", "list", guard)[2]
 
+    def test_before_and_after_are_measured_on_labelled_prompts(
+        self, lg, fails, guard, files, tmp_path
+    ):
+        self.calibrated(lg, guard, files)
+        calm = ["--harmless", written(tmp_path / "calm.jsonl", rows(140, "kind", start=600))]
+        code, out, _ = lg(*self.add(guard, files, *calm, "--evaluate", files["mixed"]))
+        assert code == 0
+        caught = next(line for line in out.splitlines() if line.startswith("| all | caught |"))
+        assert caught.endswith("| 15 |")
+        words = ["pack", "remove", guard, "novel", *calm, "--evaluate", files["plain"]]
+        assert "has no label" in fails(*words)
+
+    def test_built_in_prompts_serve_where_none_are_given(self, lg, guard, files, tmp_path):
+        self.calibrated(lg, guard, files)
+        calm = ["--harmless", written(tmp_path / "calm.jsonl", rows(140, "kind", start=600))]
+        out = lg(*self.add(guard, files, *calm))[1]
+        assert "On built-in prompts of other categories" in out
+
     def test_on_another_model(self, fails, lg, guard, files, tmp_path, tokenizer):
         """The shift is told, and what is promised then was measured there."""
         other = tmp_path / "other"

@@ -12,6 +12,7 @@ from latentguard.cli.calibrate import calibrate
 from latentguard.cli.data import data
 from latentguard.cli.demo.command import demo
 from latentguard.cli.drift import drift
+from latentguard.cli.evaluate import evaluate
 from latentguard.cli.fit import fit
 from latentguard.cli.label import label
 from latentguard.cli.options import OLD_NAMES
@@ -30,6 +31,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "fit": fit,
         "calibrate": calibrate,
         "score": score,
+        "evaluate": evaluate,
         "show": show,
         "drift": drift,
         "stress": stress,

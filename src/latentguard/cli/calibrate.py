@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentguard.cli.console import echo_err, progress
+from latentguard.cli.console import count_each, echo_changes, echo_err, progress
 from latentguard.cli.inputs import read_side
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_guard_model, read_guard, save_guard
@@ -62,6 +62,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
 
     Example: latentguard calibrate guards/qwen --harmless traffic.jsonl --max-fpr 0.01
     """
+    from latentguard.guard.evaluation import compare
     from latentguard.guard.thresholds import Rates
 
     columns = Columns(text=text_column, segment=segment_column or "")
@@ -70,20 +71,15 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
         loaded = read_guard(guard)
         prompts = _calibration_prompts(loaded, harmless, harmful, columns)
-        loaded.calibration_prompts(prompts, rates)  # says what is wrong before the model loads
+        used = loaded.calibration_prompts(prompts, rates)  # says what is wrong at once
         bound, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
-        with progress("calibrate", len(prompts)) as view:
-            calibrated = bound.calibrate(
-                backend,
-                prompts,
-                max_fpr=rate,
-                review_fpr=review_fpr,
-                confidence=confidence,
-                segment_column=segment_column,
-                progress=view.advance,
-            )
+        with progress("calibrate", len(used)) as view:
+            scored = list(count_each(bound.score_prompts(backend, used), view.advance))
+        before = [bound.combine(one).verdict for one in scored]
+        calibrated = bound.calibrate_from(used, before, rates, column=segment_column)
+        after = [calibrated.combine(one).verdict for one in scored]
         if harmless:  # the built-in ones are no traffic: windows keep what fit picked
             own = [p for p in prompts if not p.harmful]
             calibrated = _calibrate_long(calibrated, backend, own, rate, confidence)
@@ -91,6 +87,11 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     if loaded.bound is not None:
         echo_err(f"Replaced: threshold {loaded.threshold:.6g}, {loaded.promise}.")
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
+    if harmful:
+        note = (
+            "On the prompts that calibrated it; on others of the same kind it does a little worse."
+        )
+        echo_changes(compare(used, before, after), note)
     for paragraph in calibrated.notes:
         typer.echo(f"\n{paragraph}")
 

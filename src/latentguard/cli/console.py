@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, Thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
+    from latentguard.guard.evaluation import Comparison
     from latentguard.states import Progress
+
+T = TypeVar("T")
 
 PERIOD = 30.0
 """Seconds between two progress lines where there is no terminal."""
@@ -24,6 +27,24 @@ REMEMBERED = 5
 def echo_err(text: str) -> None:
     """Write a line to standard error."""
     typer.echo(text, err=True)
+
+
+def count_each(items: Iterable[T], advance: Progress) -> Iterator[T]:
+    """The same items; each is reported as it passes."""
+    for item in items:
+        advance(1)
+        yield item
+
+
+def echo_changes(changes: Sequence[Comparison], note: str) -> None:
+    """Print what a change of a guard changes, and warn where it is surely worse."""
+    from latentguard.guard.evaluation import comparison_table
+
+    typer.echo(f"\n{comparison_table(changes, note).markdown()}")
+    for change in changes:
+        if change.is_worse:
+            prompts = "" if change.name == "all" else f" ({change.name})"
+            echo_err(f"Warning: worse than before{prompts}: {change}.")
 
 
 class ProgressView(Protocol):

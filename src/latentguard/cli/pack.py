@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentguard.cli.console import echo_err, progress
+from latentguard.cli.console import echo_changes, echo_err, progress
 from latentguard.cli.inputs import guard_columns, read_side
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import (
@@ -24,6 +24,17 @@ from latentguard.cli.options import (
     TextColumn,
 )
 from latentguard.cli.outputs import changed_guard
+from latentguard.data.builtin import load_contrast
+from latentguard.prompt_files import read_prompts
+from latentguard.prompts import Prompt
+
+if TYPE_CHECKING:
+    from latentguard.guard.latent_guard import LatentGuard
+
+Evaluate = Annotated[
+    str | None,
+    typer.Option(help="Labelled prompts to measure on; default: built-in ones."),
+]
 
 pack = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard from examples.")
 
@@ -34,6 +45,7 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
     name: Annotated[str, typer.Option(help="Of the category, such as sexual.")],
     examples: Annotated[list[str], typer.Option(help="20 to 50 harmful examples; repeatable.")],
     harmless: HarmlessTraffic = None,
+    evaluate: Evaluate = None,
     text_column: TextColumn = "text",
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
@@ -49,9 +61,13 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
     --allow-mismatch the guard becomes one of the model that it met: what it then promises was
     measured there.
 
+    Prints what the guard catches and falsely flags before and after, on the labelled prompts of
+    --evaluate: give harmful prompts of other categories, too, as a pack moves the threshold of all.
+
     Example: latentguard pack add guards/qwen --name fraud --examples fraud.jsonl
     """
     from latentguard.guard import packs
+    from latentguard.guard.evaluation import compare
 
     with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
         loaded = read_guard(guard)
@@ -60,14 +76,18 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
         positives = read_side(examples, columns, harmful=True)
         negatives = read_side(harmless, columns, harmful=False)
         packs.plan_pack(loaded, name, positives, negatives)  # says what is wrong at once
+        labelled = _labelled_prompts(loaded, evaluate, text_column)
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
         with progress("pack") as view:
+            before = list(loaded.scan(backend, labelled, progress=view.advance))
             changed = packs.add(loaded, backend, name, positives, negatives, progress=view.advance)
+            after = list(changed.scan(backend, labelled, progress=view.advance))
         save_guard(changed, guard)
     echo_err(f"Pack '{name}' added to {guard}.")
     typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")
+    echo_changes(compare(labelled, before, after), _note(evaluate))
 
 
 @pack.command(name="list")
@@ -88,10 +108,11 @@ def show(guard: GuardFolder) -> None:
 
 
 @pack.command()
-def remove(
+def remove(  # noqa: PLR0913, PLR0917 (each is an option)
     guard: GuardFolder,
     name: Annotated[str, typer.Argument(help="Of the pack.")],
     harmless: HarmlessTraffic = None,
+    evaluate: Evaluate = None,
     text_column: TextColumn = "text",
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
@@ -102,17 +123,37 @@ def remove(
     Example: latentguard pack remove guards/qwen fraud
     """
     from latentguard.guard import packs
+    from latentguard.guard.evaluation import compare
 
     with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
         loaded = read_guard(guard)
         require_calibrated(loaded, guard)
         negatives = read_side(harmless, guard_columns(loaded, text_column), harmful=False)
         packs.without_pack(loaded, name, negatives)  # says what is wrong at once
+        labelled = _labelled_prompts(loaded, evaluate, text_column)
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
         with progress("pack") as view:
+            before = list(loaded.scan(backend, labelled, progress=view.advance))
             changed = packs.remove(loaded, backend, name, negatives, progress=view.advance)
+            after = list(changed.scan(backend, labelled, progress=view.advance))
         save_guard(changed, guard)
     echo_err(f"Pack '{name}' removed from {guard}.")
     typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")
+    echo_changes(compare(labelled, before, after), _note(evaluate))
+
+
+def _labelled_prompts(guard: LatentGuard, source: str | None, text_column: str) -> list[Prompt]:
+    """What a change is measured on."""
+    from latentguard.guard.evaluation import require_labels
+
+    if source is None:
+        return load_contrast("validation")
+    prompts = read_prompts(source, columns=guard_columns(guard, text_column))
+    require_labels(prompts)
+    return prompts
+
+
+def _note(source: str | None) -> str:
+    return f"On {source}." if source else "On built-in prompts of other categories (--evaluate)."

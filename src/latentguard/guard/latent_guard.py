@@ -30,7 +30,7 @@ from latentguard.guard.leakage import prompt_digest
 from latentguard.guard.own_model import OwnModel
 from latentguard.guard.probabilities import fit_platt
 from latentguard.guard.quadrants import Quadrants
-from latentguard.guard.reading_plan import Outcome, VariantScore, score_plans
+from latentguard.guard.reading_plan import Outcome, ScoredPlan, VariantScore, score_plans
 from latentguard.guard.signature import VerifyKey
 from latentguard.guard.spec import GuardSpec
 from latentguard.guard.thresholds import Rates
@@ -240,9 +240,17 @@ class LatentGuard(GuardSpec):
 
     def read(self, backend: Backend, prompts: Iterable[PromptLike]) -> Iterator[Outcome]:
         """As ``scan``, with what was measured on the version of each prompt that decided."""
+        return map(self.combine, self.score_prompts(backend, prompts))
+
+    def score_prompts(
+        self, backend: Backend, prompts: Iterable[PromptLike]
+    ) -> Iterator[ScoredPlan]:
+        """Yield all scores of each prompt, in order: ``combine`` makes a verdict of them.
+
+        Guards that differ in their thresholds alone can share them.
+        """
         self.require_match(backend.fingerprint)
-        score = partial(self.score, backend)
-        return map(self.combine, score_plans(as_prompts(prompts), self.plan, score))
+        return score_plans(as_prompts(prompts), self.plan, partial(self.score, backend))
 
     def score(self, backend: Backend, texts: Iterator[Prompt]) -> Iterator[VariantScore]:
         """Yield the score of each text of a plan, in order, in lazy batches."""
