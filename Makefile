@@ -10,7 +10,7 @@ PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 # Processes of the test run, one thread each.
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo test check fmt clients peers-env clean vllm-env test-vllm
+.PHONY: demo test check fmt docs clients peers-env clean vllm-env test-vllm
 
 demo: $(VENV)/ready
 	$(BIN)/latentguard demo
@@ -23,6 +23,10 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# The documentation, in site/index.html; it needs no server and no network.
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --quiet --strict
 
 fmt: $(VENV)/ready
 	$(BIN)/ruff format .
@@ -87,4 +91,4 @@ peers-env: .venv-peers/ready .venv-peers-4/ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) .venv-peers .venv-peers-4 build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) .venv-peers .venv-peers-4 build dist site .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,7 @@
-"""The robustness tables of docs/stress.md: the default guard of a model under every attack.
+"""The tables of docs/results/stress.md: the default guard of a model under every attack.
 
-    python benchmarks/stress.py MODEL --name NAME [--dtype D] [--budget B] [--docs docs/stress.md]
+    python benchmarks/stress.py MODEL --name NAME [--dtype D] [--budget B]
+        [--docs docs/results/stress.md]
 
 Fits and calibrates the default guard (reused if it is in OUT/guard), runs ``latentguard stress`` on
 it, and puts the tables between the marks of NAME in the document.

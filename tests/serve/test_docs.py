@@ -1,4 +1,4 @@
-"""``docs/serving.md`` is true: its commands run, its metrics and options are those that exist."""
+"""``docs/how-to/serving.md`` is true: commands run, metrics and options exist."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from latentguard.cli.serve import serve
 from serve.running import SOURCE, flagged, get, passed, post, running
 
-TEXT = (SOURCE.parent / "docs/serving.md").read_text("utf-8")
+TEXT = (SOURCE.parent / "docs/how-to/serving.md").read_text("utf-8")
 ADDRESS = "http://127.0.0.1:8400"
 
 

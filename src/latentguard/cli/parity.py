@@ -29,7 +29,7 @@ def parity(
     """Print how far a guard's scores inside vLLM are from those on transformers.
 
     Batch 1 and 32, prompts shorter and longer than a chunk, cached and uncached prefixes, and more
-    requests than the cache holds. Runs where vLLM is installed (docs/vllm.md).
+    requests than the cache holds. Runs where vLLM is installed (docs/how-to/vllm.md).
 
     Example: latentguard parity guards/smollm2
     """

@@ -31,7 +31,7 @@ STRENGTHS = (1.0, 3.0, 10.0)
 
 BAND = (0.33, 0.67)
 """The layers of a linear probe, as shares of the depth; other bands in the middle do as well
-(docs/detection.md), and a pass is left behind the last layer that is read."""
+(docs/results/detection.md), and a pass is left behind the last layer that is read."""
 
 SLACK = 0.02
 """Cross-validated AUROC that may be given up for a stronger penalty: folds are written by the same

@@ -8,5 +8,6 @@
 * ``middleware``: asks for each chat of the OpenAI server, and holds the reply until the verdict;
 * ``backend``: the same for a program, so that a guard is calibrated on the engine's own scores.
 
-``python -m latentguard.integrations.vllm GUARD`` starts the server; ``docs/vllm.md`` is the guide.
+``python -m latentguard.integrations.vllm GUARD`` starts the server.
+``docs/how-to/vllm.md`` is the guide.
 """

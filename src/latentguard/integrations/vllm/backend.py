@@ -64,7 +64,7 @@ class VllmModel:
         """
         guard = LatentGuard.load(folder)
         os.environ[VARIABLE] = str(Path(folder).resolve())
-        vllm = require_extra("vllm", "vllm", "Reading states inside vLLM (docs/vllm.md)")
+        vllm = require_extra("vllm", "vllm", "Reading states inside vLLM (docs/how-to/vllm.md)")
         config = require_extra("vllm.config", "vllm", "Reading states inside vLLM")
         try:
             engine = vllm.LLM(
