@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from latentguard.errors import LatentGuardError
+from latentguard.report import charts
 from latentguard.report import image_files as pictures
 from latentguard.report.document import Figure, Report, Section, Table
 from latentguard.report.image_files import write_pictures
@@ -37,11 +38,11 @@ class TestFiles:
         table = Table("Bars", ("a",), ((1,),))
         found = write_pictures(report(figure("Bars: s^l"), table, figure("Bars: s^l")), tmp_path)
         folder = tmp_path / "figures"
-        names = [f"bars-s-l{n}.{kind}" for n in ("", "-2") for kind in ("png", "svg")]
+        names = [f"bars-s-l{n}.{kind}" for n in ("", "-2") for kind in ("png", "svg", "pdf")]
         assert found == [folder / name for name in names]
         assert sorted(os.listdir(folder)) == ["bars-s-l-2.json", "bars-s-l.json"]
         assert [job["path"] for job in jobs] == found
-        assert [job["opts"]["format"] for job in jobs] == ["png", "svg"] * 2
+        assert [job["opts"]["format"] for job in jobs] == ["png", "svg", "pdf"] * 2
 
     def test_json_draws_the_same_figure_again(self, jobs, tmp_path):
         one = figure("Bars")
@@ -54,7 +55,19 @@ class TestFiles:
         before = one.plot.to_json()
         write_pictures(report(one), tmp_path)
         assert one.plot.to_json() == before
-        assert {job["fig"].layout.title.text for job in jobs} == {"Bars"}
+        titles = {job["opts"]["format"]: job["fig"].layout.title.text for job in jobs}
+        assert titles == {"png": "Bars", "svg": None, "pdf": None}  # a paper has its own captions
+
+    def test_panels_are_printed_over_both_columns(self, jobs, tmp_path):
+        curve = ([0.1, 0.2], [0.0, 0.1], [0.2, 0.3])
+        how = dict(title="t", y="y", caption="c")
+        one = charts.lines_by_layer({"a": curve, "b": curve}, [1, 2], **how)
+        two = charts.lines_by_layer(
+            {"a": curve, "b": curve}, [1, 2], **how, panels={"a": ["a"], "b": ["b"]}
+        )
+        write_pictures(report(one, two), tmp_path)
+        widths = [job["opts"]["width"] for job in jobs if job["opts"]["format"] == "pdf"]
+        assert widths == [pictures.PRINT_WIDTH, pictures.PRINT_PANELS_WIDTH]
 
     def test_no_figure_needs_no_browser(self, monkeypatch, tmp_path):
         monkeypatch.setenv("BROWSER_PATH", "/none")
@@ -94,18 +107,19 @@ class TestBrowsers:
         failures = (ValueError("no such font\nand more"), RuntimeError())
         monkeypatch.setattr(kaleido, "write_fig_from_object_sync", lambda jobs: failures)
         with pytest.raises(
-            LatentGuardError, match=r"2 of 2 pictures were not drawn: no such font\. "
+            LatentGuardError, match=r"2 of 3 pictures were not drawn: no such font\. "
         ):
             write_pictures(report(figure("Bars")), tmp_path)
 
     @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to draw with")
     def test_pictures(self, tmp_path):
-        png, svg = write_pictures(report(figure("Bars of Fig. 2")), tmp_path)
+        png, svg, pdf = write_pictures(report(figure("Bars of Fig. 2")), tmp_path)
         assert png_size(png) == (900, 520)
         drawn = svg.read_text()
         assert drawn.startswith("<svg")
-        assert 'width="900"' in drawn
-        assert ">Bars of Fig. 2</text>" in drawn
+        assert f'width="{pictures.PRINT_WIDTH}"' in drawn
+        assert "Bars of Fig. 2" not in drawn
+        assert pdf.read_bytes().startswith(b"%PDF")
 
 
 def png_size(path: Path):

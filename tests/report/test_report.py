@@ -235,10 +235,12 @@ class TestPlots:
         rules = {f"rule {n}": np.array([0.0, 1.0]) for n in range(9)}
         assert len(charts.roc_curves(rules, labels, of="x").plot.data) == 10
 
-    def test_names_that_are_cut_short_alike_keep_their_places(self):
+    def test_labels_are_whole_and_keep_their_places(self):
         names = ["jailbreak: persuasion: logical appeal", "jailbreak: persuasion: endorsement"]
         found = charts.heat_map([[0.1, 0.2]], ["row"], names, title="t", caption="c").plot
         assert found.data[0].x is None and list(found.layout.xaxis.tickvals) == [0, 1]
+        shown = [label.replace("<br>", " ") for label in found.layout.xaxis.ticktext]
+        assert shown == names  # whole
         assert found.data[0].hovertext[0][1] == f"row, {names[1]}"
         one = Estimate(0.5, 0.4, 0.6, (3, 0))
         found = charts.dot_plot(names, {"s": [one, one]}, title="t", x="x", caption="c").plot
@@ -252,9 +254,73 @@ class TestPlots:
         assert list(band.y) == [0.6, 1.0, 0.8, 0.4]
         assert list(line.y) == [0.5, 0.9]
 
+    def test_lines_as_numbers_are_in_the_report(self, tmp_path):
+        curve = ([0.5, float("nan")], [0.4, 0.8], [0.6, 1.0])
+        found = charts.lines_by_layer(
+            {"s (n = 3)": curve}, [1, 2], title="t", y="AUROC", caption=""
+        )
+        read = json.loads(
+            (Report("r", (Section("s", "", (found,)),)).save(tmp_path) / "report.json").read_text()
+        )
+        (curves,) = read["curves"]
+        assert (curves["title"], curves["y"]) == ("t", "AUROC")
+        assert curves["series"] == [
+            dict(
+                name="s (n = 3)",
+                places=[1, 2],
+                value=[0.5, None],
+                low=[0.4, 0.8],
+                high=[0.6, 1.0],
+            )
+        ]
+
+    def test_layers_that_were_not_run_have_no_band(self):
+        curve = ([0.5, 0.9, 0.7], [0.4, 0.8, 0.6], [0.6, 1.0, 0.8])
+        how = dict(title="t", y="y", caption="")
+        (points,) = charts.lines_by_layer({"s": curve}, [2, 6, 10], **how).plot.data
+        assert points.fill is None
+        assert list(points.error_y.array) == pytest.approx([0.1, 0.1, 0.1])
+
+    def test_shares_are_stacked_only_at_layers_that_were_run(self):
+        shares = {"Certainly": [0.2, 0.3], "No": [0.8, 0.7]}
+        found = charts.stacked_shares(shares, [0, 15], title="t", caption="").plot
+        assert {trace.type for trace in found.data} == {"bar"}
+        assert [list(trace.x) for trace in found.data] == [["0", "15"]] * 2
+        assert found.layout.xaxis.type == "category"
+
+    def test_a_control_stands_beside_the_curve_that_it_is_named_after(self):
+        names = ("harmfulness", "random, norm of harmfulness", "refusal", "random, norm of refusal")
+        assert charts.control_panels(dict.fromkeys(names)) == {
+            "harmfulness": names[:2],
+            "refusal": names[2:],
+        }
+        assert charts.control_panels(dict.fromkeys(("a", "b", "random"))) == {
+            "a": ("a", "random"),
+            "b": ("b", "random"),
+        }
+
+    def test_each_panel_has_its_curves_and_the_legend_names_each_once(self):
+        curve = ([0.5, 0.9], [0.4, 0.8], [0.6, 1.0])
+        curves = {f"{group}, {at}": curve for at in ("x", "y") for group in ("g", "h")}
+        panels = {at: [f"g, {at}", f"h, {at}"] for at in ("x", "y")}
+        plot = charts.lines_by_layer(
+            curves, [1, 2], title="t", y="y", caption="", zero=True, panels=panels
+        ).plot
+        assert {trace.xaxis for trace in plot.data} == {"x", "x2"}
+        assert [trace.name for trace in plot.data if trace.showlegend] == ["g", "h"]
+        assert len(plot.layout.shapes) == 2
+        assert plot.layout.meta["panels"] == 2
+        assert plot.layout.yaxis2.matches == "y"
+
+    def test_a_heat_map_parts_its_colours_at_a_half(self):
+        how = dict(title="t", caption="")
+        assert charts.heat_map([[0.1]], ["a"], ["b"], **how).plot.data[0].zmid == 0.5
+        assert charts.heat_map([[0.1]], ["a"], ["b"], **how, middle=None).plot.data[0].zmid is None
+
     def test_bars_of_the_same_name_stay_apart(self):
         names = ["same words " * 9 + "a", "same words " * 9 + "b"]
         found = charts.bar_chart(names, [0.1, 0.9], title="t", x="x", caption="c").plot
         assert list(found.data[0].x) == [0.1, 0.9]
         assert len(set(found.data[0].y)) == 2
-        assert max(map(len, found.layout.yaxis.ticktext)) <= 48
+        lines = [line for label in found.layout.yaxis.ticktext for line in label.split("<br>")]
+        assert max(map(len, lines)) <= 48

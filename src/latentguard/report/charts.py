@@ -1,9 +1,10 @@
-"""Plotly charts of the reports, in colours that colour-blind readers can tell apart."""
+"""Plotly charts of the reports, in the one visual language of ``styles``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import pairwise
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,31 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from latentguard.errors import require_extra
-from latentguard.report.document import Figure
+from latentguard.report.document import Figure, Series
+from latentguard.report.styles import (
+    HARMFUL,
+    HARMLESS,
+    NEUTRAL,
+    PALETTE,
+    Style,
+    is_control,
+    styles_of,
+)
 from latentguard.stats.estimate import Estimate
 
-HARMFUL, HARMLESS, NEUTRAL = "#d55e00", "#0072b2", "#7f8c9b"
+__all__ = ["HARMFUL", "HARMLESS", "NEUTRAL", "PALETTE"]
+
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
 """Value, low end and high end of the band at each place."""
 
-PALETTE = (HARMFUL, HARMLESS, "#009e73", "#cc79a7", "#e69f00", NEUTRAL)
-MARKS = tuple(
-    zip(PALETTE, ("circle", "square", "x", "diamond", "triangle-up", "cross"), strict=True)
-)
-"""Colour and symbol of each series of points."""
+MARKED = 12
+"""Places up to which each point of a curve has a mark."""
+
+PANEL = 190
+"""Height of a panel in pixels, without the names of its axis."""
+
+GAP = 62
+"""Pixels between two rows of panels: a title, the numbers and the name of an axis."""
 
 
 def new_plot(**layout: Any) -> Any:
@@ -42,9 +56,11 @@ def score_histogram(
     plot = new_plot(barmode="overlay", xaxis_title="score", yaxis_title="prompts")
     low, high = float(scores.min()), float(scores.max())
     bins = dict(start=low, end=high, size=(high - low) / 40 or 1.0)
-    for name, side, colour in (("harmless", False, HARMLESS), ("harmful", True, HARMFUL)):
+    for name, side, pattern in (("harmless", False, "/"), ("harmful", True, "")):
         values = scores[labels == side].tolist()
-        plot.add_histogram(x=values, name=name, xbins=bins, marker_color=colour, opacity=0.6)
+        colour = HARMFUL if side else HARMLESS
+        marker = dict(color=colour, pattern_shape=pattern)
+        plot.add_histogram(x=values, name=name, xbins=bins, marker=marker, opacity=0.6)
     plot.add_vline(x=threshold, line_dash="dash", line_color=NEUTRAL, annotation_text="threshold")
     n = f"{int(labels.sum())} harmful, {int((~labels).sum())} harmless prompts"
     return Figure(f"Scores on {of}", plot, f"{n}; right of the dashed line a prompt is flagged.")
@@ -56,9 +72,10 @@ def roc_curves(
     """Return the true-positive against the false-positive rate of each rule."""
     axes = dict(xaxis_title="false-positive rate", yaxis_title="true-positive rate")
     plot = new_plot(**axes, xaxis_range=[0, 1], yaxis_range=[0, 1.02])
-    for (rule, values), colour in zip(scores.items(), cycle(PALETTE), strict=False):
+    for (rule, values), style in zip(scores.items(), styles_of(scores), strict=True):
         false, true, _ = roc_curve(labels, values)
-        plot.add_scatter(x=false.tolist(), y=true.tolist(), name=rule, line_color=colour)
+        line = dict(color=style.colour, dash=style.dash)
+        plot.add_scatter(x=false.tolist(), y=true.tolist(), name=rule, line=line)
     plot.add_scatter(
         x=[0, 1], y=[0, 1], name="chance", line=dict(color=NEUTRAL, dash="dot"), hoverinfo="skip"
     )
@@ -73,7 +90,22 @@ def to_curve(estimates: Sequence[Estimate]) -> Curve:
     return value, low, high
 
 
-def lines_by_layer(
+def control_panels(curves: Mapping[str, Curve]) -> dict[str, tuple[str, ...]]:
+    """A panel for each curve that is no control, with its controls.
+
+    A control that is named after curves, as in ``random, norm of harmfulness``, stands beside those
+    alone; every other control stands in each panel.
+    """
+    controls = {name: name.rpartition("norm of ")[2] for name in curves if is_control(name)}
+    plain = [name for name in curves if name not in controls]
+    named = {of for of in controls.values() if any(of in name for name in plain)}
+    return {
+        name: (name, *(c for c, of in controls.items() if of in name or of not in named))
+        for name in plain
+    }
+
+
+def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
     curves: Mapping[str, Curve],
     layers: Sequence[int | str],
     *,
@@ -82,52 +114,161 @@ def lines_by_layer(
     caption: str,
     x: str = "layer (blocks passed)",
     zero: bool = False,
+    panels: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
     """Return curves with bands, by layer or, with another ``x``, by position.
 
+    Where layers are left out, intervals are drawn as bars: nothing is known between them.
+
     Args:
         curves: Name -> (value, low, high), each as long as ``layers``; a name that begins with
-            ``random`` is drawn grey and dashed. Many curves are coloured from dark to light.
+            ``random`` is a control, drawn grey and dotted.
         layers: Places on the horizontal axis.
         title: Title of the figure.
         y: Name of the vertical axis.
         caption: What it shows, with n.
         x: Name of the horizontal axis.
         zero: Draws a line at 0, such as the threshold of equation 2.
+        panels: Heading of each panel -> names of its curves, which may end in the heading after a
+            comma; all in one panel if None.
     """
-    plot = new_plot(xaxis_title=x, yaxis_title=y)
-    count = sum(not name.startswith("random") for name in curves)
-    colors = require_extra("plotly.colors", "report", "A report with figures")
-    shades = colors.sample_colorscale("Viridis", np.linspace(0, 0.9, count).tolist())
-    colours = cycle(PALETTE[:-1] if count < len(PALETTE) else shades)
-    dashes = cycle(("dot", "dash"))
-    for name, (value, low, high) in curves.items():
-        control = name.startswith("random")
-        colour = NEUTRAL if control else next(colours)
-        fill = dict(fill="toself", fillcolor=colour, opacity=0.15, line_width=0)
-        around = dict(x=[*layers, *reversed(layers)], y=[*high, *reversed(low)], legendgroup=name)
-        plot.add_scatter(**around, showlegend=False, hoverinfo="skip", mode="lines", **fill)
-        line = dict(color=colour, dash=next(dashes) if control else "solid")
-        points = dict(x=list(layers), y=list(value), legendgroup=name)
-        plot.add_scatter(**points, name=name, line=line, mode="lines+markers", marker_size=5)
-    if zero:
-        plot.add_hline(y=0, line_dash="dash", line_color=NEUTRAL)
-    return Figure(title, plot, caption)
+    styles = dict(zip(curves, styles_of(curves), strict=True))
+    if panels is not None:
+        styles = {n: s for of in panels.values() for n, s in zip(of, styles_of(of), strict=True)}
+    shown = {title: tuple(curves)} if panels is None else panels
+    plot = new_plot()
+    named = set[str]() if panels is None else set(panels)  # a heading needs no legend
+    for slot, (head, names) in enumerate(shown.items()):
+        for row, name in enumerate(names):
+            shift = _dodge(layers, row - (len(names) - 1) / 2)
+            label = name.removesuffix(f", {head}")
+            for trace in _traces(label, curves[name], layers, styles[name], shift=shift):
+                trace["showlegend"] = trace["showlegend"] and label not in named
+                plot.add_scatter(**trace, **_on_panel(slot))
+            named.add(label)
+        if zero:
+            plot.add_shape(line=dict(dash="dash", color=NEUTRAL, width=1.5), **_level(slot))
+    if len(shown) == 1:
+        plot.update_layout(xaxis_title=x, yaxis_title=y)
+    else:
+        _arrange(plot, tuple(shown), x=x, y=y)
+    if len(layers) <= MARKED and isinstance(layers[0] if layers else "", int):
+        plot.update_xaxes(tickvals=list(layers))  # no halves of layers
+    series = tuple(
+        Series(name, tuple(layers), *(tuple(map(float, of)) for of in curve))
+        for name, curve in curves.items()
+    )
+    return Figure(title, plot, caption, series, (x, y))
 
 
-def stacked_areas(
+def _traces(
+    name: str, curve: Curve, places: Sequence[int | str], style: Style, *, shift: float
+) -> list[dict[str, Any]]:
+    """A curve with its band; with bars for intervals where places are left out."""
+    value, low, high = (list(map(float, of)) for of in curve)
+    line = dict(color=style.colour, dash=style.dash, width=2)
+    mode = "lines+markers" if len(places) <= MARKED else "lines"
+    marker = dict(color=style.colour, symbol=style.symbol, size=6)
+    points: dict[str, Any] = dict(y=value, name=name, legendgroup=name, line=line, mode=mode)
+    points |= dict(x=list(places), marker=marker, showlegend=True)
+    has_interval = low != value or high != value
+    if _is_sparse(places):
+        up = [top - at for top, at in zip(high, value, strict=True)]
+        down = [at - bottom for bottom, at in zip(low, value, strict=True)]
+        points["x"] = [float(at) + shift for at in places]
+        points |= dict(mode="lines+markers", line=line | dict(width=1))
+        points["error_y"] = dict(array=up, arrayminus=down, thickness=1.4, width=3)
+        return [points]
+    if not has_interval:
+        return [points]
+    fill = dict(fill="toself", fillcolor=style.colour, opacity=0.15, line_width=0, mode="lines")
+    around = dict(x=[*places, *reversed(places)], y=[*high, *reversed(low)], legendgroup=name)
+    return [around | fill | dict(hoverinfo="skip", showlegend=False), points]
+
+
+def _is_sparse(places: Sequence[int | str]) -> bool:
+    """Whether numbers between two places are left out."""
+    return any(
+        isinstance(one, int) and isinstance(other, int) and other - one > 1
+        for one, other in pairwise(places)
+    )
+
+
+def _dodge(places: Sequence[int | str], steps: float) -> float:
+    """How far a curve is moved so that its bars do not lie on another's."""
+    if not _is_sparse(places):
+        return 0.0
+    widths = [int(other) - int(one) for one, other in pairwise(places)]
+    return steps * 0.06 * min(widths)
+
+
+def _on_panel(slot: int) -> dict[str, str]:
+    """The axes of a panel, as traces name them."""
+    return dict(zip(("xaxis", "yaxis"), _axes(slot), strict=True))
+
+
+def _level(slot: int) -> dict[str, Any]:
+    """A level line at 0 across a panel."""
+    x, y = _axes(slot)
+    return dict(type="line", xref=f"{x} domain", x0=0, x1=1, yref=y, y0=0, y1=0)
+
+
+def _axes(slot: int) -> tuple[str, str]:
+    number = "" if slot == 0 else str(slot + 1)
+    return f"x{number}", f"y{number}"
+
+
+def _arrange(plot: Any, heads: Sequence[str], *, x: str, y: str) -> None:
+    """Lay panels out in a grid on common scales; the page does the same for narrow screens."""
+    count = len(heads)
+    columns = 2 if count in (2, 4) else min(3, count)
+    rows = -(-count // columns)
+    height = rows * (PANEL + GAP)
+    for slot, head in enumerate(heads):
+        row, column = divmod(slot, columns)
+        left, right = column / columns, (column + 0.94) / columns
+        top = 1 - row * (PANEL + GAP) / (height - GAP)
+        bottom = top - PANEL / (height - GAP)
+        axis_x, axis_y = _axes(slot)
+        number = axis_x[1:]
+        is_last = slot + columns >= count
+        plot.update_layout(
+            {
+                f"xaxis{number}": dict(
+                    domain=[left, right],
+                    anchor=axis_y,
+                    matches="x" if slot else None,
+                    title_text=x if is_last else None,
+                ),
+                f"yaxis{number}": dict(
+                    domain=[max(bottom, 0), top],
+                    anchor=axis_x,
+                    matches="y" if slot else None,
+                    title_text=y if column == 0 else None,
+                    showticklabels=column == 0,
+                ),
+            }
+        )
+        place = dict(xref=f"{axis_x} domain", yref=f"{axis_y} domain", x=0, y=1.02)
+        text = f"<b>{head}</b>"
+        plot.add_annotation(text=text, **place, xanchor="left", yanchor="bottom", showarrow=False)
+    plot.update_layout(height=height + 60, meta=dict(panels=count, columns=columns, x=x, y=y))
+
+
+def stacked_shares(
     shares: Mapping[str, Sequence[float]],
     layers: Sequence[int],
     *,
     title: str,
     caption: str,
 ) -> Figure:
-    """Return shares that add up to 1 at each layer, stacked: name -> share by layer."""
+    """Return shares that add up to 1, stacked at each layer that was run: name -> by layer."""
     axes = dict(xaxis_title="layer (blocks passed)", yaxis_title="share", yaxis_range=[0, 1])
-    plot = new_plot(**axes)
-    for (name, values), colour in zip(shares.items(), cycle((*PALETTE[:4], NEUTRAL)), strict=False):
-        area = dict(stackgroup="one", mode="lines", line_color=colour, fillcolor=colour)
-        plot.add_scatter(x=list(layers), y=list(values), name=name, **area)
+    plot = new_plot(**axes, barmode="stack", bargap=0.25)
+    plot.update_xaxes(type="category")
+    for (name, values), style in zip(shares.items(), styles_of(shares), strict=True):
+        marker = dict(color=style.colour, pattern_shape=style.pattern)
+        plot.add_bar(x=[str(one) for one in layers], y=list(values), name=name, marker=marker)
     return Figure(title, plot, caption)
 
 
@@ -146,8 +287,8 @@ def belief_plane(
     """
     axes = dict(xaxis_title="\u0394 harmful", yaxis_title="\u0394 refuse")
     plot = new_plot(**axes, height=480)
-    for (name, (x, y, text)), (colour, symbol) in zip(groups.items(), cycle(MARKS), strict=False):
-        marker = dict(color=colour, symbol=symbol, size=7, opacity=0.7)
+    for (name, (x, y, text)), style in zip(groups.items(), styles_of(groups), strict=True):
+        marker = dict(color=style.colour, symbol=style.symbol, size=7, opacity=0.7)
         hover = dict(hovertext=list(text), hoverinfo="text+x+y+name")
         plot.add_scatter(x=list(x), y=list(y), name=name, mode="markers", marker=marker, **hover)
     plot.add_hline(y=0, line_dash="dash", line_color=NEUTRAL)
@@ -162,15 +303,30 @@ def heat_map(
     *,
     title: str,
     caption: str,
+    middle: float | None = 0.5,
 ) -> Figure:
-    """Return a heat map of values between 0 and 1, [rows columns]."""
-    plot = new_plot(height=150 + 30 * len(rows))
+    """Return a heat map of values between 0 and 1, [rows columns].
+
+    Args:
+        values: The values.
+        rows: Name of each row.
+        columns: Name of each column.
+        title: Title of the figure.
+        caption: What it shows, with n.
+        middle: Where the two colours part, such as 0.5 for an AUROC; None for one scale from 0.
+    """
+    labels = [*map(_wrapped, rows)]
+    plot = new_plot(height=190 + sum(12 + 18 * (label.count("<br>") + 1) for label in labels))
     grid = [list(row) for row in values]
-    scale = dict(colorscale="Cividis", zmin=0, zmax=1, texttemplate="%{z:.2f}")
+    scale: dict[str, Any] = dict(zmin=0, zmax=1, texttemplate="%{z:.2f}")
+    if middle is None:
+        scale |= dict(colorscale="Greys")
+    else:
+        scale |= dict(colorscale="PuOr", reversescale=True, zmid=middle)
     hover_texts = [[f"{row}, {column}" for column in columns] for row in rows]
-    plot.add_heatmap(z=grid, hovertext=hover_texts, hoverinfo="text+z", **scale)
-    plot.update_xaxes(_tick_labels(columns, 24))
-    plot.update_yaxes(_tick_labels(rows, 24), autorange="reversed")
+    plot.add_heatmap(z=grid, hovertext=hover_texts, hoverinfo="text+z", **scale, xgap=2, ygap=2)
+    plot.update_xaxes(_tick_labels(columns, 14), tickangle=-45 if len(columns) > 4 else 0)
+    plot.update_yaxes(_tick_labels(rows), autorange="reversed")
     return Figure(title, plot, caption)
 
 
@@ -184,13 +340,17 @@ def dot_plot(
 ) -> Figure:
     """Return points with intervals: a row per name, the first on top, a mark per series."""
     plot = new_plot(xaxis_title=x, height=150 + 30 * len(names))
-    for (name, estimates), (colour, symbol) in zip(series.items(), cycle(MARKS), strict=False):
+    for row, ((name, estimates), style) in enumerate(
+        zip(series.items(), styles_of(series), strict=True)
+    ):
         value, low, high = map(np.array, to_curve(estimates))
         bars = dict(type="data", array=(high - value).tolist(), arrayminus=(value - low).tolist())
-        marker = dict(color=colour, symbol=symbol, size=9)
-        points = dict(x=value.tolist(), y=list(range(len(names))), error_x=bars, marker=marker)
+        marker = dict(color=style.colour, symbol=style.symbol, size=9)
+        shift = 0.2 * (row - (len(series) - 1) / 2)
+        places = [place + shift for place in range(len(names))]
+        points = dict(x=value.tolist(), y=places, error_x=bars, marker=marker)
         plot.add_scatter(**points, name=name, mode="markers")
-    plot.update_yaxes(_tick_labels(names, 24), autorange="reversed")
+    plot.update_yaxes(_tick_labels(names), autorange="reversed")
     return Figure(title, plot, caption)
 
 
@@ -217,11 +377,11 @@ def bar_chart(
     return Figure(title, plot, caption)
 
 
-def _tick_labels(names: Sequence[str], most: int) -> dict[str, list[int] | list[str]]:
-    """Return tick labels by place, since shortened names need not be unique."""
-    return dict(tickvals=list(range(len(names))), ticktext=[shorten(n, most) for n in names])
+def _tick_labels(names: Sequence[str], width: int = 26) -> dict[str, list[int] | list[str]]:
+    """Return tick labels by place, since names need not be unique."""
+    return dict(tickvals=list(range(len(names))), ticktext=[_wrapped(n, width) for n in names])
 
 
-def shorten(text: str, most: int) -> str:
-    """Return a label of at most ``most`` characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def _wrapped(text: str, width: int = 26) -> str:
+    """Return a label in lines of at most ``width`` characters, whole."""
+    return "<br>".join(wrap(text, width, break_long_words=False)) or text

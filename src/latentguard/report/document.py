@@ -16,10 +16,11 @@ from typing import Any
 
 from latentguard.errors import require_extra
 from latentguard.files import write_atomic
+from latentguard.report.page_table import Cell, PageTable, format_cell, page_table
 
-Cell = str | float | int | bool | None
+__all__ = ["Cell", "Figure", "Report", "Section", "Series", "Table", "format_cell"]
 
-FIGURE_FORMATS = ("json", "png", "svg")
+FIGURE_FORMATS = ("json", "png", "svg", "pdf")
 """File name extensions of a figure."""
 
 
@@ -45,10 +46,10 @@ class Table:
 
     def _repr_html_(self) -> str:
         """Return the table as a notebook shows it."""
-        heads = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        heads = "".join(f"<th>{escape(column)}</th>" for column in self.page.columns)
         rows = "".join(
-            f"<tr>{''.join(f'<td>{escape(format_cell(cell))}</td>' for cell in row)}</tr>"
-            for row in self.rows
+            f"<tr>{''.join(f'<td>{escape(cell.text)}</td>' for cell in row)}</tr>"
+            for row in self.page.rows
         )
         note = f"<p>{escape(self.note)}</p>" if self.note else ""
         return (
@@ -56,17 +57,44 @@ class Table:
             f"<tbody>{rows}</tbody></table>{note}"
         )
 
+    @property
+    def page(self) -> PageTable:
+        """The table as people read it, each interval in the column of its value."""
+        return page_table(self.columns, self.rows)
+
     def csv(self) -> str:
-        """Return the table as CSV text."""
+        """Return the table as CSV text; the ends of intervals have columns of their own."""
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([self.columns, *self.rows])
         return out.getvalue()
 
     def markdown(self) -> str:
         """Return the table as Markdown, under its title and note."""
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        table = "\n".join("| " + " | ".join(map(format_cell, line)) + " |" for line in lines)
+        heads = self.page.columns
+        rows = ([_escape_markdown(cell.text) for cell in row] for row in self.page.rows)
+        lines = [heads, ("---",) * len(heads), *rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"**{self.title}.** {self.note}\n\n{table}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve of a figure as numbers, which other reports can be compared with."""
+
+    name: str
+    """What it is of."""
+
+    places: tuple[float | str, ...]
+    """Where on the horizontal axis."""
+
+    value: tuple[float, ...]
+    """At each place."""
+
+    low: tuple[float, ...]
+    """Lower end of the 95 % interval at each place."""
+
+    high: tuple[float, ...]
+    """Upper end of the 95 % interval at each place."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,6 +109,12 @@ class Figure:
 
     caption: str = ""
     """What it shows, with n."""
+
+    series: tuple[Series, ...] = ()
+    """Its curves as numbers, where it has any."""
+
+    axes: tuple[str, str] = ("", "")
+    """Names of the horizontal and the vertical axis of the curves."""
 
     def __repr__(self) -> str:
         """Return title and caption."""
@@ -164,7 +198,8 @@ class Report:
             for t in self.tables
         ]
         figures = [figure.title for figure in self.figures]
-        return dict(title=self.title, meta=self.meta, tables=tables, figures=figures)
+        curves = [_curves(figure) for figure in self.figures if figure.series]
+        return dict(title=self.title, meta=self.meta, tables=tables, figures=figures, curves=curves)
 
     def html(self) -> str:
         """Return one self-contained page; it makes no requests.
@@ -175,7 +210,7 @@ class Report:
         from jinja2 import Environment, PackageLoader
 
         environment = Environment(loader=PackageLoader("latentguard.report", "."), autoescape=True)
-        environment.filters |= {"format_cell": format_cell, "slug": slug}
+        environment.filters["slug"] = slug
         environment.tests["table"] = lambda part: isinstance(part, Table)
         page = environment.get_template("report.html")
         script = _plotly_script() if self.figures else ""
@@ -219,19 +254,26 @@ def _report_files(folder: Path) -> list[Path]:
 
 def _json_rows(rows: tuple[tuple[Cell, ...], ...]) -> list[list[Cell]]:
     """Return cells as JSON types: an undefined number is null."""
-    return [
-        [None if isinstance(cell, float) and not isfinite(cell) else cell for cell in row]
-        for row in rows
+    return [[_defined(cell) for cell in row] for row in rows]
+
+
+def _defined(cell: Cell) -> Cell:
+    """A cell, or None for a number that is undefined."""
+    return None if isinstance(cell, float) and not isfinite(cell) else cell
+
+
+def _curves(figure: Figure) -> dict[str, Any]:
+    """The curves of a figure as JSON types."""
+    lines = [
+        {name: [*map(_defined, of)] if name != "name" else of for name, of in vars(one).items()}
+        for one in figure.series
     ]
+    return dict(title=figure.title, x=figure.axes[0], y=figure.axes[1], series=lines)
 
 
-def format_cell(cell: Cell) -> str:
-    """Return a cell as people read it."""
-    if cell is None:
-        return ""
-    if isinstance(cell, bool):
-        return "yes" if cell else "no"
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+def _escape_markdown(text: str) -> str:
+    """A cell's text, which must not end its cell or its line."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def slug(title: str) -> str:

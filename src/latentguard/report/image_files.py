@@ -1,4 +1,4 @@
-"""The figures of a report as files: PNG and SVG for papers, JSON to draw again."""
+"""The figures of a report as files: SVG and PDF for papers, PNG to look at, JSON to draw again."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ from latentguard.errors import LatentGuardError, require_extra
 from latentguard.files import write_atomic
 from latentguard.report.document import FIGURE_FORMATS, Figure, Report, file_names
 
-SIZE = dict(width=900, height=520)
+WIDTH = 900
+"""Of a PNG, in pixels."""
+
+PRINT_WIDTH = 480
+"""Of an SVG or PDF, in CSS pixels: 5 inches, with letters of 9 points."""
+
+PRINT_PANELS_WIDTH = 672
+"""The same for panels: 7 inches, both columns of a page."""
 
 
 def write_pictures(report: Report, folder: str | Path) -> list[Path]:
-    """Write ``figures/*.json``, then ``*.png`` and ``*.svg``, under a report's folder.
+    """Write ``figures/*.json``, then ``*.png``, ``*.svg`` and ``*.pdf``, under a report's folder.
+
+    SVG and PDF have no title, as the caption in a paper has one.
 
     Returns:
         The pictures.
 
     Raises:
-        LatentGuardError: if there is no Chrome or Chromium to draw PNG and SVG with, or it fails;
+        LatentGuardError: if there is no Chrome or Chromium to draw pictures with, or it fails;
             the JSON files are there.
         MissingExtra: if the extra ``report`` is not installed.
     """
@@ -30,7 +39,7 @@ def write_pictures(report: Report, folder: str | Path) -> list[Path]:
     for name, figure in zip(names, report.figures, strict=True):
         write_atomic(folder / f"{name}.json", figure.plot.to_json())
     jobs = {
-        folder / f"{name}.{kind}": dict(fig=_titled(figure), opts=dict(format=kind, **SIZE))
+        folder / f"{name}.{kind}": _drawn(figure, kind)
         for name, figure in zip(names, report.figures, strict=True)
         for kind in FIGURE_FORMATS[1:]
     }
@@ -66,7 +75,20 @@ def _first_line(error: Exception) -> str:
     return said.split("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _titled(figure: Figure) -> Any:
+def _drawn(figure: Figure, kind: str) -> dict[str, Any]:
+    """The figure as one kind of file shows it, and its size."""
     plot = deepcopy(figure.plot)
-    plot.update_layout(title_text=figure.title, template="plotly_white")
-    return plot
+    height = plot.layout.height
+    if kind == "png":
+        plot.update_layout(title_text=figure.title, template="plotly_white")
+        return dict(fig=plot, opts=dict(format=kind, width=WIDTH, height=height or 520))
+    is_panels = plot.layout.meta is not None
+    width = PRINT_PANELS_WIDTH if is_panels else PRINT_WIDTH
+    font = dict(family="Helvetica, Arial, DejaVu Sans, sans-serif", size=12, color="black")
+    margin = dict(l=50, r=10, t=24 if is_panels else 10, b=44)
+    height = height or 340
+    legend = dict(orientation="h", x=0, y=-50 / (height - 54), yanchor="top")
+    plot.update_layout(template="simple_white", font=font, margin=margin, legend=legend)
+    plot.update_xaxes(showgrid=False, automargin=True)
+    plot.update_yaxes(showgrid=True, gridcolor="#e3e3e3", automargin=True)
+    return dict(fig=plot, opts=dict(format=kind, width=width, height=height))

@@ -202,7 +202,7 @@ def category_figure(
         values,
         title="Share flagged by category",
         x="share flagged",
-        caption="Orange bars should be long, blue bars short. n is small: read 20 % as noise.",
+        caption="Orange bars should be long, green bars short. n is small: read 20 % as noise.",
         colours=colours,
     )
 

@@ -77,12 +77,15 @@ def analyse(records: Records, settings: Settings) -> Finding:
 
 
 def figure(groups: Curves, position: str, note: str) -> Figure:
-    """Mean s^l of each group by layer, with 95 % bootstrap bands over the prompts."""
-    curves = {f"{shown(g)} (n = {len(s)})": to_curve(mean_curve(s)) for g, s in groups.items()}
-    layers = range(next(iter(groups.values())).shape[1]) if groups else range(0)
+    """Mean s^l of each group at layers 1 to L, with 95 % bootstrap bands over the prompts."""
+    curves = {
+        f"{shown(g)} (n = {len(s)})": to_curve(mean_curve(s[:, 1:])) for g, s in groups.items()
+    }
+    layers = range(1, next(iter(groups.values())).shape[1]) if groups else range(0)
     caption = (
         "Above the dashed line a prompt is nearer to the harmful centroid, below it to the "
-        f"harmless one. Bands: 95 %, bootstrap over prompts. {note}."
+        "harmless one. Layer 0, where no block has mixed the tokens yet, is left out. Bands: 95 %, "
+        f"bootstrap over prompts. {note}."
     )
     return lines_by_layer(
         curves, layers, title=f"Clusters at {position}", y="s", caption=caption, zero=True

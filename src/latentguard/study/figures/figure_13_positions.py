@@ -92,8 +92,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
     means = {group: _middle(s, settings) for group, s in records.beliefs.items()}
     parts: list[Table | Figure] = []
     if means:
-        parts += [_by_position(records, means), _places(records, means)]
-        parts += [_by_layer(records, group) for group in means]
+        parts += [_by_position(records, means), _places(records, means), _by_layer(records)]
     effects = {}
     if records.steered:
         parts += [_answers_figure(records), _answers_table(records)]
@@ -185,18 +184,33 @@ def _verdict(harmful: Estimate | None, harmless: Estimate | None) -> str:
     return "yes" if harmful.low > 0 and harmless.high < 0 else "unclear"
 
 
-def _by_layer(records: Records, group: Group) -> Figure:
-    s = records.beliefs[group].mean(0)
-    curves: dict[str, Curve] = {
-        at: (row.tolist(), row.tolist(), row.tolist())
-        for at, row in zip(records.positions, s, strict=True)
-    }
-    caption = (
-        f"Mean of {len(records.beliefs[group])} prompts. Above the dashed line they are nearer to "
-        "the refused harmful prompts. Bands are left out; the table has intervals."
+def _by_layer(records: Records) -> Figure:
+    """A panel for each position, with both groups by layer."""
+    curves: dict[str, Curve] = {}
+    panels: dict[str, list[str]] = {}
+    for slot, position in enumerate(records.positions):
+        for group, s in records.beliefs.items():
+            name = f"{group.replace('_', ' ')}, {position}"
+            curves[name] = to_curve(mean_curve(s[:, slot, 1:]))
+            panels.setdefault(position, []).append(name)
+    counts = " and ".join(
+        f"{len(s)} {group.replace('_', ' ')}" for group, s in records.beliefs.items()
     )
-    title = f"Every position: {group.replace('_', ' ')}"
-    return lines_by_layer(curves, range(s.shape[1]), title=title, y="s", caption=caption, zero=True)
+    caption = (
+        f"Mean of {counts} prompts. Above the dashed line they are nearer to the refused harmful "
+        "prompts. A position encodes harmfulness where the two curves lie on either side. Bands: "
+        "95 %, bootstrap over prompts."
+    )
+    depth = next(iter(records.beliefs.values())).shape[2]
+    return lines_by_layer(
+        curves,
+        range(1, depth),
+        title="s by layer at every position",
+        y="s",
+        caption=caption,
+        zero=True,
+        panels=panels,
+    )
 
 
 def _certainly(records: Records, along: str, layer: int | None = None) -> NDArray[np.bool_]:
@@ -225,7 +239,10 @@ def _answers_figure(records: Records) -> Figure:
         "as that of t_inst. Bands: 95 %."
     )
     title = "Steering with the direction of each position"
-    return lines_by_layer(curves, layers, title=title, y="Certainly", caption=caption)
+    panels = {at: (at, "random") for at in records.positions}
+    return lines_by_layer(
+        curves, layers, title=title, y="Certainly", caption=caption, panels=panels
+    )
 
 
 def _answers_table(records: Records) -> Table:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import lines_by_layer, to_curve
+from latentguard.report.charts import control_panels, lines_by_layer, to_curve
 from latentguard.report.document import Figure, Section, Table
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion, rate_difference, share
@@ -182,7 +182,18 @@ def _curves(records: Records) -> list[Figure]:
 def _figure(records: Records, ways: Sequence[Steering], title: str, caption: str) -> Figure:
     by_layer = {way.name: np.moveaxis(records.refused[way] == 1, 1, 0) for way in ways}
     curves = {name: to_curve([share(flags) for flags in of]) for name, of in by_layer.items()}
-    return lines_by_layer(curves, records.layers, title=title, y="refusal rate", caption=caption)
+    panels = control_panels(curves) if any(way.draws for way in ways) else _by_direction(ways)
+    return lines_by_layer(
+        curves, records.layers, title=title, y="refusal rate", caption=caption, panels=panels
+    )
+
+
+def _by_direction(ways: Sequence[Steering]) -> dict[str, list[str]]:
+    """A panel for each direction, with its curves for each choice of tokens."""
+    found: dict[str, list[str]] = {}
+    for way in ways:
+        found.setdefault(way.name.partition(",")[0], []).append(way.name)
+    return found
 
 
 def _cosine_parts(found: DirectionCosine) -> tuple[Figure, Table]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import Curve, lines_by_layer, stacked_areas
+from latentguard.report.charts import Curve, control_panels, lines_by_layer, stacked_shares
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
@@ -239,7 +239,10 @@ def _curves(task: Task, ways: Sequence[Steering], layers: Sequence[int], name: s
         "grey one of random directions as long as it. Bands: 95 %."
     )
     title = f"'No' to {side.name} instructions, {task.question} ({name})"
-    return lines_by_layer(curves, layers, title=title, y="answered 'No'", caption=caption)
+    panels = control_panels(curves)
+    return lines_by_layer(
+        curves, layers, title=title, y="answered 'No'", caption=caption, panels=panels
+    )
 
 
 def _curve(hits: NDArray[np.bool_]) -> Curve:
@@ -256,7 +259,7 @@ def _stack(task: Task, way: Steering, layers: Sequence[int]) -> Figure:
     shares = {one.capitalize(): (said == one).mean((0, 2)).tolist() for one in ANSWERS}
     caption = f"n = {len(task.unsteered)}; {task.question}. 'Other': neither word, and no refusal."
     title = f"Four answers to {task.side.name} instructions along {way.name}"
-    return stacked_areas(shares, layers, title=title, caption=caption)
+    return stacked_shares(shares, layers, title=title, caption=caption)
 
 
 def _odds(task: Task, ways: Sequence[Steering], layers: Sequence[int]) -> Figure:
@@ -271,7 +274,10 @@ def _odds(task: Task, ways: Sequence[Steering], layers: Sequence[int]) -> Figure
         "judged more harmful. Bands: 95 % bootstrap."
     )
     title = f"Log-odds of 'Certainly' to {task.side.name} instructions"
-    return lines_by_layer(curves, layers, title=title, y="nats", caption=caption, zero=True)
+    panels = control_panels(curves)
+    return lines_by_layer(
+        curves, layers, title=title, y="nats", caption=caption, zero=True, panels=panels
+    )
 
 
 def _acting(task: Task, way: Steering, records: Records) -> list[Figure]:

@@ -167,7 +167,8 @@ def _by_layer(drawn: Drawn, chance: Drawn, n: int) -> Figure:
 def _matrix(records: Records, values: Array) -> Figure:
     caption = "Cosines between harmfulness directions of categories, mean over the middle layers."
     title = "Harmfulness directions of categories"
-    return heat_map(values.tolist(), records.names, records.names, title=title, caption=caption)
+    names = records.names
+    return heat_map(values.tolist(), names, names, title=title, caption=caption, middle=None)
 
 
 def _table(records: Records, means: Mapping[str, Sequence[Estimate]]) -> Table:
