@@ -54,6 +54,31 @@ HUB_ROWS = {
             dict(user_input="c", toxicity=0, human_annotation=False),
         ]
     },
+    "aegis": {
+        "test": [
+            dict(text="a", text_type="user_message", labels_0="Safe", labels_1="Violence"),
+            dict(text="b", text_type="user_message", labels_0="Safe", labels_1="Safe"),
+            dict(text="c", text_type="llm_response", labels_0="Safe", labels_1=None),
+            dict(text="d", text_type="user_message", labels_0="Needs Caution", labels_1=None),
+        ]
+    },
+    "aegis2": {
+        "test": [
+            dict(prompt="a", prompt_label="unsafe", violated_categories="Fraud", response=None),
+            dict(prompt="b", prompt_label="safe", violated_categories="", response=None),
+            dict(prompt="REDACTED", prompt_label="unsafe", violated_categories="", response=None),
+        ]
+    },
+    "simple_safety_tests": {"test": [dict(id="1", prompt="a", harm_area="Scams & Fraud")]},
+    "harmbench": {"train": [dict(prompt="a", category="illegal")]},
+    "wildguardtest": {
+        "test": [
+            dict(prompt="a", prompt_harm_label="harmful", adversarial=True, subcategory="others"),
+            dict(prompt="b", prompt_harm_label="unharmful", adversarial=False, subcategory=None),
+            dict(prompt="c", prompt_harm_label=None, adversarial=False, subcategory=None),
+        ]
+    },
+    "or_bench": {"train": [dict(prompt="a", category="harassment")]},
 }
 """Rows as the Hub has them, by split; texts are made up."""
 
@@ -67,6 +92,12 @@ READ = {
     "persuasion_samples": [("b", True, "persuasion")],
     "openai_moderation": [("a", True, "H,H2"), ("b", False, None)],
     "toxicchat": [("a", True, None), ("b", False, None)],
+    "aegis": [("a", False, None), ("b", False, None), ("d", True, None)],
+    "aegis2": [("a", True, "Fraud"), ("b", False, None)],
+    "simple_safety_tests": [("a", True, "Scams & Fraud")],
+    "harmbench": [("a", True, "illegal")],
+    "wildguardtest": [("a", True, "others"), ("b", False, None)],
+    "or_bench": [("a", False, "harassment")],
 }
 
 
@@ -91,11 +122,12 @@ class TestTable:
         files = {name for names in FOLDER.values() for name in names}
         others = {name for one in PUBLIC_SETS for name, _ in one.mirrors}
         assert files <= set(SETS) | others
-        assert set(SETS) <= files
+        study = {one.name for one in PUBLIC_SETS if one.experiments != ("benchmark",)}
+        assert study <= files
 
     def test_it_names_experiments_that_exist(self):
         named = {name for one in PUBLIC_SETS for name in one.experiments}
-        assert named <= {"all", *EXPERIMENTS}
+        assert named <= {"all", "benchmark", *EXPERIMENTS}
 
     @pytest.mark.parametrize("one", PUBLIC_SETS, ids=lambda one: one.name)
     def test_an_entry_says_licence_count_and_origin(self, one):

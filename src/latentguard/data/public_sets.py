@@ -6,6 +6,7 @@ access to the Hub itself; ``HubSource.unchecked`` says what could not be looked 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,8 @@ class PublicSet:
     """Of the texts."""
 
     experiments: tuple[str, ...]
-    """Which experiments of the study use it; ``all`` for those of the four groups."""
+    """Which experiments of the study use it; ``all`` for those of the four groups, ``benchmark``
+    for the verb of that name."""
 
     upstream: str
     """Where its authors publish it."""
@@ -116,6 +118,10 @@ MODERATION_FLAGS = ("S", "H", "V", "HR", "SH", "H2", "V2")
 """OpenAI's flags: sexual, hate, violence, harassment, self-harm, threats of hate, graphic."""
 
 
+REDACTED = "REDACTED"
+"""What stands in Aegis 2 where a text was taken out."""
+
+
 def _openai_moderation(row: Row, split: str) -> Request | None:
     if row["S3"] == 1:  # sexual content about minors: left out
         return None
@@ -127,6 +133,43 @@ def _toxicchat(row: Row, split: str) -> Request | None:
     if not row["human_annotation"]:
         return None
     return Request(row["user_input"], harmful=row["toxicity"] == 1)
+
+
+def _aegis(row: Row, split: str) -> Request | None:
+    if row.get("text_type", "user_message") != "user_message":
+        return None
+    votes = [str(row[key]) for key in (f"labels_{n}" for n in range(5)) if row.get(key)]
+    top = max(Counter(votes).values())
+    return Request(row["text"], harmful=votes.count("Safe") < top)
+
+
+def _aegis2(row: Row, split: str) -> Request | None:
+    if row["prompt"] == REDACTED or row["prompt_label"] not in ("safe", "unsafe"):
+        return None
+    category = row.get("violated_categories") or None
+    return Request(row["prompt"], harmful=row["prompt_label"] == "unsafe", category=category)
+
+
+def _simple_safety_tests(row: Row, split: str) -> Request:
+    return Request(row["prompt"], harmful=True, category=row.get("harm_area"))
+
+
+def _harmbench(row: Row, split: str) -> Request | None:
+    if row.get("FunctionalCategory") == "contextual":
+        return None
+    text = row["Behavior"] if "Behavior" in row else row["prompt"]
+    return Request(text, harmful=True, category=row.get("SemanticCategory") or row.get("category"))
+
+
+def _wildguardtest(row: Row, split: str) -> Request | None:
+    if row["prompt_harm_label"] not in ("harmful", "unharmful"):
+        return None
+    harmful = row["prompt_harm_label"] == "harmful"
+    return Request(row["prompt"], harmful=harmful, category=row.get("subcategory"))
+
+
+def _or_bench(row: Row, split: str) -> Request:
+    return Request(row["prompt"], harmful=False, category=row.get("category"))
 
 
 def _persuasion(row: Row, split: str) -> Request:
@@ -179,7 +222,7 @@ PUBLIC_SETS: tuple[PublicSet, ...] = (
         "harmless requests that sound harmful, and their harmful twins (Roettger et al., 2023)",
         rows=450,
         licence="CC BY 4.0",
-        experiments=("all", "confound"),
+        experiments=("all", "confound", "benchmark"),
         upstream="github.com/paul-rottger/xstest",
         hub=HubSource("Paul/XSTest", _xstest, revision="f600c994b256f12867dfa5b3eb3d545a3e62f8b5"),
     ),
@@ -257,7 +300,7 @@ PUBLIC_SETS: tuple[PublicSet, ...] = (
         "texts of both labels with OpenAI's categories (Markov et al., 2022)",
         rows=1595,
         licence="MIT",
-        experiments=("guards", "confound"),
+        experiments=("guards", "confound", "benchmark"),
         upstream="github.com/openai/moderation-api-release",
         hub=HubSource(
             "mmathys/openai-moderation-api-evaluation",
@@ -270,7 +313,7 @@ PUBLIC_SETS: tuple[PublicSet, ...] = (
         "what people asked a chat model, labelled by hand (Lin et al., 2023): Table 8",
         rows=2853,
         licence="CC BY-NC 4.0",
-        experiments=("guards",),
+        experiments=("guards", "benchmark"),
         upstream="huggingface.co/datasets/lmsys/toxic-chat",
         hub=HubSource(
             "lmsys/toxic-chat",
@@ -281,5 +324,95 @@ PUBLIC_SETS: tuple[PublicSet, ...] = (
         ),
         mirrors=(("toxicchat_third", None),),
     ),
+    PublicSet(
+        "aegis",
+        "Aegis: requests of its test split, by the votes of annotators (Ghosh et al., 2024)",
+        rows=359,
+        licence="CC BY 4.0",
+        experiments=("benchmark",),
+        upstream="huggingface.co/datasets/nvidia/Aegis-AI-Content-Safety-Dataset-1.0",
+        hub=HubSource(
+            "nvidia/Aegis-AI-Content-Safety-Dataset-1.0",
+            _aegis,
+            splits=("test",),
+            unchecked="a revision, and how ties between annotators count elsewhere",
+        ),
+    ),
+    PublicSet(
+        "aegis2",
+        "Aegis 2.0: prompts of its test split (Ghosh et al., 2025)",
+        rows=1928,
+        licence="CC BY 4.0",
+        experiments=("benchmark",),
+        upstream="huggingface.co/datasets/nvidia/Aegis-AI-Content-Safety-Dataset-2.0",
+        hub=HubSource(
+            "nvidia/Aegis-AI-Content-Safety-Dataset-2.0",
+            _aegis2,
+            splits=("test",),
+            revision="d86bb8bedff51d25ac834ab7838f1cc61acb7a2c",
+            unchecked="how many rows are redacted",
+        ),
+    ),
+    PublicSet(
+        "simple_safety_tests",
+        "SimpleSafetyTests: harmful requests of five areas (Vidgen et al., 2023)",
+        rows=100,
+        licence="CC BY 4.0",
+        experiments=("benchmark",),
+        upstream="huggingface.co/datasets/Bertievidgen/SimpleSafetyTests",
+        hub=HubSource(
+            "Bertievidgen/SimpleSafetyTests",
+            _simple_safety_tests,
+            splits=("test",),
+            revision="98223c5d8c4059c8f4d8fe2fec8720ee8a20d3c5",
+        ),
+    ),
+    PublicSet(
+        "harmbench",
+        "HarmBench behaviours without a context (Mazeika et al., 2024); published figures: 239 of "
+        "the test split, as in its harmbench_behaviors_text_test.csv",
+        rows=200,
+        licence="MIT",
+        experiments=("benchmark",),
+        upstream="github.com/centerforaisafety/HarmBench: data/behavior_datasets",
+        hub=HubSource(
+            "walledai/HarmBench",
+            _harmbench,
+            config="standard",
+            is_gated=True,
+            unchecked="a revision",
+        ),
+    ),
+    PublicSet(
+        "wildguardtest",
+        "WildGuardTest: plain and adversarial prompts, labelled by hand (Han et al., 2024)",
+        rows=1699,
+        licence="ODC-BY",
+        experiments=("benchmark",),
+        upstream="huggingface.co/datasets/allenai/wildguardmix",
+        hub=HubSource(
+            "allenai/wildguardmix",
+            _wildguardtest,
+            splits=("test",),
+            config="wildguardtest",
+            revision="d29c47f41c8b51348b5c8e8c81c039b3132b66d1",
+            is_gated=True,
+        ),
+    ),
+    PublicSet(
+        "or_bench",
+        "OR-Bench, the hard part: harmless requests that sound harmful (Cui et al., 2024)",
+        rows=1319,
+        licence="CC BY 4.0",
+        experiments=("benchmark",),
+        upstream="huggingface.co/datasets/bench-llm/or-bench",
+        hub=HubSource(
+            "bench-llm/or-bench",
+            _or_bench,
+            config="or-bench-hard-1k",
+            unchecked="a revision",
+        ),
+    ),
 )
-"""Every public set that the study uses, in the order of ``latentguard data list``."""
+"""Every public set that the study or the benchmark uses, in the order of ``latentguard data list``.
+"""
