@@ -13,6 +13,7 @@ VERBS = {
     "fit": ("--harmful", "--contrast", "--reading", "--dtype", "--quantize", "--device-map"),
     "calibrate": ("--harmless", "--max-fpr", "--confidence", "--device-map"),
     "score": ("--out", "--text-column", "--engine", "--actors", "--block-rows"),
+    "benchmark": ("--data-dir", "--out", "--only", "--limit"),
     "evaluate": ("--json", "--segment-column", "--text-column"),
     "audit": ("--label", "--text-column"),
     "show": (),

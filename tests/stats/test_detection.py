@@ -5,16 +5,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
-from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    f1_score,
+    roc_auc_score,
+    roc_curve,
+)
 
 from latentguard.errors import GuardError
 from latentguard.stats.detection import (
     auroc,
     auroc_interval,
+    average_precision,
     balanced_accuracy_at,
     combine_areas,
     estimate_metric,
     f1_at,
+    f1_at_fpr,
     separation,
     tpr_at,
     win_matrix,
@@ -36,6 +44,18 @@ class TestSameAsScikitLearn:
     @given(scored())
     def test_auroc(self, data):
         assert auroc(*data) == pytest.approx(roc_auc_score(*data), abs=1e-12)
+
+    @given(scored())
+    def test_average_precision(self, data):
+        expected = average_precision_score(*data)
+        assert average_precision(*data) == pytest.approx(expected, abs=1e-12)
+
+    @given(scored(), st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    def test_f1_at_a_false_positive_rate(self, data, max_fpr):
+        labels, scores = data
+        cuts = [-np.inf, *np.unique(scores)]
+        allowed = [cut for cut in cuts if (scores[~labels] > cut).mean() <= max_fpr + 1e-12]
+        assert f1_at_fpr(max_fpr)(*data) == f1_score(labels, scores > min(allowed))
 
     @given(scored(), st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0]))
     def test_tpr_at(self, data, max_fpr):

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from latentguard.cli.audit import audit
+from latentguard.cli.benchmark import benchmark
 from latentguard.cli.calibrate import calibrate
 from latentguard.cli.data import data
 from latentguard.cli.demo.command import demo
@@ -32,6 +33,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "calibrate": calibrate,
         "score": score,
         "evaluate": evaluate,
+        "benchmark": benchmark,
         "show": show,
         "drift": drift,
         "stress": stress,

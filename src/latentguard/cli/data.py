@@ -15,7 +15,9 @@ from latentguard.errors import LatentGuardError
 if TYPE_CHECKING:
     from latentguard.data.public_sets import PublicSet
 
-data = typer.Typer(no_args_is_help=True, help="The public data sets that the study and the benchmark use.")
+data = typer.Typer(
+    no_args_is_help=True, help="The public data sets that the study and the benchmark use."
+)
 
 Folder = Annotated[Path, typer.Option(help="Data folder, as 'study --data-dir' takes it.")]
 

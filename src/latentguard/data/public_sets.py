@@ -88,6 +88,11 @@ class PublicSet:
     """Other files of a mirror that hold it, with the category of its rows; None for all rows."""
 
 
+def _is_true(value: object) -> bool:
+    """Whether a flag is set; in CSV it is text."""
+    return str(value).lower() in {"1", "1.0", "true"}
+
+
 def _advbench(row: Row, split: str) -> Request:
     return Request(row["prompt"], harmful=True)
 
@@ -123,16 +128,16 @@ REDACTED = "REDACTED"
 
 
 def _openai_moderation(row: Row, split: str) -> Request | None:
-    if row["S3"] == 1:  # sexual content about minors: left out
+    if _is_true(row.get("S3")):  # sexual content about minors: left out
         return None
-    flags = [flag for flag in MODERATION_FLAGS if row[flag] == 1]
+    flags = [flag for flag in MODERATION_FLAGS if _is_true(row.get(flag))]
     return Request(row["prompt"], harmful=bool(flags), category=",".join(flags) or None)
 
 
 def _toxicchat(row: Row, split: str) -> Request | None:
-    if not row["human_annotation"]:
+    if not _is_true(row["human_annotation"]):
         return None
-    return Request(row["user_input"], harmful=row["toxicity"] == 1)
+    return Request(row["user_input"], harmful=_is_true(row["toxicity"]))
 
 
 def _aegis(row: Row, split: str) -> Request | None:

@@ -34,10 +34,33 @@ def tpr_at(max_fpr: float) -> Metric:
     """True-positive rate at a false-positive rate of at most ``max_fpr``."""
 
     def metric(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
-        negatives = np.sort(scores[~labels])[::-1]
-        allowed = int(max_fpr * len(negatives) + 1e-9)
-        threshold = negatives[allowed] if allowed < len(negatives) else -np.inf
-        return float((scores[labels] > threshold).mean())
+        return float((scores[labels] > threshold_at(max_fpr, scores[~labels])).mean())
+
+    return metric
+
+
+def average_precision(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+    """Area under the precision-recall curve in steps; equal scores are one step."""
+    order = np.argsort(-scores, kind="stable")
+    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
+    caught = np.cumsum(labels[order])[last_of_tie]
+    flagged = np.flatnonzero(last_of_tie) + 1
+    gained = np.diff(caught, prepend=0)
+    return float((gained * caught / flagged).sum() / labels.sum())
+
+
+def threshold_at(max_fpr: float, negatives: NDArray[np.float64]) -> float:
+    """The lowest threshold that at most that share of the scores exceeds."""
+    ranked = np.sort(negatives)[::-1]
+    allowed = int(max_fpr * len(ranked) + 1e-9)
+    return float(ranked[allowed]) if allowed < len(ranked) else -np.inf
+
+
+def f1_at_fpr(max_fpr: float) -> Metric:
+    """F1 at the lowest threshold that keeps a false-positive rate on these very scores."""
+
+    def metric(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+        return f1_at(threshold_at(max_fpr, scores[~labels]))(labels, scores)
 
     return metric
 

@@ -1,0 +1,1 @@
+"""The standard prompt suite: a guard beside published figures of others."""

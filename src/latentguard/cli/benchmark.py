@@ -1,0 +1,63 @@
+"""The verb ``benchmark``; heavy imports stay inside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentguard.cli.console import echo_err, progress
+from latentguard.cli.interrupts import explain_interrupt
+from latentguard.cli.loading import load_guard_model, read_guard, warn_if_uncalibrated
+from latentguard.cli.options import AllowMismatch, DeviceMap, GuardSource, MovedModel
+from latentguard.cli.outputs import output_folder, warn_of_replacement
+
+
+def benchmark(  # noqa: PLR0913, PLR0917 (each is an option)
+    guard: GuardSource,
+    data_dir: Annotated[
+        Path,
+        typer.Option(help="Folder with the sets, as 'data fetch' or their authors write them."),
+    ] = Path("data"),
+    out: Annotated[
+        Path, typer.Option(help="Report folder; its verdicts let a killed run go on.")
+    ] = Path("benchmark"),
+    only: Annotated[
+        list[str] | None, typer.Option(help="This set alone, such as 'toxicchat'; repeatable.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many prompts of each set.")
+    ] = None,
+    model: MovedModel = None,
+    allow_mismatch: AllowMismatch = False,
+    device_map: DeviceMap = None,
+) -> None:
+    """Run GUARD over the standard prompt suite, beside published figures of other guards.
+
+    Sets: ToxicChat, OpenAI moderation, Aegis, Aegis 2, SimpleSafetyTests, HarmBench, WildGuardTest,
+    XSTest, OR-Bench. Get them with 'latentguard data fetch'. A set that is missing is named, and
+    the others are measured. OUT gets report.html, report.md, report.json and figures.json; no
+    prompt text is written.
+
+    Example: latentguard benchmark guards/qwen --data-dir data --out reports/benchmark
+    """
+    from latentguard.benchmark.report import benchmark_report, markdown, save_benchmark
+    from latentguard.benchmark.run import load_suite, run_benchmark
+
+    sets, missing = load_suite(data_dir, only or (), limit=limit)
+    for one in missing:
+        echo_err(f"Missing: {one.title}. {one.reason}")
+    kept = f"Verdicts are kept in {out}. Run the same command again to go on."
+    with output_folder(out), explain_interrupt(kept):
+        warn_of_replacement(out)
+        loaded = read_guard(guard)
+        warn_if_uncalibrated(loaded, guard)
+        loaded, backend = load_guard_model(
+            loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
+        )
+        with progress("benchmark") as view:
+            result = run_benchmark(loaded, backend, sets, out, missing=missing, step=view.step)
+        page = save_benchmark(result, out)
+    typer.echo(markdown(benchmark_report(result)))
+    echo_err(f"Report: {page}")
