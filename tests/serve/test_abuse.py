@@ -348,3 +348,27 @@ class TestSlowClients:
                 while connections and time.monotonic() < deadline:
                     time.sleep(0.05)
                 assert not connections
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("score", {"inputs": "a"}, "'inputs' is no field of this request; leave it out."),
+        ("score", [1], "The body should be a JSON object, sent as application/json."),
+        ("score", {"messages": []}, "'messages' should be a list of 1 or more."),
+        ("moderations", {}, "'input' is missing."),
+        ("moderations", {"input": 7}, "'input' should be text or a list."),
+        ("chat/completions", {"messages": "hi"}, "'messages' should be a list."),
+        ("chat/completions", {"messages": [{"role": "king"}]}, "'messages.0.role' should be"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said_in_words(service, path, body, words):
+    answer = post(f"{service}/v1/{path}", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(words)
+
+
+def test_where_json_breaks_is_said(service):
+    answer = post(f"{service}/v1/score", content=b'{"input": [')
+    assert answer.status_code == 400
+    assert "(line 1, column 12)" in answer.json()["error"]["message"]

@@ -8,7 +8,7 @@ from latentguard.models.conversation import (
     Conversation,
     Sampling,
     _StopTexts,
-    capture_instruction,
+    capture_tokens,
 )
 from latentguard.prompts import Message, Prompt
 from models.architectures import ARCHITECTURES, chat_model
@@ -118,8 +118,10 @@ def test_stop_texts(pieces, stops, shown):
     assert seen + cut.flush() == shown
 
 
-def test_reading_an_instruction_ends_at_t_inst(model):
-    layout, states = capture_instruction(model, PROMPT, (1, 3))
-    (captured,) = model.capture([PROMPT], positions=("t_inst",), layers=(1, 3))
-    assert len(states) == len(layout.spans)
-    torch.testing.assert_close(states[-1], captured.values[0, 0], rtol=1e-4, atol=1e-5)
+def test_tokens_are_read_from_the_instruction_to_t_post(model):
+    layout, states = capture_tokens(model, PROMPT, (1, 3))
+    (captured,) = model.capture([PROMPT], positions=("t_inst", "t_post"), layers=(1, 3))
+    count = len(layout.spans)
+    assert len(states) == count + layout.t_post - layout.t_inst
+    for token, at in ((count - 1, 0), (-1, 1)):
+        torch.testing.assert_close(states[token], captured.values[0, at], rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ Set ``LATENTGUARD_SCREENSHOTS`` to a folder to keep the pictures.
 """
 
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from serve.running import (
     PROMPTS,
     band_guard,
     flagged,
+    get,
     offline,
     opener,
     passed,
     reviewed,
     running,
+    tiny_guard,
     tiny_model,
 )
 
@@ -92,31 +95,97 @@ def keep(page, name):
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
+def numbers(text):
+    """Each number of a text, as the page writes them."""
+    return [float(one) for one in re.findall(r"-?[0-9]+\.[0-9]+", text.replace("\u2212", "-"))]
+
+
 def test_a_flagged_prompt(url, visit):
     page = visit(url)
     read(page, flagged())
     assert page.inner_text("#verdict-word") == "Flagged"
-    shown = "".join(page.locator("#tokens span").all_text_contents())
+    shown = "".join(page.locator("#tokens span:not(.template)").all_text_contents())
     assert shown == flagged()
+    assert page.locator("#tokens span.template").count() > 0
     assert f"{offline()[flagged()].score:.3f}" in page.inner_text("#figures")
-    assert "Δ refuse" in page.inner_text("#figures")
-    assert page.locator("#layers polyline").count() == 2
+    assert page.locator("#layers rect").count() == len(tiny_guard().probe.layers)
+    assert page.locator("#known rect").count() > 1
     assert page.locator("#plane circle.known").count() == len(PROMPTS) + 1
     keep(page, "flagged")
+
+
+def test_the_sum_is_the_score(url, visit):
+    """What stands beside the verdict is what decided it, and adds up."""
+    page = visit(url)
+    for text, side in ((flagged(), "over"), (passed(), "not over")):
+        read(page, text)
+        words = page.inner_text("#sum")
+        baseline, tokens, score, threshold = numbers(words)
+        added = tokens if "+ tokens" in words else -tokens
+        assert baseline + added == pytest.approx(score, abs=2e-3)
+        assert score == pytest.approx(offline()[text].score, abs=1e-3)
+        assert f", {side} the threshold" in words
+        assert (score > threshold) is (side == "over")
+        titles = page.locator("#tokens span").evaluate_all("all => all.map(e => e.title)")
+        each = [float(one.replace("\u2212", "-")) for one in titles]
+        assert baseline + sum(each) == pytest.approx(score, abs=2e-3 + 1e-3 * len(each))
+
+
+def test_the_papers_belief_comes_second_and_is_named(url, visit):
+    page = visit(url)
+    read(page, flagged())
+    assert "which does not decide" in page.inner_text("#belief-title")
+    assert "harmful" in page.inner_text("#belief-words")
+    assert page.locator("#belief-layers polyline").count() == 2
+    assert "".join(page.locator("#beliefs span").all_text_contents()) == flagged()
+    order = page.locator("main > section").evaluate_all("all => all.map(e => e.id)")
+    assert order.index("tokens-card") < order.index("belief-card")
+
+
+def test_examples_are_offered_until_something_was_asked(url, visit):
+    page = visit(url)
+    page.click("#examples button >> nth=0")
+    page.wait_for_selector("#verdict:not([hidden])")
+    assert page.input_value("#chat") == "How do I kill a Python process?"
+    assert page.locator("#examples").is_hidden()
+    keep(page, "example")
+
+
+CHANCES = {"a": 0.2, "b": 0.3, "c": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("decision", "chance", "named"),
+    [("block", 0.9, True), ("block", 0.5, False), ("review", 0.9, True), ("allow", 0.99, False)],
+)
+def test_a_category_is_named_only_if_it_is_surer_than_chance(url, visit, decision, chance, named):
+    """Of four categories, its odds have to beat the three others, and the prompt not be allowed."""
+
+    def answer(route):
+        response = route.fetch()
+        body = response.json()
+        scores = CHANCES | {"made_up": chance}
+        body["results"][0] |= dict(decision=decision, category="made_up", category_scores=scores)
+        route.fulfill(response=response, json=body)
+
+    page = visit(url)
+    page.route("**/v1/score", answer)
+    read(page, flagged())
+    assert ("made up" in page.inner_text("#figures")) is named
 
 
 def test_the_threshold_changes_what_would_be_flagged(url, visit):
     page = visit(url)
     read(page, passed())
     assert page.inner_text("#verdict-word") == "Not flagged"
-    assert "would not be flagged, as now" in page.inner_text("#threshold-said")
+    assert "would not be flagged, as now" in page.inner_text("#threshold-words")
     page.focus("#threshold")
     page.keyboard.press("Home")
-    said = page.inner_text("#threshold-said")
+    said = page.inner_text("#threshold-words")
     assert "would be flagged, unlike now" in said
     assert f"{len(PROMPTS)} of {len(PROMPTS)} reference prompts" in said
     page.click("#threshold-reset")
-    assert "as now" in page.inner_text("#threshold-said")
+    assert "as now" in page.inner_text("#threshold-words")
 
 
 def test_by_keyboard_alone(url, visit):
@@ -126,11 +195,11 @@ def test_by_keyboard_alone(url, visit):
     page.keyboard.press("Control+Enter")
     page.wait_for_selector("#verdict:not([hidden])")
     page.focus("#tokens span[tabindex='0']")
-    assert "t_inst" in page.inner_text("#token-said")
+    assert "t_inst" in page.inner_text("#token-words")
     page.keyboard.press("Home")
-    assert page.inner_text("#token-said").startswith("Token 1 of")
+    assert page.inner_text("#token-words").startswith("Token 1 of")
     page.keyboard.press("ArrowRight")
-    assert page.inner_text("#token-said").startswith("Token 2 of")
+    assert page.inner_text("#token-words").startswith("Token 2 of")
 
 
 def test_a_chat(url, visit):
@@ -165,11 +234,13 @@ def test_a_guard_of_several_layers(visit):
         page = visit(url)
         read(page, flagged())
         assert "layers 1 to 4" in page.inner_text("#about")
-        points = page.locator("#layers polyline.harmful").get_attribute("points")
+        points = page.locator("#belief-layers polyline.harmful").get_attribute("points")
         assert len(points.split()) == 4
+        assert page.locator("#layers rect").count() == 4
         page.click("#layers-card summary")
-        assert page.locator("#layers-table tr").count() == 5
-        assert "8 canary prompts" in page.inner_text("#plane-said")
+        assert page.locator("#layers-table tr").count() == 7
+        assert "8 canary prompts" in page.inner_text("#known-words")
+        assert page.locator("#plane-part").is_hidden()
         keep(page, "layers")
 
 
@@ -198,30 +269,59 @@ def test_a_guard_with_a_band_to_review(visit, scheme):
         assert "Chats to review: annotate." in page.inner_text("#about")
         assert "Review above" in page.inner_text("#figures")
         assert page.locator("#plane circle.review").count() == many + 1
-        assert "hollow is to review" in page.inner_text("#plane-said")
-        said = page.inner_text("#threshold-said")
+        assert "hollow is to review" in page.inner_text("#plane-words")
+        assert page.locator("#known line.cut").count() == 2
+        said = page.inner_text("#threshold-words")
         assert "would be left to review, as now" in said
         assert f"and {many + 1} left to review" in said
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
         keep(page, f"review-{scheme}")
         page.focus("#threshold")
         page.keyboard.press("Home")
-        said = page.inner_text("#threshold-said")
+        said = page.inner_text("#threshold-words")
         assert "would be flagged, unlike now" in said
         assert "and 0 left to review" in said
         assert page.locator("#plane circle.review").count() == 0
 
 
-def test_two_lines_where_scores_are_drawn(visit):
-    """Without a refusal axis, the plane shows scores, and both thresholds as lines."""
+def test_a_guard_without_a_refusal_axis(visit):
     guard, model = band_guard(), tiny_model()
     guard = replace(guard, axes=guard.axes[:1], quadrants=None, categories=None)
     with running(lambda: (guard, model)) as url:
         page = visit(url)
         read(page, reviewed())
-        assert page.locator("#plane line.cut").count() == 2
-        assert "the lines are the two thresholds" in page.inner_text("#plane-said")
+        assert page.locator("#belief-layers polyline").count() == 1
+        assert page.locator("#known line.cut").count() == 2
         keep(page, "review-lines")
+
+
+def test_calibration_scores_are_drawn_without_a_text(visit):
+    guard, model = band_guard(), tiny_model()
+    with running(lambda: (guard, model), reference=DriftReference.of(guard, None)) as url:
+        page = visit(url)
+        read(page, flagged())
+        assert f"{len(PROMPTS)} harmless calibration prompts" in page.inner_text("#known-words")
+        known = get(f"{url}/v1/guard").json()["reference"]
+        assert known["scores"] == pytest.approx(guard.thresholds.common.scores.tolist())
+        assert known["points"] == []
+        keep(page, "calibration")
+
+
+def test_a_chat_shows_the_message_that_decided(url, visit):
+    page = visit(url)
+    read(page, f"User: {flagged()}\nAssistant: No.\nUser: {passed()}")
+    shown = "".join(page.locator("#tokens span:not(.template)").all_text_contents())
+    assert shown == flagged()
+    assert page.inner_text("#tokens-of") == "Of the text that decided:"
+
+
+def test_errors_of_the_service_are_told_in_words(url, visit):
+    page = visit(url)
+    page.fill("#chat", "word " * 4000)
+    page.click("#ask button")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "tokens" in page.inner_text("#problem")
+    page.complaints = [c for c in page.complaints if "413" not in c]
 
 
 def test_text_is_never_markup(url, visit):
@@ -229,7 +329,7 @@ def test_text_is_never_markup(url, visit):
     text = "<img src=x onerror=alert(1)> <b>bold</b>"
     read(page, text)
     assert page.locator("main b, main img").count() == 0
-    assert "".join(page.locator("#tokens span").all_text_contents()) == text
+    assert "".join(page.locator("#tokens span:not(.template)").all_text_contents()) == text
 
 
 def test_errors_are_said(visit):

@@ -138,17 +138,18 @@ def count_tokens(model: ChatModel, prompt: Prompt, limit: int) -> int:
     return fewest if fewest > limit else len(model.chat([prompt])[0].ids)
 
 
-def capture_instruction(
+def capture_tokens(
     model: ChatModel, prompt: Prompt, layers: Sequence[int]
 ) -> tuple[Layout, Float[Tensor, "t l d"]]:
-    """The states after each token of the instruction, and the layout that names the tokens.
+    """The states of each token from the instruction on, and the layout that names the tokens.
 
     Raises:
         PromptError: if the prompt is empty or too long.
     """
     layout = model.chat([prompt])[0]
     model.check_length(len(layout.ids), prompt)
-    return layout, _read(model, layout, layout.instruction, layers, stop=True)[0]
+    columns = range(layout.instruction.start, len(layout.ids))
+    return layout, _read(model, layout, columns, layers, stop=True)[0]
 
 
 @torch.inference_mode()

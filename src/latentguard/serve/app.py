@@ -17,6 +17,7 @@ from latentguard import __version__
 from latentguard.serve import completions, moderation, page
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
 from latentguard.serve.limits import Message, RequestLimits, address_of
+from latentguard.serve.request_errors import describe_errors
 from latentguard.serve.service import Service, timestamp
 from latentguard.serve.upstream import UpstreamClient
 
@@ -138,9 +139,7 @@ def _explain(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        reasons = {f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}"[:200] for e in error.errors()}
-        told = BadRequest("; ".join(sorted(reasons)[:5]))
-        return JSONResponse(told.body, status_code=400)
+        return JSONResponse(BadRequest(describe_errors(error.errors())).body, status_code=400)
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -21,6 +21,9 @@ def require_small_json(body: bytes, max_elements: int) -> None:
     """
     try:
         value = json.loads(body)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise BadRequest(f"The body is not JSON that can be read: {error.msg} ({place}).") from None
     except (ValueError, RecursionError):
         raise BadRequest(NOT_JSON) from None
     level = [value]

@@ -42,7 +42,7 @@ HEADERS = {
 }
 """Sent with every answer."""
 
-OPEN = ("/", "/page.css", "/page.js", "/favicon.ico", "/healthz", "/readyz")
+OPEN = ("/", "/page.css", "/page.js", "/figures.js", "/favicon.ico", "/healthz", "/readyz")
 """Paths that need no key."""
 
 

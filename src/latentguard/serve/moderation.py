@@ -23,8 +23,9 @@ from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import chat_readings
 from latentguard.serve.chat_request import require_few
 from latentguard.serve.errors import ApiError, BadRequest
+from latentguard.serve.explanation import Explanation
 from latentguard.serve.messages import ChatMessage, ContentPart, text_of_parts
-from latentguard.serve.scoring import ScoredPrompt, TokenBelief, token_beliefs
+from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.service import RequestContext, Service
 
 Text = Annotated[str, Field(min_length=1)]
@@ -86,15 +87,15 @@ class ScoreRequest(BaseModel):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     """A chat, instead of ``input``."""
 
-    tokens: bool = False
-    """Also the belief after each token of the instruction; for one prompt only."""
+    explain: bool = False
+    """Also what each token and layer adds to the score; for one prompt only."""
 
 
 class ScoreResult(Scores):
     """All that is known of one prompt."""
 
     by_layer: dict[str, list[float]]
-    tokens: list[TokenBelief] | None = None
+    explanation: Explanation | None = None
 
 
 class ScoreResponse(BaseModel):
@@ -123,7 +124,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/score", response_model=ScoreResponse)
     async def score(request: Request, body: ScoreRequest) -> Any:
-        """Score prompts: beliefs by layer and, if asked for, by token."""
+        """Score prompts; if asked for, say what each token and layer adds."""
         context = RequestContext(service, request, "score")
         if (body.input is None) == (body.messages is None):
             raise BadRequest("Give either 'input' or 'messages'.")
@@ -132,16 +133,12 @@ def routes(service: Service) -> APIRouter:
             prompts, scored = [prompt], [outcome]
         else:
             prompts = _texts(body.input or "")
-            if body.tokens and len(prompts) > 1:
-                raise BadRequest("'tokens' is for one prompt at a time.")
+            if body.explain and len(prompts) > 1:
+                raise BadRequest("'explain' is for one prompt at a time.")
             scored = await _judged(context, prompts)
         results = [_score(one) for one in scored]
-        if body.tokens:
-            results[0].tokens = await service.engine.run_alone(
-                prompts[0],
-                lambda guard, model: token_beliefs(guard, model, prompts[0]),
-                account=context.account,
-            )
+        if body.explain:
+            results[0].explanation = await _explain(context, prompts[0], scored[0])
         guard = service.engine.guard
         return ScoreResponse(
             id=_id("score", context),
@@ -157,7 +154,7 @@ def routes(service: Service) -> APIRouter:
 async def _score_chat(
     context: RequestContext, messages: list[ChatMessage]
 ) -> tuple[Prompt, ScoredPrompt]:
-    """The chat in context, and the most severe of its readings, recorded."""
+    """The most severe reading of a chat, and what is said of it, recorded."""
     config = context.service.config
     readings = chat_readings(messages, trusted_roles=config.trusted_roles)
     require_few(readings, config)
@@ -167,7 +164,18 @@ async def _score_chat(
         await context.record_failure([readings[0].prompt], error, answered=False)
         raise
     outcome = await context.record_chat(readings, scored, action="score")
-    return readings[0].prompt, outcome
+    return readings[outcome.index].prompt, outcome
+
+
+async def _explain(context: RequestContext, prompt: Prompt, scored: ScoredPrompt) -> Explanation:
+    """What the verdict on a prompt is made of, in a pass of its own."""
+    explainer = context.service.explainer
+    explanation: Explanation = await context.service.engine.run_alone(
+        prompt,
+        lambda guard, model: explainer.explain(guard, model, prompt, scored.verdict),
+        account=context.account,
+    )
+    return explanation
 
 
 async def _judged(context: RequestContext, prompts: list[Prompt]) -> list[ScoredPrompt]:

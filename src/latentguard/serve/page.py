@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -10,12 +11,13 @@ from fastapi.responses import Response
 
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Verdict
-from latentguard.prompts import Prompt
-from latentguard.serve.scoring import score_prompts
 from latentguard.serve.service import Service
 from latentguard.serve.upstream import UpstreamClient
 
 FOLDER = resources.files("latentguard.serve") / "page"
+
+MAX_SCORES = 2000
+"""Most scores that the page is sent."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -25,6 +27,7 @@ FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/figures.js": ("figures.js", "text/javascript; charset=utf-8"),
     "/favicon.ico": ("icon.svg", "image/svg+xml"),
 }
 
@@ -38,9 +41,10 @@ def routes(service: Service, upstream: UpstreamClient | None) -> APIRouter:
 
     @router.get("/v1/guard")
     async def guard() -> dict[str, Any]:
-        """What the guard is and promises, and known verdicts to compare with."""
+        """What the guard is and promises, and known scores to compare with."""
         names = {"name": service.guard_name, "model": service.config.name}
-        config, known = service.config, await _reference(service)
+        config = service.config
+        known = _reference(service)
         about = {"policy": config.policy, "on_review": config.on_review, "reference": known}
         return names | describe(service.engine.guard) | about
 
@@ -55,18 +59,26 @@ def routes(service: Service, upstream: UpstreamClient | None) -> APIRouter:
     return router
 
 
-async def _reference(service: Service) -> dict[str, Any]:
-    """Verdicts that the service was given, or else those on the guard's canaries."""
-    if service.reference.points:
-        return {"what": "reference prompts", "points": service.reference.points}
-    if not service.canaries:
-        prompts = [Prompt(canary.text, id="canary") for canary in service.engine.guard.canaries]
-        if prompts:
-            found = await service.engine.run_alone(
-                prompts[0], lambda g, m: score_prompts(g, m, prompts)
-            )
-            service.canaries = [point_of(one.verdict) for one in found]
-    return {"what": "canary prompts", "points": service.canaries}
+def _reference(service: Service) -> dict[str, Any]:
+    """Scores to compare with: of given verdicts, the calibration or the canaries; no texts."""
+    reference = service.reference
+    if reference.points:
+        scores = [point["score"] for point in reference.points]
+        return {"what": "reference prompts", "scores": scores, "points": reference.points}
+    if reference.scores:
+        known = _evenly(reference.scores, MAX_SCORES)
+        return {"what": "harmless calibration prompts", "scores": known, "points": []}
+    scores = [canary.score for canary in service.engine.guard.canaries]
+    return {"what": "canary prompts", "scores": scores, "points": []}
+
+
+def _evenly(scores: Sequence[float], most: int) -> list[float]:
+    """At most so many scores, evenly spaced among the sorted ones."""
+    ordered = sorted(scores)
+    if len(ordered) <= most:
+        return ordered
+    last = len(ordered) - 1
+    return [ordered[round(n * last / (most - 1))] for n in range(most)]
 
 
 def _file(content: bytes, kind: str) -> Any:

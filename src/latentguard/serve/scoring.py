@@ -13,7 +13,6 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import Outcome, ScoredPlan, VariantScore
 from latentguard.guard.verdict import Verdict
 from latentguard.models.chat_model import ChatModel
-from latentguard.models.conversation import capture_instruction
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
 from latentguard.serve.text_cache import TextCache
@@ -37,20 +36,12 @@ class ScoredPrompt:
     readings: int = 1
     """How many texts of a chat were read; this is the most severe."""
 
+    index: int = 0
+    """Which of them it is."""
+
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON has it, with its threshold and the number of readings."""
         return self.verdict.to_dict() | dict(threshold=self.threshold, readings=self.readings)
-
-
-@dataclass(frozen=True)
-class TokenBelief:
-    """One token of an instruction."""
-
-    text: str
-    """The characters that it stands for."""
-
-    belief: float
-    """Delta_harmful after it."""
 
 
 class PromptScorer:
@@ -162,16 +153,3 @@ def to_api_error(error: LatentGuardError) -> ApiError:
         return BadRequest(str(error))
     log.error("No verdict: %s", error)
     return Unavailable("The guard cannot give a verdict on this prompt.")
-
-
-def token_beliefs(guard: LatentGuard, model: ChatModel, prompt: Prompt) -> list[TokenBelief]:
-    """The harmful belief after each token of the instruction, in a pass of its own."""
-    axis = next(axis for axis in guard.axes if axis.name == "harmful")
-    layout, states = capture_instruction(model, prompt, axis.layers)
-    beliefs = axis.belief(states).tolist()
-    starts = [start for start, _ in layout.spans]
-    ends = [*starts[1:], len(prompt.text)]  # so that the tokens together are the text
-    return [
-        TokenBelief(prompt.text[start:end], belief)
-        for start, end, belief in zip(starts, ends, beliefs, strict=True)
-    ]

@@ -22,6 +22,7 @@ from latentguard.serve.disconnects import run_while_connected
 from latentguard.serve.drift import DriftReference
 from latentguard.serve.engine import ScoringEngine
 from latentguard.serve.errors import ApiError, ClientDisconnected, Unavailable
+from latentguard.serve.explanation import Explainer
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.telemetry import Telemetry
@@ -62,8 +63,8 @@ class Service:
     cache: TextCache[ScoredPrompt] = field(default_factory=TextCache)
     """What was read before of chats."""
 
-    canaries: list[dict[str, Any]] = field(default_factory=list)
-    """Verdicts on the guard's canaries, once the page has asked for them."""
+    explainer: Explainer = field(default_factory=Explainer)
+    """Says what verdicts are made of; for the scoring thread."""
 
     require_upstream: Callable[[], Awaitable[None]] | None = None
     """Raises an ``ApiError`` if the upstream cannot be reached; None without one."""
@@ -165,6 +166,7 @@ class Service:
             verdict=decided.verdict,
             threshold=decided.threshold,
             readings=len(readings),
+            index=decided.index,
         )
 
     async def record_rejections(self, lines: Sequence[dict[str, Any]]) -> None:
