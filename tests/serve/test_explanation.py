@@ -1,4 +1,4 @@
-"""What ``/v1/score`` says a verdict is made of: it adds up to the score, and is of the right text."""
+"""What ``/v1/score`` says a verdict is made of: it adds up, and is of the right text."""
 
 import base64
 
