@@ -57,8 +57,8 @@ def explain_score(
         spans: The first and the last token of each position.
         reference: The mean of ``slot_terms`` on the reference prompts.
     """
-    weight = probe.weight.double().unflatten(0, (len(spans), -1))
-    usual = reference.double().unflatten(0, (len(spans), -1))
+    weight = probe.weight.double().reshape(len(spans), *states.shape[1:])
+    usual = reference.double().reshape(len(spans), -1)
     terms = torch.zeros(states.shape[:2], dtype=torch.float64)
     for (first, last), own_weight, own_usual in zip(spans, weight, usual, strict=True):
         values = states[first : last + 1].double()

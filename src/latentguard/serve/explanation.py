@@ -117,7 +117,7 @@ def deciding_variant(variants: Sequence[Variant], verdict: Verdict) -> Variant:
 
 def _place(variant: Variant) -> tuple[int, int, int] | None:
     chunk = variant.chunk
-    return chunk and (chunk.message, chunk.start, chunk.end)
+    return None if chunk is None else (chunk.message, chunk.start, chunk.end)
 
 
 def _tokens(
