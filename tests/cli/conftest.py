@@ -3,9 +3,11 @@
 import sys
 
 import pytest
+from huggingface_hub import constants
 
 import latentguard
 from cli.tiny_files import rows, written
+from guard.hub_server import hub
 from latentguard.cli import main
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Prompt
@@ -102,3 +104,14 @@ def fails(lg):
         return errors[0]
 
     return run
+
+
+@pytest.fixture
+def pushed(monkeypatch, tmp_path, guard):
+    """The id of the same guard on a local stand-in of the Hub."""
+    with hub() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        LatentGuard.load(guard).push_to_hub("org/guard")
+        yield "org/guard"

@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 import latentguard
-from cli.tiny_files import written
-from guard.hub_server import hub
+from cli.tiny_files import rows, written
 from guard_files import edit_guard
 from latentguard.guard.latent_guard import LatentGuard
 from models.architectures import chat_model
@@ -133,18 +131,31 @@ class TestScore:
 class TestGuardOfTheHub:
     """By the local stand-in of the Hub."""
 
-    @pytest.fixture
-    def pushed(self, monkeypatch, tmp_path, guard):
-        with hub() as running:
-            monkeypatch.setenv("HF_ENDPOINT", running.url)
-            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-            monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-            LatentGuard.load(guard).push_to_hub("org/guard")
-            yield "org/guard"
-
     def test_it_scores_and_is_shown_by_its_id(self, lg, pushed, guard, files):
         assert lg("score", pushed, files["asked"])[1] == lg("score", guard, files["asked"])[1]
         assert lg("show", pushed)[1] == lg("show", guard)[1]
+
+    def test_a_changed_one_is_written_to_a_folder(self, lg, fails, pushed, files, tmp_path):
+        how = ["--harmless", files["plain"], "--max-fpr", "0.05"]
+        assert "is not changed in place: name a folder" in fails("calibrate", pushed, *how)
+        code, _, err = lg("calibrate", pushed, *how, "--out", tmp_path / "new")
+        assert code == 0, err
+        assert "at most 5.00%" in lg("show", tmp_path / "new")[1]
+        assert "nothing is promised" in lg("show", pushed)[1]
+        again = fails("calibrate", pushed, *how, "--out", tmp_path / "new")
+        assert "would be overwritten; name another folder." in again
+        words = ["pack", "add", tmp_path / "new", "--name", "novel", "--examples", files["mixed"]]
+        calm = ["--harmless", written(tmp_path / "calm.jsonl", rows(140, "kind", start=600))]
+        assert lg(*words, *calm, "--out", tmp_path / "packed")[0] == 0
+        assert "novel" in lg("pack", "list", tmp_path / "packed")[1]
+        assert "No packs" in lg("pack", "list", tmp_path / "new")[2]
+        assert "No packs" in lg("pack", "list", pushed)[2]
+
+    def test_it_is_served_by_its_id(self, lg, fails, pushed):
+        assert lg("serve", pushed, "--check") == (0, "All is well: the service would start.\n", "")
+        code, _, err = lg("serve", "org/other", "--check")
+        assert code == 2
+        assert "no guard of that name came from" in err
 
     def test_a_guard_that_is_not_there(self, fails, pushed, files):
         error = fails("score", "org/other", files["asked"])

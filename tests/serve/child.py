@@ -13,7 +13,7 @@ import traceback
 import torch
 import typer
 
-from latentguard.cli.serve import serve
+from latentguard.cli.serve.command import serve
 from latentguard.errors import LatentGuardError
 from latentguard.models.chat_model import ChatModel
 from latentguard.serve import server  # noqa: F401 (imported before the fork)

@@ -160,6 +160,7 @@ class Nursery:
     def __init__(self, folder):
         paths = [str(SOURCE), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        env |= {"LATENTGUARD_SERVE_CLOSE_DELAY": "0"}
         self._parent = subprocess.Popen(
             [sys.executable, "-m", "serve.child"],
             env=env,

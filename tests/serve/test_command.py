@@ -1,14 +1,16 @@
 """The verb ``serve`` as the command line registers it."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import latentguard.serve
-from latentguard.cli import serve as command
-from latentguard.cli.serve import serve
+from latentguard.cli.serve.command import serve
+from latentguard.cli.serve.options import ServeOptions
+from latentguard.cli.serve.parts import opener
 from latentguard.errors import LatentGuardError, ModelError
 from latentguard.models.chat_model import ChatModel
 from serve.running import tiny_guard, tiny_model
@@ -26,9 +28,10 @@ def test_the_device_map_is_for_the_loader(tmp_path):
     model, guard = tiny_model(), tiny_guard()
     model.model.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
-    assert command._opener(guard, str(tmp_path), device_map="auto")()[0] is guard
+    options = ServeOptions(model=str(tmp_path), device_map="auto")
+    assert opener(guard, options)()[0] is guard
     with pytest.raises(ModelError, match="nowhere"):
-        command._opener(guard, str(tmp_path), device_map="nowhere")()
+        opener(guard, replace(options, device_map="nowhere"))()
 
 
 def run(*arguments):

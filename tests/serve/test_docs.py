@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from latentguard.cli.serve import serve
+from latentguard.cli.serve.command import serve
 from serve.running import SOURCE, flagged, get, passed, post, running
 
 TEXT = (SOURCE.parent / "docs/how-to/serving.md").read_text("utf-8")

@@ -218,6 +218,27 @@ class TestOddUpstreams:
                 post(f"{url}/v1/chat/completions", json=chat(passed()))
         assert found == [("/openai/deployments/big/chat/completions?api-version=1", "k")]
 
+    def test_the_path_may_name_the_model(self):
+        found = []
+
+        def script(handler, _):
+            found.append(handler.path)
+            answers(handler)
+
+        how = dict(upstream_chat_path="deployments/{model}/chat/completions")
+        with upstream(script) as (_, where):
+            azure = where.replace("/v1", "/openai?api-version=1")
+            with running(upstream=azure, **how) as url:
+                post(f"{url}/v1/chat/completions", json=chat(passed(), model="gpt-4o.2"))
+                get(f"{url}/v1/models")
+                for name in ("..", "a/../b", "a%2fb", "", None, 3, "gpt\n"):
+                    body = chat(passed(), model=name)
+                    assert post(f"{url}/v1/chat/completions", json=body).status_code == 400
+        assert found == [
+            "/openai/deployments/gpt-4o.2/chat/completions?api-version=1",
+            "/openai/models?api-version=1",
+        ]
+
     def test_ids_and_traces_are_sent_on(self):
         found = []
 

@@ -20,7 +20,7 @@ from latentguard.cli.options import OLD_NAMES
 from latentguard.cli.pack import pack
 from latentguard.cli.parity import parity
 from latentguard.cli.score import score
-from latentguard.cli.serve import serve
+from latentguard.cli.serve.command import serve
 from latentguard.cli.show import show
 from latentguard.cli.sign import sign
 from latentguard.cli.stress import stress

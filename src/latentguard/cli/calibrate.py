@@ -13,7 +13,8 @@ from latentguard.cli.loading import load_guard_model, read_guard, save_guard
 from latentguard.cli.options import (
     AllowMismatch,
     DeviceMap,
-    GuardFolder,
+    GuardOut,
+    GuardSource,
     HarmlessTraffic,
     MovedModel,
     TextColumn,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
-    guard: GuardFolder,
+    guard: GuardSource,
     harmless: HarmlessTraffic = None,
     harmful: Annotated[
         list[str] | None,
@@ -52,6 +53,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
     device_map: DeviceMap = None,
+    out: GuardOut = None,
 ) -> None:
     """Set the guard's threshold so that it flags at most MAX_FPR of harmless prompts.
 
@@ -68,7 +70,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     columns = Columns(text=text_column, segment=segment_column or "")
     rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
     rates = Rates(rate, review_fpr, confidence)
-    with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
+    with changed_guard(guard, out) as target, explain_interrupt(f"{guard} is as it was."):
         loaded = read_guard(guard)
         prompts = _calibration_prompts(loaded, harmless, harmful, columns)
         used = loaded.calibration_prompts(prompts, rates)  # says what is wrong at once
@@ -83,7 +85,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
         if harmless:  # the built-in ones are no traffic: windows keep what fit picked
             own = [p for p in prompts if not p.harmful]
             calibrated = _calibrate_long(calibrated, backend, own, rate, confidence)
-        save_guard(calibrated, guard, report=bool(harmful))
+        save_guard(calibrated, target, report=bool(harmful))
     if loaded.bound is not None:
         echo_err(f"Replaced: threshold {loaded.threshold:.6g}, {loaded.promise}.")
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")

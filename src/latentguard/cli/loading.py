@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentguard.cli.console import echo_err
-from latentguard.errors import GuardError, MissingExtra
+from latentguard.errors import GuardError, MissingExtra, ModelError
 from latentguard.guard.hub import find_guard
-from latentguard.models.sources import DEFAULT, resolve
+from latentguard.models.sources import DEFAULT, HUB_ID, resolve
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 def require_model(source: str) -> None:
     """Raise a ModelError if a model is neither here nor within reach, before torch is imported."""
-    if source != DEFAULT and not source.lower().endswith(".gguf"):
+    if source == DEFAULT:
+        return
+    is_gguf = source.lower().endswith(".gguf")
+    if not HUB_ID.fullmatch(source) and not Path(source).exists():
+        raise ModelError(
+            f"'{source}' could not be loaded as a chat model: there is no such "
+            f"{'file' if is_gguf else 'folder'}, and it is no Hub id."
+        )
+    if not is_gguf:
         resolve(source)
 
 

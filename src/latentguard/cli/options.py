@@ -79,6 +79,9 @@ Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, ...; auto: float32 on a CPU, else bfloat16.")
 ]
 GuardFolder = Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")]
+GuardOut = Annotated[
+    Path | None, typer.Option("--out", help="Write the changed guard here; default: in place.")
+]
 GuardSource = Annotated[
     str, typer.Argument(help="Folder that 'latentguard fit' wrote, or a Hub id as org/guard.")
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from latentguard.cli.console import echo_err
 from latentguard.errors import LatentGuardError
 from latentguard.files import exclusive_lock
+from latentguard.guard.hub import HUB_ID
 
 LOCK = ".lock"
 """In an output folder, while a run writes it."""
@@ -44,15 +45,42 @@ def output_file(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def changed_guard(folder: Path) -> Iterator[None]:
-    """Hold the lock of a guard that a verb changes in place; loading it says if it is none."""
-    is_guard = (folder / GUARD_FILES[0]).exists()
-    with output_folder(folder) if is_guard else nullcontext():
-        yield
+def changed_guard(source: str, out: Path | None) -> Iterator[Path]:
+    """Hold the lock of the folder that a changed guard is written to; loading says if it is none.
+
+    Args:
+        source: The guard: a folder, or a Hub id.
+        out: Where the changed guard is written; None changes it in place.
+
+    Yields:
+        The folder.
+
+    Raises:
+        LatentGuardError: if a guard of the Hub is to be changed in place, or another guard is in
+            the way.
+    """
+    target = out or Path(source)
+    if out is not None and out != Path(source):
+        require_no_guard(out, overwrite=False, remedy="name another folder")
+    if out is None and not target.exists() and HUB_ID.fullmatch(source):
+        raise LatentGuardError(
+            f"There is no folder '{source}', and a guard of the Hub is not changed in place: name "
+            "a folder for the changed one with --out."
+        )
+    is_guard = (target / GUARD_FILES[0]).exists()
+    with output_folder(target) if is_guard or out else nullcontext():
+        yield target
 
 
-def require_no_guard(folder: Path, *, overwrite: bool) -> None:
+def require_no_guard(
+    folder: Path, *, overwrite: bool, remedy: str = "name another folder, or add --overwrite"
+) -> None:
     """Check that saving a guard would replace nothing.
+
+    Args:
+        folder: Where it would be saved.
+        overwrite: Whether it may replace what is there.
+        remedy: What to do else.
 
     Raises:
         LatentGuardError: unless ``overwrite``, if a guard, or a file of such a name, is there.
@@ -61,9 +89,7 @@ def require_no_guard(folder: Path, *, overwrite: bool) -> None:
     if not found or overwrite:
         return
     thing = f"{folder} holds a guard" if folder / GUARD_FILES[0] in found else f"{found[0]} exists"
-    raise LatentGuardError(
-        f"{thing}, which would be overwritten; name another folder, or add --overwrite."
-    )
+    raise LatentGuardError(f"{thing}, which would be overwritten; {remedy}.")
 
 
 def warn_of_replacement(path: Path) -> None:

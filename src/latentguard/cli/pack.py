@@ -18,7 +18,8 @@ from latentguard.cli.loading import (
 from latentguard.cli.options import (
     AllowMismatch,
     DeviceMap,
-    GuardFolder,
+    GuardOut,
+    GuardSource,
     HarmlessTraffic,
     MovedModel,
     TextColumn,
@@ -41,7 +42,7 @@ pack = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard 
 
 @pack.command()
 def add(  # noqa: PLR0913, PLR0917 (each is an option)
-    guard: GuardFolder,
+    guard: GuardSource,
     name: Annotated[str, typer.Option(help="Of the category, such as sexual.")],
     examples: Annotated[list[str], typer.Option(help="20 to 50 harmful examples; repeatable.")],
     harmless: HarmlessTraffic = None,
@@ -50,6 +51,7 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
     device_map: DeviceMap = None,
+    out: GuardOut = None,
 ) -> None:
     """Add a category that can flag, and calibrate anew for the rate that the guard promised.
 
@@ -69,7 +71,7 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
     from latentguard.guard import packs
     from latentguard.guard.evaluation import compare
 
-    with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
+    with changed_guard(guard, out) as target, explain_interrupt(f"{guard} is as it was."):
         loaded = read_guard(guard)
         require_calibrated(loaded, guard)
         columns = guard_columns(loaded, text_column)
@@ -84,14 +86,14 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
             before = list(loaded.scan(backend, labelled, progress=view.advance))
             changed = packs.add(loaded, backend, name, positives, negatives, progress=view.advance)
             after = list(changed.scan(backend, labelled, progress=view.advance))
-        save_guard(changed, guard)
-    echo_err(f"Pack '{name}' added to {guard}.")
+        save_guard(changed, target)
+    echo_err(f"Pack '{name}' added to {target}.")
     typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")
     echo_changes(compare(labelled, before, after), _note(evaluate))
 
 
 @pack.command(name="list")
-def show(guard: GuardFolder) -> None:
+def show(guard: GuardSource) -> None:
     """List the packs of a guard: name, examples, cut-off.
 
     Example: latentguard pack list guards/qwen
@@ -109,7 +111,7 @@ def show(guard: GuardFolder) -> None:
 
 @pack.command()
 def remove(  # noqa: PLR0913, PLR0917 (each is an option)
-    guard: GuardFolder,
+    guard: GuardSource,
     name: Annotated[str, typer.Argument(help="Of the pack.")],
     harmless: HarmlessTraffic = None,
     evaluate: Evaluate = None,
@@ -117,6 +119,7 @@ def remove(  # noqa: PLR0913, PLR0917 (each is an option)
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
     device_map: DeviceMap = None,
+    out: GuardOut = None,
 ) -> None:
     """Remove a pack, and calibrate anew for the rate that the guard promised.
 
@@ -125,7 +128,7 @@ def remove(  # noqa: PLR0913, PLR0917 (each is an option)
     from latentguard.guard import packs
     from latentguard.guard.evaluation import compare
 
-    with changed_guard(guard), explain_interrupt(f"{guard} is as it was."):
+    with changed_guard(guard, out) as target, explain_interrupt(f"{guard} is as it was."):
         loaded = read_guard(guard)
         require_calibrated(loaded, guard)
         negatives = read_side(harmless, guard_columns(loaded, text_column), harmful=False)
@@ -138,8 +141,8 @@ def remove(  # noqa: PLR0913, PLR0917 (each is an option)
             before = list(loaded.scan(backend, labelled, progress=view.advance))
             changed = packs.remove(loaded, backend, name, negatives, progress=view.advance)
             after = list(changed.scan(backend, labelled, progress=view.advance))
-        save_guard(changed, guard)
-    echo_err(f"Pack '{name}' removed from {guard}.")
+        save_guard(changed, target)
+    echo_err(f"Pack '{name}' removed from {target}.")
     typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")
     echo_changes(compare(labelled, before, after), _note(evaluate))
 

@@ -232,6 +232,25 @@ def sink_of(target: str, *, max_bytes: int, keep: int) -> Sink:
     return FileSink(path, max_bytes=max_bytes, keep=keep)
 
 
+def require_writable(target: str) -> None:
+    """Check that a target can be opened, without taking it from a service that writes it.
+
+    Raises:
+        OSError: if it cannot; says why.
+    """
+    if target == "-":
+        return
+    if target == "syslog":
+        SyslogSink().close()
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise IsADirectoryError(f"The audit log {target} is a folder; name a file in it.")
+    nearest = path if path.exists() else next(p for p in path.parents if p.exists())
+    if not os.access(nearest, os.W_OK) or (nearest != path and not nearest.is_dir()):
+        raise PermissionError(f"The audit log {target} cannot be written: {nearest} does not let.")
+
+
 def make_private(file: int) -> None:
     """Take from a regular file what rights others have.
 

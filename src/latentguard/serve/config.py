@@ -56,6 +56,12 @@ class ServeConfig:
     upstream_key_header: str = "authorization"
     """The header with that key; ``authorization`` says ``Bearer`` before it."""
 
+    upstream_chat_path: str = "chat/completions"
+    """Where chats go, below the upstream's URL; ``{model}`` is the request's model."""
+
+    upstream_models_path: str = "models"
+    """Where it lists its models, below its URL; also asked whether it is there."""
+
     upstream_connect_seconds: float = 10.0
     """Seconds to connect to the upstream."""
 

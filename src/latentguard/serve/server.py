@@ -81,9 +81,13 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _close_soon(self) -> None:
-        """Be not ready at once, and take no more connections a while later."""
+        """Be not ready at once, and take no more connections a while later.
+
+        A second signal closes at once, and so does the first while nobody was served yet.
+        """
+        is_served = self.service.is_ready
         self.service.is_closing = True
-        delay = self.service.config.close_delay
+        delay = self.service.config.close_delay if is_served else 0.0
         asyncio.get_running_loop().call_later(delay, self.handle_exit, signal.SIGTERM, None)
 
     def fail(self, error: BaseException) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from time import monotonic
 from typing import Any
@@ -32,6 +33,9 @@ MAX_LINE = 1 << 20
 PROBE_SECONDS = 5.0
 """For so long it is remembered whether the upstream could be reached."""
 
+MODEL = re.compile(r"\w[\w.:-]{0,127}", re.ASCII)
+"""A model as part of a path; none climbs out of it."""
+
 TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
 """Sent on as the client sent them, so that a request can be followed."""
 
@@ -52,6 +56,8 @@ class UpstreamClient:
         self._url = httpx.URL(config.upstream)
         self._key, self._key_header = config.upstream_key, config.upstream_key_header
         self._own_keys = own_keys
+        self._chat_template = config.upstream_chat_path
+        self._models_path = config.upstream_models_path
         timeout = httpx.Timeout(config.upstream_connect_seconds, read=config.upstream_read_seconds)
         self._client = httpx.AsyncClient(timeout=timeout, limits=LIMITS)
         self._probe_lock = asyncio.Lock()
@@ -69,14 +75,14 @@ class UpstreamClient:
             note: Added to the answer.
 
         Raises:
-            BadRequest: if the body holds NaN or infinity.
+            BadRequest: if the body holds NaN or infinity, or no model where the path needs it.
             UpstreamError: if it cannot be reached, or fails.
         """
         try:
             content = json.dumps(body, allow_nan=False)
         except ValueError:
             raise BadRequest("The body holds a number that JSON does not know.") from None
-        sent = self._request("POST", "chat/completions", request, content)
+        sent = self._request("POST", self._chat_path(body), request, content)
         is_stream = bool(body.get("stream"))
         return await self._within(request, self._answer(request, sent, is_stream, note))
 
@@ -86,7 +92,7 @@ class UpstreamClient:
         Raises:
             UpstreamError: if it cannot be reached, or fails.
         """
-        sent = self._request("GET", "models", request)
+        sent = self._request("GET", self._models_path, request)
         return await self._within(request, self._answer(request, sent, False, {}))
 
     async def require_reachable(self) -> None:
@@ -108,7 +114,9 @@ class UpstreamClient:
 
     async def _probe(self) -> bool:
         try:
-            answer = await self._client.get(self._at("models"), headers=self._own_headers())
+            answer = await self._client.get(
+                self._at(self._models_path), headers=self._own_headers()
+            )
         except httpx.HTTPError:
             return False
         return answer.status_code < 500
@@ -151,6 +159,14 @@ class UpstreamClient:
     def _at(self, path: str) -> httpx.URL:
         """A path below the upstream's; its query goes with each request."""
         return self._url.copy_with(path=f"{self._url.path.rstrip('/')}/{path}")
+
+    def _chat_path(self, body: Mapping[str, Any]) -> str:
+        if "{model}" not in self._chat_template:
+            return self._chat_template
+        model = body.get("model")
+        if not isinstance(model, str) or not MODEL.fullmatch(model):
+            raise BadRequest("'model' has to name a model of the upstream.")
+        return self._chat_template.replace("{model}", model)
 
     def _own_headers(self) -> dict[str, str]:
         headers = {"content-type": "application/json", "accept-encoding": "identity"}

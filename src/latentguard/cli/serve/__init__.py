@@ -1,0 +1,1 @@
+"""The verb ``serve``: its options, where they come from, and what a service is made of."""

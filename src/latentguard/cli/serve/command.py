@@ -1,0 +1,128 @@
+"""The verb ``serve``; what is heavy is imported inside."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from functools import partial
+from typing import Any, get_type_hints
+
+import typer
+
+from latentguard.cli.console import echo_err
+from latentguard.cli.serve.options import ServeOptions
+from latentguard.cli.serve.settings import read_settings
+from latentguard.errors import require_extra
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+ROLES = ("system", "developer", "assistant", "tool", "function")
+
+
+def serve(context: typer.Context, **given: Any) -> None:
+    """Serve GUARD: OpenAI's /v1/moderations and /v1/chat/completions, and a page at /.
+
+    Chats are answered by the guard's own model, or by --upstream. The upstream's key is read from
+    LATENTGUARD_UPSTREAM_KEY. A band to review is there if the guard was calibrated with
+    --review-fpr. Options can also stand in a file (--config) or in the environment.
+
+    Example: latentguard serve guards/qwen --audit audit.jsonl
+    """
+    require_extra("latentguard.serve.server", "serve", "latentguard serve")
+    explicit = {name: value for name, value in given.items() if _is_given(context, name)}
+    options = read_settings(explicit)
+    require_consistent(options)
+    if options.check:
+        from latentguard.cli.serve.check import find_problems
+
+        problems = find_problems(options)
+        for problem in problems:
+            echo_err(f"Error: {problem}")
+        if problems:
+            raise typer.Exit(2)
+        typer.echo("All is well: the service would start.")
+        return
+    _run(options)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _signature() -> inspect.Signature:
+    """That of ``serve``: each field of ``ServeOptions`` is an option."""
+    hints = get_type_hints(ServeOptions, include_extras=True)
+    parameter = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    options = [
+        parameter(field.name, default=field.default, annotation=hints[field.name])
+        for field in fields(ServeOptions)
+    ]
+    return inspect.Signature([parameter("context", annotation=typer.Context), *options])
+
+
+serve.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+def require_consistent(options: ServeOptions) -> None:
+    """Check what no single option shows.
+
+    Raises:
+        typer.BadParameter: if two options do not go together.
+    """
+    if options.guard is None:
+        _refuse("expected a guard's folder or Hub id", "GUARD")
+    if options.on_review == "block" and options.policy != "block":
+        reason = f"--policy {options.policy} answers even flagged chats"
+        _refuse(f"block needs --policy block; {reason}", "--on-review")
+    if options.on_error != "block":
+        reason = "a client can bring about an error; to answer every chat, use --policy shadow"
+        _refuse(reason, "--on-error")
+    for role in options.trust_roles:
+        if role not in ROLES:
+            _refuse(f"expected {', '.join(ROLES)}; found '{role}'", "--trust-roles")
+    if (options.tls_cert is None) != (options.tls_key is None):
+        _refuse("expected both --tls-cert and --tls-key", "--tls-cert")
+    _require_upstream(options)
+
+
+def _require_upstream(options: ServeOptions) -> None:
+    if options.upstream is None:
+        return
+    import httpx
+
+    try:
+        url = httpx.URL(options.upstream)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host:
+        _refuse(f"expected a URL as http://host:8000/v1; found '{options.upstream}'", "--upstream")
+    if options.upstream_hosts and url.host not in options.upstream_hosts:
+        known = ", ".join(options.upstream_hosts)
+        _refuse(f"expected one of the hosts {known}; found '{url.host}'", "--upstream")
+
+
+def _refuse(reason: str, option: str) -> None:
+    raise typer.BadParameter(reason, param_hint=option)
+
+
+def _run(options: ServeOptions) -> None:
+    """Serve until a signal comes, then end the process."""
+    from latentguard.cli.serve.parts import open_audit, opener, read_parts
+    from latentguard.serve import server
+
+    parts = read_parts(options)
+    if not parts.keys and options.host not in LOCAL:
+        echo_err(f"Warning: no API keys, and {options.host} can be reached from elsewhere.")
+    made = server.create_server(
+        opener(parts.guard, options),
+        parts.config,
+        keys=parts.keys,
+        audit=open_audit(options),
+        reference=parts.reference,
+        **parts.uvicorn,
+    )
+    port = made.listen().getsockname()[1]
+    scheme = "https" if options.tls_cert else "http"
+    echo_err(f"Serving {options.guard} on {scheme}://{options.host}:{port} (see /readyz)")
+    server.exit_process(server.run(made))

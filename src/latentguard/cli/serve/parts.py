@@ -1,0 +1,193 @@
+"""What a service is made of, read as its options say; what is heavy is imported inside."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from latentguard.cli.serve.options import ServeOptions
+from latentguard.errors import LatentGuardError
+
+if TYPE_CHECKING:
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.serve.audit_log import AuditLog
+    from latentguard.serve.config import ServeConfig
+    from latentguard.serve.drift import DriftReference
+    from latentguard.serve.engine import Opener
+    from latentguard.serve.keys import ApiKeys
+
+log = logging.getLogger("latentguard.serve")
+
+UPSTREAM_KEY = "LATENTGUARD_UPSTREAM_KEY"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a service is made of, but for its model and its audit log."""
+
+    guard: LatentGuard
+    """The guard."""
+
+    config: ServeConfig
+    """Policies and limits."""
+
+    keys: ApiKeys
+    """Who may come in."""
+
+    reference: DriftReference
+    """What scores are compared with."""
+
+    uvicorn: dict[str, Any]
+    """Address and certificate."""
+
+
+def read_guard(options: ServeOptions) -> LatentGuard:
+    """The guard, without its model; its signature is checked if there is a key.
+
+    Raises:
+        GuardError: if there is none, or it is damaged or not signed.
+    """
+    from latentguard.guard.hub import find_guard
+
+    assert options.guard is not None
+    folder = find_guard(options.guard)
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.guard.signature import VerifyKey
+
+    key = VerifyKey(options.verify_key) if options.verify_key else None
+    guard = LatentGuard.load(folder, verify_key=key)
+    if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
+        reason = "this guard has no segments; calibrate it with --segment-column"
+        raise typer.BadParameter(reason, param_hint="--segment-header")
+    return guard
+
+
+def read_keys(options: ServeOptions) -> ApiKeys:
+    """The API keys of the file and the environment.
+
+    Raises:
+        LatentGuardError: if one of them is given and holds no key.
+    """
+    from latentguard.serve.keys import VARIABLE, load_keys
+
+    return load_keys(options.api_keys, os.environ.get(VARIABLE))
+
+
+def read_upstream_key(options: ServeOptions) -> str | None:
+    """The upstream's key: of the file, or of the environment.
+
+    Raises:
+        LatentGuardError: if the file holds none.
+    """
+    if options.upstream_key_file is None:
+        return os.environ.get(UPSTREAM_KEY)
+    key = options.upstream_key_file.read_text("utf-8").strip()
+    if not key or len(key.splitlines()) > 1:
+        raise LatentGuardError(f"{options.upstream_key_file} holds no key; expected one line.")
+    return key
+
+
+def read_certificate(options: ServeOptions) -> dict[str, Any]:
+    """What uvicorn is given to serve HTTPS; nothing for HTTP.
+
+    Raises:
+        LatentGuardError: if certificate and key are none, or do not belong together.
+    """
+    if options.tls_cert is None or options.tls_key is None:
+        return {}
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            options.tls_cert, options.tls_key, password=""
+        )
+    except OSError as error:  # SSLError, too
+        raise LatentGuardError(
+            f"{options.tls_cert} and {options.tls_key} cannot be used ({error}); expected a "
+            "certificate chain and its key in PEM without a password."
+        ) from None
+    return dict(ssl_certfile=str(options.tls_cert), ssl_keyfile=str(options.tls_key))
+
+
+def read_parts(options: ServeOptions) -> Parts:
+    """Read all that a service needs from the disk.
+
+    Raises:
+        LatentGuardError: if something is not as it should be.
+    """
+    from latentguard.serve.drift import DriftReference
+
+    guard = read_guard(options)
+    return Parts(
+        guard=guard,
+        config=_config(options, guard),
+        keys=read_keys(options),
+        reference=DriftReference.of(guard, options.reference),
+        uvicorn=dict(host=options.host, port=options.port) | read_certificate(options),
+    )
+
+
+def _config(options: ServeOptions, guard: LatentGuard) -> ServeConfig:
+    from latentguard.serve.config import ServeConfig
+
+    same = {field.name for field in fields(ServeConfig)} & {f.name for f in fields(ServeOptions)}
+    values = {name: getattr(options, name) for name in same}
+    plain = {name: str(v) for name, v in values.items() if isinstance(v, str)}
+    lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+    return ServeConfig(
+        **(values | plain | lists),
+        trusted_roles=tuple(options.trust_roles),
+        unread_parameters=tuple(options.allow_parameter),
+        name=Path(guard.fingerprint.model).name or "latentguard",
+        upstream_key=read_upstream_key(options),
+        wait=options.wait_ms / 1000,
+    )
+
+
+def opener(guard: LatentGuard, options: ServeOptions) -> Opener:
+    """What loads the guard's model, on the scoring thread, and checks that it is the guard's own.
+
+    Allowed another model, the guard is bound to it: its canaries score from then on as they do now.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from latentguard.models.chat_model import ChatModel
+
+    source = options.model or guard.fingerprint.model
+    placing = {"device_map": options.device_map} if options.device_map else {}
+
+    def load() -> tuple[LatentGuard, ChatModel]:
+        transformers_logging.disable_progress_bar()
+        backend = ChatModel.load(source, dtype=guard.fingerprint.dtype, **placing)
+        if not options.allow_mismatch:
+            guard.verify_model(backend)
+            return guard, backend
+        met = guard.accept_model(backend)
+        if met is not guard:
+            log.warning("%s", guard.shift_to(met))
+        return met, backend
+
+    return load
+
+
+def open_audit(options: ServeOptions) -> AuditLog | None:
+    """The audit log, if one is wanted.
+
+    Raises:
+        OSError: if it cannot be opened, or another process writes it.
+    """
+    from latentguard.serve.audit_log import AuditLog
+
+    if options.audit is None:
+        return None
+    return AuditLog(
+        options.audit,
+        max_bytes=options.audit_max_bytes,
+        keep=options.audit_keep,
+        fsync=str(options.audit_fsync),  # type: ignore[arg-type]
+        texts=options.audit_texts,
+    )

@@ -1,0 +1,61 @@
+"""HTTPS, by a certificate of the operator."""
+
+import datetime
+import ipaddress
+import signal
+import ssl
+
+import httpx
+import pytest
+
+from serve.running import Nursery, tiny_guard, wait_ready
+from serve.test_operations import free_port
+
+x509 = pytest.importorskip("cryptography.x509")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate that signed itself, and its key."""
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder = tmp_path_factory.mktemp("tls")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "guard")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    how = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "cert.pem").write_bytes(made.public_bytes(pem))
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, *how))
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def test_it_serves_https_and_nothing_else(certificate, tmp_path):
+    cert, key = certificate
+    tiny_guard().save(tmp_path / "guard")
+    port, health = free_port(), free_port()
+    options = ["--port", port, "--health-port", health, "--tls-cert", cert, "--tls-key", key]
+    nursery = Nursery(tmp_path)
+    try:
+        with nursery.process(tmp_path / "guard", *options) as child:
+            wait_ready(f"https://127.0.0.1:{port}")
+            assert f"Serving {tmp_path / 'guard'} on https://127.0.0.1:{port}" in child.stderr
+            trusted = ssl.create_default_context(cafile=str(cert))
+            answer = httpx.get(f"https://127.0.0.1:{port}/healthz", verify=trusted)
+            assert answer.text == "ok"
+            with pytest.raises(httpx.HTTPError):
+                httpx.get(f"http://127.0.0.1:{port}/healthz", verify=False)
+            assert httpx.get(f"http://127.0.0.1:{health}/readyz", verify=False).text == "ready"
+            child.kill(signal.SIGTERM)
+            assert child.wait() == 0
+    finally:
+        nursery.close()
