@@ -33,6 +33,7 @@ from latentguard.models.layout import (
     min_token_count,
     too_long_error,
 )
+from latentguard.models.template_trial import require_bounded
 from latentguard.prompts import Message, Prompt
 
 MAX_CACHED_TURNS = 64
@@ -76,8 +77,8 @@ class ChatTokenizer:
             template: A Jinja template that takes the place of the tokenizer's own.
 
         Raises:
-            TemplateError: if it has no chat template, one that hides the user's message, or is
-                not a fast tokenizer.
+            TemplateError: if it has no chat template, one that hides the user's message or does
+                not come to an end, or is not a fast tokenizer.
         """
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -92,6 +93,8 @@ class ChatTokenizer:
         self._has_thoughts = THOUGHT_END in template
         self._nonce = secrets.token_hex(4)
         self._marks = re.compile(self._mark("([0-9]+)"))
+        mark = self._mark(0).replace(self._nonce, "")
+        require_bounded(template, tokenizer.special_tokens_map, ["a", mark, f"\n{mark}\n\n"])
         control = _control_tokens(spec, template + self._sample())
         self._names = {text: f"\ue000{self._nonce}x{n}\ue001" for n, text in enumerate(control)}
         longest_first = sorted(self._names, key=len, reverse=True)
