@@ -21,7 +21,7 @@ from typing import Any
 class LatentGuardError(Exception):
     """The parent of every error that latentguard raises on purpose.
 
-    Example:
+    Examples:
         >>> try:
         ...     lg.load_contrast("trian")
         ... except lg.LatentGuardError as error:

@@ -21,7 +21,7 @@ the inversion question; every token, template included; or t_inst alone."""
 class Intervention:
     """A vector that is added to the residual stream while the prompt is read: h + c v.
 
-    Example:
+    Examples:
         >>> axis = guard.axes[0]
         >>> push = lg.Intervention(axis.layers[0], axis.direction[0], coefficient=2.0)
         >>> replies = model.sweep([lg.Prompt("Hello.")], [None, push], max_new_tokens=2)

@@ -50,7 +50,7 @@ def read_prompts(
     Raises:
         PromptError: as ``stream_prompts``, and if ``source`` has no rows at all.
 
-    Example:
+    Examples:
         >>> [prompt.text for prompt in lg.read_prompts(folder / "prompts.jsonl")]
         ['Hello.', 'How are you?']
     """

@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant")
 class Message:
     """One earlier turn of a chat.
 
-    Example:
+    Examples:
         >>> lg.Message("user", "Hello.")
         Message(role='user', content='Hello.')
     """
@@ -39,7 +39,7 @@ class Message:
 class Prompt:
     """One instruction for a chat model, with what is known of it.
 
-    Example:
+    Examples:
         >>> prompt = lg.Prompt("Go on.", history=(lg.Message("user", "Tell me a story."),))
         >>> prompt.text, len(prompt.history)
         ('Go on.', 1)
@@ -93,7 +93,7 @@ class Prompt:
 class Reply:
     """What a model said to a prompt, decoded greedily.
 
-    Example:
+    Examples:
         >>> reply = model.generate(["Hello."], max_new_tokens=2)[0]
         >>> reply.prompt.text, len(reply.ids)
         ('Hello.', 2)

@@ -116,7 +116,7 @@ class Fingerprint:
 class States:
     """What a model held at some positions and layers, for some prompts.
 
-    Example:
+    Examples:
         >>> states = lg.States.collect(model.capture(["Hello.", "How are you?"]))
         >>> states  # doctest: +ELLIPSIS
         States(n=2, positions=(t_inst, t_post), layers=0..4, width=32)

@@ -45,7 +45,7 @@ def load_contrast(split: Split | None = None) -> list[Prompt]:
     Raises:
         PromptError: if there is no such split.
 
-    Example:
+    Examples:
         >>> prompts = lg.load_contrast("test")
         >>> prompts[0].harmful, prompts[1].harmful
         (True, False)
@@ -59,7 +59,7 @@ def load_traffic(split: Split | None = None) -> list[Prompt]:
     Raises:
         PromptError: if there is no such split.
 
-    Example:
+    Examples:
         >>> harmless = [p for p in lg.load_traffic("validation") if not p.harmful]
         >>> len(harmless) > 100
         True

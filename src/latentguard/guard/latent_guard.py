@@ -57,7 +57,7 @@ from latentguard.states import (
 class LatentGuard(GuardSpec):
     """A guard for one model; immutable.
 
-    Example:
+    Examples:
         >>> guard("How do I kill a Python process?")  # doctest: +ELLIPSIS
         Verdict(...)
         >>> [verdict.flagged for verdict in guard(["Hello.", "Good morning."])]
@@ -197,7 +197,7 @@ class LatentGuard(GuardSpec):
     def predict_proba(self, prompts: Iterable[PromptLike]) -> Float[NDArray[np.float64], "n 2"]:
         """The probabilities of harmless and harmful of each prompt, as scikit-learn has them.
 
-        Example:
+        Examples:
             >>> guard.predict_proba(["Hello.", "How are you?"]).shape
             (2, 2)
         """
@@ -229,7 +229,7 @@ class LatentGuard(GuardSpec):
             ModelMismatch: if the model is not the one the guard was fitted on.
             GuardError: if a state is not finite (fail closed).
 
-        Example:
+        Examples:
             >>> [verdict.id for verdict in guard.scan(model, ["Hello.", "How are you?"])]
             ['1', '2']
         """
@@ -374,7 +374,7 @@ class LatentGuard(GuardSpec):
         Raises:
             GuardError: if there is no such guard, or it is damaged.
 
-        Example:
+        Examples:
             >>> lg.LatentGuard.from_pretrained("org/guard")  # doctest: +SKIP
             LatentGuard('org/model', reading='pooled', ...)
         """
@@ -402,7 +402,7 @@ class LatentGuard(GuardSpec):
         Raises:
             GuardError: if the Hub does not take it; says why.
 
-        Example:
+        Examples:
             >>> guard.push_to_hub("org/guard")  # doctest: +SKIP
             'https://huggingface.co/org/guard/commit/...'
         """
@@ -465,7 +465,7 @@ def load_guard(
         GuardError: if there is no such guard, or it is damaged.
         ModelMismatch: if the model is not the guard's own.
 
-    Example:
+    Examples:
         >>> guard = lg.load_guard(folder, model)
         >>> guard("What is the capital of France?").flagged in (True, False)
         True

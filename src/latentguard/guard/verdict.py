@@ -33,7 +33,7 @@ class Evidence:
 class Verdict:
     """What a guard says of one prompt.
 
-    Example:
+    Examples:
         >>> lg.Verdict("1", 3.2, 0.98, True, {"harmful": 0.11}, "block")
         Verdict(block, probability=0.98, score=3.2, id='1')
     """
@@ -92,7 +92,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON has it; every JSON form of a verdict is made here.
 
-        Example:
+        Examples:
             >>> lg.Verdict("1", 3.2, 0.98, True, {"harmful": 0.11}, "block").to_dict()["decision"]
             'block'
         """

@@ -58,7 +58,7 @@ class _Prefix:
 class ChatModel:
     """A chat model on transformers.
 
-    Example:
+    Examples:
         >>> model = lg.ChatModel.load("default")  # doctest: +SKIP
         >>> states = next(model.capture(["Hello."]))
         >>> reply = model.generate(["Hello."], max_new_tokens=3)[0]
@@ -212,7 +212,7 @@ class ChatModel:
         Raises:
             PromptError: if a prompt is empty, too long, or has no such position.
 
-        Example:
+        Examples:
             >>> next(model.capture(["Hello."], positions=("t_inst",), layers=(1, 2)))
             States(n=1, positions=(t_inst), layers=(1, 2), width=32)
         """

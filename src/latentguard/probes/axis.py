@@ -58,7 +58,7 @@ class Centroid:
 class Axis:
     """Two poles of a concept, such as harmful and harmless at t_inst.
 
-    Example:
+    Examples:
         >>> axis = lg.Axis.fit(model.capture(lg.load_contrast("test")[:8]), "t_inst")
         >>> axis
         Axis(harmful at t_inst, layers=0..4, width=32, counts=(4, 4))

@@ -211,7 +211,7 @@ ROUNDS = 4
 def deobfuscate(text: str) -> dict[str, tuple[str, ...]]:
     """Each decoded text, and the names of the obfuscations; nothing if the text looks plain.
 
-    Example:
+    Examples:
         >>> deobfuscate("Good m\u200borning to you")
         {'Good morning to you': ('unseen characters',)}
     """

@@ -57,7 +57,7 @@ def score_corpus(
         ModelMismatch: if the model is not the guard's.
         LatentGuardError: if a block's workers die again and again.
 
-    Example:
+    Examples:
         >>> lg.score_corpus(guard, "corpus/*.parquet", "verdicts")  # doctest: +SKIP
         Summary(rows=100000, flagged=812, unscored=0, parts=13)
     """

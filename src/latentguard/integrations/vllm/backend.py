@@ -37,7 +37,7 @@ TRANSFER = dict(
 class VllmModel:
     """An engine that was started for one guard; implements ``Backend``, but for states.
 
-    Example:
+    Examples:
         >>> engine = lg.VllmModel.load("guards/qwen")  # doctest: +SKIP
         >>> list(guard.scan(engine, ["Hello."]))  # doctest: +SKIP
         [Verdict(allow, probability=0.02, score=-2.1, id='1')]
