@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentguard.stats.estimate import Estimate
-from latentguard.study.claims import CLAIMS, Claim, Condition, claims_section
+from latentguard.study.claims import CLAIMS, Claim, Condition
+from latentguard.study.claims_report import claims_section, count_outcomes
 
 NAN = float("nan")
 
@@ -209,12 +210,12 @@ class TestSection:
     def test_nothing_has_run(self):
         claims, conditions = claims_section({}).parts
         assert [row[0] for row in claims.rows] == list(range(1, 14))
-        assert {row[3] for row in claims.rows} == {"not run"}
+        assert {row[2] for row in claims.rows} == {"not run"}
         assert conditions.rows == ()
 
     def test_nothing_was_measured(self):
         claims, conditions = claims_section({one.experiment: {} for one in CLAIMS}).parts
-        assert {row[3] for row in claims.rows} == {"cannot tell"}
+        assert {row[2] for row in claims.rows} == {"cannot tell"}
         assert len(conditions.rows) == sum(len(one.conditions) + len(one.form) for one in CLAIMS)
         assert {row[3:] for row in conditions.rows} == {(None, None, None, None, "cannot tell")}
 
@@ -223,10 +224,12 @@ class TestSection:
         name = first.conditions[0].effect
         measured = replace(effect(0.1, 0.3), value=0.17, n=(30, 4))
         claims, conditions = claims_section({first.experiment: {name: measured}}).parts
-        assert claims.rows[0] == (1, first.name, first.where, "replicated", first.paper)
+        rule = f"{name} > 0"
+        assert claims.rows[0][:8] == (1, first.name, "replicated", rule, 0.17, 0.1, 0.3, 34)
+        assert claims.rows[0][8:] == ("none", None, None, None, f"{first.where}: {first.paper}")
         row = (1, "the claim", f"{name} > 0", 0.17, 0.1, 0.3, 34, "replicated")
         assert conditions.rows[0] == row
-        assert {row[3] for row in claims.rows[1:]} == {"not run"}
+        assert {row[2] for row in claims.rows[1:]} == {"not run"}
 
     def test_conditions_of_form_are_named_so(self):
         effects = merged(all_good(one) for one in CLAIMS)
@@ -236,8 +239,8 @@ class TestSection:
     def test_claims_about_refused_prompts_need_such(self):
         effects = merged(all_good(one) for one in CLAIMS)
         whole, few = (claims_section(effects, refused=refused) for refused in (True, False))
-        assert {row[3] for row in whole.parts[0].rows} == {"replicated"}
-        told = {row[0] for row in few.parts[0].rows if row[3] != "cannot tell"}
+        assert {row[2] for row in whole.parts[0].rows} == {"replicated"}
+        told = {row[0] for row in few.parts[0].rows if row[2] != "cannot tell"}
         assert told == {1, 6, 8, 11}
         assert told == {row[0] for row in few.parts[1].rows if row[-1] == "replicated"}
         assert "claims 2, 3, 4, 5, 7, 9, 10, 12, 13" in few.text
@@ -246,7 +249,35 @@ class TestSection:
     def test_an_effect_of_another_experiment_is_not_taken(self):
         name = CLAIMS[0].conditions[0].effect
         claims, _ = claims_section({"clusters": {name: effect(1, 2)}}).parts
-        assert claims.rows[0][3] == "not run"
+        assert claims.rows[0][2] == "not run"
+
+    def test_the_failing_condition_stands_beside_a_claim_that_fails(self):
+        claim = CLAIMS[1]
+        effects = merged([all_good(claim)])
+        failing = claim.conditions[2].effect
+        effects[claim.experiment] = {**effects[claim.experiment], failing: effect(0.4, 0.6)}
+        row = claims_section(effects).parts[0].rows[1]
+        assert row[2:4] == ("not replicated", f"{failing} < 0")
+        assert row[5:7] == (0.4, 0.6)
+
+    def test_form_that_explains_stands_beside_its_verdict(self):
+        claim = CLAIMS[1]
+        effects = merged([all_good(claim)])
+        control = claim.form[1].effect
+        effects["confound"] = {**effects["confound"], control: effect(-0.2, -0.1)}
+        row = claims_section(effects).parts[0].rows[1]
+        assert row[2] == "replicated, but form explains it"
+        assert row[8].startswith(control) and row[10:12] == (-0.2, -0.1)
+
+    def test_a_sentence_counts_the_verdicts(self):
+        outcomes = {1: "replicated", 2: "not replicated", 3: "cannot tell", 4: "cannot tell"}
+        assert count_outcomes(outcomes) == (
+            "Of 4 claims, 1 is replicated (1), 1 is not replicated (2) and 2 cannot be told (3, 4)."
+        )
+        assert claims_section({}, about="It is small.").text == (
+            f"Of {len(CLAIMS)} claims, {len(CLAIMS)} were not run "
+            f"({', '.join(str(n + 1) for n in range(len(CLAIMS)))}). It is small."
+        )
 
     def test_rows_fit_their_heads(self):
         for table in claims_section({one.experiment: {} for one in CLAIMS}).parts:

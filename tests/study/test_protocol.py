@@ -6,7 +6,8 @@ import pytest
 
 from latentguard.errors import LatentGuardError, TemplateError
 from latentguard.prompts import Prompt
-from latentguard.study.claims import CLAIMS, claims_section
+from latentguard.study.claims import CLAIMS
+from latentguard.study.claims_report import claims_section
 from latentguard.study.labelling import Asked, prompt_groups_of
 from latentguard.study.prompt_groups import PromptGroups, PromptPools
 from latentguard.study.protocol import (

@@ -114,7 +114,16 @@ def test_every_number_has_company(whole):
     """Settings, versions, seeds and data digests are in the report; no reply is."""
     meta = json.loads((whole / "report.json").read_text())["meta"]
     assert meta["settings"]["seed"] == 0
-    assert set(meta) == {"model", "settings", "template", "pools", "judge", "versions"}
+    assert set(meta) == {
+        "name",
+        "depth",
+        "model",
+        "settings",
+        "template",
+        "pools",
+        "judge",
+        "versions",
+    }
     assert meta["judge"] == "built-in"
     assert all(len(pool["sha256"]) == 64 for pool in meta["pools"].values())
 

@@ -17,7 +17,7 @@ TONES = {
 }
 """Verdict -> class of its cell in the page."""
 
-FOLDED = 200
+FOLDED = 120
 """Characters of a cell beyond which the page shows its beginning and opens the rest on a click."""
 
 
@@ -37,7 +37,7 @@ class PageCell:
     @property
     def summary(self) -> str:
         """The beginning of a long text; empty if it is shown whole."""
-        return f"{self.text[: FOLDED // 4].rstrip()} ..." if len(self.text) > FOLDED else ""
+        return f"{self.text[: FOLDED // 2].rstrip()} ..." if len(self.text) > FOLDED else ""
 
 
 @dataclass(frozen=True)

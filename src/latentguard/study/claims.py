@@ -21,7 +21,6 @@ from typing import Literal
 
 from scipy.stats import norm
 
-from latentguard.report.document import Cell, Section, Table
 from latentguard.stats.estimate import Estimate
 
 Verdict = Literal["replicated", "replicated, but form explains it", "not replicated", "cannot tell"]
@@ -332,67 +331,3 @@ What was changed after the first run of a model, and why:
   own templates shown apart.
 - Claim 8: n-grams are no dedicated guard.
 """
-
-
-def claims_section(effects: Effects, *, refused: bool = True) -> Section:
-    """Each claim with its verdict, and each condition with its effect, interval and n.
-
-    Args:
-        effects: What was measured.
-        refused: Whether prompts enough are refused for the paper's centroids.
-    """
-    verdicts = tuple(
-        (n, claim.name, claim.where, _verdict(claim, effects, refused), claim.paper)
-        for n, claim in enumerate(CLAIMS, 1)
-    )
-    rows = [
-        row
-        for n, claim in enumerate(CLAIMS, 1)
-        if claim.experiment in effects
-        for row in _condition_rows(n, claim, effects, decides=_is_open(claim, refused))
-    ]
-    text = (
-        "The rules are part of the program. Replicated: the whole 95 % interval of every effect "
-        "lies on the claimed side. Not replicated: that of one effect lies on the other side, at "
-        "a level shared among the claim's conditions. Replicated, but form explains it: prompts "
-        "of equal form do not show the effect for sure. Otherwise the run cannot tell."
-    )
-    if not refused:
-        few = ", ".join(str(n) for n, one in enumerate(CLAIMS, 1) if one.centroids)
-        text += (
-            " Too few harmful prompts are refused here for the paper's centroids: figures of the "
-            f"claims {few} are of all harmful and all harmless prompts, and decide nothing."
-        )
-    columns = ("claim", "asks about", "condition", "value", "low", "high", "n", "verdict")
-    parts = (
-        Table("Claims", ("", "claim", "in the paper", "verdict", "the paper's figure"), verdicts),
-        Table("Conditions", columns, tuple(rows)),
-    )
-    return Section("The paper's claims", text, parts)
-
-
-def _condition_rows(
-    n: int, claim: Claim, effects: Effects, *, decides: bool
-) -> Iterator[tuple[Cell, ...]]:
-    effect = claim.measured(claim.conditions, effects)
-    form = claim.measured(claim.form, effects)
-    for asks, pairs, tests in (("the claim", effect, len(effect)), ("form", form, 1)):
-        for one, found in pairs:
-            verdict = one.verdict(found if decides else None, tests=tests)
-            yield (n, asks, str(one), *_cells(found), verdict)
-
-
-def _is_open(claim: Claim, refused: bool) -> bool:
-    return refused or not claim.centroids
-
-
-def _verdict(claim: Claim, effects: Effects, refused: bool) -> Verdict | Literal["not run"]:
-    if claim.experiment not in effects:
-        return "not run"
-    return claim.verdict(effects) if _is_open(claim, refused) else "cannot tell"
-
-
-def _cells(found: Estimate | None) -> Sequence[Cell]:
-    if found is None:
-        return (None, None, None, None)
-    return (found.value, found.low, found.high, sum(found.n))

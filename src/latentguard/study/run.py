@@ -13,12 +13,13 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.gcg import SuffixSearch
 from latentguard.models.guard_models import LazyGuardModel
 from latentguard.models.lora import Finetuning
+from latentguard.models.sources import DEFAULT, DEFAULT_HUB_ID
 from latentguard.report.document import Figure, Report, Section, Table
 from latentguard.states import digest_prompts
 from latentguard.study import labelling
 from latentguard.study.axes import refusals_suffice
 from latentguard.study.cached_model import CachedModel, Step, Tools
-from latentguard.study.claims import claims_section
+from latentguard.study.claims_report import claims_section
 from latentguard.study.examples import examples_section
 from latentguard.study.figures import (
     confound,
@@ -130,9 +131,14 @@ def prepare(
     if tables.get("judge"):
         how["judge"] = _endpoint(tables["judge"], kept)
     cached = CachedModel(model, kept, step=step, tools=tools, **how)
-    local = Path(model.source).exists()
-    name = Path(model.source).name if local else model.source
-    return Study(cached, pools, settings, name, named)
+    return Study(cached, pools, settings, _name(model.source), named)
+
+
+def _name(source: str) -> str:
+    """The model's name for people: the folder's, or the Hub id."""
+    if source == DEFAULT:
+        return DEFAULT_HUB_ID.rpartition("/")[2]
+    return Path(source).name if Path(source).exists() else source
 
 
 def _endpoint(judged: Mapping[str, Any], store: Store) -> EndpointJudge:
@@ -215,11 +221,26 @@ def _report(study: Study, found: Mapping[str, Finding], prompt_groups: PromptGro
     effects = {name: one.effects for name, one in found.items()}
     deviating = deviations(settings, prompt_groups, template=template, judge=_other_judge(study))
     sections = [
-        beside_verdicts(claims_section(effects, refused=refused), deviating),
+        beside_verdicts(
+            claims_section(effects, refused=refused, about=_about(study, prompt_groups)), deviating
+        ),
         deviations_section(settings, deviating, template=template),
         *(_noted(one) for one in found.values()),
     ]
-    return Report(f"Study of {study.name}", tuple(sections), _meta(study))
+    title = f"Study of {study.name}, {settings.protocol} protocol"
+    return Report(title, tuple(sections), _meta(study))
+
+
+def _about(study: Study, prompt_groups: PromptGroups) -> str:
+    """One sentence: which model, how, and how many prompts its centroids are of."""
+    fitted = prompt_groups.fit
+    tested = sum(map(len, prompt_groups.test.values()))
+    refused, accepted = (len(fitted[g]) for g in ("refused_harmful", "accepted_harmless"))
+    return (
+        f"{study.name} was studied under the {study.settings.protocol} protocol with {refused} "
+        f"refused harmful and {accepted} accepted harmless prompts in its centroids and {tested} "
+        "other prompts to test."
+    )
 
 
 def _other_judge(study: Study) -> str | None:
@@ -241,6 +262,8 @@ def _noted(finding: Finding) -> Section:
 def _meta(study: Study) -> dict[str, Any]:
     pools = {f.name: getattr(study.pools, f.name) for f in fields(study.pools)}
     return {
+        "name": study.name,
+        "depth": study.model.depth,
         "model": asdict(study.model.uncached.fingerprint),
         "settings": asdict(study.settings),
         "template": study.template,

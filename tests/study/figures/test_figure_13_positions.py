@@ -90,8 +90,7 @@ def test_end_to_end(cached_model, prompt_groups, alone):
     assert titles == [
         "s over the middle layers, by position",
         "Clusters at every position",
-        "Every position: accepted harmful",
-        "Every position: refused harmless",
+        "s by layer at every position",
         "Steering with the direction of each position",
         "Answers by position of the direction",
     ]
