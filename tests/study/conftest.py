@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from latentguard.data.builtin import load_contrast
+from latentguard.study import cached_model as cached_model_module
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.prompt_groups import PromptGroups, contrast_pools
 from latentguard.study.settings import Settings
@@ -54,3 +55,23 @@ def prompt_groups():
         fit[group], test[group] = tuple(members[:6]), tuple(members[6:12])
     fit = {g: fit[g] if g in ("refused_harmful", "accepted_harmless") else () for g in fit}
     return PromptGroups(contrast_pools(), fit, test)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """States 5 at once, replies 8 prompts at once."""
+    monkeypatch.setattr(cached_model_module, "STATES_AT_ONCE", 5)
+    monkeypatch.setattr(cached_model_module, "REPLIES_AT_ONCE", 8)
+
+
+@pytest.fixture
+def open_store(tmp_path):
+    opened = []
+
+    def make(name="s"):
+        opened.append(Store(tmp_path / name))
+        return opened[-1]
+
+    yield make
+    for store in opened:
+        store.close()

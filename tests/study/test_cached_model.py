@@ -3,8 +3,6 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from math import prod
-from random import Random
 
 import pytest
 import torch
@@ -12,206 +10,18 @@ import torch
 from latentguard.errors import ModelError, PromptError
 from latentguard.interventions import Intervention
 from latentguard.prompts import Message, Prompt, Reply
-from latentguard.states import Fingerprint, States
+from latentguard.states import States
 from latentguard.study import cached_model as module
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.prompt_groups import QUESTIONS, inversion_prompt
-from latentguard.study.store import Store
 from models.architectures import chat_model
-
-SHORT = dict(max_new_tokens=2)
+from study.spy import SHORT, Rounding, Spy, prompts, said, steering
 
 
 @pytest.fixture(scope="module")
 def half(tokenizer):
     """The tiny model in bfloat16."""
     return chat_model("llama", tokenizer, dtype=torch.bfloat16)
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """States 5 at once, replies 8 prompts at once."""
-    monkeypatch.setattr(module, "STATES_AT_ONCE", 5)
-    monkeypatch.setattr(module, "REPLIES_AT_ONCE", 8)
-
-
-@pytest.fixture
-def open_store(tmp_path):
-    opened = []
-
-    def make(name="s"):
-        opened.append(Store(tmp_path / name))
-        return opened[-1]
-
-    yield make
-    for store in opened:
-        store.close()
-
-
-class Spy:
-    """A model that notes what it is asked, and dies after some calls."""
-
-    def __init__(self, model, dies_after=None):
-        self.model, self.left = model, dies_after
-        self.texts, self.calls, self.before = [], 0, lambda: None
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def capture(self, prompts, **how):
-        self._note(prompts)
-        return self.model.capture(prompts, **how)
-
-    def sweep(self, prompts, interventions, **how):
-        self._note(prompts)
-        return self.model.sweep(prompts, interventions, **how)
-
-    def _note(self, prompts):
-        self.before()
-        if self.left == self.calls:
-            raise SystemExit(137)
-        self.calls += 1
-        self.texts += [p.text for p in prompts]
-
-
-def prompts(count, start=0):
-    """Of many lengths, so that batches matter; every fourth text comes again under a label."""
-    made = [
-        Prompt("word " * (1 + 3 * n % 7) + str(n), id=str(n)) for n in range(start, start + count)
-    ]
-    again = [replace(p, id=f"{p.id} again", harmful=True) for p in made[::4]]
-    mixed = [*made, *again]
-    return sorted(mixed, key=lambda p: hash_of(p.id))
-
-
-def hash_of(text):
-    return sum(ord(c) * 31**n for n, c in enumerate(text)) % 101
-
-
-def steering(model, count=3):
-    noise = torch.Generator().manual_seed(1)
-    return [
-        None,
-        *(
-            Intervention(n % 4, torch.randn(model.width, generator=noise), 2.0, "all", f"way {n}")
-            for n in range(count - 1)
-        ),
-    ]
-
-
-def said(replies):
-    """All that a reply says but whose it is."""
-    return [[(r.text, r.ids, r.finished, r.watched) for r in one] for one in replies]
-
-
-def killed(model, store, ask, after):
-    """Ask a cached_model whose model dies after some calls; whether it did."""
-    try:
-        ask(CachedModel(Spy(model, after), store))
-    except SystemExit:
-        return True
-    return False
-
-
-class Rounding:
-    """A model all of whose numbers depend on the batch, as the last bits do on a GPU."""
-
-    depth, post, width = 3, 2, 4
-    fingerprint = Fingerprint("fake", "w", "t", "c", "float32")
-
-    def capture(self, prompts, *, positions, progress):
-        drawn = Random(repr((prompts, positions)))
-        shape = (len(prompts), len(positions), self.depth + 1, self.width)
-        values = torch.tensor([drawn.random() for _ in range(prod(shape))]).view(shape)
-        layers = tuple(range(self.depth + 1))
-        yield States(values, tuple(prompts), tuple(positions), layers, self.fingerprint)
-
-    def sweep(self, prompts, interventions, *, progress, **how):
-        drawn = Random(repr((prompts, [i and i.label for i in interventions], how)))
-        return [
-            [Reply(p, "", (), True, "", (("No", drawn.random()),)) for p in prompts]
-            for _ in interventions
-        ]
-
-
-class TestKilled:
-    """Killed after any chunk and asked again, it gives the bits of an unbroken run."""
-
-    ASKED = prompts(22)
-
-    def replies(self, cached_model):
-        return cached_model.replies(
-            self.ASKED, steering(cached_model.uncached), **SHORT, watch=["No"]
-        )
-
-    def states(self, cached_model):
-        return cached_model.states(self.ASKED, positions=("t_inst", "post+1", "t_post"))
-
-    def filled(self, store, cached):
-        """Other experiments were there before."""
-        cached_model = CachedModel(Rounding(), store)
-        if cached == "some prompts":
-            cached_model.replies(
-                self.ASKED[3:11:2], steering(cached_model.uncached), **SHORT, watch=["No"]
-            )
-            cached_model.states(self.ASKED[3:11:2], positions=("t_inst", "post+1", "t_post"))
-        if cached == "some of each":
-            cached_model.replies(self.ASKED[4:18], [None], **SHORT, watch=["No"])
-            cached_model.states(self.ASKED[4:18], positions=("t_post",))
-        return store
-
-    @pytest.mark.parametrize("cached", ["nothing", "some prompts", "some of each"])
-    def test_in_a_sweep(self, open_store, small_chunks, cached):
-        whole = Spy(Rounding())
-        wanted = said(self.replies(CachedModel(whole, self.filled(open_store("whole"), cached))))
-        assert whole.calls >= 3
-        for after in range(whole.calls):
-            store = self.filled(open_store(str(after)), cached)
-            assert killed(Rounding(), store, self.replies, after)
-            rest = Spy(Rounding())
-            assert said(self.replies(CachedModel(rest, store))) == wanted
-            assert rest.calls == whole.calls - after
-
-    @pytest.mark.parametrize("cached", ["nothing", "some prompts", "some of each"])
-    def test_in_a_capture(self, open_store, small_chunks, cached):
-        whole = Spy(Rounding())
-        wanted = self.states(CachedModel(whole, self.filled(open_store("whole"), cached)))
-        assert whole.calls >= 3
-        for after in range(whole.calls):
-            store = self.filled(open_store(str(after)), cached)
-            assert killed(Rounding(), store, self.states, after)
-            rest = Spy(Rounding())
-            found = self.states(CachedModel(rest, store))
-            assert torch.equal(found.values, wanted.values)
-            assert rest.calls == whole.calls - after
-
-    def test_again_and_again(self, open_store, small_chunks):
-        wanted = said(self.replies(CachedModel(Rounding(), open_store("whole"))))
-        store = open_store("broken")
-        deaths = sum(killed(Rounding(), store, self.replies, 1) for _ in range(9))
-        assert deaths == 8  # chunks of the sweep but one, killed after each
-        assert said(self.replies(CachedModel(Rounding(), store))) == wanted
-
-    def test_a_real_model(self, model, open_store, small_chunks):
-        """What it had not handed over when it died is asked again, all of it."""
-
-        class Dying(Spy):
-            def sweep(self, prompts, interventions, **how):
-                found = super().sweep(prompts, interventions, **how)
-                if self.calls == 2:
-                    raise SystemExit(137)
-                return found
-
-        store = open_store()
-        with pytest.raises(SystemExit):
-            self.replies(CachedModel(Dying(model), store))
-        rest = Spy(model)
-        wanted = said(self.replies(CachedModel(model, open_store("whole"))))
-        assert said(self.replies(CachedModel(rest, store))) == wanted
-        assert rest.calls == 8
-        assert killed(model, store, self.states, 1)
-        wanted = self.states(CachedModel(model, open_store("whole"))).values
-        assert torch.equal(self.states(CachedModel(model, store)).values, wanted)
 
 
 class TestAsBefore:
@@ -485,57 +295,6 @@ class TestWrong:
     def test_no_such_position(self, model, open_store):
         with pytest.raises(PromptError, match="no position"):
             CachedModel(model, open_store()).states([Prompt("a")], positions=("post+99",))
-
-
-class TestTwoAtOnce:
-    """Two processes on one store: both find the same, and it stays."""
-
-    @pytest.mark.parametrize("part", [slice(None), slice(4, 9)])
-    def test_the_other_asks_the_same_meanwhile(self, open_store, small_chunks, part):
-        asked = prompts(12)
-        spy = Spy(Rounding())
-        mine, other = CachedModel(spy, open_store()), CachedModel(Rounding(), open_store())
-        spy.before = lambda: (other.replies(asked[part]), other.states(asked[part]))
-        replies, states = said(mine.replies(asked)), mine.states(asked).values
-        for one in (mine, other):
-            assert said(one.replies(asked)) == replies
-            assert torch.equal(one.states(asked).values, states)
-
-
-class TestProgress:
-    @pytest.fixture
-    def steps(self):
-        return []
-
-    @pytest.fixture
-    def watched(self, model, open_store, steps):
-        def step(what, total):
-            steps.append([what, total, 0])
-            at = len(steps) - 1
-
-            def advance(count):
-                assert count >= 0
-                steps[at][2] += count
-
-            return advance
-
-        return CachedModel(model, open_store(), step=step)
-
-    @pytest.mark.parametrize("cached", [0, 7])
-    def test_it_ends_where_it_said(self, watched, steps, cached):
-        asked = prompts(12)
-        distinct = len({p.text for p in asked})
-        watched.states(asked[:cached], what="some")
-        watched.states(asked, what="all")
-        assert steps.pop() == ["all", distinct, distinct]
-        watched.replies(asked[:cached], **SHORT, what="some")
-        watched.replies(asked, steering(watched.uncached), **SHORT, what="all")
-        assert steps[-1] == ["all", 3 * distinct, 3 * distinct]
-
-    def test_nothing_to_do(self, watched, steps):
-        watched.replies([], what="r")
-        watched.states([], what="s")
-        assert steps == [["r", 0, 0], ["s", 0, 0]]
 
 
 class TestRemember:

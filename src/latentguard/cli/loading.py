@@ -35,13 +35,16 @@ def load_model(source: str, dtype: str = "auto", device_map: str | None = None) 
     from transformers.utils import logging as transformers_logging
 
     from latentguard.models.chat_model import ChatModel
+    from latentguard.models.threads import choose_threads
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     echo_err(f"Loading {source} ...")
     placing = {"device_map": device_map} if device_map else {}
-    return ChatModel.load(source, dtype=dtype, **placing)
+    model = ChatModel.load(source, dtype=dtype, **placing)
+    choose_threads(model)
+    return model
 
 
 def read_guard(source: str | Path) -> LatentGuard:

@@ -83,7 +83,11 @@ GuardOut = Annotated[
     Path | None, typer.Option("--out", help="Write the changed guard here; default: in place.")
 ]
 GuardSource = Annotated[
-    str, typer.Argument(help="Folder that 'latentguard fit' wrote, or a Hub id as org/guard.")
+    str,
+    typer.Argument(
+        help="Folder that 'latentguard fit' wrote, a Hub id as org/guard, or 'default': the guard "
+        "of SmolLM2-135M that comes with the package."
+    ),
 ]
 Harmful = Annotated[list[str] | None, typer.Option(help="Harmful prompts; repeatable.")]
 Harmless = Annotated[list[str] | None, typer.Option(help="Harmless prompts; repeatable.")]

@@ -10,6 +10,7 @@ from latentguard.cli.console import echo_err
 from latentguard.errors import LatentGuardError
 from latentguard.files import exclusive_lock
 from latentguard.guard.hub import HUB_ID
+from latentguard.models.sources import DEFAULT
 
 LOCK = ".lock"
 """In an output folder, while a run writes it."""
@@ -49,23 +50,24 @@ def changed_guard(source: str, out: Path | None) -> Iterator[Path]:
     """Hold the lock of the folder that a changed guard is written to; loading says if it is none.
 
     Args:
-        source: The guard: a folder, or a Hub id.
+        source: The guard: a folder, a Hub id, or ``default``.
         out: Where the changed guard is written; None changes it in place.
 
     Yields:
         The folder.
 
     Raises:
-        LatentGuardError: if a guard of the Hub is to be changed in place, or another guard is in
-            the way.
+        LatentGuardError: if a guard of the Hub or of the package is to be changed in place, or
+            another guard is in the way.
     """
     target = out or Path(source)
-    if out is not None and out != Path(source):
+    if out is not None and out.resolve() != Path(source).resolve():
         require_no_guard(out, overwrite=False, remedy="name another folder")
-    if out is None and not target.exists() and HUB_ID.fullmatch(source):
+    is_hub_id = not target.exists() and HUB_ID.fullmatch(source)
+    if out is None and (source == DEFAULT or is_hub_id):
         raise LatentGuardError(
-            f"There is no folder '{source}', and a guard of the Hub is not changed in place: name "
-            "a folder for the changed one with --out."
+            f"'{source}' is no folder of yours, so it is not changed in place: name a folder for "
+            "the changed guard with --out."
         )
     is_guard = (target / GUARD_FILES[0]).exists()
     with output_folder(target) if is_guard or out else nullcontext():

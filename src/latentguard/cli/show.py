@@ -13,7 +13,8 @@ from latentguard.guard.hub import find_guard
 
 def show(
     guard: Annotated[
-        str | None, typer.Argument(help="Folder that 'latentguard fit' wrote, or a Hub id.")
+        str | None,
+        typer.Argument(help="Folder that 'latentguard fit' wrote, a Hub id, or 'default'."),
     ] = None,
 ) -> None:
     """Print what a guard is, what it promises, and what it is bound to.

@@ -1,4 +1,4 @@
-"""Guards on the Hugging Face Hub."""
+"""Where guards come from: a folder, the Hugging Face Hub, or the one in the package."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import CARD_FILE, JSON_FILE, SIGNATURE_FILE, TENSOR_FILE
+from latentguard.models.sources import DEFAULT
 
 FILES = (JSON_FILE, TENSOR_FILE, CARD_FILE, SIGNATURE_FILE)
 
+DEFAULT_GUARD = Path(__file__).parent / "default"
+"""The guard of the default model; ``benchmarks/rebuild_default_guard.py`` builds it."""
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """``org/guard``."""
@@ -19,22 +22,24 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def find_guard(
     source: str | Path, *, revision: str | None = None, token: str | None = None
 ) -> Path:
-    """The folder of a guard: itself, or where the Hub's guard of that name was fetched to.
+    """Return the folder of a guard: itself, the package's, or where the Hub's was fetched to.
 
     Args:
-        source: A folder, or a Hub id such as ``org/guard``.
+        source: A folder, ``default``, or a Hub id such as ``org/guard``.
         revision: A branch, tag or commit of the Hub's repository.
         token: For the Hub.
 
     Raises:
         GuardError: if there is no such folder, and no such guard on the Hub.
     """
+    if str(source) == DEFAULT:
+        return DEFAULT_GUARD
     if Path(source).exists():
         return Path(source)
     if not HUB_ID.fullmatch(str(source)):
         raise GuardError(
             f"There is no folder '{source}'. Expected a guard folder, as 'latentguard fit --out "
-            "FOLDER' writes it, or a Hub id as org/guard."
+            "FOLDER' writes it, a Hub id as org/guard, or 'default'."
         )
     return download_guard(str(source), revision=revision, token=token)
 

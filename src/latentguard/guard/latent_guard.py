@@ -367,7 +367,7 @@ class LatentGuard(GuardSpec):
         """Read a guard from a folder or from the Hugging Face Hub.
 
         Args:
-            source: A folder that ``save`` wrote, or a Hub id such as ``org/guard``.
+            source: A folder that ``save`` wrote, a Hub id such as ``org/guard``, or ``default``.
             revision: A branch, tag or commit of the Hub's repository.
             token: For the Hub; the one that you are logged in with by default.
 
@@ -452,7 +452,8 @@ def load_guard(
     """Load a guard that answers by itself: ``guard("text")`` gives a verdict.
 
     Args:
-        source: A folder that ``latentguard fit`` wrote, or a Hub id such as ``org/guard``.
+        source: A folder that ``latentguard fit`` wrote, a Hub id such as ``org/guard``, or
+            ``default``: the guard of SmolLM2-135M that comes with the package.
         model: The guard's model, loaded already; or where it is, if it has moved. By default the
             guard loads its own, when it is first asked.
         device: Where the model is loaded: ``cpu``, ``cuda``, ...

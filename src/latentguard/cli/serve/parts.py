@@ -156,6 +156,7 @@ def opener(guard: LatentGuard, options: ServeOptions) -> Opener:
     from transformers.utils import logging as transformers_logging
 
     from latentguard.models.chat_model import ChatModel
+    from latentguard.models.threads import choose_threads
 
     source = options.model or guard.fingerprint.model
     placing = {"device_map": options.device_map} if options.device_map else {}
@@ -163,6 +164,7 @@ def opener(guard: LatentGuard, options: ServeOptions) -> Opener:
     def load() -> tuple[LatentGuard, ChatModel]:
         transformers_logging.disable_progress_bar()
         backend = ChatModel.load(source, dtype=guard.fingerprint.dtype, **placing)
+        choose_threads(backend)
         if not options.allow_mismatch:
             guard.verify_model(backend)
             return guard, backend

@@ -8,9 +8,9 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from latentguard.errors import GuardError, LatentGuardError
+from latentguard.guard.hub import find_guard
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.vllm.backend import TRANSFER
 from latentguard.integrations.vllm.columns import require_columns
@@ -36,7 +36,7 @@ def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         GuardError: if the guard cannot run inside vLLM, or an option is not for the user to set.
     """
     parser = argparse.ArgumentParser(prog="python -m latentguard.integrations.vllm")
-    parser.add_argument("guard", type=Path, help="folder that 'latentguard fit' wrote")
+    parser.add_argument("guard", help="folder that 'latentguard fit' wrote, Hub id, or 'default'")
     parser.add_argument("--policy", choices=POLICIES, default="block")
     parser.add_argument("--refusal", default=ServeConfig.refusal, help="a blocked chat's answer")
     parser.add_argument("--model", help="if the model has moved")
@@ -44,14 +44,15 @@ def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     asked, rest = parser.parse_known_args(given)
     if taken := [word for word in rest if word.replace("_", "-").startswith(OWN)]:
         raise GuardError(f"{taken[0]} is set by the guard; leave it out.")
-    guard = LatentGuard.load(asked.guard)
+    folder = find_guard(asked.guard)
+    guard = LatentGuard.load(folder)
     require_columns(guard)
     if asked.segment_header and not (guard.thresholds and guard.thresholds.segments):
         raise GuardError("This guard has no segments; calibrate it with --segment-column.")
     model = resolve(asked.model or guard.fingerprint.model)
     own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]
     own += ["--kv-transfer-config", json.dumps(TRANSFER)]
-    variables = {VARIABLE: str(asked.guard.resolve()), SEGMENT_HEADER: asked.segment_header or ""}
+    variables = {VARIABLE: str(folder.resolve()), SEGMENT_HEADER: asked.segment_header or ""}
     return [*own, *rest], variables | {POLICY: asked.policy, REFUSAL: asked.refusal}
 
 

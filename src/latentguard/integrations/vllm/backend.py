@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import GuardError, ModelError, require_extra
+from latentguard.guard.hub import find_guard
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import VariantScore, score_plans
 from latentguard.guard.verdict import Verdict
@@ -50,11 +51,11 @@ class VllmModel:
         self.chat = ChatTokenizer(engine.get_tokenizer())
 
     @classmethod
-    def load(cls, folder: str | Path, source: str | None = None, **options: Any) -> VllmModel:
-        """Start vLLM for the guard in a folder.
+    def load(cls, guard: str | Path, source: str | None = None, **options: Any) -> VllmModel:
+        """Start vLLM for a guard.
 
         Args:
-            folder: The guard.
+            guard: A folder, a Hub id, or ``default``.
             source: The model, if it has moved.
             options: vLLM's engine options (``max_num_batched_tokens``, ``enforce_eager``, ...).
 
@@ -62,20 +63,21 @@ class VllmModel:
             MissingExtra: if vLLM is not installed.
             ModelError: if vLLM refuses; the reason stands in the engine's log.
         """
-        guard = LatentGuard.load(folder)
-        os.environ[VARIABLE] = str(Path(folder).resolve())
+        folder = find_guard(guard)
+        loaded = LatentGuard.load(folder)
+        os.environ[VARIABLE] = str(folder.resolve())
         vllm = require_extra("vllm", "vllm", "Reading states inside vLLM (docs/how-to/vllm.md)")
         config = require_extra("vllm.config", "vllm", "Reading states inside vLLM")
         try:
             engine = vllm.LLM(
-                model=resolve(source or guard.fingerprint.model),
-                dtype=guard.fingerprint.dtype,
+                model=resolve(source or loaded.fingerprint.model),
+                dtype=loaded.fingerprint.dtype,
                 kv_transfer_config=config.KVTransferConfig(**TRANSFER),
                 **options,
             )
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"vLLM did not start with this guard: {error}") from error
-        return cls(guard, engine, ScoreChannel())
+        return cls(loaded, engine, ScoreChannel())
 
     @property
     def fingerprint(self) -> Fingerprint:
