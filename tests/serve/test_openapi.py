@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from serve.running import running
+from serve.test_upstream import answers, upstream
 
 schemathesis = pytest.importorskip("schemathesis")
 
@@ -11,10 +12,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 EXAMPLES = 12
 
 
-@pytest.fixture(scope="module")
-def schema():
-    with running(max_reply=2) as url:
-        yield schemathesis.openapi.from_url(f"{url}/openapi.json", verify=False)
+@pytest.fixture(scope="module", params=["own model", "upstream"])
+def schema(request):
+    with upstream(answers) as (_, where):
+        options = dict(upstream=where) if request.param == "upstream" else {}
+        with running(max_reply=2, **options) as url:
+            yield schemathesis.openapi.from_url(f"{url}/openapi.json", verify=False)
 
 
 def test_it_keeps_what_its_document_says(schema):
