@@ -1,14 +1,14 @@
 """Golden records: what guards and steering give, to compare a later version with.
 
     python benchmarks/golden.py record MODEL [--quick] [--out FILE]
-    python benchmarks/golden.py compare MODEL [--quick] [--out FILE] [--tolerance 5e-6]
+    python benchmarks/golden.py compare MODEL [--out FILE] [--tolerance 5e-6]
 
 MODEL is smollm2-135m or one of the tiny random models: tiny-llama, tiny-gemma3, tiny-qwen3. FILE is
 benchmarks/results/golden-MODEL.json unless it is named. ``--quick`` asks every fourth prompt and
-does not steer. ``compare`` prints the greatest difference of each quantity and how many discrete
-values differ. It exits with 1 if a number moved by more than the tolerance (scores in units of the
-guard's spread, other numbers in units of the greater of 1 and their size) or a discrete value
-differs.
+does not steer; ``compare`` asks what was recorded. It prints the greatest difference of each
+quantity and how many discrete values differ, and exits with 1 if a number moved by more than the
+tolerance (scores in units of the guard's spread, other numbers in units of the greater of 1 and
+their size) or a discrete value differs.
 
 Numbers come out bit for bit the same on one machine; another processor adds up in another order, so
 make the record anew there (from the older version) or allow a tolerance of 1e-4.
@@ -410,11 +410,11 @@ def main() -> int:
     options = arguments()
     torch.set_num_threads(1)
     path = options.out or RESULTS / f"golden-{options.model}.json"
-    record = collect(options.model, quick=options.quick)
     if options.mode == "record":
-        write(record, path)
+        write(collect(options.model, quick=options.quick), path)
         return 0
-    tallies = compare(json.loads(path.read_text(encoding="utf-8")), record)
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    tallies = compare(earlier, collect(options.model, quick=earlier["quick"]))
     show(tallies)
     differing = failed(tallies, options.tolerance)
     print(f"Differs: {', '.join(differing)}." if differing else "Nothing differs.")
