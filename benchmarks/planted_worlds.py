@@ -1,9 +1,11 @@
 """Verdicts in worlds where the truth is planted: the rules of every claim, over many seeds.
 
-    python benchmarks/planted_worlds.py --seeds 40 --out benchmarks/results/planted-worlds.json
+    python benchmarks/planted_worlds.py --seeds 40 --record planted-worlds.jsonl \
+        --out benchmarks/results/planted-worlds.json
 
-Three worlds (``planted_model``): one with exactly the paper's pattern, one without any, and one in
-which form alone carries the label. Each seed is a study from asking the prompts to the verdict.
+The worlds are those of ``planted_model``: one with exactly the paper's pattern, one without any,
+some in which form alone carries the label, and one that does what the claims deny. Each seed is a
+study from asking the prompts to the verdict. A run that was killed goes on where its record ends.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ import numpy as np
 from planted_model import WORLDS, PlantedModel, World, judge
 from tqdm import tqdm
 
+from latentguard.files import append_line, read_whole_lines
 from latentguard.prompts import Prompt
+from latentguard.stats.estimate import Estimate
 from latentguard.study import labelling
 from latentguard.study.axes import refusals_suffice
 from latentguard.study.cached_model import CachedModel, Tools
-from latentguard.study.claims import CLAIMS, Claim
+from latentguard.study.claims import CLAIMS, Claim, Effects
 from latentguard.study.prompt_groups import PromptGroups, PromptPools
 from latentguard.study.run import EXPERIMENTS
 from latentguard.study.settings import Settings
@@ -163,27 +167,70 @@ def verdicts_of(
     world: World, seed: int, claims: Sequence[int], settings: Settings = SETTINGS
 ) -> dict[int, str]:
     """Number of each claim -> its verdict, of one study of a planted model."""
-    wanted = {n: CLAIMS[n - 1] for n in claims}
-    effects = effects_of(world, seed, experiments_of(wanted.values()), settings)
-    return {n: one.verdict(effects) for n, one in wanted.items()}
+    wanted = [CLAIMS[n - 1] for n in claims]
+    effects = effects_of(world, seed, experiments_of(wanted), settings)
+    return {n: CLAIMS[n - 1].verdict(effects) for n in claims}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One study of a planted model: all that the rules decide by."""
+
+    world: str
+    seed: int
+    effects: Effects
+
+    @staticmethod
+    def read(line: str) -> Trial:
+        """A line of the record."""
+        row = json.loads(line)
+        effects = {
+            experiment: {name: Estimate.unpack(one) for name, one in found.items()}
+            for experiment, found in row["effects"].items()
+        }
+        return Trial(row["world"], row["seed"], effects)
+
+    def line(self) -> str:
+        """The trial as a line of the record."""
+        return json.dumps(asdict(self))
+
+
+def run(record: Path, worlds: Sequence[str], seeds: Sequence[int]) -> list[Trial]:
+    """Trials of each world and seed; those in the record are not run again.
+
+    The record holds effects, not verdicts, so that a changed rule is measured without a new run.
+    """
+    trials = [Trial.read(line) for line in read_whole_lines(record)]
+    done = {(one.world, one.seed) for one in trials}
+    left = [(name, seed) for name in worlds for seed in seeds if (name, seed) not in done]
+    with record.open("a") as file:
+        for name, seed in tqdm(left, mininterval=30):
+            effects = effects_of(WORLDS[name], seed, experiments_of(CLAIMS))
+            trials.append(Trial(name, seed, effects))
+            append_line(file, trials[-1].line())
+    return trials
+
+
+def counts_of(trials: Iterable[Trial]) -> dict[str, dict[int, dict[str, int]]]:
+    """World -> claim -> verdict -> trials."""
+    found: dict[str, dict[int, Counter[str]]] = {}
+    for trial in trials:
+        by_claim = found.setdefault(trial.world, {n: Counter() for n in range(1, len(CLAIMS) + 1)})
+        for n, claim in enumerate(CLAIMS, 1):
+            by_claim[n][claim.verdict(trial.effects)] += 1
+    return {world: {n: dict(c) for n, c in of.items()} for world, of in found.items()}
 
 
 def main() -> None:
     """Run the worlds and write how often each claim came out in which way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=40)
-    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--worlds", nargs="*", default=list(WORLDS), choices=list(WORLDS))
-    parser.add_argument("--claims", nargs="*", type=int, default=range(1, len(CLAIMS) + 1))
+    parser.add_argument("--record", type=Path, required=True, help="effects of each trial, JSONL")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    counts: dict[str, dict[int, Counter[str]]] = {}
-    for name in args.worlds:
-        counts[name] = {n: Counter() for n in args.claims}
-        for seed in tqdm(range(args.first, args.first + args.seeds), desc=name, mininterval=30):
-            for n, verdict in verdicts_of(WORLDS[name], seed, list(args.claims)).items():
-                counts[name][n][verdict] += 1
-            args.out.write_text(json.dumps({"seeds": seed + 1 - args.first, "verdicts": counts}))
+    trials = run(args.record, args.worlds, range(args.seeds))
+    args.out.write_text(json.dumps(counts_of(trials), indent=1) + "\n")
 
 
 if __name__ == "__main__":
