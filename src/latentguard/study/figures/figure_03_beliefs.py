@@ -109,7 +109,7 @@ def correlations(groups: Mapping[Group, Plane]) -> dict[str, Estimate]:
         if len(together) == len(members) or name == "all four groups":
             rows = np.concatenate(together)
             if len(rows) > 2 and np.isfinite(correlation(rows)):
-                found[name] = weighted_bootstrap(partial(_correlations, rows), len(rows))
+                found[name] = weighted_bootstrap(partial(correlations_of, rows), len(rows))
     return found
 
 
@@ -120,7 +120,7 @@ def correlation(rows: Plane) -> float:
     return float(x @ y) / scale if scale > 1e-12 else float("nan")
 
 
-def _correlations(rows: Plane, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def correlations_of(rows: Plane, weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Pearson's r of both columns for weights of the rows, [r n] to [r]; nan if one is constant."""
     x, y = (rows - rows.mean(0)).T
     total = weights.sum(1)
