@@ -92,20 +92,33 @@ class Coverage:
     """Median width of the interval."""
 
     repeats: int
+    """How often data were drawn and gave an interval."""
+
+    undefined: int
+    """How often they gave none, as noise was all there was; claims then cannot tell."""
 
 
 def measure(case: Case, n: int, repeats: int) -> Coverage:
     """The coverage of one kind of interval."""
     count = max(repeats // 4, 1) if case.slow else repeats
     rng = np.random.default_rng([n, 1])
-    estimates = [case.measure(rng, n) for _ in range(count)]
+    every = [case.measure(rng, n) for _ in range(count)]
+    estimates = [one for one in every if np.isfinite(one.low + one.high)]
     truth = case.truth
     if np.isnan(truth):
         truth = float(np.mean([one.value for one in estimates]))
     hits = proportion([one.low - 1e-12 <= truth <= one.high + 1e-12 for one in estimates])
     width = float(np.median([one.high - one.low for one in estimates]))
     return Coverage(
-        case.interval, case.distribution, n, hits.value, hits.low, hits.high, width, count
+        case.interval,
+        case.distribution,
+        n,
+        hits.value,
+        hits.low,
+        hits.high,
+        width,
+        len(estimates),
+        count - len(estimates),
     )
 
 

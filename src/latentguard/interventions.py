@@ -6,11 +6,15 @@ Axis names in shapes: d width, p positions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
+
+from latentguard.errors import PromptError
+from latentguard.prompts import Prompt
 
 Tokens = Literal["instruction", "before", "all", "t_inst"]
 """Which prompt tokens are steered: those of the last user message; of these, those that lie before
@@ -19,7 +23,10 @@ the inversion question; every token, template included; or t_inst alone."""
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A vector that is added to the residual stream while the prompt is read: h + c v.
+    """A vector that is added to the residual stream at one layer: h + c v.
+
+    It is added while the prompt is read; while the reply is made only if that is asked for. It need
+    not be of the layer where it is added, nor the same for every prompt.
 
     Examples:
         >>> axis = guard.axes[0]
@@ -32,8 +39,8 @@ class Intervention:
     layer: int
     """Which layer; 0 is the embedding output."""
 
-    vector: Float[Tensor, "d"]
-    """What is added, such as the direction of an axis at this layer."""
+    vector: Float[Tensor, "d"] | Mapping[Prompt, Float[Tensor, "d"]]
+    """What is added, such as the direction of an axis; to every prompt the same, or its own."""
 
     coefficient: float = 1.0
     """How often; negative steers the other way, 0 changes nothing."""
@@ -44,6 +51,26 @@ class Intervention:
     label: str = ""
     """What replies are marked with."""
 
+    while_replying: bool = False
+    """Whether it is added at each token of the reply, too."""
+
     def __post_init__(self) -> None:
         if self.tokens not in get_args(Tokens):
             raise ValueError(f"tokens is one of {get_args(Tokens)}; found '{self.tokens}'")
+
+    @property
+    def vectors(self) -> list[Float[Tensor, "d"]]:
+        """All that is added to some prompt."""
+        return list(self.vector.values()) if isinstance(self.vector, Mapping) else [self.vector]
+
+    def vector_of(self, prompt: Prompt) -> Float[Tensor, "d"]:
+        """What is added to a prompt.
+
+        Raises:
+            PromptError: if prompts have vectors of their own, and this one has none.
+        """
+        if not isinstance(self.vector, Mapping):
+            return self.vector
+        if prompt not in self.vector:
+            raise PromptError(f"Prompt '{prompt.id}' has no vector of its own to be steered along.")
+        return self.vector[prompt]

@@ -4,6 +4,7 @@ import functools
 import itertools
 import random
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,8 @@ def plainly(model, prompt, setting, new=NEW):
     def shifted(hidden):
         hidden = hidden.clone()
         hidden[0, columns] += push
+        if setting.while_replying:
+            hidden[0, len(prompt_ids) :] += push
         return hidden
 
     def before(_, args, kwargs):
@@ -180,6 +183,49 @@ class TestSweep:
         (wanted,) = model.sweep(ASKED[:2], [setting], watch=("No",), max_new_tokens=1)
         for low, high in zip(found[0], wanted, strict=True):
             assert low.watched[0][1] == pytest.approx(high.watched[0][1], abs=0.2)
+
+
+class TestOptions:
+    """A vector for each prompt, and steering while decoding."""
+
+    @pytest.mark.parametrize("architecture", ["llama", "gemma3", "neox"])
+    def test_each_prompt_has_a_vector_of_its_own(self, architecture, tokenizer):
+        model = talker(architecture, tokenizer)
+        own = {prompt: vector(n) for n, prompt in enumerate(ASKED)}
+        chosen = [
+            Intervention(layer, own, 1.5, choice)
+            for layer in (0, 2, DEPTH)
+            for choice in ("all", "instruction")
+        ]
+        mixed = [None, *settings(layers=(2,), coefficients=(1.5,)), *chosen]
+        found = model.sweep(ASKED, mixed, max_new_tokens=NEW)[-len(chosen) :]
+        for setting, replies in zip(chosen, found, strict=True):
+            for prompt, reply in zip(ASKED, replies, strict=True):
+                alone = Intervention(setting.layer, own[prompt], 1.5, setting.tokens)
+                assert reply.ids == plainly(model, prompt, alone)
+
+    def test_every_prompt_needs_a_vector_of_the_models_width(self, model):
+        with pytest.raises(PromptError, match="has no vector of its own to be steered along"):
+            model.sweep(PROMPTS[:2], [Intervention(1, {PROMPTS[0]: vector()})])
+        with pytest.raises(ModelError, match="width 32 is needed; found shape"):
+            model.sweep(PROMPTS[:1], [Intervention(1, {PROMPTS[0]: vector(width=16)})])
+
+    @pytest.mark.parametrize("architecture", ["llama", "gemma3", "neox"])
+    def test_steering_while_replying_moves_every_token_of_the_reply(self, architecture, tokenizer):
+        model = talker(architecture, tokenizer)
+        prompts = ASKED[:4]
+        plain = settings(layers=(0, 2, DEPTH), choices=("instruction", "all"), coefficients=(1.5,))
+        own = {prompt: vector(n) for n, prompt in enumerate(prompts)}
+        chosen = [replace(one, while_replying=True) for one in plain]
+        found = model.sweep(prompts, [*plain, *chosen], max_new_tokens=8)
+        for setting, replies in zip([*plain, *chosen], found, strict=True):
+            assert ids_of(replies) == [plainly(model, p, setting, 8) for p in prompts]
+        assert found[: len(plain)] != found[len(plain) :]
+        (mine,) = model.sweep(prompts, [replace(chosen[1], vector=own)], max_new_tokens=8)
+        for prompt, reply in zip(prompts, mine, strict=True):
+            setting = replace(chosen[1], vector=own[prompt])
+            assert reply.ids == plainly(model, prompt, setting, 8)
+        assert traces(model) == (0, [])
 
 
 class TestTokens:

@@ -183,6 +183,7 @@ class TestWhatDiffers:
             replace(one, coefficient=0.0),
             replace(one, tokens="all"),
             replace(one, tokens="t_inst"),
+            replace(one, while_replying=True),
             None,
         ]
         spy = Spy(model)
@@ -192,6 +193,25 @@ class TestWhatDiffers:
             found = cached_model.replies(asked, [setting], **how)
             assert spy.calls == n
             assert said(found) == said(model.sweep(asked, [setting], **how))
+
+    def test_vectors_by_prompt(self, model, open_store):
+        """Each reply is kept by the vector of its own prompt."""
+        noise = torch.Generator().manual_seed(3)
+        asked = [Prompt(f"one two {n}") for n in range(5)]
+        own = {p: torch.randn(model.width, generator=noise) * 3 for p in asked}
+        push = Intervention(2, own, 1.0, "all")
+        wanted = said(model.sweep(asked, [push], **SHORT))
+        spy = Spy(model)
+        cached_model = CachedModel(spy, open_store())
+        cached_model.replies([asked[0]], [replace(push, vector=own[asked[0]])], **SHORT)
+        assert said(cached_model.replies(asked, [push], **SHORT)) == wanted
+        assert spy.calls == 2
+        turned = cached_model.replies(asked[::-1], [push], **SHORT)
+        assert said(turned) == [wanted[0][::-1]]
+        assert spy.calls == 2
+        swapped = {asked[0]: own[asked[1]], asked[1]: own[asked[0]]}
+        cached_model.replies(asked[:2], [replace(push, vector=swapped)], **SHORT)
+        assert spy.calls == 3
 
     def test_a_vector_is_its_numbers(self, model, open_store):
         spy = Spy(model)

@@ -18,7 +18,8 @@ WHOLE = [
     for f in fields(Settings)
     if type(f.default[0] if isinstance(f.default, tuple) else f.default) is int
 ]
-SIGNED = ("coefficients", "inversion_coefficient", "inversion_others")
+SIGNED = ("coefficients", "inversion_coefficient", "inversion_others", "steer_from_layer")
+SWITCHES = [f.name for f in fields(Settings) if isinstance(f.default, bool)]
 
 
 @pytest.fixture
@@ -86,9 +87,17 @@ class TestKinds:
         written = written or {"nan": "nan"}.get(str(value)) or json.dumps(value)
         if isinstance(value, dict):
             written = "{a = 1}"
-        for text in (written, f"[{written}]", f"[1, {written}]"):
+        texts = [f"[{written}]", f"[1, {written}]"]
+        if value is not True or name not in SWITCHES:
+            texts.append(written)
+        for text in texts:
             with pytest.raises(LatentGuardError, match=f"'{name}' should be like"):
                 read_settings(toml(f"{name} = {text}"))
+
+    @pytest.mark.parametrize("name", SWITCHES)
+    def test_switches(self, toml, name):
+        for text, value in (("true", True), ("false", False)):
+            assert getattr(read_settings(toml(f"{name} = {text}")), name) is value
 
     @pytest.mark.parametrize("name", WHOLE)
     @pytest.mark.parametrize("value", [1.0, 1.5, float("inf")])
@@ -132,6 +141,10 @@ class TestBounds:
             return
         with pytest.raises(LatentGuardError, match="should be like"):
             read_settings(path)
+
+    def test_no_layer_below_the_embeddings_to_steer_from(self, toml):
+        with pytest.raises(LatentGuardError, match="'steer_from_layer' should be like -1"):
+            read_settings(toml("steer_from_layer = -2"))
 
     def test_one_bad_number_in_a_list(self, toml):
         with pytest.raises(LatentGuardError, match="finetune_sizes"):

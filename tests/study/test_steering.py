@@ -127,6 +127,15 @@ class TestSteer:
         )
         assert torch.equal(one.vector, axis().direction[layer])
 
+    def test_the_direction_of_another_layer(self):
+        how = dict(tokens="all", label="", from_layer=1, while_replying=True)
+        one = steer(axis(), 3, **how)
+        assert one.layer == 3 and one.while_replying
+        assert torch.equal(one.vector, axis().direction[1])
+        chance = steer_at_random(axis(), 3, draw=0, **how)
+        assert chance.layer == 3 and chance.while_replying
+        assert torch.equal(chance.vector, random_like(axis().direction[1], 0))
+
     @pytest.mark.parametrize("layer", [0, 1, 4])
     def test_at_random_is_as_long(self, layer):
         one = steer_at_random(axis(), layer, 1.0, tokens="all", label="r", draw=2)
@@ -173,6 +182,14 @@ class TestWays:
             (3, -1.5, "all", "away"),
         ]
         assert torch.equal(made[1].vector, axes.refuse.direction[3])
+
+    def test_options_go_to_every_layer_and_draw(self):
+        axes = Axes(axis(), None, "")
+        options = dict(from_layer=2, while_replying=True)
+        plain = Steering("h", "harmful", 1.0, "all", **options).interventions(axes, [0, 1, 4])
+        assert all(torch.equal(one.vector, axis().direction[2]) for one in plain)
+        chance = Steering("r", "harmful", 1.0, "all", 3, **options).interventions(axes, [0, 4])
+        assert len(chance) == 6 and all(one.while_replying for one in [*plain, *chance])
 
     def test_random_directions_draw_by_draw(self):
         axes = Axes(axis(), None, "")

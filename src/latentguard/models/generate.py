@@ -8,6 +8,7 @@ padded prompt, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from latentguard.errors import ModelError
 from latentguard.interventions import Intervention
+from latentguard.models.hooks import add_vector
 from latentguard.models.layout import Layout
 from latentguard.models.prefill import (
     KeysValues,
@@ -29,6 +31,7 @@ from latentguard.models.prefill import (
     forward,
     join_passes,
     pass_key,
+    pushes,
     steered_tokens,
 )
 from latentguard.prompts import Prompt, Reply
@@ -113,9 +116,10 @@ def _require_fit(model: ReplyingModel, setting: Intervention | None) -> Interven
         return Intervention(0, torch.zeros(model.width), 0.0)
     if not 0 <= setting.layer <= model.depth:
         raise ModelError(f"Layers run from 0 to {model.depth}; found {setting.layer}.")
-    if tuple(setting.vector.shape) != (model.width,):
-        shape = tuple(setting.vector.shape)
-        raise ModelError(f"A vector of width {model.width} is needed; found shape {shape}.")
+    for vector in setting.vectors:
+        if tuple(vector.shape) != (model.width,):
+            shape = tuple(vector.shape)
+            raise ModelError(f"A vector of width {model.width} is needed; found shape {shape}.")
     return setting
 
 
@@ -145,6 +149,8 @@ class _Sweep:
             self.model.check_length(len(layout.ids) + self.max_new_tokens, prompt)
             for choice in {one.tokens for one in settings}:
                 steered_tokens(layout, prompt, choice)
+            for one in settings:
+                one.vector_of(prompt)
         return list(zip(prompts, layouts, strict=True))
 
     def settings_at_once(self, tokens: int) -> int:
@@ -169,7 +175,9 @@ class _Sweep:
             groups = groupby((settings[n] for n in chunk), key=pass_key)
             cached, logits = join_passes([reader.steer(list(group)) for _, group in groups])
             watched = self._watched(logits)
-            ids = self._decode(cached, logits, batch.real.repeat(len(chunk), 1))
+            here = [settings[n] for n in chunk]
+            steered = _while_replying(here, batch.prompts, logits.device)
+            ids = self._decode(cached, logits, batch.real.repeat(len(chunk), 1), steered)
             made = map(self._reply, list(rows) * len(chunk), ids, watched)
             for n in chunk:
                 own = [replace(r, label=settings[n].label) for r in islice(made, len(rows))]
@@ -177,9 +185,20 @@ class _Sweep:
         return replies
 
     def _decode(
-        self, cached: KeysValues, logits: Float[Tensor, "r v"], real: Bool[Tensor, "r t"]
+        self,
+        cached: KeysValues,
+        logits: Float[Tensor, "r v"],
+        real: Bool[Tensor, "r t"],
+        steered: dict[int, Float[Tensor, "r d"]],
     ) -> list[list[int]]:
-        """Greedy tokens of each row; finished rows leave the batch."""
+        """Greedy tokens of each row; finished rows leave the batch.
+
+        Args:
+            cached: Keys and values of the prompts; taken over.
+            logits: After the last token of the prompts.
+            real: Which tokens are no padding.
+            steered: Layer -> what is added there to each row at every token.
+        """
         cache = build_cache(cached)
         cached.clear()  # the cache holds them now
         ids: list[list[int]] = [[] for _ in logits]
@@ -195,7 +214,11 @@ class _Sweep:
                 cache.batch_select_indices(unfinished)
                 rows, tokens, real = rows[unfinished], tokens[unfinished], real[unfinished]
             real = torch.cat([real, real.new_ones(len(real), 1)], 1)
-            logits = forward(self.model, tokens[:, None], real, cache)
+            with ExitStack() as stack:
+                for layer, vectors in steered.items():
+                    push = dict(vectors=vectors[rows], tokens=real[:, -1:])
+                    stack.enter_context(add_vector(self.model.blocks, layer=layer, **push))
+                logits = forward(self.model, tokens[:, None], real, cache)
 
     def _watched(self, logits: Float[Tensor, "r v"]) -> list[tuple[tuple[str, float], ...]]:
         """The watched words of each row, each with its log-probability as first word."""
@@ -229,6 +252,19 @@ class _Sweep:
             if whole.startswith(lead):
                 return str(whole[len(lead) :])
         return str(decode(ids))
+
+
+def _while_replying(
+    settings: Sequence[Intervention], prompts: Sequence[Prompt], device: torch.device
+) -> dict[int, Float[Tensor, "r d"]]:
+    """What is added to each row of these settings while its reply is made, by layer."""
+    vectors = pushes(settings, prompts).to(device)
+    found = {}
+    for layer in sorted({one.layer for one in settings if one.while_replying}):
+        here = [one.while_replying and one.layer == layer for one in settings]
+        rows = torch.tensor(here, device=device).repeat_interleave(len(prompts))
+        found[layer] = torch.where(rows[:, None], vectors, 0.0)
+    return found
 
 
 def _token_bytes(model: ReplyingModel) -> int:

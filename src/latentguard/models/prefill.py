@@ -12,7 +12,7 @@ t tokens of the padded prompt, d width, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
@@ -199,20 +199,21 @@ class SteeredReader:
     def steer(self, group: Sequence[Intervention]) -> tuple[KeysValues, Float[Tensor, "r v"]]:
         """Read the prompts under settings of one ``pass_key``: their cache and first logits."""
         batch, layer, head = self.batch, group[0].layer, self.batch.head
-        vectors = torch.stack([one.coefficient * one.vector.float().cpu() for one in group])
-        vectors = vectors.to(self.model.device)
-        setting = torch.arange(len(group), device=vectors.device)
-        past, source = self._head.cached, torch.zeros_like(setting)
-        if head and group[0].tokens == "all":
-            ids, real = batch.ids[:1, :head][source], batch.real[:1, :head][source]
-            start = self._head.start(layer, source)
-            past, _ = self._steered_pass(ids, real, [], start, (vectors, real))
-            source = setting
         count = len(batch.ids)
+        vectors = pushes(group, batch.prompts).to(self.model.device)
         row = torch.arange(count, device=vectors.device).repeat(len(group))
-        past = _place_behind_padding(past, batch.real[row], head, source.repeat_interleave(count))
+        past, source = self._head.cached, torch.zeros_like(row)
+        if head and group[0].tokens == "all":
+            own = isinstance(group[0].vector, Mapping)
+            step = 1 if own else count  # else one head is enough for all prompts of a setting
+            first = torch.zeros_like(row[::step])
+            ids, real = batch.ids[:1, :head][first], batch.real[:1, :head][first]
+            start = self._head.start(layer, first)
+            past, _ = self._steered_pass(ids, real, [], start, (vectors[::step], real))
+            source = torch.arange(len(row), device=row.device) // step
+        past = _place_behind_padding(past, batch.real[row], head, source)
         tokens = torch.cat([batch.steered[one.tokens] for one in group])[:, head:]
-        push = (vectors.repeat_interleave(count, 0), tokens)
+        push = (vectors, tokens)
         start = self._tail.start(layer, row)
         return self._steered_pass(batch.ids[row, head:], batch.real[row], past, start, push)
 
@@ -254,9 +255,15 @@ def forward(
     return logits
 
 
-def pass_key(setting: Intervention) -> tuple[int, bool]:
-    """What settings of one pass have in common: the layer, and whether the head is steered."""
-    return setting.layer, setting.tokens == "all"
+def pushes(group: Sequence[Intervention], prompts: Sequence[Prompt]) -> Float[Tensor, "r d"]:
+    """What is added to each row, setting by setting: c v."""
+    rows = [one.coefficient * one.vector_of(p).float().cpu() for one in group for p in prompts]
+    return torch.stack(rows)
+
+
+def pass_key(setting: Intervention) -> tuple[int, bool, bool]:
+    """What settings of one pass share: layer, whether the head is steered, vectors by prompt."""
+    return setting.layer, setting.tokens == "all", isinstance(setting.vector, Mapping)
 
 
 def steered_tokens(layout: Layout, prompt: Prompt, tokens: Tokens) -> Sequence[int]:

@@ -162,22 +162,24 @@ class CachedModel:
             watch: Words whose log-probability as first word is wanted.
 
         Raises:
-            PromptError: if a prompt is empty, too long, or has no question to stop before.
+            PromptError: if a prompt is empty, too long, or has no question to stop before, or no
+                vector where others have one of their own.
             ModelError: if a vector or a layer does not fit the model.
         """
         prompts = tuple(prompts)
         how: dict[str, Any] = dict(max_new_tokens=max_new_tokens, post=post, watch=list(watch))
-        settings = [_digest(one) for one in interventions]
         keys = {
-            p: [key_of("reply", self.name, _said(p), s, how) for s in settings] for p in prompts
+            p: [key_of("reply", self.name, _said(p), _digest(i, p), how) for i in interventions]
+            for p in prompts
         }
         there = self.store.has(key for of in keys.values() for key in of)
         every = _each_once(keys)
         missing = {p: [n for n, key in enumerate(keys[p]) if key not in there] for p in every}
-        advance = self.step(what, len(every) * len(settings))
-        advance(len(every) * len(settings) - sum(map(len, missing.values())))
-        for chunk in _chunks(every, max(PROMPTS_AT_ONCE, REPLIES_AT_ONCE // (len(settings) or 1))):
-            for slots in _chunks(range(len(settings)), REPLIES_AT_ONCE // PROMPTS_AT_ONCE):
+        count = len(interventions)
+        advance = self.step(what, len(every) * count)
+        advance(len(every) * count - sum(map(len, missing.values())))
+        for chunk in _chunks(every, max(PROMPTS_AT_ONCE, REPLIES_AT_ONCE // (count or 1))):
+            for slots in _chunks(range(count), REPLIES_AT_ONCE // PROMPTS_AT_ONCE):
                 wanted = {p: tuple(n for n in missing[p] if n in slots) for p in chunk}
                 self._sweep(wanted, interventions, keys, how, advance)
         return self._kept_replies(prompts, interventions, keys)
@@ -287,11 +289,14 @@ def _said(prompt: Prompt) -> list[Any]:
     return [prompt.text, [asdict(turn) for turn in prompt.history], prompt.question_at]
 
 
-def _digest(one: Intervention | None) -> list[Any]:
+def _digest(one: Intervention | None, prompt: Prompt) -> list[Any]:
+    """All of an intervention that the reply to a prompt depends on."""
     if one is None:
         return []
-    vector = hashlib.sha256(one.vector.float().contiguous().numpy().tobytes()).hexdigest()
-    return [int(one.layer), vector, float(one.coefficient), one.tokens]
+    numbers = one.vector_of(prompt).float().contiguous().numpy().tobytes()
+    digest = hashlib.sha256(numbers).hexdigest()
+    more = ["while replying"] if one.while_replying else []
+    return [int(one.layer), digest, float(one.coefficient), one.tokens, *more]
 
 
 def _plain(reply: Reply) -> dict[str, Any]:

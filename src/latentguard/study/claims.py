@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from math import isnan
 from typing import Literal
 
-from scipy.stats import norm
+from scipy.stats import t
 
 from latentguard.stats.estimate import Estimate
 
@@ -133,8 +133,12 @@ class Claim:
 
 
 def _widened(found: Estimate, tests: int) -> Estimate:
-    """The interval at 1 - 0.05 / tests: either side longer as a normal one would be."""
-    factor = float(norm.ppf(1 - 0.025 / tests) / norm.ppf(0.975))
+    """The interval at 1 - 0.05 / tests: either side longer as one by Student's t would be.
+
+    A normal one would not be wide enough for about 10 prompts.
+    """
+    freedom = max(found.total - 1, 1)
+    factor = float(t.ppf(1 - 0.025 / tests, freedom) / t.ppf(0.975, freedom))
     low = found.value - factor * (found.value - found.low)
     high = found.value + factor * (found.high - found.value)
     return replace(found, low=low, high=high)

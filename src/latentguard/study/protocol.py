@@ -34,6 +34,7 @@ PAPER_SETS: Mapping[str, tuple[str, ...]] = {
 SCOPES: Mapping[str, tuple[str, ...]] = {
     "asked": (),
     "steered": ("steering",),
+    "steer_": ("steering",),
     "coefficients": ("steering",),
     "inverted": ("inversion", "positions", "categories"),
     "inversion_": ("inversion", "positions", "categories"),

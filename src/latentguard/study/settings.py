@@ -49,6 +49,14 @@ class Settings:
     coefficients: tuple[float, ...] = (1.0, 2.0)
     """How often a direction is added (Figures 4 and 8); claims are decided at the first."""
 
+    steer_from_layer: int = -1
+    """The layer whose direction is added at every steered layer (Figures 4 and 8); -1: each
+    layer's own, as in the paper."""
+
+    steer_while_replying: bool = False
+    """Whether the direction is added at each token of the reply, too (Figures 4 and 8). The authors
+    steer the prompt alone."""
+
     inverted: int = 50
     """Prompts of each label in the reply inversion task (Figure 5)."""
 
@@ -199,7 +207,8 @@ SMALL_PAPER = SMALL | dict(inversion_tokens=32, reply_tokens=32, finetune_comple
 
 MAY_BE_ZERO = (
     *("seed", "suffixes", "domain", "middle_of"),
-    *("finetune_rank", "finetune_controls", "finetune_completion"),
+    *("finetune_rank", "finetune_controls", "finetune_completion", "steer_while_replying"),
+    "steer_from_layer",
 )
 
 
@@ -290,6 +299,8 @@ def _sound(name: str, value: Any) -> bool:
         return bool(value > 0)
     if name == "middle":
         return len(numbers) == 2 and 0 <= numbers[0] <= numbers[1]
+    if name == "steer_from_layer":
+        return bool(value >= -1)
     least = 0 if name in MAY_BE_ZERO else 1
     signed = ("coefficients", "inversion_coefficient", "inversion_others")
     return name in signed or min(numbers) >= least

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,18 +20,50 @@ from latentguard.study.cached_model import CachedModel
 
 
 def steer(
-    axis: Axis, layer: int, coefficient: float = 1.0, *, tokens: Tokens, label: str
+    axis: Axis,
+    layer: int,
+    coefficient: float = 1.0,
+    *,
+    tokens: Tokens,
+    label: str,
+    from_layer: int | None = None,
+    while_replying: bool = False,
 ) -> Intervention:
-    """Add an axis's direction at one layer (equation 5): h + c v."""
-    return Intervention(layer, axis.direction[layer], coefficient, tokens, label)
+    """Add an axis's direction at one layer (equation 5): h + c v.
+
+    Args:
+        axis: Whose direction, at every layer from 0.
+        layer: Where it is added.
+        coefficient: How often; negative is the reverse direction.
+        tokens: At which tokens of the prompt.
+        label: What replies are marked with.
+        from_layer: Whose direction is added; if None, the layer's own.
+        while_replying: Whether it is added at each token of the reply, too.
+    """
+    vector = axis.direction[layer if from_layer is None else from_layer]
+    return Intervention(layer, vector, coefficient, tokens, label, while_replying)
 
 
 def steer_at_random(
-    axis: Axis, layer: int, coefficient: float = 1.0, *, tokens: Tokens, label: str, draw: int
+    axis: Axis,
+    layer: int,
+    coefficient: float = 1.0,
+    *,
+    draw: int,
+    **how: Any,
 ) -> Intervention:
-    """The control: a random direction of equal norm, the same for a draw at every layer."""
-    vector = random_like(axis.direction[layer], draw)
-    return Intervention(layer, vector, coefficient, tokens, label)
+    """The control: a random direction of equal norm, the same for a draw at every layer.
+
+    Args:
+        axis: Whose norm.
+        layer: Where it is added.
+        coefficient: How often.
+        draw: Number of the random direction.
+        how: The rest, as of ``steer``.
+    """
+    plain = steer(axis, layer, coefficient, **how)
+    (vector,) = plain.vectors
+    return replace(plain, vector=random_like(vector, draw))
 
 
 def random_like(vector: Float[Tensor, "d"], draw: int) -> Float[Tensor, "d"]:
@@ -60,13 +92,23 @@ class Steering:
     draws: int = 0
     """How many random directions of that norm take its place; 0 is the direction itself."""
 
+    from_layer: int | None = None
+    """The layer whose direction is added everywhere; None: each layer's own."""
+
+    while_replying: bool = False
+    """Whether it is added at each token of the reply, too."""
+
     def interventions(self, axes: Axes, layers: Sequence[int]) -> list[Intervention]:
         """One for each draw and layer, draw by draw; none if there is no such axis."""
         axis = axes.harmful if self.of == "harmful" else axes.refuse
         if axis is None:
             return []
         how: dict[str, Any] = dict(
-            coefficient=self.coefficient, tokens=self.tokens, label=self.name
+            coefficient=self.coefficient,
+            tokens=self.tokens,
+            label=self.name,
+            from_layer=self.from_layer,
+            while_replying=self.while_replying,
         )
         if not self.draws:
             return [steer(axis, layer, **how) for layer in layers]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latentguard.errors import LatentGuardError
 from latentguard.probes.axis import Axis
 from latentguard.report.document import Report
 from latentguard.stats.rates import proportion, share
@@ -253,6 +254,26 @@ class TestEndToEnd:
         assert effects["refusal along refusal minus random"].value == 1
         assert effects["refusal along harmfulness minus random"].value == 0
         assert effects["cosine of the directions"].n == (6, 6)
+
+    def test_options_of_steering(self, cached_model, prompt_groups, settings):
+        """One layer's direction at every layer, and at each token of the reply."""
+        seen = []
+        axes = fit_axes(cached_model, prompt_groups, enough=settings.enough)
+
+        def rule(prompt, one):
+            seen.append(one)
+            return FINE
+
+        cached_model.uncached = Planted(cached_model.uncached, rule)
+        chosen = replace(settings, steer_from_layer=2, steer_while_replying=True)
+        steering.collect(cached_model, prompt_groups, chosen)
+        steered = [one for one in seen if one is not None]
+        assert {one.layer for one in steered} == {0, 1, 2, 3}
+        assert all(one.while_replying for one in steered)
+        along = [one for one in steered if one.label == "harmfulness direction"]
+        assert along and all(torch.equal(one.vector, axes.harmful.direction[2]) for one in along)
+        with pytest.raises(LatentGuardError, match="'steer_from_layer' is at most 4, the last"):
+            steering.collect(cached_model, prompt_groups, replace(settings, steer_from_layer=9))
 
     def test_cosine_is_that_of_the_axes(self, cached_model, prompt_groups, settings):
         axes = fit_axes(cached_model, prompt_groups, enough=settings.enough)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentguard.errors import LatentGuardError
+from latentguard.interventions import Tokens
 from latentguard.study.axes import Axes, Which, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.figures.figure_04_steering.direction_cosine import (
@@ -64,7 +67,7 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
     unsteered, steered = steer_each(
         model,
         prompts,
-        [way for c in settings.coefficients for way in _ways(c, settings.random_draws)],
+        _ways(settings, model.depth),
         axes,
         layers,
         what="Figure 4: steering",
@@ -92,17 +95,33 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
     )
 
 
-def _ways(coefficient: float, draws: int) -> list[Steering]:
-    """Both directions on every token, and on the instruction's alone; chance on every token."""
+def _ways(settings: Settings, depth: int) -> list[Steering]:
+    """Both directions on every token, and on the instruction's alone; chance on every token.
+
+    Raises:
+        LatentGuardError: if the model has no such layer as a direction should be of.
+    """
+    layer = settings.steer_from_layer
+    if layer > depth:
+        raise LatentGuardError(f"'steer_from_layer' is at most {depth}, the last; found {layer}.")
+    options: dict[str, Any] = dict(
+        from_layer=None if layer < 0 else layer, while_replying=settings.steer_while_replying
+    )
     return [
-        way
-        for of, name in DIRECTIONS
-        for way in (
-            Steering(f"{name} direction", of, coefficient, "all"),
-            Steering(f"{name} direction, instruction only", of, coefficient, "instruction"),
-            Steering(f"random, norm of {name} direction", of, coefficient, "all", draws),
-        )
+        Steering(name, of, coefficient, tokens, draws, **options)
+        for coefficient in settings.coefficients
+        for of, concept in DIRECTIONS
+        for name, tokens, draws in _curves(concept, settings.random_draws)
     ]
+
+
+def _curves(concept: str, draws: int) -> tuple[tuple[str, Tokens, int], ...]:
+    """Name, steered tokens and random directions of each curve."""
+    return (
+        (f"{concept} direction", "all", 0),
+        (f"{concept} direction, instruction only", "instruction", 0),
+        (f"random, norm of {concept} direction", "all", draws),
+    )
 
 
 def _alike(

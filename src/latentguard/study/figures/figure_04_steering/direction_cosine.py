@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.stats.bootstrap import resample_weights
+from latentguard.stats.bootstrap import resample_weights, weighted_bootstrap
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.intervals import centered_interval
 
@@ -35,6 +35,9 @@ class DirectionCosine:
     """Of each direction fitted on one half of the prompts with it fitted on the other half,
     [p splits l]: what a cosine can be with so few prompts."""
 
+    noiseless: Estimate
+    """Mean over the layers of the cosine that directions of endlessly many prompts would have."""
+
     fitted: tuple[int, int]
     """How many prompts of either group."""
 
@@ -42,19 +45,6 @@ class DirectionCosine:
     def mean(self) -> Estimate:
         """Mean over the layers of the cosine of the two directions, with its 95 % interval."""
         return replace(centered_interval(self.between.mean(1)), n=self.fitted)
-
-    @property
-    def noiseless(self) -> Estimate:
-        """The same over what it can be with so few prompts, as any noise makes directions differ.
-
-        Spearman's correction: over the mean of the geometric means of what each direction's cosine
-        with itself would be, fitted twice on as many prompts (Spearman and Brown, from halves). Not
-        a number if halves have nothing in common.
-        """
-        halves = np.maximum(self.itself.mean(1), 0)
-        whole = 2 * halves / (1 + halves)
-        most = float(np.sqrt(whole[0] * whole[1]).mean()) or np.nan
-        return replace(centered_interval(self.between.mean(1) / most), n=self.fitted)
 
     @property
     def bands(self) -> list[Band]:
@@ -85,8 +75,62 @@ def compare_directions(positive: Array, negative: Array, *, seed: int = 0) -> Di
         halves = (_directions(here, half) for half in (masks, [~mask for mask in masks]))
         itself.append(_cosine(*halves))
     return DirectionCosine(
-        np.stack(between, -1), np.stack(itself, -1).swapaxes(0, 1), (sizes[0], sizes[1])
+        np.stack(between, -1),
+        np.stack(itself, -1).swapaxes(0, 1),
+        _without_noise(sides, rng),
+        (sizes[0], sizes[1]),
     )
+
+
+def _without_noise(sides: Sequence[Array], seed: np.random.Generator) -> Estimate:
+    """The cosine of the directions without what a few prompts add by chance.
+
+    Noise lengthens both directions, which lowers the cosine. Both are fitted on the same prompts,
+    whose states at both positions share some noise, which moves it. So the inner products leave out
+    every product of a prompt with itself (a U-statistic). Each layer counts by the product of both
+    lengths. Not a number if noise is all there is.
+    """
+    layers = range(sides[0].shape[2])
+    plain = [_inner_products([side[:, :, n] for side in sides]) for n in layers]
+    scales = [max(float(one[0] * one[2]) ** 0.5, 1e-12) for one in plain]
+
+    def cosine(*weights: Array) -> Array:
+        inner = np.zeros(len(weights[0]))
+        lengths = np.zeros(len(weights[0]))
+        for layer, scale in zip(layers, scales, strict=True):
+            first, both, second = _inner_products([side[:, :, layer] for side in sides], weights)
+            inner += both / scale
+            lengths += np.sqrt(np.maximum(first, 0) * np.maximum(second, 0)) / scale
+        found: Array = np.clip(inner / np.where(lengths > 0, lengths, np.nan), -1, 1)
+        return found
+
+    return weighted_bootstrap(cosine, *(len(side) for side in sides), seed=seed)
+
+
+def _inner_products(sides: Sequence[Array], weights: Sequence[Array] | None = None) -> Array:
+    """Inner products of the directions, first with first, first with second, second with second.
+
+    Args:
+        sides: States of both groups at a layer, [n p d] each.
+        weights: Of the prompts of each group, [r n]; products of a prompt with itself are then left
+            out.
+    """
+    pairs = ((0, 0), (0, 1), (1, 1))
+    if weights is None:
+        one, other = _directions(sides, [np.ones((1, len(side))) for side in sides])[0]
+        return np.array([one @ one, one @ other, other @ other])
+    directions = _directions(sides, weights)
+    products = [(directions[:, a] * directions[:, b]).sum(-1) for a, b in pairs]
+    for side, weight in zip(sides, weights, strict=True):
+        shares = weight / weight.sum(1, keepdims=True)
+        squares = (shares**2).sum(1)
+        apart = side - side.mean(0)
+        means = np.tensordot(shares, apart, axes=1)
+        for k, (a, b) in enumerate(pairs):
+            own = shares**2 @ (apart[:, a] * apart[:, b]).sum(-1)
+            every = (means[:, a] * means[:, b]).sum(-1)
+            products[k] += (every - own) / np.maximum(1 - squares, 1e-12) - every
+    return np.stack(products)
 
 
 def _directions(sides: Sequence[Array], weights: Sequence[NDArray[np.generic]]) -> Array:
