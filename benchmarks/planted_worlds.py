@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from latentguard.study.claims import CLAIMS, Claim, Effects
 from latentguard.study.prompt_groups import PromptGroups, PromptPools
 from latentguard.study.run import EXPERIMENTS
 from latentguard.study.settings import Settings
-from latentguard.study.store import Store
 
 SETTINGS = Settings(
     asked=400,
@@ -126,6 +125,27 @@ def _attack(request: Prompt, text: str, kind: str) -> Prompt:
     return Prompt(text, f"{request.id}+{kind}", True, category=kind, source=kind, pair=request.text)
 
 
+class Memory:
+    """A store that lives in memory: a trial is asked once and thrown away."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self.entries: dict[str, bytes] = {}
+
+    def get(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The entries that are there, by key."""
+        return {key: self.entries[key] for key in keys if key in self.entries}
+
+    def has(self, keys: Iterable[str]) -> set[str]:
+        """Which of the keys are there."""
+        return {key for key in keys if key in self.entries}
+
+    def put(self, entries: Mapping[str, bytes]) -> None:
+        """Keep all of the entries; one that is there stays."""
+        for key, value in entries.items():
+            self.entries.setdefault(key, value)
+
+
 def groups_of(model: CachedModel, pools: PromptPools, settings: Settings) -> PromptGroups:
     """The four groups, as a study makes them."""
     asked = labelling.collect(model, pools, settings)
@@ -138,8 +158,7 @@ def effects_of(
     """Experiment -> effects, of one study of a planted model."""
     planted = PlantedModel(world, seed)
     tools = Tools(finetune=planted.finetune, guards={"planted": planted.unsafe})
-    store = Store(":memory:")
-    model = CachedModel(planted, store, tools=tools, judge=judge)
+    model = CachedModel(planted, Memory(), tools=tools, judge=judge)  # type: ignore[arg-type]
     groups = groups_of(model, pools_of(planted), settings)
     assert refusals_suffice(groups, settings.enough)
     found = {}
@@ -149,7 +168,6 @@ def effects_of(
         if name == "confound":  # the audit is slow, and decides nothing
             records = replace(records, audited={})
         found[name] = module.analyse(records, settings).effects
-    store.close()
     return found
 
 

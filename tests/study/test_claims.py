@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t
 
 from latentguard.stats.estimate import Estimate
 from latentguard.study.claims import CLAIMS, Claim, Condition
@@ -107,9 +108,11 @@ class TestUnions:
         one = Claim("c", "w", "x", "", tuple(Condition(f"e{k}", above=0) for k in range(4)))
         failed = 0
         for _ in range(2000):
-            means = rng.normal(size=4)
+            rows = rng.normal(size=(4, 9))
+            halves = t.ppf(0.975, 8) * rows.std(1, ddof=1) / 3
             effects = {
-                f"e{k}": Estimate(m, m - 1.96, m + 1.96, (9, 0)) for k, m in enumerate(means)
+                f"e{k}": Estimate(m, m - half, m + half, (9, 0))
+                for k, (m, half) in enumerate(zip(rows.mean(1), halves, strict=True))
             }
             failed += one.verdict({"x": effects}) == "not replicated"
         assert failed / 2000 == pytest.approx(0.025, abs=0.008)

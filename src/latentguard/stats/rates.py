@@ -13,13 +13,16 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm, t
+from scipy.stats import norm, t
 
 from latentguard.errors import GuardError
 from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
 
 Array = NDArray[np.float64]
+
+NORMAL = float(norm.ppf(0.975))
+"""Of a two-sided 95 % interval."""
 
 
 def proportion(flags: ArrayLike) -> Estimate:
@@ -32,8 +35,12 @@ def proportion(flags: ArrayLike) -> Estimate:
     if not len(hits):
         raise GuardError("A share needs at least one row; found none.")
     count, n = int(hits.sum()), len(hits)
-    ends = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    return Estimate(count / n, float(ends.low), float(ends.high), (count, n - count))
+    squared = NORMAL**2
+    middle = (count + squared / 2) / (n + squared)
+    half = NORMAL * (count * (n - count) / n + squared / 4) ** 0.5 / (n + squared)
+    low = max(middle - half, 0.0) if count else 0.0
+    high = min(middle + half, 1.0) if count < n else 1.0
+    return Estimate(count / n, low, high, (count, n - count))
 
 
 def share(flags: ArrayLike) -> Estimate:
@@ -147,7 +154,7 @@ def _around(
 ) -> Estimate:
     """A figure with the interval about its middle, stretched to the figure if it lies outside."""
     total = within + between
-    quantile = float(norm.ppf(0.975))
+    quantile = NORMAL
     if between > 0:
         freedom = (total / between) ** 2 * (directions - 1)
         quantile = float(t.ppf(0.975, freedom))

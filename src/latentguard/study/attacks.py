@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import cycle
 
 from latentguard.prompts import Prompt
@@ -225,5 +226,6 @@ def _attacked(prompt: Prompt, text: str, kind: str) -> Prompt:
     )
 
 
+@lru_cache(maxsize=4096)
 def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
