@@ -91,7 +91,7 @@ class TestCondition:
 
 class TestUnions:
     def test_a_failure_among_many_conditions_must_be_surer(self):
-        """At 0.05 / 4 a normal interval is 1.27 times as wide."""
+        """At 0.05 / 4 an interval of 20 rows is 1.31 times as wide."""
         condition = Condition("e", above=0)
         near = Estimate(-1.0, -1.9, -0.1, (20, 0))
         assert condition.verdict(near) == "not replicated"
