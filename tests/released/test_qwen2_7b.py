@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentguard.data.released import import_released
 from latentguard.probes.axis import Axis
 from latentguard.probes.probe import centroid
 from latentguard.study.figures.figure_09_categories.category_cosines import of_directions, to_others
@@ -38,6 +39,24 @@ def axis(released, name, position, positive, negative):
 
 def states(released, position):
     return released["qwen-hl-refuse5-all-layer-2pos"][:, :, position].transpose(0, 1)
+
+
+@pytest.mark.parametrize("numpy_pickle", [True, False], ids=["array", "tensor"])
+def test_files_in_the_authors_form_are_imported_to_the_last_bit(tmp_path, numpy_pickle):
+    """They saved numpy arrays, each in a file of its own, with ``torch.save``."""
+    wanted = load_file(FILE)
+    files = []
+    for name, tensor in wanted.items():
+        files.append(tmp_path / f"{name}.pt")
+        torch.save(tensor.numpy() if numpy_pickle else tensor, files[-1])
+    out = tmp_path / "imported.safetensors"
+    shapes = import_released(files, out)
+    found = load_file(out)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype == torch.float16
+        assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16))
 
 
 @pytest.mark.parametrize(
