@@ -26,7 +26,7 @@ check: $(VENV)/ready
 
 # The documentation, in site/index.html; it needs no server and no network.
 docs: $(VENV)/ready
-	$(BIN)/python -m pages.build
+	$(BIN)/python -m docpages.build
 
 fmt: $(VENV)/ready
 	$(BIN)/ruff format .

@@ -1,6 +1,6 @@
 """Writes the generated pages of docs/reference and builds the site.
 
-    python -m pages.build
+    python -m docpages.build
 
 The site is in site/. A broken link, a missing anchor or an unknown name ends the build.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pages.reference import write_reference
+from docpages.reference import write_reference
 
 ROOT = Path(__file__).parents[1]
 

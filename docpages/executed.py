@@ -1,6 +1,6 @@
 """Runs the code blocks of a page, in order, and compares or writes their outputs.
 
-    python -m pages.executed docs/tutorials/first-guard.md [...]   # writes the outputs anew
+    python -m docpages.executed docs/tutorials/first-guard.md [...]   # writes the outputs anew
 
 A ``text`` block right after a ``python`` or ``bash`` block is its output. A comment on the line
 before a block changes what is done with it:
@@ -94,7 +94,7 @@ def run_page(text: str, folder: Path) -> str:
     Raises:
         PageFailed: if a block fails.
     """
-    with _free_address() as address, _Session(folder, address) as session:
+    with free_address() as address, Session(folder, address) as session:
         outputs = [(block, session.run(block)) for block in read_blocks(text)]
     for block, output in reversed(outputs):
         if block.output is not None and output is not None:
@@ -115,10 +115,16 @@ def _is_near(one: float, other: float) -> bool:
     return abs(one - other) <= TOLERANCE * max(1.0, abs(one))
 
 
-class _Session:
+class Session:
     """What the blocks of one page share: a folder, names in Python, processes that go on."""
 
     def __init__(self, folder: Path, address: str) -> None:
+        """Prepare.
+
+        Args:
+            folder: Where commands run.
+            address: What stands for ``ADDRESS``.
+        """
         self.folder = folder
         self.address = address
         self.names: dict[str, object] = {"__name__": "__page__"}
@@ -130,7 +136,7 @@ class _Session:
             "NO_COLOR": "1",
         }
 
-    def __enter__(self) -> _Session:
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,7 +152,7 @@ class _Session:
             return None
         if block.mark == "until":
             assert block.value is not None
-            self._start(code, block.value.replace(ADDRESS, self.address))
+            self.start(code, block.value.replace(ADDRESS, self.address))
             return None
         output = self._python(code) if block.language == "python" else self._bash(code)
         lines = [line.rstrip() for line in output.replace(self.address, ADDRESS).splitlines()]
@@ -171,7 +177,12 @@ class _Session:
             raise PageFailed(f"{code}\nended with {ended.returncode}:\n{ended.stderr}")
         return ended.stdout
 
-    def _start(self, code: str, url: str) -> None:
+    def start(self, code: str, url: str) -> None:
+        """Start what goes on until the page ends.
+
+        Raises:
+            PageFailed: if the URL never answers.
+        """
         port = self.address.rpartition(":")[2]
         code = re.sub(r"(latentguard serve [^\n]*)", rf"\1 --port {port}", code)
         log = (self.folder / "service.log").open("wb")
@@ -200,7 +211,8 @@ def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
 
 
 @contextlib.contextmanager
-def _free_address() -> Iterator[str]:
+def free_address() -> Iterator[str]:
+    """Host and port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

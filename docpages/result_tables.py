@@ -1,0 +1,173 @@
+"""Result tables of the pages, made from benchmarks/results.
+
+    python -m docpages.result_tables        # writes the tables anew
+
+A page says ``<!-- table: NAME -->`` and ``<!-- end -->``; the table stands between, with the
+command that made its figures. A test compares every page with its source.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+MODELS = {
+    "smollm2-135m": "SmolLM2-135M (`default`)",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B",
+    "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B",
+}
+"""Name in the results' file names -> name on pages."""
+
+RULES = {
+    "length": "length of the prompt",
+    "random direction (median of 5, better sign)": "random direction, median of five",
+    "n-grams, traffic": "n-grams, same training prompts",
+    "the paper's rule: AdvBench + Alpaca, t_inst, centroid, no refusal filter": "the paper's rule",
+    "AdvBench + Alpaca, pooled, linear": "our probe on the paper's training data",
+    "default: traffic, pooled, linear": "**our probe on our training data**",
+}
+"""Rule in the results -> name on pages."""
+
+GUARD = "default: traffic, pooled, linear"
+PAPER = "the paper's rule: AdvBench + Alpaca, t_inst, centroid, no refusal filter"
+WORDS = "n-grams, traffic"
+
+SETS = {
+    "jbb": "JailbreakBench",
+    "xstest": "XSTest",
+    "openai_moderation": "OpenAI moderation",
+    "built-in pairs, test": "matched pairs, unseen",
+}
+"""Set in the results -> name on pages."""
+
+
+def read_result(name: str) -> Any:
+    """A result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def fill_tables(text: str) -> str:
+    """A page with its tables made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def pages_with_tables() -> list[Path]:
+    """Every page that has a generated table."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in pages if MARKED.search(page.read_text("utf-8"))]
+
+
+def _table(head: list[str], rows: list[list[str]], command: str) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{body}\n\n<sub>Made by `{command}`.</sub>\n"
+
+
+# ---- detection
+
+
+def _detection_rows(model: str) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """(set, rule) -> row, of one model's detection results."""
+    rows = {}
+    for table in read_result(f"detection-{model}")["tables"]:
+        if table["columns"][0] == "set":
+            for row in table["rows"]:
+                record = dict(zip(table["columns"], row, strict=True))
+                rows[record["set"], record["rule"]] = record
+    return rows
+
+
+def _means(model: str) -> dict[str, float]:
+    """Rule -> mean AUROC over the eight public sets."""
+    tables = read_result(f"detection-{model}")["tables"]
+    (summary,) = [table for table in tables if table["columns"][:2] == ["rule", "mean of 8"]]
+    return {row[0]: row[1] for row in summary["rows"]}
+
+
+def _interval(row: Mapping[str, Any], metric: str = "AUROC") -> str:
+    low = row[f"{metric}, low"]
+    high = row[f"{metric}, high"]
+    return f"{row[metric]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def guards_table() -> str:
+    """A row a model: the guard beside n-grams and the paper's rule."""
+    rows = []
+    for model, name in MODELS.items():
+        cells = _detection_rows(model)
+        means = _means(model)
+        on_set = [_interval(cells["jbb", rule]) for rule in (GUARD, WORDS, PAPER)]
+        on_all = [f"{means[rule]:.2f}" for rule in (GUARD, WORDS, PAPER)]
+        rows.append([name, *on_set, " / ".join(on_all)])
+    head = ["model", "guard", "n-grams", "the paper's rule", "mean of 8 sets, in this order"]
+    return _table(head, rows, "python benchmarks/detection.py MODEL")
+
+
+def controls_table() -> str:
+    """A row a rule, a column a model, on pairs that differ in harm alone."""
+    cells = {model: _detection_rows(model) for model in MODELS}
+    rows = [
+        [label, *(_interval(cells[model]["built-in pairs, test", rule]) for model in MODELS)]
+        for rule, label in RULES.items()
+    ]
+    return _table(["rule", *MODELS.values()], rows, "python benchmarks/detection.py MODEL")
+
+
+def detection_table() -> str:
+    """AUROC of every rule on four sets, a block a model."""
+    rows = []
+    for model, name in MODELS.items():
+        cells = _detection_rows(model)
+        means = _means(model)
+        for number, (rule, label) in enumerate(RULES.items()):
+            values = [_interval(cells[key, rule]) for key in SETS]
+            rows.append(["" if number else name, label, *values, f"{means[rule]:.2f}"])
+    first = _detection_rows(next(iter(MODELS)))
+    counts = [first[key, GUARD] for key in SETS]
+    sets = [
+        f"{label} ({row['n harmful']} + {row['n harmless']})"
+        for label, row in zip(SETS.values(), counts, strict=True)
+    ]
+    head = ["model", "rule", *sets, "mean of 8"]
+    return _table(head, rows, "python benchmarks/detection.py MODEL")
+
+
+def rates_table() -> str:
+    """True-positive rates of the guard at two false-positive rates."""
+    rows = []
+    for model, name in MODELS.items():
+        cells = _detection_rows(model)
+        for metric in ("TPR at 5% FPR", "TPR at 1% FPR"):
+            values = [_interval(cells[key, GUARD], metric) for key in SETS]
+            rows.append([name, metric, *values])
+    return _table(["model", "rate", *SETS.values()], rows, "python benchmarks/detection.py MODEL")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "guards": guards_table,
+    "controls": controls_table,
+    "detection": detection_table,
+    "detection-rates": rates_table,
+}
+"""Name on a page -> what makes the table."""
+
+
+def main() -> None:
+    """Write every generated table anew."""
+    for page in pages_with_tables():
+        page.write_text(fill_tables(page.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Pages are plain: short sentences, a short README, tables that are those of the result files."""
+
+import pytest
+
+from docpages.prose import count_words, sentences
+from docpages.result_tables import fill_tables, pages_with_tables
+from documentation.conftest import ROOT
+
+LONGEST = 30
+"""Words of a sentence."""
+
+REWRITTEN_LATER = {
+    "serving.md",
+    "vllm.md",
+    "calibration.md",
+    "categories.md",
+    "corpora.md",
+    "large-models.md",
+}
+PLAIN = [
+    ROOT / "README.md",
+    ROOT / "docs" / "index.md",
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
+    *(
+        page
+        for page in sorted((ROOT / "docs" / "how-to").glob("*.md"))
+        if page.name not in REWRITTEN_LATER
+    ),
+]
+
+
+@pytest.mark.parametrize("page", PLAIN, ids=lambda page: page.name)
+def test_no_sentence_is_long(page):
+    text = page.read_text("utf-8")
+    assert [one for one in sentences(text) if count_words(one) > LONGEST] == []
+
+
+def test_sentences_are_found():
+    text = "# Head\n\nOne `a b`. Two\nlines (x). \n- Item\n\n```bash\nno prose\n```\n| a. b |\n"
+    assert sentences(text) == ["One CODE.", "Two lines (x).", "Item"]
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 180
+
+
+@pytest.mark.parametrize("page", pages_with_tables(), ids=lambda page: page.name)
+def test_tables_are_those_of_the_result_files(page):
+    text = page.read_text("utf-8")
+    assert fill_tables(text) == text
