@@ -1,6 +1,6 @@
-"""The tables of docs/verdicts.md, from benchmarks/results.
+"""The tables of docs/results/verdicts.md, from benchmarks/results.
 
-    python benchmarks/verdict_tables.py [--write docs/verdicts.md]
+    python benchmarks/verdict_tables.py [--write docs/results/verdicts.md]
 
 With ``--write`` each table takes the place of the text between its two marks in the page.
 """
