@@ -47,6 +47,36 @@ def test_the_report_is_written(lg, folder, config, tmp_path):
     assert (out / "figures").is_dir()
 
 
+def test_several_models_are_studied_and_compared(lg, folder, config, tmp_path, monkeypatch):
+    from latentguard.report import image_files as pictures
+
+    monkeypatch.setattr(pictures, "_render", lambda jobs: None)
+    other = tmp_path / "other-1.5b"
+    other.symlink_to(folder)
+    out = tmp_path / "report"
+    code, printed, err = lg(
+        *("study", folder, other, "--out", out, "--config", config, "--only", "clusters")
+    )
+    assert code == 0, err
+    assert printed.splitlines()[-1] == str(out / "report.html")
+    tables = json.loads((out / "report.json").read_text())["tables"]
+    assert tables[0]["columns"][2:] == ["tiny, controlled", "other-1.5b, controlled"]
+    assert (out / "tiny" / "store.sqlite").exists() and (
+        out / "other-1-5b" / "report.html"
+    ).exists()
+    words = ("compare", out / "tiny", out / "other-1-5b", "--out", tmp_path / "again")
+    code, printed, err = lg(*words)
+    assert code == 0, err
+    assert json.loads((tmp_path / "again" / "report.json").read_text())["tables"] == tables
+
+
+def test_study_hands_the_device_map_to_the_loader(lg, folder, config, tmp_path):
+    words = ("study", folder, "--out", tmp_path / "r", "--config", config, "--device-map")
+    code, _, err = lg(*words, "nowhere", "--only", "template")
+    assert (code, "nowhere" in err) == (1, True), err
+    assert lg(*words, "auto", "--only", "template")[0] == 0
+
+
 def test_without_a_browser_the_page_is_there(lg, folder, config, tmp_path, monkeypatch):
     from latentguard.errors import LatentGuardError
     from latentguard.report import image_files as pictures

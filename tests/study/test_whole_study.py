@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,24 @@ def test_every_number_has_company(whole):
 
 
 def test_a_second_run_asks_the_model_nothing(folder, whole, monkeypatch):
+    forbid_the_model(monkeypatch)
+    again = json.dumps(study_report(folder, whole).to_dict(), indent=1)
+    assert again == (whole / "report.json").read_text()
+
+
+def test_a_store_copied_to_another_place_goes_on_there(folder, whole, tmp_path, monkeypatch):
+    """As on another machine: neither the model nor the report lies where it lay."""
+    moved_model = shutil.copytree(folder, tmp_path / "elsewhere" / "model")
+    moved = shutil.copytree(whole, tmp_path / "results")
+    forbid_the_model(monkeypatch)
+    again = study_report(moved_model, moved).to_dict()
+    before = json.loads((whole / "report.json").read_text())
+    assert json.loads(json.dumps(again["tables"])) == before["tables"]
+    assert json.loads(json.dumps(again["curves"])) == before["curves"]
+
+
+def forbid_the_model(monkeypatch):
+    """Whatever is asked of the model fails: all must come out of the store."""
     from latentguard.models.chat_model import ChatModel
     from latentguard.models.lora import Finetuning
 
@@ -138,8 +157,6 @@ def test_a_second_run_asks_the_model_nothing(folder, whole, monkeypatch):
     for name in ("capture", "sweep"):
         monkeypatch.setattr(ChatModel, name, nothing)
     monkeypatch.setattr(Finetuning, "__call__", nothing)
-    again = json.dumps(study_report(folder, whole).to_dict(), indent=1)
-    assert again == (whole / "report.json").read_text()
 
 
 def test_a_killed_study_gives_the_same_report(folder, whole, tmp_path):

@@ -10,6 +10,7 @@ import typer
 from latentguard.cli.audit import audit
 from latentguard.cli.benchmark import benchmark
 from latentguard.cli.calibrate import calibrate
+from latentguard.cli.compare import compare
 from latentguard.cli.data import data
 from latentguard.cli.demo.command import demo
 from latentguard.cli.drift import drift
@@ -39,7 +40,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "stress": stress,
     },
     "Serve": {"serve": serve, "sign": sign, "parity": parity},
-    "Research": {"study": study, "label": label, "audit": audit},
+    "Research": {"study": study, "compare": compare, "label": label, "audit": audit},
 }
 """Panel -> verb -> its function, in the order of ``--help``."""
 

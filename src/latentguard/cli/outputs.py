@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentguard.cli.console import echo_err
 from latentguard.errors import LatentGuardError
 from latentguard.files import exclusive_lock
+
+if TYPE_CHECKING:
+    from latentguard.report.document import Report
 from latentguard.guard.hub import HUB_ID
 from latentguard.models.sources import DEFAULT
 
@@ -99,6 +103,17 @@ def warn_of_replacement(path: Path) -> None:
     if path.is_file() or (path / "report.json").exists():
         what = path if path.is_file() else f"The report in {path}"
         echo_err(f"{what} is there, and will be replaced when this run ends.")
+
+
+def save_report(report: Report, folder: Path) -> None:
+    """Write a report and its pictures; without a browser to draw them a warning says so."""
+    from latentguard.report.image_files import write_pictures
+
+    report.save(folder)
+    try:
+        write_pictures(report, folder)
+    except LatentGuardError as error:  # the page is there, and shows the same figures
+        echo_err(f"Warning: {error}")
 
 
 @contextmanager

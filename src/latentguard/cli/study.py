@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model, require_model
-from latentguard.cli.options import Budget, Dtype, Protocol
-from latentguard.cli.outputs import output_folder, warn_of_replacement
-from latentguard.errors import LatentGuardError, require_extra
+from latentguard.cli.options import Budget, DeviceMap, Dtype, Protocol
+from latentguard.cli.outputs import output_folder, save_report, warn_of_replacement
+from latentguard.errors import require_extra
 
 if TYPE_CHECKING:
-    from latentguard.report.document import Report
+    from latentguard.study.prompt_groups import PromptPools
+    from latentguard.study.settings import Settings
 
 
 BUDGETS: dict[Budget, Literal["paper", "small"]] = {Budget.paper: "paper", Budget.small: "small"}
@@ -26,7 +29,12 @@ PROTOCOLS: dict[Protocol | None, Literal["controlled", "paper"]] = {
 
 
 def study(  # noqa: PLR0913, PLR0917 (each is an option)
-    model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file, or 'default'.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="Hub ids, folders, GGUF files, or 'default'; several compare."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Report folder; its store lets a killed run go on.")],
     only: Annotated[
         list[str] | None,
@@ -51,6 +59,7 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
         list[str] | None, typer.Option(help="Guard model to compare with, by id; repeatable.")
     ] = None,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     show_prompts: Annotated[
         bool,
         typer.Option(
@@ -65,42 +74,80 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     each with effect, interval, n and verdict. --data-dir takes the folder of 'latentguard data
     fetch'.
 
+    Several models are studied one after the other, each in a folder of its own name in --out; the
+    report in --out then compares them. The folder may move: a store that was copied to another
+    machine goes on there.
+
     Example: latentguard study default --out reports/smollm2 --budget small
     """
     require_extra("plotly", "report", "latentguard study")
-    require_model(model)
+    for model in models:
+        require_model(model)
     from latentguard.study.prompt_groups import read_pools
-    from latentguard.study.run import STORE, prepare, require_known, run
+    from latentguard.study.run import require_known
     from latentguard.study.settings import read_settings, read_table
 
     require_known(only or ())
-    settings = read_settings(config, BUDGETS[budget], PROTOCOLS.get(protocol))
-    pools = read_pools(data_dir, read_table(config, "data"))
-    tables = {name: read_table(config, name) for name in ("judge", "template")}
+    plan = _Plan(
+        settings=read_settings(config, BUDGETS[budget], PROTOCOLS.get(protocol)),
+        pools=read_pools(data_dir, read_table(config, "data")),
+        tables={name: read_table(config, name) for name in ("judge", "template")},
+        only=tuple(only or ()),
+        baselines=tuple(baseline or ()),
+        show_prompts=show_prompts,
+        dtype=dtype,
+        device_map=device_map,
+    )
+    if len(models) == 1:
+        _study(models[0], out, plan)
+    else:
+        _study_each(models, out, plan)
+    typer.echo(out / "report.html")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is done with each model."""
+
+    settings: Settings
+    pools: PromptPools
+    tables: Mapping[str, Mapping[str, Any]]
+    only: tuple[str, ...]
+    baselines: tuple[str, ...]
+    show_prompts: bool
+    dtype: str
+    device_map: str | None
+
+
+def _study_each(models: Sequence[str], out: Path, plan: _Plan) -> None:
+    """Study one model after the other, each in a folder below, then compare the reports."""
+    from latentguard.report.document import file_names
+    from latentguard.study.compare import compare, read_reports
+
+    folders = [out / name for name in file_names([Path(model).name for model in models])]
+    for model, folder in zip(models, folders, strict=True):
+        _study(model, folder, plan)
+    with output_folder(out):
+        warn_of_replacement(out)
+        save_report(compare(read_reports(folders)), out)
+
+
+def _study(model: str, out: Path, plan: _Plan) -> None:
+    from latentguard.study.run import STORE, prepare, run
+
     kept = f"Replies and states are kept in {out / STORE}. Run the same command again to go on."
     with output_folder(out), explain_interrupt(kept):
         warn_of_replacement(out)
-        backend = load_model(model, dtype)
+        backend = load_model(model, plan.dtype, plan.device_map)
         with progress("study") as view:
             ready = prepare(
                 backend,
                 out / STORE,
-                settings,
-                pools,
+                plan.settings,
+                plan.pools,
                 step=view.step,
-                baselines=baseline,
-                tables=tables,
+                baselines=plan.baselines,
+                tables=plan.tables,
             )
-            report = run(ready, only=only or (), show_prompts=show_prompts, say=echo_err)
-        report.save(out)
-        _draw(report, out)
-    typer.echo(out / "report.html")
-
-
-def _draw(report: Report, out: Path) -> None:
-    from latentguard.report.image_files import write_pictures
-
-    try:
-        write_pictures(report, out)
-    except LatentGuardError as error:  # the page is there, and shows the same figures
-        echo_err(f"Warning: {error}")
+            report = run(ready, only=plan.only, show_prompts=plan.show_prompts, say=echo_err)
+        save_report(report, out)

@@ -17,6 +17,7 @@ from latentguard.report.styles import (
     HARMFUL,
     HARMLESS,
     NEUTRAL,
+    OTHERS,
     PALETTE,
     Style,
     is_control,
@@ -161,8 +162,42 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
     return Figure(title, plot, caption, series, (x, y))
 
 
+def overlaid_lines(
+    panels: Mapping[str, Mapping[str, Series]],
+    names: Sequence[str],
+    *,
+    title: str,
+    x: str,
+    y: str,
+) -> Figure:
+    """Return the same curves of several reports on each other.
+
+    Args:
+        panels: Heading of each panel -> report -> its curve; each has places of its own.
+        names: All reports, in the order of their colours, so that they keep them in all figures.
+        title: Title of the figure.
+        x: Name of the horizontal axis.
+        y: Name of the vertical axis.
+    """
+    plot, named = new_plot(), set[str]()
+    styles = dict(zip(names, OTHERS, strict=False))
+    for slot, lines in enumerate(panels.values()):
+        for name, one in lines.items():
+            curve = (one.value, one.low, one.high)
+            for trace in _traces(name, curve, one.places, styles[name], shift=0.0):
+                trace["showlegend"] = trace["showlegend"] and name not in named
+                plot.add_scatter(**trace, **_on_panel(slot))
+            named.add(name)
+    if len(panels) == 1:
+        plot.update_layout(xaxis_title=x, yaxis_title=y)
+    else:
+        _arrange(plot, tuple(panels), x=x, y=y)
+    heads = "; ".join(panels) if len(panels) == 1 else f"{len(panels)} curves"
+    return Figure(title, plot, f"{heads}, {len(named)} reports.")
+
+
 def _traces(
-    name: str, curve: Curve, places: Sequence[int | str], style: Style, *, shift: float
+    name: str, curve: Curve, places: Sequence[float | str], style: Style, *, shift: float
 ) -> list[dict[str, Any]]:
     """A curve with its band; with bars for intervals where places are left out."""
     value, low, high = (list(map(float, of)) for of in curve)
@@ -186,7 +221,7 @@ def _traces(
     return [around | fill | dict(hoverinfo="skip", showlegend=False), points]
 
 
-def _is_sparse(places: Sequence[int | str]) -> bool:
+def _is_sparse(places: Sequence[float | str]) -> bool:
     """Whether numbers between two places are left out."""
     return any(
         isinstance(one, int) and isinstance(other, int) and other - one > 1
