@@ -229,3 +229,73 @@ class TestBeforeAndAfter:
 
     def test_harmless_prompts_alone_show_none(self, lg, ready, files):
         assert "Before and after" not in lg("calibrate", ready, "--harmless", files["calm"])[1]
+
+
+class TestOperatingPoints:
+    def calibrated(self, lg, guard, files, *more):
+        words = ["--harmless", files["calm"], "--harmful", files["sly"], *more]
+        code, out, err = lg("calibrate", guard, *words)
+        assert code == 0, err
+        return out
+
+    def point(self, lg, guard, files):
+        line = lg("score", guard, files["attack"])[1].splitlines()[0]
+        return json.loads(line)["operating_point"]
+
+    def test_a_rate_is_named_in_verdicts(self, lg, guard, files):
+        assert self.point(lg, guard, files) is None
+        self.calibrated(lg, guard, files, "--max-fpr", "0.05")
+        assert self.point(lg, guard, files) == "max-fpr=0.05"
+        assert "Operating point `max-fpr=0.05`" in lg("show", guard)[1]
+
+    def test_balanced(self, lg, guard, files):
+        out = self.calibrated(lg, guard, files, "--balanced")
+        assert "Operating point `balanced`: the best F1, with 20.0% of the prompts harmful" in out
+        assert self.point(lg, guard, files) == "balanced"
+        assert "Operating point `balanced`" in (guard / "README.md").read_text()
+        loaded = LatentGuard.load(guard)
+        assert loaded.bound.max_fpr <= 0.5
+        assert loaded.bound.upper <= loaded.bound.max_fpr
+
+    def test_a_cost_ratio_under_a_ceiling(self, lg, guard, files):
+        more = ["--cost-ratio", "1000", "--max-fpr", "0.1", "--harmful-share", "0.1"]
+        out = self.calibrated(lg, guard, files, *more)
+        assert "at most 10.00% of harmless prompts" in out
+        assert self.point(lg, guard, files) == "cost-ratio=1000"
+
+    def test_traffic_is_an_estimate_and_says_so(self, lg, guard, files):
+        out = self.calibrated(lg, guard, files, "--max-fpr", "0.05", "--traffic", files["live"])
+        assert "an estimate, and no bound" in out
+        assert "n = 120 unlabelled prompts" in out
+        assert self.point(lg, guard, files) == "max-fpr=0.05, traffic"
+
+    def test_built_in_harmful_prompts_serve_for_traffic(self, lg, guard, files):
+        words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--traffic", files["live"]]
+        code, _, err = lg("calibrate", guard, *words)
+        assert code == 0, err
+        assert "The harmful prompts are built-in ones" in err
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--balanced", "--cost-ratio", "2"], "give one of them"),
+            (["--balanced", "--harmless", "calm"], "give harmful ones beside"),
+            (["--traffic", "live", "--segment-column", "language"], "leave --segment-column out"),
+            (["--harmful-share", "0.1"], "belongs to --balanced"),
+            (["--cost-ratio", "0", "--harmful", "sly"], "over 0; found 0"),
+        ],
+    )
+    def test_options_that_do_not_go_together(self, lg, guard, files, words, said):
+        before = (guard / "guard.json").read_text()
+        code, _, err = lg("calibrate", guard, *[files.get(word, word) for word in words])
+        assert code == 1
+        assert said in err
+        assert (guard / "guard.json").read_text() == before
+
+    def test_little_traffic_is_refused_before_the_model_loads(self, lg, guard, files, tmp_path):
+        few = written(tmp_path / "few.jsonl", rows(20, "kind", start=5000))
+        words = ["--harmless", files["calm"], "--harmful", files["sly"], "--traffic", few]
+        code, _, err = lg("calibrate", guard, *words)
+        assert code == 1
+        assert "needs 100 unlabelled prompts; found 20" in err
+        assert "Loading" not in err

@@ -11,7 +11,7 @@ from latentguard.cli import app
 VERBS = {
     "demo": ("--out", "--guard", "--model"),
     "fit": ("--harmful", "--contrast", "--reading", "--dtype", "--quantize", "--device-map"),
-    "calibrate": ("--harmless", "--max-fpr", "--confidence", "--device-map"),
+    "calibrate": ("--harmless", "--max-fpr", "--balanced", "--cost-ratio", "--traffic"),
     "score": ("--out", "--text-column", "--engine", "--actors", "--block-rows"),
     "benchmark": ("--data-dir", "--out", "--only", "--limit"),
     "evaluate": ("--json", "--segment-column", "--text-column"),

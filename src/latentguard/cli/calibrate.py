@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentguard.cli.console import count_each, echo_changes, echo_err, progress
-from latentguard.cli.inputs import read_side
+from latentguard.cli.inputs import read_side, read_source, require_distinct
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_guard_model, read_guard, save_guard
 from latentguard.cli.options import (
@@ -21,14 +22,20 @@ from latentguard.cli.options import (
 )
 from latentguard.cli.outputs import changed_guard
 from latentguard.data.builtin import load_traffic
-from latentguard.errors import PromptError
+from latentguard.errors import GuardError, PromptError
 from latentguard.guard.leakage import exclude_training_prompts
 from latentguard.prompt_files import Columns
 from latentguard.prompts import Prompt
+from latentguard.stats.bounds import smallest_n
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.guard.operating_point import Goal
+    from latentguard.guard.thresholds import Rates
+    from latentguard.guard.verdict import Verdict
     from latentguard.models.chat_model import ChatModel
+
+IN_SAMPLE = "On the prompts that calibrated it; on others of the same kind it does a little worse."
 
 
 def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
@@ -39,7 +46,26 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
         typer.Option(help="Harmful prompts, not those fitted on: calibrates probabilities, too."),
     ] = None,
     max_fpr: Annotated[
-        float | None, typer.Option(help="Rate to keep; 0.01, or 0.05 with the built-in prompts.")
+        float | None,
+        typer.Option(
+            help="Rate to keep; 0.01, or 0.05 with the built-in prompts. With --balanced or "
+            "--cost-ratio: the highest that may be chosen; 0.5."
+        ),
+    ] = None,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Choose the rate for the best F1.")
+    ] = False,
+    cost_ratio: Annotated[
+        float | None,
+        typer.Option(help="Choose the rate for the lowest cost: what a miss costs, in alarms."),
+    ] = None,
+    harmful_share: Annotated[
+        float | None,
+        typer.Option(help="Share of harmful prompts in use; default: of the labelled prompts."),
+    ] = None,
+    traffic: Annotated[
+        list[str] | None,
+        typer.Option(help="Unlabelled prompts: moves the threshold to where their scores lie."),
     ] = None,
     review_fpr: Annotated[
         float | None, typer.Option(help="Higher rate up to which prompts are to be reviewed.")
@@ -57,6 +83,11 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
 ) -> None:
     """Set the guard's threshold so that it flags at most MAX_FPR of harmless prompts.
 
+    Operating points, named in every verdict: --max-fpr keeps a rate (the default); --balanced has
+    the best F1 on labelled prompts; --cost-ratio 5 holds a miss for as bad as five false alarms.
+    --traffic moves each of them to unlabelled traffic, which may hold harmful prompts; what it says
+    then is an estimate, no bound.
+
     Rows with a column 'refused' (see 'latentguard label') calibrate the quadrants of a guard that
     has a refusal axis. A guard that was fitted with --long has a second threshold, for long prompts
     and chats: fit picks it on built-in texts, and those in HARMLESS move it, if there are any.
@@ -65,37 +96,89 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     Example: latentguard calibrate guards/qwen --harmless traffic.jsonl --max-fpr 0.01
     """
     from latentguard.guard.evaluation import compare
-    from latentguard.guard.thresholds import Rates
 
     columns = Columns(text=text_column, segment=segment_column or "")
-    rate = max_fpr if max_fpr is not None else (0.01 if harmless else 0.05)
-    rates = Rates(rate, review_fpr, confidence)
+    rates = _rates(
+        max_fpr,
+        review_fpr,
+        confidence,
+        _goal(balanced, cost_ratio, harmful_share),
+        has_own=bool(harmless),
+    )
+    _require_options(rates, traffic, harmless, harmful, segment_column)
     with changed_guard(guard, out) as target, explain_interrupt(f"{guard} is as it was."):
         loaded = read_guard(guard)
-        prompts = _calibration_prompts(loaded, harmless, harmful, columns)
+        both = rates.goal.needs_harmful or bool(traffic)
+        prompts = _calibration_prompts(loaded, harmless, harmful, columns, needs_harmful=both)
         used = loaded.calibration_prompts(prompts, rates)  # says what is wrong at once
+        live = _traffic_prompts(loaded, traffic, used, columns)
         bound, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
-        with progress("calibrate", len(used)) as view:
+        with progress("calibrate", len(used) + len(live)) as view:
             scored = list(count_each(bound.score_prompts(backend, used), view.advance))
-        before = [bound.combine(one).verdict for one in scored]
-        calibrated = bound.calibrate_from(used, before, rates, column=segment_column)
+            before = [bound.combine(one).verdict for one in scored]
+            calibrated = bound.calibrate_from(used, before, rates, column=segment_column)
+            unlabelled = list(calibrated.scan(backend, live, progress=view.advance))
+        if live:
+            calibrated = _adapt(calibrated, used, before, unlabelled, rates)
         after = [calibrated.combine(one).verdict for one in scored]
-        if harmless:  # the built-in ones are no traffic: windows keep what fit picked
-            own = [p for p in prompts if not p.harmful]
-            calibrated = _calibrate_long(calibrated, backend, own, rate, confidence)
+        calibrated = _calibrate_long(calibrated, backend, prompts, rates, has_own=bool(harmless))
         save_guard(calibrated, target, report=bool(harmful))
     if loaded.bound is not None:
         echo_err(f"Replaced: threshold {loaded.threshold:.6g}, {loaded.promise}.")
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
-    if harmful:
-        note = (
-            "On the prompts that calibrated it; on others of the same kind it does a little worse."
-        )
-        echo_changes(compare(used, before, after), note)
+    if any(prompt.harmful for prompt in used):
+        echo_changes(compare(used, before, after), IN_SAMPLE)
     for paragraph in calibrated.notes:
         typer.echo(f"\n{paragraph}")
+
+
+def _goal(balanced: bool, cost_ratio: float | None, harmful_share: float | None) -> Goal:
+    """What the threshold is for."""
+    from latentguard.guard.operating_point import Goal
+
+    if balanced and cost_ratio is not None:
+        raise GuardError("--balanced and --cost-ratio are two operating points; give one of them.")
+    if cost_ratio is not None:
+        return Goal("cost-ratio", cost_ratio, harmful_share)
+    return Goal("balanced" if balanced else "max-fpr", None, harmful_share)
+
+
+def _rates(
+    max_fpr: float | None, review_fpr: float | None, confidence: float, goal: Goal, *, has_own: bool
+) -> Rates:
+    """The rates to keep, each with its default."""
+    from latentguard.guard.operating_point import RATES
+    from latentguard.guard.thresholds import Rates
+
+    default = RATES[-1] if goal.needs_harmful else (0.01 if has_own else 0.05)
+    rate = max_fpr if max_fpr is not None else default
+    if goal.needs_harmful and review_fpr is not None and max_fpr is None:
+        rate = max((one for one in RATES if one < review_fpr), default=RATES[0])
+    return Rates(rate, review_fpr, confidence, goal)
+
+
+def _require_options(
+    rates: Rates,
+    traffic: list[str] | None,
+    harmless: list[str] | None,
+    harmful: list[str] | None,
+    segment_column: str | None,
+) -> None:
+    """Say which options do not go together."""
+    if rates.goal.needs_harmful and harmless and not harmful:
+        raise GuardError(
+            f"The operating point '{rates.goal.name}' weighs misses against false alarms on "
+            "prompts of one kind: give harmful ones beside your harmless ones, with --harmful."
+        )
+    if traffic and segment_column:
+        raise GuardError(
+            "--traffic moves the common threshold alone; leave --segment-column out, or calibrate "
+            "each segment on harmless prompts of its own."
+        )
+    if rates.goal.harmful_share is not None and not (traffic or rates.goal.needs_harmful):
+        raise GuardError("--harmful-share belongs to --balanced, --cost-ratio or --traffic.")
 
 
 def _calibration_prompts(
@@ -103,6 +186,8 @@ def _calibration_prompts(
     harmless: list[str] | None,
     harmful: list[str] | None,
     columns: Columns,
+    *,
+    needs_harmful: bool,
 ) -> list[Prompt]:
     """The prompts that may calibrate: not those that a pack was trained on."""
     prompts = read_side(harmless, columns, harmful=False)
@@ -114,29 +199,84 @@ def _calibration_prompts(
     if not harmless:
         prompts = [p for p in load_traffic("validation") if not p.harmful]
     prompts += read_side(harmful, columns, harmful=True)
+    if needs_harmful and not harmful:
+        echo_err("The harmful prompts are built-in ones; give your own with --harmful.")
+        prompts += [p for p in load_traffic("validation") if p.harmful]
     excluded, allowed = exclude_training_prompts(prompts, guard.pack_training_prompts)
     if excluded:
         echo_err(f"{len(excluded)} of these prompts are left out: packs were trained on them.")
     return allowed
 
 
-def _calibrate_long(
-    guard: LatentGuard, backend: ChatModel, prompts: list[Prompt], rate: float, confidence: float
-) -> LatentGuard:
-    """The guard with the threshold of its chunking set from the long ones of the prompts."""
-    from latentguard.guard.chunk_calibration import calibrate_chunking
-    from latentguard.stats.bounds import smallest_n
+def _traffic_prompts(
+    guard: LatentGuard, traffic: list[str] | None, used: list[Prompt], columns: Columns
+) -> list[Prompt]:
+    """The unlabelled prompts that are not read by chunks; labels in the files are not read."""
+    from latentguard.guard.traffic import require_traffic
 
-    long = [p for p in prompts if guard.is_chunked(p)]
-    if not long:
+    if not traffic:
+        return []
+    require_distinct(traffic)
+    plain = replace(columns, label="")
+    prompts = [p for source in traffic for p in read_source(source, plain, None)]
+    short = [p for p in prompts if not guard.is_chunked(p)]
+    harmful = sum(bool(p.harmful) for p in used)
+    require_traffic(len(used) - harmful, harmful, len(short))
+    return short
+
+
+def _adapt(
+    guard: LatentGuard,
+    prompts: list[Prompt],
+    verdicts: list[Verdict],
+    unlabelled: list[Verdict],
+    rates: Rates,
+) -> LatentGuard:
+    from latentguard.guard.traffic import adapt_to_traffic
+
+    sides: dict[bool, list[float]] = {True: [], False: []}
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        sides[bool(prompt.harmful)].append(verdict.score)
+    live = [verdict.score for verdict in unlabelled]
+    return adapt_to_traffic(guard, sides[False], sides[True], live, rates)
+
+
+def _calibrate_long(
+    guard: LatentGuard, backend: ChatModel, prompts: list[Prompt], rates: Rates, *, has_own: bool
+) -> LatentGuard:
+    """The guard with the threshold of its chunking moved, too.
+
+    - The user's long prompts move it, where there are enough.
+    - Built-in texts move it to a rate that was chosen.
+    - Else it stays as fit picked it: built-in prompts are no traffic.
+    """
+    from latentguard.guard.chunk_calibration import (
+        CALIBRATION_TEXTS,
+        calibrate_chunking,
+        harmless_texts,
+    )
+
+    if guard.chunking is None or guard.bound is None:
         return guard
-    if len(long) < (enough := smallest_n(rate, confidence)):
+    rate = guard.bound.max_fpr
+    long = [p for p in prompts if not p.harmful and guard.is_chunked(p)] if has_own else []
+    enough = smallest_n(rate, rates.confidence)
+    if long and len(long) < enough:
         echo_err(
             f"The threshold of long prompts and chats stays as it was: found {len(long)}, and "
             f"{rate:.2%} needs {enough}."
         )
         return guard
+    if not long and rates.goal.needs_harmful:
+        long = harmless_texts("validation", CALIBRATION_TEXTS, guard.chunking.longer_than)
+    if len(long) < enough:
+        return guard
     with progress("long prompts", len(long)) as view:
         return calibrate_chunking(
-            backend, guard, long, max_fpr=rate, confidence=confidence, progress=view.advance
+            backend,
+            guard,
+            long,
+            max_fpr=rate,
+            confidence=rates.confidence,
+            progress=view.advance,
         )

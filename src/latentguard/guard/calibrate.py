@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from latentguard.guard.operating_point import candidate_rates
 from latentguard.guard.probabilities import fit_probabilities, require_both_classes
 from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.thresholds import Rates, Thresholds
@@ -36,9 +37,14 @@ def require_enough(prompts: Sequence[Prompt], rates: Rates) -> None:
         GuardError: if there are too few, for a rate or for probabilities; says how many it needs.
     """
     harmful = np.array([bool(prompt.harmful) for prompt in prompts], dtype=bool)
-    for rate in filter(None, (rates.block, rates.review)):
-        threshold_for_fpr(range(int((~harmful).sum())), rate, rates.confidence)
-    if harmful.any():
+    count = int((~harmful).sum())
+    if rates.goal.needs_harmful:
+        candidate_rates(count, rates.block, rates.confidence)
+    else:
+        threshold_for_fpr(range(count), rates.block, rates.confidence)
+    if rates.review is not None:
+        threshold_for_fpr(range(count), rates.review, rates.confidence)
+    if harmful.any() or rates.goal.needs_harmful:
         require_both_classes(harmful, groups_of(prompts))
 
 
@@ -73,8 +79,7 @@ def fit_calibration(
     """
     scores = np.array([verdict.score for verdict in verdicts])
     harmful = np.array([bool(prompt.harmful) for prompt in prompts])
-    harmless = [prompt for prompt in prompts if not prompt.harmful]
-    new = Thresholds.of(harmless, scores[~harmful], rates, column)
+    new = Thresholds.for_goal(prompts, scores, rates, column)
     if harmful.any():
         fit = fit_probabilities(scores, harmful, groups_of(prompts), platt)
         new = replace(new, isotonic=fit.isotonic, reliability=fit.reliability)

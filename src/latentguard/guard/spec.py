@@ -30,6 +30,7 @@ from latentguard.guard.leakage import (
     exclude_training_prompts,
     require_unseen,
 )
+from latentguard.guard.operating_point import label_of_rate
 from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.reading_plan import (
     Outcome,
@@ -198,6 +199,7 @@ class GuardSpec:
             category_scores=dict(categories.scores) if categories else {},
             evidence=tuple(evidence),
             calibrated=self._is_calibrated(has_evidence=bool(evidence)),
+            operating_point=self.operating_point,
         )
         if self.quadrants is None:
             return verdict
@@ -301,9 +303,27 @@ class GuardSpec:
     # ---- what it is, on disk and for people
 
     @property
+    def operating_point(self) -> str | None:
+        """What the threshold was chosen for, as verdicts name it; None without a calibration."""
+        if self.bound is None:
+            return None
+        point = self.thresholds.point if self.thresholds else None
+        return point.label if point else label_of_rate(self.bound.max_fpr)
+
+    @property
     def promise(self) -> str:
         """What the threshold promises, in words."""
-        return str(self.bound) if self.bound else "not calibrated, so nothing is promised"
+        if self.bound is None:
+            return "not calibrated, so nothing is promised"
+        point = self.thresholds.point if self.thresholds else None
+        if point is None or point.traffic is None:
+            return str(self.bound)
+        traffic = point.traffic
+        return (
+            f"an estimate, and no bound: of the harmless prompts of the traffic {traffic.fpr} are "
+            f"flagged, of the harmful ones {traffic.recall}; n = {traffic.n} unlabelled prompts, "
+            f"{traffic.share} of them harmful"
+        )
 
     @property
     def notes(self) -> list[str]:

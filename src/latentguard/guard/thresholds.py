@@ -18,12 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentguard.errors import GuardError
+from latentguard.guard.operating_point import (
+    Goal,
+    OperatingPoint,
+    adjusted_confidence,
+    choose_rate,
+    share_of,
+)
 from latentguard.guard.probabilities import IsotonicMap
 from latentguard.guard.reliability import Reliability
 from latentguard.guard.verdict import Decision
 from latentguard.prompts import Prompt
 from latentguard.report.document import Cell, Table
 from latentguard.stats.bounds import Bound, smallest_n, threshold_for_fpr
+from latentguard.stats.rates import proportion
 
 MAX_SCORES = 10_000
 """Most scores of a segment that are kept; evenly spaced among the sorted ones beyond that."""
@@ -41,6 +49,9 @@ class Rates:
 
     confidence: float = 0.95
     """Of the Clopper-Pearson bounds, each on its own."""
+
+    goal: Goal = field(default_factory=Goal)
+    """What the threshold is for; unless that is a rate, ``block`` is the highest rate allowed."""
 
     def __post_init__(self) -> None:
         if self.review is not None and not self.block < self.review < 1:
@@ -109,6 +120,9 @@ class Thresholds:
     is_rebound: bool = False
     """Whether the guard has met another model since."""
 
+    point: OperatingPoint | None = None
+    """What the threshold was chosen for; None of a guard of an earlier version."""
+
     @staticmethod
     def of(
         prompts: Sequence[Prompt],
@@ -133,6 +147,57 @@ class Thresholds:
         small = {segment: len(own) for segment, own in rows.items() if segment not in segments}
         return Thresholds(SegmentThresholds.of(scores, rates), column, segments, small)
 
+    @staticmethod
+    def for_goal(
+        prompts: Sequence[Prompt],
+        scores: NDArray[np.float64],
+        rates: Rates,
+        column: str | None = None,
+    ) -> Thresholds:
+        """From the scores [n] of labelled prompts; harmful ones help to choose.
+
+        Raises:
+            GuardError: if there are too few prompts for the goal.
+        """
+        harmful = np.array([bool(prompt.harmful) for prompt in prompts], dtype=bool)
+        harmless = [prompt for prompt in prompts if not prompt.harmful]
+        goal = rates.goal
+        if not goal.needs_harmful:
+            new = Thresholds.of(harmless, scores[~harmful], rates, column)
+            return new._with_point(goal, scores[harmful], None)
+        chosen = choose_rate(
+            goal,
+            scores[~harmful],
+            scores[harmful],
+            ceiling=rates.block,
+            confidence=rates.confidence,
+        )
+        review = rates.review if rates.review and rates.review > chosen else None
+        sure = adjusted_confidence(rates.confidence)
+        new = Thresholds.of(harmless, scores[~harmful], Rates(chosen, review, sure), column)
+        share = share_of(goal, int(harmful.sum()), len(harmless))
+        return new._with_confidence(rates.confidence)._with_point(goal, scores[harmful], share)
+
+    def _with_confidence(self, confidence: float) -> Thresholds:
+        """The same bounds, each with the confidence that is left after the choice among rates."""
+        common, *segments = (
+            replace(
+                one,
+                block=replace(one.block, confidence=confidence),
+                review=one.review and replace(one.review, confidence=confidence),
+            )
+            for one in (self.common, *self.segments.values())
+        )
+        return replace(
+            self, common=common, segments=dict(zip(self.segments, segments, strict=True))
+        )
+
+    def _with_point(
+        self, goal: Goal, harmful: NDArray[np.float64], share: float | None
+    ) -> Thresholds:
+        recall = proportion(harmful > self.common.block.threshold) if len(harmful) else None
+        return replace(self, point=OperatingPoint(goal, self.common.block.max_fpr, share, recall))
+
     def for_segment(self, segment: str | None) -> SegmentThresholds:
         """The thresholds of a segment; the common ones if it has none of its own."""
         return self.segments.get(segment or "", self.common)
@@ -146,7 +211,7 @@ class Thresholds:
 
     def without_promise(self) -> Thresholds:
         """Thresholds and Platt's map go on with another model; the rest was of the first."""
-        return replace(self, isotonic=None, reliability=None, is_rebound=True)
+        return replace(self, isotonic=None, reliability=None, is_rebound=True, point=None)
 
     def tables(self) -> list[Table]:
         """Thresholds by segment and, if they were calibrated, probabilities by bin."""
@@ -165,8 +230,9 @@ class Thresholds:
         return [thresholds, *(self.reliability.tables() if self.reliability else ())]
 
     def notes(self) -> list[str]:
-        """Its tables, in Markdown."""
-        return [table.markdown() for table in self.tables()]
+        """What the threshold is for, and the tables, in Markdown."""
+        first = [self.point.describe()] if self.point else []
+        return [*first, *(table.markdown() for table in self.tables())]
 
     def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Bounds as JSON, scores as tensors, segments by number."""
@@ -183,6 +249,8 @@ class Thresholds:
             "reliability": self.reliability and asdict(self.reliability),
             "is_rebound": self.is_rebound,
         }
+        if self.point is not None:  # earlier versions know no such key
+            record["operating_point"] = self.point.to_dict()
         return record, {f"scores.{n}": torch.tensor(one.scores) for n, one in enumerate(every)}
 
     @staticmethod
@@ -202,6 +270,7 @@ class Thresholds:
         )
         isotonic = record["isotonic"]
         reliability = record["reliability"]
+        point = record.get("operating_point")
         return Thresholds(
             common=common,
             column=record["column"],
@@ -210,6 +279,7 @@ class Thresholds:
             isotonic=None if isotonic is None else IsotonicMap.from_dict(isotonic),
             reliability=None if reliability is None else Reliability.from_dict(reliability),
             is_rebound=bool(record["is_rebound"]),
+            point=None if point is None else OperatingPoint.from_dict(point),
         )
 
 

@@ -75,6 +75,9 @@ class Verdict:
     calibrated: bool = True
     """Whether the threshold was calibrated; if not, the decision promises nothing."""
 
+    operating_point: str | None = None
+    """What the threshold was chosen for, such as ``max-fpr=0.05``; None if uncalibrated."""
+
     def is_more_severe_than(self, other: Verdict, *, tie: float = 0.0) -> bool:
         """Whether it flags where the other does not, or decides or scores higher.
 
@@ -132,6 +135,7 @@ class Verdict:
         facts = {
             "prompt": self.id,
             "decision": self.decision + ("" if self.calibrated else " (uncalibrated)"),
+            "operating point": self.operating_point or "",
             "probability of harmful": f"{self.probability:.3f}",
             "score": f"{self.score:.4g}",
             "beliefs": ", ".join(beliefs),

@@ -46,6 +46,7 @@ COLUMNS = pa.schema(
         ("evidence", pa.list_(_EVIDENCE)),
         ("obfuscations", pa.list_(pa.string())),
         ("calibrated", pa.bool_()),
+        ("operating_point", pa.string()),
         ("error", pa.string()),
     ]
 )
