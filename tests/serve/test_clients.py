@@ -9,8 +9,12 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
+from latentguard.benchmark.figures import measure
+from latentguard.benchmark.run import guard_readings
+from latentguard.data.builtin import load_contrast
 from serve.running import SOURCE, flagged, get, offline, passed, post, running
 
 SCRIPTS = Path(__file__).parent / "clients"
@@ -125,3 +129,33 @@ def test_litellm_proxy(service, tmp_path):
     assert fine.json()["choices"][0]["message"]["content"] == "hello from the model"
     assert bad.status_code == 400
     assert "illicit" in bad.text
+
+
+class TestHarnesses:
+    """Independent harnesses find the figures of ``latentguard benchmark``."""
+
+    @pytest.fixture
+    def rows(self):
+        return [dict(text=p.text, harmful=p.harmful) for p in load_contrast("test")[:40]]
+
+    @pytest.fixture
+    def figures(self, rows):
+        verdicts = [offline()[row["text"]] for row in rows]
+        labels = np.array([row["harmful"] for row in rows])
+        return measure(labels, guard_readings(verdicts))
+
+    @pytest.mark.parametrize("aggregation", ["flagged", "max_score"])
+    def test_guard_evaluation_harness(self, service, rows, figures, aggregation, tmp_path):
+        asked = dict(url=service, rows=rows, folder=str(tmp_path), aggregation=aggregation)
+        (found,) = ran("harness_geh.py", **asked)
+        values = found["metrics"]
+        assert values["f1"] == pytest.approx(figures.f1.value, abs=0.001)
+        assert values["fpr"] == pytest.approx(figures.fpr.value, abs=0.001)
+        if aggregation == "max_score":
+            assert values["auroc"] == pytest.approx(figures.auroc.value, abs=0.001)
+
+    def test_guardbench(self, service, rows, figures, tmp_path):
+        found = ran("harness_guardbench.py", url=service, rows=rows, folder=str(tmp_path))
+        assert found["f1"] == pytest.approx(figures.f1.value, abs=0.001)
+        assert found["recall"] == pytest.approx(figures.recall.value, abs=0.001)
+        assert found["auprc"] == pytest.approx(figures.auprc.value, abs=0.001)

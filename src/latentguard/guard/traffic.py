@@ -36,7 +36,7 @@ Scores = NDArray[np.float64]
 MIN_TRAFFIC = 100
 """Unlabelled prompts that an estimate needs."""
 
-MAX_TRAFFIC = 2000
+MAX_TRAFFIC = 500
 """Scores that are used; evenly spaced among the sorted ones beyond that."""
 
 DOWN = 1.0
