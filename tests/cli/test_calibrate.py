@@ -260,7 +260,8 @@ class TestOperatingPoints:
     def test_a_cost_ratio_under_a_ceiling(self, lg, guard, files):
         more = ["--cost-ratio", "1000", "--max-fpr", "0.1", "--harmful-share", "0.1"]
         out = self.calibrated(lg, guard, files, *more)
-        assert "at most 10.00% of harmless prompts" in out
+        assert "a miss costs as much as 1000 false alarms, with 10.0%" in out
+        assert LatentGuard.load(guard).bound.max_fpr <= 0.1
         assert self.point(lg, guard, files) == "cost-ratio=1000"
 
     def test_traffic_is_an_estimate_and_says_so(self, lg, guard, files):
@@ -269,7 +270,9 @@ class TestOperatingPoints:
         assert "n = 120 unlabelled prompts" in out
         assert self.point(lg, guard, files) == "max-fpr=0.05, traffic"
 
-    def test_built_in_harmful_prompts_serve_for_traffic(self, lg, guard, files):
+    def test_built_in_harmful_prompts_serve_for_traffic(self, lg, guard, files, monkeypatch):
+        few = [Prompt(r["text"], harmful=True) for r in rows(40, "sly", start=7000)]
+        monkeypatch.setattr("latentguard.cli.calibrate.load_traffic", lambda split: few)
         words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--traffic", files["live"]]
         code, _, err = lg("calibrate", guard, *words)
         assert code == 0, err
@@ -295,6 +298,7 @@ class TestOperatingPoints:
     def test_little_traffic_is_refused_before_the_model_loads(self, lg, guard, files, tmp_path):
         few = written(tmp_path / "few.jsonl", rows(20, "kind", start=5000))
         words = ["--harmless", files["calm"], "--harmful", files["sly"], "--traffic", few]
+        words += ["--max-fpr", "0.05"]
         code, _, err = lg("calibrate", guard, *words)
         assert code == 1
         assert "needs 100 unlabelled prompts; found 20" in err

@@ -11,9 +11,11 @@ os.environ["GUARDBENCH_DEV_PATH"] = str(folder / "guardbench")
 
 import contextlib  # noqa: E402
 
-import guardbench  # noqa: E402
 import httpx  # noqa: E402
-from guardbench.evaluate import evaluate  # noqa: E402
+
+with contextlib.redirect_stdout(sys.stderr):  # its log goes where standard output is now
+    import guardbench
+    from guardbench.evaluate import evaluate
 
 
 def moderate(conversations):
@@ -32,14 +34,13 @@ rows = [
     for n, row in enumerate(asked["rows"])
 ]
 (place / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-with contextlib.redirect_stdout(sys.stderr):  # it logs there
-    guardbench.benchmark(
-        moderate=moderate,
-        model_name="latentguard",
-        batch_size=8,
-        datasets=["xstest"],
-        out_dir=str(folder / "results"),
-    )
+guardbench.benchmark(
+    moderate=moderate,
+    model_name="latentguard",
+    batch_size=8,
+    datasets=["xstest"],
+    out_dir=str(folder / "results"),
+)
 scores = json.loads((folder / "results" / "xstest" / "latentguard.json").read_text())
 labels = {row["id"]: row["label"] for row in rows}
 json.dump(evaluate(labels, scores), sys.stdout, default=float)
