@@ -10,7 +10,7 @@ PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 # Processes of the test run, one thread each.
 WORKERS ?= $(shell nproc)
 
-.PHONY: demo test check fmt docs clients peers-env clean vllm-env test-vllm
+.PHONY: demo test check fmt docs dist clients peers-env clean vllm-env test-vllm
 
 demo: $(VENV)/ready
 	$(BIN)/latentguard demo
@@ -27,6 +27,14 @@ check: $(VENV)/ready
 # The documentation, in site/index.html; it needs no server and no network.
 docs: $(VENV)/ready
 	$(BIN)/python -m docpages.build
+
+# Source and wheel in dist/, checked as PyPI does.
+dist:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python $(INSTALL) --quiet --constraint constraints.txt build twine
+	rm -rf dist
+	.venv-release/bin/python -m build --outdir dist .
+	.venv-release/bin/twine check --strict dist/*
 
 fmt: $(VENV)/ready
 	$(BIN)/ruff format .
@@ -91,4 +99,4 @@ peers-env: .venv-peers/ready .venv-peers-4/ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) .venv-peers .venv-peers-4 build dist site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) .venv-peers .venv-peers-4 .venv-release build dist site .mypy_cache .pytest_cache .ruff_cache
