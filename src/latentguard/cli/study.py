@@ -74,6 +74,9 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     each with effect, interval, n and verdict. --data-dir takes the folder of 'latentguard data
     fetch'.
 
+    It first asks a few prompts and says how many of them the model refuses, which claims that can
+    decide, and how long the whole takes.
+
     Several models are studied one after the other, each in a folder of its own name in --out; the
     report in --out then compares them. The folder may move: a store that was copied to another
     machine goes on there.
@@ -133,6 +136,7 @@ def _study_each(models: Sequence[str], out: Path, plan: _Plan) -> None:
 
 
 def _study(model: str, out: Path, plan: _Plan) -> None:
+    from latentguard.study.forecast import forecast
     from latentguard.study.run import STORE, prepare, run
 
     kept = f"Replies and states are kept in {out / STORE}. Run the same command again to go on."
@@ -149,5 +153,8 @@ def _study(model: str, out: Path, plan: _Plan) -> None:
                 baselines=plan.baselines,
                 tables=plan.tables,
             )
+            ahead = forecast(ready.model, ready.pools, ready.settings, only=plan.only)
+            for line in ahead.lines(plan.only):
+                echo_err(line)
             report = run(ready, only=plan.only, show_prompts=plan.show_prompts, say=echo_err)
         save_report(report, out)

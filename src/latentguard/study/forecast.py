@@ -1,0 +1,208 @@
+"""What a study can decide and how long it takes, from a few prompts, before an hour is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from latentguard.prompts import Group, Prompt
+from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
+from latentguard.study.cached_model import CachedModel
+from latentguard.study.claims import CLAIMS
+from latentguard.study.figures.figure_13_positions import BEFORE
+from latentguard.study.labelling import ASKED
+from latentguard.study.prompt_groups import PromptPools, sample_prompts
+from latentguard.study.settings import Settings
+
+SAMPLE = 12
+"""Prompts of each pool that are asked; labelling takes their replies from the store."""
+
+TIMED = 8
+"""Of these, how many are asked without the store, to measure the time of a reply."""
+
+READING = 8
+"""A prompt's own tokens take about as long as so many tokens of a reply."""
+
+NEEDED: Mapping[str, tuple[Group, ...]] = {
+    "template": ("refused_harmful",),
+    "clusters": ("refused_harmful", "accepted_harmful", "refused_harmless"),
+    "beliefs": ("refused_harmful", "refused_harmless"),
+    "steering": ("refused_harmful", "accepted_harmless"),
+    "inversion": ("refused_harmful", "accepted_harmless"),
+    "categories": ("refused_harmful",),
+    "jailbreaks": ("refused_harmful",),
+    "finetuning": ("refused_harmful", "accepted_harmless"),
+    "positions": ("refused_harmful", "accepted_harmless"),
+}
+"""Experiment -> the groups without which its claims decide nothing."""
+
+FITTED: tuple[Group, ...] = ("refused_harmful", "accepted_harmless")
+"""Groups that are needed twice: in the centroids, and to test."""
+
+LABELS: Mapping[str, tuple[Group, Group]] = {
+    "harmful": ("refused_harmful", "accepted_harmful"),
+    "held_out": ("refused_harmful", "accepted_harmful"),
+    "harmless": ("refused_harmless", "accepted_harmless"),
+    "over_refusal": ("refused_harmless", "accepted_harmless"),
+}
+"""Pool -> what its prompts are, refused or accepted."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a study after a few prompts."""
+
+    refused: Mapping[str, Estimate]
+    """Share of the sample that is refused, by pool."""
+
+    groups: Mapping[Group, int]
+    """About how many prompts each group will have."""
+
+    enough: int
+    """Prompts of a group from which anything is concluded."""
+
+    seconds: float
+    """About how long all replies take on this machine, without what the store has."""
+
+    replies: int
+    """About how many replies that is."""
+
+    def missing(self, experiment: str) -> tuple[Group, ...]:
+        """The groups that will be too small for the claims of an experiment."""
+        return tuple(
+            group
+            for group in NEEDED.get(experiment, ())
+            if self.groups[group] < self.enough * (2 if group in FITTED else 1)
+        )
+
+    def lines(self, only: Collection[str] = ()) -> Iterator[str]:
+        """What people read at the start of a study."""
+        for pool, rate in self.refused.items():
+            count = round(rate.value * rate.total)
+            name = pool.replace("_", " ")
+            yield (
+                f"{name}: {count} of {rate.total} sampled prompts are refused (95 % interval "
+                f"{rate.low:.0%} to {rate.high:.0%})"
+            )
+        run = [(n, c) for n, c in enumerate(CLAIMS, 1) if not only or c.experiment in only]
+        able = [str(n) for n, claim in run if not self.missing(claim.experiment)]
+        yield f"claims that can decide: {', '.join(able) or 'none'}"
+        for group in dict.fromkeys(g for _, c in run for g in self.missing(c.experiment)):
+            numbers = [str(n) for n, c in run if group in self.missing(c.experiment)]
+            needed = self.enough * (2 if group in FITTED else 1)
+            yield (
+                f"claims that will hardly decide: {', '.join(numbers)}: about "
+                f"{self.groups[group]} {group.replace('_', ' ')} prompts, {needed} are needed"
+            )
+        yield (
+            f"about {self.replies:,} replies, {spoken(self.seconds)} in all on this machine; what "
+            "the store has already takes no time"
+        )
+
+
+def forecast(
+    model: CachedModel,
+    pools: PromptPools,
+    settings: Settings,
+    *,
+    only: Collection[str] = (),
+    clock: Callable[[], float] = perf_counter,
+) -> Forecast:
+    """Ask a few prompts of each pool, and time some of them.
+
+    Args:
+        model: Under study.
+        pools: What it will be asked.
+        settings: How much of it.
+        only: Experiments that will run; all if empty.
+        clock: Seconds.
+    """
+    asked = {
+        name: sample_prompts(getattr(pools, name), settings.asked, seed=settings.seed)
+        for name in ASKED
+    }
+    refused, sizes = {}, dict[Group, float]()
+    for name, prompts in asked.items():
+        flags = _refused(model, prompts[:SAMPLE], settings)
+        if flags:
+            refused[name] = proportion(flags)
+            for group, share in zip(
+                LABELS[name], (refused[name].value, 1 - refused[name].value), strict=True
+            ):
+                sizes[group] = sizes.get(group, 0) + share * len(prompts)
+    planned = list(planned_replies(model, pools, settings, only=only))
+    tokens = sum(count * (length + READING) for count, length in planned)
+    timed = asked["harmful"][:TIMED]
+    seconds = _seconds_per_token(model, timed, settings, clock)
+    groups = {group: round(sizes.get(group, 0)) for of in LABELS.values() for group in of}
+    replies = sum(count for count, _ in planned)
+    return Forecast(refused, groups, settings.enough, seconds * tokens, replies)
+
+
+def planned_replies(
+    model: CachedModel, pools: PromptPools, settings: Settings, *, only: Collection[str] = ()
+) -> Iterator[tuple[int, int]]:
+    """About how many replies of which length each part of a study takes."""
+    layers, draws = len(settings.layers(model.depth)), settings.random_draws
+    short, long = settings.inversion_tokens, settings.reply_tokens
+    asked = sum(min(len(getattr(pools, name)), settings.asked) for name in ASKED)
+    probed = len(settings.probed_layers(model.depth))
+    tested = settings.categories * settings.per_category
+    positions = len(model.span) + len(BEFORE)
+    kinds = 4 + len({p.category for p in pools.jailbreaks})
+    finetuned = len(settings.finetune_sizes) * settings.finetune_seeds + settings.finetune_controls
+    questions = 4 + layers * (4 * settings.inversion_templates + 2 + 2 * draws)
+    parts: dict[str, Sequence[tuple[int, int]]] = {
+        "template": [(settings.test, long)],
+        "steering": [
+            (settings.steered * layers * len(settings.coefficients) * (4 + 2 * draws), long)
+        ],
+        "inversion": [
+            (2 * settings.inverted * questions, short),
+            (2 * settings.inverted * layers * (1 + draws), long),
+        ],
+        "positions": [(settings.inverted * probed * (positions + draws), short)],
+        "categories": [
+            (min(tested, len(pools.categories)), long),
+            (tested // 2 * (settings.categories + 1 + draws), short),
+        ],
+        "jailbreaks": [(2 * settings.attacked * kinds, long)],
+        "guards": [(settings.test, long)],
+        "finetuning": [
+            (finetuned * (2 * settings.finetune_test + settings.finetune_steered * layers), long),
+            (finetuned * settings.finetune_epochs * max(settings.finetune_sizes), READING),
+        ],
+    }
+    yield asked, long
+    for name, of in parts.items():
+        if not only or name in only:
+            yield from of
+
+
+def spoken(seconds: float) -> str:
+    """A duration in words, rounded as an estimate is."""
+    if seconds < 90:
+        return "about a minute"
+    if seconds < 5400:
+        return f"about {round(seconds / 60)} minutes"
+    return f"about {seconds / 3600:.1f} hours"
+
+
+def _refused(model: CachedModel, prompts: Sequence[Prompt], settings: Settings) -> list[bool]:
+    if not prompts:
+        return []
+    (replies,) = model.replies(prompts, what="a few first", max_new_tokens=settings.reply_tokens)
+    return [flag for flag in model.refused(replies) if flag is not None]
+
+
+def _seconds_per_token(
+    model: CachedModel,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    clock: Callable[[], float],
+) -> float:
+    start = clock()
+    model.uncached.sweep(tuple(prompts), (None,), max_new_tokens=settings.reply_tokens)
+    return (clock() - start) / (len(prompts) * (settings.reply_tokens + READING))
