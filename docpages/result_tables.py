@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def guards_table() -> str:
         on_all = [f"{means[rule]:.2f}" for rule in (GUARD, WORDS, PAPER)]
         rows.append([name, *on_set, " / ".join(on_all)])
     head = ["model", "guard", "n-grams", "the paper's rule", "mean of 8 sets, in this order"]
-    return _table(head, rows, "python benchmarks/detection.py MODEL")
+    return _table(head, rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
 
 
 def controls_table() -> str:
@@ -121,7 +122,7 @@ def controls_table() -> str:
         [label, *(_interval(cells[model]["built-in pairs, test", rule]) for model in MODELS)]
         for rule, label in RULES.items()
     ]
-    return _table(["rule", *MODELS.values()], rows, "python benchmarks/detection.py MODEL")
+    return _table(["rule", *MODELS.values()], rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
 
 
 def detection_table() -> str:
@@ -140,7 +141,7 @@ def detection_table() -> str:
         for label, row in zip(SETS.values(), counts, strict=True)
     ]
     head = ["model", "rule", *sets, "mean of 8"]
-    return _table(head, rows, "python benchmarks/detection.py MODEL")
+    return _table(head, rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
 
 
 def rates_table() -> str:
@@ -151,10 +152,44 @@ def rates_table() -> str:
         for metric in ("TPR at 5% FPR", "TPR at 1% FPR"):
             values = [_interval(cells[key, GUARD], metric) for key in SETS]
             rows.append([name, metric, *values])
-    return _table(["model", "rate", *SETS.values()], rows, "python benchmarks/detection.py MODEL")
+    return _table(["model", "rate", *SETS.values()], rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
+
+
+FULL_SETS = {
+    "advbench + alpaca": "AdvBench",
+    "catqa + alpaca": "CatQA",
+    "suffix + alpaca": "suffixes",
+    "template + alpaca": "templates",
+    "persuasion + alpaca": "persuasion",
+    "jbb": "JBB",
+    "openai_moderation": "moderation",
+    "xstest": "XSTest",
+    "built-in pairs, test": "own pairs",
+    "built-in traffic, test": "own traffic",
+}
+"""Set in the results -> short name, for the table of every rule."""
+
+
+def every_rule_table(model: str) -> str:
+    """Every rule that was tried on a model, on every set, without intervals."""
+    result = read_result(f"detection-{model}")
+    (summary,) = [one for one in result["tables"] if one["columns"][:2] == ["rule", "mean of 8"]]
+    rows = []
+    for row in summary["rows"]:
+        record = dict(zip(summary["columns"], row, strict=True))
+        values = [f"{record[name]:.2f}" for name in ("mean of 8", *FULL_SETS)]
+        rows.append([record["rule"], *values])
+    fitted = result["fitted"][GUARD]
+    note = (
+        f"The default reads layers {fitted['layers']} with strength {fitted['strength']:g}; "
+        f"cross-validated AUROC {fitted['cross_validated_auroc']:.2f}; {result['dtype']}.\n\n"
+    )
+    head = ["rule", "mean of 8", *FULL_SETS.values()]
+    return note + _table(head, rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    **{f"every-rule-{model}": partial(every_rule_table, model) for model in MODELS},
     "guards": guards_table,
     "controls": controls_table,
     "detection": detection_table,
