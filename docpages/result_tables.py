@@ -49,6 +49,10 @@ SETS = {
 """Set in the results -> name on pages."""
 
 
+DETECTION = "python benchmarks/detection.py --model MODEL --data-dir DATA"
+"""The command that made the detection results."""
+
+
 def read_result(name: str) -> Any:
     """A result file."""
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
@@ -112,7 +116,7 @@ def guards_table() -> str:
         on_all = [f"{means[rule]:.2f}" for rule in (GUARD, WORDS, PAPER)]
         rows.append([name, *on_set, " / ".join(on_all)])
     head = ["model", "guard", "n-grams", "the paper's rule", "mean of 8 sets, in this order"]
-    return _table(head, rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
+    return _table(head, rows, DETECTION)
 
 
 def controls_table() -> str:
@@ -122,7 +126,7 @@ def controls_table() -> str:
         [label, *(_interval(cells[model]["built-in pairs, test", rule]) for model in MODELS)]
         for rule, label in RULES.items()
     ]
-    return _table(["rule", *MODELS.values()], rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
+    return _table(["rule", *MODELS.values()], rows, DETECTION)
 
 
 def detection_table() -> str:
@@ -141,7 +145,7 @@ def detection_table() -> str:
         for label, row in zip(SETS.values(), counts, strict=True)
     ]
     head = ["model", "rule", *sets, "mean of 8"]
-    return _table(head, rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
+    return _table(head, rows, DETECTION)
 
 
 def rates_table() -> str:
@@ -152,7 +156,7 @@ def rates_table() -> str:
         for metric in ("TPR at 5% FPR", "TPR at 1% FPR"):
             values = [_interval(cells[key, GUARD], metric) for key in SETS]
             rows.append([name, metric, *values])
-    return _table(["model", "rate", *SETS.values()], rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
+    return _table(["model", "rate", *SETS.values()], rows, DETECTION)
 
 
 FULL_SETS = {
@@ -185,7 +189,7 @@ def every_rule_table(model: str) -> str:
         f"cross-validated AUROC {fitted['cross_validated_auroc']:.2f}; {result['dtype']}.\n\n"
     )
     head = ["rule", "mean of 8", *FULL_SETS.values()]
-    return note + _table(head, rows, "python benchmarks/detection.py --model MODEL --data-dir DATA")
+    return note + _table(head, rows, DETECTION)
 
 
 TABLES: dict[str, Callable[[], str]] = {
