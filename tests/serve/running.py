@@ -101,7 +101,9 @@ def opener(reading="span", probe="linear"):
 
 
 @contextlib.contextmanager
-def running(open_guard=opener, *, keys=(), audit=None, reference=None, ready=True, **options):
+def running(
+    open_guard=opener, *, keys=(), audit=None, reference=None, ready=True, guards=None, **options
+):
     """A service in a thread of this process, as its URL."""
     log = AuditLog(audit) if isinstance(audit, (str, Path)) else audit
     made = server.create_server(
@@ -110,6 +112,7 @@ def running(open_guard=opener, *, keys=(), audit=None, reference=None, ready=Tru
         keys=ApiKeys(keys),
         audit=log,
         reference=reference,
+        guards=guards or server.GuardSource(),
         host="127.0.0.1",
         port=0,
     )

@@ -117,7 +117,7 @@ class TestReadiness:
             post(f"{url}/v1/moderations", json={"input": passed()})
             assert get(f"{url}/readyz").status_code == 503
             target.unlink()
-            url.server.service.reload()
+            url.server.service.reopen_audit()
             assert get(f"{url}/readyz").text == "ready"
 
     def test_without_its_upstream_it_is_not_ready(self, monkeypatch):

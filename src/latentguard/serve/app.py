@@ -16,7 +16,9 @@ from starlette.exceptions import HTTPException
 from latentguard import __version__
 from latentguard.serve import completions, moderation, page
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
+from latentguard.serve.keys import ApiKeys
 from latentguard.serve.limits import Message, RequestLimits, address_of
+from latentguard.serve.reload import Reloader
 from latentguard.serve.request_errors import describe_errors
 from latentguard.serve.service import Service, timestamp
 from latentguard.serve.upstream import UpstreamClient
@@ -45,6 +47,7 @@ def build_app(service: Service) -> RequestLimits:
     upstream = None
     if service.config.upstream:
         upstream = UpstreamClient(service.config, own_keys=bool(service.keys))
+        service.use_upstream_key = upstream.use_key
         if service.config.probe_upstream:
             service.require_upstream = upstream.require_reachable
 
@@ -67,10 +70,12 @@ def build_app(service: Service) -> RequestLimits:
     return RequestLimits(app, service.config, service.keys, partial(_note, service))
 
 
-def build_health_app(service: Service) -> FastAPI:
-    """Health, readiness and metrics alone, for a port of their own."""
+def build_health_app(service: Service, reloader: Reloader | None = None) -> FastAPI:
+    """Health, readiness and metrics alone, for a port of their own; ``/reload`` for admins."""
     app = _bare_app()
     _watch(app, service)
+    if reloader is not None and service.config.admin_key is not None:
+        _administer(app, reloader, ApiKeys([service.config.admin_key]))
     _explain(app)
     return app
 
@@ -128,6 +133,17 @@ def _watch(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.telemetry.page(), media_type="text/plain; version=0.0.4")
+
+
+def _administer(app: FastAPI, reloader: Reloader, keys: ApiKeys) -> None:
+    """What an operator may do."""
+
+    @app.post("/reload", response_class=PlainTextResponse)
+    async def reload(request: Request) -> str:
+        """Read guards and keys anew."""
+        keys.require(request.headers.get("authorization", ""))
+        await reloader.reload()
+        return "reloaded"
 
 
 def _explain(app: FastAPI) -> None:

@@ -72,12 +72,12 @@ def routes(service: Service, upstream: UpstreamClient | None) -> APIRouter:
 
     async def own(request: Request, body: ChatRequest) -> Response:
         """Answer a chat, unless the guard's verdict forbids it."""
-        return await _own(RequestContext(service, request, "chat"), body)
+        return await _own(RequestContext(service, request, "chat", model=body.model), body)
 
     async def through(request: Request, body: Chat) -> Response:
         """Have the upstream answer a chat, unless the guard's verdict forbids it."""
         assert upstream is not None
-        context = RequestContext(service, request, "chat")
+        context = RequestContext(service, request, "chat", model=body.model)
         return await _through(upstream, context, body, await request.json())
 
     how: dict[str, Any] = dict(methods=["POST"], name="completions", responses=what)

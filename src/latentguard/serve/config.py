@@ -50,6 +50,9 @@ class ServeConfig:
     """An OpenAI-compatible service that answers chats, such as ``http://host:8000/v1``; None
     answers them with the guard's own model."""
 
+    admin_key: str | None = None
+    """What lets a client reload guards and keys, at the health port; None lets nobody."""
+
     upstream_key: str | None = None
     """What the upstream is shown instead of the client's own key."""
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from latentguard.serve.queue import (
     size_in_bytes,
 )
 from latentguard.serve.scoring import PromptScorer, ScoredPrompt, to_api_error
+from latentguard.serve.served_guards import ServedGuard, ServedGuards
 from latentguard.serve.shared_model import SharedModel
 from latentguard.serve.text_cache import TextCache
 
@@ -43,6 +44,9 @@ log = logging.getLogger("latentguard.serve")
 
 State = Literal["loading", "ready", "draining", "dead"]
 Opener = Callable[[], tuple[LatentGuard, ChatModel]]
+
+Binder = Callable[[LatentGuard, ChatModel], LatentGuard]
+"""Lets a guard meet a model; raises a LatentGuardError if it is not its own."""
 
 SEGMENT_TOKENS = {"cpu": 128, "cuda": 4096}
 """Tokens that are read at once while several accounts share the model: a tenth of a second."""
@@ -54,6 +58,16 @@ CRASHES = 5
 """The thread gives up when it has crashed so often within a minute."""
 
 
+def verified(guard: LatentGuard, model: ChatModel) -> LatentGuard:
+    """A guard that has met its own model.
+
+    Raises:
+        ModelMismatch: if it is another.
+    """
+    guard.verify_model(model)
+    return guard
+
+
 class ScoringEngine:
     """Batches prompts on the fly, answers chats in between, and notices its own crashes."""
 
@@ -62,6 +76,8 @@ class ScoringEngine:
         opener: Opener,
         config: ServeConfig,
         *,
+        named: Mapping[str, LatentGuard] | None = None,
+        bind: Binder = verified,
         on_batch: Callable[[Sequence[float]], None] = lambda waits: None,
     ) -> None:
         """Prepare; ``start`` begins.
@@ -69,6 +85,8 @@ class ScoringEngine:
         Args:
             opener: Loads guard and model, and checks that they match; runs on the thread.
             config: Limits of queue, batch and time.
+            named: Other guards of the same model.
+            bind: Lets a guard meet the model; gives it as it is served.
             on_batch: Told how long each prompt of a batch waited, in seconds.
         """
         self.config = config
@@ -77,6 +95,7 @@ class ScoringEngine:
         """Told, on the event loop, why the thread ended."""
         self.crashes = deque[float](maxlen=CRASHES)
         self._opener, self._on_batch = opener, on_batch
+        self._named, self._bind = named or {}, bind
         self._lock, self._stopping = threading.Condition(), False
         self._queue, self._in_flight = FairQueue(config.queue), list[WorkItem]()
         self._last_seen = dict[str, float]()
@@ -89,8 +108,13 @@ class ScoringEngine:
         """Whether the thread is between two segments of a long prompt."""
 
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.guard: LatentGuard
+        self.guards: ServedGuards
         self.model: ChatModel
+
+    @property
+    def guard(self) -> LatentGuard:
+        """The default guard."""
+        return self.guards.default.guard
 
     # ---- the event loop's side
 
@@ -126,8 +150,38 @@ class ScoringEngine:
         """Whether a chat that comes now is begun at once."""
         return len(self._chats) + len(self._waiting_chats) < self.config.chats
 
-    async def score(self, prompts: Sequence[Prompt], *, account: str = "") -> list[ScoredPrompt]:
+    async def replace_guards(self, guard: LatentGuard, named: Mapping[str, LatentGuard]) -> None:
+        """Serve other guards of the same model; requests that are under way keep theirs.
+
+        Args:
+            guard: The default one.
+            named: The others.
+
+        Raises:
+            LatentGuardError: if one is not of this model; the old ones go on.
+            ApiError: if there was no time for it.
+        """
+
+        def meet(_: LatentGuard, model: ChatModel) -> ServedGuards | str:
+            try:
+                return self._served(self._bind(guard, model), named, model)
+            except LatentGuardError as error:
+                return str(error)
+
+        found = await self.run_alone(Prompt("-"), meet)
+        if isinstance(found, str):
+            raise LatentGuardError(found)
+        self.guards = found
+
+    async def score(
+        self, prompts: Sequence[Prompt], *, account: str = "", served: ServedGuard | None = None
+    ) -> list[ScoredPrompt]:
         """Score prompts, together with those of other requests.
+
+        Args:
+            prompts: What is scored.
+            account: Whose they are.
+            served: The guard; the default one if None.
 
         Raises:
             ApiError: if one cannot be scored; says why.
@@ -137,15 +191,30 @@ class ScoringEngine:
             await self._require_short(prompt)
         request = object()
         items = [
-            WorkItem(self._loop.create_future(), p, None, estimated_tokens(p), account, request)
-            for p in prompts
+            WorkItem(
+                self._loop.create_future(),
+                prompt=prompt,
+                size=estimated_tokens(prompt),
+                account=account,
+                served=served,
+                request=request,
+            )
+            for prompt in prompts
         ]
         self._submit(items)
         scored: list[ScoredPrompt] = await self._within(asyncio.gather(*(i.future for i in items)))
         return scored
 
-    async def run_alone(self, prompt: Prompt, work: Work, *, account: str = "") -> Any:
-        """Do some work on the thread, alone; ``prompt`` is what it reads.
+    async def run_alone(
+        self, prompt: Prompt, work: Work, *, account: str = "", served: ServedGuard | None = None
+    ) -> Any:
+        """Do some work on the thread, alone.
+
+        Args:
+            prompt: What it reads.
+            work: Given a guard and its model.
+            account: Whose it is.
+            served: The guard; the default one if None.
 
         Raises:
             ApiError: if it cannot be done; says why.
@@ -153,7 +222,8 @@ class ScoringEngine:
         self._require_ready(1)
         await self._require_short(prompt)
         future = self._loop.create_future()
-        self._submit([WorkItem(future, None, work, estimated_tokens(prompt), account)])
+        size = estimated_tokens(prompt)
+        self._submit([WorkItem(future, work=work, size=size, account=account, served=served)])
         return await self._within(future)
 
     async def start_chat(self, chat: GuardedChat) -> None:
@@ -235,7 +305,8 @@ class ScoringEngine:
 
     def _run(self) -> None:
         try:
-            self.guard, self.model = self._opener()
+            guard, self.model = self._opener()
+            self.guards = self._served(guard, self._named, self.model)
             words = self.model.tokenizer.get_vocab()
             self._longest_token = max(len(word.encode("utf-8", "replace")) for word in words)
             self.state = "ready"
@@ -247,6 +318,15 @@ class ScoringEngine:
                 self._busy_since = None
         except BaseException as error:  # whatever it is, nobody may wait for this thread
             self._fail(error)
+
+    def _served(
+        self, guard: LatentGuard, named: Mapping[str, LatentGuard], model: ChatModel
+    ) -> ServedGuards:
+        """Guards as they are served; the named ones still have to meet the model."""
+        others = {
+            name: ServedGuard(self._bind(other, model), name) for name, other in named.items()
+        }
+        return ServedGuards(ServedGuard(guard), others)
 
     def _next(self) -> list[WorkItem] | None:
         """The next batch, empty if only chats go on, None at the end."""
@@ -294,8 +374,8 @@ class ScoringEngine:
         if self._is_shared and not self._is_between:
             model = SharedModel(self.model, segment=self._segment, between=self._serve_others)
         try:
-            work = items[0].work
-            results = self._alone(work) if work else self._score(items, model)
+            is_alone = items[0].work is not None
+            results = self._alone(items[0]) if is_alone else self._score(items, model)
         except Exception as error:  # whatever it is, nobody may wait for this batch
             self._settle(items, [Unavailable("The guard failed on this batch.")] * len(items))
             self._recover(error)
@@ -322,13 +402,23 @@ class ScoringEngine:
             self._is_between = False
 
     def _score(self, items: Sequence[WorkItem], model: Any) -> list[ScoredPrompt | ApiError]:
-        prompts = [item.prompt for item in items if item.prompt]
-        scorer = PromptScorer(self.guard, model, self._cache)
-        return scorer.score_each(prompts, [item.account for item in items])
+        """Each guard reads what it is to judge."""
+        results = dict[int, ScoredPrompt | ApiError]()
+        default = self.guards.default
+        judges = [item.served or default for item in items]
+        for served in dict.fromkeys(judges):
+            own = [n for n, judge in enumerate(judges) if judge is served]
+            prompts = [prompt for n in own if (prompt := items[n].prompt)]
+            scorer = PromptScorer(served.guard, model, self._cache, digest=served.digest)
+            scored = scorer.score_each(prompts, [items[n].account for n in own])
+            results |= zip(own, scored, strict=True)
+        return [results[n] for n in range(len(items))]
 
-    def _alone(self, work: Work) -> list[Any]:
+    def _alone(self, item: WorkItem) -> list[Any]:
+        assert item.work is not None
+        served = item.served or self.guards.default
         try:
-            return [work(self.guard, self.model)]
+            return [item.work(served.guard, self.model)]
         except LatentGuardError as error:
             return [to_api_error(error)]
 
@@ -355,7 +445,7 @@ class ScoringEngine:
     def _step(self, chat: GuardedChat) -> bool:
         """Whether the chat goes on."""
         try:
-            return chat.step(self.guard, self.model)
+            return chat.step(self.model)
         except LatentGuardError as error:
             chat.emit(to_api_error(error))
         except Exception as error:  # nor for this chat
@@ -370,7 +460,8 @@ class ScoringEngine:
         self.crashes.append(now)
         if len(self.crashes) == CRASHES and now - self.crashes[0] < 60:
             raise RuntimeError(f"{CRASHES} crashes within a minute") from error
-        self.guard.verify_model(self.model)
+        for served in self.guards:
+            served.guard.verify_model(self.model)
 
     def _settle(self, items: Sequence[WorkItem], found: Sequence[Any]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits

@@ -94,6 +94,12 @@ class UpstreamError(ApiError):
     status, kind, code = 502, "server_error", "upstream_error"
 
 
+class ReloadFailed(ApiError):
+    """Guards and keys could not be replaced; the old ones go on."""
+
+    status, kind, code = 409, "invalid_request_error", "reload_failed"
+
+
 def error_location(error: BaseException) -> str:
     """What kind of error it is and where it arose, for the log; its words may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)

@@ -44,6 +44,7 @@ class GuardedChat:
         sampling: Sampling,
         must_refuse: Callable[[ScoredPrompt | GuardError], bool],
         *,
+        guard: LatentGuard,
         scored: ScoredPrompt | None = None,
         account: str = "",
     ) -> None:
@@ -53,10 +54,12 @@ class GuardedChat:
             prompt: What is asked, with its history.
             sampling: How the reply is drawn.
             must_refuse: Whether a verdict, or its lack, forbids a reply.
+            guard: What judges it.
             scored: What was found before, if the prompt is not to be read again.
             account: Whose it is.
         """
         self.prompt, self.sampling, self.account = prompt, sampling, account
+        self._guard = guard
         self._scored = scored
         self.cancelled = False
         """Set by whoever no longer listens."""
@@ -85,7 +88,7 @@ class GuardedChat:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    def step(self, guard: LatentGuard, model: ChatModel) -> bool:
+    def step(self, model: ChatModel) -> bool:
         """First read and judge the prompt, both in one pass; then draw a token each time.
 
         Returns:
@@ -94,7 +97,7 @@ class GuardedChat:
         if self.cancelled:
             return False
         if self._conversation is None:
-            verdict = self._read(guard, model)
+            verdict = self._read(self._guard, model)
             # never set to False: the listener may have left meanwhile
             self.cancelled = self._must_refuse(verdict) or self.cancelled
             self.emit(verdict)

@@ -27,6 +27,10 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
+    def replace(self, other: ApiKeys) -> None:
+        """Take the keys of another from now on."""
+        self._digests = other._digests
+
     def require(self, header: str) -> str:
         """The client's name, the first 8 hex digits of its key's SHA-256; ``-`` without keys.
 

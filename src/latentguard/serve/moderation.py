@@ -26,6 +26,7 @@ from latentguard.serve.errors import ApiError, BadRequest
 from latentguard.serve.explanation import Explanation
 from latentguard.serve.messages import ChatMessage, ContentPart, text_of_parts
 from latentguard.serve.scoring import ScoredPrompt
+from latentguard.serve.served_guards import DEFAULT_NAME
 from latentguard.serve.service import RequestContext, Service
 
 Text = Annotated[str, Field(min_length=1)]
@@ -42,7 +43,7 @@ class ModerationRequest(BaseModel):
     """A text, several texts, or the parts of one message."""
 
     model: str | None = None
-    """Any; there is one guard."""
+    """The name of a guard, or any other for the default one."""
 
 
 VerdictFields: Any = create_model(  # type: ignore[call-overload]
@@ -87,6 +88,9 @@ class ScoreRequest(BaseModel):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     """A chat, instead of ``input``."""
 
+    model: str | None = None
+    """The name of a guard, if not the default one."""
+
     explain: bool = False
     """Also what each token and layer adds to the score; for one prompt only."""
 
@@ -115,17 +119,17 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/moderations", response_model=ModerationResponse)
     async def moderations(request: Request, body: ModerationRequest) -> Any:
         """Classify texts, in OpenAI's schema."""
-        context = RequestContext(service, request, "moderations")
+        context = RequestContext(service, request, "moderations", model=body.model)
         found = await _judged(context, _texts(body.input))
-        results = [moderation_result(service.engine.guard, one) for one in found]
-        return ModerationResponse(
-            id=_id("modr", context), model=service.guard_name, results=results
-        )
+        served = context.served
+        results = [moderation_result(served.guard, one) for one in found]
+        return ModerationResponse(id=_id("modr", context), model=served.label, results=results)
 
     @router.post("/v1/score", response_model=ScoreResponse)
     async def score(request: Request, body: ScoreRequest) -> Any:
         """Score prompts; if asked for, say what each token and layer adds."""
-        context = RequestContext(service, request, "score")
+        context = RequestContext(service, request, "score", model=body.model)
+        _require_guard(service, body.model)
         if (body.input is None) == (body.messages is None):
             raise BadRequest("Give either 'input' or 'messages'.")
         if body.messages:
@@ -139,16 +143,23 @@ def routes(service: Service) -> APIRouter:
         results = [_score(one) for one in scored]
         if body.explain:
             results[0].explanation = await _explain(context, prompts[0], scored[0])
-        guard = service.engine.guard
+        guard = context.served.guard
         return ScoreResponse(
             id=_id("score", context),
-            model=service.guard_name,
+            model=context.served.label,
             threshold=guard.threshold,
             layers=list(guard.probe.layers),
             results=results,
         )
 
     return router
+
+
+def _require_guard(service: Service, name: str | None) -> None:
+    guards = service.guards
+    if name is not None and name != DEFAULT_NAME and name not in guards.named:
+        known = ", ".join(one.name for one in guards)
+        raise BadRequest(f"There is no guard of this name; there are: {known}.")
 
 
 async def _score_chat(
@@ -174,6 +185,7 @@ async def _explain(context: RequestContext, prompt: Prompt, scored: ScoredPrompt
         prompt,
         lambda guard, model: explainer.explain(guard, model, prompt, scored.verdict),
         account=context.account,
+        served=context.served,
     )
     return explanation
 

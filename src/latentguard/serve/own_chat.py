@@ -84,6 +84,7 @@ class OwnChat:
             self.prompt,
             self.sampling,
             self._must_refuse,
+            guard=self.context.served.guard,
             scored=self.scored[0],
             account=self.context.account,
         )
@@ -102,9 +103,8 @@ class OwnChat:
         scored = [in_context or self.scored[0], *self.scored[1:]]
         if not any(scored):
             return False
-        service = self.context.service
-        outcome = service.decide(self.readings, scored, self.context.segment)
-        return service.action(outcome) == "block"
+        outcome = self.context.decide(self.readings, scored)
+        return self.context.service.action(outcome) == "block"
 
     async def _record(self) -> ScoredPrompt:
         return await self.context.record_chat(self.readings, self.scored)

@@ -42,11 +42,13 @@ def routes(service: Service, upstream: UpstreamClient | None) -> APIRouter:
     @router.get("/v1/guard")
     async def guard() -> dict[str, Any]:
         """What the guard is and promises, and known scores to compare with."""
-        names = {"name": service.guard_name, "model": service.config.name}
+        guards = service.guards
+        names: dict[str, Any] = {"name": guards.default.label, "model": service.config.name}
+        names["guards"] = [one.name for one in guards]
         config = service.config
         known = _reference(service)
         about = {"policy": config.policy, "on_review": config.on_review, "reference": known}
-        return names | describe(service.engine.guard) | about
+        return names | describe(guards.default.guard) | about
 
     @router.get("/v1/models", response_model=None)
     async def models(request: Request) -> dict[str, Any] | Response:

@@ -20,6 +20,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import QueueFull
+from latentguard.serve.served_guards import ServedGuard
 
 Work = Callable[[LatentGuard, ChatModel], Any]
 """Something to do on the thread."""
@@ -45,6 +46,9 @@ class WorkItem:
 
     account: str = ""
     """Whose it is."""
+
+    served: ServedGuard | None = None
+    """What judges it; None for the default guard at that time."""
 
     request: object = None
     """What it is a part of; a request is given up as a whole."""

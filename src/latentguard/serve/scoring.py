@@ -48,7 +48,12 @@ class PromptScorer:
     """Scores prompts with one guard and its model; belongs to the scoring thread."""
 
     def __init__(
-        self, guard: LatentGuard, model: ChatModel, cache: TextCache[VariantScore] | None = None
+        self,
+        guard: LatentGuard,
+        model: ChatModel,
+        cache: TextCache[VariantScore] | None = None,
+        *,
+        digest: str = "",
     ) -> None:
         """Prepare.
 
@@ -56,8 +61,10 @@ class PromptScorer:
             guard: The guard.
             model: Its model.
             cache: Scores of texts without a history, such as chunks of a chat's earlier turns.
+            digest: Of the guard, whose scores are kept apart from those of others.
         """
         self.guard, self.model, self._cache = guard, model, cache
+        self._guard_digest = digest
 
     def score(self, prompts: Sequence[Prompt], accounts: Sequence[str]) -> list[ScoredPrompt]:
         """Score prompts in as few passes as they fit in; each verdict is that of ``guard.scan``.
@@ -91,14 +98,14 @@ class PromptScorer:
         fresh = list(self.guard.score(self.model, texts))
         for (account, text), score in zip(missing, fresh, strict=True):
             if self._cache is not None and not text.history:
-                self._cache.put(score, account, text.text)
+                self._cache.put(score, self._guard_digest, account, text.text)
         scores = iter(fresh)
         return [next(scores) if score is None else score for score in known]
 
     def _cached(self, account: str, text: Prompt) -> VariantScore | None:
         if self._cache is None or text.history:
             return None
-        return self._cache.get(account, text.text)
+        return self._cache.get(self._guard_digest, account, text.text)
 
     def score_each(
         self, prompts: Sequence[Prompt], accounts: Sequence[str]

@@ -9,24 +9,42 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import uvicorn
 
 from latentguard.errors import LatentGuardError
+from latentguard.guard.latent_guard import LatentGuard
 from latentguard.serve.app import build_app, build_health_app
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.connections import Connections, require_file_descriptors
 from latentguard.serve.drift import DriftReference
-from latentguard.serve.engine import Opener, ScoringEngine
+from latentguard.serve.engine import Binder, Opener, ScoringEngine, verified
+from latentguard.serve.errors import ReloadFailed
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.limits import TimedProtocol
+from latentguard.serve.reload import Reloader, ServedFiles
 from latentguard.serve.service import Service
 from latentguard.serve.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class GuardSource:
+    """Where guards come from, beside the one that is loaded with the model."""
+
+    named: Mapping[str, LatentGuard] = field(default_factory=dict)
+    """Other guards of the same model."""
+
+    bind: Binder = verified
+    """Lets a guard meet the model."""
+
+    read: Callable[[], ServedFiles] | None = None
+    """Reads all guards and keys anew; None if that cannot be done."""
 
 
 class Server(uvicorn.Server):
@@ -37,6 +55,10 @@ class Server(uvicorn.Server):
     health: HealthServer | None = None
     """Health and metrics on a port of their own."""
 
+    reloader: Reloader | None = None
+    """Reads guards and keys anew."""
+
+    _reloading: asyncio.Task[None] | None = None
     _socket: socket.socket | None = None
 
     def listen(self) -> socket.socket:
@@ -68,7 +90,7 @@ class Server(uvicorn.Server):
         handlers: dict[signal.Signals, Callable[[], object]] = {
             signal.SIGTERM: self._close_soon,
             signal.SIGINT: partial(self.handle_exit, signal.SIGINT, None),
-            signal.SIGHUP: self.service.reload,
+            signal.SIGHUP: self._reload,
         }
         if threading.current_thread() is not threading.main_thread():
             handlers = {}
@@ -89,6 +111,27 @@ class Server(uvicorn.Server):
         self.service.is_closing = True
         delay = self.service.config.close_delay if is_served else 0.0
         asyncio.get_running_loop().call_later(delay, self.handle_exit, signal.SIGTERM, None)
+
+    def _reload(self) -> None:
+        """Open the audit log anew, then read guards and keys anew."""
+        self.service.reopen_audit()
+        if self.reloader is not None:
+            self._reloading = asyncio.create_task(self._reload_or_log(self.reloader))
+
+    async def _reload_or_log(self, reloader: Reloader) -> None:
+        with suppress(ReloadFailed):  # the reason is in the log
+            await reloader.reload()
+
+    def _renew_certificate(self) -> None:
+        assert self.config.ssl is not None
+        assert self.config.ssl_certfile is not None
+        self.config.ssl.load_cert_chain(self.config.ssl_certfile, self.config.ssl_keyfile)
+
+    def use_reloader(self, reloader: Reloader) -> None:
+        """Let guards, keys and the certificate be read anew."""
+        self.reloader = reloader
+        if self.config.ssl_certfile is not None:
+            reloader.renew_certificate = self._renew_certificate
 
     def fail(self, error: BaseException) -> None:
         """Stop serving: nobody may take the silence of a dead guard for consent."""
@@ -134,28 +177,49 @@ def create_server(
     keys: ApiKeys | None = None,
     audit: AuditLog | None = None,
     reference: DriftReference | None = None,
+    guards: GuardSource = GuardSource(),
     **how: Any,
 ) -> Server:
-    """A server that is ready to run; ``how`` goes to uvicorn (``host``, ``port``)."""
+    """A server that is ready to run.
+
+    Args:
+        opener: Loads the default guard and the model.
+        config: Policies and limits.
+        keys: Who may come in.
+        audit: Where verdicts are written.
+        reference: What scores are compared with.
+        guards: The other guards, and how all are read anew.
+        how: For uvicorn (``host``, ``port``).
+    """
     reference = reference or DriftReference()
     telemetry = Telemetry(reference.scores)
-    engine = ScoringEngine(opener, config, on_batch=telemetry.batch)
-    service = Service(config, engine, telemetry, keys or ApiKeys(), audit, reference)
-    telemetry.gauge("queue_prompts", "Prompts that wait.", lambda: engine.waiting)
-    telemetry.gauge("chats", "Chats that are being answered.", lambda: engine.active_chats)
-    telemetry.gauge("ready", "1 when verdicts can be asked for.", lambda: service.is_ready)
-    telemetry.gauge("crashes", "Recent crashes of the thread.", lambda: len(engine.crashes))
-    telemetry.gauge(
-        "audit_lost_lines", "Lines that the disk did not take.", lambda: audit.lost if audit else 0
+    engine = ScoringEngine(
+        opener, config, named=guards.named, bind=guards.bind, on_batch=telemetry.batch
     )
+    service = Service(config, engine, telemetry, keys or ApiKeys(), audit, reference)
+    _add_gauges(service)
     server = Server(uvicorn.Config(build_app(service), **_settings(config), **how))
     server.service = service
+    if guards.read is not None:
+        server.use_reloader(Reloader(service, guards.read))
     if config.health_port is not None:
         address: dict[str, Any] = dict(host=config.health_host, port=config.health_port)
-        health = uvicorn.Config(build_health_app(service), lifespan="off", **_COMMON, **address)
-        server.health = HealthServer(health)
+        health = build_health_app(service, server.reloader)
+        server.health = HealthServer(uvicorn.Config(health, lifespan="off", **_COMMON, **address))
     engine.on_death = server.fail
     return server
+
+
+def _add_gauges(service: Service) -> None:
+    engine = service.engine
+    audit = service.audit
+    gauge = service.telemetry.gauge
+    gauge("queue_prompts", "Prompts that wait.", lambda: engine.waiting)
+    gauge("chats", "Chats that are being answered.", lambda: engine.active_chats)
+    gauge("ready", "1 when verdicts can be asked for.", lambda: service.is_ready)
+    gauge("crashes", "Recent crashes of the thread.", lambda: len(engine.crashes))
+    lost = "Lines that the disk did not take."
+    gauge("audit_lost_lines", lost, lambda: audit.lost if audit else 0)
 
 
 def run(server: Server) -> int:

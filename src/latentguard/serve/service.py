@@ -15,16 +15,16 @@ from starlette.requests import Request
 from latentguard.prompts import Prompt
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.chat_readings import ChatReading
-from latentguard.serve.chat_thresholds import ChatThresholds
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.control_tokens import ControlTokens
 from latentguard.serve.disconnects import run_while_connected
-from latentguard.serve.drift import DriftReference
+from latentguard.serve.drift import DriftMonitor, DriftReference
 from latentguard.serve.engine import ScoringEngine
 from latentguard.serve.errors import ApiError, ClientDisconnected, Unavailable
 from latentguard.serve.explanation import Explainer
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.scoring import ScoredPrompt
+from latentguard.serve.served_guards import DEFAULT_NAME, ServedGuard, ServedGuards
 from latentguard.serve.telemetry import Telemetry
 from latentguard.serve.text_cache import TextCache
 
@@ -69,30 +69,29 @@ class Service:
     require_upstream: Callable[[], Awaitable[None]] | None = None
     """Raises an ``ApiError`` if the upstream cannot be reached; None without one."""
 
+    use_upstream_key: Callable[[str | None], None] | None = None
+    """Gives the upstream's client another key; None without an upstream."""
+
     is_closing: bool = False
     """Whether it is about to end."""
 
     _control_tokens: ControlTokens | None = None
-    _digest: str = ""
-    _thresholds: ChatThresholds | None = None
 
     @property
-    def guard_name(self) -> str:
-        """Names the guard in answers, by its digest."""
-        return f"latentguard-{self.digest[:12]}"
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the guard.
+    def guards(self) -> ServedGuards:
+        """The guards.
 
         Raises:
-            Unavailable: until it is loaded.
+            Unavailable: until they are loaded.
         """
-        if not self._digest:
-            if self.engine.state not in ("ready", "draining"):
-                raise Unavailable("The guard is not ready.")
-            self._digest = self.engine.guard.digest
-        return self._digest
+        if self.engine.state not in ("ready", "draining"):
+            raise Unavailable("The guard is not ready.")
+        return self.engine.guards
+
+    def use_reference(self, reference: DriftReference) -> None:
+        """Compare scores with others from now on; the buckets of the histogram stay."""
+        self.reference = reference
+        self.telemetry.drift = DriftMonitor(reference.scores)
 
     @property
     def is_ready(self) -> bool:
@@ -115,7 +114,7 @@ class Service:
         if self.require_upstream is not None:
             await self.require_upstream()
 
-    def reload(self) -> None:
+    def reopen_audit(self) -> None:
         """Begin the audit log anew, as after a rotation by others."""
         if self.audit is None:
             return
@@ -133,41 +132,6 @@ class Service:
             added = self.engine.model.tokenizer.get_added_vocab()
             self._control_tokens = ControlTokens(added)
         return self._control_tokens
-
-    @property
-    def chat_thresholds(self) -> ChatThresholds:
-        """What chats are compared with; made once for each guard."""
-        if self._thresholds is None or self._thresholds.guard is not self.engine.guard:
-            self._thresholds = ChatThresholds(self.engine.guard)
-        return self._thresholds
-
-    def decide(
-        self,
-        readings: Sequence[ChatReading],
-        scored: Sequence[ScoredPrompt | None],
-        segment: str | None,
-    ) -> ScoredPrompt:
-        """The most severe reading of a chat, under the thresholds of so many readings.
-
-        Args:
-            readings: All that is read of the chat.
-            scored: What was found; None where that is still to come.
-            segment: Of the traffic.
-        """
-        decided = self.chat_thresholds.decide(
-            [one.verdict if one else None for one in scored],
-            [reading.is_newest for reading in readings],
-            segment,
-        )
-        most_severe = scored[decided.index]
-        assert most_severe is not None
-        return replace(
-            most_severe,
-            verdict=decided.verdict,
-            threshold=decided.threshold,
-            readings=len(readings),
-            index=decided.index,
-        )
 
     async def record_rejections(self, lines: Sequence[dict[str, Any]]) -> None:
         """Log requests that were refused before there was a verdict, without their texts."""
@@ -199,8 +163,19 @@ class Service:
 class RequestContext:
     """One request, from its arrival to its line in the audit log."""
 
-    def __init__(self, service: Service, request: Request, endpoint: str) -> None:
-        """Begin."""
+    def __init__(
+        self, service: Service, request: Request, endpoint: str, *, model: str | None = None
+    ) -> None:
+        """Begin.
+
+        Args:
+            service: What the request came to.
+            request: The request.
+            endpoint: What it is called in the log.
+            model: That the request names, which may be the name of a guard.
+        """
+        self._model = model
+        self._served: ServedGuard | None = None
         self.service, self.endpoint, self.began = service, endpoint, perf_counter()
         self.request = request
         self.id: str = request.state.request
@@ -215,6 +190,41 @@ class RequestContext:
         header = service.config.segment_header
         self.segment = (request.headers.get(header) or None) if header else None
 
+    @property
+    def served(self) -> ServedGuard:
+        """The guard that judges this request, however long it takes.
+
+        Raises:
+            Unavailable: until the guards are loaded.
+        """
+        if self._served is None:
+            self._served = self.service.guards.find(self._model)
+        return self._served
+
+    def decide(
+        self, readings: Sequence[ChatReading], scored: Sequence[ScoredPrompt | None]
+    ) -> ScoredPrompt:
+        """The most severe reading of a chat, under the thresholds of so many readings.
+
+        Args:
+            readings: All that is read of the chat.
+            scored: What was found; None where that is still to come.
+        """
+        decided = self.served.chat_thresholds.decide(
+            [one.verdict if one else None for one in scored],
+            [reading.is_newest for reading in readings],
+            self.segment,
+        )
+        most_severe = scored[decided.index]
+        assert most_severe is not None
+        return replace(
+            most_severe,
+            verdict=decided.verdict,
+            threshold=decided.threshold,
+            readings=len(readings),
+            index=decided.index,
+        )
+
     def with_segment(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts in the segment that the request names."""
         return [replace(prompt, segment=self.segment) for prompt in prompts]
@@ -222,9 +232,7 @@ class RequestContext:
     async def score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:
         """Score prompts; an error is recorded for each, then raised."""
         try:
-            return await run_while_connected(
-                self.service.engine.score(prompts, account=self.account), self.request
-            )
+            return await run_while_connected(self._score(prompts), self.request)
         except ApiError as error:
             await self.record_failure(prompts, error, answered=False)
             raise
@@ -234,18 +242,24 @@ class RequestContext:
         prompts = self.with_segment([reading.prompt for reading in readings])
         known = [self._cached(prompt) for prompt in prompts]
         missing = [p for p, scored in zip(prompts, known, strict=True) if scored is None]
-        work = self.service.engine.score(missing, account=self.account)
-        fresh = iter(await run_while_connected(work, self.request))
+        fresh = iter(await run_while_connected(self._score(missing), self.request))
         results = [scored or next(fresh) for scored in known]
         for prompt, scored in zip(prompts, results, strict=True):
             if not prompt.history:
-                self.service.cache.put(scored, self.account, self.segment or "", prompt.text)
+                self.service.cache.put(scored, *self._cache_key(prompt))
         return results
+
+    async def _score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:
+        engine = self.service.engine
+        return await engine.score(prompts, account=self.account, served=self.served)
+
+    def _cache_key(self, prompt: Prompt) -> tuple[str, ...]:
+        return self.served.digest, self.account, self.segment or "", prompt.text
 
     def _cached(self, prompt: Prompt) -> ScoredPrompt | None:
         if prompt.history:
             return None
-        return self.service.cache.get(self.account, self.segment or "", prompt.text)
+        return self.service.cache.get(*self._cache_key(prompt))
 
     async def record_failure(
         self, prompts: Sequence[Prompt], error: ApiError, *, answered: bool
@@ -254,7 +268,7 @@ class RequestContext:
         lack: Action = "unjudged" if answered else "error"
         action: Action = "left" if isinstance(error, ClientDisconnected) else lack
         for _ in prompts:
-            self.service.telemetry.verdict(self.endpoint, action)
+            self.service.telemetry.verdict(self.endpoint, action, guard=self._guard_name)
         lines = [self._line(p, action) | {"error": error.code} for p in prompts]
         if error.is_clients_doing and not answered:
             await self.service.record_rejections(lines)
@@ -279,7 +293,7 @@ class RequestContext:
         Raises:
             AuditUnavailable: if the audit log cannot be written.
         """
-        outcome = self.service.decide(readings, scored, self.segment)
+        outcome = self.decide(readings, scored)
         prompts = self.with_segment([readings[0].prompt])
         action = action or self.service.action(outcome)
         await self.record_verdicts(prompts, [outcome], [action])
@@ -299,19 +313,28 @@ class RequestContext:
         ]
         await self._write(lines)
         for one, action in zip(found, actions, strict=True):
-            self.service.telemetry.verdict(self.endpoint, action, one)
+            self.service.telemetry.verdict(self.endpoint, action, one, guard=self._guard_name)
+
+    @property
+    def _known_guard(self) -> ServedGuard | None:
+        """What judges this request; None while nothing is loaded."""
+        is_loaded = self.service.engine.state in ("ready", "draining")
+        return self.served if is_loaded else self._served
+
+    @property
+    def _guard_name(self) -> str:
+        return guard.name if (guard := self._known_guard) else DEFAULT_NAME
 
     def _line(self, prompt: Prompt, action: Action) -> dict[str, Any]:
         audit = self.service.audit
         if audit is None:
             return {}
-        ready = self.service.engine.state in ("ready", "draining")
         line = dict(
             time=timestamp(),
             request=self.id,
             client=self.client,
             endpoint=self.endpoint,
-            guard=self.service.digest[:12] if ready else None,
+            guard=guard.digest[:12] if (guard := self._known_guard) else None,
             prompt=audit.digest(prompt),
             action=action,
             ms=round(1000 * (perf_counter() - self.began), 2),

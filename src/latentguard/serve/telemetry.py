@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from latentguard.serve.drift import DriftMonitor
 from latentguard.serve.scoring import ScoredPrompt
+from latentguard.serve.served_guards import DEFAULT_NAME
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -36,7 +37,13 @@ class Telemetry:
             registry=kept,
         )
         self.verdicts = Counter(
-            "latentguard_verdicts", "Verdicts.", ["endpoint", "action", "decision"], registry=kept
+            "latentguard_verdicts",
+            "Verdicts.",
+            ["endpoint", "action", "decision", "guard"],
+            registry=kept,
+        )
+        self.reloads = Counter(
+            "latentguard_reloads", "Guards and keys read anew.", ["outcome"], registry=kept
         )
         self.first_token = Histogram(
             "latentguard_first_token_seconds",
@@ -69,11 +76,25 @@ class Telemetry:
         for wait in waits:
             self.waits.observe(wait)
 
-    def verdict(self, endpoint: str, action: str, scored: ScoredPrompt | None = None) -> None:
-        """Count what was done, and the verdict if there is one."""
+    def verdict(
+        self,
+        endpoint: str,
+        action: str,
+        scored: ScoredPrompt | None = None,
+        *,
+        guard: str = DEFAULT_NAME,
+    ) -> None:
+        """Count what was done, and the verdict if there is one.
+
+        Args:
+            endpoint: That was asked.
+            action: What was done.
+            scored: The verdict.
+            guard: The name of its guard; scores of the default one are compared with known ones.
+        """
         decision = scored.verdict.decision if scored else "none"
-        self.verdicts.labels(endpoint, action, decision).inc()
-        if scored is None:
+        self.verdicts.labels(endpoint, action, decision, guard).inc()
+        if scored is None or guard != DEFAULT_NAME:
             return
         verdict = scored.verdict
         self.scores.observe(verdict.score)

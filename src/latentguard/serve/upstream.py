@@ -63,6 +63,10 @@ class UpstreamClient:
         self._probe_lock = asyncio.Lock()
         self._probed, self._is_reachable = -PROBE_SECONDS, False
 
+    def use_key(self, key: str | None) -> None:
+        """Show the upstream this key from now on."""
+        self._key = key
+
     async def ask(
         self, request: Request, body: Mapping[str, Any], note: Mapping[str, Any]
     ) -> Response:

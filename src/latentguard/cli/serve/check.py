@@ -8,7 +8,7 @@ from latentguard.cli.loading import require_model
 from latentguard.cli.serve.options import ServeOptions
 from latentguard.cli.serve.parts import (
     read_certificate,
-    read_guard,
+    read_guards,
     read_keys,
     read_upstream_key,
 )
@@ -44,7 +44,7 @@ def find_problems(options: ServeOptions) -> list[str]:
 
 
 def _check_guard(options: ServeOptions) -> None:
-    guard = read_guard(options)
+    guard, _ = read_guards(options)
     require_model(options.model or guard.fingerprint.model)
 
 

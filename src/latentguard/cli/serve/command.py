@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import fields
 from functools import partial
 from typing import Any, get_type_hints
@@ -15,6 +16,7 @@ from latentguard.cli.serve.settings import read_settings
 from latentguard.errors import require_extra
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
+NAME = re.compile(r"[\w.:/-]+", re.ASCII)
 ROLES = ("system", "developer", "assistant", "tool", "function")
 
 
@@ -81,9 +83,20 @@ def require_consistent(options: ServeOptions) -> None:
     for role in options.trust_roles:
         if role not in ROLES:
             _refuse(f"expected {', '.join(ROLES)}; found '{role}'", "--trust-roles")
+    _require_names(options)
     if (options.tls_cert is None) != (options.tls_key is None):
         _refuse("expected both --tls-cert and --tls-key", "--tls-cert")
     _require_upstream(options)
+
+
+def _require_names(options: ServeOptions) -> None:
+    names = [entry.partition("=")[0] for entry in options.guards]
+    for name, entry in zip(names, options.guards, strict=True):
+        if not NAME.fullmatch(name) or name == "default" or not entry.partition("=")[2]:
+            reason = f"expected a name and a guard, as strict=guards/strict; found '{entry}'"
+            _refuse(reason, "--guards")
+    if len(set(names)) < len(names):
+        _refuse(f"expected each name once; found {', '.join(names)}", "--guards")
 
 
 def _require_upstream(options: ServeOptions) -> None:
@@ -108,19 +121,24 @@ def _refuse(reason: str, option: str) -> None:
 
 def _run(options: ServeOptions) -> None:
     """Serve until a signal comes, then end the process."""
-    from latentguard.cli.serve.parts import open_audit, opener, read_parts
+    from latentguard.cli.serve import parts
     from latentguard.serve import server
 
-    parts = read_parts(options)
-    if not parts.keys and options.host not in LOCAL:
+    files = parts.read_files(options)
+    if not files.keys and options.host not in LOCAL:
         echo_err(f"Warning: no API keys, and {options.host} can be reached from elsewhere.")
     made = server.create_server(
-        opener(parts.guard, options),
-        parts.config,
-        keys=parts.keys,
-        audit=open_audit(options),
-        reference=parts.reference,
-        **parts.uvicorn,
+        parts.opener(files.guard, options),
+        parts.config_of(options, files),
+        keys=files.keys,
+        audit=parts.open_audit(options),
+        reference=files.reference,
+        guards=server.GuardSource(
+            files.named, parts.binder(options), partial(parts.read_files, options)
+        ),
+        host=options.host,
+        port=options.port,
+        **parts.read_certificate(options),
     )
     port = made.listen().getsockname()[1]
     scheme = "https" if options.tls_cert else "http"

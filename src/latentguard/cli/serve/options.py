@@ -72,6 +72,14 @@ class ServeOptions:
             "--check", help="Check guard, model, keys, audit log and options; exit 0 or 2."
         ),
     ] = False
+    guards: Annotated[
+        list[str],
+        typer.Option(
+            help="More guards of the same model, as strict=guards/strict: a request's 'model' "
+            "names one of them. Who sets it picks the guard.",
+            rich_help_panel=GUARD,
+        ),
+    ] = ()  # type: ignore[assignment]
     model: Annotated[
         str | None, typer.Option(help="If the model has moved.", rich_help_panel=GUARD)
     ] = None

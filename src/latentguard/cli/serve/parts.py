@@ -5,67 +5,58 @@ from __future__ import annotations
 import logging
 import os
 import ssl
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from latentguard.cli.serve.options import ServeOptions
-from latentguard.errors import LatentGuardError
+from latentguard.errors import GuardError, LatentGuardError
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.models.chat_model import ChatModel
     from latentguard.serve.audit_log import AuditLog
     from latentguard.serve.config import ServeConfig
-    from latentguard.serve.drift import DriftReference
-    from latentguard.serve.engine import Opener
+    from latentguard.serve.engine import Binder, Opener
     from latentguard.serve.keys import ApiKeys
+    from latentguard.serve.reload import ServedFiles
 
 log = logging.getLogger("latentguard.serve")
 
 UPSTREAM_KEY = "LATENTGUARD_UPSTREAM_KEY"
+ADMIN_KEY = "LATENTGUARD_ADMIN_KEY"
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a service is made of, but for its model and its audit log."""
-
-    guard: LatentGuard
-    """The guard."""
-
-    config: ServeConfig
-    """Policies and limits."""
-
-    keys: ApiKeys
-    """Who may come in."""
-
-    reference: DriftReference
-    """What scores are compared with."""
-
-    uvicorn: dict[str, Any]
-    """Address and certificate."""
-
-
-def read_guard(options: ServeOptions) -> LatentGuard:
-    """The guard, without its model; its signature is checked if there is a key.
+def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGuard]]:
+    """The default guard and the named ones, without their model; signatures are checked.
 
     Raises:
-        GuardError: if there is none, or it is damaged or not signed.
+        GuardError: if one is not there, damaged, not signed, or not of the same model.
     """
+    assert options.guard is not None
+    guard = _read_guard(options.guard, options)
+    if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
+        raise GuardError(
+            "--segment-header: this guard has no segments; calibrate it with --segment-column."
+        )
+    named = dict[str, LatentGuard]()
+    for entry in options.guards:
+        name, _, source = entry.partition("=")
+        named[name] = _read_guard(source, options)
+        if not options.allow_mismatch:
+            guard.require_match(named[name].fingerprint)
+    return guard, named
+
+
+def _read_guard(source: str, options: ServeOptions) -> LatentGuard:
     from latentguard.guard.hub import find_guard
 
-    assert options.guard is not None
-    folder = find_guard(options.guard)
+    folder = find_guard(source)
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.guard.signature import VerifyKey
 
     key = VerifyKey(options.verify_key) if options.verify_key else None
-    guard = LatentGuard.load(folder, verify_key=key)
-    if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
-        reason = "this guard has no segments; calibrate it with --segment-column"
-        raise typer.BadParameter(reason, param_hint="--segment-header")
-    return guard
+    return LatentGuard.load(folder, verify_key=key)
 
 
 def read_keys(options: ServeOptions) -> ApiKeys:
@@ -113,25 +104,27 @@ def read_certificate(options: ServeOptions) -> dict[str, Any]:
     return dict(ssl_certfile=str(options.tls_cert), ssl_keyfile=str(options.tls_key))
 
 
-def read_parts(options: ServeOptions) -> Parts:
-    """Read all that a service needs from the disk.
+def read_files(options: ServeOptions) -> ServedFiles:
+    """Read guards, keys and known scores: at the start, and anew on SIGHUP.
 
     Raises:
         LatentGuardError: if something is not as it should be.
     """
     from latentguard.serve.drift import DriftReference
+    from latentguard.serve.reload import ServedFiles
 
-    guard = read_guard(options)
-    return Parts(
+    guard, named = read_guards(options)
+    return ServedFiles(
         guard=guard,
-        config=_config(options, guard),
+        named=named,
         keys=read_keys(options),
+        upstream_key=read_upstream_key(options),
         reference=DriftReference.of(guard, options.reference),
-        uvicorn=dict(host=options.host, port=options.port) | read_certificate(options),
     )
 
 
-def _config(options: ServeOptions, guard: LatentGuard) -> ServeConfig:
+def config_of(options: ServeOptions, files: ServedFiles) -> ServeConfig:
+    """Policies and limits of a service."""
     from latentguard.serve.config import ServeConfig
 
     same = {field.name for field in fields(ServeConfig)} & {f.name for f in fields(ServeOptions)}
@@ -142,17 +135,15 @@ def _config(options: ServeOptions, guard: LatentGuard) -> ServeConfig:
         **(values | plain | lists),
         trusted_roles=tuple(options.trust_roles),
         unread_parameters=tuple(options.allow_parameter),
-        name=Path(guard.fingerprint.model).name or "latentguard",
-        upstream_key=read_upstream_key(options),
+        name=Path(files.guard.fingerprint.model).name or "latentguard",
+        upstream_key=files.upstream_key,
+        admin_key=os.environ.get(ADMIN_KEY),
         wait=options.wait_ms / 1000,
     )
 
 
 def opener(guard: LatentGuard, options: ServeOptions) -> Opener:
-    """What loads the guard's model, on the scoring thread, and checks that it is the guard's own.
-
-    Allowed another model, the guard is bound to it: its canaries score from then on as they do now.
-    """
+    """What loads the guard's model, on the scoring thread, and lets the guard meet it."""
     from transformers.utils import logging as transformers_logging
 
     from latentguard.models.chat_model import ChatModel
@@ -160,20 +151,31 @@ def opener(guard: LatentGuard, options: ServeOptions) -> Opener:
 
     source = options.model or guard.fingerprint.model
     placing = {"device_map": options.device_map} if options.device_map else {}
+    bind = binder(options)
 
     def load() -> tuple[LatentGuard, ChatModel]:
         transformers_logging.disable_progress_bar()
         backend = ChatModel.load(source, dtype=guard.fingerprint.dtype, **placing)
         choose_threads(backend)
-        if not options.allow_mismatch:
-            guard.verify_model(backend)
-            return guard, backend
-        met = guard.accept_model(backend)
-        if met is not guard:
-            log.warning("%s", guard.shift_to(met))
-        return met, backend
+        return bind(guard, backend), backend
 
     return load
+
+
+def binder(options: ServeOptions) -> Binder:
+    """What lets a guard meet the model.
+
+    Allowed another model, the guard is bound to it: its canaries score from then on as they do now.
+    """
+    from latentguard.serve.engine import verified
+
+    def accept(guard: LatentGuard, model: ChatModel) -> LatentGuard:
+        met = guard.accept_model(model)
+        if met is not guard:
+            log.warning("%s", guard.shift_to(met))
+        return met
+
+    return accept if options.allow_mismatch else verified
 
 
 def open_audit(options: ServeOptions) -> AuditLog | None:

@@ -1,0 +1,58 @@
+"""The guards of a service: one by default, others by name, all of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.serve.chat_thresholds import ChatThresholds
+
+DEFAULT_NAME = "default"
+"""Names the guard that judges what names no other."""
+
+
+@dataclass(frozen=True, eq=False)
+class ServedGuard:
+    """One guard, and what is made once of it; a request keeps it to its end."""
+
+    guard: LatentGuard
+    """The guard, met with its model."""
+
+    name: str = DEFAULT_NAME
+    """By which requests name it."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the guard."""
+        return self.guard.digest
+
+    @cached_property
+    def chat_thresholds(self) -> ChatThresholds:
+        """What chats are compared with."""
+        return ChatThresholds(self.guard)
+
+    @property
+    def label(self) -> str:
+        """Names the guard in answers, by its digest."""
+        return f"latentguard-{self.digest[:12]}"
+
+
+@dataclass(frozen=True, eq=False)
+class ServedGuards:
+    """All of them; replaced as a whole."""
+
+    default: ServedGuard
+    """Judges what names no other guard."""
+
+    named: Mapping[str, ServedGuard] = field(default_factory=dict)
+    """The others."""
+
+    def __iter__(self) -> Iterator[ServedGuard]:
+        yield self.default
+        yield from self.named.values()
+
+    def find(self, name: str | None) -> ServedGuard:
+        """The guard of a name; the default one if there is none of it."""
+        return self.named.get(name or "", self.default)
