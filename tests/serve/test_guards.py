@@ -210,7 +210,7 @@ class TestReload:
         assert 'outcome="failed"} 1.0' in get(f"{service.health}/metrics").text
 
     def test_only_the_admin_may(self, service):
-        for key in ("old", "", "admi"):
+        for key in ("old", "x", "admi"):
             assert self.reload(service, key).status_code == 401
         assert post(f"{service}/reload", headers={"authorization": "Bearer old"}).status_code == 404
 

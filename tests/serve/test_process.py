@@ -225,3 +225,34 @@ def test_wrong_options_are_said(nursery, folder, arguments, said):
     with nursery.process(folder, *arguments) as child:
         assert child.wait() in (1, 2)
         assert said in child.stderr
+
+
+def test_sighup_reads_guards_and_keys_anew(nursery, url, tmp_path):
+    folder, keys = tmp_path / "guard", tmp_path / "keys"
+    tiny_guard().save(folder)
+    keys.write_text("old")
+
+    def ask(key):
+        headers = {"authorization": f"Bearer {key}"}
+        return post(f"{url}/v1/moderations", json={"input": passed()}, headers=headers)
+
+    def signal_and_wait(child, *words):
+        child.kill(signal.SIGHUP)
+        until = time.monotonic() + 20
+        while not all(word in child.stderr for word in words):
+            assert time.monotonic() < until, child.stderr
+            time.sleep(0.02)
+
+    with nursery.process(folder, *port(url), "--api-keys", keys) as child:
+        wait_ready(url)
+        before = ask("old").json()["model"]
+        band_guard().save(folder)
+        keys.write_text("old\nnew")
+        signal_and_wait(child, "were read anew: default", band_guard().digest[:12])
+        answer = ask("new").json()
+        assert answer["model"] == f"latentguard-{band_guard().digest[:12]}" != before
+        (folder / "guard.safetensors").write_bytes(b"rubbish")
+        signal_and_wait(child, "stay as they were", "guard.safetensors is damaged")
+        assert ask("new").json()["model"] == answer["model"]
+        child.kill(signal.SIGTERM)
+        assert child.wait() == 0
