@@ -213,7 +213,7 @@ def test_keys_come_from_the_environment(nursery, folder, url):
     ("arguments", "said"),
     [
         (["--policy", "maybe"], "maybe"),
-        (["--on-review", "maybe"], "expected pass, annotate, block"),
+        (["--on-review", "maybe"], "is not one of"),
         (["--on-review", "block", "--policy", "shadow"], "answers even flagged"),
         (["--api-keys", "/nowhere"], "nowhere"),
         (["--upstream", "localhost:8000/v1"], "expected a URL"),

@@ -30,7 +30,7 @@ def file(tmp_path):
 class TestOrder:
     def test_defaults(self):
         assert read_settings({}) == ServeOptions(
-            trust_roles=[], allow_parameter=[], allowed_hosts=[], upstream_hosts=[]
+            trust_roles=[], allow_parameter=[], allowed_hosts=[], upstream_hosts=[], guards=[]
         )
 
     def test_options_come_before_the_environment_and_that_before_the_file(self, file, monkeypatch):

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from latentguard import __version__
-from latentguard.serve import completions, moderation, page
+from latentguard.serve import completions, ext_authz, moderation, page
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.limits import Message, RequestLimits, address_of
@@ -64,6 +64,7 @@ def build_app(service: Service) -> RequestLimits:
     app = _bare_app(lifespan)
     app.include_router(moderation.routes(service))
     app.include_router(completions.routes(service, upstream))
+    app.include_router(ext_authz.routes(service))
     app.include_router(page.routes(service, upstream))
     _watch(app, service)
     _explain(app)
@@ -96,6 +97,8 @@ async def _note(service: Service, scope: Message, status: int, took: float) -> N
     """Count a request; one that was refused before anything was logged of it leaves a line."""
     path = scope["path"]
     endpoint = path if path in PUBLIC else "other"
+    if path.startswith(f"{ext_authz.PREFIX}/"):
+        endpoint = ext_authz.PREFIX
     state = scope["state"]
     if 400 <= status < 500 and endpoint != "other" and not state.get("is_recorded"):
         line = dict(
@@ -103,7 +106,7 @@ async def _note(service: Service, scope: Message, status: int, took: float) -> N
             request=state["request"],
             client=state["client"],
             address=address_of(scope),
-            endpoint=path.rpartition("/")[2],
+            endpoint=endpoint.rpartition("/")[2],
             action="rejected",
             status=status,
         )

@@ -41,6 +41,18 @@ class Unauthorized(ApiError):
     status, kind, code = 401, "authentication_error", "invalid_api_key"
 
 
+class NotJudged(ApiError):
+    """Nothing says that this may go on."""
+
+    status, kind, code = 403, "permission_error", "not_judged"
+
+
+class Flagged(ApiError):
+    """The guard flagged the chat."""
+
+    status, kind, code = 403, "permission_error", "content_filter"
+
+
 class RequestTimeout(ApiError):
     """The body did not come in time."""
 

@@ -357,7 +357,8 @@ class RequestContext:
                 audit.write(lines)
         except ApiError as error:
             config = self.service.config
-            shadow = self.endpoint == "chat" and config.policy == "shadow"
+            is_chat = self.endpoint in ("chat", "ext_authz")
+            shadow = is_chat and config.policy == "shadow"
             if not shadow:
                 raise error from None
 

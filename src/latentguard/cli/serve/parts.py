@@ -39,7 +39,7 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
         raise GuardError(
             "--segment-header: this guard has no segments; calibrate it with --segment-column."
         )
-    named = dict[str, LatentGuard]()
+    named: dict[str, LatentGuard] = {}
     for entry in options.guards:
         name, _, source = entry.partition("=")
         named[name] = _read_guard(source, options)
