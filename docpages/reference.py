@@ -23,6 +23,8 @@ RICH_MARKUP = re.compile(r"\[/?(?:bold|italic|dim|cyan|green|red|yellow)?\]")
 
 VARIABLES = {
     "LATENTGUARD_API_KEYS": "API keys of `serve`, with commas between; instead of `--api-keys`.",
+    "LATENTGUARD_ADMIN_KEY": "Key for `POST /reload` on the health port; without it there is none.",
+    "LATENTGUARD_SERVE_OPTION": "Any option of `serve` by its name, as LATENTGUARD_SERVE_QUEUE.",
     "LATENTGUARD_UPSTREAM_KEY": "Key that `serve` shows the upstream.",
     "HF_HOME": "Cache of the Hugging Face Hub.",
     "HF_HUB_OFFLINE": "`1` asks the Hub for nothing.",

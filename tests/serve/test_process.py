@@ -256,3 +256,18 @@ def test_sighup_reads_guards_and_keys_anew(nursery, url, tmp_path):
         assert ask("new").json()["model"] == answer["model"]
         child.kill(signal.SIGTERM)
         assert child.wait() == 0
+
+
+def test_lines_on_standard_error_are_objects(nursery, folder, url):
+    with nursery.process(folder, *port(url), "--log-format", "json") as child:
+        wait_ready(url)
+        assert post(f"{url}/v1/moderations", json={"input": "BREAK"}).status_code == 503
+        child.kill(signal.SIGTERM)
+        assert child.wait() == 0
+    lines = [json.loads(line) for line in child.stderr.splitlines()]
+    serving, ready, crashed, *_ = [one for one in lines if one["logger"] == "latentguard.serve"]
+    assert serving["message"].startswith(f"Serving {folder} on {url}")
+    assert ready["level"] == "info"
+    assert ready["message"].startswith(f"Ready: guard default {tiny_guard().digest[:12]} on ")
+    assert (crashed["level"], "crashed" in crashed["message"]) == ("error", True)
+    assert all(one["time"].endswith("+00:00") for one in lines)

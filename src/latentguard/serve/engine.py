@@ -310,6 +310,8 @@ class ScoringEngine:
             words = self.model.tokenizer.get_vocab()
             self._longest_token = max(len(word.encode("utf-8", "replace")) for word in words)
             self.state = "ready"
+            names = ", ".join(f"{one.name} {one.digest[:12]}" for one in self.guards)
+            log.info("Ready: guard %s on '%s'.", names, self.model.fingerprint.model)
             while (items := self._next()) is not None:
                 self._in_flight, self._busy_since = items, monotonic()
                 if items:

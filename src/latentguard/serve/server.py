@@ -253,6 +253,7 @@ _COMMON: dict[str, Any] = dict(
     server_header=False,
     proxy_headers=False,
     log_level="warning",
+    log_config=None,  # logs.py says where lines go
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from dataclasses import fields
 from functools import partial
@@ -14,6 +15,8 @@ from latentguard.cli.console import echo_err
 from latentguard.cli.serve.options import ServeOptions
 from latentguard.cli.serve.settings import read_settings
 from latentguard.errors import require_extra
+
+log = logging.getLogger("latentguard.serve")
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 NAME = re.compile(r"[\w.:/-]+", re.ASCII)
@@ -123,10 +126,12 @@ def _run(options: ServeOptions) -> None:
     """Serve until a signal comes, then end the process."""
     from latentguard.cli.serve import parts
     from latentguard.serve import server
+    from latentguard.serve.logs import configure_logs
 
+    configure_logs(as_json=options.log_format == "json")
     files = parts.read_files(options)
     if not files.keys and options.host not in LOCAL:
-        echo_err(f"Warning: no API keys, and {options.host} can be reached from elsewhere.")
+        log.warning("No API keys, and %s can be reached from elsewhere.", options.host)
     made = server.create_server(
         parts.opener(files.guard, options),
         parts.config_of(options, files),
@@ -142,5 +147,6 @@ def _run(options: ServeOptions) -> None:
     )
     port = made.listen().getsockname()[1]
     scheme = "https" if options.tls_cert else "http"
-    echo_err(f"Serving {options.guard} on {scheme}://{options.host}:{port} (see /readyz)")
+    address = f"{scheme}://{options.host}:{port}"
+    log.info("Serving %s on %s (see /readyz).", options.guard, address)
     server.exit_process(server.run(made))

@@ -51,6 +51,13 @@ class Fsync(StrEnum):
     always = auto()
 
 
+class LogFormat(StrEnum):
+    """How lines on standard error are written."""
+
+    text = auto()
+    json = auto()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     """What ``serve`` is given; documented where it is said: in the help of each option."""
@@ -232,6 +239,9 @@ class ServeOptions:
     audit_texts: Annotated[
         bool, typer.Option(help="Write prompts into the audit log.", rich_help_panel=RECORD)
     ] = False
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Of lines on standard error.", rich_help_panel=RECORD)
+    ] = LogFormat.text
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=NETWORK)] = (
         "127.0.0.1"
     )

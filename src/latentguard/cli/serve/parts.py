@@ -155,6 +155,8 @@ def opener(guard: LatentGuard, options: ServeOptions) -> Opener:
 
     def load() -> tuple[LatentGuard, ChatModel]:
         transformers_logging.disable_progress_bar()
+        transformers_logging.disable_default_handler()
+        transformers_logging.enable_propagation()
         backend = ChatModel.load(source, dtype=guard.fingerprint.dtype, **placing)
         choose_threads(backend)
         return bind(guard, backend), backend
