@@ -53,7 +53,8 @@ class AuditLog:
         """Open or create the log.
 
         Args:
-            target: A file; a pipe; ``-`` for standard output; or ``syslog``.
+            target: A file; a pipe; ``-`` for standard output; ``syslog``; or the URL of an
+                OpenTelemetry collector.
             max_bytes: When a file is rotated; 0 leaves that to others.
             keep: How many older files are kept.
             fsync: When lines are forced to the disk.

@@ -1,4 +1,4 @@
-"""Where audit lines go: a file that is rotated, a pipe or standard output, or the syslog.
+"""Where audit lines go: a rotated file, a pipe, standard output, syslog, or a collector.
 
 A file is only ever appended to, so that ``logrotate`` may move it (then ``reopen``, by SIGHUP) or
 copy and truncate it. A pipe whose reader is slow makes writers wait, and then fail.
@@ -14,6 +14,8 @@ import stat
 from pathlib import Path
 from time import monotonic
 from typing import Protocol
+
+from latentguard.serve.audit_otlp import OtlpSink
 
 FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 
@@ -216,7 +218,7 @@ class SyslogSink:
 
 
 def sink_of(target: str, *, max_bytes: int, keep: int) -> Sink:
-    """The sink that a target names: ``-``, ``syslog``, a pipe or device, else a file.
+    """The sink that a target names: ``-``, ``syslog``, a URL, a pipe or device, else a file.
 
     Raises:
         OSError: if it cannot be opened.
@@ -225,11 +227,18 @@ def sink_of(target: str, *, max_bytes: int, keep: int) -> Sink:
         return StreamSink(None)
     if target == "syslog":
         return SyslogSink()
+    if is_collector(target):
+        return OtlpSink(target)
     path = Path(target)
     if path.exists() and not (path.is_file() or path.is_char_device()):
         return StreamSink(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileSink(path, max_bytes=max_bytes, keep=keep)
+
+
+def is_collector(target: str) -> bool:
+    """Whether a target is the URL of an OpenTelemetry collector."""
+    return target.startswith(("http://", "https://"))
 
 
 def require_writable(target: str) -> None:
@@ -242,6 +251,9 @@ def require_writable(target: str) -> None:
         return
     if target == "syslog":
         SyslogSink().close()
+        return
+    if is_collector(target):
+        OtlpSink(target).require_reachable()
         return
     path = Path(target)
     if path.is_dir():

@@ -218,7 +218,8 @@ class ServeOptions:
     audit: Annotated[
         str | None,
         typer.Option(
-            help="Audit log, JSON Lines: a file, a pipe, '-' (standard output) or syslog.",
+            help="Audit log, JSON Lines: a file, a pipe, '-' (standard output), syslog, or an "
+            "OpenTelemetry collector as http://collector:4318/v1/logs.",
             rich_help_panel=RECORD,
         ),
     ] = None
