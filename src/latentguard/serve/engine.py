@@ -168,7 +168,7 @@ class ScoringEngine:
             except LatentGuardError as error:
                 return str(error)
 
-        found = await self.run_alone(Prompt("-"), meet)
+        found = await self.run_alone(Prompt("-"), meet, seconds=self.config.stall)
         if isinstance(found, str):
             raise LatentGuardError(found)
         self.guards = found
@@ -206,7 +206,13 @@ class ScoringEngine:
         return scored
 
     async def run_alone(
-        self, prompt: Prompt, work: Work, *, account: str = "", served: ServedGuard | None = None
+        self,
+        prompt: Prompt,
+        work: Work,
+        *,
+        account: str = "",
+        served: ServedGuard | None = None,
+        seconds: float | None = None,
     ) -> Any:
         """Do some work on the thread, alone.
 
@@ -215,6 +221,7 @@ class ScoringEngine:
             work: Given a guard and its model.
             account: Whose it is.
             served: The guard; the default one if None.
+            seconds: That it may take; the deadline of verdicts if None.
 
         Raises:
             ApiError: if it cannot be done; says why.
@@ -224,7 +231,7 @@ class ScoringEngine:
         future = self._loop.create_future()
         size = estimated_tokens(prompt)
         self._submit([WorkItem(future, work=work, size=size, account=account, served=served)])
-        return await self._within(future)
+        return await self._within(future, seconds)
 
     async def start_chat(self, chat: GuardedChat) -> None:
         """Let the thread answer a chat, which then emits events.
@@ -284,12 +291,13 @@ class ScoringEngine:
             self._lock.notify()
         settle((item, QueueFull(FULL)) for item in evicted)
 
-    async def _within(self, work: Awaitable[Any]) -> Any:
+    async def _within(self, work: Awaitable[Any], seconds: float | None = None) -> Any:
+        seconds = seconds or self.config.deadline
         try:
-            async with asyncio.timeout(self.config.deadline):
+            async with asyncio.timeout(seconds):
                 return await work
         except TimeoutError:
-            reason = f"No verdict came within {self.config.deadline:g} seconds."
+            reason = f"No verdict came within {seconds:g} seconds."
             raise Unavailable(reason) from None
 
     async def _watch(self) -> None:
