@@ -4,6 +4,7 @@ import datetime
 import ipaddress
 import signal
 import ssl
+import time
 
 import httpx
 import pytest
@@ -14,13 +15,11 @@ from serve.test_operations import free_port
 x509 = pytest.importorskip("cryptography.x509")
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """A certificate that signed itself, and its key."""
+def write_certificate(folder):
+    """A certificate that signed itself, and its key; its serial number."""
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    folder = tmp_path_factory.mktemp("tls")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "guard")])
     address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
@@ -36,11 +35,25 @@ def certificate(tmp_path_factory):
     how = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     (folder / "cert.pem").write_bytes(made.public_bytes(pem))
     (folder / "key.pem").write_bytes(key.private_bytes(pem, *how))
-    return folder / "cert.pem", folder / "key.pem"
+    return made.serial_number
 
 
-def test_it_serves_https_and_nothing_else(certificate, tmp_path):
-    cert, key = certificate
+def served_serial(port):
+    found = ssl.get_server_certificate(("127.0.0.1", port))
+    return x509.load_pem_x509_certificate(found.encode()).serial_number
+
+
+def signal_and_wait(child, words):
+    child.kill(signal.SIGHUP)
+    until = time.monotonic() + 20
+    while words not in child.stderr:
+        assert time.monotonic() < until, child.stderr
+        time.sleep(0.02)
+
+
+def test_it_serves_https_and_nothing_else(tmp_path):
+    first = write_certificate(tmp_path)
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     tiny_guard().save(tmp_path / "guard")
     port, health = free_port(), free_port()
     options = ["--port", port, "--health-port", health, "--tls-cert", cert, "--tls-key", key]
@@ -55,6 +68,13 @@ def test_it_serves_https_and_nothing_else(certificate, tmp_path):
             with pytest.raises(httpx.HTTPError):
                 httpx.get(f"http://127.0.0.1:{port}/healthz", verify=False)
             assert httpx.get(f"http://127.0.0.1:{health}/readyz", verify=False).text == "ready"
+            assert served_serial(port) == first
+            cert.write_text("rubbish")
+            signal_and_wait(child, "cannot be used")
+            assert served_serial(port) == first
+            second = write_certificate(tmp_path)
+            signal_and_wait(child, "were read anew")
+            assert served_serial(port) == second != first
             child.kill(signal.SIGTERM)
             assert child.wait() == 0
     finally:
