@@ -65,6 +65,7 @@ def under_load(url, answers, stop):
 def test_kill_9_under_load_and_restart(nursery, folder, url, tmp_path):
     """No wrong verdict before, none after; the audit log has whole lines, all that was told."""
     audit, answers, stop = tmp_path / "audit.jsonl", [], threading.Event()
+    flagged()  # known before the threads ask: making the model draws from one generator
     clients = [threading.Thread(target=under_load, args=(url, answers, stop)) for _ in range(2)]
     for thread in clients:
         thread.start()
