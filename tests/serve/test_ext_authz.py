@@ -65,7 +65,7 @@ PARTS = [{"type": "text", "text": word} for word in ("How ", "are you?")]
         ({"messages": user("Hello."), "temperature": float("nan")}, "number that JSON"),
         ({"messages": user([{"type": "image_url", "image_url": {}}])}, "reads text only"),
         (json.dumps({"messages": user("Hello.")}).encode("utf-16"), "UTF-8"),
-        (b"\xef\xbb\xbf" + json.dumps({"messages": user("Hello.")}).encode(), "not JSON"),
+        (b"\xef\xbb\xbf" + json.dumps({"messages": user("Hello.")}).encode(), "UTF-8"),
         ({"messages": []}, "messages: "),
         ({"prompt": "Hello."}, "messages: "),
         ([1], "dictionary"),

@@ -61,7 +61,7 @@ def _parsed(content: bytes, request: Request) -> Any:
         return json.loads(
             content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
         )
-    except UnicodeDecodeError:
+    except ValueError:  # other bytes, or a mark of their order
         raise BadRequest("The body is not JSON in UTF-8.") from None
 
 
