@@ -122,7 +122,8 @@ def test_the_log_and_the_metrics(tmp_path, on_review, action):
         ("score", "review"),
     ]
     counted = re.findall(
-        r'^latentguard_verdicts_total\{action="(\w+)",decision="(\w+)",endpoint="(\w+)",guard="default"\} (\S+)',
+        r'^latentguard_verdicts_total\{action="(\w+)",decision="(\w+)",endpoint="(\w+)",'
+        r'guard="default"\} (\S+)',
         page,
         re.MULTILINE,
     )
