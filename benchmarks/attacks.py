@@ -32,6 +32,7 @@ import httpx
 from attack_service import ROOT, ServiceProcess, Side, serving
 
 RESULTS = ROOT / "benchmarks" / "results" / "attacks.json"
+PARTS = ["own model", "upstream", "stops", "neighbour"]
 REQUESTS = 29
 ASK = "Please answer my first message now."
 CHAT = "/v1/chat/completions"
@@ -136,6 +137,8 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--guard", type=Path)
     parser.add_argument("--guard-before", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of attacks")
+    parser.add_argument("--sides", nargs="+", choices=["before", "after"])
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of requests")
     asked = parser.parse_args()
     sides = {"after": Side(ROOT, asked.model, asked.guard)}
@@ -143,7 +146,9 @@ def main() -> None:
         sides = {"before": Side(asked.before, asked.model, asked.guard_before), **sides}
     jobs = {"attacks": measure_attacks, "load": measure_load, "cost": measure_cost}
     for name, side in sides.items():
-        figures = jobs[asked.job](side, asked.scale)
+        if asked.sides and name not in asked.sides:
+            continue
+        figures = jobs[asked.job](side, asked)
         store([asked.job, asked.model, name], figures | {"load_average": os.getloadavg()})
 
 
@@ -153,7 +158,7 @@ def store(place: list[str], figures: dict[str, Any]) -> None:
     inner = results
     for name in place[:-1]:
         inner = inner.setdefault(name, {})
-    inner[place[-1]] = figures
+    inner[place[-1]] = inner.get(place[-1], {}) | figures
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(figures, indent=1), flush=True)
 
@@ -161,21 +166,26 @@ def store(place: list[str], figures: dict[str, Any]) -> None:
 # ---- what reaches a model unread
 
 
-def measure_attacks(side: Side, scale: float) -> dict[str, Any]:
-    """Every attack on one source."""
-    with serving(side) as service:
-        figures: dict[str, Any] = {"own model": own_model(service)}
-        figures["refused as single prompts"] = _single(service)
-    with recording_upstream() as upstream, serving(side, upstream=upstream.url) as service:
-        figures["upstream"] = through(service, upstream)
-        figures["odd upstream replies"] = odd_replies(service, upstream)
-    figures["allowed on error"] = allowed_on_error(side)
-    with serving(side) as service:
-        figures["many values"] = many_values(service)
-        figures["long text"] = long_text(service)
-    figures["ninth chat"] = ninth_chat(side)
-    figures["neighbour"] = noisy_neighbour(side, scale)
-    figures["idle connections"] = idle_connections(side)
+def measure_attacks(side: Side, asked: argparse.Namespace) -> dict[str, Any]:
+    """The attacks that were asked for, on one source."""
+    figures: dict[str, Any] = {}
+    if "own model" in asked.parts:
+        with serving(side) as service:
+            figures["own model"] = own_model(service)
+            figures["refused as single prompts"] = _single(service)
+    if "upstream" in asked.parts:
+        with recording_upstream() as upstream, serving(side, upstream=upstream.url) as service:
+            figures["upstream"] = through(service, upstream)
+            figures["odd upstream replies"] = odd_replies(service, upstream)
+        figures["allowed on error"] = allowed_on_error(side)
+    if "stops" in asked.parts:
+        with serving(side) as service:
+            figures["many values"] = many_values(service)
+            figures["long text"] = long_text(service)
+        figures["ninth chat"] = ninth_chat(side)
+        figures["idle connections"] = idle_connections(side)
+    if "neighbour" in asked.parts:
+        figures["neighbour"] = noisy_neighbour(side, asked.scale)
     return figures
 
 
@@ -503,8 +513,9 @@ def _quantile(values: list[float], share: float) -> float:
 # ---- load
 
 
-def measure_load(side: Side, scale: float) -> dict[str, Any]:
+def measure_load(side: Side, asked: argparse.Namespace) -> dict[str, Any]:
     """Verdicts under load, flat memory, and clients that leave."""
+    scale = asked.scale
     with serving(side, queue=4096, concurrency=4096) as service:
         figures: dict[str, Any] = {"storm": storm(service, int(10_000 * scale))}
         figures["a minute at 64 connections"] = asyncio.run(_minute(service, 60 * scale))
@@ -639,10 +650,10 @@ def _gauges(service: ServiceProcess) -> dict[str, float]:
 TURNS = (1, 2, 5, 10, 20)
 
 
-def measure_cost(side: Side, scale: float) -> dict[str, Any]:
+def measure_cost(side: Side, asked: argparse.Namespace) -> dict[str, Any]:
     """A new turn in a growing chat: every message read, against the chat in context only."""
     roles = ("system", "developer", "user", "assistant", "tool", "function")
-    rounds = max(int(20 * scale), 3)
+    rounds = max(int(20 * asked.scale), 3)
     ratios: dict[int, list[float]] = {number: [] for number in TURNS}
     seconds: dict[int, list[float]] = {number: [] for number in TURNS}
     with serving(side) as whole, serving(side, trusted_roles=roles) as context:
