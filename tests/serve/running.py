@@ -102,7 +102,15 @@ def opener(reading="span", probe="linear"):
 
 @contextlib.contextmanager
 def running(
-    open_guard=opener, *, keys=(), audit=None, reference=None, ready=True, guards=None, **options
+    open_guard=opener,
+    *,
+    keys=(),
+    audit=None,
+    reference=None,
+    guards=None,
+    open_telemetry=None,
+    ready=True,
+    **options,
 ):
     """A service in a thread of this process, as its URL."""
     log = AuditLog(audit) if isinstance(audit, (str, Path)) else audit
@@ -113,6 +121,7 @@ def running(
         audit=log,
         reference=reference,
         guards=guards or server.GuardSource(),
+        open_telemetry=open_telemetry,
         host="127.0.0.1",
         port=0,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from latentguard import __version__
 from latentguard.serve import completions, ext_authz, moderation, page
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
 from latentguard.serve.keys import ApiKeys
-from latentguard.serve.limits import Message, RequestLimits, address_of
+from latentguard.serve.limits import App, Message, RequestLimits, address_of
 from latentguard.serve.reload import Reloader
 from latentguard.serve.request_errors import describe_errors
 from latentguard.serve.service import Service, timestamp
@@ -42,7 +43,7 @@ class ErrorResponse(BaseModel):
     error: ErrorObject
 
 
-def build_app(service: Service) -> RequestLimits:
+def build_app(service: Service) -> App:
     """The application of a service, within its limits."""
     upstream = None
     if service.config.upstream:
@@ -60,6 +61,8 @@ def build_app(service: Service) -> RequestLimits:
             await upstream.close()
         if service.audit is not None:
             service.audit.close()
+        if service.telemetry.open_telemetry is not None:
+            await asyncio.to_thread(service.telemetry.open_telemetry.close)
 
     app = _bare_app(lifespan)
     app.include_router(moderation.routes(service))
@@ -68,7 +71,9 @@ def build_app(service: Service) -> RequestLimits:
     app.include_router(page.routes(service, upstream))
     _watch(app, service)
     _explain(app)
-    return RequestLimits(app, service.config, service.keys, partial(_note, service))
+    limited = RequestLimits(app, service.config, service.keys, partial(_note, service))
+    exporter = service.telemetry.open_telemetry
+    return limited if exporter is None else exporter.traced(limited, PUBLIC)
 
 
 def build_health_app(service: Service, reloader: Reloader | None = None) -> FastAPI:

@@ -19,15 +19,15 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from latentguard import __version__
-from latentguard.serve.limits import Message, Receive, Send
+from latentguard.serve.limits import App, Message, Receive, Send
 from latentguard.serve.scoring import ScoredPrompt
-
-App = Callable[[Message, Receive, Send], Any]
 
 QUIET = ("/healthz", "/readyz", "/metrics")
 """Asked every few seconds; they leave no span."""
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+TENTHS = tuple(n / 10 for n in range(1, 10))
 
 
 class OpenTelemetry:
@@ -45,7 +45,11 @@ class OpenTelemetry:
             explicit_bucket_boundaries_advisory=SECONDS,
         )
         self._verdicts = self._meter.create_counter("latentguard.verdicts", unit="{prompt}")
-        self._scores = self._meter.create_histogram("latentguard.score", unit="1")
+        self._probabilities = self._meter.create_histogram(
+            "latentguard.probability",  # scores can be negative, which no histogram takes
+            unit="1",
+            explicit_bucket_boundaries_advisory=TENTHS,
+        )
 
     @staticmethod
     def from_environment() -> OpenTelemetry:
@@ -66,7 +70,7 @@ class OpenTelemetry:
         """Observe a number whenever metrics are exported."""
 
         def observe(_: CallbackOptions) -> Iterable[Observation]:
-            return [Observation(value())]
+            return [Observation(float(value()))]
 
         self._meter.create_observable_gauge(
             f"latentguard.{name}", callbacks=[observe], description=description
@@ -103,7 +107,9 @@ class OpenTelemetry:
             await send(message)
 
         began = perf_counter()
-        parent = propagate.extract({k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]})
+        parent = propagate.extract(
+            {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        )
         with self._tracer.start_as_current_span(
             f"{method} {route}", parent, SpanKind.SERVER, attributes
         ) as span:
@@ -114,13 +120,17 @@ class OpenTelemetry:
         attributes["http.response.status_code"] = status[0]
         self._seconds.record(perf_counter() - began, attributes)
 
-    def verdict(self, endpoint: str, action: str, scored: ScoredPrompt | None) -> None:
-        """Note what was done with a prompt, on the span of its request."""
+    def verdict(
+        self, endpoint: str, action: str, scored: ScoredPrompt | None, *, guard: str
+    ) -> None:
+        """Note what was done with a prompt, on the span of its request; ``guard`` is its name."""
         decision = scored.verdict.decision if scored else "none"
-        attributes: dict[str, Any] = {"endpoint": endpoint, "action": action, "decision": decision}
+        attributes: dict[str, Any] = dict(
+            endpoint=endpoint, action=action, decision=decision, guard=guard
+        )
         self._verdicts.add(1, attributes)
         if scored is not None:
-            self._scores.record(scored.verdict.score)
+            self._probabilities.record(scored.verdict.probability)
             figures = dict(score=scored.verdict.score, threshold=scored.threshold)
             attributes |= figures | {"readings": scored.readings}
         named = {f"latentguard.{name}": value for name, value in attributes.items()}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -31,6 +31,9 @@ from latentguard.serve.limits import TimedProtocol
 from latentguard.serve.reload import Reloader, ServedFiles
 from latentguard.serve.service import Service
 from latentguard.serve.telemetry import Telemetry
+
+if TYPE_CHECKING:  # an extra
+    from latentguard.serve.open_telemetry import OpenTelemetry
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def create_server(
     audit: AuditLog | None = None,
     reference: DriftReference | None = None,
     guards: GuardSource = GuardSource(),
+    open_telemetry: OpenTelemetry | None = None,
     **how: Any,
 ) -> Server:
     """A server that is ready to run.
@@ -189,10 +193,11 @@ def create_server(
         audit: Where verdicts are written.
         reference: What scores are compared with.
         guards: The other guards, and how all are read anew.
+        open_telemetry: Where traces and metrics go, beside Prometheus.
         how: For uvicorn (``host``, ``port``).
     """
     reference = reference or DriftReference()
-    telemetry = Telemetry(reference.scores)
+    telemetry = Telemetry(reference.scores, open_telemetry)
     engine = ScoringEngine(
         opener, config, named=guards.named, bind=guards.bind, on_batch=telemetry.batch
     )

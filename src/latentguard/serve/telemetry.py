@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from latentguard.serve.drift import DriftMonitor
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.served_guards import DEFAULT_NAME
+
+if TYPE_CHECKING:  # an extra
+    from latentguard.serve.open_telemetry import OpenTelemetry
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -17,12 +21,16 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Telemetry:
     """Counters, gauges and histograms of one service."""
 
-    def __init__(self, known: Sequence[float] = ()) -> None:
+    def __init__(
+        self, known: Sequence[float] = (), open_telemetry: OpenTelemetry | None = None
+    ) -> None:
         """Make a registry of its own.
 
         Args:
             known: Scores to compare with; their deciles are the buckets of the score histogram.
+            open_telemetry: Is told the same; None for Prometheus alone.
         """
+        self.open_telemetry = open_telemetry
         self.registry = CollectorRegistry()
         self.drift = DriftMonitor(known)
         kept = self.registry
@@ -69,6 +77,8 @@ class Telemetry:
     def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
         """Show a number that is asked for when Prometheus looks."""
         Gauge(f"latentguard_{name}", what, registry=self.registry).set_function(value)
+        if self.open_telemetry is not None:
+            self.open_telemetry.gauge(name, what, value)
 
     def batch(self, waits: Sequence[float]) -> None:
         """Note a batch, and how long each of its prompts had waited."""
@@ -94,6 +104,8 @@ class Telemetry:
         """
         decision = scored.verdict.decision if scored else "none"
         self.verdicts.labels(endpoint, action, decision, guard).inc()
+        if self.open_telemetry is not None:
+            self.open_telemetry.verdict(endpoint, action, scored, guard=guard)
         if scored is None or guard != DEFAULT_NAME:
             return
         verdict = scored.verdict

@@ -143,6 +143,7 @@ def _run(options: ServeOptions) -> None:
         ),
         host=options.host,
         port=options.port,
+        open_telemetry=parts.open_telemetry(options),
         **parts.read_certificate(options),
     )
     port = made.listen().getsockname()[1]

@@ -269,6 +269,14 @@ class ServeOptions:
             help="File of keys; or the variable LATENTGUARD_API_KEYS.", rich_help_panel=NETWORK
         ),
     ] = None
+    otel: Annotated[
+        bool,
+        typer.Option(
+            "--otel",
+            help="Send traces and metrics by OTLP, where OTEL_EXPORTER_OTLP_ENDPOINT says.",
+            rich_help_panel=RECORD,
+        ),
+    ] = False
     health_port: Annotated[
         int | None,
         typer.Option(

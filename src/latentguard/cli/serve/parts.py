@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentguard.cli.serve.options import ServeOptions
-from latentguard.errors import GuardError, LatentGuardError
+from latentguard.errors import GuardError, LatentGuardError, require_extra
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from latentguard.serve.config import ServeConfig
     from latentguard.serve.engine import Binder, Opener
     from latentguard.serve.keys import ApiKeys
+    from latentguard.serve.open_telemetry import OpenTelemetry
     from latentguard.serve.reload import ServedFiles
 
 log = logging.getLogger("latentguard.serve")
@@ -198,3 +199,18 @@ def open_audit(options: ServeOptions) -> AuditLog | None:
         fsync=str(options.audit_fsync),  # type: ignore[arg-type]
         texts=options.audit_texts,
     )
+
+
+def open_telemetry(options: ServeOptions) -> OpenTelemetry | None:
+    """What sends traces and metrics, if that is wanted.
+
+    Raises:
+        MissingExtra: if OpenTelemetry is not installed.
+    """
+    if not options.otel:
+        return None
+    require_extra("opentelemetry.sdk.trace", "otel", "--otel")
+    require_extra("opentelemetry.exporter.otlp.proto.http", "otel", "--otel")
+    from latentguard.serve.open_telemetry import OpenTelemetry
+
+    return OpenTelemetry.from_environment()
