@@ -19,6 +19,7 @@ SHAPED = [
     "latentguard.interventions",
     "latentguard.models.generate",
     "latentguard.models.chat_model",
+    "latentguard.models.edits",
     "latentguard.models.hooks",
     "latentguard.models.prefill",
 ]

@@ -74,3 +74,67 @@ class Intervention:
         if prompt not in self.vector:
             raise PromptError(f"Prompt '{prompt.id}' has no vector of its own to be steered along.")
         return self.vector[prompt]
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """A direction that is projected out of the residual stream at every layer: h - (h u) u.
+
+    The stream is projected where blocks hand it on, so a block sees no component of it at its
+    input; what its attention adds before its MLP is projected behind the block. Weights stay as
+    they are.
+    """
+
+    vector: Float[Tensor, "d"]
+    """The direction; its length does not matter, but one of length 0 changes nothing."""
+
+    tokens: Tokens = "all"
+    """Where; with ``all`` also at each token of the reply."""
+
+    label: str = ""
+    """What replies are marked with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """States of another run that take the place of a prompt's own while it is read."""
+
+    layer: int
+    """Which layer; 0 is the embedding output."""
+
+    positions: tuple[str, ...]
+    """Where, such as ``t_inst``; names as in ``Layout.index``."""
+
+    states: Mapping[Prompt, Float[Tensor, "p d"]]
+    """What takes the place of each prompt's own states."""
+
+    label: str = ""
+    """What replies are marked with."""
+
+
+Keys = Literal["t_inst", "instruction", "all but t_inst", "random", "all but random"]
+"""Tokens of the last user message that are not seen; ``random`` is one of those before t_inst."""
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """Attention that is cut: tokens behind t_inst, and the reply, do not see some tokens."""
+
+    blocks: tuple[int, ...]
+    """In which blocks, from 1 on: block k makes layer k of layer k - 1."""
+
+    keys: Keys = "t_inst"
+    """What is not seen."""
+
+    readers: Literal["after", "t_post"] = "after"
+    """Who does not see it: each token behind t_inst and the reply, or t_post alone."""
+
+    draw: int = 0
+    """Of the random token."""
+
+    label: str = ""
+    """What replies are marked with."""
+
+
+Edit = Intervention | Ablation | Patch | Knockout
+"""All that can be changed in a run of the model."""

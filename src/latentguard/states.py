@@ -25,7 +25,7 @@ from torch import Tensor
 
 from latentguard.errors import GuardError
 from latentguard.files import atomic_path
-from latentguard.interventions import Intervention
+from latentguard.interventions import Edit
 from latentguard.prompts import Message, Prompt, Reply
 
 Progress = Callable[[int], None]
@@ -265,7 +265,7 @@ class Speaker(Backend, Protocol):
     def sweep(
         self,
         prompts: Iterable[Prompt],
-        interventions: Iterable[Intervention | None],
+        interventions: Iterable[Edit | None],
         *,
         max_new_tokens: int = 24,
         post: bool = True,
@@ -277,6 +277,9 @@ class Speaker(Backend, Protocol):
         ``post`` keeps the post-instruction tokens; of the words in ``watch`` each reply carries the
         log-probability as first word.
         """
+
+    def reply_losses(self, replies: Sequence[Reply]) -> list[float]:
+        """Mean loss of each reply's tokens behind its prompt, unsteered, in nats a token."""
 
 
 def digest_prompts(prompts: Iterable[Prompt]) -> str:

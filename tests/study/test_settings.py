@@ -18,7 +18,10 @@ WHOLE = [
     for f in fields(Settings)
     if type(f.default[0] if isinstance(f.default, tuple) else f.default) is int
 ]
-SIGNED = ("coefficients", "inversion_coefficient", "inversion_others", "steer_from_layer")
+SIGNED = (
+    *("coefficients", "doses", "inversion_coefficient", "inversion_others"),
+    "steer_from_layer",
+)
 SWITCHES = [f.name for f in fields(Settings) if isinstance(f.default, bool)]
 
 

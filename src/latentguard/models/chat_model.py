@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentguard.errors import ModelError, PromptError
-from latentguard.interventions import Intervention
+from latentguard.interventions import Edit
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.generate import sweep
 from latentguard.models.hooks import decoder_blocks, read_positions
@@ -27,6 +27,7 @@ from latentguard.models.loading import (
     unscaled_length,
 )
 from latentguard.models.prefill import has_only_keys_and_values
+from latentguard.models.reply_loss import reply_losses
 from latentguard.models.weights_digest import execution_device, weights_digest
 from latentguard.prompts import Prompt, PromptLike, Reply, as_prompts
 from latentguard.states import Fingerprint, Progress, States, progress_bar
@@ -233,7 +234,7 @@ class ChatModel:
     def sweep(
         self,
         prompts: Iterable[PromptLike],
-        interventions: Iterable[Intervention | None],
+        interventions: Iterable[Edit | None],
         *,
         max_new_tokens: int = 24,
         post: bool = True,
@@ -244,7 +245,7 @@ class ChatModel:
 
         Args:
             prompts: What to reply to.
-            interventions: How to steer; only the reading of the prompt is steered.
+            interventions: How to steer, patch, ablate or cut attention.
             max_new_tokens: The longest reply; an end token of the model ends it sooner.
             post: Keep the post-instruction tokens; if not, the prompt ends at t_inst (Table 1).
             watch: Words whose log-probability as first word is wanted, such as ``Certainly``.
@@ -263,6 +264,14 @@ class ChatModel:
             watch=watch,
             progress=progress,
         )
+
+    def reply_losses(self, replies: Sequence[Reply]) -> list[float]:
+        """Mean loss of each reply's tokens behind its prompt, unsteered, in nats a token.
+
+        Raises:
+            PromptError: if a prompt is empty, or too long with its reply.
+        """
+        return reply_losses(self, replies)
 
     def _capture_group(
         self,

@@ -8,7 +8,6 @@ padded prompt, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
@@ -19,8 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from latentguard.errors import ModelError
-from latentguard.interventions import Intervention
-from latentguard.models.hooks import add_vector
+from latentguard.interventions import Ablation, Edit, Intervention, Tokens
+from latentguard.models.edits import EditedReader, ReplyEdits, pass_key, require_fit, require_place
 from latentguard.models.layout import Layout
 from latentguard.models.prefill import (
     KeysValues,
@@ -30,8 +29,6 @@ from latentguard.models.prefill import (
     build_cache,
     forward,
     join_passes,
-    pass_key,
-    pushes,
     steered_tokens,
 )
 from latentguard.prompts import Prompt, Reply
@@ -50,7 +47,7 @@ ATTENTION_KINDS = {"attention", "full_attention", "sliding_attention", "chunked_
 def sweep(
     model: ReplyingModel,
     prompts: Iterable[Prompt],
-    interventions: Iterable[Intervention | None],
+    interventions: Iterable[Edit | None],
     *,
     max_new_tokens: int = 24,
     post: bool = True,
@@ -111,15 +108,10 @@ def _require_attention(model: ReplyingModel) -> None:
         raise ModelError(f"Replies need blocks of attention with their own cache; found {names}.")
 
 
-def _require_fit(model: ReplyingModel, setting: Intervention | None) -> Intervention:
+def _require_fit(model: ReplyingModel, setting: Edit | None) -> Edit:
     if setting is None:
         return Intervention(0, torch.zeros(model.width), 0.0)
-    if not 0 <= setting.layer <= model.depth:
-        raise ModelError(f"Layers run from 0 to {model.depth}; found {setting.layer}.")
-    for vector in setting.vectors:
-        if tuple(vector.shape) != (model.width,):
-            shape = tuple(vector.shape)
-            raise ModelError(f"A vector of width {model.width} is needed; found shape {shape}.")
+    require_fit(model, setting)
     return setting
 
 
@@ -139,18 +131,18 @@ class _Sweep:
         self.watch = [(word, first_ids(model, word)) for word in watch]
 
     def lay_out(
-        self, prompts: Sequence[Prompt], settings: Sequence[Intervention]
+        self, prompts: Sequence[Prompt], settings: Sequence[Edit]
     ) -> list[tuple[Prompt, Layout]]:
-        """Lay out the prompts, and make sure that each can be read and steered."""
+        """Lay out the prompts, and make sure that each can be read and edited."""
         layouts = self.model.chat(prompts)
         if not self.post:
             layouts = [replace(one, ids=one.ids[: one.t_inst + 1]) for one in layouts]
         for layout, prompt in zip(layouts, prompts, strict=True):
             self.model.check_length(len(layout.ids) + self.max_new_tokens, prompt)
-            for choice in {one.tokens for one in settings}:
+            for choice in _token_choices(settings):
                 steered_tokens(layout, prompt, choice)
-            for one in settings:
-                one.vector_of(prompt)
+            for setting in settings:
+                require_place(setting, prompt, layout)
         return list(zip(prompts, layouts, strict=True))
 
     def settings_at_once(self, tokens: int) -> int:
@@ -163,33 +155,50 @@ class _Sweep:
 
     @torch.inference_mode()
     def reply_to(
-        self, rows: Sequence[tuple[Prompt, Layout]], settings: Sequence[Intervention]
+        self, rows: Sequence[tuple[Prompt, Layout]], settings: Sequence[Edit]
     ) -> list[tuple[int, list[Reply]]]:
         """The number of each setting, in some order, and its replies."""
-        batch = PromptBatch.pad(rows, {one.tokens for one in settings}, self.model.device)
-        reader = SteeredReader(self.model, batch, [one.layer for one in settings])
+        batch = PromptBatch.pad(rows, _token_choices(settings), self.model.device)
+        readers = self._readers(rows, batch, settings)
         todo = sorted(range(len(settings)), key=lambda n: pass_key(settings[n]))
         step = self.settings_at_once(len(rows) * (batch.ids.shape[1] + self.max_new_tokens))
         replies = []
         for chunk in (todo[at : at + step] for at in range(0, len(todo), step)):
-            groups = groupby((settings[n] for n in chunk), key=pass_key)
-            cached, logits = join_passes([reader.steer(list(group)) for _, group in groups])
+            together = [settings[n] for n in chunk]
+            groups = [list(group) for _, group in groupby(together, key=pass_key)]
+            passes = [readers[isinstance(group[0], Intervention)].read(group) for group in groups]
+            cached, logits = join_passes(passes)
             watched = self._watched(logits)
-            here = [settings[n] for n in chunk]
-            steered = _while_replying(here, batch.prompts, logits.device)
-            ids = self._decode(cached, logits, batch.real.repeat(len(chunk), 1), steered)
+            edits = ReplyEdits.of(together, rows, batch, self.model)
+            ids = self._decode(cached, logits, batch.real.repeat(len(chunk), 1), edits)
             made = map(self._reply, list(rows) * len(chunk), ids, watched)
             for n in chunk:
                 own = [replace(r, label=settings[n].label) for r in islice(made, len(rows))]
                 replies.append((n, own))
         return replies
 
+    def _readers(
+        self,
+        rows: Sequence[tuple[Prompt, Layout]],
+        batch: PromptBatch,
+        settings: Sequence[Edit],
+    ) -> dict[bool, SteeredReader | EditedReader]:
+        """What reads the prompts under steering (True) and under other edits (False)."""
+        steered = [one.layer for one in settings if isinstance(one, Intervention)]
+        edited = [one for one in settings if not isinstance(one, Intervention)]
+        readers: dict[bool, SteeredReader | EditedReader] = {}
+        if steered:
+            readers[True] = SteeredReader(self.model, batch, steered)
+        if edited:
+            readers[False] = EditedReader(self.model, rows, batch, edited)
+        return readers
+
     def _decode(
         self,
         cached: KeysValues,
         logits: Float[Tensor, "r v"],
         real: Bool[Tensor, "r t"],
-        steered: dict[int, Float[Tensor, "r d"]],
+        edits: ReplyEdits,
     ) -> list[list[int]]:
         """Greedy tokens of each row; finished rows leave the batch.
 
@@ -197,7 +206,7 @@ class _Sweep:
             cached: Keys and values of the prompts; taken over.
             logits: After the last token of the prompts.
             real: Which tokens are no padding.
-            steered: Layer -> what is added there to each row at every token.
+            edits: What is changed at every token.
         """
         cache = build_cache(cached)
         cached.clear()  # the cache holds them now
@@ -214,10 +223,7 @@ class _Sweep:
                 cache.batch_select_indices(unfinished)
                 rows, tokens, real = rows[unfinished], tokens[unfinished], real[unfinished]
             real = torch.cat([real, real.new_ones(len(real), 1)], 1)
-            with ExitStack() as stack:
-                for layer, vectors in steered.items():
-                    push = dict(vectors=vectors[rows], tokens=real[:, -1:])
-                    stack.enter_context(add_vector(self.model.blocks, layer=layer, **push))
+            with edits.applied(self.model.blocks, rows, real.shape[1]):
                 logits = forward(self.model, tokens[:, None], real, cache)
 
     def _watched(self, logits: Float[Tensor, "r v"]) -> list[tuple[tuple[str, float], ...]]:
@@ -254,17 +260,9 @@ class _Sweep:
         return str(decode(ids))
 
 
-def _while_replying(
-    settings: Sequence[Intervention], prompts: Sequence[Prompt], device: torch.device
-) -> dict[int, Float[Tensor, "r d"]]:
-    """What is added to each row of these settings while its reply is made, by layer."""
-    vectors = pushes(settings, prompts).to(device)
-    found = {}
-    for layer in sorted({one.layer for one in settings if one.while_replying}):
-        here = [one.while_replying and one.layer == layer for one in settings]
-        rows = torch.tensor(here, device=device).repeat_interleave(len(prompts))
-        found[layer] = torch.where(rows[:, None], vectors, 0.0)
-    return found
+def _token_choices(settings: Iterable[Edit]) -> set[Tokens]:
+    """The choices of tokens that some settings steer or ablate."""
+    return {one.tokens for one in settings if isinstance(one, Intervention | Ablation)}
 
 
 def _token_bytes(model: ReplyingModel) -> int:

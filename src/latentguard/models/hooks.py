@@ -1,11 +1,12 @@
-"""Reading and steering the residual stream: the only module that changes what a model runs.
+"""Reading and changing the residual stream and attention: the only module that alters a run.
 
 Hooks are registered, and blocks skipped, in a ``with`` that puts everything back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -176,6 +177,148 @@ def add_vector(
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def replace_states(
+    blocks: Sequence[nn.Module],
+    *,
+    layer: int,
+    columns: Int[Tensor, "r p"],
+    states: Float[Tensor, "r p d"],
+) -> Iterator[None]:
+    """Put states in the place of the residual stream's own at some tokens of a layer.
+
+    Args:
+        blocks: The decoder blocks.
+        layer: Where (0 is the input of the first block).
+        columns: Token indices per row, in the tokens that this pass computes.
+        states: What is put there.
+    """
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+
+    def put(hidden: Tensor) -> Tensor:
+        new = hidden.clone()
+        new[rows.to(hidden.device), columns.to(hidden.device)] = states.to(hidden)
+        return new
+
+    handle = _register(blocks, layer, put)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def project_out(
+    blocks: Sequence[nn.Module],
+    *,
+    directions: Float[Tensor, "r d"],
+    tokens: Bool[Tensor, "r s"] | None = None,
+) -> Iterator[None]:
+    """Project a direction out of the residual stream at every layer: h - (h u) u.
+
+    Args:
+        blocks: The decoder blocks.
+        directions: One a row, of length 1; a row of zeros stays as it is.
+        tokens: At which tokens of the pass; at each if None.
+    """
+
+    def project(hidden: Tensor) -> Tensor:
+        stream = hidden.float()
+        units = directions.to(stream)[:, None]
+        step = (stream * units).sum(-1, keepdim=True) * units
+        if tokens is not None:
+            step = torch.where(tokens.to(hidden.device)[..., None], step, 0.0)
+        return (stream - step).to(hidden)
+
+    handles: list[Any] = []
+    try:
+        for layer in range(len(blocks) + 1):
+            handles.append(_register(blocks, layer, project))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def hide_tokens(
+    blocks: Sequence[nn.Module],
+    hidden: Mapping[int, Bool[Tensor, "r s t"]],
+) -> Iterator[None]:
+    """Cut attention: in some blocks some tokens are not seen by some others.
+
+    The mask that a block is given is changed, whether it is of booleans (sdpa) or added (eager).
+
+    Args:
+        blocks: The decoder blocks.
+        hidden: Number of a block, from 1 on -> which of the t tokens, cached ones included, each
+            of the s tokens of the pass does not see.
+
+    Raises:
+        ModelError: if a block takes no mask, or one of another kind, such as flash attention's.
+    """
+    handles: list[Any] = []
+    try:
+        for number, tokens in hidden.items():
+            block = blocks[number - 1]
+            hook = partial(_mask_more, _mask_place(block), tokens)
+            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+MASK = "attention_mask"
+
+
+def _mask_place(block: nn.Module) -> int:
+    """Where among its arguments a block takes the mask."""
+    names = list(inspect.signature(block.forward).parameters)
+    if MASK not in names:
+        raise ModelError(
+            f"Attention is cut through the argument '{MASK}' of a block; "
+            f"{type(block).__name__} has none. Use another model."
+        )
+    return names.index(MASK)
+
+
+def _mask_more(
+    place: int,
+    hidden: Bool[Tensor, "r s t"],
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with more of its attention masked."""
+    mask = args[place] if place < len(args) else kwargs.get(MASK)
+    new = _masked(mask, hidden[:, None])
+    if place < len(args):
+        return (*args[:place], new, *args[place + 1 :]), kwargs
+    return args, kwargs | {MASK: new}
+
+
+def _masked(mask: Any, hidden: Bool[Tensor, "r 1 s t"]) -> Tensor:
+    """A mask, [r 1 s t], that also hides some tokens."""
+    if mask is None:  # sdpa is given none where every token sees all before it
+        size = hidden.shape[-2:]
+        seen = torch.ones(size, dtype=torch.bool, device=hidden.device).tril(size[1] - size[0])
+        return seen & ~hidden
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != hidden.shape[-2:]:
+        raise ModelError(
+            "Attention can be cut where masks are [rows heads tokens tokens], as with "
+            f"attn_implementation='sdpa' or 'eager'; found {_shape(mask)}."
+        )
+    hidden = hidden.to(mask.device)
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def _shape(mask: Any) -> str:
+    return f"one of shape {tuple(mask.shape)}" if hasattr(mask, "shape") else type(mask).__name__
 
 
 @contextmanager

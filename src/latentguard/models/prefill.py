@@ -132,7 +132,7 @@ class _Start:
 
 
 @dataclass(frozen=True, eq=False)
-class _UnsteeredPass:
+class UnsteeredPass:
     """The unsteered pass, as far as settings share it."""
 
     cached: KeysValues
@@ -163,40 +163,19 @@ class SteeredReader:
         """
         self.model = model
         self.batch = batch
-        self._head = self._tail = _UnsteeredPass([], {}, 0)
+        self._head = self._tail = UnsteeredPass([], {}, 0)
         layers = sorted(set(layers) - {0})
         head = batch.head
         if head:
             first_row = (batch.ids[:1, :head], batch.real[:1, :head])
-            self._head = self._read_unsteered(*first_row, [], layers, stop=False)
+            self._head = read_unsteered(model, *first_row, [], layers=layers, stop=False)
         if layers:
             past = _place_behind_padding(self._head.cached, batch.real, head)
             tail = batch.ids[:, head:]
-            self._tail = self._read_unsteered(tail, batch.real, past, layers, stop=True)
-
-    def _read_unsteered(
-        self, ids: Tensor, real: Tensor, past: KeysValues, layers: list[int], *, stop: bool
-    ) -> _UnsteeredPass:
-        """Run unsteered and keep the residual stream at some layers."""
-        model = self.model
-        sizes = list[int]()
-        cache = build_cache(past)
-        shape = (*ids.shape, len(layers), model.width)
-        buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
-        columns = torch.arange(ids.shape[1], device=model.device).expand(ids.shape)
-        with ExitStack() as stack:
-            stack.enter_context(record_output_size(model.blocks[0], sizes))
-            if layers:
-                reading = read_positions(
-                    model.blocks, columns=columns, layers=layers, buffer=buffer, stop=stop
-                )
-                stack.enter_context(reading)
-            forward(model, ids, real, cache)
-        hidden = {layer: buffer[:, :, slot] for slot, layer in enumerate(layers)}
-        return _UnsteeredPass(_keys_values(cache), hidden, sizes[0])
+            self._tail = read_unsteered(model, tail, batch.real, past, layers=layers, stop=True)
 
     @torch.inference_mode()
-    def steer(self, group: Sequence[Intervention]) -> tuple[KeysValues, Float[Tensor, "r v"]]:
+    def read(self, group: Sequence[Any]) -> tuple[KeysValues, Float[Tensor, "r v"]]:
         """Read the prompts under settings of one ``pass_key``: their cache and first logits."""
         batch, layer, head = self.batch, group[0].layer, self.batch.head
         count = len(batch.ids)
@@ -235,7 +214,35 @@ class SteeredReader:
                 stack.enter_context(skip)
             stack.enter_context(add_vector(blocks, layer=layer, vectors=vectors, tokens=tokens))
             logits = forward(self.model, ids, real, cache)
-        return start.below + _keys_values(cache, layer), logits
+        return start.below + keys_values(cache, layer), logits
+
+
+@torch.inference_mode()
+def read_unsteered(
+    model: ReplyingModel,
+    ids: Int[Tensor, "r u"],
+    real: Bool[Tensor, "r t"],
+    past: KeysValues,
+    *,
+    layers: list[int],
+    stop: bool,
+) -> UnsteeredPass:
+    """Run unsteered and keep the residual stream at some layers."""
+    sizes = list[int]()
+    cache = build_cache(past)
+    shape = (*ids.shape, len(layers), model.width)
+    buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
+    columns = torch.arange(ids.shape[1], device=model.device).expand(ids.shape)
+    with ExitStack() as stack:
+        stack.enter_context(record_output_size(model.blocks[0], sizes))
+        if layers:
+            reading = read_positions(
+                model.blocks, columns=columns, layers=layers, buffer=buffer, stop=stop
+            )
+            stack.enter_context(reading)
+        forward(model, ids, real, cache)
+    hidden = {layer: buffer[:, :, slot] for slot, layer in enumerate(layers)}
+    return UnsteeredPass(keys_values(cache), hidden, sizes[0])
 
 
 def forward(
@@ -259,11 +266,6 @@ def pushes(group: Sequence[Intervention], prompts: Sequence[Prompt]) -> Float[Te
     """What is added to each row, setting by setting: c v."""
     rows = [one.coefficient * one.vector_of(p).float().cpu() for one in group for p in prompts]
     return torch.stack(rows)
-
-
-def pass_key(setting: Intervention) -> tuple[int, bool, bool]:
-    """What settings of one pass share: layer, whether the head is steered, vectors by prompt."""
-    return setting.layer, setting.tokens == "all", isinstance(setting.vector, Mapping)
 
 
 def steered_tokens(layout: Layout, prompt: Prompt, tokens: Tokens) -> Sequence[int]:
@@ -309,7 +311,7 @@ def has_only_keys_and_values(cache: Any) -> bool:
     return all(type(block) in (DynamicLayer, DynamicSlidingWindowLayer) for block in cache.layers)
 
 
-def _keys_values(cache: Any, layer: int = 0) -> KeysValues:
+def keys_values(cache: Any, layer: int = 0) -> KeysValues:
     """What the blocks from ``layer`` on have cached."""
     return [(block.keys, block.values) for block in cache.layers[layer:]]
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from latentguard.interventions import Intervention
+from latentguard.interventions import Ablation, Edit, Intervention, Knockout
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Progress, Speaker, States
 from latentguard.study.judge import Answer, Judge, answer, judge, refused
@@ -144,7 +144,7 @@ class CachedModel:
     def replies(
         self,
         prompts: Iterable[Prompt],
-        interventions: Sequence[Intervention | None] = (None,),
+        interventions: Sequence[Edit | None] = (None,),
         *,
         what: str = "replies",
         max_new_tokens: int = 24,
@@ -155,7 +155,7 @@ class CachedModel:
 
         Args:
             prompts: What to reply to.
-            interventions: How to steer; None is unsteered.
+            interventions: How to steer or edit the run; None is unsteered.
             what: What the progress bar says.
             max_new_tokens: The longest reply.
             post: Keep the post-instruction tokens (Table 1).
@@ -169,13 +169,13 @@ class CachedModel:
         prompts = tuple(prompts)
         how: dict[str, Any] = dict(max_new_tokens=max_new_tokens, post=post, watch=list(watch))
         keys = {
-            p: [key_of("reply", self.name, _said(p), _digest(i, p), how) for i in interventions]
+            p: [key_of("reply", self.name, _said(p), _digest(one, p), how) for one in interventions]
             for p in prompts
         }
+        count = len(interventions)
         there = self.store.has(key for of in keys.values() for key in of)
         every = _each_once(keys)
         missing = {p: [n for n, key in enumerate(keys[p]) if key not in there] for p in every}
-        count = len(interventions)
         advance = self.step(what, len(every) * count)
         advance(len(every) * count - sum(map(len, missing.values())))
         for chunk in _chunks(every, max(PROMPTS_AT_ONCE, REPLIES_AT_ONCE // (count or 1))):
@@ -183,6 +183,26 @@ class CachedModel:
                 wanted = {p: tuple(n for n in missing[p] if n in slots) for p in chunk}
                 self._sweep(wanted, interventions, keys, how, advance)
         return self._kept_replies(prompts, interventions, keys)
+
+    def reply_losses(self, replies: Sequence[Reply], *, what: str = "fluency") -> list[float]:
+        """Mean loss of each reply's tokens behind its prompt, unsteered, in nats a token.
+
+        Raises:
+            PromptError: if a prompt is empty, or too long with its reply.
+        """
+        keys = {
+            reply: key_of("loss", self.name, _said(reply.prompt), reply.ids) for reply in replies
+        }
+        there = self.store.has(keys.values())
+        missing = list({key: r for r, key in keys.items() if key not in there}.values())
+        advance = self.step(what, len(missing))
+        for chunk in _chunks(missing, REPLIES_AT_ONCE):
+            losses = self.uncached.reply_losses(chunk)
+            pairs = zip(chunk, losses, strict=True)
+            self.store.put({keys[reply]: json.dumps(loss).encode() for reply, loss in pairs})
+            advance(len(chunk))
+        kept = self.store.get(keys.values())
+        return [float(json.loads(kept[keys[reply]])) for reply in replies]
 
     def refused(self, replies: Iterable[Reply]) -> tuple[bool | None, ...]:
         """Whether each reply is a refusal; None where the judge cannot tell (empty or cut)."""
@@ -236,7 +256,7 @@ class CachedModel:
     def _sweep(
         self,
         wanted: dict[Prompt, tuple[int, ...]],
-        interventions: Sequence[Intervention | None],
+        interventions: Sequence[Edit | None],
         keys: dict[Prompt, list[str]],
         how: dict[str, Any],
         advance: Progress,
@@ -258,7 +278,7 @@ class CachedModel:
     def _kept_replies(
         self,
         prompts: tuple[Prompt, ...],
-        interventions: Sequence[Intervention | None],
+        interventions: Sequence[Edit | None],
         keys: dict[Prompt, list[str]],
     ) -> list[list[Reply]]:
         found = []
@@ -289,14 +309,25 @@ def _said(prompt: Prompt) -> list[Any]:
     return [prompt.text, [asdict(turn) for turn in prompt.history], prompt.question_at]
 
 
-def _digest(one: Intervention | None, prompt: Prompt) -> list[Any]:
-    """All of an intervention that the reply to a prompt depends on."""
+def _digest(one: Edit | None, prompt: Prompt) -> list[Any]:
+    """All of an edit that the run of a prompt depends on."""
     if one is None:
         return []
-    numbers = one.vector_of(prompt).float().contiguous().numpy().tobytes()
-    digest = hashlib.sha256(numbers).hexdigest()
-    more = ["while replying"] if one.while_replying else []
-    return [int(one.layer), digest, float(one.coefficient), one.tokens, *more]
+    if isinstance(one, Knockout):
+        return ["knockout", list(one.blocks), one.keys, one.readers, one.draw]
+    if isinstance(one, Ablation):
+        return ["ablation", _sha(one.vector), one.tokens]
+    if isinstance(one, Intervention):
+        while_replying = ["while replying"] if one.while_replying else []
+        vector = _sha(one.vector_of(prompt))
+        steered = [int(one.layer), vector, float(one.coefficient), one.tokens]
+        return steered + while_replying
+    states = _sha(one.states[prompt]) if prompt in one.states else ""
+    return ["patch", int(one.layer), list(one.positions), states]
+
+
+def _sha(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _plain(reply: Reply) -> dict[str, Any]:

@@ -33,6 +33,8 @@ PAPER_SETS: Mapping[str, tuple[str, ...]] = {
 
 SCOPES: Mapping[str, tuple[str, ...]] = {
     "asked": (),
+    "interventions": ("patching", "knockout", "ablation", "dose"),
+    "doses": ("dose",),
     "steered": ("steering",),
     "steer_": ("steering",),
     "coefficients": ("steering",),

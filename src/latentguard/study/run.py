@@ -22,6 +22,10 @@ from latentguard.study.cached_model import CachedModel, Step, Tools
 from latentguard.study.claims_report import claims_section
 from latentguard.study.examples import examples_section
 from latentguard.study.figures import (
+    beyond_ablation,
+    beyond_dose,
+    beyond_knockout,
+    beyond_patching,
     confound,
     figure_02_clusters,
     figure_03_beliefs,
@@ -64,8 +68,15 @@ EXPERIMENTS: Mapping[str, Any] = {
     "guards": table_03_guards,
     "finetuning": figure_07_finetuning,
     "confound": confound,
+    "patching": beyond_patching,
+    "knockout": beyond_knockout,
+    "ablation": beyond_ablation,
+    "dose": beyond_dose,
 }
 """Each experiment's module, in the order in which they run."""
+
+BEYOND = ("patching", "knockout", "ablation", "dose")
+"""Experiments that the paper leaves to others; run unless ``settings.interventions`` is 0."""
 
 STORE = "store.sqlite"
 """Under the report's folder: what the model held and said, texts included. Not for publishing."""
@@ -183,7 +194,7 @@ def run(
     prompt_groups = labelling.prompt_groups_of(asked, study.pools, study.settings)
     found = {"labelling": labelling.analyse(asked, prompt_groups, study.settings)}
     for name in EXPERIMENTS:
-        if not only or name in only:
+        if name in only or (not only and _runs_by_default(name, study.settings)):
             say(name)
             found[name] = _experiment(name, study, prompt_groups)
     report = _report(study, found, prompt_groups)
@@ -192,6 +203,10 @@ def run(
     examples = examples_section(study.model, prompt_groups, study.settings)
     report = replace(report, sections=(*report.sections, examples))
     return _with_texts(report, study.pools)
+
+
+def _runs_by_default(name: str, settings: Settings) -> bool:
+    return bool(settings.interventions) or name not in BEYOND
 
 
 def require_known(only: Collection[str]) -> None:
@@ -205,6 +220,8 @@ def require_known(only: Collection[str]) -> None:
 def _experiment(name: str, study: Study, prompt_groups: PromptGroups) -> Finding:
     """One experiment; what it cannot do on this model is a finding too."""
     module = EXPERIMENTS[name]
+    if name in BEYOND and not study.settings.interventions:
+        raise LatentGuardError(f"'{name}' needs prompts: set 'interventions' above 0.")
     try:
         records = module.collect(study.model, prompt_groups, study.settings)
         finding: Finding = module.analyse(records, study.settings)

@@ -108,6 +108,13 @@ class Settings:
     probed: int = 8
     """At how many layers, evenly spread, Figures 9b and 16 steer."""
 
+    interventions: int = 50
+    """Prompts of a group in the experiments beyond the paper (``patching``, ``knockout``,
+    ``ablation``, ``dose``); 0: these are not run."""
+
+    doses: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """How often a direction is added in the dose curves."""
+
     finetune_sizes: tuple[int, ...] = (50, 100, 200, 300, 400)
     """Training pairs of the fine-tuning attack (Figure 7)."""
 
@@ -175,6 +182,7 @@ PAPER_PROTOCOL = dict(
     middle_of=0,
     finetune_completion=128,
     finetune_seeds=3,
+    interventions=0,
 )
 """What the protocol of the authors changes. Lengths of replies are those of their scripts."""
 
@@ -196,17 +204,21 @@ SMALL = dict(
     probed=3,
     suffixes=0,
     suffix_steps=20,
+    interventions=12,
+    doses=(1.0, 4.0),
     finetune_sizes=(50,),
     finetune_test=32,
     finetune_steered=12,
 )
 """A study that a laptop finishes."""
 
-SMALL_PAPER = SMALL | dict(inversion_tokens=32, reply_tokens=32, finetune_completion=48)
+SMALL_PAPER = SMALL | dict(
+    inversion_tokens=32, reply_tokens=32, finetune_completion=48, interventions=0
+)
 """The same under the authors' protocol."""
 
 MAY_BE_ZERO = (
-    *("seed", "suffixes", "domain", "middle_of"),
+    *("interventions", "seed", "suffixes", "domain", "middle_of"),
     *("finetune_rank", "finetune_controls", "finetune_completion", "steer_while_replying"),
     "steer_from_layer",
 )
@@ -302,5 +314,5 @@ def _sound(name: str, value: Any) -> bool:
     if name == "steer_from_layer":
         return bool(value >= -1)
     least = 0 if name in MAY_BE_ZERO else 1
-    signed = ("coefficients", "inversion_coefficient", "inversion_others")
+    signed = ("coefficients", "doses", "inversion_coefficient", "inversion_others")
     return name in signed or min(numbers) >= least
