@@ -11,6 +11,7 @@ from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.claims import CLAIMS
+from latentguard.study.figures.beyond_knockout import CUTS, JUDGED, WINDOWED
 from latentguard.study.figures.figure_13_positions import BEFORE
 from latentguard.study.labelling import ASKED
 from latentguard.study.prompt_groups import PromptPools, sample_prompts
@@ -175,10 +176,34 @@ def planned_replies(
             (finetuned * settings.finetune_epochs * max(settings.finetune_sizes), READING),
         ],
     }
+    parts |= _beyond_the_paper(model, settings)
     yield asked, long
     for name, of in parts.items():
         if not only or name in only:
             yield from of
+
+
+def _beyond_the_paper(
+    model: CachedModel, settings: Settings
+) -> dict[str, Sequence[tuple[int, int]]]:
+    """The same of patching, knock-out, ablation and dose curves.
+
+    A patched prompt starts at its layer and its position, so three take about as long as one.
+    """
+    n = settings.interventions
+    layers, probed = len(settings.layers(model.depth)), len(settings.probed_layers(model.depth))
+    places = len(model.span) + len(BEFORE) + 1
+    judged, long = min(n, JUDGED), settings.reply_tokens
+    cuts = sum(cut.draws for cut in CUTS) + layers * sum(cut.draws for cut in WINDOWED)
+    return {
+        "patching": [
+            (2 * n * layers * (2 * places + 5) // 3, 1),
+            (2 * judged * (2 * probed + 1), long),
+        ],
+        "knockout": [(2 * n * (cuts + 1) // 3, 1), (2 * judged * (len(CUTS) + 2), long)],
+        "ablation": [(2 * n * (3 * probed + 5), 2 * long)],
+        "dose": [(n * (4 * layers * len(settings.doses) + 1), 2 * long)],
+    }
 
 
 def spoken(seconds: float) -> str:
