@@ -144,7 +144,7 @@ def http_page() -> str:
     blocks = [
         "# HTTP",
         "Generated from the service's OpenAPI document, which it serves at `/openapi.json`. "
-        "[Serving a guard](../how-to/serving.md) shows requests. "
+        "[Serve a guard](../how-to/serving.md) shows requests. "
         "Every error has the body [ErrorResponse](#errorresponse).",
     ]
     for path, operations in document["paths"].items():
@@ -220,7 +220,7 @@ def metrics_page() -> str:
     return (
         "# Metrics\n\n"
         "Generated from `GET /metrics`, in Prometheus' format. "
-        "[Serving a guard](../how-to/serving.md) says what to watch.\n\n"
+        "[Operate the service](../how-to/operate.md#watch-it) says what to watch.\n\n"
         + table(("metric", "kind", "what"), rows)
     )
 

@@ -192,7 +192,37 @@ def every_rule_table(model: str) -> str:
     return note + _table(head, rows, DETECTION)
 
 
+# ---- the service
+
+THROUGHPUT_MODELS = {
+    "smollm2-135m": "SmolLM2-135M, float32",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, bfloat16",
+}
+ARMS = ("batched", "one by one", "one by one, whole passes")
+
+
+def throughput_table() -> str:
+    """Requests a second and delays of the service, by connections and way of scoring."""
+    rows = []
+    for model, name in THROUGHPUT_MODELS.items():
+        slices = read_result(f"serve-throughput-{model}")["slices"]
+        for arm in ARMS:
+            for connections in ("1", "8", "64"):
+                record = slices[f"{arm}, {connections}"]
+                rate = _range(record["per_second"], 1)
+                delays = [_range(record[key], 0) for key in ("p50", "p95", "p99")]
+                rows.append([name, connections, arm, rate, *delays])
+    head = ["model", "connections", "scored", "requests / s", "p50 ms", "p95 ms", "p99 ms"]
+    return _table(head, rows, "python benchmarks/serve.py throughput --model MODEL --guard GUARD")
+
+
+def _range(values: list[float], digits: int) -> str:
+    middle, low, high = (f"{value:,.{digits}f}" for value in values)
+    return f"{middle} ({low}, {high})"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "throughput": throughput_table,
     **{f"every-rule-{model}": partial(every_rule_table, model) for model in MODELS},
     "guards": guards_table,
     "controls": controls_table,

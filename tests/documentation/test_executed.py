@@ -14,7 +14,7 @@ PAGES = [
     *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),
 ]
-MARKED_LATER = {"serving.md", "replies.md"}
+MARKED_LATER = {"replies.md"}
 RUN = [
     page
     for page in PAGES
