@@ -230,6 +230,44 @@ class TestLikeness:
         value, low, high = found.bands[0]
         assert np.all(np.array(low) < value) and np.all(np.array(high) > value)
 
+    def test_no_prompt_is_multiplied_with_itself(self):
+        """By brute force: inner products of directions, mean over pairs of different prompts."""
+        rng = np.random.default_rng(2)
+        up, down = rng.normal(size=(6, 2, 1, 5)), rng.normal(size=(7, 2, 1, 5))
+        up += 3 * np.array([[1.0, 0, 0, 1, 0], [0, 1.0, 0, 1, 0]])[:, None]
+
+        def product(a, b):
+            """Of the differences of means at positions a and b."""
+            total = 0.0
+            for one, other, sign in ((up, up, 1), (down, down, 1), (up, down, -1), (down, up, -1)):
+                pairs = [
+                    one[i, a, 0] @ other[j, b, 0]
+                    for i in range(len(one))
+                    for j in range(len(other))
+                    if one is not other or i != j
+                ]
+                total += sign * np.mean(pairs)
+            return total
+
+        wanted = product(0, 1) / np.sqrt(product(0, 0) * product(1, 1))
+        assert compare_directions(up, down).noiseless.value == pytest.approx(wanted)
+
+    def test_noise_that_both_positions_share_does_not_move_it(self):
+        """Orthogonal directions; the plain cosine leans to that of the noise."""
+        rng = np.random.default_rng(4)
+        plain, noiseless, held = [], [], 0
+        for _ in range(40):
+            states = rng.normal(size=(2, 20, 2, 1, 32)) + 2 * rng.normal(size=(2, 20, 1, 1, 32))
+            states[0, :, 0, 0, 0] += 6
+            states[0, :, 1, 0, 1] += 6
+            found = compare_directions(*states)
+            plain.append(found.mean.value)
+            noiseless.append(found.noiseless.value)
+            held += found.noiseless.low <= 0 <= found.noiseless.high
+        assert np.mean(plain) > 0.2
+        assert np.mean(noiseless) == pytest.approx(0, abs=0.06)
+        assert held >= 34
+
     def test_noise_alone_tells_nothing(self):
         noise = np.random.default_rng(3).normal(size=(2, 30, 2, 1, 50))
         found = compare_directions(*noise)
