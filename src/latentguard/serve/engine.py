@@ -36,7 +36,7 @@ from latentguard.serve.queue import (
     size_in_bytes,
 )
 from latentguard.serve.scoring import PromptScorer, ScoredPrompt, to_api_error
-from latentguard.serve.served_guards import ServedGuard, ServedGuards
+from latentguard.serve.served_guards import Binder, ServedGuard, ServedGuards, verified
 from latentguard.serve.shared_model import SharedModel
 from latentguard.serve.text_cache import TextCache
 
@@ -44,9 +44,6 @@ log = logging.getLogger("latentguard.serve")
 
 State = Literal["loading", "ready", "draining", "dead"]
 Opener = Callable[[], tuple[LatentGuard, ChatModel]]
-
-Binder = Callable[[LatentGuard, ChatModel], LatentGuard]
-"""Lets a guard meet a model; raises a LatentGuardError if it is not its own."""
 
 SEGMENT_TOKENS = {"cpu": 128, "cuda": 4096}
 """Tokens that are read at once while several accounts share the model: a tenth of a second."""
@@ -56,16 +53,6 @@ SHARED_SECONDS = 10.0
 
 CRASHES = 5
 """The thread gives up when it has crashed so often within a minute."""
-
-
-def verified(guard: LatentGuard, model: ChatModel) -> LatentGuard:
-    """A guard that has met its own model.
-
-    Raises:
-        ModelMismatch: if it is another.
-    """
-    guard.verify_model(model)
-    return guard
 
 
 class ScoringEngine:
@@ -164,7 +151,7 @@ class ScoringEngine:
 
         def meet(_: LatentGuard, model: ChatModel) -> ServedGuards | str:
             try:
-                return self._served(self._bind(guard, model), named, model)
+                return ServedGuards.meet(self._bind(guard, model), named, model, self._bind)
             except LatentGuardError as error:
                 return str(error)
 
@@ -314,7 +301,7 @@ class ScoringEngine:
     def _run(self) -> None:
         try:
             guard, self.model = self._opener()
-            self.guards = self._served(guard, self._named, self.model)
+            self.guards = ServedGuards.meet(guard, self._named, self.model, self._bind)
             words = self.model.tokenizer.get_vocab()
             self._longest_token = max(len(word.encode("utf-8", "replace")) for word in words)
             self.state = "ready"
@@ -328,15 +315,6 @@ class ScoringEngine:
                 self._busy_since = None
         except BaseException as error:  # whatever it is, nobody may wait for this thread
             self._fail(error)
-
-    def _served(
-        self, guard: LatentGuard, named: Mapping[str, LatentGuard], model: ChatModel
-    ) -> ServedGuards:
-        """Guards as they are served; the named ones still have to meet the model."""
-        others = {
-            name: ServedGuard(self._bind(other, model), name) for name, other in named.items()
-        }
-        return ServedGuards(ServedGuard(guard), others)
 
     def _next(self) -> list[WorkItem] | None:
         """The next batch, empty if only chats go on, None at the end."""

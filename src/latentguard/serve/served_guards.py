@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.models.chat_model import ChatModel
 from latentguard.serve.chat_thresholds import ChatThresholds
 
 DEFAULT_NAME = "default"
 """Names the guard that judges what names no other."""
+
+Binder = Callable[[LatentGuard, ChatModel], LatentGuard]
+"""Lets a guard meet a model; raises a LatentGuardError if it is not its own."""
+
+
+def verified(guard: LatentGuard, model: ChatModel) -> LatentGuard:
+    """A guard that has met its own model.
+
+    Raises:
+        ModelMismatch: if it is another.
+    """
+    guard.verify_model(model)
+    return guard
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +62,21 @@ class ServedGuards:
 
     named: Mapping[str, ServedGuard] = field(default_factory=dict)
     """The others."""
+
+    @staticmethod
+    def meet(
+        default: LatentGuard, named: Mapping[str, LatentGuard], model: ChatModel, bind: Binder
+    ) -> ServedGuards:
+        """Guards as they are served.
+
+        Args:
+            default: Has met the model.
+            named: Still have to meet it.
+            model: The model.
+            bind: Lets a guard meet it.
+        """
+        others = {name: ServedGuard(bind(guard, model), name) for name, guard in named.items()}
+        return ServedGuards(ServedGuard(default), others)
 
     def __iter__(self) -> Iterator[ServedGuard]:
         yield self.default

@@ -24,11 +24,12 @@ from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.connections import Connections, require_file_descriptors
 from latentguard.serve.drift import DriftReference
-from latentguard.serve.engine import Binder, Opener, ScoringEngine, verified
+from latentguard.serve.engine import Opener, ScoringEngine
 from latentguard.serve.errors import ReloadFailed
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.limits import TimedProtocol
 from latentguard.serve.reload import Reloader, ServedFiles
+from latentguard.serve.served_guards import Binder, verified
 from latentguard.serve.service import Service
 from latentguard.serve.telemetry import Telemetry
 

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from latentguard.models.chat_model import ChatModel
     from latentguard.serve.audit_log import AuditLog
     from latentguard.serve.config import ServeConfig
-    from latentguard.serve.engine import Binder, Opener
+    from latentguard.serve.engine import Opener
     from latentguard.serve.keys import ApiKeys
     from latentguard.serve.open_telemetry import OpenTelemetry
     from latentguard.serve.reload import ServedFiles
+    from latentguard.serve.served_guards import Binder
 
 log = logging.getLogger("latentguard.serve")
 
@@ -113,7 +114,6 @@ def read_files(options: ServeOptions) -> ServedFiles:
     """
     from latentguard.serve.drift import DriftReference
     from latentguard.serve.reload import ServedFiles
-
     read_certificate(options)  # so that a damaged one replaces nothing
     guard, named = read_guards(options)
     return ServedFiles(
@@ -171,7 +171,7 @@ def binder(options: ServeOptions) -> Binder:
 
     Allowed another model, the guard is bound to it: its canaries score from then on as they do now.
     """
-    from latentguard.serve.engine import verified
+    from latentguard.serve.served_guards import verified
 
     def accept(guard: LatentGuard, model: ChatModel) -> LatentGuard:
         met = guard.accept_model(model)
