@@ -253,7 +253,8 @@ def require_writable(target: str) -> None:
         SyslogSink().close()
         return
     if is_collector(target):
-        OtlpSink(target).require_reachable()
+        with contextlib.closing(OtlpSink(target)) as collector:
+            collector.require_reachable()
         return
     path = Path(target)
     if path.is_dir():
