@@ -203,7 +203,7 @@ class Nursery:
     def close(self):
         """ReplyEnd."""
         self._parent.stdin.close()
-        self._parent.wait(10)
+        self._parent.wait(60)
         self._parent.stdout.close()
 
 
