@@ -114,6 +114,7 @@ def read_files(options: ServeOptions) -> ServedFiles:
     """
     from latentguard.serve.drift import DriftReference
     from latentguard.serve.reload import ServedFiles
+
     read_certificate(options)  # so that a damaged one replaces nothing
     guard, named = read_guards(options)
     return ServedFiles(
