@@ -1,4 +1,4 @@
-"""Reading prompts: JSON Lines, CSV, Parquet, plain text, a Hub data set."""
+"""Reading prompts and replies: JSON Lines, CSV, Parquet, plain text, a Hub data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import PromptError, require_extra
-from latentguard.prompts import Message, Prompt, parse_chat, parse_turns
+from latentguard.prompts import Message, Prompt, Reply, parse_chat, parse_reply, parse_turns
 
 MESSAGES = "messages"
 """The column of a chat in OpenAI's form."""
@@ -81,6 +81,75 @@ def stream_prompts(
         prompt = parse_prompt(row, columns, where=where)
         known = prompt.harmful if prompt.harmful is not None else harmful
         yield replace(prompt, id=prompt.id or default_id, harmful=known)
+
+
+PROMPT_COLUMN = "prompt"
+REPLY_COLUMNS = ("reply", "response")
+SAFE_COLUMN = "is_safe"
+"""A label the other way round, as BeaverTails has it."""
+
+
+def read_replies(source: str | Path, *, harmful: bool | None = None) -> list[Reply]:
+    """Read every reply of ``source``; see ``stream_replies``.
+
+    Raises:
+        PromptError: as ``stream_replies``, and if ``source`` has no rows at all.
+    """
+    replies = list(stream_replies(source, harmful=harmful))
+    if not replies:
+        raise PromptError(f"{source} holds no replies; expected rows with a prompt and a reply.")
+    return replies
+
+
+def stream_replies(source: str | Path, *, harmful: bool | None = None) -> Iterator[Reply]:
+    """Yield the replies of a file or of a Hub data set, in order.
+
+    A row holds either ``prompt`` and ``reply`` (or ``response``), or ``messages`` that end with the
+    assistant. Its ``label`` (or ``is_safe``, the other way round) is that of the reply.
+
+    Args:
+        source: As for ``stream_prompts``.
+        harmful: The label of rows that carry none.
+
+    Raises:
+        PromptError: if the source or a row cannot be used: names file, line and reason.
+        MissingExtra: if a Parquet file or a Hub data set is read without the extra ``hub-data``.
+    """
+    for where, default_id, row in read_rows(str(source), PROMPT_COLUMN):
+        reply = parse_reply_row(row, where=where)
+        known = reply.harmful if reply.harmful is not None else harmful
+        prompt = replace(reply.prompt, id=reply.prompt.id or default_id)
+        yield replace(reply, prompt=prompt, harmful=known)
+
+
+def parse_reply_row(row: Mapping[str, Any], *, where: str = "row") -> Reply:
+    """Make a reply of one row; ``where`` names the row in errors.
+
+    Raises:
+        PromptError: if prompt or reply is missing, empty or not text, or the label is unknown.
+    """
+    if PROMPT_COLUMN not in row and row.get(MESSAGES):
+        reply = parse_reply(row[MESSAGES], where)
+    else:
+        column = next((name for name in REPLY_COLUMNS if name in row), REPLY_COLUMNS[0])
+        if missing := [name for name in (PROMPT_COLUMN, column) if name not in row]:
+            columns = ", ".join(map(str, row)) or "none"
+            raise PromptError(f"{where}: no column '{missing[0]}'; columns found: {columns}.")
+        history = parse_turns(row.get("history"), f"{where}: each of 'history'")
+        prompt = Prompt(_text(row[PROMPT_COLUMN], PROMPT_COLUMN, where), history=history)
+        reply = Reply(prompt, _text(row[column], column, where))
+    label = _label(row.get("label"), "label", where)
+    safe = _label(row.get(SAFE_COLUMN), SAFE_COLUMN, where)
+    if label is None and safe is not None:
+        label = not safe
+    asked = replace(
+        reply.prompt,
+        id=str(_given(row.get("id"), "")),
+        category=_word(row.get("category")),
+        source=_word(row.get("source")),
+        pair=_word(row.get("pair")),
+    )
+    return replace(reply, prompt=asked, harmful=label)
 
 
 def select_side(prompts: Iterable[Prompt], *, harmful: bool) -> list[Prompt]:

@@ -91,7 +91,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said to a prompt, decoded greedily.
+    """What a model said to a prompt, decoded greedily or given in a file.
 
     Examples:
         >>> reply = model.generate(["Hello."], max_new_tokens=2)[0]
@@ -105,10 +105,10 @@ class Reply:
     text: str
     """What was said, without special tokens."""
 
-    ids: tuple[int, ...]
-    """Its tokens; the end token included, if it came."""
+    ids: tuple[int, ...] = ()
+    """Its tokens; the end token included, if it came. None where only the text is given."""
 
-    finished: bool
+    finished: bool = True
     """Whether the model ended it; False if it was cut at the most tokens allowed."""
 
     label: str = ""
@@ -116,6 +116,9 @@ class Reply:
 
     watched: tuple[tuple[str, float], ...] = ()
     """Words, and the log-probability with which the reply begins with the first token of each."""
+
+    harmful: bool | None = None
+    """The label of the reply; None if unknown."""
 
 
 Turn = Message | Mapping[str, Any]
@@ -186,6 +189,26 @@ def parse_chat(turns: Any, where: str) -> Prompt:
             f"'{messages[-1].role}'."
         )
     return Prompt(messages[-1].content, history=messages[:-1])
+
+
+def parse_reply(turns: Any, where: str) -> Reply:
+    """The last turn of a chat as a reply to those before it.
+
+    Args:
+        turns: Messages, or objects with ``role`` and ``content``.
+        where: Names the chat in errors.
+
+    Raises:
+        PromptError: if they are no such list, or do not end with a user and then the assistant.
+    """
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or len(turns) < 2:
+        raise PromptError(f"{where}: expected messages that end with a user and the assistant.")
+    *_, last = parse_turns(turns, f"{where}: a message")
+    if last.role != "assistant":
+        raise PromptError(
+            f"{where}: the last message is the reply, the assistant's; found one of '{last.role}'."
+        )
+    return Reply(parse_chat(turns[:-1], where), last.content)
 
 
 def parse_turns(turns: Any, what: str) -> tuple[Message, ...]:

@@ -18,7 +18,7 @@ PROMPT = Prompt("Tell me of the sea and the wind, and of ships. " * 6)
 def test_states_are_those_of_one_pass_though_the_model_works_in_between(architecture, size):
     model = chat_model(architecture, FAMILIES["qwen2.5"].tokenizer)
     layers = tuple(range(model.depth + 1))
-    row = CaptureRow(model.chat([PROMPT])[0], POSITIONS)
+    row = CaptureRow.of(model.chat([PROMPT])[0], POSITIONS)
     if not can_be_segmented(model, row):
         pytest.skip("keeps more than keys and values")
     calls = []

@@ -21,6 +21,7 @@ from latentguard.cli.options import (
     TextColumn,
 )
 from latentguard.cli.outputs import changed_guard
+from latentguard.cli.reply_calibration import ReplySource, calibrate_guard_replies
 from latentguard.data.builtin import load_traffic
 from latentguard.errors import GuardError, PromptError
 from latentguard.guard.leakage import exclude_training_prompts
@@ -44,6 +45,10 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     harmful: Annotated[
         list[str] | None,
         typer.Option(help="Harmful prompts, not those fitted on: calibrates probabilities, too."),
+    ] = None,
+    replies: Annotated[
+        list[str] | None,
+        typer.Option(help="Harmless replies (prompt, reply): the threshold for what is said."),
     ] = None,
     max_fpr: Annotated[
         float | None,
@@ -93,10 +98,20 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     and chats: fit picks it on built-in texts, and those in HARMLESS move it, if there are any.
     With --harmful, GUARD/calibration/report.html shows how reliable probabilities are.
 
+    With --replies the threshold for replies of a guard fitted with --replies is set: at most
+    MAX_FPR of harmless replies are flagged at any of their tokens. That for prompts stays as it is.
+
     Example: latentguard calibrate guards/qwen --harmless traffic.jsonl --max-fpr 0.01
     """
     from latentguard.guard.evaluation import compare
 
+    if replies:
+        if harmless or harmful:
+            reason = "replies are calibrated by themselves; call it once for each"
+            raise typer.BadParameter(reason, param_hint="--replies")
+        source = ReplySource(guard, out, model, device_map, allow_mismatch=allow_mismatch)
+        calibrate_guard_replies(source, replies, 0.01 if max_fpr is None else max_fpr, confidence)
+        return
     columns = Columns(text=text_column, segment=segment_column or "")
     rates = _rates(
         max_fpr,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentguard.cli.console import echo_err, progress
-from latentguard.cli.inputs import read_side
+from latentguard.cli.inputs import read_side, require_distinct
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model, require_model, save_guard
 from latentguard.cli.options import (
@@ -25,8 +25,8 @@ from latentguard.cli.options import (
 from latentguard.cli.outputs import output_folder, require_no_guard
 from latentguard.data.builtin import DEFAULT_ROWS, load_training_rows
 from latentguard.models.sources import cache_folder
-from latentguard.prompt_files import Columns
-from latentguard.prompts import Prompt
+from latentguard.prompt_files import Columns, read_replies
+from latentguard.prompts import Prompt, Reply
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
@@ -63,6 +63,10 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     long: Annotated[
         bool, typer.Option("--long", help="Also read long prompts and chats by chunks.")
     ] = False,
+    replies: Annotated[
+        list[str] | None,
+        typer.Option(help="Labelled replies (prompt, reply, label): judge what the model says."),
+    ] = None,
     text_column: TextColumn = "text",
     dtype: Dtype = "auto",
     quantize: Annotated[
@@ -80,6 +84,9 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     A large model: --device-map auto, and --quantize int8 or nf4. A guard is of the quantised model
     or of the plain one, never of both; the other verbs quantise as it was fitted.
 
+    With --replies the guard also judges what the model says, token by token. The rows are a file or
+    a Hub data set, such as PKU-Alignment/BeaverTails:30k_train; no such rows are built in.
+
     A killed fit goes on where it stopped: its states are kept in the cache folder meanwhile.
 
     Example: latentguard fit --model Qwen/Qwen2.5-7B-Instruct --out guards/qwen
@@ -95,11 +102,15 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
         if contrast or not prompts:
             prompts += load_training_rows(None if all_rows else rows)
         _check_training(prompts, reading, kind)
+        labelled_replies = _training_replies(replies)
         loaded_dtype = f"{dtype}/{quantize.value}" if quantize else dtype
         backend = load_model(model, loaded_dtype, device_map)
         guard = _fit_guard(backend, prompts, reading, kind)
-        save_guard(_fit_long(guard, backend) if long else guard, out)
+        guard = _fit_long(guard, backend) if long else guard
+        save_guard(_fit_replies(guard, backend, labelled_replies), out)
     echo_err(f"Guard written to {out}. Next: latentguard calibrate {out} --harmless FILE")
+    if replies:
+        echo_err(f"For replies: latentguard calibrate {out} --replies HARMLESS")
 
 
 def _check_training(prompts: list[Prompt], reading: str, probe: Kind) -> None:
@@ -128,6 +139,29 @@ def _fit_guard(backend: ChatModel, prompts: list[Prompt], reading: str, probe: K
             progress=view.advance,
             cache=cache,
         )
+
+
+def _training_replies(sources: list[str] | None) -> list[Reply]:
+    """The labelled replies, checked before the model loads."""
+    from latentguard.guard.reply_fitting import draw_training_replies, require_reply_labels
+
+    require_distinct(sources or ())
+    replies = [reply for source in sources or () for reply in read_replies(source)]
+    drawn = draw_training_replies(replies)
+    if len(drawn) < len(replies):
+        echo_err(f"{len(drawn):,} of {len(replies):,} replies are drawn to fit on.")
+    if drawn:
+        require_reply_labels(drawn)
+    return drawn
+
+
+def _fit_replies(guard: LatentGuard, backend: ChatModel, replies: list[Reply]) -> LatentGuard:
+    from latentguard.guard.reply_fitting import fit_replies
+
+    if not replies:
+        return guard
+    with progress("replies", len(replies)) as view:
+        return fit_replies(backend, guard, replies, progress=view.advance)
 
 
 def _fit_long(guard: LatentGuard, backend: ChatModel) -> LatentGuard:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentguard.cli.console import echo_err
 from latentguard.data.builtin import load_contrast
 from latentguard.errors import PromptError
-from latentguard.prompt_files import Columns, read_prompts, select_side, stream_prompts
+from latentguard.prompt_files import (
+    Columns,
+    read_prompts,
+    select_side,
+    stream_prompts,
+    stream_replies,
+)
 from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -67,13 +74,22 @@ def check_prompts(source: str, columns: Columns) -> int | None:
     Raises:
         PromptError: if a row cannot be used, or there is none.
     """
+    return _check_rows(source, partial(stream_prompts, source, columns=columns), "prompts")
+
+
+def check_replies(source: str) -> int | None:
+    """As ``check_prompts``, for rows that hold replies."""
+    return _check_rows(source, partial(stream_replies, source), "replies")
+
+
+def _check_rows(source: str, stream: Callable[[], Iterator[object]], what: str) -> int | None:
     if Path(source).is_file():
-        count = sum(1 for _ in stream_prompts(source, columns=columns))
+        count = sum(1 for _ in stream())
         if not count:
-            raise PromptError(f"{source} holds no prompts; expected at least one row with a text.")
+            raise PromptError(f"{source} holds no {what}; expected at least one row with a text.")
         return count
     if source != "-" and not Path(source).exists():  # a Hub data set, or a name mistyped
-        next(stream_prompts(source, columns=columns), None)
+        next(stream(), None)
     return None
 
 

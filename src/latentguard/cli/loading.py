@@ -87,12 +87,20 @@ def require_calibrated(guard: LatentGuard, source: str | Path) -> None:
         )
 
 
-def warn_if_uncalibrated(guard: LatentGuard, source: str | Path) -> None:
-    """Say that the threshold of a guard promises nothing, if it was never calibrated."""
-    if guard.bound is None:
+def warn_if_uncalibrated(guard: LatentGuard, source: str | Path, *, replies: bool = False) -> None:
+    """Say that the threshold of a guard promises nothing, if it was never calibrated.
+
+    Args:
+        guard: The guard.
+        source: Where it is.
+        replies: Whether it is the threshold for replies that counts.
+    """
+    bound = guard.replies and guard.replies.bound if replies else guard.bound
+    if bound is None:
+        option = "--replies" if replies else "--harmless"
         echo_err(
             f"Warning: {source} is not calibrated, so 'flagged' follows a threshold that promises "
-            f"nothing. Calibrate it: latentguard calibrate {source} --harmless FILE"
+            f"nothing. Calibrate it: latentguard calibrate {source} {option} FILE"
         )
 
 

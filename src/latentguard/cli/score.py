@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from latentguard.cli.console import ProgressView, echo_err, progress
-from latentguard.cli.inputs import check_prompts, guard_columns
+from latentguard.cli.inputs import check_prompts, check_replies, guard_columns
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_guard_model, read_guard, warn_if_uncalibrated
 from latentguard.cli.options import (
@@ -27,8 +27,8 @@ from latentguard.cli.options import (
 )
 from latentguard.cli.outputs import output_file, output_folder, warn_of_replacement
 from latentguard.errors import require_extra
-from latentguard.prompt_files import stream_prompts
-from latentguard.prompts import Prompt
+from latentguard.prompt_files import stream_prompts, stream_replies
+from latentguard.prompts import Prompt, Reply
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
@@ -41,6 +41,9 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
     out: Annotated[
         Path | None, typer.Option(help="JSON Lines file; standard output if none.")
     ] = None,
+    replies: Annotated[
+        bool, typer.Option("--replies", help="Rows hold prompt and reply: score what is said.")
+    ] = False,
     text_column: TextColumn = "text",
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
@@ -59,6 +62,9 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
 
     The segment of a prompt, if the guard was calibrated by segments, comes from the same column.
 
+    With --replies the rows are replies, each with its prompt, or messages that end with the
+    assistant; a verdict names the token after which the reply is flagged (flagged_at).
+
     With --out, a killed run goes on where it stopped when it is called again. With --engine ray
     PROMPTS may be a folder or a pattern of Parquet and JSON Lines files, OUT becomes a folder of
     Parquet files, and workers and nodes may die; RAY_ADDRESS names the cluster.
@@ -66,6 +72,8 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
     Example: latentguard score guards/qwen prompts.jsonl --out verdicts.jsonl
     """
     if engine is Engine.ray:
+        if replies:
+            raise typer.BadParameter("replies are scored without ray", param_hint="--replies")
         if device_map is not None or allow_mismatch:
             reason = "with --engine ray each actor has one device, and the guard's own model"
             raise typer.BadParameter(reason, param_hint="--device-map, --allow-mismatch")
@@ -74,17 +82,22 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
     locked = output_file(out) if out else nullcontext()
     with locked, explain_interrupt(partial(_kept_verdicts, out)):
         loaded = read_guard(guard)
-        warn_if_uncalibrated(loaded, guard)
+        warn_if_uncalibrated(loaded, guard, replies=replies)
         columns = replace(guard_columns(loaded, text_column), label="")  # labels are not read
-        total = check_prompts(prompts, columns)
+        if replies:
+            loaded.require_reply_probe()
+        total = check_replies(prompts) if replies else check_prompts(prompts, columns)
         if out:
             warn_of_replacement(out)
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
-        rows = stream_prompts(prompts, columns=columns)
         with progress("score", total) as view:
-            _score_rows(loaded, backend, rows, out, view)
+            if replies:
+                _score_replies(loaded, backend, stream_replies(prompts), out, view)
+            else:
+                rows = stream_prompts(prompts, columns=columns)
+                _score_rows(loaded, backend, rows, out, view)
 
 
 def _score_rows(
@@ -100,7 +113,26 @@ def _score_rows(
         for verdict in guard.scan(backend, rows, progress=view.advance):
             typer.echo(json.dumps(verdict.to_dict()))
         return
-    done = score_to_file(guard, backend, rows, out, progress=view.advance)
+    _echo_verdicts_in(out, score_to_file(guard, backend, rows, out, progress=view.advance))
+
+
+def _score_replies(
+    guard: LatentGuard,
+    backend: ChatModel,
+    rows: Iterator[Reply],
+    out: Path | None,
+    view: ProgressView,
+) -> None:
+    from latentguard.guard.score_files import score_replies_to_file
+
+    if out is None:
+        for verdict in guard.scan_replies(backend, rows, progress=view.advance):
+            typer.echo(json.dumps(verdict.to_dict()))
+        return
+    _echo_verdicts_in(out, score_replies_to_file(guard, backend, rows, out, progress=view.advance))
+
+
+def _echo_verdicts_in(out: Path, done: int) -> None:
     earlier = f" ({done} were there from an earlier run)." if done else "."
     echo_err(f"Verdicts in {out}{earlier}")
 

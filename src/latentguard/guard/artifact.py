@@ -31,7 +31,7 @@ POLES = ("positive", "negative")
 
 KEYS = frozenset(
     "schema tensors_sha256 content_sha256 fingerprint reading probe axes threshold bound platt "
-    "spread canaries fitted deobfuscation chunking thresholds quadrants categories".split()
+    "spread canaries fitted deobfuscation chunking thresholds quadrants categories replies".split()
 )
 """What the JSON of this schema may hold: what a newer version wrote would be dropped unseen."""
 
@@ -232,6 +232,7 @@ def model_card(record: Mapping[str, Any], *, promise: str, notes: Sequence[str] 
     layers = record["probe"]["layers"]
     made = record["fitted"] or {}
     counts = [made.get(side, "an unknown number of") for side in ("harmful", "harmless")]
+    silence = "" if record.get("replies") else ", and says nothing of the model's replies"
     return f"""{_card_title(record)}
 Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}) at layers
 {layers[0]} to {layers[-1]} with the `{record["probe"]["kind"]}` probe.
@@ -242,7 +243,7 @@ Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}
   {model["template"][:12]}, dtype {model["dtype"]}; any other model is refused.
 {"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}
 The promise holds for harmless prompts drawn like those that the guard was calibrated on. A guard of
-this kind does not stop a determined adversary, and says nothing of the model's replies.
+this kind does not stop a determined adversary{silence}.
 
 Made by latentguard; `latentguard show FOLDER` prints its figures.
 """

@@ -31,14 +31,17 @@ from latentguard.guard.own_model import OwnModel
 from latentguard.guard.probabilities import fit_platt
 from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.reading_plan import Outcome, ScoredPlan, VariantScore, score_plans
+from latentguard.guard.replies import ReplyVerdict
 from latentguard.guard.signature import VerifyKey
 from latentguard.guard.spec import GuardSpec
 from latentguard.guard.thresholds import Rates
 from latentguard.guard.verdict import Verdict
+from latentguard.models.chat_model import ChatModel
+from latentguard.models.reply_reading import score_reply_tokens
 from latentguard.probes import fitting
 from latentguard.probes.capture_cache import CaptureCache
 from latentguard.probes.probe import Kind, layers_of, require_kind
-from latentguard.prompts import Prompt, PromptLike, Turn, as_prompts, is_one_prompt
+from latentguard.prompts import Prompt, PromptLike, Reply, Turn, as_prompts, is_one_prompt
 from latentguard.states import (
     DEFAULT_READING,
     Backend,
@@ -263,6 +266,18 @@ class LatentGuard(GuardSpec):
         for states in batches:
             yield from self.measure(states)
 
+    def scan_replies(
+        self, backend: ChatModel, replies: Iterable[Reply], *, progress: Progress | None = None
+    ) -> Iterator[ReplyVerdict]:
+        """Yield a verdict for each reply, in order, lazily; as ``scan``, if it judges replies."""
+        self.require_match(backend.fingerprint)
+        judge = self.require_reply_probe()
+        where = judge.probe.layers, judge.probe.weight
+        with progress_bar("scan", replies, progress) as advance:
+            for reply, token_scores in score_reply_tokens(backend, replies, *where):
+                advance(1)
+                yield judge.verdict(reply.prompt.id, token_scores)
+
     # ---- the model that it is bound to
 
     def require_match(self, found: Fingerprint) -> None:
@@ -310,6 +325,7 @@ class LatentGuard(GuardSpec):
             chunking=self.chunking and self.chunking.without_promise(),
             thresholds=self.thresholds and self.thresholds.without_promise(),
             quadrants=self.quadrants and self.quadrants.without_promise(),
+            replies=self.replies and self.replies.without_promise(),
         )
         return there.with_canaries(backend)
 
@@ -433,6 +449,7 @@ class LatentGuard(GuardSpec):
             "threshold": f"{self.threshold:.4g}: {self.promise}",
             "axes": ", ".join(f"{axis.name} at {axis.position}" for axis in self.axes),
             "long prompts": self.chunking.notes()[0] if self.chunking else "read whole",
+            "replies": self.replies.promise if self.replies else "not judged",
             "obfuscated text": "also read decoded" if self.deobfuscate else "read as it stands",
             "categories": ", ".join(categories.directions.names) if categories else "",
             "packs": ", ".join(categories.packs) if categories else "",

@@ -1,19 +1,27 @@
-"""Score files: verdicts as JSON Lines, in input order, resumable, never a torn line."""
+"""Score files of prompts or replies: verdicts as JSON Lines, in order, resumable, no torn line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Generic, TextIO, TypeVar
 
 from latentguard.errors import PromptError
 from latentguard.files import append_line, exclusive_lock, read_whole_lines, write_atomic
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.prompts import Prompt
+from latentguard.guard.replies import ReplyVerdict, reply_digest
+from latentguard.guard.verdict import Verdict
+from latentguard.prompts import Prompt, Reply
 from latentguard.states import Backend, Progress, digest_prompts
+
+if TYPE_CHECKING:
+    from latentguard.models.chat_model import ChatModel
+
+T = TypeVar("T", Prompt, Reply)
 
 
 def score_to_file(
@@ -37,12 +45,46 @@ def score_to_file(
             folder.
         LatentGuardError: if another run is writing ``out``.
     """
+    scan = partial(guard.scan, backend, progress=progress)
+    return _write_verdicts(_Scan(guard.digest, scan, _prompt_line), prompts, out, progress)
+
+
+def score_replies_to_file(
+    guard: LatentGuard,
+    backend: ChatModel,
+    replies: Iterable[Reply],
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+) -> int:
+    """Score replies into ``out``, as ``score_to_file`` scores prompts."""
+    scan = partial(guard.scan_replies, backend, progress=progress)
+    return _write_verdicts(_Scan(guard.digest, scan, _reply_line), replies, out, progress)
+
+
+@dataclass(frozen=True)
+class _Scan(Generic[T]):
+    """How rows of one kind are scored, and noted."""
+
+    guard: str
+    """Digest of the guard."""
+
+    scan: Callable[[Iterable[T]], Iterable[Verdict | ReplyVerdict]]
+    """Yields a verdict for each row, in order."""
+
+    line: Callable[[T], str]
+    """What distinguishes a row from others, on one line."""
+
+
+def _write_verdicts(
+    scan: _Scan[T], rows: Iterable[T], out: str | Path, progress: Progress | None
+) -> int:
     if Path(out).is_dir():
         raise PromptError(f"--out should name a file for the verdicts; {out} is a folder.")
     files = _Files(Path(out), Path(f"{out}.partial"), Path(f"{out}.partial.guard"))
     files.partial.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(f"{out}.partial.lock", output=out):
-        return _resume(guard, backend, prompts, files, progress)
+        return _resume(scan, rows, files, progress)
 
 
 @dataclass(frozen=True)
@@ -59,21 +101,15 @@ class _Files:
     """Of the guard, and of each prompt that was asked."""
 
 
-def _resume(
-    guard: LatentGuard,
-    backend: Backend,
-    prompts: Iterable[Prompt],
-    files: _Files,
-    progress: Progress | None,
-) -> int:
+def _resume(scan: _Scan[T], rows: Iterable[T], files: _Files, progress: Progress | None) -> int:
     """Go on in the partial file; returns how many verdicts were there."""
-    if not files.partial.exists() or read_whole_lines(files.digests)[:1] != [guard.digest]:
+    if not files.partial.exists() or read_whole_lines(files.digests)[:1] != [scan.guard]:
         files.partial.unlink(missing_ok=True)
-        write_atomic(files.digests, f"{guard.digest}\n")
+        write_atomic(files.digests, f"{scan.guard}\n")
     done = len(read_whole_lines(files.partial))
     digests = read_whole_lines(files.digests)[: done + 1]
-    remaining = iter(prompts)
-    if [_prompt_line(prompt) for prompt in islice(remaining, done)] != digests[1:]:
+    remaining = iter(rows)
+    if [scan.line(row) for row in islice(remaining, done)] != digests[1:]:
         raise PromptError(
             f"{files.partial} was written for other prompts than these; remove it to start anew."
         )
@@ -84,21 +120,25 @@ def _resume(
         files.partial.open("a", encoding="utf-8") as verdicts,
         files.digests.open("a", encoding="utf-8") as asked,
     ):
-        noted = _note_each(remaining, asked)
-        for verdict in guard.scan(backend, noted, progress=progress):
+        for verdict in scan.scan(_note_each(scan, remaining, asked)):
             append_line(verdicts, json.dumps(verdict.to_dict()))
     files.partial.replace(files.out)
     files.digests.unlink()
     return done
 
 
-def _note_each(prompts: Iterator[Prompt], asked: TextIO) -> Iterator[Prompt]:
-    """Note each prompt before it is scored, so that no verdict is ever without its note."""
-    for prompt in prompts:
-        append_line(asked, _prompt_line(prompt))
-        yield prompt
+def _note_each(scan: _Scan[T], rows: Iterator[T], asked: TextIO) -> Iterator[T]:
+    """Note each row before it is scored, so that no verdict is ever without its note."""
+    for row in rows:
+        append_line(asked, scan.line(row))
+        yield row
 
 
 def _prompt_line(prompt: Prompt) -> str:
     """What distinguishes a prompt from others, on one line; not its text."""
     return json.dumps([prompt.id, digest_prompts([prompt]), prompt.segment])
+
+
+def _reply_line(reply: Reply) -> str:
+    """What distinguishes a reply from others, on one line; not its text."""
+    return json.dumps([reply.prompt.id, reply_digest(reply)])

@@ -41,6 +41,7 @@ from latentguard.guard.reading_plan import (
     combine,
     plan,
 )
+from latentguard.guard.replies import ReplyProbe
 from latentguard.guard.thresholds import Rates, Thresholds
 from latentguard.guard.verdict import Decision, Verdict
 from latentguard.probes.axis import Axis
@@ -115,6 +116,9 @@ class GuardSpec:
 
     categories: Categories | None = None
     """The risk categories that it names, and packs of categories that can flag."""
+
+    replies: ReplyProbe | None = None
+    """How it judges what the model says; None judges prompts only."""
 
     # ---- what it reads
 
@@ -237,6 +241,19 @@ class GuardSpec:
         slope, intercept = self.platt
         return float(expit(slope * score + intercept))
 
+    def require_reply_probe(self) -> ReplyProbe:
+        """How it judges replies.
+
+        Raises:
+            GuardError: if it does not.
+        """
+        if self.replies is None:
+            raise GuardError(
+                "This guard does not judge replies. Fit one that does: latentguard fit --replies "
+                "FILE --out FOLDER"
+            )
+        return self.replies
+
     def is_chunked(self, prompt: Prompt) -> bool:
         """Whether it reads this prompt by chunks: it is long, or a chat."""
         return self.chunking is not None and self.chunking.applies_to(prompt)
@@ -334,7 +351,8 @@ class GuardSpec:
                 f"Text that looks obfuscated ({', '.join(OBFUSCATIONS)}) is read as it stands and "
                 "decoded; the most severe reading counts, and the verdict names what was decoded."
             )
-        for part in (self.chunking, self.thresholds, self.quadrants, self.categories):
+        parts = (self.chunking, self.thresholds, self.quadrants, self.categories, self.replies)
+        for part in parts:
             notes += part.notes() if part else []
         return notes
 
@@ -396,6 +414,9 @@ class GuardSpec:
             "quadrants": self.quadrants.to_dict() if self.quadrants else None,
             **parts,
         }
+        if self.replies is not None:  # others stay what versions before replies read and digest
+            record["replies"], own = self.replies.to_dict()
+            tensors |= {f"replies.{key}": tensor for key, tensor in own.items()}
         return record, tensors
 
     @classmethod
@@ -411,6 +432,7 @@ class GuardSpec:
         layers = tuple(probe["layers"])
         thresholds = _own("thresholds", tensors)
         categories = _own("categories", tensors)
+        replies = _own("replies", tensors)
         return cls(
             reading=Reading(record["reading"]["name"], tuple(record["reading"]["positions"])),
             probe=Probe(probe["kind"], layers, tensors["weight"], float(probe["bias"])),
@@ -428,6 +450,7 @@ class GuardSpec:
             thresholds=_optional(record["thresholds"], Thresholds.from_dict, thresholds),
             quadrants=_optional(record["quadrants"], Quadrants.from_dict),
             categories=_optional(record["categories"], Categories.from_dict, categories),
+            replies=_optional(record.get("replies"), ReplyProbe.from_dict, replies),
         )
 
 

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from latentguard.errors import PromptError, TemplateError
 from latentguard.models.layout import (
     Layout,
+    ReplyLayout,
     TemplateFrame,
     Turn,
     chat_turns,
@@ -120,6 +121,23 @@ class ChatTokenizer:
             self._layout(encoding.ids, encoding.offsets, one, prompt)
             for encoding, one, prompt in zip(encodings, rendered, prompts, strict=True)
         ]
+
+    def lay_out_reply(self, prompt: Prompt, text: str) -> ReplyLayout:
+        """Lay out a prompt and the text of a reply to it, as the model would have written it.
+
+        Raises:
+            PromptError: as for a prompt, or if the reply is empty or not Unicode.
+            TemplateError: as for a prompt.
+        """
+        _require_unicode(text, prompt)
+        [layout] = self([prompt])
+        start = len(layout.ids)
+        whole = self._safe_tokenizer.encode(self._render_prompt(prompt).text + text).ids
+        if tuple(whole[:start]) != layout.ids:  # the reply's first letters join the template's last
+            whole = [*layout.ids, *self._safe_tokenizer.encode(text).ids]
+        if len(whole) == start:
+            raise PromptError(f"Reply '{prompt.id}' is empty: there is no token to read.")
+        return ReplyLayout(tuple(whole), start)
 
     def _layout(
         self,

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latentguard.errors import ModelError, PromptError
 from latentguard.interventions import Edit
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.generate import sweep
-from latentguard.models.hooks import decoder_blocks, read_positions
+from latentguard.models.hooks import decoder_blocks, read_positions, score_tokens
 from latentguard.models.layout import CaptureRow, common_prefix_length, too_long_error
 from latentguard.models.loading import (
     cache_argument,
@@ -280,26 +280,56 @@ class ChatModel:
         layers: tuple[int, ...],
         progress: Progress | None,
     ) -> Float[Tensor, "n p l d"]:
-        rows = [CaptureRow(layout, positions) for layout in self.chat(prompts)]
+        rows = [CaptureRow.of(layout, positions) for layout in self.chat(prompts)]
         for row, prompt in zip(rows, prompts, strict=True):
             self.check_length(row.length, prompt)
-        shape = (len(rows), len(positions), len(layers), self.width)
+        return self.capture_rows(rows, layers, progress=progress)
+
+    def capture_rows(
+        self,
+        rows: Sequence[CaptureRow],
+        layers: tuple[int, ...],
+        *,
+        progress: Progress | None = None,
+    ) -> Float[Tensor, "n p l d"]:
+        """The states of rows that have as many positions each."""
+        shape = (len(rows), len(rows[0].spans), len(layers), self.width)
         values = torch.empty(shape, dtype=self.model.dtype)
-        todo = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
+
+        def read(batch: list[int]) -> None:
+            values[batch] = self.read_batch([rows[i] for i in batch], layers)
+
+        self.run_in_batches([row.length for row in rows], read, progress=progress)
+        return values
+
+    def run_in_batches(
+        self,
+        lengths: Sequence[int],
+        read: Callable[[list[int]], None],
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        """Read rows in batches of like length that fit the memory, the longest first.
+
+        Args:
+            lengths: Tokens of each row.
+            read: Called with the numbers of the rows of a batch.
+            progress: Called with the number of rows just done.
+        """
+        todo = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
         while todo:
-            longest = rows[todo[0]].length
+            longest = lengths[todo[0]]
             batch = todo[: max(1, self.tokens_per_batch // longest)]
             if longest > self._unscaled_length:
-                batch = [i for i in batch if rows[i].length > self._unscaled_length]
+                batch = [i for i in batch if lengths[i] > self._unscaled_length]
             try:
-                values[batch] = self._forward([rows[i] for i in batch], layers)
+                read(batch)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                self.shrink(error, len(batch) * rows[batch[0]].length, len(batch))
+                self.shrink(error, len(batch) * longest, len(batch))
                 continue
             todo = todo[len(batch) :]
             if progress is not None:
                 progress(len(batch))
-        return values
 
     def check_length(self, length: int, prompt: Prompt) -> None:
         """Raise a PromptError if the model cannot read so many tokens."""
@@ -319,16 +349,12 @@ class ChatModel:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _forward(
+    def read_batch(
         self, rows: Sequence[CaptureRow], layers: tuple[int, ...]
     ) -> Float[Tensor, "b p l d"]:
-        """One pass over right-padded rows: causal attention never sees the padding."""
+        """The states of rows that have as many positions each, in one pass."""
         prefix = self._shared_prefix(rows, max(layers))
         skip = len(prefix.ids) if prefix else 0
-        length = max(row.length for row in rows) - skip
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : row.length - skip] = torch.tensor(row.ids[skip:])
         spans = torch.tensor([row.spans for row in rows], device=self.device) - skip
         starts, columns = spans.unbind(-1)
         buffer = torch.empty(
@@ -338,8 +364,26 @@ class ChatModel:
             self.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer
         )
         with hooks:
-            self._run(ids, prefix)
+            self._run(_right_padded(rows, skip), prefix)
         return buffer.cpu()
+
+    @torch.inference_mode()
+    def score_batch(
+        self, rows: Sequence[CaptureRow], layers: tuple[int, ...], weight: Float[Tensor, "l d"]
+    ) -> list[Float[Tensor, "t"]]:
+        """For each token of each row's first span the inner product of states and weights."""
+        prefix = self._shared_prefix(rows, max(layers))
+        skip = len(prefix.ids) if prefix else 0
+        ids = _right_padded(rows, skip)
+        totals = torch.zeros(ids.shape, device=self.device)
+        hooks = score_tokens(self.blocks, layers=layers, weight=weight, totals=totals)
+        with hooks:
+            self._run(ids, prefix)
+        spans = [row.spans[0] for row in rows]
+        return [
+            row[first - skip : last - skip + 1]
+            for row, (first, last) in zip(totals.cpu(), spans, strict=True)
+        ]
 
     def _run(self, ids: Tensor, prefix: _Prefix | None, cache: Any = None) -> None:
         if prefix is not None:
@@ -372,6 +416,15 @@ class ChatModel:
             self._run(torch.tensor([ids]), None, cache)
         is_full = all(layer.get_seq_length() == len(ids) for layer in cache.layers[:last_layer])
         return _Prefix(ids if is_full else (), cache, last_layer)
+
+
+def _right_padded(rows: Sequence[CaptureRow], skip: int) -> Int[Tensor, "b s"]:
+    """Token ids without the first ``skip``; causal attention never sees the padding."""
+    length = max(row.length for row in rows) - skip
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : row.length - skip] = torch.tensor(row.ids[skip:])
+    return ids
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

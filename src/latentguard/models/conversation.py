@@ -14,7 +14,7 @@ from torch import Tensor
 from latentguard.errors import ModelError
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
-from latentguard.models.hooks import read_positions
+from latentguard.models.hooks import read_positions, score_tokens
 from latentguard.models.layout import Layout, min_token_count
 from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt
@@ -47,11 +47,39 @@ class Sampling:
     """Texts at which the reply ends; they are left out."""
 
 
+@dataclass(frozen=True, eq=False)
+class TokenProbe:
+    """What scores the tokens of a reply: states times weights, summed over the layers."""
+
+    layers: tuple[int, ...]
+    """Which layers."""
+
+    weight: Float[Tensor, "l d"]
+    """One row a layer, float32, on the model's device."""
+
+
+@dataclass(frozen=True)
+class ReplyPiece:
+    """What one token adds to a reply."""
+
+    text: str
+    """The text that is whole with it; often empty."""
+
+    score: float | None = None
+    """Of the token; None if tokens are not scored, and for what is left at the end."""
+
+
 class Conversation:
     """One chat: read in one pass, then replied to from that pass's cache."""
 
     def __init__(
-        self, model: ChatModel, prompt: Prompt, *, positions: Sequence[str], layers: Sequence[int]
+        self,
+        model: ChatModel,
+        prompt: Prompt,
+        *,
+        positions: Sequence[str],
+        layers: Sequence[int],
+        probe: TokenProbe | None = None,
     ) -> None:
         """Read the prompt.
 
@@ -60,6 +88,7 @@ class Conversation:
             prompt: The prompt, with its history.
             positions: Where states are captured; none is captured if empty.
             layers: At which layers.
+            probe: Scores each token of the reply, in the pass that reads it to go on.
 
         Raises:
             PromptError: if the prompt is empty, too long, or has no such position.
@@ -88,11 +117,15 @@ class Conversation:
         self.finish = "length"
         """``stop`` once the model or a stop text has ended the reply."""
 
+        self._probe = probe
         self._logits = output.logits[0, -1]
         self._cache = _require_cache(model.model, output)
 
-    def pieces(self, sampling: Sampling) -> Iterator[str]:
-        """Yield the reply, a piece of text for each token; some pieces are empty."""
+    def pieces(self, sampling: Sampling) -> Iterator[ReplyPiece]:
+        """Yield the reply, a piece for each token.
+
+        With a probe, a token is read before it is shown, the last one too.
+        """
         ends = end_ids(self.model)
         text = _TextStream(self.model.tokenizer)
         stops = _StopTexts(sampling.stop)
@@ -104,13 +137,24 @@ class Conversation:
             if token in ends:
                 self.finish = "stop"
                 break
-            yield stops.push(text.push(token))
+            score = None if self._probe is None else self._scored_step(token, self._probe)
+            yield ReplyPiece(stops.push(text.push(token)), score)
             if stops.is_met:
                 self.finish = "stop"
                 return
-            if self.reply_tokens < limit:
+            if self._probe is None and self.reply_tokens < limit:
                 self._step(token)
-        yield stops.push(text.flush()) + stops.flush()
+        yield ReplyPiece(stops.push(text.flush()) + stops.flush())
+
+    def _scored_step(self, token: int, probe: TokenProbe) -> float:
+        """Read a token; returns its score."""
+        total = torch.zeros(1, 1, device=self.model.device)
+        blocks = self.model.blocks
+        with score_tokens(
+            blocks, layers=probe.layers, weight=probe.weight, totals=total, stop=False
+        ):
+            self._step(token)
+        return float(total)
 
     @torch.inference_mode()
     def _step(self, token: int) -> None:

@@ -73,7 +73,6 @@ def read_positions(
         stop: Leave the pass after the last layer.
     """
     rows = torch.arange(len(columns), device=columns.device)[:, None]
-    last_slot = max(range(len(layers)), key=lambda slot: (layers[slot], slot))
     means = None if starts is None else _Means(starts, columns)
 
     def store(slot: int, hidden: Tensor) -> None:
@@ -81,13 +80,63 @@ def read_positions(
         buffer[:, :, slot] = hidden[rows.to(device), columns.to(device)].to(buffer.device)
         if means is not None:
             buffer[:, means.slots, slot] = means(hidden).to(buffer)
+
+    with _visit_layers(blocks, layers, store, stop=stop):
+        yield
+
+
+@contextmanager
+def score_tokens(
+    blocks: Sequence[nn.Module],
+    *,
+    layers: Sequence[int],
+    weight: Float[Tensor, "l d"],
+    totals: Float[Tensor, "b s"],
+    stop: bool = True,
+) -> Iterator[None]:
+    """Add to ``totals`` the inner product of each token's state with the weights of its layer.
+
+    No state outlives its layer: a number a token is kept.
+
+    Args:
+        blocks: The decoder blocks.
+        layers: Which layers.
+        weight: One row a layer, float32.
+        totals: One number for each token that a pass inside computes, float32.
+        stop: Leave the pass after the last layer.
+    """
+    rows = weight.unbind(0)
+
+    def add(slot: int, hidden: Tensor) -> None:
+        totals.add_((hidden.float() @ rows[slot].to(hidden.device)).to(totals.device))
+
+    with _visit_layers(blocks, layers, add, stop=stop):
+        yield
+
+
+@contextmanager
+def _visit_layers(
+    blocks: Sequence[nn.Module],
+    layers: Sequence[int],
+    visit: Callable[[int, Tensor], None],
+    *,
+    stop: bool,
+) -> Iterator[None]:
+    """Call ``visit`` with the number and the residual stream of each layer in passes inside.
+
+    With ``stop`` a pass is left after the last layer; ``StopForward`` is swallowed here.
+    """
+    last_slot = max(range(len(layers)), key=lambda slot: (layers[slot], slot))
+
+    def see(slot: int, hidden: Tensor) -> None:
+        visit(slot, hidden)
         if stop and slot == last_slot:
             raise StopForward
 
     handles: list[Any] = []
     try:
         for slot, layer in enumerate(layers):
-            handles.append(_register(blocks, layer, partial(store, slot)))
+            handles.append(_register(blocks, layer, partial(see, slot)))
         yield
     except StopForward:
         pass

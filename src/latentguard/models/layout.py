@@ -160,19 +160,56 @@ def _strip_argument(space_kept: bool, line_kept: bool) -> str | None:
     return None if dropped == " \n" else dropped
 
 
+@dataclass(frozen=True)
 class CaptureRow:
-    """One prompt of a batch: the tokens up to the last wanted position, and the positions."""
+    """One row of a batch: the tokens up to the last wanted one, and what is wanted."""
 
-    def __init__(self, layout: Layout, positions: Sequence[str]) -> None:
-        """Cut a layout behind the last of some positions."""
-        self.spans = position_spans(layout, positions)
-        self.length = max(last for _, last in self.spans) + 1
-        self.first = min(first for first, _ in self.spans)
-        self.ids = layout.ids[: self.length]
+    ids: tuple[int, ...]
+    """Token ids, none behind the last wanted one."""
+
+    spans: tuple[tuple[int, int], ...]
+    """The first and the last token of what each position averages; mostly the same token."""
+
+    @staticmethod
+    def of(layout: Layout, positions: Sequence[str]) -> CaptureRow:
+        """A prompt, cut behind the last of some positions."""
+        return CaptureRow.of_spans(layout.ids, position_spans(layout, positions))
+
+    @staticmethod
+    def of_spans(ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> CaptureRow:
+        """Tokens, cut behind the last of some spans."""
+        length = max(last for _, last in spans) + 1
+        return CaptureRow(tuple(ids[:length]), tuple(spans))
+
+    @property
+    def length(self) -> int:
+        """How many tokens are read."""
+        return len(self.ids)
 
     def continues(self, prefix: tuple[int, ...]) -> bool:
         """Whether it begins with these tokens, and is read only after them."""
-        return self.first >= len(prefix) and self.ids[: len(prefix)] == prefix
+        first = min(begin for begin, _ in self.spans)
+        return first >= len(prefix) and self.ids[: len(prefix)] == prefix
+
+
+@dataclass(frozen=True)
+class ReplyLayout:
+    """A prompt and a reply to it as the model sees them."""
+
+    ids: tuple[int, ...]
+    """Token ids of both, template included."""
+
+    start: int
+    """Index of the first token of the reply."""
+
+    @property
+    def reply(self) -> range:
+        """Indices of the reply's tokens."""
+        return range(self.start, len(self.ids))
+
+    def cut(self, tokens: int) -> ReplyLayout:
+        """The same with so many tokens of the reply at most."""
+        return ReplyLayout(self.ids[: self.start + tokens], self.start)
 
 
 def position_spans(layout: Layout, positions: Sequence[str]) -> list[tuple[int, int]]:

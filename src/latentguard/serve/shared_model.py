@@ -46,7 +46,7 @@ class SharedModel:
         where = dict(positions=positions, layers=layers, progress=progress)
         rest = iter(prompts)
         while group := tuple(islice(rest, GROUP)):
-            rows = [CaptureRow(layout, positions) for layout in self._model.chat(group)]
+            rows = [CaptureRow.of(layout, positions) for layout in self._model.chat(group)]
             long = [n for n, row in enumerate(rows) if self._is_long(row)]
             if not long:
                 yield from self._model.capture(group, **where)  # type: ignore[arg-type]

@@ -27,6 +27,15 @@ OnReview = StrEnum("OnReview", ["pass", "annotate", "block"])
 """What happens to a chat in the band to review."""
 
 
+class ReplyPolicy(StrEnum):
+    """What happens to a flagged reply."""
+
+    cut = auto()
+    block = auto()
+    annotate = auto()
+    shadow = auto()
+
+
 class Tools(StrEnum):
     """What happens to tools and schemas in chats."""
 
@@ -130,6 +139,23 @@ class ServeOptions:
             rich_help_panel=TRAFFIC,
         ),
     ] = OnReview.annotate
+    reply_policy: Annotated[
+        ReplyPolicy | None,
+        typer.Option(
+            help="Of flagged replies, if the guard was fitted with --replies: cut (it ends there), "
+            "block (it is read whole before any is shown), annotate or shadow; default: cut, or as "
+            "--policy if that is softer.",
+            rich_help_panel=TRAFFIC,
+        ),
+    ] = None
+    hold_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens of a reply that are read beyond one until it is shown.",
+            rich_help_panel=TRAFFIC,
+        ),
+    ] = 8
     refusal: Annotated[
         str, typer.Option(help="What a blocked chat is answered with.", rich_help_panel=TRAFFIC)
     ] = "I can't help with that."
