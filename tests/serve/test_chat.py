@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
+from latentguard.models.conversation import ReplyPiece
 from latentguard.prompts import Prompt
 from serve.faulty import Faulty
 from serve.running import (
@@ -154,7 +155,7 @@ class TestOwnModel:
         def endless(self, sampling):
             while True:
                 time.sleep(0.01)
-                yield "on and "
+                yield ReplyPiece("on and ")
 
         monkeypatch.setattr(talk.Conversation, "pieces", endless)
         with running() as url:

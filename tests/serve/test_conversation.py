@@ -26,7 +26,7 @@ def model():
 
 def talk(model, sampling=GREEDY, prompt=PROMPT, layers=(1, 3)):
     said = Conversation(model, prompt, positions=("t_inst", "t_post"), layers=layers)
-    return said, "".join(said.pieces(sampling))
+    return said, "".join(piece.text for piece in said.pieces(sampling))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -44,7 +44,7 @@ def test_the_reply_and_the_states_are_those_of_two_runs(architecture):
 def test_no_position_is_read_if_none_is_asked_for(model):
     said = Conversation(model, PROMPT, positions=(), layers=(1,))
     assert said.states is None
-    assert "".join(said.pieces(GREEDY)) == talk(model)[1]
+    assert "".join(piece.text for piece in said.pieces(GREEDY)) == talk(model)[1]
 
 
 def test_a_seed_draws_the_same_reply_and_another_one_another(model):

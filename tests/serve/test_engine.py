@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from latentguard.errors import ModelMismatch
+from latentguard.models.conversation import ReplyPiece
 from serve.faulty import Faulty
 from serve.running import (
     PROMPTS,
@@ -117,7 +118,7 @@ def endless(monkeypatch):
     def pieces(self, sampling):
         begun.append(self)
         while not over.wait(0.01):
-            yield "on "
+            yield ReplyPiece("on ")
 
     monkeypatch.setattr(talk.Conversation, "pieces", pieces)
     return over, begun
@@ -335,7 +336,7 @@ def test_a_crash_during_a_chat_is_told_in_the_stream(monkeypatch):
     from latentguard.serve import guarded_chat as talk
 
     def pieces(self, sampling):
-        yield "Well"
+        yield ReplyPiece("Well")
         raise RuntimeError("the model broke")
 
     monkeypatch.setattr(talk.Conversation, "pieces", pieces)

@@ -22,13 +22,16 @@ from latentguard.serve.replies import (
     ChatResponse,
     ReplyWriter,
     ScoredOrError,
+    reply_note,
     sse_event,
     token_usage,
     verdict_note,
 )
+from latentguard.serve.reply_reading import ShownText, reply_action
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.service import RequestContext, Service
 from latentguard.serve.upstream import UpstreamClient
+from latentguard.serve.upstream_replies import FollowedReply
 
 CHECK = 8
 """After so many pieces of text it is checked whether the client is still there."""
@@ -105,7 +108,11 @@ async def _through(
     if service.action(outcome) == "block":
         return _refusal(context, chat, outcome)
     sent = body if service.config.policy == "shadow" else forwarded.body
-    return await upstream.ask(context.request, sent, verdict_note(context, outcome))
+    reply = None
+    if context.served.guard.replies is not None:
+        reply = FollowedReply(context, forwarded.readings[0].prompt)
+    note = verdict_note(context, outcome)
+    return await upstream.ask(context.request, sent, note, reply=reply)
 
 
 async def _own(context: RequestContext, body: ChatRequest) -> Response:
@@ -127,7 +134,7 @@ async def _own(context: RequestContext, body: ChatRequest) -> Response:
     if body.stream:
         events = _stream(context, chat.reply, reply)
         return StreamingResponse(events, media_type="text/event-stream")
-    return await _whole(chat.reply, reply, context.request)
+    return await _whole(context, chat.reply, reply)
 
 
 def _require_plain(body: ChatRequest) -> None:
@@ -169,22 +176,49 @@ async def _stream(
         while True:
             event = await chat.next_event()
             if isinstance(event, ReplyEnd):
-                yield reply.last(event.finish, token_usage(event.prompt_tokens, event.reply_tokens))
+                note = await _record_reply(context, chat, event)
+                if _is_refused(context, event):
+                    yield reply.piece(context.service.config.refusal)
+                usage = token_usage(event.prompt_tokens, event.reply_tokens)
+                yield reply.last(event.finish, usage, note)
                 return
-            yield reply.piece(str(event))
+            assert isinstance(event, ShownText)
+            scored = {"latentguard": {"reply_score": event.score}}
+            yield reply.piece(event.text, scored if event.score is not None else None)
     except ApiError as fault:  # the answer has begun: an event is all that can still be said
         yield sse_event(fault.body)
 
 
-async def _whole(chat: GuardedChat, reply: ReplyWriter, request: Request) -> Response:
+async def _whole(context: RequestContext, chat: GuardedChat, reply: ReplyWriter) -> Response:
     """The reply in one; it stops, too, if the client has left meanwhile."""
     said = list[str]()
     while not isinstance(event := await chat.next_event(), ReplyEnd):
-        said.append(str(event))
-        if len(said) % CHECK == 0 and await request.is_disconnected():
+        assert isinstance(event, ShownText)
+        said.append(event.text)
+        if len(said) % CHECK == 0 and await context.request.is_disconnected():
             return Response()
+    note = await _record_reply(context, chat, event)
     usage = token_usage(event.prompt_tokens, event.reply_tokens)
-    return reply.whole("".join(said), event.finish, usage)
+    if _is_refused(context, event):
+        text = context.service.config.refusal
+        return reply.whole(text, event.finish, usage, refusal=text, note=note)
+    return reply.whole("".join(said), event.finish, usage, note=note)
+
+
+def _is_refused(context: RequestContext, end: ReplyEnd) -> bool:
+    """Whether a refusal takes the place of the reply."""
+    return end.finish == "content_filter" and context.service.config.on_flagged_reply == "block"
+
+
+async def _record_reply(
+    context: RequestContext, chat: GuardedChat, end: ReplyEnd
+) -> dict[str, Any]:
+    """Note the verdict on the reply, if there is one; returns what the answer says of it."""
+    if end.verdict is None:
+        return {}
+    action = reply_action(context.service.config.on_flagged_reply, end.verdict)
+    await context.record_reply(chat.prompt, end.verdict, action)
+    return reply_note(context, end.verdict)
 
 
 def _refusal(context: RequestContext, body: Chat, judged: ScoredPrompt) -> Response:

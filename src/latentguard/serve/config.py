@@ -7,6 +7,7 @@ from typing import Literal
 
 from latentguard.serve.control_tokens import ControlTokenPolicy
 from latentguard.serve.parameters import ToolPolicy
+from latentguard.serve.reply_reading import ReplyPolicy
 
 Policy = Literal["block", "annotate", "shadow"]
 OnReview = Literal["pass", "annotate", "block"]
@@ -23,6 +24,13 @@ class ServeConfig:
     on_review: OnReview = "annotate"
     """What happens to a chat in the band to review: answered, only logged; answered with its
     decision; refused like a flagged one."""
+
+    reply_policy: ReplyPolicy | None = None
+    """What happens to a flagged reply, if the guard judges replies (``reply_reading``); None cuts
+    it, or does as ``policy`` where that is softer."""
+
+    hold_tokens: int = 8
+    """Tokens of a reply that are read beyond one until it is shown."""
 
     refusal: str = "I can't help with that."
     """What a blocked chat is answered with."""
@@ -152,3 +160,8 @@ class ServeConfig:
 
     drain: float = 30.0
     """Seconds that requests have to finish after SIGTERM."""
+
+    @property
+    def on_flagged_reply(self) -> ReplyPolicy:
+        """What happens to a flagged reply."""
+        return self.reply_policy or ("cut" if self.policy == "block" else self.policy)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import ScoredPlan
+from latentguard.guard.replies import ReplyVerdict
 from latentguard.models.chat_model import ChatModel
-from latentguard.models.conversation import Conversation, Sampling
+from latentguard.models.conversation import Conversation, ReplyPiece, Sampling, TokenProbe
 from latentguard.prompts import Prompt
+from latentguard.serve.reply_reading import ReplyGate, ReplyPolicy, ShownText
 from latentguard.serve.scoring import ScoredPrompt, score_prompts, scored_prompt
 
 
@@ -21,7 +23,7 @@ class ReplyEnd:
     """The reply is over."""
 
     finish: str
-    """``stop`` or ``length``."""
+    """``stop``, ``length``, or ``content_filter`` if the reply was flagged and ended for it."""
 
     prompt_tokens: int
     """How long the prompt was."""
@@ -29,8 +31,11 @@ class ReplyEnd:
     reply_tokens: int
     """How long the reply was."""
 
+    verdict: ReplyVerdict | None = None
+    """On the reply; None if the guard does not judge replies, or nothing was said."""
 
-ChatEvent = ScoredPrompt | GuardError | str | ReplyEnd | Exception
+
+ChatEvent = ScoredPrompt | GuardError | ShownText | ReplyEnd | Exception
 """What a chat emits, in this order: its verdict (or why there is none), pieces of text, the end.
 Any other exception ends it at once."""
 
@@ -47,6 +52,8 @@ class GuardedChat:
         guard: LatentGuard,
         scored: ScoredPrompt | None = None,
         account: str = "",
+        reply_policy: ReplyPolicy = "cut",
+        hold_tokens: int = 0,
     ) -> None:
         """Prepare a chat.
 
@@ -57,6 +64,8 @@ class GuardedChat:
             guard: What judges it.
             scored: What was found before, if the prompt is not to be read again.
             account: Whose it is.
+            reply_policy: What happens to a flagged reply, if the guard judges replies.
+            hold_tokens: How many tokens have to be read beyond one until it is shown.
         """
         self.prompt, self.sampling, self.account = prompt, sampling, account
         self._guard = guard
@@ -66,7 +75,10 @@ class GuardedChat:
         self._must_refuse, self._loop = must_refuse, asyncio.get_running_loop()
         self._events: asyncio.Queue[ChatEvent] = asyncio.Queue()
         self._conversation: Conversation | None = None
-        self._pieces: Iterator[str] = iter(())
+        self._pieces: Iterator[ReplyPiece] = iter(())
+        self._reply_policy = reply_policy
+        self._hold_tokens = hold_tokens
+        self._gate: ReplyGate | None = None
 
     def cancel(self) -> None:
         """Stop: nobody listens any more."""
@@ -104,12 +116,33 @@ class GuardedChat:
             return not self.cancelled
         piece = next(self._pieces, None)
         if piece is None:
-            said = self._conversation
-            self.emit(ReplyEnd(said.finish, said.prompt_tokens, said.reply_tokens))
+            self._end(self._conversation, self._conversation.finish)
             return False
-        if piece:
-            self.emit(piece)
+        self._show(piece)
+        if self._gate is not None and self._gate.must_end:
+            self._end(self._conversation, "content_filter")
+            return False
         return True
+
+    def _show(self, piece: ReplyPiece) -> None:
+        """Emit what may be shown once a piece is there."""
+        if self._gate is None:
+            shown = [ShownText(piece.text)] if piece.text else []
+        elif piece.score is None:
+            shown = self._gate.finish(piece.text)
+        else:
+            shown = self._gate.push(piece.text, piece.score)
+        for text in shown:
+            self.emit(text)
+
+    def _end(self, said: Conversation, finish: str) -> None:
+        try:
+            verdict = self._gate.verdict(self.prompt.id) if self._gate else None
+        except GuardError:
+            if self._reply_policy != "shadow":  # which alone lets through what has no verdict
+                raise
+            verdict = None
+        self.emit(ReplyEnd(finish, said.prompt_tokens, said.reply_tokens, verdict))
 
     def _read(self, guard: LatentGuard, model: ChatModel) -> ScoredPrompt | GuardError:
         """Judge the prompt in the pass that serves it, if that is all that its guard reads.
@@ -120,7 +153,14 @@ class GuardedChat:
         is_known = self._scored is not None
         alone = not is_known and [variant.prompt for variant in variants] == [self.prompt]
         positions = guard.positions if alone else ()
-        said = Conversation(model, self.prompt, positions=positions, layers=guard.probe.layers)
+        probe = None
+        if guard.replies is not None:
+            self._gate = ReplyGate(guard.replies, self._reply_policy, self._hold_tokens)
+            own = guard.replies.probe
+            probe = TokenProbe(own.layers, own.weight.to(model.device))
+        said = Conversation(
+            model, self.prompt, positions=positions, layers=guard.probe.layers, probe=probe
+        )
         self._conversation, self._pieces = said, said.pieces(self.sampling)
         if self._scored is not None:
             return self._scored

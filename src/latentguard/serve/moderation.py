@@ -18,6 +18,7 @@ from scipy.special import expit
 
 from latentguard.data.hazards import MODERATION, OTHER, moderation_names
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.replies import ReplyVerdict
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import chat_readings
@@ -25,6 +26,12 @@ from latentguard.serve.chat_request import require_few
 from latentguard.serve.errors import ApiError, BadRequest
 from latentguard.serve.explanation import Explanation
 from latentguard.serve.messages import ChatMessage, ContentPart, text_of_parts
+from latentguard.serve.reply_scoring import (
+    ReplyFields,
+    reply_category_score,
+    reply_fields,
+    score_last_reply,
+)
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.served_guards import DEFAULT_NAME
 from latentguard.serve.service import RequestContext, Service
@@ -39,8 +46,12 @@ class ModerationRequest(BaseModel):
         Text
         | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
         | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True)]
-    )
+        | None
+    ) = None
     """A text, several texts, or the parts of one message."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    """A chat, instead of ``input``; the assistant's last message is judged as a reply."""
 
     model: str | None = None
     """The name of a guard, or any other for the default one."""
@@ -57,6 +68,8 @@ class Scores(VerdictFields):  # type: ignore[misc]
 
     threshold: float
     readings: int
+    reply: ReplyFields | None = None
+    """Of the reply that a chat ends with, if the guard judges replies."""
 
 
 class ModerationResult(BaseModel):
@@ -120,20 +133,25 @@ def routes(service: Service) -> APIRouter:
     async def moderations(request: Request, body: ModerationRequest) -> Any:
         """Classify texts, in OpenAI's schema."""
         context = RequestContext(service, request, "moderations", model=body.model)
-        found = await _judged(context, _texts(body.input))
-        served = context.served
-        results = [moderation_result(served.guard, one) for one in found]
-        return ModerationResponse(id=_id("modr", context), model=served.label, results=results)
+        _require_one_of(body.input, body.messages)
+        if body.messages:
+            _, outcome, reply = await _score_chat(context, body.messages)
+            results = [moderation_result(context.served.guard, outcome, reply)]
+        else:
+            found = await _judged(context, _texts(body.input or ""))
+            results = [moderation_result(context.served.guard, one) for one in found]
+        label = context.served.label
+        return ModerationResponse(id=_id("modr", context), model=label, results=results)
 
     @router.post("/v1/score", response_model=ScoreResponse)
     async def score(request: Request, body: ScoreRequest) -> Any:
         """Score prompts; if asked for, say what each token and layer adds."""
         context = RequestContext(service, request, "score", model=body.model)
         _require_guard(service, body.model)
-        if (body.input is None) == (body.messages is None):
-            raise BadRequest("Give either 'input' or 'messages'.")
+        _require_one_of(body.input, body.messages)
+        reply = None
         if body.messages:
-            prompt, outcome = await _score_chat(context, body.messages)
+            prompt, outcome, reply = await _score_chat(context, body.messages)
             prompts, scored = [prompt], [outcome]
         else:
             prompts = _texts(body.input or "")
@@ -141,6 +159,9 @@ def routes(service: Service) -> APIRouter:
                 raise BadRequest("'explain' is for one prompt at a time.")
             scored = await _judged(context, prompts)
         results = [_score(one) for one in scored]
+        if reply is not None:
+            judge = context.served.guard.require_reply_probe()
+            results[0].reply = ReplyFields(**reply_fields(judge, reply))
         if body.explain:
             results[0].explanation = await _explain(context, prompts[0], scored[0])
         guard = context.served.guard
@@ -164,8 +185,8 @@ def _require_guard(service: Service, name: str | None) -> None:
 
 async def _score_chat(
     context: RequestContext, messages: list[ChatMessage]
-) -> tuple[Prompt, ScoredPrompt]:
-    """The most severe reading of a chat, and what is said of it, recorded."""
+) -> tuple[Prompt, ScoredPrompt, ReplyVerdict | None]:
+    """The most severe reading of a chat, what is said of it and of its last reply, recorded."""
     config = context.service.config
     readings = chat_readings(messages, trusted_roles=config.trusted_roles)
     require_few(readings, config)
@@ -175,7 +196,13 @@ async def _score_chat(
         await context.record_failure([readings[0].prompt], error, answered=False)
         raise
     outcome = await context.record_chat(readings, scored, action="score")
-    return readings[outcome.index].prompt, outcome
+    reply = await score_last_reply(context, messages, readings[0].prompt)
+    return readings[outcome.index].prompt, outcome, reply
+
+
+def _require_one_of(texts: object, messages: object) -> None:
+    if (texts is None) == (messages is None):
+        raise BadRequest("Give either 'input' or 'messages'.")
 
 
 async def _explain(context: RequestContext, prompt: Prompt, scored: ScoredPrompt) -> Explanation:
@@ -210,17 +237,24 @@ def _texts(given: str | list[str] | list[ContentPart]) -> list[Prompt]:
     return [Prompt(text, id=str(number)) for number, text in enumerate(texts)]
 
 
-def moderation_result(guard: LatentGuard, scored: ScoredPrompt) -> ModerationResult:
-    """A verdict in OpenAI's schema."""
+def moderation_result(
+    guard: LatentGuard, scored: ScoredPrompt, reply: ReplyVerdict | None = None
+) -> ModerationResult:
+    """A verdict in OpenAI's schema; a flagged reply counts as ``illicit``."""
     verdict = scored.verdict
     scores = moderation_scores(guard, scored)
+    said = Scores(**scored.to_dict())
+    if reply is not None:
+        judge = guard.require_reply_probe()
+        scores[OTHER] = max(scores[OTHER], reply_category_score(judge, reply))
+        said.reply = ReplyFields(**reply_fields(judge, reply))
     known = {name for own in verdict.category_scores for name in moderation_names(own)} | {OTHER}
     return ModerationResult(
-        flagged=verdict.flagged,
+        flagged=verdict.flagged or (reply is not None and reply.flagged),
         categories={name: score > 0.5 for name, score in scores.items()},
         category_scores=scores,
         category_applied_input_types={n: ["text"] if n in known else [] for n in MODERATION},
-        latentguard=Scores(**scored.to_dict()),
+        latentguard=said,
     )
 
 

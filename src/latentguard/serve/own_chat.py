@@ -87,6 +87,8 @@ class OwnChat:
             guard=self.context.served.guard,
             scored=self.scored[0],
             account=self.context.account,
+            reply_policy=self.context.service.config.on_flagged_reply,
+            hold_tokens=self.context.service.config.hold_tokens,
         )
         self.context.request.state.ending.callback(chat.cancel)
         await self.context.service.engine.start_chat(chat)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
+from latentguard.guard.replies import ReplyVerdict
 from latentguard.serve.errors import ApiError
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.service import RequestContext
@@ -64,24 +65,35 @@ class ReplyWriter:
         self._note, self._usage = note, usage
         self._head = dict(id=f"chatcmpl-{mark}", created=int(time()), model=name)
 
-    def whole(self, text: str, finish: str, usage: dict[str, int], **extra: Any) -> Response:
-        """The answer in one."""
-        message = dict(role="assistant", content=text, refusal=None) | extra
+    def whole(
+        self,
+        text: str,
+        finish: str,
+        usage: dict[str, int],
+        *,
+        refusal: str | None = None,
+        note: Mapping[str, Any] | None = None,
+    ) -> Response:
+        """The answer in one, and what is to be noted of the reply."""
+        message = dict(role="assistant", content=text, refusal=refusal)
         choice = dict(index=0, message=message, finish_reason=finish, logprobs=None)
         body = self._head | dict(object="chat.completion", choices=[choice], usage=usage)
-        return JSONResponse(body | dict(self._note))
+        said = dict(self._note.get("latentguard", {})) | dict((note or {}).get("latentguard", {}))
+        return JSONResponse(body | ({"latentguard": said} if said else {}))
 
     def first(self) -> str:
         """The first event of a stream."""
         return self._chunk(dict(role="assistant", content=""), None, self._note)
 
-    def piece(self, text: str) -> str:
-        """A piece of text."""
-        return self._chunk(dict(content=text), None)
+    def piece(self, text: str, note: Mapping[str, Any] | None = None) -> str:
+        """A piece of text, and what is to be noted of it."""
+        return self._chunk(dict(content=text), None, note)
 
-    def last(self, finish: str, usage: dict[str, int]) -> str:
-        """The last events."""
-        end = self._chunk({}, finish)
+    def last(
+        self, finish: str, usage: dict[str, int], note: Mapping[str, Any] | None = None
+    ) -> str:
+        """The last events, and what is to be noted of the whole reply."""
+        end = self._chunk({}, finish, note)
         if self._usage:
             end += sse_event(self._part([]) | dict(usage=usage))
         return f"{end}data: [DONE]\n\n"
@@ -107,6 +119,15 @@ def verdict_note(context: RequestContext, judged: ScoredOrError) -> dict[str, An
     if context.service.config.on_review == "pass":
         del said["decision"]
     return {"latentguard": said}
+
+
+def reply_note(context: RequestContext, verdict: ReplyVerdict | None) -> dict[str, Any]:
+    """What an answer says of the verdict on its reply; a shadow says nothing."""
+    if verdict is None or context.service.config.on_flagged_reply == "shadow":
+        return {}
+    said = verdict.to_dict()
+    del said["id"]
+    return {"latentguard": {"reply": said}}
 
 
 def token_usage(prompt: int, reply: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from starlette.requests import Request
 
+from latentguard.guard.replies import ReplyVerdict
 from latentguard.prompts import Prompt
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.chat_readings import ChatReading
@@ -23,6 +24,7 @@ from latentguard.serve.engine import ScoringEngine
 from latentguard.serve.errors import ApiError, ClientDisconnected, Unavailable
 from latentguard.serve.explanation import Explainer
 from latentguard.serve.keys import ApiKeys
+from latentguard.serve.reply_reading import ReplyAction
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.served_guards import DEFAULT_NAME, ServedGuard, ServedGuards
 from latentguard.serve.telemetry import Telemetry
@@ -325,7 +327,19 @@ class RequestContext:
     def _guard_name(self) -> str:
         return guard.name if (guard := self._known_guard) else DEFAULT_NAME
 
-    def _line(self, prompt: Prompt, action: Action) -> dict[str, Any]:
+    async def record_reply(
+        self, prompt: Prompt, verdict: ReplyVerdict, action: ReplyAction
+    ) -> None:
+        """Note the verdict on a reply to a prompt; never the reply.
+
+        Raises:
+            AuditUnavailable: if the audit log cannot be written.
+        """
+        line = self._line(prompt, action) | {"reply": _without_id(verdict.to_dict())}
+        await self._write([line])
+        self.service.telemetry.reply(self.endpoint, action, verdict.decision)
+
+    def _line(self, prompt: Prompt, action: Action | ReplyAction) -> dict[str, Any]:
         audit = self.service.audit
         if audit is None:
             return {}

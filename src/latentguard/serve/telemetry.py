@@ -53,6 +53,12 @@ class Telemetry:
         self.reloads = Counter(
             "latentguard_reloads", "Guards and keys read anew.", ["outcome"], registry=kept
         )
+        self.replies = Counter(
+            "latentguard_replies",
+            "Verdicts on replies.",
+            ["endpoint", "action", "decision"],
+            registry=kept,
+        )
         self.first_token = Histogram(
             "latentguard_first_token_seconds",
             "Streamed chats, to the first event.",
@@ -112,6 +118,10 @@ class Telemetry:
         self.scores.observe(verdict.score)
         if scored.readings == 1 and not verdict.evidence:
             self.drift.add(verdict.score)  # the greatest of several has no reference
+
+    def reply(self, endpoint: str, action: str, decision: str) -> None:
+        """Count what was done with a reply."""
+        self.replies.labels(endpoint, action, decision).inc()
 
     def page(self) -> bytes:
         """Prometheus' text format."""

@@ -16,8 +16,9 @@ from fastapi.responses import Response, StreamingResponse
 
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.disconnects import run_while_connected
-from latentguard.serve.errors import BadRequest, UpstreamError
+from latentguard.serve.errors import ApiError, BadRequest, UpstreamError
 from latentguard.serve.replies import sse_event
+from latentguard.serve.upstream_replies import FollowedReply
 
 log = logging.getLogger("latentguard.serve")
 
@@ -68,7 +69,12 @@ class UpstreamClient:
         self._key = key
 
     async def ask(
-        self, request: Request, body: Mapping[str, Any], note: Mapping[str, Any]
+        self,
+        request: Request,
+        body: Mapping[str, Any],
+        note: Mapping[str, Any],
+        *,
+        reply: FollowedReply | None = None,
     ) -> Response:
         """The upstream's answer to a chat.
 
@@ -77,6 +83,7 @@ class UpstreamClient:
             body: What is sent: what was parsed, since another parser could find another chat in
                 the client's bytes, as where an object names a key twice.
             note: Added to the answer.
+            reply: Reads the answer before it is sent back; None sends it back unread.
 
         Raises:
             BadRequest: if the body holds NaN or infinity, or no model where the path needs it.
@@ -88,7 +95,7 @@ class UpstreamClient:
             raise BadRequest("The body holds a number that JSON does not know.") from None
         sent = self._request("POST", self._chat_path(body), request, content)
         is_stream = bool(body.get("stream"))
-        return await self._within(request, self._answer(request, sent, is_stream, note))
+        return await self._within(request, self._answer(request, sent, is_stream, note, reply))
 
     async def models(self, request: Request) -> Response:
         """The upstream's models, which chats name; the guard's own model need not be one of them.
@@ -134,7 +141,12 @@ class UpstreamClient:
             raise UpstreamError(UNREACHABLE) from None
 
     async def _answer(
-        self, request: Request, sent: httpx.Request, is_stream: bool, note: Mapping[str, Any]
+        self,
+        request: Request,
+        sent: httpx.Request,
+        is_stream: bool,
+        note: Mapping[str, Any],
+        reply: FollowedReply | None = None,
     ) -> Response:
         answer = await self._client.send(sent, stream=True)
         request.state.ending.push_async_callback(answer.aclose)  # a stream may never be begun
@@ -145,8 +157,9 @@ class UpstreamClient:
             log.error("The upstream answered %s: check its key.", answer.status_code)
             raise UpstreamError("The upstream service refused this service.")
         if is_stream and answer.status_code == 200:
-            return StreamingResponse(_with_note(answer, note), media_type="text/event-stream")
-        return await _whole(answer, note)
+            events = _events(answer, note, reply)
+            return StreamingResponse(events, media_type="text/event-stream")
+        return await _whole(answer, note, reply)
 
     @property
     def _shows_clients_key(self) -> bool:
@@ -185,15 +198,19 @@ def _traced(request: Request) -> dict[str, str]:
     return {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
 
 
-async def _whole(answer: httpx.Response, note: Mapping[str, Any]) -> Response:
+async def _whole(
+    answer: httpx.Response, note: Mapping[str, Any], reply: FollowedReply | None
+) -> Response:
     content = b""
     async for piece in answer.aiter_bytes():
         content += piece
         if len(content) > MAX_ANSWER:
             raise UpstreamError("The upstream's answer is too long.")
     headers = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
-    body = _encoded(_object(content, answer.status_code) | dict(note))
-    return Response(body, answer.status_code, headers, media_type="application/json")
+    body = _object(content, answer.status_code) | dict(note)
+    if reply is not None and answer.status_code == 200:
+        body = await reply.whole(body)
+    return Response(_encoded(body), answer.status_code, headers, media_type="application/json")
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:
@@ -221,19 +238,29 @@ def _object(content: bytes, status: int) -> dict[str, Any]:
     return BadRequest(f"The upstream service refused the request with status {status}.").body
 
 
-async def _with_note(answer: httpx.Response, note: Mapping[str, Any]) -> AsyncIterator[bytes]:
-    """The events as they come; the note goes into the first."""
-    remaining = dict(note)
+async def _events(
+    answer: httpx.Response, note: Mapping[str, Any], reply: FollowedReply | None
+) -> AsyncIterator[bytes]:
+    """The events as they come, or once they were read; the note goes into the first."""
+    lines = _with_note(_lines(answer), note)
     try:
-        async for line in _lines(answer):
-            event = line
-            if remaining and line.startswith(b"data: {"):
-                event = b"data: " + _encoded(json.loads(line[6:]) | remaining)
-                remaining = {}
-            yield event + b"\n"
+        async for line in lines if reply is None else reply.stream(lines):
+            yield line + b"\n"
     except (httpx.HTTPError, UpstreamError, ValueError, RecursionError) as error:
         log.error("The upstream broke off: %s", type(error).__name__)
         yield sse_event(UpstreamError("The upstream service broke off.").body).encode()
+    except ApiError as error:  # the reply cannot be read, or its verdict cannot be logged
+        yield sse_event(error.body).encode()
+
+
+async def _with_note(lines: AsyncIterator[bytes], note: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    remaining = dict(note)
+    async for line in lines:
+        event = line
+        if remaining and line.startswith(b"data: {"):
+            event = b"data: " + _encoded(json.loads(line[6:]) | remaining)
+            remaining = {}
+        yield event
 
 
 async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
