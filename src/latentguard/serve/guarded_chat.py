@@ -14,7 +14,7 @@ from latentguard.guard.replies import ReplyVerdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation, ReplyPiece, Sampling, TokenProbe
 from latentguard.prompts import Prompt
-from latentguard.serve.reply_reading import ReplyGate, ReplyPolicy, ShownText
+from latentguard.serve.reply_reading import ReplyGate, ShownText
 from latentguard.serve.scoring import ScoredPrompt, score_prompts, scored_prompt
 
 
@@ -52,8 +52,7 @@ class GuardedChat:
         guard: LatentGuard,
         scored: ScoredPrompt | None = None,
         account: str = "",
-        reply_policy: ReplyPolicy = "cut",
-        hold_tokens: int = 0,
+        gate: ReplyGate | None = None,
     ) -> None:
         """Prepare a chat.
 
@@ -64,8 +63,7 @@ class GuardedChat:
             guard: What judges it.
             scored: What was found before, if the prompt is not to be read again.
             account: Whose it is.
-            reply_policy: What happens to a flagged reply, if the guard judges replies.
-            hold_tokens: How many tokens have to be read beyond one until it is shown.
+            gate: Lets the reply through as it is read; None where the guard judges no replies.
         """
         self.prompt, self.sampling, self.account = prompt, sampling, account
         self._guard = guard
@@ -76,9 +74,7 @@ class GuardedChat:
         self._events: asyncio.Queue[ChatEvent] = asyncio.Queue()
         self._conversation: Conversation | None = None
         self._pieces: Iterator[ReplyPiece] = iter(())
-        self._reply_policy = reply_policy
-        self._hold_tokens = hold_tokens
-        self._gate: ReplyGate | None = None
+        self._gate = gate
 
     def cancel(self) -> None:
         """Stop: nobody listens any more."""
@@ -136,12 +132,7 @@ class GuardedChat:
             self.emit(text)
 
     def _end(self, said: Conversation, finish: str) -> None:
-        try:
-            verdict = self._gate.verdict(self.prompt.id) if self._gate else None
-        except GuardError:
-            if self._reply_policy != "shadow":  # which alone lets through what has no verdict
-                raise
-            verdict = None
+        verdict = self._gate.verdict(self.prompt.id) if self._gate else None
         self.emit(ReplyEnd(finish, said.prompt_tokens, said.reply_tokens, verdict))
 
     def _read(self, guard: LatentGuard, model: ChatModel) -> ScoredPrompt | GuardError:
@@ -154,8 +145,7 @@ class GuardedChat:
         alone = not is_known and [variant.prompt for variant in variants] == [self.prompt]
         positions = guard.positions if alone else ()
         probe = None
-        if guard.replies is not None:
-            self._gate = ReplyGate(guard.replies, self._reply_policy, self._hold_tokens)
+        if guard.replies is not None and self._gate is not None:
             own = guard.replies.probe
             probe = TokenProbe(own.layers, own.weight.to(model.device))
         said = Conversation(

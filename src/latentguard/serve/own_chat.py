@@ -19,6 +19,7 @@ from latentguard.serve.disconnects import run_while_connected
 from latentguard.serve.errors import ApiError, Unavailable
 from latentguard.serve.guarded_chat import ChatEvent, GuardedChat
 from latentguard.serve.replies import ScoredOrError
+from latentguard.serve.reply_reading import ReplyGate
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.service import RequestContext
 
@@ -87,13 +88,20 @@ class OwnChat:
             guard=self.context.served.guard,
             scored=self.scored[0],
             account=self.context.account,
-            reply_policy=self.context.service.config.on_flagged_reply,
-            hold_tokens=self.context.service.config.hold_tokens,
+            gate=self._gate(),
         )
         self.context.request.state.ending.callback(chat.cancel)
         await self.context.service.engine.start_chat(chat)
         seconds = self.context.service.config.deadline
         return await run_while_connected(_within(chat, seconds), self.context.request)
+
+    def _gate(self) -> ReplyGate | None:
+        """What lets the reply through; None where the guard judges no replies."""
+        judge = self.context.served.guard.replies
+        config = self.context.service.config
+        if judge is None:
+            return None
+        return ReplyGate(judge, config.on_flagged_reply, config.hold_tokens)
 
     def _must_refuse(self, event: ScoredPrompt | GuardError) -> bool:
         """Whether a verdict on the chat in context, or its lack, forbids a reply."""

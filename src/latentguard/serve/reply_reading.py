@@ -91,9 +91,11 @@ class ReplyGate:
         """On what was read; None if that is nothing.
 
         Raises:
-            GuardError: if a score is not finite.
+            GuardError: if a score is not finite; a shadow has no verdict then.
         """
-        return self._judge.decide(id, np.array(self._scores)) if self._scores else None
+        if not self._scores or (self._policy == "shadow" and not np.isfinite(self._scores).all()):
+            return None
+        return self._judge.decide(id, np.array(self._scores))
 
     def _release(self, hold: int) -> list[ShownText]:
         shown = []
