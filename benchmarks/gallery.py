@@ -1,0 +1,184 @@
+"""Publishes reports of studies without any prompt or reply: Markdown tables and SVG figures.
+
+    python benchmarks/gallery.py reports/a reports/b --out docs/gallery --data-dir DATA
+
+Each folder is a report of 'latentguard study'. The first page compares all of them, claim by claim.
+Nothing is written if a text of the prompt pools, or a reply in a store, is in one of the pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sqlite3
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from latentguard.report.document import Table, file_names
+from latentguard.study.claims import CLAIMS
+from latentguard.study.claims_report import COLUMNS
+from latentguard.study.compare import ClaimRow, StudyReport, compare, read_reports
+from latentguard.study.prompt_groups import PromptPools, contrast_pools, read_pools
+from latentguard.study.run import STORE
+
+SHORTEST = 24
+"""Characters of a text from which it is looked for; shorter ones are words of any report."""
+
+Pages = Mapping[str, str]
+"""Path below the gallery -> content."""
+
+
+def pages_of(folders: Sequence[Path], reports: Sequence[StudyReport]) -> dict[str, str]:
+    """All files of the gallery."""
+    names = file_names([one.label for one in reports])
+    pages = {"index.md": first_page(reports, names)}
+    for name, folder, report in zip(names, folders, reports, strict=True):
+        pages |= {f"{name}/{path}": text for path, text in report_pages(folder, report).items()}
+    return pages
+
+
+def first_page(reports: Sequence[StudyReport], names: Sequence[str]) -> str:
+    """What all reports say: verdicts, effects, then a paragraph a claim."""
+    page = compare(reports)
+    section, about = page.sections[:2]
+    verdicts, claims = (part for part in section.parts if isinstance(part, Table))
+    links = [f"- [{one.label}]({name}/index.md)" for one, name in zip(reports, names, strict=True)]
+    parts = [
+        "# Gallery: the paper's claims on the models at hand",
+        section.text,
+        verdicts.markdown(),
+        "Every figure and table of each study:",
+        "\n".join(links),
+        "## Effects",
+        claims.markdown(),
+        "## Claim by claim",
+        *(paragraph(number, reports) for number in range(1, len(CLAIMS) + 1)),
+        "## What was compared",
+        *(part.markdown() for part in about.parts if isinstance(part, Table)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def paragraph(number: int, reports: Sequence[StudyReport]) -> str:
+    """One claim in plain words: what the paper says, what each report sees, what form says."""
+    claim = CLAIMS[number - 1]
+    lines = [f"**{number}. {claim.name}** The paper ({claim.where}): {claim.paper}."]
+    for report in reports:
+        row = next((one for one in report.claims if one.number == number), None)
+        if row is not None:
+            lines.append(f"{report.label}: {_sentence(row)}")
+    return " ".join(lines)
+
+
+def _sentence(row: ClaimRow) -> str:
+    cells = dict(zip(COLUMNS[COLUMNS.index("verdict") + 1 :], row.rest, strict=False))
+    seen = _number(cells["value"], cells["low"], cells["high"])
+    effect = f" ({cells['effect that decides']}: {seen}, n = {cells['n']})" if seen else ""
+    form = _number(cells["form value"], cells["form low"], cells["form high"])
+    control = f" Form: {cells['form control']}: {form}." if form else ""
+    return f"{row.verdict}{effect}.{control}"
+
+
+def _number(*cells: object) -> str:
+    if any(not isinstance(cell, (int, float)) for cell in cells):
+        return ""
+    value, low, high = cells
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def report_pages(folder: Path, report: StudyReport) -> dict[str, str]:
+    """One report: each table as Markdown, each figure as SVG."""
+    record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    pages, shown = {}, []
+    for title, name in zip(record["figures"], file_names(record["figures"]), strict=True):
+        path = folder / "figures" / f"{name}.svg"
+        if path.exists():
+            pages[f"{name}.svg"] = path.read_text(encoding="utf-8")
+            shown.append(f"### {title}\n\n![{title}]({name}.svg)")
+    tables = [
+        Table(one["title"], tuple(one["columns"]), tuple(map(tuple, one["rows"])), one["note"])
+        for one in record["tables"]
+    ]
+    heads = ["# " + record["title"], "[All models](../index.md)"]
+    bodies = [table.markdown() for table in tables]
+    pages["index.md"] = "\n\n".join(
+        [*heads, bodies[0], "## Figures", *shown, "## Tables", *bodies[1:]]
+    )
+    pages["index.md"] += "\n"
+    pages["claims.csv"] = tables[0].csv()
+    pages["provenance.json"] = json.dumps(report.meta, indent=1) + "\n"
+    return pages
+
+
+def pool_texts(pools: PromptPools) -> set[str]:
+    """Every text of the pools."""
+    return {p.text for f in fields(pools) for p in getattr(pools, f.name)}
+
+
+def stored_replies(folder: Path) -> Iterator[str]:
+    """Every reply in the store of a report; none without one."""
+    path = folder / STORE
+    if not path.exists():
+        return
+    base = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    for (value,) in base.execute("SELECT value FROM kept WHERE substr(value, 1, 1) = X'7B'"):
+        try:
+            record = json.loads(value)
+        except ValueError:  # a state that happens to begin like JSON
+            continue
+        if isinstance(record, dict) and isinstance(record.get("text"), str):
+            yield record["text"]
+    base.close()
+
+
+def leaks(pages: Pages, texts: Iterable[str]) -> list[str]:
+    """Paths of the pages in which one of the texts is, whatever the white space and case."""
+    wanted = {plain for text in texts if len(plain := _plain(text)) >= SHORTEST}
+    plain_pages = {path: _plain(content) for path, content in pages.items()}
+    return [
+        path for path, content in plain_pages.items() if any(text in content for text in wanted)
+    ]
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def write(pages: Pages, out: Path) -> None:
+    """Write the pages."""
+    for path, content in pages.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_text(content, encoding="utf-8")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Publish the reports; 1 if a text would leak."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("reports", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs/gallery"))
+    parser.add_argument("--data-dir", type=Path, default=None)
+    given = parser.parse_args(words)
+    pages = pages_of(given.reports, read_reports(given.reports))
+    texts = pool_texts(contrast_pools())
+    if given.data_dir is not None:
+        texts |= pool_texts(read_pools(given.data_dir))
+    for folder in given.reports:
+        texts.update(stored_replies(folder))
+    found = leaks(pages, texts)
+    if found:
+        print(
+            f"Nothing was written: prompts or replies are in {', '.join(found)}.", file=sys.stderr
+        )
+        return 1
+    write(pages, given.out)
+    print(given.out / "index.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
