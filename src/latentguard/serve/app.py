@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 
 from latentguard import __version__
 from latentguard.serve import completions, ext_authz, moderation, page
+from latentguard.serve.accounts import Accounts, ClientLimits
+from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.limits import App, Message, RequestLimits, address_of
@@ -45,6 +47,8 @@ class ErrorResponse(BaseModel):
 
 def build_app(service: Service) -> App:
     """The application of a service, within its limits."""
+    accounts = client_limits(service.config)
+    service.require_limits = accounts.require_reachable
     upstream = None
     if service.config.upstream:
         upstream = UpstreamClient(service.config, own_keys=bool(service.keys))
@@ -59,6 +63,7 @@ def build_app(service: Service) -> App:
         await service.engine.stop()
         if upstream is not None:
             await upstream.close()
+        await accounts.close()
         if service.audit is not None:
             service.audit.close()
         if service.telemetry.open_telemetry is not None:
@@ -71,9 +76,23 @@ def build_app(service: Service) -> App:
     app.include_router(page.routes(service, upstream))
     _watch(app, service)
     _explain(app)
-    limited = RequestLimits(app, service.config, service.keys, partial(_note, service))
+    limited = RequestLimits(
+        app, service.config, keys=service.keys, accounts=accounts, note=partial(_note, service)
+    )
     exporter = service.telemetry.open_telemetry
     return limited if exporter is None else exporter.traced(limited, PUBLIC)
+
+
+def client_limits(config: ServeConfig) -> ClientLimits:
+    """The limits of clients, counted in this process or by Redis."""
+    limits: dict[str, Any] = dict(
+        concurrency=config.concurrency, rate=config.rate, burst=config.burst
+    )
+    if config.redis is None:
+        return Accounts(**limits)
+    from latentguard.serve.shared_accounts import SharedAccounts  # an extra
+
+    return SharedAccounts(config.redis, **limits)
 
 
 def build_health_app(service: Service, reloader: Reloader | None = None) -> FastAPI:

@@ -107,6 +107,10 @@ class ServeConfig:
     burst: int = 20
     """Requests of one client that may come at once after a pause, where there is a rate."""
 
+    redis: str | None = None
+    """Where requests of clients are counted for several processes together, as
+    ``redis://host:6379/0``; None counts them in each process."""
+
     max_elements: int = 20_000
     """Values in a request's JSON; more are turned away before they are looked at."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from latentguard.serve.accounts import Accounts
+from latentguard.serve.accounts import ClientLimits
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.connections import Connections
 from latentguard.serve.errors import (
@@ -52,19 +52,20 @@ class RequestLimits:
     What the application raises is logged, never shown.
     """
 
-    def __init__(self, app: App, config: ServeConfig, keys: ApiKeys, note: Note) -> None:
+    def __init__(
+        self, app: App, config: ServeConfig, *, keys: ApiKeys, accounts: ClientLimits, note: Note
+    ) -> None:
         """Wrap an application.
 
         Args:
             app: The application.
             config: Limits of size and time.
             keys: Who may come in.
+            accounts: Limits of each client.
             note: Given the scope, the status and the seconds of every request.
         """
         self.app, self.config, self.keys, self.note = app, config, keys, note
-        self.accounts = Accounts(
-            concurrency=config.concurrency, rate=config.rate, burst=config.burst
-        )
+        self.accounts = accounts
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -80,7 +81,8 @@ class RequestLimits:
             client = self._client(scope)
             account = client if client != "-" else address
             scope["state"] |= dict(client=client, account=account)
-            with nullcontext() if scope["path"] in OPEN else self.accounts.admit(account):
+            admitted = nullcontext() if scope["path"] in OPEN else self.accounts.admit(account)
+            async with admitted:
                 body = await self._body(scope, receive)
                 if scope["method"] == "POST":
                     require_small_json(body, self.config.max_elements)

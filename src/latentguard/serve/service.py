@@ -68,6 +68,9 @@ class Service:
     explainer: Explainer = field(default_factory=Explainer)
     """Says what verdicts are made of; for the scoring thread."""
 
+    require_limits: Callable[[], Awaitable[None]] | None = None
+    """Raises an ``ApiError`` if requests of clients cannot be counted; None before it serves."""
+
     require_upstream: Callable[[], Awaitable[None]] | None = None
     """Raises an ``ApiError`` if the upstream cannot be reached; None without one."""
 
@@ -101,7 +104,7 @@ class Service:
         return self.engine.state == "ready" and not self.is_closing
 
     async def require_ready(self) -> None:
-        """Check all that a verdict needs: guard, audit log and upstream.
+        """Check all that a verdict needs: guard, audit log, limits and upstream.
 
         Raises:
             Unavailable: if something is missing.
@@ -113,8 +116,9 @@ class Service:
         if self.audit is not None and self.audit.is_failing:
             line = dict(time=timestamp(), request="-", client="-", endpoint="readyz")
             await asyncio.to_thread(self.audit.write, [line | dict(action="probe")])
-        if self.require_upstream is not None:
-            await self.require_upstream()
+        for require in (self.require_limits, self.require_upstream):
+            if require is not None:
+                await require()
 
     def reopen_audit(self) -> None:
         """Begin the audit log anew, as after a rotation by others."""

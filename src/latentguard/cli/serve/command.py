@@ -89,6 +89,10 @@ def require_consistent(options: ServeOptions) -> None:
     _require_names(options)
     if (options.tls_cert is None) != (options.tls_key is None):
         _refuse("expected both --tls-cert and --tls-key", "--tls-cert")
+    if options.redis is not None:
+        require_extra("redis", "redis", "--redis")
+        if not options.redis.startswith(("redis://", "rediss://", "unix://")):
+            _refuse(f"expected redis://host:6379/0; found '{options.redis}'", "--redis")
     _require_upstream(options)
 
 

@@ -346,6 +346,14 @@ class ServeOptions:
             min=1, help="Requests that may come at once, with --rate.", rich_help_panel=LIMITS
         ),
     ] = 20
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            help="Count the requests of clients for several processes together, as "
+            "redis://host:6379/0. Without it, each counts for itself.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None
     max_connections: Annotated[
         int, typer.Option(min=1, help="Open connections.", rich_help_panel=LIMITS)
     ] = 1024
