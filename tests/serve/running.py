@@ -25,9 +25,9 @@ from latentguard.serve.keys import ApiKeys
 from models.architectures import chat_model
 from models.families import FAMILIES
 
-post = functools.partial(httpx.post, verify=False)  # certificates take long to load
-get = functools.partial(httpx.get, verify=False)
-stream = functools.partial(httpx.stream, verify=False)
+post = functools.partial(httpx.post, verify=False, timeout=60)  # certificates take long to load
+get = functools.partial(httpx.get, verify=False, timeout=60)
+stream = functools.partial(httpx.stream, verify=False, timeout=60)
 
 TESTS = Path(__file__).parents[1]
 SOURCE = TESTS.parent / "src"
@@ -155,7 +155,7 @@ def _port(made):
     raise AssertionError("the server did not start")
 
 
-def wait_ready(url, seconds=60):
+def wait_ready(url, seconds=300):
     """Wait until the service is ready."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
