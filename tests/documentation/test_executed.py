@@ -14,12 +14,8 @@ PAGES = [
     *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),
 ]
-MARKED_LATER = {"replies.md"}
 RUN = [
-    page
-    for page in PAGES
-    if page.name not in MARKED_LATER
-    and any(one.mark is None for one in read_blocks(page.read_text("utf-8")))
+    page for page in PAGES if any(one.mark is None for one in read_blocks(page.read_text("utf-8")))
 ]
 
 

@@ -9,17 +9,11 @@ from documentation.conftest import ROOT
 LONGEST = 30
 """Words of a sentence."""
 
-REWRITTEN_LATER = {"replies.md"}
-
 PLAIN = [
     ROOT / "README.md",
     ROOT / "docs" / "index.md",
     *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
-    *(
-        page
-        for page in sorted((ROOT / "docs" / "how-to").glob("*.md"))
-        if page.name not in REWRITTEN_LATER
-    ),
+    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
 ]
 
 
