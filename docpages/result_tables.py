@@ -221,6 +221,37 @@ def _range(values: list[float], digits: int) -> str:
     return f"{middle} ({low}, {high})"
 
 
+# ---- interventions
+
+INTERVENTIONS = (
+    "python benchmarks/interventions.py MODEL --data-dir DATA --store DIR --out FILE --only"
+)
+"""The command that made the results of an experiment beyond the paper; its name follows."""
+
+
+def intervention_table(experiment: str, title: str, shown: Mapping[str, str]) -> str:
+    """A table of an experiment's report: column of the report -> column of the page."""
+    sections = read_result(f"interventions-{experiment}-qwen2.5-coder-0.5b")["sections"]
+    (table,) = [one for s in sections for one in s["tables"] if one["title"] == title]
+    rows = []
+    for row in table["rows"]:
+        record = dict(zip(table["columns"], row, strict=True))
+        rows.append([_figure(record, column) for column in shown])
+    return _table(list(shown.values()), rows, f"{INTERVENTIONS} {experiment}")
+
+
+def _figure(record: Mapping[str, Any], column: str) -> str:
+    """A cell; with its interval where the two columns behind it are one."""
+    value = record[column]
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    columns = list(record)
+    ends = columns[columns.index(column) + 1 :][:2]
+    if [end.split(": ")[-1] for end in ends] == ["low", "high"]:
+        return f"{value:.2f} [{record[ends[0]]:.2f}, {record[ends[1]]:.2f}]"
+    return f"{value:.2f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "throughput": throughput_table,
     **{f"every-rule-{model}": partial(every_rule_table, model) for model in MODELS},

@@ -38,6 +38,7 @@ from latentguard.models.prefill import (
     build_cache,
     forward,
     keys_values,
+    place_behind_padding,
     pushes,
     read_unsteered,
 )
@@ -152,7 +153,17 @@ class EditedReader:
         self._rows = rows
         self._padding = (~batch.real).sum(1).tolist()
         layers = sorted({first_layer(one) for one in edits} - {0})
-        self._plain = read_unsteered(model, batch.ids, batch.real, [], layers=layers, stop=False)
+        inside = [self._first_column(one) for one in edits if first_layer(one)]
+        self._head = min([batch.head, *inside])
+        head = self._head
+        past: KeysValues = []
+        if head:  # one row serves all prompts
+            row = read_unsteered(
+                model, batch.ids[:1, :head], batch.real[:1, :head], [], layers=[], stop=False
+            )
+            past = place_behind_padding(row.cached, batch.real, head)
+        tail = batch.ids[:, head:]
+        self._plain = read_unsteered(model, tail, batch.real, past, layers=layers, stop=False)
 
     @torch.inference_mode()
     def read(self, group: Sequence[Any]) -> tuple[KeysValues, Float[Tensor, "r v"]]:
@@ -170,7 +181,7 @@ class EditedReader:
         cache = build_cache(past)
         with ExitStack() as stack:
             if start.hidden is not None:
-                hidden = start.hidden[:, column:]
+                hidden = start.hidden[:, column - self._head :]
                 skip = skip_blocks(model.blocks, layer=layer, hidden=hidden, size=start.size)
                 stack.enter_context(skip)
             stack.enter_context(self._edited(group, column))

@@ -170,7 +170,7 @@ class SteeredReader:
             first_row = (batch.ids[:1, :head], batch.real[:1, :head])
             self._head = read_unsteered(model, *first_row, [], layers=layers, stop=False)
         if layers:
-            past = _place_behind_padding(self._head.cached, batch.real, head)
+            past = place_behind_padding(self._head.cached, batch.real, head)
             tail = batch.ids[:, head:]
             self._tail = read_unsteered(model, tail, batch.real, past, layers=layers, stop=True)
 
@@ -190,7 +190,7 @@ class SteeredReader:
             start = self._head.start(layer, first)
             past, _ = self._steered_pass(ids, real, [], start, (vectors[::step], real))
             source = torch.arange(len(row), device=row.device) // step
-        past = _place_behind_padding(past, batch.real[row], head, source)
+        past = place_behind_padding(past, batch.real[row], head, source)
         tokens = torch.cat([batch.steered[one.tokens] for one in group])[:, head:]
         push = (vectors, tokens)
         start = self._tail.start(layer, row)
@@ -316,7 +316,7 @@ def keys_values(cache: Any, layer: int = 0) -> KeysValues:
     return [(block.keys, block.values) for block in cache.layers[layer:]]
 
 
-def _place_behind_padding(
+def place_behind_padding(
     cached: KeysValues,
     real: Bool[Tensor, "r t"],
     size: int,

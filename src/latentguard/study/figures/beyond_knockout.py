@@ -143,18 +143,13 @@ def _cut_group(
 ) -> CutGroup:
     first, width = windows
     every = tuple(range(1, model.depth + 1))
-    what = "knock-out"
-    (uncut,) = refusal_odds(model, prompts, [None], words, what=what)
-    cut = {
-        one.name: refusal_odds(model, prompts, _knockouts(one, every), words, what=what).mean(0)
-        for one in CUTS
-    }
-    windowed = {}
-    for one in WINDOWED:
-        blocks = [tuple(range(start, start + width)) for start in first]
-        edits = [edit for of in blocks for edit in _knockouts(one, of)]
-        odds = refusal_odds(model, prompts, edits, words, what=what)
-        windowed[one.name] = odds.reshape(len(first), one.draws, -1).mean(1)
+    spans = [tuple(range(start, start + width)) for start in first]
+    edits = [edit for one in CUTS for edit in _knockouts(one, every)]
+    edits += [edit for one in WINDOWED for span in spans for edit in _knockouts(one, span)]
+    uncut, *found = refusal_odds(model, prompts, [None, *edits], words, what="knock-out")
+    rows = iter(found)
+    cut = {one.name: _mean_of(rows, one.draws) for one in CUTS}
+    windowed = {one.name: np.array([_mean_of(rows, one.draws) for _ in spans]) for one in WINDOWED}
     judged = prompts[:JUDGED]
     reached = [one for one in CUTS if one.readers == "after"]
     edits = [edit for one in reached for edit in _knockouts(one, every)]
@@ -167,6 +162,12 @@ def _cut_group(
     }
     ids = tuple(p.id for p in prompts)
     return CutGroup(ids, uncut, cut, windowed, np.array(model.refused(plain), dtype=float), refused)
+
+
+def _mean_of(rows: Iterator[Array], count: int) -> Array:
+    """The mean of the next rows."""
+    mean: Array = np.mean([next(rows) for _ in range(count)], axis=0)
+    return mean
 
 
 def _knockouts(one: Cut, blocks: tuple[int, ...]) -> list[Knockout]:
