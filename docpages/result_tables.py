@@ -8,16 +8,17 @@ command that made its figures. A test compares every page with its source.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from docpages.markdown_table import markdown_table, read_result
+from docpages.verdict_tables import VERDICT_TABLES
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 MODELS = {
     "smollm2-135m": "SmolLM2-135M (`default`)",
@@ -53,11 +54,6 @@ DETECTION = "python benchmarks/detection.py --model MODEL --data-dir DATA"
 """The command that made the detection results."""
 
 
-def read_result(name: str) -> Any:
-    """A result file."""
-    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-
-
 def fill_tables(text: str) -> str:
     """A page with its tables made anew."""
 
@@ -71,12 +67,6 @@ def pages_with_tables() -> list[Path]:
     """Every page that has a generated table."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [page for page in pages if MARKED.search(page.read_text("utf-8"))]
-
-
-def _table(head: list[str], rows: list[list[str]], command: str) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{body}\n\n<sub>Made by `{command}`.</sub>\n"
 
 
 # ---- detection
@@ -116,7 +106,7 @@ def guards_table() -> str:
         on_all = [f"{means[rule]:.2f}" for rule in (GUARD, WORDS, PAPER)]
         rows.append([name, *on_set, " / ".join(on_all)])
     head = ["model", "guard", "n-grams", "the paper's rule", "mean of 8 sets, in this order"]
-    return _table(head, rows, DETECTION)
+    return markdown_table(head, rows, DETECTION)
 
 
 def controls_table() -> str:
@@ -126,7 +116,7 @@ def controls_table() -> str:
         [label, *(_interval(cells[model]["built-in pairs, test", rule]) for model in MODELS)]
         for rule, label in RULES.items()
     ]
-    return _table(["rule", *MODELS.values()], rows, DETECTION)
+    return markdown_table(["rule", *MODELS.values()], rows, DETECTION)
 
 
 def detection_table() -> str:
@@ -145,7 +135,7 @@ def detection_table() -> str:
         for label, row in zip(SETS.values(), counts, strict=True)
     ]
     head = ["model", "rule", *sets, "mean of 8"]
-    return _table(head, rows, DETECTION)
+    return markdown_table(head, rows, DETECTION)
 
 
 def rates_table() -> str:
@@ -156,7 +146,7 @@ def rates_table() -> str:
         for metric in ("TPR at 5% FPR", "TPR at 1% FPR"):
             values = [_interval(cells[key, GUARD], metric) for key in SETS]
             rows.append([name, metric, *values])
-    return _table(["model", "rate", *SETS.values()], rows, DETECTION)
+    return markdown_table(["model", "rate", *SETS.values()], rows, DETECTION)
 
 
 FULL_SETS = {
@@ -189,7 +179,7 @@ def every_rule_table(model: str) -> str:
         f"cross-validated AUROC {fitted['cross_validated_auroc']:.2f}; {result['dtype']}.\n\n"
     )
     head = ["rule", "mean of 8", *FULL_SETS.values()]
-    return note + _table(head, rows, DETECTION)
+    return note + markdown_table(head, rows, DETECTION)
 
 
 # ---- the service
@@ -213,7 +203,9 @@ def throughput_table() -> str:
                 delays = [_range(record[key], 0) for key in ("p50", "p95", "p99")]
                 rows.append([name, connections, arm, rate, *delays])
     head = ["model", "connections", "scored", "requests / s", "p50 ms", "p95 ms", "p99 ms"]
-    return _table(head, rows, "python benchmarks/serve.py throughput --model MODEL --guard GUARD")
+    return markdown_table(
+        head, rows, "python benchmarks/serve.py throughput --model MODEL --guard GUARD"
+    )
 
 
 def _range(values: list[float], digits: int) -> str:
@@ -259,6 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "controls": controls_table,
     "detection": detection_table,
     "detection-rates": rates_table,
+    **VERDICT_TABLES,
 }
 """Name on a page -> what makes the table."""
 

@@ -1,24 +1,17 @@
-"""The tables of docs/results/verdicts.md, from benchmarks/results.
-
-    python benchmarks/verdict_tables.py [--write docs/results/verdicts.md]
-
-With ``--write`` each table takes the place of the text between its two marks in the page.
-"""
+"""Tables of the verdicts: planted worlds, coverage of intervals, the judge's errors."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from latentguard.files import write_atomic
+from docpages.markdown_table import markdown_table, read_result
 from latentguard.study.claims import CLAIMS
 
-RESULTS = Path(__file__).parent / "results"
-
 VERDICTS = ("replicated", "replicated, but form explains it", "not replicated", "cannot tell")
+
+SHORT = dict(zip(VERDICTS, ("yes", "form", "no", "?"), strict=True))
 
 TRUE_WORLDS = ("paper",)
 """Worlds in which each claim is true."""
@@ -31,34 +24,15 @@ ABOUT_REFUSAL = (12, 13)
 
 JUDGES = {"built in": "built in", "paper": "the paper's phrases"}
 
-Row = Sequence[object]
+COVERAGE = "python benchmarks/coverage.py --out benchmarks/results/coverage.json"
+
+Counts = Mapping[str, int]
+"""Verdict -> seeds."""
 
 
-def main() -> None:
-    """Print the tables, or write them into the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="the page")
-    page = parser.parse_args().write
-    tables = {
-        "planted": planted_table(_read("planted-worlds.json")),
-        "before": planted_table(_read("planted-worlds-before.json")),
-        "coverage": coverage_table(_read("coverage.json")),
-        "edge": edge_table(_read("coverage.json")),
-        "judge": judge_table(_read("judge.json")),
-    }
-    if page is None:
-        print("\n\n".join(tables.values()))
-        return
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n\n{table}\n\n{end}{rest.split(end)[1]}"
-    write_atomic(page, text)
-
-
-def planted_table(counts: dict[str, dict[str, dict[str, int]]]) -> str:
+def planted_table(result: str) -> str:
     """Claim by world: how often each verdict came out, and whether that is what is demanded."""
+    counts: Mapping[str, Mapping[str, Counts]] = read_result(result)
     worlds = list(counts)
     n = [max(sum(verdicts.values()) for verdicts in counts[world].values()) for world in worlds]
     claims = sorted({int(claim) for world in worlds for claim in counts[world]})
@@ -67,18 +41,18 @@ def planted_table(counts: dict[str, dict[str, dict[str, int]]]) -> str:
         for claim in claims
     ]
     head = [f"{world} (n = {count})" for world, count in zip(worlds, n, strict=True)]
-    return _markdown(["claim", *head], rows)
+    command = f"python benchmarks/planted_worlds.py --record F.jsonl --out {result}.json"
+    return markdown_table(["claim", *head], rows, command)
 
 
-def _cell(counts: dict[str, dict[str, int]], world: str, claim: int) -> str:
+def _cell(counts: Mapping[str, Counts], world: str, claim: int) -> str:
     verdicts = counts.get(str(claim), {})
     total = sum(verdicts.values())
-    short = dict(zip(VERDICTS, ("yes", "form", "no", "?"), strict=True))
-    shares = ", ".join(f"{short[v]} {verdicts[v]}" for v in VERDICTS if verdicts.get(v))
+    shares = ", ".join(f"{SHORT[v]} {verdicts[v]}" for v in VERDICTS if verdicts.get(v))
     return shares if is_as_demanded(verdicts, total, world, claim) else f"**{shares}**"
 
 
-def is_as_demanded(verdicts: dict[str, int], total: int, world: str, claim: int) -> bool:
+def is_as_demanded(verdicts: Counts, total: int, world: str, claim: int) -> bool:
     """Whether the share of verdicts is what issue 18 asks of a world of this kind."""
     plainly = verdicts.get(VERDICTS[0], 0)
     if world in TRUE_WORLDS:
@@ -88,8 +62,9 @@ def is_as_demanded(verdicts: dict[str, int], total: int, world: str, claim: int)
     return not plainly or claim in ABOUT_REFUSAL
 
 
-def coverage_table(found: dict[str, Any]) -> str:
+def coverage_table() -> str:
     """Interval and distribution by number of prompts."""
+    found = read_result("coverage")
     rows: dict[tuple[str, str], dict[int, str]] = {}
     for one in found["intervals"]:
         cell = f"{one['coverage']:.3f}"
@@ -98,21 +73,27 @@ def coverage_table(found: dict[str, Any]) -> str:
         rows.setdefault((one["interval"], one["distribution"]), {})[one["n"]] = cell
     sizes = sorted({one["n"] for one in found["intervals"]})
     head = ["interval", "data", *(f"n = {n}" for n in sizes)]
-    return _markdown(head, [(*names, *(of[n] for n in sizes)) for names, of in rows.items()])
+    return markdown_table(
+        head, [(*map(str, names), *(of[n] for n in sizes)) for names, of in rows.items()], COVERAGE
+    )
 
 
-def edge_table(found: dict[str, Any]) -> str:
+def edge_table() -> str:
     """Conditions and verdict by number of prompts."""
+    found = read_result("coverage")
     rows: dict[tuple[int, str], dict[int, str]] = {}
     for one in found["verdicts at the edge of truth"]:
         rows.setdefault((one["conditions"], one["verdict"]), {})[one["n"]] = f"{one['share']:.3f}"
     sizes = sorted({one["n"] for one in found["verdicts at the edge of truth"]})
     head = ["conditions", "wrong verdict", *(f"n = {n}" for n in sizes)]
-    return _markdown(head, [(*names, *(of[n] for n in sizes)) for names, of in rows.items()])
+    return markdown_table(
+        head, [(*map(str, names), *(of[n] for n in sizes)) for names, of in rows.items()], COVERAGE
+    )
 
 
-def judge_table(rates: list[dict[str, Any]]) -> str:
-    """Kind of reply by rule, on replies that the built-in judge was not fitted to."""
+def judge_table() -> str:
+    """Kind of reply by rule and part of the replies."""
+    rates: list[dict[str, Any]] = read_result("judge")
     cells: dict[str, dict[str, str]] = {}
     counts: dict[str, int] = {}
     for one in rates:
@@ -123,20 +104,19 @@ def judge_table(rates: list[dict[str, Any]]) -> str:
             counts[f"{one['kind']} {one['part']}"] = one["n"]
     columns = list(next(iter(cells.values())))
     rows = [
-        (kind, counts[f"{kind} held"], counts[f"{kind} tune"], *(of[c] for c in columns))
+        (kind, str(counts[f"{kind} held"]), str(counts[f"{kind} tune"]), *(of[c] for c in columns))
         for kind, of in cells.items()
     ]
-    return _markdown(["reply, by hand", "n held", "n tune", *columns], rows)
+    head = ["reply, by hand", "n held", "n tune", *columns]
+    command = "python benchmarks/judge.py --out benchmarks/results/judge.json"
+    return markdown_table(head, rows, command)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Row]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def _read(name: str) -> Any:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    main()
+VERDICT_TABLES: dict[str, Callable[[], str]] = {
+    "planted-worlds": partial(planted_table, "planted-worlds"),
+    "planted-worlds-before": partial(planted_table, "planted-worlds-before"),
+    "coverage": coverage_table,
+    "coverage-edge": edge_table,
+    "judge-errors": judge_table,
+}
+"""Name on a page -> what makes the table."""
