@@ -14,18 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from docpages.markdown_table import markdown_table, read_result
+from docpages.markdown_table import MODELS, ROOT, markdown_table, read_result
+from docpages.reading_tables import READING_TABLES
 from docpages.verdict_tables import VERDICT_TABLES
 
-ROOT = Path(__file__).parents[1]
-MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-MODELS = {
-    "smollm2-135m": "SmolLM2-135M (`default`)",
-    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B",
-    "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B",
-}
-"""Name in the results' file names -> name on pages."""
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 RULES = {
     "length": "length of the prompt",
@@ -75,10 +68,10 @@ def pages_with_tables() -> list[Path]:
 def _detection_rows(model: str) -> dict[tuple[str, str], Mapping[str, Any]]:
     """(set, rule) -> row, of one model's detection results."""
     rows = {}
-    for table in read_result(f"detection-{model}")["tables"]:
-        if table["columns"][0] == "set":
-            for row in table["rows"]:
-                record = dict(zip(table["columns"], row, strict=True))
+    for one in read_result(f"detection-{model}")["tables"]:
+        if one["columns"][0] == "set":
+            for row in one["rows"]:
+                record = dict(zip(one["columns"], row, strict=True))
                 rows[record["set"], record["rule"]] = record
     return rows
 
@@ -221,15 +214,15 @@ INTERVENTIONS = (
 """The command that made the results of an experiment beyond the paper; its name follows."""
 
 
-def intervention_table(experiment: str, title: str, shown: Mapping[str, str]) -> str:
+def interventiontable(experiment: str, title: str, shown: Mapping[str, str]) -> str:
     """A table of an experiment's report: column of the report -> column of the page."""
     sections = read_result(f"interventions-{experiment}-qwen2.5-coder-0.5b")["sections"]
     (table,) = [one for s in sections for one in s["tables"] if one["title"] == title]
     rows = []
     for row in table["rows"]:
-        record = dict(zip(table["columns"], row, strict=True))
+        record = dict(zip(one["columns"], row, strict=True))
         rows.append([_figure(record, column) for column in shown])
-    return _table(list(shown.values()), rows, f"{INTERVENTIONS} {experiment}")
+    return markdown_table(list(shown.values()), rows, f"{INTERVENTIONS} {experiment}")
 
 
 def _figure(record: Mapping[str, Any], column: str) -> str:
@@ -245,13 +238,14 @@ def _figure(record: Mapping[str, Any], column: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    **READING_TABLES,
+    **VERDICT_TABLES,
     "throughput": throughput_table,
     **{f"every-rule-{model}": partial(every_rule_table, model) for model in MODELS},
     "guards": guards_table,
     "controls": controls_table,
     "detection": detection_table,
     "detection-rates": rates_table,
-    **VERDICT_TABLES,
 }
 """Name on a page -> what makes the table."""
 

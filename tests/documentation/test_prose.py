@@ -3,7 +3,7 @@
 import pytest
 
 from docpages.prose import count_words, sentences
-from docpages.result_tables import fill_tables, pages_with_tables
+from docpages.result_tables import TABLES, fill_tables, pages_with_tables
 from documentation.conftest import ROOT
 
 LONGEST = 30
@@ -36,3 +36,8 @@ def test_the_readme_stays_short():
 def test_tables_are_those_of_the_result_files(page):
     text = page.read_text("utf-8")
     assert fill_tables(text) == text
+
+
+def test_every_mark_of_a_table_is_filled():
+    marked = "\n".join(page.read_text("utf-8") for page in pages_with_tables())
+    assert marked.count("<!-- table: ") == marked.count("<sub>Made by `") == len(TABLES)

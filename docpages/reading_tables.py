@@ -1,0 +1,146 @@
+"""Tables of long input, categories and the overhead inside vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from docpages.markdown_table import MODELS, markdown_table, read_result
+
+# ---- long input
+
+PLACES = ("start", "middle", "end", "middle, between two words")
+LENGTHS = ("256", "1024")
+SURROUNDINGS = ("language reference", "forum posts")
+TURNS = ("turn 1 of 5", "turn 3 of 5", "turn 5 of 5")
+READINGS = {
+    "n-grams, worst line": "n-grams, worst line",
+    "last token (default guard)": "whole (guard without chunks)",
+    "pieces": "chunks",
+    "windows (both readings)": "both",
+}
+"""Reading in the results -> name on the page."""
+
+
+def long_input_table(model: str) -> str:
+    """A row a place of the request; AUROC of each reading, and rates at the threshold."""
+    cells = read_result(f"long-input-{model}")["cells"]
+    rows = []
+    for length in LENGTHS:
+        for place in PLACES:
+            for around in SURROUNDINGS:
+                cell = cells[f"{place} {length}, {around}"]
+                where = f"{place}, {cell['tokens']:,.0f} tokens"
+                rows.append([where, around, *_long_cells(cell)])
+    rows += [[turn, "chat", *_long_cells(cells[turn])] for turn in TURNS]
+    head = [
+        "request stands",
+        "around it",
+        "n",
+        *READINGS.values(),
+        "flagged: harmful",
+        "flagged: harmless",
+        "the most harmful chunk lies in the request",
+    ]
+    return markdown_table(head, rows, "python benchmarks/long_input.py MODEL")
+
+
+def _long_cells(cell: Mapping[str, Any]) -> list[str]:
+    figures = [cell["figures"][name]["AUROC"] for name in READINGS]
+    rates = [
+        cell["at_threshold"]["windows, true positives"],
+        cell["at_threshold"]["windows, false positives"],
+        cell["best_piece_is_in_request"],
+    ]
+    harmful, harmless = figures[0]["n"]
+    return [f"{harmful} + {harmless}", *map(_estimate, [*figures, *rates])]
+
+
+def _estimate(record: Mapping[str, Any]) -> str:
+    return f"{record['value']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
+
+
+# ---- categories
+
+
+def naming_table() -> str:
+    """How often the nearest category is the right one."""
+    results = {model: read_result(f"categories-{model}")["naming"] for model in MODELS}
+    first = next(iter(results.values()))
+    sets = {
+        "test split": "test split of the traffic, 17 categories",
+        "CatQA": "CatQA, its ten categories mapped to eight",
+    }
+    rows = [
+        [
+            label,
+            *(_without_n(results[model][key]["guard"]) for model in MODELS),
+            _without_n(first[key]["n-grams"]),
+            first[key]["always the most frequent"],
+            first[key]["chance among all"],
+        ]
+        for key, label in sets.items()
+    ]
+    head = ["set", *MODELS.values(), "n-grams", "always the most frequent", "chance"]
+    return markdown_table(head, rows, "python benchmarks/categories.py MODEL")
+
+
+def moderation_table() -> str:
+    """AUROC of one category against the rest, on OpenAI's moderation set."""
+    key = "OpenAI moderation set"
+    results = {
+        model: read_result(f"categories-{model}")["one against the rest"][key] for model in MODELS
+    }
+    first = next(iter(results.values()))
+    rows = [
+        [
+            category,
+            *(_without_n(results[model][category]["guard"]) for model in MODELS),
+            _without_n(first[category]["n-grams"]),
+            first[category]["guard"].partition(" n = ")[2],
+        ]
+        for category in first
+    ]
+    head = ["category -> ours", *MODELS.values(), "n-grams", "n"]
+    return markdown_table(head, rows, "python benchmarks/categories.py MODEL")
+
+
+def _without_n(text: str) -> str:
+    return text.partition(" n = ")[0]
+
+
+# ---- inside vLLM
+
+OVERHEAD = {
+    "smollm2-135m": "SmolLM2-135M, float32",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, bfloat16",
+}
+
+
+def overhead_table() -> str:
+    """Time to the first token with scoring over without, in per cent."""
+    rows = []
+    for model, name in OVERHEAD.items():
+        for load, record in read_result(f"vllm-overhead-{model}")["found"].items():
+            pairs = str(record["pairs"])
+            seconds = f"{record['processor_off_s']:.2f}"
+            shares = [_share(record[clock]) for clock in ("processor", "wall")]
+            at_once = f"{load} tokens" if load.endswith("512") else load
+            rows.append([name, at_once, pairs, seconds, *shares])
+    head = ["model", "at once", "pairs", "s without", "% of processor time", "% of wall time"]
+    return markdown_table(head, rows, "python benchmarks/vllm_overhead.py MODEL")
+
+
+def _share(values: list[float]) -> str:
+    middle, low, high = values
+    return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+READING_TABLES: dict[str, Callable[[], str]] = {
+    **{f"long-input-{model}": partial(long_input_table, model) for model in MODELS},
+    "categories-naming": naming_table,
+    "categories-moderation": moderation_table,
+    "vllm-overhead": overhead_table,
+}
+"""Name on a page -> what makes the table."""
