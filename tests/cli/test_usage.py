@@ -17,6 +17,8 @@ VERBS = {
     "evaluate": ("--json", "--segment-column", "--text-column"),
     "audit": ("--label", "--text-column"),
     "show": (),
+    "guards": ("--model", "--local"),
+    "pull": ("--out", "--revision", "--overwrite"),
     "drift": ("--json", "--text-column"),
     "stress": ("--only", "--budget"),
     "serve": ("--host", "--port", "--upstream"),

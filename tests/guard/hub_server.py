@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 SHA = "c0ffee" + "0" * 34
 """Of every commit."""
@@ -32,6 +33,10 @@ class Handler(BaseHTTPRequestHandler):
             self.json(rows)
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", self.path.split("?")[0]):
             self.json(self.about(match[1]))
+        elif self.path.split("?")[0] == "/api/models":
+            wanted = parse_qs(urlsplit(self.path).query).get("filter", [])
+            found = [self.about(repo) for repo in self.server.repos]
+            self.json([one for one in found if set(wanted) <= set(one["tags"])])
         else:
             self.file(with_body=True)
 
@@ -73,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         if repo not in self.server.repos:
             return None
         names = [dict(rfilename=name) for name in self.server.repos[repo]]
-        return dict(id=repo, modelId=repo, sha=SHA, siblings=names, private=False, tags=[])
+        tags = tags_of(self.server.repos[repo].get("README.md", b"").decode())
+        return dict(id=repo, modelId=repo, sha=SHA, siblings=names, private=False, tags=tags)
 
     def file(self, *, with_body):
         match = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", self.path.split("?")[0])
@@ -110,6 +116,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *words):
         """Say nothing."""
+
+
+def tags_of(card):
+    """The tags that the Hub makes of the YAML of a card."""
+    tags = re.search(r"^tags: \[(.*)\]$", card, re.M)
+    base = re.search(r'^base_model: "(.*)"$', card, re.M)
+    found = tags[1].split(", ") if tags else []
+    return [*found, *([f"base_model:{base[1]}"] if base else [])]
 
 
 def oid(data):

@@ -147,8 +147,7 @@ class TestHarnesses:
     @pytest.mark.parametrize("aggregation", ["flagged", "max_score"])
     def test_guard_evaluation_harness(self, service, rows, figures, aggregation, tmp_path):
         asked = dict(url=service, rows=rows, folder=str(tmp_path), aggregation=aggregation)
-        (found,) = ran("harness_geh.py", **asked)
-        values = found["metrics"]
+        (values,) = ran("harness_geh.py", **asked)
         assert values["f1"] == pytest.approx(figures.f1.value, abs=0.001)
         assert values["fpr"] == pytest.approx(figures.fpr.value, abs=0.001)
         if aggregation == "max_score":

@@ -16,6 +16,7 @@ from latentguard.cli.demo.command import demo
 from latentguard.cli.drift import drift
 from latentguard.cli.evaluate import evaluate
 from latentguard.cli.fit import fit
+from latentguard.cli.guards import guards, pull
 from latentguard.cli.label import label
 from latentguard.cli.options import OLD_NAMES
 from latentguard.cli.pack import pack
@@ -36,6 +37,8 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "evaluate": evaluate,
         "benchmark": benchmark,
         "show": show,
+        "guards": guards,
+        "pull": pull,
         "drift": drift,
         "stress": stress,
     },

@@ -28,6 +28,8 @@ SCHEMA = 3
 JSON_FILE, TENSOR_FILE, CARD_FILE = "guard.json", "guard.safetensors", "README.md"
 SIGNATURE_FILE = "guard.sig"
 POLES = ("positive", "negative")
+LIBRARY = "latentguard"
+"""The tag by which guards are found on the Hub."""
 
 KEYS = frozenset(
     "schema tensors_sha256 content_sha256 fingerprint reading probe axes threshold bound platt "
@@ -249,6 +251,12 @@ Made by latentguard; `latentguard show FOLDER` prints its figures.
 """
 
 
+def _operating_point(record: Mapping[str, Any]) -> str:
+    """What the threshold of a calibrated guard was chosen for: its kind."""
+    point = (record["thresholds"] or {}).get("operating_point")
+    return str(point["goal"]["name"]) if point else "max-fpr"
+
+
 def card_head(record: Mapping[str, Any], *, license: str | None = None) -> str:
     """The YAML that the Hugging Face Hub reads at the top of a model card.
 
@@ -257,8 +265,8 @@ def card_head(record: Mapping[str, Any], *, license: str | None = None) -> str:
     name = str(record["fingerprint"]["model"])
     base = DEFAULT_HUB_ID if name == DEFAULT else name
     auroc = (record["fitted"] or {}).get("cross_validated_auroc")
-    lines = ["library_name: latentguard", "pipeline_tag: text-classification"]
-    lines.append("tags: [latentguard, safety, guardrail, interpretability]")
+    lines = [f"library_name: {LIBRARY}", "pipeline_tag: text-classification"]
+    lines.append(f"tags: [{LIBRARY}, safety, guardrail, interpretability]")
     if "/" in base and HUB_ID.fullmatch(base) and not Path(base).exists():
         lines.append(f"base_model: {json.dumps(base)}")
     if license:
@@ -266,4 +274,7 @@ def card_head(record: Mapping[str, Any], *, license: str | None = None) -> str:
     if auroc is not None:
         lines.append("metrics: [roc_auc]")
         lines.append(f"cross_validated_auroc: {auroc}")
+    if bound := record["bound"]:
+        lines.append(f"max_false_positive_rate: {bound['max_fpr']}")
+        lines.append(f"operating_point: {json.dumps(_operating_point(record))}")
     return "\n".join(["---", *lines, "---", "", ""])

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from latentguard.errors import GuardError
-from latentguard.guard.artifact import CARD_FILE, JSON_FILE, SIGNATURE_FILE, TENSOR_FILE
+from latentguard.guard.artifact import (
+    CARD_FILE,
+    JSON_FILE,
+    LIBRARY,
+    SIGNATURE_FILE,
+    TENSOR_FILE,
+    read_record,
+)
 from latentguard.models.sources import DEFAULT
 
 FILES = (JSON_FILE, TENSOR_FILE, CARD_FILE, SIGNATURE_FILE)
@@ -100,6 +109,66 @@ def upload_guard(
             "with 'hf auth login', or give a token."
         ) from None
     return str(commit.commit_url)
+
+
+@dataclass(frozen=True)
+class ListedGuard:
+    """A guard that exists."""
+
+    name: str
+    """As ``find_guard`` takes it."""
+
+    model: str
+    """The model that it guards; empty if that is not stated."""
+
+    place: str
+    """``package``, ``disk`` or ``hub``."""
+
+
+def local_guards() -> Iterator[ListedGuard]:
+    """Yield the package's guard, then those in the Hub's cache on this disk."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    yield ListedGuard(DEFAULT, DEFAULT, "package")
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return
+    for repo in sorted(repos, key=lambda one: one.repo_id):
+        for folder in sorted(revision.snapshot_path for revision in repo.revisions):
+            if (folder / JSON_FILE).exists():
+                model = read_record(folder)["fingerprint"]["model"]
+                yield ListedGuard(repo.repo_id, str(model), "disk")
+                break
+
+
+def hub_guards(model: str | None = None, *, token: str | None = None) -> list[ListedGuard]:
+    """The guards on the Hub, by the tag ``latentguard`` of their cards.
+
+    Args:
+        model: Those of this model alone, a Hub id.
+        token: For the Hub.
+
+    Raises:
+        GuardError: if the Hub is out of reach; says why.
+    """
+    from huggingface_hub import HfApi
+
+    tags = [LIBRARY, *([f"base_model:{model}"] if model else [])]
+    try:
+        found = list(HfApi(endpoint=_endpoint(), token=token).list_models(filter=tags))
+    except _hub_errors() as error:
+        raise GuardError(
+            f"The guards on the Hugging Face Hub could not be listed ({_reason(error)})."
+        ) from None
+    return [ListedGuard(one.id, _base_model(one.tags or []), "hub") for one in found]
+
+
+def _base_model(tags: Sequence[str]) -> str:
+    """The model that a card names, without the kind of relation."""
+    names = [tag.removeprefix("base_model:") for tag in tags if tag.startswith("base_model:")]
+    return min(names, key=len, default="")
 
 
 def _endpoint() -> str | None:
