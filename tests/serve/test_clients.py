@@ -76,19 +76,19 @@ model_list:
 guardrails:
   - guardrail_name: latentguard
     litellm_params:
-      guardrail: openai_moderation
+      guardrail: {kind}
       mode: pre_call
       api_key: none
-      api_base: {service}/v1
+      api_base: {base}
       default_on: true
 """
 
 
 @contextlib.contextmanager
-def litellm_proxy(service, folder):
-    """The real LiteLLM proxy, with this service as its moderation guardrail."""
+def litellm_proxy(kind, base, folder):
+    """The real LiteLLM proxy, with this service as its guardrail."""
     config = folder / "config.yaml"
-    config.write_text(CONFIG.format(service=service))
+    config.write_text(CONFIG.format(kind=kind, base=base))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -117,8 +117,15 @@ def litellm_proxy(service, folder):
             child.wait(20)
 
 
-def test_litellm_proxy(service, tmp_path):
-    with litellm_proxy(service, tmp_path) as url:
+@pytest.mark.parametrize(
+    ("kind", "path", "said"),
+    [
+        ("openai_moderation", "/v1", "illicit"),
+        ("generic_guardrail_api", "", "The guard blocks this request"),
+    ],
+)
+def test_litellm_proxy(kind, path, said, service, tmp_path):
+    with litellm_proxy(kind, f"{service}{path}", tmp_path) as url:
 
         def ask(text):
             body = dict(model="mock", messages=[{"role": "user", "content": text}])
@@ -128,7 +135,7 @@ def test_litellm_proxy(service, tmp_path):
         fine, bad = ask(passed()), ask(flagged())
     assert fine.json()["choices"][0]["message"]["content"] == "hello from the model"
     assert bad.status_code == 400
-    assert "illicit" in bad.text
+    assert said in bad.text
 
 
 class TestHarnesses:

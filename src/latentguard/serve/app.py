@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from latentguard import __version__
-from latentguard.serve import completions, ext_authz, moderation, page
+from latentguard.serve import completions, ext_authz, gateway_guardrail, moderation, page
 from latentguard.serve.accounts import Accounts, ClientLimits
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
@@ -27,7 +27,14 @@ from latentguard.serve.service import Service, timestamp
 from latentguard.serve.upstream import UpstreamClient
 
 ERRORS = (400, 401, 408, 413, 429, 500, 502, 503)
-PUBLIC = ("/v1/moderations", "/v1/score", "/v1/chat/completions", "/v1/guard", "/v1/models")
+PUBLIC = (
+    "/v1/moderations",
+    "/v1/score",
+    "/v1/chat/completions",
+    "/v1/guard",
+    "/v1/models",
+    gateway_guardrail.PATH,
+)
 
 
 class ErrorObject(BaseModel):
@@ -71,6 +78,7 @@ def build_app(service: Service) -> App:
 
     app = _bare_app(lifespan)
     app.include_router(moderation.routes(service))
+    app.include_router(gateway_guardrail.routes(service))
     app.include_router(completions.routes(service, upstream))
     app.include_router(ext_authz.routes(service))
     app.include_router(page.routes(service, upstream))

@@ -1,0 +1,107 @@
+"""``POST /beta/litellm_basic_guardrail_api``: LiteLLM's generic contract for guardrails.
+
+The gateway sends the texts of a request and its messages; the answer is ``NONE`` or ``BLOCKED``.
+Everything is read as in ``/v1/chat/completions``: each message by itself and the last in context.
+Texts of replies pass unread, as the guard reads what is asked. An image cannot be read, which is an
+error, and so the gateway blocks it unless it was told to go on after errors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from latentguard.prompts import Prompt
+from latentguard.serve.chat_readings import ChatReading, chat_readings
+from latentguard.serve.chat_request import require_few
+from latentguard.serve.errors import ApiError, BadRequest
+from latentguard.serve.messages import ChatMessage, texts_of
+from latentguard.serve.service import RequestContext, Service
+
+PATH = "/beta/litellm_basic_guardrail_api"
+
+ENDPOINT = "guardrail"
+"""In metrics and in the audit log."""
+
+
+class GuardrailRequest(BaseModel):
+    """What the gateway asks; fields that hold no text of a client are left out."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input_type: Literal["request", "response"]
+    """Whether it is asked of a model, or what a model replied."""
+
+    texts: list[str] | None = None
+    """Every text of the request or the reply."""
+
+    structured_messages: list[ChatMessage] | None = None
+    """The request's messages."""
+
+    images: list[str] | None = None
+    """Cannot be read."""
+
+    tools: list[dict[str, Any]] | None = None
+    """Descriptions of tools; their texts are in none of the fields above."""
+
+
+class GuardrailResponse(BaseModel):
+    """What the gateway is to do."""
+
+    action: Literal["NONE", "BLOCKED"]
+    """Go on, or refuse the request."""
+
+    blocked_reason: str | None = Field(default=None)
+    """A sentence for the client, without its text."""
+
+
+def routes(service: Service) -> APIRouter:
+    """The endpoint."""
+    router = APIRouter()
+
+    @router.post(PATH, response_model=GuardrailResponse)
+    async def guardrail(request: Request, body: GuardrailRequest) -> Any:
+        """Say whether a gateway may go on with a request, in LiteLLM's generic contract."""
+        context = RequestContext(service, request, ENDPOINT)
+        if body.input_type == "response":
+            return GuardrailResponse(action="NONE")
+        readings = _readings(service, body)
+        if not readings:
+            return GuardrailResponse(action="NONE")
+        require_few(readings, service.config)
+        try:
+            scored = await context.score_readings(readings)
+        except ApiError as error:
+            await context.record_failure([readings[0].prompt], error, answered=False)
+            raise
+        outcome = await context.record_chat(readings, scored)
+        verdict = outcome.verdict
+        if service.action(outcome) != "block":
+            return GuardrailResponse(action="NONE")
+        category = f", category {verdict.category}" if verdict.category else ""
+        reason = f"The guard blocks this request (probability {verdict.probability:.2f}{category})."
+        return GuardrailResponse(action="BLOCKED", blocked_reason=reason)
+
+    return router
+
+
+def _readings(service: Service, body: GuardrailRequest) -> list[ChatReading]:
+    """What is read: the messages as a chat, and every other text by itself.
+
+    Raises:
+        BadRequest: if there is an image, or a part of a message is no text.
+    """
+    if body.images:
+        raise BadRequest("Images cannot be read, so there is no verdict on this request.")
+    texts = [text for text in body.texts or () if text.strip()]
+    texts += [text for tool in body.tools or () for text in texts_of(tool)]
+    messages = body.structured_messages or []
+    if any(message.speaker == "user" and message.text.strip() for message in messages):
+        trusted = service.config.trusted_roles
+        known = {message.text for message in messages}
+        others = [text for text in texts if text not in known]
+        return chat_readings(messages, trusted_roles=trusted, other_texts=others)
+    distinct = dict.fromkeys(texts)
+    return [ChatReading(Prompt(text, id="part"), is_newest=True) for text in distinct]
