@@ -6,7 +6,8 @@
 Planted worlds: scores are drawn from normal distributions whose shares and shifts are known, so
 rates are exact. Public sets: the built-in validation traffic calibrates, as it does by default; one
 half of a set, its labels hidden, is the traffic, and the other half is measured. No set calibrates
-itself, or another.
+itself, or another. ``--scores`` adds sets that were scored elsewhere: a JSON object of names, each
+with ``scores`` and ``labels``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from latentguard.guard.traffic import ScoreMixture
 from latentguard.prompts import Prompt
 from latentguard.stats.detection import f1_at, threshold_at
 
-MAX_FPR, HALVES, DRAWS = 0.05, 20, 20
+MAX_FPR, HALVES, DRAWS = 0.05, 6, 20
 
 Scores = NDArray[np.float64]
 
@@ -172,6 +173,12 @@ def read_sets(data: Path, report: Path) -> Iterator[tuple[str, NDArray[np.bool_]
             yield one.suite_set.title, harmful, np.array([verdict.score for verdict in whole])
 
 
+def read_scores(path: Path | None) -> Iterator[tuple[str, NDArray[np.bool_], Scores]]:
+    """Sets that were scored elsewhere; none without a file."""
+    for name, one in json.loads(path.read_text()).items() if path else ():
+        yield name, np.array(one["labels"], dtype=bool), np.array(one["scores"])
+
+
 def read_calibration(guard: LatentGuard, model: str, work: Path) -> tuple[Scores, Scores]:
     """Harmless and harmful scores of the built-in validation traffic; scored if they were not."""
     prompts = [p for p in load_traffic("validation") if not guard.is_chunked(p)]
@@ -191,6 +198,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--report", type=Path)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--scores", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     record: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
@@ -212,7 +220,10 @@ def main() -> None:
         record["calibration"] = [len(side) for side in known]
         record["sets"] = {
             name: {"n": len(scores), **travelled(labels, scores, *known, guard.platt)}
-            for name, labels, scores in read_sets(options.data_dir, options.report)
+            for name, labels, scores in (
+                *read_sets(options.data_dir, options.report),
+                *read_scores(options.scores),
+            )
         }
         save()
 

@@ -127,12 +127,12 @@ class ListedGuard:
 
 def local_guards() -> Iterator[ListedGuard]:
     """Yield the package's guard, then those in the Hub's cache on this disk."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     yield ListedGuard(DEFAULT, DEFAULT, "package")
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return
     for repo in sorted(repos, key=lambda one: one.repo_id):
