@@ -17,7 +17,8 @@ from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import ChatReading, chat_readings
 from latentguard.serve.chat_request import require_few
 from latentguard.serve.errors import ApiError, BadRequest
-from latentguard.serve.messages import ChatMessage, texts_of
+from latentguard.serve.messages import ChatMessage
+from latentguard.serve.parameters import texts_in
 from latentguard.serve.service import RequestContext, Service
 
 PATH = "/beta/litellm_basic_guardrail_api"
@@ -91,13 +92,15 @@ def _readings(service: Service, body: GuardrailRequest) -> list[ChatReading]:
     """What is read: the messages as a chat, and every other text by itself.
 
     Raises:
-        BadRequest: if there is an image, or a part of a message is no text.
+        BadRequest: if there is an image, or a message holds something that is not read.
     """
     if body.images:
         raise BadRequest("Images cannot be read, so there is no verdict on this request.")
-    texts = [text for text in body.texts or () if text.strip()]
-    texts += [text for tool in body.tools or () for text in texts_of(tool)]
     messages = body.structured_messages or []
+    for message in messages:
+        message.require_readable()
+    texts = [text for text in body.texts or () if text.strip()]
+    texts += texts_in({"tools": body.tools} if body.tools else {}, service.config.tools)
     if any(message.speaker == "user" and message.text.strip() for message in messages):
         trusted = service.config.trusted_roles
         known = {message.text for message in messages}
