@@ -257,9 +257,7 @@ def compare(
         random_direction=control,
         stream=stream,
         shuffled_tokens=shuffled(test, chosen),
-        over_ngrams=difference(
-            test, scores[f"{CHOSEN}: {SHIPPED}"], scores["n-grams on prompt + reply"]
-        ),
+        over_ngrams=difference(test, scores[f"{CHOSEN}: {SHIPPED}"], scores["n-grams on reply"]),
         over_prompt=difference(
             test,
             scores[f"{CHOSEN}: {SHIPPED}"],

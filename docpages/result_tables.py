@@ -16,6 +16,7 @@ from typing import Any
 
 from docpages.markdown_table import MODELS, ROOT, markdown_table, read_result
 from docpages.reading_tables import READING_TABLES
+from docpages.reply_tables import REPLY_TABLES
 from docpages.verdict_tables import VERDICT_TABLES
 
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -239,6 +240,7 @@ def _figure(record: Mapping[str, Any], column: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **READING_TABLES,
+    **REPLY_TABLES,
     **VERDICT_TABLES,
     "throughput": throughput_table,
     **{f"every-rule-{model}": partial(every_rule_table, model) for model in MODELS},

@@ -1,0 +1,104 @@
+"""Result tables of the page on replies."""
+
+from __future__ import annotations
+
+from docpages.markdown_table import markdown_table, read_result
+
+REPLY_RULES = {
+    "reply probe (windows): highest moving mean of 16": "**shipped**: highest mean of 16",
+    "reply probe (windows): mean of all tokens": "same probe, mean of all tokens",
+    "reply probe (windows): softmax-weighted mean": "same probe, softmax-weighted mean",
+    "reply probe (windows): highest running mean, prior 16": "same probe, highest running mean",
+    "reply probe (windows): highest smoothed, half-life 16": "same probe, highest smoothed",
+    "reply probe (windows): highest whole window of 48": "same probe, highest window of 48",
+    "reply probe (windows): highest token": "same probe, highest token",
+    "reply probe (windows): last token": "same probe, last token",
+    "reply probe (mean): mean of all tokens": "probe of whole means, mean of all tokens",
+    "reply probe (prefixes): mean of all tokens": "probe of prefix means, mean of all tokens",
+    "reply probe (last token): last token": "probe of last tokens, last token",
+    "attention-pooled probe": "probe with learnt attention",
+    "one probe for both: highest moving mean of 16": "one probe for prompts and replies",
+    "prompt probe transferred: highest moving mean of 16": "prompt probe transferred",
+    "reply and prompt score together": "the shipped rule and the prompt score together",
+    "prompt score alone": "prompt score alone",
+    "second pass, fitted on prompt + reply": "second pass over prompt + reply, fitted on that",
+    "second pass, the prompt guard": "second pass over prompt + reply, the prompt guard",
+    "the paper's rule on replies: mean of all tokens": "the paper's rule",
+    "n-grams on reply": "n-grams on the reply",
+    "n-grams on prompt + reply": "n-grams on prompt + reply",
+    "length": "length of the reply",
+}
+"""Rule in the results -> name on pages."""
+
+
+def replies_table() -> str:
+    """A row a rule, the two directions beside each other."""
+    directions = read_result("replies-smollm2-135m")["directions"]
+    rows = []
+    for rule, name in REPLY_RULES.items():
+        cells = [one["figures"].get(rule) for one in directions]
+        if not all(cells):
+            continue
+        row = [name]
+        for cell in cells:
+            row.append(f"{cell['auroc']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]")
+            row.append(f"{cell['tpr_at_0.01']:.2f}, {cell['tpr_at_0.05']:.2f}")
+        row.append(f"{cells[0]['within_prompts']:.2f}")
+        rows.append(row)
+    head = ["rule"]
+    for one in directions:
+        head += [f"{one['train']} -> {one['test']}", "TPR at 1, 5 % FPR"]
+    head.append("within prompts, saferlhf")
+    return markdown_table(head, rows, "python benchmarks/replies.py --model default")
+
+
+def reply_stream_table() -> str:
+    """A row a direction: what a stream at the shipped threshold catches, and what was out."""
+    rows = []
+    for one in read_result("replies-smollm2-135m")["directions"]:
+        own = one["stream"]
+        out = own["tokens_out_before_the_cut"]
+        rows.append(
+            [
+                f"{one['train']} ({one['training_rows']}) -> {one['test']}",
+                f"{one['harmful']}, {one['harmless']}",
+                f"{own['recall']:.2f}",
+                f"{own['false_positive_rate']:.3f}",
+                f"{own['f1']:.2f}",
+                *(f"{out[f'held back {hold}'].get('median', 0):.0f}" for hold in (0, 8, 16, 32)),
+            ]
+        )
+    head = ["fitted on (rows) -> judged", "harmful, harmless", "recall", "FPR (asked: 0.05)", "F1"]
+    head += [f"tokens out, {hold} held back" for hold in (0, 8, 16, 32)]
+    return markdown_table(head, rows, "python benchmarks/replies.py --model default")
+
+
+def reply_overhead_table() -> str:
+    """Milliseconds a token."""
+    found = read_result("reply-overhead-smollm2-135m")
+    more = found["overhead"]
+    rows = [
+        ["decoding, not read", f"{found['plain_ms']:.1f}", ""],
+        [
+            "decoding, each token read",
+            f"{found['read_ms']:.1f}",
+            f"{more['value']:+.1%} [{more['low']:+.1%}, {more['high']:+.1%}]",
+        ],
+    ]
+    for chunk, cost in found["followed_ms"].items():
+        rows.append(
+            [f"following another model's reply, {chunk} tokens at a time", f"{cost:.1f}", ""]
+        )
+    return markdown_table(
+        ["what", "ms of processor time a token", "more than not read"],
+        rows,
+        "python benchmarks/reply_overhead.py --model default",
+    )
+
+
+REPLY_TABLES = {
+    "replies": replies_table,
+    "reply-stream": reply_stream_table,
+    "reply-overhead": reply_overhead_table,
+}
+"""Name on a page -> what makes the table."""
