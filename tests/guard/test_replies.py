@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fake_backend import labelled
-from latentguard.errors import GuardError, ModelMismatch
+from latentguard.errors import GuardError, ModelError, ModelMismatch
 from latentguard.guard.artifact import JSON_FILE, content_digest
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.replies import (
@@ -186,6 +186,13 @@ class TestGuard:
 
         with pytest.raises(ModelMismatch):
             list(guard.scan_replies(chat_model("qwen2", tokenizer), replies(2)))
+
+    def test_an_engine_that_lets_no_states_out_is_refused(self, guard):
+        class Engine:
+            fingerprint = guard.fingerprint
+
+        with pytest.raises(ModelError, match="found a Engine"):
+            list(guard.scan_replies(Engine(), replies(2)))
 
     def test_bound_to_another_model_it_promises_nothing(self, model, guard):
         calibrated = calibrate_replies(model, guard, replies(200, start=1000), max_fpr=0.05)

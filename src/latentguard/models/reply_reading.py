@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from latentguard.errors import ModelError, PromptError
+from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
 from latentguard.models.hooks import score_tokens
 from latentguard.models.layout import CaptureRow, ReplyLayout, common_prefix_length
@@ -23,9 +23,6 @@ from latentguard.models.loading import cache_argument
 from latentguard.models.prefill import build_cache, has_only_keys_and_values
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Progress
-
-if TYPE_CHECKING:
-    from latentguard.models.chat_model import ChatModel
 
 REPLIES_AT_ONCE = 256
 """Replies that are sorted by length and read together."""
@@ -124,7 +121,16 @@ def score_reply_tokens(
         replies: What to read, consumed lazily.
         layers: At which layers.
         weight: One row a layer.
+
+    Raises:
+        ModelError: if the model does not run on transformers.
+        PromptError: if a reply is empty or too long.
     """
+    if not isinstance(model, ChatModel):
+        raise ModelError(
+            f"Replies are read by a model on transformers (ChatModel); found a "
+            f"{type(model).__name__}."
+        )
     for group in _groups(replies):
         layouts = [lay_out_reply(model, reply) for reply in group]
         scores = _score_group(model, layouts, tuple(layers), weight.to(model.device))
