@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--guard-before", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of attacks")
     parser.add_argument("--sides", nargs="+", choices=["before", "after"])
+    parser.add_argument("--turns", nargs="+", type=int, default=[1, 2, 5, 10, 20], help="of cost")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of requests")
     asked = parser.parse_args()
     sides = {"after": Side(ROOT, asked.model, asked.guard)}
@@ -174,7 +175,10 @@ def measure_attacks(side: Side, asked: argparse.Namespace) -> dict[str, Any]:
             figures["own model"] = own_model(service)
             figures["refused as single prompts"] = _single(service)
     if "upstream" in asked.parts:
-        with recording_upstream() as upstream, serving(side, upstream=upstream.url) as service:
+        with (
+            recording_upstream() as upstream,
+            serving(side, upstream=upstream.url, upstream_key="key") as service,
+        ):
             figures["upstream"] = through(service, upstream)
             figures["odd upstream replies"] = odd_replies(service, upstream)
         figures["allowed on error"] = allowed_on_error(side)
@@ -594,12 +598,12 @@ async def _minute(service: ServiceProcess, seconds: float) -> dict[str, Any]:
 
 
 def flat_memory(service: ServiceProcess, count: int) -> dict[str, Any]:
-    """Resident memory in MiB after each tenth of the requests."""
+    """Resident memory in MiB after each tenth of the requests; no text comes twice."""
     texts = list(service.scores)
     draw = random.Random(2)
     course = []
-    for _ in range(10):
-        requests = [[draw.choice(texts)] for _ in range(count // 10)]
+    for tenth in range(10):
+        requests = [[f"{draw.choice(texts)} {tenth}.{n}"] for n in range(count // 10)]
         asyncio.run(_ask_all(service, requests, 32))
         course.append(round(service.memory_mib, 1))
     return dict(requests=count, mib=course)
@@ -647,18 +651,16 @@ def _gauges(service: ServiceProcess) -> dict[str, float]:
 
 # ---- what reading every turn costs
 
-TURNS = (1, 2, 5, 10, 20)
-
 
 def measure_cost(side: Side, asked: argparse.Namespace) -> dict[str, Any]:
     """A new turn in a growing chat: every message read, against the chat in context only."""
     roles = ("system", "developer", "user", "assistant", "tool", "function")
     rounds = max(int(20 * asked.scale), 3)
-    ratios: dict[int, list[float]] = {number: [] for number in TURNS}
-    seconds: dict[int, list[float]] = {number: [] for number in TURNS}
+    ratios: dict[int, list[float]] = {number: [] for number in asked.turns}
+    seconds: dict[int, list[float]] = {number: [] for number in asked.turns}
     with serving(side) as whole, serving(side, trusted_roles=roles) as context:
         for number in range(rounds):
-            for count in TURNS:
+            for count in asked.turns:
                 chat = _chat(whole.passed, count, number)
                 arms = [whole, context] if number % 2 else [context, whole]
                 spent = {arm.pid: _new_turn(arm, chat) for arm in arms}
@@ -671,7 +673,7 @@ def measure_cost(side: Side, asked: argparse.Namespace) -> dict[str, Any]:
             ratio_to_context_only=round(statistics.median(ratios[count]), 2),
             ratio_interval=[round(value, 2) for value in _interval(ratios[count])],
         )
-        for count in TURNS
+        for count in asked.turns
     }
 
 
@@ -686,10 +688,10 @@ def _chat(texts: list[str], count: int, number: int) -> list[dict[str, Any]]:
 
 
 def _new_turn(service: ServiceProcess, chat: list[dict[str, Any]]) -> float:
-    """Processor time of the last turn, after all before it were asked; eight chats at once."""
+    """Processor time of the last turn, after all before it were asked; of two chats."""
     chats = [
         [message | {"content": f"{message['content']} {copy}"} for message in chat]
-        for copy in range(8)
+        for copy in range(2)
     ]
     with httpx.Client(base_url=service.url, timeout=120) as client:
         for one in chats:

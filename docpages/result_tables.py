@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from docpages.attack_tables import ATTACK_TABLES
 from docpages.markdown_table import MODELS, ROOT, markdown_table, read_result
 from docpages.reading_tables import READING_TABLES
 from docpages.reply_tables import REPLY_TABLES
@@ -242,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **READING_TABLES,
     **REPLY_TABLES,
     **VERDICT_TABLES,
+    **ATTACK_TABLES,
     "throughput": throughput_table,
     **{f"every-rule-{model}": partial(every_rule_table, model) for model in MODELS},
     "guards": guards_table,
