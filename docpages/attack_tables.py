@@ -138,6 +138,5 @@ ATTACK_TABLES: dict[str, Callable[[], str]] = {
     "attacks-hidden": partial(_table, hidden_rows, ATTACKS),
     "attacks-stopping": partial(_table, stopping_rows, ATTACKS),
     "attacks-load": partial(_table, load_rows, LOAD),
-    "attacks-cost": partial(_table, cost_rows, COST),
 }
 """Name on a page -> what makes the table."""
