@@ -216,13 +216,13 @@ INTERVENTIONS = (
 """The command that made the results of an experiment beyond the paper; its name follows."""
 
 
-def interventiontable(experiment: str, title: str, shown: Mapping[str, str]) -> str:
+def intervention_table(experiment: str, title: str, shown: Mapping[str, str]) -> str:
     """A table of an experiment's report: column of the report -> column of the page."""
     sections = read_result(f"interventions-{experiment}-qwen2.5-coder-0.5b")["sections"]
-    (table,) = [one for s in sections for one in s["tables"] if one["title"] == title]
+    (found,) = [one for s in sections for one in s["tables"] if one["title"] == title]
     rows = []
-    for row in table["rows"]:
-        record = dict(zip(one["columns"], row, strict=True))
+    for row in found["rows"]:
+        record = dict(zip(found["columns"], row, strict=True))
         rows.append([_figure(record, column) for column in shown])
     return markdown_table(list(shown.values()), rows, f"{INTERVENTIONS} {experiment}")
 
@@ -247,6 +247,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "throughput": throughput_table,
     **{f"every-rule-{model}": partial(every_rule_table, model) for model in MODELS},
     "guards": guards_table,
+    "knockout": partial(
+        intervention_table,
+        "knockout",
+        "Attention knock-out",
+        {
+            "not seen": "not seen, in every block",
+            "log-odds, refused harmful": "log-odds of refusal",
+            "share of the gap lost": "share of the gap lost",
+            "refused: refused harmful": "judged replies refused",
+        },
+    ),
     "controls": controls_table,
     "detection": detection_table,
     "detection-rates": rates_table,
