@@ -28,8 +28,7 @@ def test_pages_are_whole_and_silent(chromium, site, width, scheme):
 def test_search_finds_a_page(chromium, site):
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     page.goto((site / "index.html").as_uri(), timeout=60_000)
-    page.keyboard.press("Control+k")
-    page.wait_for_selector("input[placeholder='Search']", timeout=60_000)
-    page.fill("input[placeholder='Search']", "false-positive rate")
-    page.wait_for_selector("text=Move a threshold", timeout=60_000)
+    page.click("button.md-search__button")
+    page.fill("input[placeholder=Search]", "false-positive rate", timeout=60_000)
+    page.wait_for_selector("text=Move a threshold >> visible=true", timeout=60_000)
     page.close()
