@@ -137,7 +137,6 @@ def _table(rows: Callable[[], tuple[list[str], list[Row]]], command: str) -> str
 ATTACK_TABLES: dict[str, Callable[[], str]] = {
     "attacks-hidden": partial(_table, hidden_rows, ATTACKS),
     "attacks-stopping": partial(_table, stopping_rows, ATTACKS),
-    "attacks-cost": partial(_table, cost_rows, COST),
     "attacks-load": partial(_table, load_rows, LOAD),
 }
 """Name on a page -> what makes the table."""
