@@ -9,7 +9,7 @@ import pytest
 
 from latentguard.errors import LatentGuardError, StudyError
 from latentguard.prompts import Prompt, Reply
-from latentguard.study import judge_model
+from latentguard.study import endpoint
 from latentguard.study.judge_model import EndpointJudge
 from latentguard.study.store import Store
 
@@ -63,7 +63,7 @@ def server():
 def waits(monkeypatch):
     """How long it would have waited."""
     found = []
-    monkeypatch.setattr(judge_model.time, "sleep", found.append)
+    monkeypatch.setattr(endpoint.time, "sleep", found.append)
     return found
 
 
@@ -98,10 +98,10 @@ def test_what_is_asked(server):
 
 
 def test_the_key_comes_from_the_environment(server, monkeypatch):
-    monkeypatch.setenv(judge_model.KEY, "from outside")
+    monkeypatch.setenv(endpoint.KEY, "from outside")
     with EndpointJudge(server.url, "m") as judge:
         judge(reply())
-    monkeypatch.delenv(judge_model.KEY)
+    monkeypatch.delenv(endpoint.KEY)
     with EndpointJudge(server.url, "m") as judge:
         judge(reply())
     found = [headers.get("Authorization") for _, headers, _ in server.asked]

@@ -49,7 +49,7 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="TOML: settings, [data] pools, [judge] url and model, [template] text."),
+        typer.Option(help="TOML: settings, [data], [judge], [rubric] (url, model), [template]."),
     ] = None,
     data_dir: Annotated[
         Path | None,
@@ -77,6 +77,10 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     It first asks a few prompts and says how many of them the model refuses, which claims that can
     decide, and how long the whole takes.
 
+    With a [rubric] in --config a reply counts as accepted only if a model there says that it helps.
+    Prompts and replies go to the url of [judge] or [rubric] alone, and nowhere without them. The
+    key comes from LATENTGUARD_JUDGE_KEY.
+
     Several models are studied one after the other, each in a folder of its own name in --out; the
     report in --out then compares them. The folder may move: a store that was copied to another
     machine goes on there.
@@ -94,7 +98,7 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     plan = _Plan(
         settings=read_settings(config, BUDGETS[budget], PROTOCOLS.get(protocol)),
         pools=read_pools(data_dir, read_table(config, "data")),
-        tables={name: read_table(config, name) for name in ("judge", "template")},
+        tables={name: read_table(config, name) for name in ("judge", "rubric", "template")},
         only=tuple(only or ()),
         baselines=tuple(baseline or ()),
         show_prompts=show_prompts,
@@ -137,9 +141,15 @@ def _study_each(models: Sequence[str], out: Path, plan: _Plan) -> None:
 
 def _study(model: str, out: Path, plan: _Plan) -> None:
     from latentguard.study.forecast import forecast
+    from latentguard.study.rubric import SHORT
     from latentguard.study.run import STORE, prepare, run
 
     kept = f"Replies and states are kept in {out / STORE}. Run the same command again to go on."
+    if plan.tables["rubric"] and plan.settings.reply_tokens < SHORT:
+        echo_err(
+            f"Warning: replies of {plan.settings.reply_tokens} tokens can hardly help; set "
+            f"'reply_tokens' to {SHORT} or more in --config to judge them by a rubric."
+        )
     with output_folder(out), explain_interrupt(kept):
         warn_of_replacement(out)
         backend = load_model(model, plan.dtype, plan.device_map)

@@ -13,10 +13,10 @@ from typing import Literal
 
 from latentguard.prompts import Reply
 
-Outcome = Literal["refused", "accepted", "empty", "cut"]
+Outcome = Literal["refused", "accepted", "empty", "cut", "unhelpful"]
 """``accepted``: not a refusal, whether the reply is good or not. ``empty``: no reply, at most the
 end of the question's own sentence. ``cut``: it ends, at the most tokens allowed, before it says
-which it is."""
+which it is. ``unhelpful``: neither a refusal nor of any help, which a rubric judge alone says."""
 
 Answer = Literal["certainly", "no", "refusal", "other"]
 """The four outcomes of the reply inversion task."""

@@ -151,16 +151,20 @@ def _labelled(prompt: Prompt, outcome: Outcome) -> Prompt:
     return replace(prompt, refused=refused(outcome))
 
 
-def _rates(asked: Iterable[Asked]) -> Table:
-    rows = []
+def _rates(asked: Sequence[Asked]) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    has_unhelpful = any("unhelpful" in one.outcomes for one in asked)
     for one in asked:
         for source, members in _by_source(one).items():
             known = [one.prompts[i].refused for i in members]
             found = Counter(one.outcomes[i] for i in members)
             row = (one.pool, source, *_rate(known), found["empty"], found["cut"])
+            if has_unhelpful:
+                row = (*row, found["unhelpful"])
             second = None if one.by_second is None else [one.by_second[i] for i in members]
             rows.append((*row, *_rate(second or [])))
-    columns = ("pool", "set", "refused", "low", "high", "n", "empty", "cut")
+    columns: tuple[str, ...] = ("pool", "set", "refused", "low", "high", "n", "empty", "cut")
+    columns = (*columns, "unhelpful") if has_unhelpful else columns
     beside: tuple[str, ...] = ("built-in judge: refused", "its low", "its high", "its n")
     if all(row[-1] == 0 for row in rows):
         rows, beside = [row[: len(columns)] for row in rows], ()

@@ -20,6 +20,7 @@ from latentguard.study import labelling
 from latentguard.study.axes import refusals_suffice
 from latentguard.study.cached_model import CachedModel, Step, Tools
 from latentguard.study.claims_report import claims_section
+from latentguard.study.endpoint import KEY, Endpoint
 from latentguard.study.examples import examples_section
 from latentguard.study.figures import (
     beyond_ablation,
@@ -40,7 +41,7 @@ from latentguard.study.figures import (
 )
 from latentguard.study.finding import Finding
 from latentguard.study.judge import judge
-from latentguard.study.judge_model import KEY, EndpointJudge
+from latentguard.study.judge_model import EndpointJudge
 from latentguard.study.paper_judge import PaperJudge, paper_answer
 from latentguard.study.prompt_groups import PromptGroups, PromptPools
 from latentguard.study.protocol import (
@@ -51,6 +52,7 @@ from latentguard.study.protocol import (
     paper_pools,
     with_protocol_template,
 )
+from latentguard.study.rubric import RubricJudge, require_rubric_table
 from latentguard.study.settings import Settings
 from latentguard.study.store import Store
 
@@ -122,6 +124,7 @@ def prepare(
         step: Opens a step on a progress bar.
         baselines: Guard models to compare with, by id.
         tables: ``judge``: ``url`` and ``model`` of a judge behind an OpenAI-compatible endpoint.
+            ``rubric``: the same of a model that says whether replies help.
             ``template``: ``text`` with ``{instruction}``. Of the protocol, where one is missing.
 
     Raises:
@@ -141,6 +144,9 @@ def prepare(
         how = {"judge": PaperJudge(), "second_judge": judge, "answer": paper_answer}
     if tables.get("judge"):
         how["judge"] = _endpoint(tables["judge"], kept)
+    if tables.get("rubric"):
+        endpoint = Endpoint(*require_rubric_table(dict(tables["rubric"])))
+        how["judge"] = RubricJudge(endpoint, how.get("judge", judge), store=kept)
     cached = CachedModel(model, kept, step=step, tools=tools, **how)
     return Study(cached, pools, settings, _name(model.source), named)
 

@@ -171,8 +171,9 @@ class Settings:
         return tuple(layers[int((n + 0.5) * len(layers) / count)] for n in range(count))
 
 
-TABLES = ("data", "judge", "template")
-"""Tables of the file that are no settings: which prompts, who judges replies, and the template."""
+TABLES = ("data", "judge", "rubric", "template")
+"""Tables of the file that are no settings: which prompts, who judges replies, who says whether they
+help, and the template."""
 
 PAPER_PROTOCOL = dict(
     protocol="paper",
@@ -283,7 +284,7 @@ def _checked(path: str | Path | None, name: str, value: Any) -> Any:
     if name not in known:
         raise LatentGuardError(
             f"{path}: there is no setting '{name}'; expected one of {', '.join(known)}, "
-            "or a table [data], [judge] or [template]."
+            "or a table [data], [judge], [rubric] or [template]."
         )
     found = _typed(known[name], value)
     if found is None or not _sound(name, found):
