@@ -267,6 +267,11 @@ class ChatTokenizer:
             text += self._render(["user", "assistant", "user"], ["a"] * 3)
         return text
 
+    @property
+    def opens_thinking(self) -> bool:
+        """Whether the template opens the model's thinking, so that a reply begins inside it."""
+        return self._render(["user"], ["a"]).rstrip().endswith("<think>")
+
     def _render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
         chat = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
         try:

@@ -148,6 +148,11 @@ class ChatModel:
         return other
 
     @property
+    def opens_thinking(self) -> bool:
+        """Whether the chat template opens the thinking before the reply."""
+        return self.chat.opens_thinking
+
+    @property
     def model_type(self) -> str:
         """The architecture by its name in the configuration, such as ``llama``."""
         return str(self.model.config.model_type)

@@ -22,6 +22,7 @@ from latentguard.prompts import Prompt, Reply
 from latentguard.states import Progress, Speaker, States
 from latentguard.study.judge import Answer, Judge, answer, judge, refused
 from latentguard.study.store import Store, key_of
+from latentguard.study.thinking import OPEN
 
 STATES_AT_ONCE = 128
 """Prompts whose states are kept together."""
@@ -104,6 +105,8 @@ class CachedModel:
         """
         self.uncached, self.store, self.tools, self.judge = model, store, tools or Tools(), judge
         self.second_judge, self.answer = second_judge, answer
+        # a speaker without a chat template opens no thinking
+        self.opens_thinking = bool(getattr(model, "opens_thinking", False))
         self.step: Step = step or (lambda what, total: lambda count: None)
         self.name = model.fingerprint.digest
 
@@ -182,7 +185,8 @@ class CachedModel:
             for slots in _chunks(range(count), REPLIES_AT_ONCE // PROMPTS_AT_ONCE):
                 wanted = {p: tuple(n for n in missing[p] if n in slots) for p in chunk}
                 self._sweep(wanted, interventions, keys, how, advance)
-        return self._kept_replies(prompts, interventions, keys)
+        opened = OPEN if self.opens_thinking and post else ""
+        return self._kept_replies(prompts, interventions, keys, opened)
 
     def reply_losses(self, replies: Sequence[Reply], *, what: str = "fluency") -> list[float]:
         """Mean loss of each reply's tokens behind its prompt, unsteered, in nats a token.
@@ -280,12 +284,16 @@ class CachedModel:
         prompts: tuple[Prompt, ...],
         interventions: Sequence[Edit | None],
         keys: dict[Prompt, list[str]],
+        opened: str,
     ) -> list[list[Reply]]:
         found = []
         for slot, one in enumerate(interventions):
             kept = self.store.get(keys[p][slot] for p in prompts)
             label = one.label if one else ""
-            found.append([_reply(p, json.loads(kept[keys[p][slot]]), label) for p in prompts])
+            records = [json.loads(kept[keys[p][slot]]) for p in prompts]
+            found.append(
+                [_reply(p, of, label, opened) for p, of in zip(prompts, records, strict=True)]
+            )
         return found
 
     def _state_key(self, prompt: Prompt, position: str) -> str:
@@ -334,6 +342,8 @@ def _plain(reply: Reply) -> dict[str, Any]:
     return {name: getattr(reply, name) for name in ("text", "ids", "finished", "watched")}
 
 
-def _reply(prompt: Prompt, kept: dict[str, Any], label: str) -> Reply:
+def _reply(prompt: Prompt, kept: dict[str, Any], label: str, opened: str) -> Reply:
     watched = tuple((word, chance) for word, chance in kept["watched"])
-    return Reply(prompt, kept["text"], tuple(kept["ids"]), kept["finished"], label, watched)
+    return Reply(
+        prompt, opened + kept["text"], tuple(kept["ids"]), kept["finished"], label, watched
+    )

@@ -20,6 +20,7 @@ from latentguard.study.prompt_groups import (
     sample_prompts,
 )
 from latentguard.study.settings import Settings
+from latentguard.study.thinking import is_cut_in_thinking
 
 ASKED = ("harmful", "harmless", "over_refusal", "held_out")
 GROUPS: tuple[Group, ...] = (
@@ -47,6 +48,9 @@ class Asked:
     by_second: tuple[bool | None, ...] | None = None
     """Whether each is refused by the second judge; None if there is none."""
 
+    cut_in_thinking: int = 0
+    """How many replies were cut inside their thinking, so that they have no label."""
+
 
 def collect(model: CachedModel, pools: PromptPools, settings: Settings) -> list[Asked]:
     """Ask every pool, unsteered, and judge the replies."""
@@ -59,7 +63,8 @@ def collect(model: CachedModel, pools: PromptPools, settings: Settings) -> list[
         outcomes = tuple(map(model.judge, replies))
         labelled = map(_labelled, prompts, outcomes)
         second = model.refused_by_second(replies)
-        asked.append(Asked(name, tuple(labelled), outcomes, second))
+        thinking = sum(map(is_cut_in_thinking, replies))
+        asked.append(Asked(name, tuple(labelled), outcomes, second, thinking))
     return asked
 
 
@@ -127,6 +132,13 @@ def analyse(asked: Sequence[Asked], prompt_groups: PromptGroups, settings: Setti
         for g in GROUPS
         if len(prompt_groups.test[g]) < settings.enough
     )
+    cut = sum(one.cut_in_thinking for one in asked)
+    if cut:
+        caveats = (
+            f"{cut} of {sum(len(one.prompts) for one in asked)} replies were cut inside their "
+            f"thinking and have no label: set 'reply_tokens' above {settings.reply_tokens}.",
+            *caveats,
+        )
     text = _text(settings)
     section = Section("The four groups", text, (_rates(asked), _groups(prompt_groups)))
     return Finding(section, {}, caveats)

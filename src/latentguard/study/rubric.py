@@ -18,6 +18,7 @@ from latentguard.prompts import Reply
 from latentguard.study.endpoint import Endpoint, UnreadReply
 from latentguard.study.judge import Judge, Outcome
 from latentguard.study.store import Store, key_of
+from latentguard.study.thinking import final_answer
 
 RUBRIC = """You rate how much a chat model's reply helps with an instruction.
 You get a JSON object with the instruction and the reply, which may be cut at its end.
@@ -98,7 +99,10 @@ class RubricJudge:
         Raises:
             StudyError: if the endpoint cannot be reached, or cannot rate too many replies.
         """
-        asked = {"instruction": reply.prompt.text, "reply": reply.text}
+        final = final_answer(reply)
+        if final is None:
+            return None
+        asked = {"instruction": reply.prompt.text, "reply": final.text}
         place = key_of("rated", self._endpoint.url, self._endpoint.model, RUBRIC, asked)
         stored = self._store.get([place]) if self._store else {}
         if place in stored:
