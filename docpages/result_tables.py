@@ -253,9 +253,11 @@ TABLES: dict[str, Callable[[], str]] = {
         "Attention knock-out",
         {
             "not seen": "not seen, in every block",
-            "log-odds, refused harmful": "log-odds of refusal",
+            "log-odds, refused harmful": "log-odds, harmful",
             "share of the gap lost": "share of the gap lost",
-            "refused: refused harmful": "judged replies refused",
+            "refused: refused harmful": "harmful prompts refused",
+            "log-odds, accepted harmless": "log-odds, harmless",
+            "refused: accepted harmless": "harmless prompts refused",
         },
     ),
     "controls": controls_table,
