@@ -199,7 +199,8 @@ class TestKeys:
         with running(keys=["good", "better"]) as url:
             method = "POST" if path in PATHS else "GET"
             body = {"input": passed(), "messages": [{"role": "user", "content": passed()}]}
-            body = {"input": passed()} if path == PATHS[1] else body | {"max_tokens": 1}
+            is_chat = path.endswith("/completions")
+            body = body | {"max_tokens": 1} if is_chat else {"input": passed()}
 
             def ask(**headers):
                 return httpx.request(
@@ -356,7 +357,7 @@ class TestSlowClients:
         ("score", {"inputs": "a"}, "'inputs' is no field of this request; leave it out."),
         ("score", [1], "The body should be a JSON object, sent as application/json."),
         ("score", {"messages": []}, "'messages' should be a list of 1 or more."),
-        ("moderations", {}, "'input' is missing."),
+        ("moderations", {}, "Give either 'input' or 'messages'."),
         ("moderations", {"input": 7}, "'input' should be text or a list."),
         ("chat/completions", {"messages": "hi"}, "'messages' should be a list."),
         ("chat/completions", {"messages": [{"role": "king"}]}, "'messages.0.role' should be"),
