@@ -3,7 +3,15 @@
 import pytest
 
 from browser.pages import contrast
-from latentguard.report.styles import CONTROL, NAMED, OTHERS, PALETTE, named_style, styles_of
+from latentguard.report.styles import (
+    CONTROL,
+    NAMED,
+    OTHERS,
+    PALETTE,
+    REPORTS,
+    named_style,
+    styles_of,
+)
 
 GROUPS = ("refused harmful", "accepted harmful", "refused harmless", "accepted harmless")
 
@@ -24,6 +32,10 @@ def test_groups_look_the_same_whatever_stands_beside_them():
     for names in (GROUPS, GROUPS[::-1], ("accepted harmful (n = 5)", "refused harmless (n = 7)")):
         for name, style in zip(names, styles_of(names), strict=True):
             assert style == alone[name.partition(" (")[0]]
+
+
+def test_reports_on_each_other_are_told_apart_without_colour():
+    assert len({style.dash for style in REPORTS}) == len(REPORTS)
 
 
 def test_groups_are_told_apart_without_colour():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from textwrap import wrap
 from typing import Any
 
@@ -17,8 +17,8 @@ from latentguard.report.styles import (
     HARMFUL,
     HARMLESS,
     NEUTRAL,
-    OTHERS,
     PALETTE,
+    REPORTS,
     Style,
     is_control,
     styles_of,
@@ -180,7 +180,7 @@ def overlaid_lines(
         y: Name of the vertical axis.
     """
     plot, named = new_plot(), set[str]()
-    styles = dict(zip(names, OTHERS, strict=False))
+    styles = dict(zip(names, cycle(REPORTS), strict=False))
     for slot, lines in enumerate(panels.values()):
         for name, one in lines.items():
             curve = (one.value, one.low, one.high)

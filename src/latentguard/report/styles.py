@@ -76,6 +76,16 @@ OTHERS: tuple[Style, ...] = tuple(
 )
 """Styles of series that have no name in the paper, in order."""
 
+REPORTS: tuple[Style, ...] = (
+    Style(GUARD, "solid", "circle"),
+    Style(HARMFUL, "dash", "square-open"),
+    Style(HARMLESS, "dashdot", "diamond"),
+    Style(REFUSAL, "longdash", "triangle-up-open"),
+    Style(AMBER, "dot", "x"),
+    Style(SKY, "longdashdot", "star-open"),
+)
+"""Styles of reports that are laid on each other, in order, then again from the first."""
+
 
 def is_control(name: str) -> bool:
     """Whether a series is a control, which is grey and dotted everywhere."""
