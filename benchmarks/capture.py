@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from latentguard.data.prompt_files import read_prompts
 from latentguard.models.chat import Layout
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 
 CHECKED = 64

@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 from latentguard.data.builtin import load_traffic
+from latentguard.data.prompt_files import read_prompts
 from latentguard.data.surface_audit import ngram_model
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.probe import layers_of
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 from latentguard.states import DEFAULT_READING, Reading, States, digest_prompts
 from latentguard.stats.detection import auroc, estimate_metric

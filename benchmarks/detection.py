@@ -28,10 +28,10 @@ from latentguard.cli.demo.detection import (
     random_direction_scores,
 )
 from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.prompt_files import read_prompts
 from latentguard.data.surface_audit import ngram_scores
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 from latentguard.report.document import Table
 from latentguard.states import Reading, States

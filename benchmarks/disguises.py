@@ -24,9 +24,9 @@ import torch
 from default_guard import default_guard
 
 from latentguard.data.builtin import load_traffic
+from latentguard.data.prompt_files import read_prompts
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 from latentguard.text.deobfuscation import deobfuscate
 

@@ -1,7 +1,7 @@
 """Golden records: what guards and steering give, to compare a later version with.
 
     python benchmarks/golden.py record MODEL [--quick] [--out FILE]
-    python benchmarks/golden.py compare MODEL [--out FILE] [--tolerance 5e-6]
+    python benchmarks/golden.py compare MODEL [--out FILE] [--tolerance 1e-5]
 
 MODEL is smollm2-135m or one of the tiny random models: tiny-llama, tiny-gemma3, tiny-qwen3. FILE is
 benchmarks/results/golden-MODEL.json unless it is named. ``--quick`` asks every fourth prompt and
@@ -52,7 +52,7 @@ WATCHED = ("Certainly", "No")
 STEERED, NEW_TOKENS, QUICK = 4, 16, 4
 """Harmless prompts to steer, and half as many harmful ones; tokens of a reply; every nth prompt."""
 
-TOLERANCE = 5e-6
+TOLERANCE = 1e-5
 """Rounding of float32 depends on the batch, and chunks lie in other batches than they did."""
 
 TIE = 1e-4

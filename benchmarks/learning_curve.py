@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.prompt_files import read_prompts
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.fitting import capture, fit_probe, slots
 from latentguard.probes.probe import Fit, Probe, layers_of
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 from latentguard.states import DEFAULT_READING, Reading, States
 from latentguard.stats.detection import auroc

@@ -29,11 +29,11 @@ import numpy as np
 from default_guard import default_guard
 
 from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.prompt_files import read_prompts
 from latentguard.data.surface_audit import ngram_model
 from latentguard.guard.chunk_calibration import fit_chunking, require_chunking
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Message, Prompt
 from latentguard.stats.detection import auroc, estimate_metric, tpr_at
 from latentguard.stats.estimate import Estimate

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from latentguard.data.prompt_files import read_prompts
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.axis import Axis
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 from latentguard.stats.detection import auroc_interval, combine_areas, win_matrix
 from latentguard.study import labelling

@@ -33,9 +33,9 @@ from capture import capture as ours
 from peer_arms import PEERS, Peer, lines_of, rendered
 from torch import Tensor, nn
 
+from latentguard.data.prompt_files import read_prompts
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.loading import cache_argument
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 
 Arm = Callable[[Sequence[Prompt]], Tensor | None]

@@ -142,7 +142,7 @@ def run(model: Any, ids: list[list[int]], guarded: Sequence[Prompt]) -> None:
     from vllm import SamplingParams
 
     from latentguard.integrations.vllm import model as inside
-    from latentguard.integrations.vllm.protocol import score_request
+    from latentguard.integrations.vllm.score_request import score_request
 
     layers = model.columns.layers if guarded else ()
     inside.models[-1].set_aux_hidden_state_layers(layers)

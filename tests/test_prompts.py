@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from latentguard.errors import MissingExtra, PromptError
-from latentguard.prompt_files import (
+from latentguard.data.prompt_files import (
     Columns,
     parse_prompt,
     read_prompts,
     select_side,
     stream_prompts,
 )
+from latentguard.errors import MissingExtra, PromptError
 from latentguard.prompts import Message, Prompt, as_prompts
 
 

@@ -12,6 +12,7 @@ from latentguard.errors import require_extra
 
 if TYPE_CHECKING:
     from latentguard.data.builtin import load_contrast, load_traffic
+    from latentguard.data.prompt_files import read_prompts
     from latentguard.errors import LatentGuardError
     from latentguard.guard.latent_guard import LatentGuard, load_guard
     from latentguard.guard.verdict import Verdict
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from latentguard.interventions import Intervention
     from latentguard.models.chat_model import ChatModel
     from latentguard.probes.axis import Axis
-    from latentguard.prompt_files import read_prompts
     from latentguard.prompts import Message, Prompt, Reply
     from latentguard.states import States
 
@@ -60,7 +60,7 @@ _MODULES = {
     "load_contrast": "latentguard.data.builtin",
     "load_guard": "latentguard.guard.latent_guard",
     "load_traffic": "latentguard.data.builtin",
-    "read_prompts": "latentguard.prompt_files",
+    "read_prompts": "latentguard.data.prompt_files",
     "score_corpus": "latentguard.integrations.ray",
 }
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import latentguard
+from latentguard.data.prompt_files import read_prompts
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompt_files import read_prompts
 from latentguard.study import cached_model as module
 from latentguard.study import judge as judging
 from models.architectures import chat_model

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from cli.tiny_files import record, written
+from latentguard.data.prompt_files import read_replies
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reply_fitting import fit_replies
 from latentguard.models.chat_model import ChatModel
-from latentguard.prompt_files import read_replies
 
 WORDS = "river garden window teacher engine letter school winter music paper city doctor".split()
 

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from latentguard.data.download import SOURCES, fetch_set, inspect_set, read_sources
+from latentguard.data.prompt_files import read_prompts
 from latentguard.data.public_sets import PUBLIC_SETS
 from latentguard.errors import PromptError
-from latentguard.prompt_files import read_prompts
 from latentguard.study.prompt_groups import FOLDER, read_pools
 from latentguard.study.run import EXPERIMENTS
 

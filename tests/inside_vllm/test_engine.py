@@ -189,7 +189,7 @@ def test_the_answer_is_there_before_the_first_token(engine):
     """What streaming relies on: posted in the step that computes the prompt, not later."""
     from vllm import SamplingParams
 
-    from latentguard.integrations.vllm.protocol import score_request
+    from latentguard.integrations.vllm.score_request import score_request
 
     _, _, model = engine
     llm = model.engine.llm_engine

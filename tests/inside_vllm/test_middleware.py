@@ -14,8 +14,8 @@ from latentguard.guard.chunking import Chunking
 from latentguard.integrations.vllm import middleware as module
 from latentguard.integrations.vllm.chat_guard import ChatGuard
 from latentguard.integrations.vllm.middleware import GuardMiddleware
-from latentguard.integrations.vllm.protocol import ScoreRequest, digest_ids
 from latentguard.integrations.vllm.score_channel import post
+from latentguard.integrations.vllm.score_request import ScoreRequest, digest_ids
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import BadRequest
 from serve.running import band_guard, flagged, offline, passed, tiny_guard, tiny_model

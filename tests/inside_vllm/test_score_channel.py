@@ -2,8 +2,8 @@
 
 import math
 
-from latentguard.integrations.vllm.protocol import ScoreRequest
 from latentguard.integrations.vllm.score_channel import ScoreChannel, post
+from latentguard.integrations.vllm.score_request import ScoreRequest
 
 
 def asks(box, count):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentguard.integrations.vllm.protocol import ScoreRequest, digest_ids
+from latentguard.integrations.vllm.score_request import ScoreRequest, digest_ids
 from latentguard.integrations.vllm.slots import Ledger, SlotScores
 
 BLOCK = 4

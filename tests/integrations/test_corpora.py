@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from fake_backend import FakeBackend, labelled
+from latentguard.data.prompt_files import Columns, stream_prompts
 from latentguard.errors import PromptError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.ray.corpora import cut, find_files, read_block, survey
 from latentguard.integrations.ray.shards import SUCCESS, finished, record, write_part, write_success
-from latentguard.prompt_files import Columns, stream_prompts
 
 COLUMNS = Columns(label="")
 ROWS = [{"id": f"row-{n}", "text": f"Tell me of thing {n}"} for n in range(1000)]

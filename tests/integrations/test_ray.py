@@ -21,13 +21,13 @@ import ray
 from ray.cluster_utils import Cluster
 
 from latentguard.data.builtin import load_contrast
+from latentguard.data.prompt_files import Columns, read_prompts
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.ray import Workers, fit_axes, score_corpus
 from latentguard.integrations.ray.actors import Scorer
 from latentguard.integrations.ray.corpora import cut, survey
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.fitting import fit_axes as fit_in_one
-from latentguard.prompt_files import Columns, read_prompts
 from latentguard.prompts import Prompt
 from latentguard.states import States
 from models.architectures import chat_model

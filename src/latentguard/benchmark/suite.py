@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from latentguard.data.prompt_files import Columns, parse_prompt, read_rows
 from latentguard.data.public_sets import PUBLIC_SETS, PublicSet
 from latentguard.errors import PromptError
-from latentguard.prompt_files import Columns, parse_prompt, read_rows
 from latentguard.prompts import Prompt
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")

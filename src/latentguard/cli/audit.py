@@ -9,7 +9,7 @@ import typer
 from latentguard.cli.console import echo_err
 from latentguard.cli.inputs import read_source
 from latentguard.cli.options import Label, Side, TextColumn
-from latentguard.prompt_files import Columns
+from latentguard.data.prompt_files import Columns
 
 
 def audit(

@@ -23,9 +23,9 @@ from latentguard.cli.options import (
 from latentguard.cli.outputs import changed_guard
 from latentguard.cli.reply_calibration import ReplySource, calibrate_guard_replies
 from latentguard.data.builtin import load_traffic
+from latentguard.data.prompt_files import Columns
 from latentguard.errors import GuardError, PromptError
 from latentguard.guard.leakage import exclude_training_prompts
-from latentguard.prompt_files import Columns
 from latentguard.prompts import Prompt
 from latentguard.stats.bounds import smallest_n
 

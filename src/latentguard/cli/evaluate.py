@@ -14,7 +14,7 @@ from latentguard.cli.inputs import guard_columns
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_guard_model, read_guard, warn_if_uncalibrated
 from latentguard.cli.options import AllowMismatch, DeviceMap, GuardSource, MovedModel, TextColumn
-from latentguard.prompt_files import read_prompts
+from latentguard.data.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from latentguard.cli.options import (
 )
 from latentguard.cli.outputs import output_folder, require_no_guard
 from latentguard.data.builtin import DEFAULT_ROWS, load_training_rows
+from latentguard.data.prompt_files import Columns, read_replies
 from latentguard.models.sources import cache_folder
-from latentguard.prompt_files import Columns, read_replies
 from latentguard.prompts import Prompt, Reply
 
 if TYPE_CHECKING:

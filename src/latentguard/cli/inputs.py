@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from latentguard.cli.console import echo_err
 from latentguard.data.builtin import load_contrast
-from latentguard.errors import PromptError
-from latentguard.prompt_files import (
+from latentguard.data.prompt_files import (
     Columns,
     read_prompts,
     select_side,
     stream_prompts,
     stream_replies,
 )
+from latentguard.errors import PromptError
 from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:

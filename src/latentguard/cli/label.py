@@ -12,7 +12,7 @@ from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_model, require_model
 from latentguard.cli.options import DeviceMap, Dtype, Model, PromptSource, TextColumn
 from latentguard.cli.outputs import output_file, warn_of_replacement
-from latentguard.prompt_files import Columns, read_prompts
+from latentguard.data.prompt_files import Columns, read_prompts
 from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from latentguard.cli.options import (
 )
 from latentguard.cli.outputs import changed_guard
 from latentguard.data.builtin import load_contrast
-from latentguard.prompt_files import read_prompts
+from latentguard.data.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:

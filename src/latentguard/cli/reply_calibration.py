@@ -12,7 +12,7 @@ from latentguard.cli.inputs import require_distinct
 from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_guard_model, read_guard, save_guard
 from latentguard.cli.outputs import changed_guard
-from latentguard.prompt_files import read_replies
+from latentguard.data.prompt_files import read_replies
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from latentguard.cli.options import (
     TextColumn,
 )
 from latentguard.cli.outputs import output_file, output_folder, warn_of_replacement
+from latentguard.data.prompt_files import stream_prompts, stream_replies
 from latentguard.errors import require_extra
-from latentguard.prompt_files import stream_prompts, stream_replies
 from latentguard.prompts import Prompt, Reply
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from latentguard.cli.options import (
 )
 from latentguard.cli.outputs import output_folder, warn_of_replacement
 from latentguard.data.builtin import load_contrast
+from latentguard.data.prompt_files import Columns
 from latentguard.errors import LatentGuardError, require_extra
-from latentguard.prompt_files import Columns
 
 
 def stress(  # noqa: PLR0913, PLR0917 (each is an option)

@@ -22,8 +22,8 @@ from functools import cache
 from importlib.resources import as_file, files
 from typing import Literal, get_args
 
+from latentguard.data.prompt_files import read_prompts
 from latentguard.errors import PromptError
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 
 Split = Literal["train", "validation", "test"]

@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from latentguard.data.prompt_files import Columns, parse_json_row, parse_prompt, read_hub_rows
 from latentguard.data.public_sets import HubSource, PublicSet
 from latentguard.errors import PromptError
 from latentguard.files import write_atomic
-from latentguard.prompt_files import Columns, parse_json_row, parse_prompt, read_hub_rows
 
 SOURCES = "sources.json"
 """In a data folder: where each file comes from, and its digest."""

@@ -1,1 +1,1 @@
-"""The only place that sees an ``nn.Module``: chat layout, hooks, loading, capture."""
+"""What touches the network (an ``nn.Module``): chat layout, hooks, loading, capture."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.data.builtin import load_contrast
+from latentguard.data.prompt_files import read_prompts
 from latentguard.errors import PromptError
-from latentguard.prompt_files import read_prompts
 from latentguard.prompts import Group, Prompt
 
 FOLDER: dict[str, tuple[str, ...]] = {

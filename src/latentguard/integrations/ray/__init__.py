@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from latentguard.data.prompt_files import Columns
 from latentguard.errors import PromptError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.ray.actors import Folder, Scorer
@@ -22,7 +23,6 @@ from latentguard.integrations.ray.rounds import EACH_DEVICE, Workers, each, star
 from latentguard.integrations.ray.shards import SUCCESS, Summary, finished, write_success
 from latentguard.probes.axis import Axis, Centroid
 from latentguard.probes.fitting import Poles, axes_of, merge_poles
-from latentguard.prompt_files import Columns
 from latentguard.states import Progress
 
 __all__ = ["Workers", "fit_axes", "score_corpus"]

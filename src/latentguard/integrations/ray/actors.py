@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentguard.data.prompt_files import Columns
 from latentguard.errors import GuardError, LatentGuardError, PromptError, TemplateError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.ray import corpora, shards
@@ -18,7 +19,6 @@ from latentguard.integrations.ray.corpora import Block, Row
 from latentguard.models.chat_model import PROMPTS_PER_STATES, ChatModel
 from latentguard.probes.axis import Centroid
 from latentguard.probes.fitting import AXES, Poles, fold_axes, merge_poles
-from latentguard.prompt_files import Columns
 from latentguard.prompts import Prompt
 
 

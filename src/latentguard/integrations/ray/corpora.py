@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentguard.data.prompt_files import Columns, parse_json_row, parse_prompt, read_rows
 from latentguard.errors import PromptError
 from latentguard.files import atomic_path
-from latentguard.prompt_files import Columns, parse_json_row, parse_prompt, read_rows
 from latentguard.prompts import Prompt
 
 LINES = (".jsonl", ".ndjson")

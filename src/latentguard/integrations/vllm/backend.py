@@ -16,9 +16,9 @@ from latentguard.guard.reading_plan import VariantScore, score_plans
 from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.columns import Columns, variant_score
 from latentguard.integrations.vllm.plugin import VARIABLE
-from latentguard.integrations.vllm.protocol import score_request
-from latentguard.integrations.vllm.refusals import CONNECTOR
 from latentguard.integrations.vllm.score_channel import ScoreChannel
+from latentguard.integrations.vllm.score_request import score_request
+from latentguard.integrations.vllm.unsupported import CONNECTOR
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.sources import resolve
 from latentguard.prompts import Prompt

@@ -21,8 +21,8 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import ScoredPlan, Variant
 from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.columns import Columns, variant_score
-from latentguard.integrations.vllm.protocol import ScoreRequest, score_request
 from latentguard.integrations.vllm.score_channel import ScoreChannel
+from latentguard.integrations.vllm.score_request import ScoreRequest, score_request
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.layout import Layout
 from latentguard.prompts import Prompt

@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from latentguard.errors import ModelError
-from latentguard.integrations.vllm import model, refusals
+from latentguard.integrations.vllm import model, unsupported
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.integrations.vllm.score_channel import post
 from latentguard.integrations.vllm.slots import Ledger, SlotScores, Step
@@ -45,7 +45,7 @@ class LatentGuardConnector(KVConnectorBase_V1, SupportsHMA):
             ModelError: if the engine is configured in a way that the guard cannot vouch for.
         """
         super().__init__(vllm_config, role, kv_cache_config)
-        refusals.require_supported(vllm_config)
+        unsupported.require_supported(vllm_config)
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise ModelError(

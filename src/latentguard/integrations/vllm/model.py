@@ -15,7 +15,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
 from latentguard.errors import ModelError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.integrations.vllm import refusals
+from latentguard.integrations.vllm import unsupported
 from latentguard.integrations.vllm.columns import Columns
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.integrations.vllm.slots import SlotScores
@@ -37,8 +37,8 @@ class Guarded:
             ModelError: if the engine is configured in a way that the guard cannot vouch for.
             GuardError: if the guard cannot be read, or cannot run inside vLLM.
         """
-        refusals.require_supported(vllm_config)
-        refusals.require_alone()
+        unsupported.require_supported(vllm_config)
+        unsupported.require_alone()
         guard = LatentGuard.load(os.environ[VARIABLE])
         # the layers change the compiled graph, so the guard must be part of the cache's key
         vllm_config.additional_config[VARIABLE.lower()] = guard.digest

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from latentguard.integrations.vllm.protocol import ScoreRequest, ScoreResponse
+from latentguard.integrations.vllm.score_request import ScoreRequest, ScoreResponse
 
 log = logging.getLogger("latentguard.vllm")
 

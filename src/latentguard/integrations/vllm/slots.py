@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latentguard.integrations.vllm.protocol import ScoreRequest, digest_ids
+from latentguard.integrations.vllm.score_request import ScoreRequest, digest_ids
 
 Copy = tuple[int, int]
 """From a block to a block."""

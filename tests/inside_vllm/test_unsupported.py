@@ -7,7 +7,7 @@ import pytest
 from latentguard.errors import GuardError, ModelError
 from latentguard.integrations.vllm.__main__ import arguments
 from latentguard.integrations.vllm.plugin import register, require_tested
-from latentguard.integrations.vllm.refusals import require_supported
+from latentguard.integrations.vllm.unsupported import require_supported
 from serve.running import tiny_guard
 
 
