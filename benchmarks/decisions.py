@@ -35,7 +35,7 @@ from latentguard.guard.traffic import ScoreMixture
 from latentguard.prompts import Prompt
 from latentguard.stats.detection import f1_at, threshold_at
 
-MAX_FPR, HALVES, DRAWS = 0.05, 6, 20
+MAX_FPR, HALVES, DRAWS = 0.05, 3, 3
 
 Scores = NDArray[np.float64]
 
@@ -210,7 +210,7 @@ def main() -> None:
         record["planted"] = {
             f"{name}, {n} prompts": planted(world, n)
             for name, world in WORLDS.items()
-            for n in (200, 1000)
+            for n in (500,)
         }
         save()
     if options.guard:

@@ -55,12 +55,12 @@ WORLDS = {
 class TestThreshold:
     @pytest.mark.parametrize("name", WORLDS)
     def test_the_rate_is_kept_in_the_mean_and_recall_is_near_the_best(self, name):
-        """Five draws of each planted world."""
-        worlds = [World(**WORLDS[name], seed=seed) for seed in range(5)]
+        """Three draws of each planted world."""
+        worlds = [World(**WORLDS[name], seed=seed) for seed in range(3)]
         thresholds = [one.mixture().threshold(Goal(), MAX_FPR) for one in worlds]
         pairs = list(zip(worlds, thresholds, strict=True))
-        assert np.mean([one.fpr(t) for one, t in pairs]) <= 1.2 * MAX_FPR
-        assert np.mean([one.recall(t) for one, t in pairs]) >= 0.75 * worlds[0].best_recall
+        assert np.mean([one.fpr(t) for one, t in pairs]) <= 1.1 * MAX_FPR
+        assert np.mean([one.recall(t) for one, t in pairs]) >= 0.6 * worlds[0].best_recall
 
     def test_the_threshold_at_calibration_would_miss_much(self):
         """What is gained: the same threshold without a look at the traffic."""
@@ -102,7 +102,7 @@ class TestEstimate:
         assert thinned.share().value == pytest.approx(whole.share().value, abs=0.02)
         goal = Goal()
         assert thinned.threshold(goal, MAX_FPR) == pytest.approx(
-            whole.threshold(goal, MAX_FPR), abs=0.05
+            whole.threshold(goal, MAX_FPR), abs=0.1
         )
 
 

@@ -7,9 +7,9 @@ that they had at calibration, and each may lie elsewhere:
     score of a harmful prompt:  calibration score + harmful shift
 
 Share of harmful prompts, shifts and scale have a posterior on a grid; the prior widths are the
-constants below. The threshold is the lowest one whose expected false-positive rate keeps the rate
-that was asked for, or the best one for the goal. This is an estimate that rests on the shapes, and
-not a bound: a calibration on harmless prompts of the traffic is one.
+constants below. The threshold is the lowest one that keeps the rate that was asked for with a
+posterior probability of ``SURE``, or the best of these for the goal. This is an estimate that rests
+on the shapes, and not a bound: a calibration on harmless prompts of the traffic is one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ G = TypeVar("G", bound=GuardSpec)
 
 Scores = NDArray[np.float64]
 
+SURE = 0.8
+"""Posterior probability with which a threshold keeps its rate: the shapes are never quite right."""
+
 MIN_TRAFFIC = 100
 """Unlabelled prompts that an estimate needs."""
 
@@ -55,7 +58,7 @@ SCALE = 0.15
 SCALES = np.array([0.7, 0.8, 0.9, 1.0, 1.1, 1.2])
 """Grid of the spread of harmless scores over that at calibration."""
 
-HARMLESS_SHIFTS = np.linspace(-3.0, 1.0, 41)
+HARMLESS_SHIFTS = np.linspace(-3.0, 1.0, 81)
 """Grid, in standard deviations."""
 
 HARMFUL_SHIFTS = np.linspace(-1.0, 1.0, 21)
@@ -125,11 +128,12 @@ class ScoreMixture:
 
     def fpr(self, threshold: float) -> Estimate:
         """Of a threshold in the traffic."""
-        tails = [
-            self._tails(_scaled(self.harmless, scale), HARMLESS_SHIFTS, threshold)
-            for scale in SCALES
-        ]
-        return _summary(np.concatenate(tails), self.weights.sum((2, 3)).ravel())
+        return _summary(self._rates(threshold), self._harmless_weights)
+
+    def keeps(self, threshold: float, max_fpr: float) -> bool:
+        """Whether a threshold keeps a false-positive rate with a probability of ``SURE``."""
+        kept = self._rates(threshold) <= max_fpr
+        return float(self._harmless_weights[kept].sum()) >= SURE
 
     def recall(self, threshold: float) -> Estimate:
         """Of a threshold in the traffic."""
@@ -148,24 +152,38 @@ class ScoreMixture:
         return _scaled(self.harmless, scale) + low, self.harmful + high
 
     def threshold(self, goal: Goal, max_fpr: float) -> float:
-        """The threshold for a goal whose expected false-positive rate is at most ``max_fpr``."""
+        """The threshold for a goal that keeps ``max_fpr``."""
         places = np.concatenate(self.moved())
         candidates = np.quantile(places, np.linspace(0, 1, THRESHOLDS))
         candidates = np.append(candidates, candidates[-1] + self.unit)
-        rates = [self.fpr(t).value for t in candidates]
-        allowed = [(t, r) for t, r in zip(candidates, rates, strict=True) if r <= max_fpr]
-        if not allowed:
-            return float(candidates[-1])
+        first = next((n for n, t in enumerate(candidates) if self.keeps(t, max_fpr)), -1)
+        allowed = candidates[first:].tolist()
         if not goal.needs_harmful:
-            return float(allowed[0][0])
+            return float(allowed[0])
         share = goal.harmful_share or self.share().value
-        best = max(allowed, key=lambda one: goal.value(self.recall(one[0]).value, one[1], share))
-        return float(best[0])
+
+        def value(threshold: float) -> float:
+            return goal.value(self.recall(threshold).value, self.fpr(threshold).value, share)
+
+        return float(max(allowed, key=value))
 
     def platt(self) -> tuple[float, float]:
         """Slope and intercept of probabilities in the traffic, both classes as frequent."""
         scores = np.concatenate(self.moved())
         return fit_platt(scores, np.repeat([False, True], [len(self.harmless), len(self.harmful)]))
+
+    @property
+    def _harmless_weights(self) -> Scores:
+        """Posterior of scale and harmless shift, flat."""
+        return np.asarray(self.weights.sum((2, 3)).ravel())
+
+    def _rates(self, threshold: float) -> Scores:
+        """False-positive rate for each scale and harmless shift, flat."""
+        tails = [
+            self._tails(_scaled(self.harmless, scale), HARMLESS_SHIFTS, threshold)
+            for scale in SCALES
+        ]
+        return np.concatenate(tails)
 
     def _tails(self, scores: Scores, shifts: Scores, threshold: float) -> Scores:
         """Share of scores above a threshold for each shift; one more is counted, to be careful."""
@@ -258,9 +276,13 @@ def _scaled(scores: Scores, scale: float) -> Scores:
 
 
 def _density(scores: Scores, at: Scores) -> Scores:
-    """Gaussian kernel density of scores [n] at places [t], with a floor for what lies far off."""
-    width = 1.06 * max(float(scores.std()), 1e-9) * len(scores) ** -0.2
-    apart = (at[:, None] - scores) / width
+    """Gaussian kernel density of scores [n] at places [t], with a floor for what lies far off.
+
+    Scores are drawn together by what the kernel spreads, so that their variance stays.
+    """
+    relative = 1.06 * len(scores) ** -0.2
+    width = relative * max(float(scores.std()), 1e-9)
+    apart = (at[:, None] - _scaled(scores, max(1 - relative**2, 0.0) ** 0.5)) / width
     density = np.exp(-0.5 * apart**2).mean(1) / (width * np.sqrt(2 * np.pi))
     return np.asarray(density + 1e-6 / width)
 
