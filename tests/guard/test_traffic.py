@@ -59,7 +59,7 @@ class TestThreshold:
         worlds = [World(**WORLDS[name], seed=seed) for seed in range(3)]
         thresholds = [one.mixture().threshold(Goal(), MAX_FPR) for one in worlds]
         pairs = list(zip(worlds, thresholds, strict=True))
-        assert np.mean([one.fpr(t) for one, t in pairs]) <= 1.1 * MAX_FPR
+        assert np.mean([one.fpr(t) for one, t in pairs]) <= 1.2 * MAX_FPR
         assert np.mean([one.recall(t) for one, t in pairs]) >= 0.6 * worlds[0].best_recall
 
     def test_the_threshold_at_calibration_would_miss_much(self):
