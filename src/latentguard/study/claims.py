@@ -324,7 +324,7 @@ What was changed after the first run of a model, and why:
   groups, as all four together hide a perfect pattern.
 - Claim 9: the change is measured by its gap to harmless prompts; over a value near 0 it means
   nothing. Its test set was first of refused harmful prompts of every source, then of the centroids'
-  own sources first (appendix B). On Qwen2.5-Coder-0.5B the verdict depends on it. Both are run and
+  own sources first (appendix B). On a model of 0.5B the verdict depended on it. Both are run and
   shown; the second decides.
 - Claims 2, 3, 7, 8 and 9: the form conditions were added. Worlds in which form alone carries the
   label came out as replicated.
