@@ -131,7 +131,7 @@ class TestEarlyStop:
 class TestMemory:
     @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
     def test_running_out_of_it_halves_the_batch(self, error, fresh, monkeypatch):
-        whole, forward, sizes = captured(fresh).values, fresh._forward, []
+        whole, forward, sizes = captured(fresh).values, fresh.read_batch, []
 
         def tight(rows, layers):
             sizes.append(len(rows))
@@ -139,7 +139,7 @@ class TestMemory:
                 raise error
             return forward(rows, layers)
 
-        monkeypatch.setattr(fresh, "_forward", tight)
+        monkeypatch.setattr(fresh, "read_batch", tight)
         assert_same(captured(fresh).values, whole)
         assert sizes[:3] == [8, 4, 2] or sizes[0] == 8 > sizes[1] > 2
         assert fresh.tokens_per_batch < hf.TOKENS_PER_BATCH["cpu"]
@@ -152,7 +152,7 @@ class TestMemory:
         def never(rows, layers):
             raise error
 
-        monkeypatch.setattr(fresh, "_forward", never)
+        monkeypatch.setattr(fresh, "read_batch", never)
         with pytest.raises(type(error)) as found:
             captured(fresh)
         assert found.value is error
@@ -164,20 +164,20 @@ class TestMemory:
             calls.append(len(rows))
             raise error
 
-        monkeypatch.setattr(fresh, "_forward", broken)
+        monkeypatch.setattr(fresh, "read_batch", broken)
         with pytest.raises(RuntimeError) as found:
             captured(fresh)
         assert found.value is error
         assert calls == [8]
 
     def test_a_batch_holds_no_more_padded_tokens_than_allowed(self, fresh, monkeypatch):
-        forward, seen = fresh._forward, []
+        forward, seen = fresh.read_batch, []
 
         def watched(rows, layers):
             seen.append((len(rows), max(row.length for row in rows)))
             return forward(rows, layers)
 
-        monkeypatch.setattr(fresh, "_forward", watched)
+        monkeypatch.setattr(fresh, "read_batch", watched)
         fresh.tokens_per_batch = 100
         captured(fresh)
         assert sum(count for count, _ in seen) == len(PROMPTS)

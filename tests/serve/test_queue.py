@@ -19,7 +19,7 @@ def loop():
 @pytest.fixture
 def item(loop):
     def make(account, size=10, request=None):
-        return WorkItem(loop.create_future(), Prompt("a"), None, size, account, request)
+        return WorkItem(loop.create_future(), Prompt("a"), None, size, account, request=request)
 
     return make
 

@@ -27,7 +27,6 @@ from latentguard.data.prompt_files import Columns
 from latentguard.errors import GuardError, PromptError
 from latentguard.guard.leakage import exclude_training_prompts
 from latentguard.prompts import Prompt
-from latentguard.stats.bounds import smallest_n
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
@@ -270,6 +269,7 @@ def _calibrate_long(
         calibrate_chunking,
         harmless_texts,
     )
+    from latentguard.stats.bounds import smallest_n
 
     if guard.chunking is None or guard.bound is None:
         return guard
