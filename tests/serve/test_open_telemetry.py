@@ -1,6 +1,7 @@
 """Traces and metrics by OpenTelemetry: what a collector is told of a request, and what not."""
 
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -81,11 +82,21 @@ def test_an_upstream_is_called_as_part_of_the_span(collected):
     assert seen[-1] == f"00-{TRACE}-{span.context.span_id:016x}-01"
 
 
+def wait_for_requests(collected, count):
+    """The metrics once so many requests have ended, which is a moment behind their answers."""
+    for _ in range(600):
+        metrics = collected.metrics()
+        if sum(p.count for p in metrics["http.server.request.duration"]) >= count:
+            break
+        time.sleep(0.1)
+    return metrics
+
+
 def test_metrics_are_those_of_prometheus(collected):
     with running(open_telemetry=collected.telemetry) as url:
         for text in (flagged(), passed(), passed()):
             post(f"{url}/v1/moderations", json={"input": text})
-        metrics = collected.metrics()
+        metrics = wait_for_requests(collected, 3)
     counts = {p.attributes["decision"]: p.value for p in metrics["latentguard.verdicts"]}
     assert counts == {"block": 1, "allow": 2}
     assert sum(p.count for p in metrics["http.server.request.duration"]) == 3
