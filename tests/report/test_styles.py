@@ -3,6 +3,7 @@
 import pytest
 
 from browser.pages import contrast
+from latentguard.report.charts import bar_chart
 from latentguard.report.styles import (
     CONTROL,
     NAMED,
@@ -44,7 +45,7 @@ def test_groups_are_told_apart_without_colour():
 
 
 def test_a_guard_is_the_same_in_every_report():
-    names = ("Latent Guard", "latent guard (default)", "latent guard", "recall, paper's rule")
+    names = ("Latent Guard", "latent guard (this demo's)", "latent guard", "recall, paper's rule")
     assert len({named_style(name) for name in names}) == 1
 
 
@@ -60,3 +61,10 @@ def test_no_two_series_of_a_figure_share_a_style():
 def test_the_answer_no_is_not_every_word_that_begins_so():
     assert named_style("No") == named_style("no (n = 3)")
     assert named_style("north") is None
+
+
+def test_bars_have_room_for_labels_of_two_lines():
+    """A row of 26 pixels holds one line; the second lay over the next label."""
+    short = bar_chart(["one", "two"], [0.1, 0.2], title="t", x="x", caption="c")
+    long = bar_chart(["word " * 12, "two"], [0.1, 0.2], title="t", x="x", caption="c")
+    assert long.plot.layout.height - short.plot.layout.height == 2 * 16

@@ -399,7 +399,8 @@ def bar_chart(
     colours: Sequence[str] | None = None,
 ) -> Figure:
     """Return horizontal bars, the first on top."""
-    plot = new_plot(xaxis_title=x, height=90 + 26 * len(names))
+    labels = _tick_labels(names, 48)
+    plot = new_plot(xaxis_title=x, height=90 + _label_height(labels))
     plot.add_bar(
         x=list(values),
         y=list(range(len(names))),
@@ -408,8 +409,14 @@ def bar_chart(
         hovertext=list(names),
         hoverinfo="x+text",
     )
-    plot.update_yaxes(_tick_labels(names, 48), autorange="reversed")
+    plot.update_yaxes(labels, autorange="reversed")
     return Figure(title, plot, caption)
+
+
+def _label_height(labels: Mapping[str, Sequence[int | str]]) -> int:
+    """Return the pixels that rows need whose labels have one or more lines; all are as high."""
+    lines = max(str(text).count("<br>") + 1 for text in labels["ticktext"])
+    return len(labels["ticktext"]) * (10 + 16 * lines)
 
 
 def _tick_labels(names: Sequence[str], width: int = 26) -> dict[str, list[int] | list[str]]:

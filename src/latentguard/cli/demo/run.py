@@ -35,7 +35,7 @@ from latentguard.states import DEFAULT_READING, Progress, Reading, States, diges
 from latentguard.stats.detection import auroc
 
 MAX_FPR = 0.05
-OURS, PAPER = "latent guard (default)", "the paper's rule"
+OURS, PAPER = "latent guard (this demo's)", "the paper's rule"
 
 Step = Callable[[str, int], Progress]
 """Opens a step of so many prompts on the progress bar."""
