@@ -74,7 +74,7 @@ def naming_table() -> str:
     }
     rows = [
         [
-            label,
+            f"{label} (n = {_count(first[key]['guard'])})",
             *(_without_n(results[model][key]["guard"]) for model in MODELS),
             _without_n(first[key]["n-grams"]),
             first[key]["always the most frequent"],
@@ -104,6 +104,11 @@ def moderation_table() -> str:
     ]
     head = ["category -> ours", *MODELS.values(), "n-grams", "n"]
     return markdown_table(head, rows, "python benchmarks/categories.py MODEL")
+
+
+def _count(text: str) -> int:
+    """Prompts of a figure that ends with ``n = RIGHT + WRONG``."""
+    return sum(int(part) for part in text.partition(" n = ")[2].split(" + "))
 
 
 def _without_n(text: str) -> str:
