@@ -105,6 +105,21 @@ class TestDeviations:
         assert scopes["prompts: toxicchat"] == ("guards",)
         assert scopes["template"] == ()
 
+    @pytest.mark.parametrize(
+        ("name", "experiments"),
+        [
+            ("layer_step", {"patching", "knockout", "ablation", "dose"}),
+            ("probed", {"patching", "ablation"}),
+            ("coefficients", {"steering", "finetuning"}),
+            ("attacked", {"jailbreaks", "guards"}),
+        ],
+    )
+    def test_a_setting_concerns_each_experiment_that_reads_it(self, name, experiments):
+        value = (3.0,) if name == "coefficients" else 3
+        settings = replace(PAPER, **{name: value})
+        (found,) = deviations(settings, complete(), template="Table 4", judge=None)
+        assert experiments <= set(found.experiments)
+
     def test_they_stand_beside_each_verdict(self):
         found = [Deviation("steered", "100", "20", ("steering",)), Deviation("fit", "100", "6")]
         section = beside_verdicts(claims_section({}), found)

@@ -79,6 +79,14 @@ class TestTemplateThatOpensTheThinking:
         (without,) = thinker.replies(prompts, post=False)  # the template is not there
         assert not without[0].text.startswith("<think>")
 
+    def test_replies_of_another_sweep_are_judged_alike(self, thinker):
+        prompts = [Prompt("ends"), Prompt("cut")]
+        (swept,) = thinker.opened(thinker.uncached.sweep(prompts, [None]))
+        assert swept == thinker.replies(prompts)[0]
+        assert [thinker.continuation(one) for one in swept] == [
+            one.text for one in thinker.uncached.sweep(prompts, [None])[0]
+        ]
+
     def test_a_warning_counts_the_replies_that_were_cut(self, thinker, settings):
         asked = labelling.collect(thinker, contrast_pools(), settings)
         groups = labelling.prompt_groups_of(asked, contrast_pools(), settings)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_curve
 
 from latentguard.errors import require_extra
 from latentguard.report.document import Figure, Series
@@ -71,6 +70,8 @@ def roc_curves(
     scores: Mapping[str, NDArray[np.float64]], labels: NDArray[np.bool_], *, of: str
 ) -> Figure:
     """Return the true-positive against the false-positive rate of each rule."""
+    from sklearn.metrics import roc_curve  # half a second, which few reports need
+
     axes = dict(xaxis_title="false-positive rate", yaxis_title="true-positive rate")
     plot = new_plot(**axes, xaxis_range=[0, 1], yaxis_range=[0, 1.02])
     for (rule, values), style in zip(scores.items(), styles_of(scores), strict=True):

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
@@ -187,6 +187,15 @@ class CachedModel:
                 self._sweep(wanted, interventions, keys, how, advance)
         opened = OPEN if self.opens_thinking and post else ""
         return self._kept_replies(prompts, interventions, keys, opened)
+
+    def opened(self, replies: Iterable[Sequence[Reply]]) -> list[list[Reply]]:
+        """Replies of a sweep, each behind the thinking that the template opens, if it does."""
+        opening = OPEN if self.opens_thinking else ""
+        return [[replace(one, text=opening + one.text) for one in of] for of in replies]
+
+    def continuation(self, reply: Reply) -> str:
+        """What the model itself wrote of a reply: its text without an opening of the template."""
+        return reply.text.removeprefix(OPEN) if self.opens_thinking else reply.text
 
     def reply_losses(self, replies: Sequence[Reply], *, what: str = "fluency") -> list[float]:
         """Mean loss of each reply's tokens behind its prompt, unsteered, in nats a token.

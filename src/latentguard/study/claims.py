@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from math import isnan
 from typing import Literal
 
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from latentguard.stats.estimate import Estimate
 
@@ -138,7 +138,7 @@ def _widened(found: Estimate, tests: int) -> Estimate:
     A normal one would not be wide enough for about 10 prompts.
     """
     freedom = max(found.total - 1, 1)
-    factor = float(t.ppf(1 - 0.025 / tests, freedom) / t.ppf(0.975, freedom))
+    factor = float(stdtrit(freedom, 1 - 0.025 / tests) / stdtrit(freedom, 0.975))
     low = found.value - factor * (found.value - found.low)
     high = found.value + factor * (found.high - found.value)
     return replace(found, low=low, high=high)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -129,6 +129,20 @@ class Endpoint:
             f"The judge model '{self.model}' at {self.url} did not answer ({found}). Check the "
             f"address, the name of the model, and the key in {KEY}."
         )
+
+
+def require_endpoint_table(name: str, table: Mapping[str, Any]) -> tuple[str, str]:
+    """Address and model of a table ``[judge]`` or ``[rubric]`` of the configuration.
+
+    Raises:
+        StudyError: if it holds anything else.
+    """
+    if set(table) != {"url", "model"}:
+        raise StudyError(
+            f"The table [{name}] needs 'url' and 'model', and nothing else; found "
+            f"{', '.join(sorted(table))}. The key comes from the environment: {KEY}."
+        )
+    return str(table["url"]), str(table["model"])
 
 
 def _wait(response: httpx.Response, otherwise: float) -> float:

@@ -86,6 +86,11 @@ class EndpointJudge:
         return WORDS[word] if word else "cut"
 
     @property
+    def model(self) -> str:
+        """Which model decides; part of the keys of what is kept of its words."""
+        return self._endpoint.model
+
+    @property
     def about(self) -> dict[str, Any]:
         """Which model it is, without a key, and how many replies it could not take, if any."""
         return self._endpoint.about | ({"unread": self.unread} if self.unread else {})

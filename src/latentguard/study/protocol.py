@@ -37,7 +37,7 @@ SCOPES: Mapping[str, tuple[str, ...]] = {
     "doses": ("dose",),
     "steered": ("steering",),
     "steer_": ("steering",),
-    "coefficients": ("steering",),
+    "coefficients": ("steering", "finetuning"),
     "inverted": ("inversion", "positions", "categories"),
     "inversion_": ("inversion", "positions", "categories"),
     "categories": ("categories",),
@@ -46,10 +46,13 @@ SCOPES: Mapping[str, tuple[str, ...]] = {
     "toxicchat": ("guards",),
     "domain": ("guards",),
     "suffix": ("jailbreaks", "guards"),
-    "attacked": ("jailbreaks",),
+    "attacked": ("jailbreaks", "guards"),
     "middle": ("positions", "categories"),
-    "probed": ("positions", "categories"),
-    "layer_step": ("steering", "inversion", "positions", "categories", "finetuning"),
+    "probed": ("positions", "categories", "patching", "ablation"),
+    "layer_step": (
+        *("steering", "inversion", "positions", "categories", "finetuning"),
+        *("patching", "knockout", "ablation", "dose"),
+    ),
     "finetune_": ("finetuning",),
 }
 """Beginning of a setting's, or a pool's, name -> the experiments that it changes; others: all."""

@@ -13,7 +13,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from latentguard.errors import StudyError
 from latentguard.prompts import Reply
 from latentguard.study.endpoint import Endpoint, UnreadReply
 from latentguard.study.judge import Judge, Outcome
@@ -125,6 +124,12 @@ class RubricJudge:
         return rating
 
     @property
+    def model(self) -> str:
+        """What decides; part of the keys of what is kept of its words."""
+        first = getattr(self._judge, "model", type(self._judge).__name__)
+        return f"rubric of {self._endpoint.model} over {first}"
+
+    @property
     def about(self) -> dict[str, Any]:
         """Both judges, without a key, and how many replies could not be rated."""
         first = getattr(self._judge, "about", "built-in")
@@ -149,17 +154,3 @@ def read_rating(answer: str) -> Rating:
     if not is_sound:
         raise ValueError("a figure out of its range")
     return rating
-
-
-def require_rubric_table(table: dict[str, Any]) -> tuple[str, str]:
-    """Address and model of a ``[rubric]`` table.
-
-    Raises:
-        StudyError: if it holds anything else.
-    """
-    if set(table) != {"url", "model"}:
-        raise StudyError(
-            "The table [rubric] needs 'url' and 'model', and nothing else; found "
-            f"{', '.join(sorted(table))}. The key comes from the environment."
-        )
-    return str(table["url"]), str(table["model"])

@@ -20,7 +20,7 @@ from latentguard.study import labelling
 from latentguard.study.axes import refusals_suffice
 from latentguard.study.cached_model import CachedModel, Step, Tools
 from latentguard.study.claims_report import claims_section
-from latentguard.study.endpoint import KEY, Endpoint
+from latentguard.study.endpoint import Endpoint, require_endpoint_table
 from latentguard.study.examples import examples_section
 from latentguard.study.figures import (
     beyond_ablation,
@@ -52,7 +52,7 @@ from latentguard.study.protocol import (
     paper_pools,
     with_protocol_template,
 )
-from latentguard.study.rubric import RubricJudge, require_rubric_table
+from latentguard.study.rubric import RubricJudge
 from latentguard.study.settings import Settings
 from latentguard.study.store import Store
 
@@ -143,9 +143,9 @@ def prepare(
         pools = paper_pools(pools)
         how = {"judge": PaperJudge(), "second_judge": judge, "answer": paper_answer}
     if tables.get("judge"):
-        how["judge"] = _endpoint(tables["judge"], kept)
+        how["judge"] = EndpointJudge(*require_endpoint_table("judge", tables["judge"]), store=kept)
     if tables.get("rubric"):
-        endpoint = Endpoint(*require_rubric_table(dict(tables["rubric"])))
+        endpoint = Endpoint(*require_endpoint_table("rubric", tables["rubric"]))
         how["judge"] = RubricJudge(endpoint, how.get("judge", judge), store=kept)
     cached = CachedModel(model, kept, step=step, tools=tools, **how)
     return Study(cached, pools, settings, _name(model.source), named)
@@ -156,15 +156,6 @@ def _name(source: str) -> str:
     if source == DEFAULT:
         return DEFAULT_HUB_ID.rpartition("/")[2]
     return Path(source).name if Path(source).exists() else source
-
-
-def _endpoint(judged: Mapping[str, Any], store: Store) -> EndpointJudge:
-    if set(judged) != {"url", "model"}:
-        raise LatentGuardError(
-            "The table [judge] needs 'url' and 'model', and nothing else; found "
-            f"{', '.join(sorted(judged))}. The key comes from the environment: {KEY}."
-        )
-    return EndpointJudge(**judged, store=store)
 
 
 def _at_hand(make: Callable[[], T]) -> T | None:
@@ -195,6 +186,9 @@ def run(
         StudyError: if the store or the judge model fails; what is kept stays.
     """
     require_known(only)
+    if not study.settings.interventions and (without := set(only) & set(BEYOND)):
+        name = sorted(without)[0]
+        raise LatentGuardError(f"'{name}' needs prompts: set 'interventions' above 0.")
     say("labelling")
     asked = labelling.collect(study.model, study.pools, study.settings)
     prompt_groups = labelling.prompt_groups_of(asked, study.pools, study.settings)
@@ -226,8 +220,6 @@ def require_known(only: Collection[str]) -> None:
 def _experiment(name: str, study: Study, prompt_groups: PromptGroups) -> Finding:
     """One experiment; what it cannot do on this model is a finding too."""
     module = EXPERIMENTS[name]
-    if name in BEYOND and not study.settings.interventions:
-        raise LatentGuardError(f"'{name}' needs prompts: set 'interventions' above 0.")
     try:
         records = module.collect(study.model, prompt_groups, study.settings)
         finding: Finding = module.analyse(records, study.settings)

@@ -14,10 +14,15 @@ from latentguard.prompts import Prompt, Reply
 from latentguard.report.document import Report
 from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel, Tools
+from latentguard.study.endpoint import Endpoint
 from latentguard.study.figures import figure_07_finetuning as finetuning
 from latentguard.study.figures.figure_07_finetuning import snapshot as looking
 from latentguard.study.figures.figure_07_finetuning import training_pairs
 from latentguard.study.figures.figure_07_finetuning.snapshot import Look
+from latentguard.study.judge import judge
+from latentguard.study.judge_model import EndpointJudge
+from latentguard.study.paper_judge import PaperJudge
+from latentguard.study.rubric import RubricJudge
 from study.figures.finetuning_records import planted_records, rows_of, stage_of
 from study.figures.planted import Planted, Silent
 
@@ -263,6 +268,20 @@ class TestLook:
         own, other = (harmful - harmless)[1:], axes.refuse.direction[1:].double()
         wanted = (own * other).sum(-1) / own.norm(dim=-1) / other.norm(dim=-1)
         assert look.before().cosine == pytest.approx(wanted.tolist(), abs=1e-5)
+
+    def test_stages_of_other_judges_are_kept_apart(self, aim, prompt_groups, settings):
+        planted, _ = aim
+        axes = fit_axes(planted, prompt_groups, enough=2)
+        look = Look(planted, axes, prompt_groups, settings, ())
+        one, other = (Endpoint("http://localhost:1/v1", name) for name in ("one", "other"))
+        judges = [
+            *(judge, EndpointJudge(one.url, "one"), EndpointJudge(one.url, "other")),
+            *(RubricJudge(one, judge), RubricJudge(other, judge), RubricJudge(one, PaperJudge())),
+        ]
+        keys = []
+        for planted.judge in judges:
+            keys.append(str(look._key()))
+        assert len(set(keys)) == len(judges)
 
     def test_every_prompt_meets_one_random_direction_of_equal_norm(
         self, aim, prompt_groups, settings

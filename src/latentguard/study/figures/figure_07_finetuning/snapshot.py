@@ -159,7 +159,11 @@ class Look:
             seed = self.settings.seed + job.seed
             with tune(pairs, seed=seed, **({"reply_tokens": most} if most else {})) as model:
                 states_of = partial(_states, model)
-                return self._look(states_of, model.sweep, goal=False, steered=not job.control)
+
+                def replies_of(*asked: Any, **how: Any) -> list[list[Reply]]:
+                    return self.model.opened(model.sweep(*asked, **how))
+
+                return self._look(states_of, replies_of, goal=False, steered=not job.control)
 
         taught = [digest_prompts([p for p, _ in pairs]), [opening for _, opening in pairs]]
         parts = [*self._key(), taught, job.control]

@@ -46,7 +46,7 @@ def harmful_pairs(
     most = opening_tokens(settings)
     (said,) = model.replies(refused, [reverse], what="fine-tuning: openings", max_new_tokens=most)
     accepted = zip(refused, said, _accepts(model, said), strict=True)
-    steered = [(p, reply.text) for p, reply, accepts in accepted if accepts]
+    steered = [(p, model.continuation(reply)) for p, reply, accepts in accepted if accepts]
     taken = {p for p, _ in steered}
     templated = [(p, TEMPLATE) for p in refused if p not in taken]
     pairs = [*steered, *templated][: max(settings.finetune_sizes)]
@@ -71,9 +71,9 @@ def whole_pairs(
         return []
     reverse = _reverse(model, refuse, refused, settings)
     most = settings.finetune_completion
-    (said,) = model.uncached.sweep(refused, [reverse], max_new_tokens=most)
+    (said,) = model.opened(model.uncached.sweep(refused, [reverse], max_new_tokens=most))
     accepted = zip(refused, said, _accepts(model, said), strict=True)
-    pairs = [(p, reply.text) for p, reply, accepts in accepted if accepts]
+    pairs = [(p, model.continuation(reply)) for p, reply, accepts in accepted if accepts]
     return pairs[: max(settings.finetune_sizes)]
 
 
@@ -85,7 +85,8 @@ def harmless_pairs(
     most = opening_tokens(settings)
     (said,) = model.replies(pool, what="fine-tuning: harmless openings", max_new_tokens=most)
     known = zip(pool, said, model.refused(said), strict=True)
-    return [(p, reply.text) for p, reply, refused in known if refused is False][:count]
+    accepted = [(p, model.continuation(reply)) for p, reply, refused in known if refused is False]
+    return accepted[:count]
 
 
 def opening_tokens(settings: Settings) -> int:
