@@ -11,14 +11,19 @@ from latentguard.stats.rates import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.labelling import (
     ASKED,
-    FITTED,
     GROUPS,
     Asked,
     analyse,
     collect,
     prompt_groups_of,
 )
-from latentguard.study.prompt_groups import PromptPools, contrast_pools, is_fit_side, pair_key
+from latentguard.study.prompt_groups import (
+    BEHAVING,
+    PromptPools,
+    contrast_pools,
+    is_fit_side,
+    pair_key,
+)
 from latentguard.study.settings import Settings
 
 OUTCOMES = {True: "refused", False: "accepted", None: "empty"}
@@ -156,7 +161,7 @@ class TestMaterial:
         for name in ("held_out", "over_refusal", "matched"):
             assert pairs.isdisjoint(p.pair for p in getattr(found, name))
         assert all(len(prompt_groups.test[g]) >= 60 for g in GROUPS)
-        assert all(len(prompt_groups.fit[g]) >= 60 for g in FITTED)
+        assert all(len(prompt_groups.fit[g]) >= 60 for g in BEHAVING)
 
     def test_nothing(self):
         prompt_groups = prompt_groups_of([], pools(), Settings())

@@ -16,7 +16,7 @@ from latentguard.errors import LatentGuardError, StudyError
 from latentguard.report.document import Report
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.claims import CLAIMS
-from latentguard.study.run import EXPERIMENTS, STORE
+from latentguard.study.run import EXPERIMENTS, STORE, Study, run
 from models.architectures import chat_model
 from study.small_study import PAPER_SETTINGS, study_report
 
@@ -205,6 +205,12 @@ def broken(self, prompts, *rest, what="", **how):
 def test_an_unknown_experiment_is_named(folder, whole):
     with pytest.raises(LatentGuardError, match="no experiment 'inverse'; expected template"):
         study_report(folder, whole, only=["inverse"])
+
+
+def test_an_experiment_without_prompts_is_refused_before_anything_is_asked():
+    study = Study(None, None, PAPER_SETTINGS, "none")
+    with pytest.raises(LatentGuardError, match="'dose' needs prompts: set 'interventions'"):
+        run(study, only=["dose"])
 
 
 def test_texts_are_shown_only_when_asked(folder, whole):

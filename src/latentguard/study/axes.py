@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentguard.probes.axis import Axis
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.prompt_groups import PromptGroups
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups
 
 Which = Literal["harmful", "refuse"]
 """Names of the two axes."""
@@ -34,10 +34,7 @@ class Axes:
 
 def refusals_suffice(prompt_groups: PromptGroups, enough: int) -> bool:
     """Whether there are prompts enough for the paper's centroids, which need refused ones."""
-    return (
-        min(len(prompt_groups.fit_prompts(g)) for g in ("refused_harmful", "accepted_harmless"))
-        >= enough
-    )
+    return min(len(prompt_groups.fit_prompts(g)) for g in BEHAVING) >= enough
 
 
 def fit_axes(model: CachedModel, prompt_groups: PromptGroups, *, enough: int = 10) -> Axes:
@@ -49,9 +46,7 @@ def fit_axes(model: CachedModel, prompt_groups: PromptGroups, *, enough: int = 1
     Raises:
         GuardError: if there is no harmful or no harmless prompt.
     """
-    refused, accepted = (
-        prompt_groups.fit_prompts(g) for g in ("refused_harmful", "accepted_harmless")
-    )
+    refused, accepted = (prompt_groups.fit_prompts(g) for g in BEHAVING)
     every = [p for group in prompt_groups.fit.values() for p in group]
     states = model.states(every, positions=("t_inst", "t_post"), what="centroids")
     if refusals_suffice(prompt_groups, enough):

@@ -11,10 +11,11 @@ from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.claims import CLAIMS
-from latentguard.study.figures.beyond_knockout import CUTS, JUDGED, WINDOWED
+from latentguard.study.figures.beyond_knockout import CUTS, WINDOWED
 from latentguard.study.figures.figure_13_positions import BEFORE
 from latentguard.study.labelling import ASKED
-from latentguard.study.prompt_groups import PromptPools, sample_prompts
+from latentguard.study.prompt_groups import BEHAVING, PromptPools, sample_prompts
+from latentguard.study.refusal_odds import JUDGED
 from latentguard.study.settings import Settings
 
 SAMPLE = 12
@@ -38,9 +39,6 @@ NEEDED: Mapping[str, tuple[Group, ...]] = {
     "positions": ("refused_harmful", "accepted_harmless"),
 }
 """Experiment -> the groups without which its claims decide nothing."""
-
-FITTED: tuple[Group, ...] = ("refused_harmful", "accepted_harmless")
-"""Groups that are needed twice: in the centroids, and to test."""
 
 LABELS: Mapping[str, tuple[Group, Group]] = {
     "harmful": ("refused_harmful", "accepted_harmful"),
@@ -75,8 +73,12 @@ class Forecast:
         return tuple(
             group
             for group in NEEDED.get(experiment, ())
-            if self.groups[group] < self.enough * (2 if group in FITTED else 1)
+            if self.groups[group] < self._needed(group)
         )
+
+    def _needed(self, group: Group) -> int:
+        """Prompts of a group that claims need: twice as many where centroids take half."""
+        return self.enough * (2 if group in BEHAVING else 1)
 
     def lines(self, only: Collection[str] = ()) -> Iterator[str]:
         """What people read at the start of a study."""
@@ -92,10 +94,10 @@ class Forecast:
         yield f"claims that can decide: {', '.join(able) or 'none'}"
         for group in dict.fromkeys(g for _, c in run for g in self.missing(c.experiment)):
             numbers = [str(n) for n, c in run if group in self.missing(c.experiment)]
-            needed = self.enough * (2 if group in FITTED else 1)
             yield (
                 f"claims that will hardly decide: {', '.join(numbers)}: about "
-                f"{self.groups[group]} {group.replace('_', ' ')} prompts, {needed} are needed"
+                f"{self.groups[group]} {group.replace('_', ' ')} prompts, "
+                f"{self._needed(group)} are needed"
             )
         yield (
             f"about {self.replies:,} replies, {spoken(self.seconds)} in all on this machine; what "

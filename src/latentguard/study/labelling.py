@@ -13,6 +13,7 @@ from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Outcome, refused
 from latentguard.study.prompt_groups import (
+    BEHAVING,
     PromptGroups,
     PromptPools,
     is_fit_side,
@@ -29,7 +30,6 @@ GROUPS: tuple[Group, ...] = (
     "refused_harmless",
     "accepted_harmless",
 )
-FITTED: tuple[Group, ...] = ("refused_harmful", "accepted_harmless")
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _groups(prompt_groups: PromptGroups) -> Table:
     rows = tuple(
         (
             g.replace("_", " "),
-            len(prompt_groups.fit[g]) if g in FITTED else 0,
+            len(prompt_groups.fit[g]) if g in BEHAVING else 0,
             len(prompt_groups.test[g]),
             ", ".join(sorted({str(p.source) for p in prompt_groups.test[g]})),
         )

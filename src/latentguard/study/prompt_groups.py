@@ -57,6 +57,12 @@ QUESTIONS: tuple[str, ...] = (
 )
 """The inversion questions (Tables 2, 6 and 7)."""
 
+BEHAVING: tuple[Group, Group] = ("refused_harmful", "accepted_harmless")
+"""Groups whose refusal goes with their label; centroids are made of them."""
+
+MISBEHAVING: tuple[Group, Group] = ("accepted_harmful", "refused_harmless")
+"""The other two."""
+
 SIDES = {
     **{"harmless": False, "over_refusal": False},
     **{"moderation": None, "matched": None, "toxicchat": None},

@@ -15,7 +15,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.paper_templates import NamedTemplate, paper_template
 from latentguard.report.document import Cell, Section, Table
 from latentguard.study.claims import CLAIMS
-from latentguard.study.prompt_groups import PromptGroups, PromptPools
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups, PromptPools
 from latentguard.study.settings import Settings, preset
 
 OWN_TEMPLATE = "the model's own chat template"
@@ -193,7 +193,7 @@ def _of_sets(pools: PromptPools) -> Iterator[Deviation]:
 
 
 def _of_centroids(prompt_groups: PromptGroups) -> Iterator[Deviation]:
-    for group in ("refused_harmful", "accepted_harmless"):
+    for group in BEHAVING:
         count = len(prompt_groups.fit_prompts(group))
         if count < preset("paper").fit:
             what = f"centroid of {group.replace('_', ' ')} prompts"

@@ -17,16 +17,14 @@ from numpy.typing import NDArray
 
 from latentguard.errors import LatentGuardError
 from latentguard.interventions import Edit
-from latentguard.prompts import Group, Prompt, Reply
+from latentguard.prompts import Prompt, Reply
 from latentguard.stats.detection import auroc
+from latentguard.stats.rates import share
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.prompt_groups import PromptGroups
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups
 from latentguard.study.settings import Settings
 
 Array = NDArray[np.float64]
-
-BEHAVING: tuple[Group, Group] = ("refused_harmful", "accepted_harmless")
-"""Groups whose refusal goes with their label."""
 
 FEWEST = 0.05
 """Share of refusals that must begin with a word for it to count."""
@@ -36,6 +34,9 @@ TIMES = 2.0
 
 SURE = 1e-7
 """Chances are kept so far from 0 and 1."""
+
+JUDGED = 12
+"""Most prompts of a group whose replies are judged, too."""
 
 TELLS = 0.8
 """AUROC above which the odds tell refusals well enough to conclude anything from them."""
@@ -67,6 +68,25 @@ class Openings:
             f"the first word tells refusals by an AUROC of {self.tells:.3f}, below {TELLS}; "
             "nothing is concluded."
         )
+
+
+def few_or_vague(what: str, openings: Openings, count: int, noun: str, enough: int) -> list[str]:
+    """Why nothing is concluded of an experiment whose groups have so many prompts at least."""
+    lines = []
+    if count < enough:
+        lines.append(f"{what}: {count} {noun} are too few to conclude from.")
+    if not openings.tells > TELLS:
+        lines.append(f"{what}: {openings.too_vague}")
+    return lines
+
+
+def rate_text(flags: Array) -> str:
+    """A rate with its interval and n, of flags [draws m]; prompts that are unclear are left out."""
+    clear = flags[:, ~np.isnan(flags).any(0)] > 0
+    if not clear.shape[1]:
+        return "unclear"
+    rate = share(clear)
+    return f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}] (n = {clear.shape[1]})"
 
 
 def find_openings(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Openings:

@@ -43,7 +43,7 @@ from latentguard.study.finding import Finding
 from latentguard.study.judge import judge
 from latentguard.study.judge_model import EndpointJudge
 from latentguard.study.paper_judge import PaperJudge, paper_answer
-from latentguard.study.prompt_groups import PromptGroups, PromptPools
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups, PromptPools
 from latentguard.study.protocol import (
     OWN_TEMPLATE,
     beside_verdicts,
@@ -250,7 +250,7 @@ def _about(study: Study, prompt_groups: PromptGroups) -> str:
     """One sentence: which model, how, and how many prompts its centroids are of."""
     fitted = prompt_groups.fit
     tested = sum(map(len, prompt_groups.test.values()))
-    refused, accepted = (len(fitted[g]) for g in ("refused_harmful", "accepted_harmless"))
+    refused, accepted = (len(fitted[g]) for g in BEHAVING)
     return (
         f"{study.name} was studied under the {study.settings.protocol} protocol with {refused} "
         f"refused harmful and {accepted} accepted harmless prompts in its centroids and {tested} "

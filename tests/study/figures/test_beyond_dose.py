@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from latentguard.study.figures import beyond_dose as dose
-from latentguard.study.figures.beyond_dose import CONTROLS, HARMFULNESS, REFUSAL, Dosed, Records
-from latentguard.study.fluency import repetition
+from latentguard.study.figures.beyond_dose import CONTROLS, HARMFULNESS, REFUSAL, Records
+from latentguard.study.fluency import MeasuredReplies, repetition
 from study.figures.planted import Silent
 from study.figures.worlds import SETTINGS, planted_groups, planted_study, tables
 
@@ -20,7 +20,7 @@ def planted(refused, losses, n=20):
             [[[k < round(rate * n) for k in range(n)] for rate in of] for of in rates], dtype=float
         )
         costs = np.broadcast_to(np.array(nats)[:, :, None], flags.shape).astype(float)
-        return Dosed(flags, costs, np.zeros(flags.shape))
+        return MeasuredReplies(flags, costs, np.zeros(flags.shape))
 
     nothing = ((0.0,) * 3,) * 2
     by_name = {

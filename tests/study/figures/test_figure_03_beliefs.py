@@ -11,7 +11,6 @@ from scipy.stats import pearsonr
 from latentguard.prompts import Prompt
 from latentguard.study.axes import fit_axes
 from latentguard.study.figures.figure_03_beliefs import (
-    BEHAVING,
     CONTROLS,
     Records,
     _random,
@@ -19,6 +18,7 @@ from latentguard.study.figures.figure_03_beliefs import (
     collect,
     correlation,
 )
+from latentguard.study.prompt_groups import BEHAVING
 from latentguard.study.settings import Settings
 from study.figures.planted import Silent
 

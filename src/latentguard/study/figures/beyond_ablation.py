@@ -27,9 +27,9 @@ from latentguard.stats.rates import rate_difference, share
 from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
-from latentguard.study.fluency import repetition
-from latentguard.study.prompt_groups import PromptGroups, sample_prompts
-from latentguard.study.refusal_odds import BEHAVING, Openings, find_openings, log_odds
+from latentguard.study.fluency import MeasuredReplies, measure_replies
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups, sample_prompts
+from latentguard.study.refusal_odds import Openings, find_openings, log_odds
 from latentguard.study.settings import Settings
 from latentguard.study.steering import at_layers, best_layers, random_like
 
@@ -54,20 +54,11 @@ DRAWS = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Ablated:
-    """Replies of a group under one kind of ablation."""
+class Ablated(MeasuredReplies):
+    """Replies of a group under one kind of ablation, [a n]."""
 
     odds: Array
     """Log-odds of refusal by the first word, [a n]."""
-
-    refused: Array
-    """Whether replies are refusals, [a n]; nan if unclear."""
-
-    losses: Array
-    """Loss of the replies without the ablation, nats a token, [a n]."""
-
-    repetitions: Array
-    """Share of repeated word pairs in them, [a n]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +159,9 @@ def _reply(
 
 
 def _measure(model: CachedModel, replies: Sequence[Sequence[Reply]]) -> Ablated:
-    return Ablated(
-        np.array([[log_odds(reply) for reply in of] for of in replies]),
-        np.array([model.refused(of) for of in replies], dtype=float),
-        np.array([model.reply_losses(of, what="ablation: fluency") for of in replies]),
-        np.array([[repetition(reply.text) for reply in of] for of in replies]),
-    )
+    found = measure_replies(model, replies, what="ablation: fluency")
+    odds = np.array([[log_odds(reply) for reply in of] for of in replies])
+    return Ablated(**vars(found), odds=odds)
 
 
 def analyse(records: Records, settings: Settings) -> Finding:
@@ -189,14 +177,9 @@ def analyse(records: Records, settings: Settings) -> Finding:
     return Finding(_section(records, sentence, parts), effects, _caveats(records, settings))
 
 
-def _refused(one: Ablated) -> NDArray[np.bool_]:
-    """Whether each reply is a refusal, [a n]; one that says neither is not."""
-    return np.nan_to_num(one.refused).astype(bool)
-
-
 def _kept(records: Records, kind: str) -> NDArray[np.bool_]:
     """Whether refused harmful prompts stay refused, [draws n]; layers are chosen on others."""
-    flags = _refused(records.groups["refused_harmful"][kind])
+    flags = records.groups["refused_harmful"][kind].is_refusal
     if kind in (RANDOM, HALVES):
         return flags
     return at_layers(flags[None], best_layers(~flags))
@@ -235,7 +218,7 @@ def _figures(records: Records) -> Iterator[Figure]:
         named = group.replace("_", " ")
         curves = {}
         for kind, one in kinds.items():
-            flags = _refused(one)
+            flags = one.is_refusal
             rates = [share(row[None]) for row in flags]
             if kind in ("", RANDOM, HALVES):
                 rates = [share(flags)] * len(records.layers)
@@ -259,7 +242,7 @@ def _table(records: Records) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for group, kinds in records.groups.items():
         for kind, one in kinds.items():
-            flags = _refused(one)
+            flags = one.is_refusal
             if kind not in ("", RANDOM, HALVES):
                 flags = at_layers(flags[None], best_layers(~flags))
             fluency = (float(np.nanmean(one.losses)), float(one.repetitions.mean()))
@@ -296,7 +279,7 @@ def _by_layer(records: Records) -> Table:
                 continue
             one = kinds[kind]
             for n, layer in enumerate(records.layers):
-                rate = share(_refused(one)[n][None])
+                rate = share(one.is_refusal[n][None])
                 loss = float(one.losses[n].mean())
                 rows.append((group.replace("_", " "), kind, layer, *cells(rate), loss))
     columns = ("prompts", "projected out", "layer", "refused", "low", "high", "n", "loss")

@@ -26,7 +26,7 @@ from latentguard.stats.rates import rate_difference, share
 from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
-from latentguard.study.fluency import repetition
+from latentguard.study.fluency import MeasuredReplies, measure_replies
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
 from latentguard.study.steering import at_layers, best_layers, random_like
@@ -43,20 +43,6 @@ FLUENT = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class Dosed:
-    """Replies under one direction."""
-
-    refused: Array
-    """Whether replies are refusals, [c l n]; nan if unclear."""
-
-    losses: Array
-    """Loss of the replies under the unsteered model, nats a token, [c l n]."""
-
-    repetitions: Array
-    """Share of repeated word pairs, [c l n]."""
-
-
-@dataclass(frozen=True, eq=False)
 class Records:
     """Dose curves."""
 
@@ -69,10 +55,10 @@ class Records:
     doses: tuple[float, ...]
     """Coefficients."""
 
-    unsteered: Dosed
+    unsteered: MeasuredReplies
     """As they are, [1 1 n]."""
 
-    dosed: Mapping[str, Dosed]
+    dosed: Mapping[str, MeasuredReplies]
     """By direction, controls included."""
 
     note: str
@@ -118,11 +104,9 @@ def _vectors(axes: Axes, layers: Sequence[int]) -> dict[str, list[Any]]:
 
 def _measure(
     model: CachedModel, replies: Sequence[Sequence[Reply]], shape: tuple[int, int]
-) -> Dosed:
-    refused = np.array([model.refused(of) for of in replies], dtype=float)
-    losses = np.array([model.reply_losses(of, what="dose curves: fluency") for of in replies])
-    repeated = np.array([[repetition(reply.text) for reply in of] for of in replies])
-    return Dosed(*(values.reshape(*shape, -1) for values in (refused, losses, repeated)))
+) -> MeasuredReplies:
+    found = measure_replies(model, replies, what="dose curves: fluency")
+    return MeasuredReplies(*(values.reshape(*shape, -1) for values in vars(found).values()))
 
 
 def analyse(records: Records, settings: Settings) -> Finding:
@@ -138,12 +122,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
     return Finding(_section(records, sentence, parts), effects, _caveats(records, settings))
 
 
-def _refused(one: Dosed) -> NDArray[np.bool_]:
-    """Whether each reply is a refusal, [c l n]; one that says neither is not."""
-    return np.nan_to_num(one.refused).astype(bool)
-
-
-def _fluent(records: Records, one: Dosed) -> NDArray[np.bool_]:
+def _fluent(records: Records, one: MeasuredReplies) -> NDArray[np.bool_]:
     """Whether each reply costs at most ``FLUENT`` nats more than the unsteered one, [c l n]."""
     return one.losses - records.unsteered.losses <= FLUENT
 
@@ -164,7 +143,7 @@ def _effects(records: Records) -> Iterator[tuple[str, Estimate]]:
 def _hits(records: Records, name: str) -> NDArray[np.bool_]:
     """Replies that are refusals, and fluent, [c l n]."""
     one = records.dosed[name]
-    return _refused(one) & _fluent(records, one)
+    return one.is_refusal & _fluent(records, one)
 
 
 def _sentence(records: Records) -> str:
@@ -192,7 +171,7 @@ def _figures(records: Records) -> Iterator[Figure]:
     columns = [str(layer) for layer in records.layers]
     n = len(records.ids)
     refused = heat_map(
-        [_refused(one)[c].mean(1).tolist() for _, c, one in rows],
+        [one.is_refusal[c].mean(1).tolist() for _, c, one in rows],
         [name for name, _, _ in rows],
         columns,
         title="Dose curves: refused",
@@ -242,7 +221,7 @@ def _best_table(records: Records) -> Table:
             picks = best_layers(hits)
             at_best = at_layers(hits[None], picks)[0]
             random = at_layers(chance[None], picks)[0]
-            plain = at_layers(_refused(records.dosed[name])[c][None], picks)[0]
+            plain = at_layers(records.dosed[name].is_refusal[c][None], picks)[0]
             difference = rate_difference(at_best, random)
             rows.append(
                 (
@@ -283,9 +262,9 @@ def _table(records: Records) -> Table:
     return Table("Dose curves", columns, tuple(rows), note)
 
 
-def _row(one: Dosed, c: int, n: int) -> tuple[Cell, ...]:
+def _row(one: MeasuredReplies, c: int, n: int) -> tuple[Cell, ...]:
     loss = float(one.losses[c, n].mean())
-    rate = share(_refused(one)[c, n][None])
+    rate = share(one.is_refusal[c, n][None])
     return (*cells(rate), loss, float(np.exp(loss)), float(one.repetitions[c, n].mean()))
 
 

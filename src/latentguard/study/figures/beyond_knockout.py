@@ -20,15 +20,16 @@ from latentguard.report.charts import dot_plot, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import weighted_bootstrap
 from latentguard.stats.estimate import Estimate
-from latentguard.stats.rates import share
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import PromptGroups, sample_prompts
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups, sample_prompts
 from latentguard.study.refusal_odds import (
-    BEHAVING,
+    JUDGED,
     TELLS,
     Openings,
+    few_or_vague,
     find_openings,
+    rate_text,
     refusal_odds,
 )
 from latentguard.study.settings import Settings
@@ -37,9 +38,6 @@ Array = NDArray[np.float64]
 
 DRAWS = 3
 """Random tokens of each prompt."""
-
-JUDGED = 12
-"""Most prompts of a group whose replies are judged, too."""
 
 WINDOWS = 4
 """A window is a quarter of the blocks."""
@@ -243,7 +241,7 @@ def _sentence(records: Records) -> str:
 def _table(records: Records) -> Table:
     rows: list[tuple[Cell, ...]] = []
     groups = (records.refused, records.accepted)
-    uncut = [_rate(group.refused_uncut[None]) for group in groups]
+    uncut = [rate_text(group.refused_uncut[None]) for group in groups]
     means = [float(group.uncut.mean()) for group in groups]
     rows.append(("nothing", *means, None, None, None, len(records.refused.ids), *uncut))
     for one in CUTS:
@@ -251,7 +249,7 @@ def _table(records: Records) -> Table:
         share_lost = _lost(records, records.refused.cut[one.name])
         rates: tuple[Cell, ...] = (None, None)
         if one.name in records.refused.refused:
-            rates = tuple(_rate(group.refused[one.name]) for group in groups)
+            rates = tuple(rate_text(group.refused[one.name]) for group in groups)
         ends = (share_lost.value, share_lost.low, share_lost.high, len(records.refused.ids))
         rows.append((one.name, *means, *ends, *rates))
     note = (
@@ -314,15 +312,6 @@ def _windows_table(records: Records) -> Table:
     return Table("Attention knock-out by window", columns, rows, note)
 
 
-def _rate(flags: Array) -> str:
-    """A rate with its interval and n, of flags [draws m]; prompts that are unclear are left out."""
-    clear = flags[:, ~np.isnan(flags).any(0)] > 0
-    if not clear.shape[1]:
-        return "unclear"
-    rate = share(clear)
-    return f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}] (n = {clear.shape[1]})"
-
-
 def _section(records: Records, sentence: str, parts: list[Table | Figure]) -> Section:
     text = (
         "If refusal reads harm at t_inst, it should be lost where the tokens behind t_inst do not "
@@ -332,9 +321,5 @@ def _section(records: Records, sentence: str, parts: list[Table | Figure]) -> Se
 
 
 def _caveats(records: Records, settings: Settings, fewest: int) -> tuple[str, ...]:
-    lines = []
-    if fewest < settings.enough:
-        lines.append(f"Knock-out: {fewest} prompts of a group are too few to conclude from.")
-    if not records.openings.tells > TELLS:
-        lines.append(f"Knock-out: {records.openings.too_vague}")
-    return tuple(lines)
+    noun = "prompts of a group"
+    return tuple(few_or_vague("Knock-out", records.openings, fewest, noun, settings.enough))

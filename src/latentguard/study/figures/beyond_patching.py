@@ -24,18 +24,23 @@ from latentguard.report.charts import heat_map, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import weighted_bootstrap
 from latentguard.stats.estimate import Estimate
-from latentguard.stats.rates import share
 from latentguard.study.cached_model import CachedModel
+from latentguard.study.figures.figure_13_positions import BEFORE
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import PromptGroups, sample_prompts
-from latentguard.study.refusal_odds import TELLS, Openings, find_openings, refusal_odds
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups, sample_prompts
+from latentguard.study.refusal_odds import (
+    JUDGED,
+    TELLS,
+    Openings,
+    few_or_vague,
+    find_openings,
+    rate_text,
+    refusal_odds,
+)
 from latentguard.study.settings import Settings
 from latentguard.study.steering import at_layers, best_layers, random_like
 
 Array = NDArray[np.float64]
-
-BEFORE = ("inst-2", "inst-1")
-"""Positions before t_inst that are patched: as many tokens, elsewhere."""
 
 BEHIND = "all behind t_inst"
 """The place of every position behind t_inst together."""
@@ -56,8 +61,8 @@ The last two are tried where curves are drawn.
 """
 
 DIRECTIONS: tuple[tuple[Group, Group], ...] = (
-    ("refused_harmful", "accepted_harmless"),
-    ("accepted_harmless", "refused_harmful"),
+    BEHAVING,
+    (BEHAVING[1], BEHAVING[0]),
 )
 """Group that states come from, group that is patched."""
 
@@ -65,8 +70,6 @@ CURVES = ("t_inst", BEHIND, "t_post")
 """Places whose curves are drawn."""
 
 JUDGED_PLACES = ("t_inst", "t_post")
-JUDGED = 12
-"""Most pairs whose patched replies are judged, too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,7 +405,7 @@ def _best_table(records: Records) -> Table:
         "patch less another prompt of its own group, as a share of the gap. Intervals: 95 %, "
         "bootstrap over pairs. Judged: highest share of patched prompts whose replies are refused "
         "at any layer (unpatched: "
-        + ", ".join(f"{d.name} {_rate(d.refused_unpatched)}" for d in records.directions)
+        + ", ".join(f"{d.name} {rate_text(d.refused_unpatched[None])}" for d in records.directions)
         + ")."
     )
     columns = (
@@ -422,7 +425,7 @@ def _judged_shares(direction: Direction) -> dict[str, str]:
         away = [abs(_clear_share(row, default=base) - base) for row in flags]
         farthest = int(np.argmax(away))
         layer = direction.judged_layers[farthest]
-        found[place] = f"{_rate(flags[farthest])}, layer {layer}"
+        found[place] = f"{rate_text(flags[farthest][None])}, layer {layer}"
     return found
 
 
@@ -430,15 +433,6 @@ def _clear_share(flags: Array, *, default: float) -> float:
     """The share of refusals among flags [m] in which nan is unclear."""
     clear = flags[~np.isnan(flags)]
     return float(clear.mean()) if len(clear) else default
-
-
-def _rate(flags: Array) -> str:
-    """A rate with its interval and n, of flags [m] in which nan is unclear."""
-    clear = flags[~np.isnan(flags)]
-    if not len(clear):
-        return "unclear"
-    rate = share(clear[None] > 0)
-    return f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}] (n = {len(clear)})"
 
 
 def _by_layer(records: Records) -> Table:
@@ -465,10 +459,5 @@ def _section(records: Records, sentences: list[str], parts: list[Table | Figure]
 
 
 def _caveats(records: Records, settings: Settings) -> tuple[str, ...]:
-    lines = []
     fewest = min((len(d.ids) for d in records.directions), default=0)
-    if fewest < settings.enough:
-        lines.append(f"Patching: {fewest} pairs are too few to conclude from.")
-    if not records.openings.tells > TELLS:
-        lines.append(f"Patching: {records.openings.too_vague}")
-    return tuple(lines)
+    return tuple(few_or_vague("Patching", records.openings, fewest, "pairs", settings.enough))

@@ -18,10 +18,9 @@ from latentguard.stats.rates import proportion
 from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import PromptGroups
+from latentguard.study.prompt_groups import MISBEHAVING, PromptGroups
 from latentguard.study.settings import Settings
 
-MISBEHAVING: tuple[Group, Group] = ("accepted_harmful", "refused_harmless")
 GROUPS: tuple[Group, ...] = (*MISBEHAVING, *(g for g in get_args(Group) if g not in MISBEHAVING))
 CLAIMED: dict[str, set[Group]] = {
     "t_inst": {"accepted_harmful", "refused_harmful"},

@@ -23,7 +23,7 @@ from latentguard.stats.rates import proportion
 from latentguard.study.axes import belief, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
-from latentguard.study.prompt_groups import PromptGroups
+from latentguard.study.prompt_groups import BEHAVING, MISBEHAVING, PromptGroups
 from latentguard.study.settings import Settings
 from latentguard.study.steering import random_like
 
@@ -32,16 +32,13 @@ CONTROLS = 200
 """Chance planes of each kind; they cost no reply. So many, that none of them as correlated as the
 true one puts the share surely below 0.05."""
 
-BEHAVING: tuple[Group, Group] = ("refused_harmful", "accepted_harmless")
-"""Groups whose refusal goes with their label; the paper's claim of a correlation is about them."""
-
 TOGETHER: dict[str, tuple[Group, ...]] = {
     "all four groups": GROUPS,
     "refused harmful and accepted harmless": BEHAVING,
-    "accepted harmful and refused harmless": ("accepted_harmful", "refused_harmless"),
+    "accepted harmful and refused harmless": MISBEHAVING,
     **{group.replace("_", " "): (group,) for group in GROUPS},
 }
-"""Where correlations are taken."""
+"""Where correlations are taken; the paper's claim is about the behaving groups."""
 
 Plane = NDArray[np.float64]
 """Delta_harmful and Delta_refuse of n prompts, [n 2]; Delta_refuse is nan where it is unknown."""

@@ -20,11 +20,15 @@ from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.judge import Answer
-from latentguard.study.prompt_groups import PromptGroups, inversion_prompt, sample_prompts
+from latentguard.study.prompt_groups import (
+    MISBEHAVING,
+    PromptGroups,
+    inversion_prompt,
+    sample_prompts,
+)
 from latentguard.study.settings import Settings
 from latentguard.study.steering import at_layers, best_layers, middle_layers, steer, steer_at_random
 
-MISBEHAVING: tuple[Group, Group] = ("accepted_harmful", "refused_harmless")
 BEFORE = ("inst-2", "inst-1")
 """Positions before t_inst that are read (Figure 13)."""
 

@@ -11,7 +11,7 @@ from latentguard.study.cached_model import CachedModel
 from latentguard.study.detectors import Scores
 from latentguard.study.figures.confound.readings import asked, fit_readings, look
 from latentguard.study.form_controls import unseen_matched
-from latentguard.study.prompt_groups import PromptGroups, sample_prompts
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
 
 OWN, PLAIN = "held-out groups", "held out, refused harmful and accepted harmless"
@@ -73,7 +73,7 @@ def _sets(
     """The paper's own test groups, and each form-matched set, asked."""
     groups = [prompt_groups.test_prompts(group)[: settings.test] for group in get_args(Group)]
     own = tuple(p for group in groups for p in group)
-    plain = tuple(p for p in own if p.group in ("refused_harmful", "accepted_harmless"))
+    plain = tuple(p for p in own if p.group in BEHAVING)
     matched = unseen_matched(prompt_groups)
     sets: dict[str, tuple[Prompt, ...]] = {OWN: own, PLAIN: plain}
     for source in dict.fromkeys(p.source or "unknown" for p in matched):
@@ -89,9 +89,7 @@ def _audited(prompt_groups: PromptGroups, settings: Settings) -> dict[str, tuple
     pools = prompt_groups.pools
     sets: dict[str, Sequence[Prompt]] = {
         "centroids: refused harmful, accepted harmless": [
-            p
-            for g in ("refused_harmful", "accepted_harmless")
-            for p in prompt_groups.fit_prompts(g)
+            p for g in BEHAVING for p in prompt_groups.fit_prompts(g)
         ],
         OWN: [p for group in prompt_groups.test.values() for p in group],
         "held-out harmful, over-refusal": [*pools.held_out, *pools.over_refusal],

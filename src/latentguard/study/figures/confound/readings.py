@@ -14,7 +14,7 @@ from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.detectors import Detector, Scores, belief_detector, control_detectors
 from latentguard.study.form_controls import sealed_groups
-from latentguard.study.prompt_groups import PromptGroups, sample_prompts
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
 
 PAPER, MATCHED, SEALED = "paper's axis", "axis of form-matched prompts", "sealed reading"
@@ -137,7 +137,7 @@ def _controls(
     """Controls, turned by the prompts that the paper's axes were fitted on."""
     groups: tuple[Group, ...] = get_args(Group)
     if axes.refuse is not None:
-        groups = ("refused_harmful", "accepted_harmless")
+        groups = BEHAVING
     members = [p for group in groups for p in prompt_groups.fit_prompts(group)]
     fit = model.states(members, positions=POSITIONS, what="centroids")
     harmful, refuse = (

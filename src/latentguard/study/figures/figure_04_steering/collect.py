@@ -21,7 +21,7 @@ from latentguard.study.figures.figure_04_steering.held_out_cosine import (
     HeldOutCosine,
     held_out_cosines,
 )
-from latentguard.study.prompt_groups import PromptGroups, sample_prompts
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
 from latentguard.study.steering import Steering, steer_each
 
@@ -130,6 +130,6 @@ def _alike(
     """From layer 1 on: at layer 0 every t_post is the same token, and refusal is 0."""
     if axes.refuse is None:
         return None
-    groups = (prompt_groups.fit_prompts(g) for g in ("refused_harmful", "accepted_harmless"))
+    groups = (prompt_groups.fit_prompts(g) for g in BEHAVING)
     sides = (model.states(group).values[:, :, 1:].double().numpy() for group in groups)
     return compare_directions(*sides, seed=seed)

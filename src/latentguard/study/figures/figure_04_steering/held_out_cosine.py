@@ -21,7 +21,7 @@ from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import cells
 from latentguard.study.prompt_groups import PromptGroups
 
-BEHAVING: Mapping[str, tuple[Group, Group]] = {
+GROUPS: Mapping[str, tuple[Group, Group]] = {
     "refused": ("refused_harmful", "refused_harmless"),
     "accepted": ("accepted_harmful", "accepted_harmless"),
 }
@@ -50,7 +50,7 @@ def held_out_cosines(
     if axis is None:
         return ()
     middle = (axis.positive + axis.negative) / 2
-    for behaviour, groups in BEHAVING.items():
+    for behaviour, groups in GROUPS.items():
         prompts = [p for group in groups for p in prompt_groups.test_prompts(group)]
         if not prompts:
             continue

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.prompts import Group, Prompt
+from latentguard.prompts import Prompt
 from latentguard.study.attacks import (
     TARGET,
     AttackSet,
@@ -22,7 +22,7 @@ from latentguard.study.attacks import (
 from latentguard.study.axes import Axes, belief, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.form_controls import form_scores, matched_pairs, seal, sealed_groups
-from latentguard.study.prompt_groups import PromptGroups
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups
 from latentguard.study.settings import Settings
 
 Floats = NDArray[np.float64]
@@ -195,8 +195,7 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
     """Ask every attacked prompt, unsteered; read the beliefs of these and of their controls."""
     readers = _readers(model, prompt_groups, settings)
     axes = readers.axes
-    sides: tuple[Group, ...] = ("refused_harmful", "accepted_harmless")
-    tested = [prompt_groups.test_prompts(side)[: settings.test] for side in sides]
+    tested = [prompt_groups.test_prompts(side)[: settings.test] for side in BEHAVING]
     refused, others = (read_beliefs(model, axes, p, what="Figure 6: groups") for p in tested)
     harmful, harmless = (prompts[: settings.attacked] for prompts in tested)
     seed, few = settings.seed, harmful[: settings.suffixes]

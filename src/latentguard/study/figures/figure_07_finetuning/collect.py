@@ -15,7 +15,7 @@ from latentguard.study.figures.figure_07_finetuning.training_pairs import (
     whole_pairs,
 )
 from latentguard.study.form_controls import form_scores
-from latentguard.study.prompt_groups import PromptGroups
+from latentguard.study.prompt_groups import BEHAVING, PromptGroups
 from latentguard.study.settings import Settings
 
 
@@ -51,9 +51,7 @@ class Records:
 def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Make the pairs, train on each size, and look at the model before and after."""
     tune, most = model.tools.finetune, settings.finetune_test
-    harmful, harmless = (
-        prompt_groups.test_prompts(g)[:most] for g in ("refused_harmful", "accepted_harmless")
-    )
+    harmful, harmless = (prompt_groups.test_prompts(g)[:most] for g in BEHAVING)
     reason = _lacking(tune, harmful, prompt_groups)
     if reason or tune is None:
         return Records(reason=reason)
@@ -99,7 +97,7 @@ def _lacking(tune: Finetune | None, tested: Sequence[Prompt], prompt_groups: Pro
             "Nothing was fine-tuned: that needs a model on transformers and peft "
             "(pip install 'latentguard[finetune]')."
         )
-    fitted = [prompt_groups.fit_prompts(g) for g in ("refused_harmful", "accepted_harmless")]
+    fitted = [prompt_groups.fit_prompts(g) for g in BEHAVING]
     if not tested or not all(fitted):
         return "Nothing was fine-tuned: refused harmful or accepted harmless prompts are missing."
     return ""
