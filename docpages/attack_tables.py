@@ -12,7 +12,6 @@ COLUMNS = (("tiny", "before"), ("tiny", "after"), ("default", "before"), ("defau
 
 ATTACKS = "python benchmarks/attacks.py attacks --before CHECKOUT"
 LOAD = "python benchmarks/attacks.py load"
-COST = "python benchmarks/attacks.py cost --model default --guard default"
 
 Row = list[str]
 
@@ -101,20 +100,6 @@ def load_rows() -> tuple[list[str], list[Row]]:
     for name, figures in load.get("others", {}).items():
         rows.append([name, figures])
     return ["tiny model", "result"], rows
-
-
-def cost_rows() -> tuple[list[str], list[Row]]:
-    """Processor time of a new turn in a growing chat."""
-    figures = _read()["cost"]["default"]["after"]
-    head = ["turns of the user", "pairs", "processor seconds", "over the chat in context only"]
-    rows = []
-    for name, own in figures.items():
-        if not name.endswith("turns"):
-            continue
-        low, high = own["ratio_interval"]
-        ratio = f"{own['ratio_to_context_only']:.2f} [{low:.2f}, {high:.2f}]"
-        rows.append([name.split()[0], str(own["n"]), f"{own['cpu_seconds']:.3f}", ratio])
-    return head, rows
 
 
 def _plain(value: float) -> str:

@@ -20,9 +20,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -94,7 +95,7 @@ def run_page(text: str, folder: Path) -> str:
     Raises:
         PageFailed: if a block fails.
     """
-    with free_address() as address, Session(folder, address) as session:
+    with Session(folder, free_address()) as session:
         outputs = [(block, session.run(block)) for block in read_blocks(text)]
     for block, output in reversed(outputs):
         if block.output is not None and output is not None:
@@ -210,19 +211,15 @@ def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def free_address() -> Iterator[str]:
+def free_address() -> str:
     """Host and port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    yield f"127.0.0.1:{port}"
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def main(pages: Sequence[str]) -> None:
     """Write the outputs of pages anew."""
-    from tempfile import TemporaryDirectory
-
     for name in pages:
         page = Path(name)
         with TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,35 @@ MODELS = {
 }
 """Name in the results' file names -> name on pages."""
 
+TIMED_MODELS = {
+    "smollm2-135m": "SmolLM2-135M, float32",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, bfloat16",
+}
+"""The same of the models whose speed is measured."""
+
 
 def read_result(name: str) -> Any:
     """A result file."""
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
+def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], command: str) -> str:
     """The table, and below it the command."""
-    lines = [head, ["---"] * len(head), *rows]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{body}\n\n<sub>Made by `{command}`.</sub>\n"
+    return f"{plain_table(head, rows)}\n\n<sub>Made by `{command}`.</sub>\n"
+
+
+def interval(record: Mapping[str, Any], value: str = "value", ends: str = "") -> str:
+    """A figure of a record with its interval.
+
+    Args:
+        record: A row of a result file.
+        value: Key of the figure.
+        ends: What the keys of both ends begin with, before ``low`` and ``high``.
+    """
+    return f"{record[value]:.2f} [{record[f'{ends}low']:.2f}, {record[f'{ends}high']:.2f}]"

@@ -28,7 +28,8 @@ TIDY = """() => {
 
 def take_picture(path: Path, scheme: str = "light") -> None:
     """Serve the default guard, ask, and photograph the answer."""
-    with TemporaryDirectory() as folder, free_address() as address:
+    address = free_address()
+    with TemporaryDirectory() as folder:
         serve = Block("bash", "latentguard serve default\n", None, "until", "", (0, 0))
         with Session(Path(folder), address) as session, sync_playwright() as driver:
             session.start(serve.code, f"http://{address}/readyz")

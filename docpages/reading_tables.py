@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from docpages.markdown_table import MODELS, markdown_table, read_result
+from docpages.markdown_table import (
+    MODELS,
+    TIMED_MODELS,
+    interval,
+    markdown_table,
+    read_result,
+)
 
 # ---- long input
 
@@ -54,11 +60,7 @@ def _long_cells(cell: Mapping[str, Any]) -> list[str]:
         cell["best_piece_is_in_request"],
     ]
     harmful, harmless = figures[0]["n"]
-    return [f"{harmful} + {harmless}", *map(_estimate, [*figures, *rates])]
-
-
-def _estimate(record: Mapping[str, Any]) -> str:
-    return f"{record['value']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
+    return [f"{harmful} + {harmless}", *map(interval, [*figures, *rates])]
 
 
 # ---- categories
@@ -117,16 +119,11 @@ def _without_n(text: str) -> str:
 
 # ---- inside vLLM
 
-OVERHEAD = {
-    "smollm2-135m": "SmolLM2-135M, float32",
-    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, bfloat16",
-}
-
 
 def overhead_table() -> str:
     """Time to the first token with scoring over without, in per cent."""
     rows = []
-    for model, name in OVERHEAD.items():
+    for model, name in TIMED_MODELS.items():
         for load, record in read_result(f"vllm-overhead-{model}")["found"].items():
             pairs = str(record["pairs"])
             seconds = f"{record['processor_off_s']:.2f}"

@@ -14,6 +14,7 @@ import typer
 from fastapi.testclient import TestClient
 
 import latentguard
+from docpages.markdown_table import plain_table
 from latentguard.cli.app import app
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.server import create_server
@@ -42,9 +43,8 @@ def write_reference(folder: Path) -> None:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table in Markdown."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    """A table in Markdown, of texts that may hold its marks."""
+    return plain_table(head, [[*map(_cell, row)] for row in rows])
 
 
 def _cell(text: str) -> str:

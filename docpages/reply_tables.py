@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from docpages.markdown_table import markdown_table, read_result
+from docpages.markdown_table import interval, markdown_table, read_result
 
 REPLY_RULES = {
     "reply probe (windows): highest moving mean of 16": "**shipped**: highest mean of 16",
@@ -41,7 +41,7 @@ def replies_table() -> str:
             continue
         row = [name]
         for cell in cells:
-            row.append(f"{cell['auroc']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]")
+            row.append(interval(cell, "auroc"))
             row.append(f"{cell['tpr_at_0.01']:.2f}, {cell['tpr_at_0.05']:.2f}")
         row.append(f"{cells[0]['within_prompts']:.2f}")
         rows.append(row)

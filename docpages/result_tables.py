@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from docpages.attack_tables import ATTACK_TABLES
-from docpages.markdown_table import MODELS, ROOT, markdown_table, read_result
+from docpages.markdown_table import (
+    MODELS,
+    ROOT,
+    TIMED_MODELS,
+    interval,
+    markdown_table,
+    read_result,
+)
 from docpages.reading_tables import READING_TABLES
 from docpages.reply_tables import REPLY_TABLES
 from docpages.verdict_tables import VERDICT_TABLES
@@ -86,9 +93,7 @@ def _means(model: str) -> dict[str, float]:
 
 
 def _interval(row: Mapping[str, Any], metric: str = "AUROC") -> str:
-    low = row[f"{metric}, low"]
-    high = row[f"{metric}, high"]
-    return f"{row[metric]:.2f} [{low:.2f}, {high:.2f}]"
+    return interval(row, metric, f"{metric}, ")
 
 
 def guards_table() -> str:
@@ -185,17 +190,13 @@ def every_rule_table(model: str) -> str:
 
 # ---- the service
 
-THROUGHPUT_MODELS = {
-    "smollm2-135m": "SmolLM2-135M, float32",
-    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B, bfloat16",
-}
 ARMS = ("batched", "one by one", "one by one, whole passes")
 
 
 def throughput_table() -> str:
     """Requests a second and delays of the service, by connections and way of scoring."""
     rows = []
-    for model, name in THROUGHPUT_MODELS.items():
+    for model, name in TIMED_MODELS.items():
         slices = read_result(f"serve-throughput-{model}")["slices"]
         for arm in ARMS:
             for connections in ("1", "8", "64"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
-from docpages.markdown_table import markdown_table, read_result
-from latentguard.study.claims import CLAIMS
+from docpages.markdown_table import interval, markdown_table, read_result
+from latentguard.study.claims import CLAIMS, Verdict
 
-VERDICTS = ("replicated", "replicated, but form explains it", "not replicated", "cannot tell")
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 SHORT = dict(zip(VERDICTS, ("yes", "form", "no", "?"), strict=True))
 
@@ -53,7 +53,12 @@ def _cell(counts: Mapping[str, Counts], world: str, claim: int) -> str:
 
 
 def is_as_demanded(verdicts: Counts, total: int, world: str, claim: int) -> bool:
-    """Whether the share of verdicts is what issue 18 asks of a world of this kind."""
+    """Whether the share of verdicts is what is asked of a world of this kind.
+
+    - Claims are true: 9 of 10 are replicated.
+    - None is: at most 2.5 % are replicated, form or not.
+    - Form alone: none is replicated, but claims about refusal.
+    """
     plainly = verdicts.get(VERDICTS[0], 0)
     if world in TRUE_WORLDS:
         return plainly >= 0.9 * total
@@ -99,8 +104,7 @@ def judge_table() -> str:
     for one in rates:
         if one["counted"] == "refusal":
             column = f"{JUDGES.get(one['judge'], one['judge'])}, {one['part']}"
-            text = f"{one['error']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
-            cells.setdefault(one["kind"], {})[column] = text
+            cells.setdefault(one["kind"], {})[column] = interval(one, "error")
             counts[f"{one['kind']} {one['part']}"] = one["n"]
     columns = list(next(iter(cells.values())))
     rows = [
