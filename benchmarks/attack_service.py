@@ -11,12 +11,15 @@ import contextlib
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -93,6 +96,21 @@ def serving(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def ratio_interval(ratios: Sequence[float], *, digits: int) -> list[float]:
+    """95 % bootstrap interval of the median of ratios."""
+    from latentguard.stats.bootstrap import bootstrap
+
+    found = bootstrap(np.median, ratios, method="percentile")
+    return [round(found.low, digits), round(found.high, digits)]
 
 
 def main() -> None:

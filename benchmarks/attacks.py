@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from attack_service import ROOT, ServiceProcess, Side, serving
+from attack_service import ROOT, ServiceProcess, Side, free_port, ratio_interval, serving
 
 RESULTS = ROOT / "benchmarks" / "results" / "attacks.json"
 PARTS = ["own model", "upstream", "stops", "neighbour"]
@@ -490,7 +490,7 @@ def _flood(service: ServiceProcess, long: str, stop: threading.Event) -> None:
 
 def idle_connections(side: Side) -> dict[str, Any]:
     """Whether health answers while 1,030 connections say nothing."""
-    port = _free_port()
+    port = free_port()
     with serving(side, health_port=port) as service, contextlib.ExitStack() as stack:
         host, _, own = service.url.removeprefix("http://").partition(":")
         for _ in range(1030):
@@ -502,12 +502,6 @@ def idle_connections(side: Side) -> dict[str, Any]:
             except httpx.HTTPError:
                 answers[f"{name}_port_answers"] = False
         return answers
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _quantile(values: list[float], share: float) -> float:
@@ -671,7 +665,7 @@ def measure_cost(side: Side, asked: argparse.Namespace) -> dict[str, Any]:
             n=rounds,
             cpu_seconds=round(statistics.median(seconds[count]), 3),
             ratio_to_context_only=round(statistics.median(ratios[count]), 2),
-            ratio_interval=[round(value, 2) for value in _interval(ratios[count])],
+            ratio_interval=ratio_interval(ratios[count], digits=2),
         )
         for count in asked.turns
     }
@@ -701,13 +695,6 @@ def _new_turn(service: ServiceProcess, chat: list[dict[str, Any]]) -> float:
         for one in chats:
             client.post("/v1/score", json={"messages": one})
         return (service.cpu_seconds - cpu) / len(chats)
-
-
-def _interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the median, by bootstrap."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(1000))
-    return medians[25], medians[975]
 
 
 if __name__ == "__main__":

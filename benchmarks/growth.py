@@ -26,6 +26,7 @@ from peers import reset_peak, resident
 from scipy.stats import linregress, t
 
 from latentguard.data.builtin import load_contrast
+from latentguard.files import write_atomic
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.fitting import capture
@@ -164,9 +165,7 @@ def main() -> None:
         for row in measure(what, measured, options.largest):
             print(row)
             rows.append(row)
-            partial_file = out.with_suffix(".partial")
-            partial_file.write_text(json.dumps(rows).replace("}, ", "},\n "))
-            partial_file.replace(out)
+            write_atomic(out, json.dumps(rows).replace("}, ", "},\n "))
 
 
 def arguments() -> argparse.Namespace:

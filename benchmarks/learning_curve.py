@@ -28,6 +28,7 @@ import torch
 
 from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.data.prompt_files import read_prompts
+from latentguard.files import write_atomic
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.fitting import capture, fit_probe, slots
 from latentguard.probes.probe import Fit, Probe, layers_of
@@ -259,7 +260,7 @@ def curve(options: argparse.Namespace, model: ChatModel, states: States, tests: 
         figures = scored(found.probe, reading, tests)
         entry = dict(count=count, draw=draw, seed=seed) | known
         record["fits"].append(entry | {"mean": averaged(figures), "auroc": figures})
-        save(options.out, record)
+        write_atomic(options.out, json.dumps(record, indent=1))
         print(entry, record["fits"][-1]["mean"], flush=True)
 
 
@@ -274,13 +275,6 @@ def averaged(figures: dict[str, float]) -> dict[str, float]:
 def load(path: Path) -> dict[str, Any]:
     """What is in the file."""
     return json.loads(path.read_text()) if path.exists() else {"fits": []}
-
-
-def save(path: Path, record: dict[str, Any]) -> None:
-    """Write all of it, or nothing."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(path)
 
 
 def describe(model: ChatModel, states: States, tests: Sets) -> dict[str, Any]:
@@ -335,7 +329,7 @@ def main() -> None:
     sets = test_sets(options.data_dir).items()
     tests = mixed({name: read(model, name, rows, options.cache) for name, rows in sets})
     known = describe(model, states, tests) | {"capture": times(options.cache)}
-    save(options.out, load(options.out) | known)
+    write_atomic(options.out, json.dumps(load(options.out) | known, indent=1))
     if not options.capture_only:
         curve(options, model, states, tests)
 

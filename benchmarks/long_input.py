@@ -20,7 +20,7 @@ import random
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -31,12 +31,12 @@ from default_guard import default_guard
 from latentguard.data.builtin import load_contrast, load_traffic
 from latentguard.data.prompt_files import read_prompts
 from latentguard.data.surface_audit import ngram_model
+from latentguard.files import append_line, read_whole_lines
 from latentguard.guard.chunk_calibration import fit_chunking, require_chunking
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Message, Prompt
 from latentguard.stats.detection import auroc, estimate_metric, tpr_at
-from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
 
 FIGURES = {"AUROC": auroc, "TPR at 5% FPR": tpr_at(0.05), "TPR at 1% FPR": tpr_at(0.01)}
@@ -133,8 +133,7 @@ def score(
             row |= dict(last_flagged=own > guard.threshold, flagged=told > chunking.threshold)
             row |= dict(hit=hit, around=one.around)
             row |= baselines(words, one.prompt)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            append_line(file, json.dumps(row))
 
 
 def tokens(model: ChatModel, prompt: Prompt) -> int:
@@ -197,19 +196,19 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         labels = [row["harmful"] for row in mine]
         figures = {
             rule: {
-                name: told(estimate_metric(metric, labels, [row[key] for row in mine]))
+                name: asdict(estimate_metric(metric, labels, [row[key] for row in mine]))
                 for name, metric in FIGURES.items()
             }
             for rule, key in RULES.items()
         }
         sides = {
-            f"{rule}, {'true' if side else 'false'} positives": told(
+            f"{rule}, {'true' if side else 'false'} positives": asdict(
                 proportion([row[key] for row in mine if row["harmful"] is side])
             )
             for rule, key in {"windows": "flagged", "last token": "last_flagged"}.items()
             for side in (True, False)
         }
-        hits = told(proportion([row["hit"] for row in mine if row["harmful"]]))
+        hits = asdict(proportion([row["hit"] for row in mine if row["harmful"]]))
         tokens = float(np.mean([row["tokens"] for row in mine]))
         cells[cell] = dict(
             tokens=tokens, figures=figures, at_threshold=sides, best_piece_is_in_request=hits
@@ -237,18 +236,9 @@ def cells_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def told(found: Estimate) -> dict[str, Any]:
-    """A figure as JSON."""
-    return dict(value=found.value, low=found.low, high=found.high, n=found.n)
-
-
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """What was scored so far; a torn last line is scored again."""
-    if not path.exists():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in read_whole_lines(path)]
 
 
 def save(path: Path, record: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from peer_arms import PEERS, Peer, lines_of, rendered
 from torch import Tensor, nn
 
 from latentguard.data.prompt_files import read_prompts
+from latentguard.files import write_atomic
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt
@@ -212,9 +213,7 @@ def main() -> None:
         turns = record.setdefault("turns", [])
         turns.append(speed(model, prompts, len(turns)))
         record["prompts"] = len(prompts)
-    partial_file = Path(f"{out}.partial")
-    partial_file.write_text(json.dumps(record, indent=1))
-    partial_file.replace(out)
+    write_atomic(out, json.dumps(record, indent=1))
 
 
 def readable(folder: Path) -> Path:

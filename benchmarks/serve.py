@@ -1,12 +1,11 @@
-"""The service under load: throughput, lost verdicts, restarts, and what the guard costs a chat.
+"""The service under load: throughput, restarts, and what the guard costs a chat.
 
-Four jobs, each printing JSON:
+Three jobs, each printing JSON (``attacks.py load`` has verdicts under load):
 
 * ``throughput``: requests per second and latency at 1, 8 and 64 connections by ``wrk``: batched,
   one prompt at a time, and one at a time by whole passes of the model, without this library's
   capture. The three take turns, so that a busy machine slows all alike; the service's processor
   time is told too.
-* ``storm``: so many requests of mixed sizes at 64 connections; each verdict is the offline one.
 * ``restarts``: kill -9 under load and start again, so often; needs the tests (a tiny random model).
 * ``first-token``: processor and wall time to the first token, guarded against unguarded, in pairs.
 
@@ -17,7 +16,6 @@ part of the contrast set unless ``--guard`` names one.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -37,10 +35,10 @@ from typing import Any
 
 import httpx
 import torch
+from attack_service import free_port, ratio_interval
 
 from latentguard.data.builtin import load_contrast
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.verdict import Verdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation
 from latentguard.prompts import Prompt
@@ -100,17 +98,16 @@ class Plain:
 def main() -> None:
     """Run one job."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=["throughput", "storm", "restarts", "first-token"])
+    parser.add_argument("job", choices=["throughput", "restarts", "first-token"])
     parser.add_argument("--model", default="default")
     parser.add_argument("--guard", type=Path)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=10, help="of one slice of throughput")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 64])
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    jobs = dict(throughput=throughput, storm=storm, restarts=restarts)
+    jobs = dict(throughput=throughput, restarts=restarts)
     found = (jobs | {"first-token": first_token})[asked.job](asked)
     found |= dict(job=asked.job, model=asked.model, threads=asked.threads, load=os.getloadavg())
     sys.stdout.write(f"{json.dumps(found, indent=1)}\n")
@@ -232,54 +229,6 @@ def _summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def storm(asked: argparse.Namespace) -> dict[str, Any]:
-    """Ask much at once, and compare each verdict with the offline one."""
-    opener, texts = opened(asked), prompts()
-    guard, model = opener()
-    offline = dict(zip(texts, guard.scan(model, texts), strict=True))
-    draw = random.Random(1)
-    requests = [draw.choices(texts, k=draw.choice([1, 1, 1, 2, 5])) for _ in range(asked.requests)]
-    with serving(opener) as url:
-        began = time.perf_counter()
-        answers = asyncio.run(_ask_all(url, requests, max(asked.connections)))
-        took = time.perf_counter() - began
-    tally = dict(lost=0, wrong=0, furthest=0.0)
-    for said, answer in zip(requests, answers, strict=True):
-        if answer is None:
-            tally["lost"] += 1
-            continue
-        for text, result in zip(said, answer["results"], strict=True):
-            _compare(offline[text], result, tally)
-    verdicts = sum(map(len, requests))
-    return tally | dict(requests=len(requests), verdicts=verdicts, seconds=round(took, 1))
-
-
-def _compare(verdict: Verdict, result: dict[str, Any], tally: dict[str, float]) -> None:
-    moved = abs(verdict.score - result["latentguard"]["score"])
-    tally["furthest"] = max(tally["furthest"], moved)
-    tally["wrong"] += verdict.flagged != result["flagged"]
-
-
-async def _ask_all(
-    url: str, requests: Sequence[Sequence[str]], connections: int
-) -> list[dict[str, Any] | None]:
-    """The answers in order; None for one that did not come."""
-    answers: list[dict[str, Any] | None] = [None] * len(requests)
-    rest = iter(enumerate(requests))
-
-    async def ask(client: httpx.AsyncClient) -> None:
-        for number, texts in rest:
-            with contextlib.suppress(httpx.HTTPError):
-                found = await client.post(f"{url}/v1/moderations", json={"input": list(texts)})
-                if found.status_code == 200:
-                    answers[number] = found.json()
-
-    limits = httpx.Limits(max_connections=connections)
-    async with httpx.AsyncClient(limits=limits, timeout=120) as client:
-        await asyncio.gather(*(ask(client) for _ in range(connections)))
-    return answers
-
-
 def restarts(asked: argparse.Namespace) -> dict[str, Any]:
     """Kill the command under load and start it again; ``--rounds`` times."""
     sys.path.insert(0, str(TESTS))
@@ -290,7 +239,7 @@ def restarts(asked: argparse.Namespace) -> dict[str, Any]:
         list[Any](),
         threading.Event(),
     )
-    url = f"http://127.0.0.1:{_free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     body = {"input": [flagged(), passed()]}
 
     def load() -> None:
@@ -329,14 +278,6 @@ def restarts(asked: argparse.Namespace) -> dict[str, Any]:
     return dict(tally)
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def first_token(asked: argparse.Namespace) -> dict[str, Any]:
     """Read a prompt and draw the first token, with and without the guard, in alternating pairs."""
     guard, model = opened(asked)()
@@ -365,8 +306,8 @@ def first_token(asked: argparse.Namespace) -> dict[str, Any]:
         pairs=len(wall),
         wall_median_ratio=round(statistics.median(wall), 4),
         cpu_median_ratio=round(statistics.median(cpu), 4),
-        cpu_ratio_interval=[round(x, 4) for x in _bootstrap(cpu)],
-        wall_ratio_interval=[round(x, 4) for x in _bootstrap(wall)],
+        cpu_ratio_interval=ratio_interval(cpu, digits=4),
+        wall_ratio_interval=ratio_interval(wall, digits=4),
     )
 
 
@@ -374,13 +315,6 @@ def _timed(arm: Callable[[Prompt], None], prompt: Prompt) -> tuple[float, float]
     wall, cpu = time.perf_counter(), time.process_time()
     arm(prompt)
     return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _bootstrap(ratios: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median, 1,000 draws."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(1000))
-    return medians[25], medians[975]
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from latentguard.data.builtin import load_contrast
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
+from latentguard.stats.bootstrap import bootstrap
 
 LONG = 512
 PAIRS = {"1 short": 40, f"1 of {LONG}": 12, "32 short": 8, f"32 of {LONG}": 3}
@@ -122,10 +123,8 @@ def condition_of(model: Any, prompts: list[Prompt], pairs: int) -> dict[str, Any
     result: dict[str, Any] = dict(pairs=pairs, mean_tokens=round(mean, 1))
     for place, clock in enumerate(("processor", "wall")):
         extra = np.array([row["on"][place] / row["off"][place] - 1 for row in rows])
-        draws = np.random.default_rng(0).choice(extra, (2000, len(extra)))
-        low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-        figures = [100 * float(v) for v in (np.median(extra), low, high)]
-        result[clock] = [round(v, 2) for v in figures]
+        ratio = bootstrap(np.median, extra, method="percentile", draws=2000)
+        result[clock] = [round(100 * v, 2) for v in (ratio.value, ratio.low, ratio.high)]
         result[f"{clock}_off_s"] = round(statistics.median(r["off"][place] for r in rows), 4)
     return result
 
