@@ -131,7 +131,7 @@ def test_every_package_of_an_extra_is_hidden_above():
     names = {
         requirement.split(">")[0].split("[")[0].replace("-", "_")
         for extra, requirements in extras.items()
-        if extra not in ("dev", "all", "docs", "release")
+        if extra not in ("dev", "all", "docs")
         for requirement in requirements
     }
     names = {"opentelemetry" if "opentelemetry" in name else name for name in names}
