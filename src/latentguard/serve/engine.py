@@ -353,8 +353,9 @@ class ScoringEngine:
     def _is_shared(self) -> bool:
         """Whether several accounts have asked for something lately."""
         since = monotonic() - SHARED_SECONDS
-        self._last_seen = {name: at for name, at in self._last_seen.items() if at > since}
-        return len(self._last_seen) > 1
+        with self._lock:  # the event loop adds accounts
+            self._last_seen = {name: at for name, at in self._last_seen.items() if at > since}
+            return len(self._last_seen) > 1
 
     def _serve(self, items: list[WorkItem]) -> None:
         now = monotonic()
