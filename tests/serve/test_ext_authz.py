@@ -41,6 +41,7 @@ def test_a_chat_goes_on_or_does_not(url):
         ("ext_authz", "pass"),
         ("ext_authz", "block"),
     ]
+    assert not url.audit.with_name("audit.jsonl.rejected").read_text()
     page = get(f"{url}/metrics").text
     assert 'latentguard_requests_total{endpoint="/ext_authz",status="403"}' in page
 

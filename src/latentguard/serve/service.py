@@ -318,6 +318,7 @@ class RequestContext:
             for prompt, one, action in zip(prompts, found, actions, strict=True)
         ]
         await self._write(lines)
+        self.request.state.is_recorded = True
         for one, action in zip(found, actions, strict=True):
             self.service.telemetry.verdict(self.endpoint, action, one, guard=self._guard_name)
 
