@@ -245,6 +245,20 @@ class TestStreams:
             log.close()
         assert found[0] == b'<134>latentguard: {"n": 1}'
 
+    def test_a_syslog_that_was_started_anew_gets_the_next_line(self, tmp_path):
+        address = str(tmp_path / "log")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+            server.bind(address)
+            sink = audit_sinks.SyslogSink(address)
+        with pytest.raises(OSError, match="refused"):
+            sink.append(b"lost\n")
+        os.unlink(address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+            server.bind(address)
+            sink.append(b"next\n")
+            assert server.recv(1000).endswith(b"next")
+        sink.close()
+
     def test_a_slow_pipe_does_not_hold_up_other_requests(self, tmp_path):
         pipe = tmp_path / "pipe"
         os.mkfifo(pipe)

@@ -190,31 +190,24 @@ class SyslogSink:
             OSError: if nobody listens.
         """
         self._address = address
-        self._socket = self._connect()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.settimeout(PIPE_SECONDS)
+        self._socket.connect(address)
 
     def append(self, data: bytes) -> None:
         """See ``Sink``."""
         for line in data.splitlines():
-            self._socket.send(PRIORITY + line[:SYSLOG_BYTES])
+            self._socket.sendto(PRIORITY + line[:SYSLOG_BYTES], self._address)
 
     def sync(self) -> None:
         """See ``Sink``; there is nothing to force."""
 
     def reopen(self) -> None:
-        """See ``Sink``."""
-        fresh = self._connect()
-        self._socket.close()
-        self._socket = fresh
+        """See ``Sink``; each line finds its way anew, as after a restart of the syslog."""
 
     def close(self) -> None:
         """See ``Sink``."""
         self._socket.close()
-
-    def _connect(self) -> socket.socket:
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        made.settimeout(PIPE_SECONDS)
-        made.connect(self._address)
-        return made
 
 
 def sink_of(target: str, *, max_bytes: int, keep: int) -> Sink:
