@@ -138,12 +138,20 @@ def test_a_shadow_changes_nothing_and_logs(tmp_path):
     assert [line["action"] for line in lines if "reply" in line] == ["shadow"]
 
 
-def test_text_that_hides_beside_the_content_is_read(tmp_path):
-    """Reasoning and arguments of calls come to the client as well."""
+@pytest.mark.parametrize(
+    "delta",
+    [
+        dict(tool_calls=[dict(index=0, function=dict(arguments=TEXT))]),
+        dict(reasoning=TEXT),
+        dict(content=[dict(type="text", text=TEXT)]),
+        dict(content=[dict(type="thinking", thinking=[dict(type="text", text=TEXT)])]),
+    ],
+)
+def test_text_that_hides_beside_the_content_is_read(delta):
+    """Reasoning, arguments of calls and parts come to the client as well."""
 
     def hidden(handler, _):
-        call = dict(index=0, function=dict(arguments=TEXT))
-        choice = dict(index=0, delta=dict(tool_calls=[call]), finish_reason=None)
+        choice = dict(index=0, delta=delta, finish_reason=None)
         handler.send_response(200)
         handler.end_headers()
         handler.wfile.write(event("", choices=[choice]) + b"data: [DONE]\n\n")

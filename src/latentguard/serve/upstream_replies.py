@@ -8,7 +8,7 @@ calls.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,11 +274,21 @@ class FollowedReply:
 
 def message_text(message: Mapping[str, Any]) -> str:
     """All text of a message or a delta: reasoning, content, refusal, arguments of calls."""
-    texts = [message.get(name) for name in READ_FIELDS if name != "refusal"]
-    texts += [message.get("content"), message.get("refusal")]
+    texts = [message.get(name) for name in (*READ_FIELDS, "content")]
     calls = [*(message.get("tool_calls") or ()), {"function": message.get("function_call")}]
     texts += [(call.get("function") or {}).get("arguments") for call in calls]
-    return "".join(text for text in texts if isinstance(text, str))
+    return "".join(_strings(texts))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings of a value but the types of parts: some services send content in parts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+    elif isinstance(value, dict):
+        yield from _strings([inner for name, inner in value.items() if name != "type"])
 
 
 def _event(line: bytes) -> dict[str, Any]:
