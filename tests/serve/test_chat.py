@@ -155,7 +155,7 @@ class TestOwnModel:
         def endless(self, sampling):
             while True:
                 time.sleep(0.01)
-                yield ReplyPiece("on and ")
+                yield ReplyPiece("" if whole else "on and ")
 
         monkeypatch.setattr(talk.Conversation, "pieces", endless)
         with running() as url:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from latentguard.models.conversation import Sampling
 from latentguard.serve.chat_readings import chat_readings
 from latentguard.serve.chat_request import forwarded_chat, require_few
+from latentguard.serve.disconnects import run_while_connected
 from latentguard.serve.errors import ApiError, BadRequest
-from latentguard.serve.guarded_chat import GuardedChat, ReplyEnd
+from latentguard.serve.guarded_chat import ChatEvent, GuardedChat, ReplyEnd
 from latentguard.serve.messages import ChatMessage, own_model_prompt, readable_text
 from latentguard.serve.own_chat import OwnChat
 from latentguard.serve.replies import (
@@ -32,9 +33,6 @@ from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.service import RequestContext, Service
 from latentguard.serve.upstream import UpstreamClient
 from latentguard.serve.upstream_replies import FollowedReply
-
-CHECK = 8
-"""After so many pieces of text it is checked whether the client is still there."""
 
 
 class StreamOptions(BaseModel):
@@ -190,19 +188,28 @@ async def _stream(
 
 
 async def _whole(context: RequestContext, chat: GuardedChat, reply: ReplyWriter) -> Response:
-    """The reply in one; it stops, too, if the client has left meanwhile."""
-    said = list[str]()
-    while not isinstance(event := await chat.next_event(), ReplyEnd):
-        assert isinstance(event, ShownText)
-        said.append(event.text)
-        if len(said) % CHECK == 0 and await context.request.is_disconnected():
-            return Response()
-    note = await _record_reply(context, chat, event)
-    usage = token_usage(event.prompt_tokens, event.reply_tokens)
-    if _is_refused(context, event):
+    """The reply in one.
+
+    Raises:
+        ClientDisconnected: if the client left meanwhile.
+    """
+    *pieces, end = await run_while_connected(_events(chat), context.request)
+    assert isinstance(end, ReplyEnd)
+    note = await _record_reply(context, chat, end)
+    usage = token_usage(end.prompt_tokens, end.reply_tokens)
+    if _is_refused(context, end):
         text = context.service.config.refusal
-        return reply.whole(text, event.finish, usage, refusal=text, note=note)
-    return reply.whole("".join(said), event.finish, usage, note=note)
+        return reply.whole(text, end.finish, usage, refusal=text, note=note)
+    text = "".join(piece.text for piece in pieces if isinstance(piece, ShownText))
+    return reply.whole(text, end.finish, usage, note=note)
+
+
+async def _events(chat: GuardedChat) -> list[ChatEvent]:
+    """What a chat emits after its verdict, the end last."""
+    events = [await chat.next_event()]
+    while not isinstance(events[-1], ReplyEnd):
+        events.append(await chat.next_event())
+    return events
 
 
 def _is_refused(context: RequestContext, end: ReplyEnd) -> bool:
@@ -223,13 +230,5 @@ async def _record_reply(
 
 def _refusal(context: RequestContext, body: Chat, judged: ScoredPrompt) -> Response:
     """What a blocked chat is answered with."""
-    text, reply = context.service.config.refusal, _reply(context, body, judged)
-    if not body.stream:
-        return reply.whole(text, "content_filter", token_usage(0, 0), refusal=text)
-    events = [reply.first(), reply.piece(text), reply.last("content_filter", token_usage(0, 0))]
-    return StreamingResponse(_each(events), media_type="text/event-stream")
-
-
-async def _each(events: list[str]) -> AsyncIterator[str]:
-    for event in events:
-        yield event
+    reply = _reply(context, body, judged)
+    return reply.refused(context.service.config.refusal, is_stream=bool(body.stream))

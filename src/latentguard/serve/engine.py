@@ -9,7 +9,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from latentguard.errors import LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
@@ -41,6 +41,8 @@ from latentguard.serve.shared_model import SharedModel
 from latentguard.serve.text_cache import TextCache
 
 log = logging.getLogger("latentguard.serve")
+
+T = TypeVar("T")
 
 State = Literal["loading", "ready", "draining", "dead"]
 Opener = Callable[[], tuple[LatentGuard, ChatModel]]
@@ -102,6 +104,11 @@ class ScoringEngine:
     def guard(self) -> LatentGuard:
         """The default guard."""
         return self.guards.default.guard
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether guards and model are there."""
+        return self.state in ("ready", "draining")
 
     # ---- the event loop's side
 
@@ -189,8 +196,7 @@ class ScoringEngine:
             for prompt in prompts
         ]
         self._submit(items)
-        scored: list[ScoredPrompt] = await self._within(asyncio.gather(*(i.future for i in items)))
-        return scored
+        return await self.within_deadline(asyncio.gather(*(item.future for item in items)))
 
     async def run_alone(
         self,
@@ -218,7 +224,7 @@ class ScoringEngine:
         future = self._loop.create_future()
         size = estimated_tokens(prompt)
         self._submit([WorkItem(future, work=work, size=size, account=account, served=served)])
-        return await self._within(future, seconds)
+        return await self.within_deadline(future, seconds)
 
     async def start_chat(self, chat: GuardedChat) -> None:
         """Let the thread answer a chat, which then emits events.
@@ -242,7 +248,7 @@ class ScoringEngine:
             raise PayloadTooLarge(
                 f"At most {self.config.queue} prompts can wait; {count} were sent."
             )
-        if self.state not in ("ready", "draining"):
+        if not self.is_loaded:
             raise Unavailable("The guard is not ready.")
 
     async def _require_short(self, prompt: Prompt) -> None:
@@ -260,7 +266,8 @@ class ScoringEngine:
                 f"The prompt has at least {fewest:,} tokens; at most {most:,} are read."
             )
         try:
-            found = await self._within(asyncio.to_thread(count_tokens, self.model, prompt, most))
+            counting = asyncio.to_thread(count_tokens, self.model, prompt, most)
+            found = await self.within_deadline(counting)
         except LatentGuardError as error:
             raise to_api_error(error) from None
         if found > most:
@@ -278,7 +285,12 @@ class ScoringEngine:
             self._lock.notify()
         settle((item, QueueFull(FULL)) for item in evicted)
 
-    async def _within(self, work: Awaitable[Any], seconds: float | None = None) -> Any:
+    async def within_deadline(self, work: Awaitable[T], seconds: float | None = None) -> T:
+        """What some work gives within so many seconds; the deadline of verdicts if None.
+
+        Raises:
+            Unavailable: if it takes longer.
+        """
         seconds = seconds or self.config.deadline
         try:
             async with asyncio.timeout(seconds):

@@ -7,7 +7,6 @@ with them too, so that a verdict does not wait for a place.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -92,8 +91,8 @@ class OwnChat:
         )
         self.context.request.state.ending.callback(chat.cancel)
         await self.context.service.engine.start_chat(chat)
-        seconds = self.context.service.config.deadline
-        return await run_while_connected(_within(chat, seconds), self.context.request)
+        first = self.context.service.engine.within_deadline(chat.next_event())
+        return await run_while_connected(first, self.context.request)
 
     def _gate(self) -> ReplyGate | None:
         """What lets the reply through; None where the guard judges no replies."""
@@ -135,11 +134,3 @@ class OwnChat:
         if not answered:
             raise error
         return error
-
-
-async def _within(chat: GuardedChat, seconds: float) -> ChatEvent:
-    try:
-        async with asyncio.timeout(seconds):
-            return await chat.next_event()
-    except TimeoutError:
-        raise Unavailable(f"No verdict came within {seconds:g} seconds.") from None

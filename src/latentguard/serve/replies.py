@@ -81,6 +81,14 @@ class ReplyWriter:
         said = dict(self._note.get("latentguard", {})) | dict((note or {}).get("latentguard", {}))
         return JSONResponse(body | ({"latentguard": said} if said else {}))
 
+    def refused(self, text: str, *, is_stream: bool) -> Response:
+        """The answer to a blocked chat: a refusal, in one or as the events of a stream."""
+        finish, usage = "content_filter", token_usage(0, 0)
+        if not is_stream:
+            return self.whole(text, finish, usage, refusal=text)
+        events = [self.first(), self.piece(text), self.last(finish, usage)]
+        return Response("".join(events), media_type="text/event-stream")
+
     def first(self) -> str:
         """The first event of a stream."""
         return self._chunk(dict(role="assistant", content=""), None, self._note)
@@ -121,9 +129,9 @@ def verdict_note(context: RequestContext, judged: ScoredOrError) -> dict[str, An
     return {"latentguard": said}
 
 
-def reply_note(context: RequestContext, verdict: ReplyVerdict | None) -> dict[str, Any]:
+def reply_note(context: RequestContext, verdict: ReplyVerdict) -> dict[str, Any]:
     """What an answer says of the verdict on its reply; a shadow says nothing."""
-    if verdict is None or context.service.config.on_flagged_reply == "shadow":
+    if context.service.config.on_flagged_reply == "shadow":
         return {}
     said = verdict.to_dict()
     del said["id"]

@@ -89,7 +89,7 @@ class Service:
         Raises:
             Unavailable: until they are loaded.
         """
-        if self.engine.state not in ("ready", "draining"):
+        if not self.engine.is_loaded:
             raise Unavailable("The guard is not ready.")
         return self.engine.guards
 
@@ -133,7 +133,7 @@ class Service:
     def control_tokens(self) -> ControlTokens:
         """Of common model families, and of the guard's model once it is loaded."""
         if self._control_tokens is None:
-            if self.engine.state not in ("ready", "draining"):
+            if not self.engine.is_loaded:
                 return ControlTokens()
             added = self.engine.model.tokenizer.get_added_vocab()
             self._control_tokens = ControlTokens(added)
@@ -325,8 +325,7 @@ class RequestContext:
     @property
     def _known_guard(self) -> ServedGuard | None:
         """What judges this request; None while nothing is loaded."""
-        is_loaded = self.service.engine.state in ("ready", "draining")
-        return self.served if is_loaded else self._served
+        return self.served if self.service.engine.is_loaded else self._served
 
     @property
     def _guard_name(self) -> str:
