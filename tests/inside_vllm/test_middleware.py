@@ -403,6 +403,7 @@ def test_a_web_socket_is_closed_before_it_opens():
         {"messages": [{"role": "assistant", "content": "hello"}]},
         {"messages": [{"role": "user", "content": ""}]},
         chat("hello", use_beam_search=True),
+        chat("hello", stop=["a"] * 30_000),
         ["no object"],
     ],
 )

@@ -67,9 +67,9 @@ PARTS = [{"type": "text", "text": word} for word in ("How ", "are you?")]
         ({"messages": user([{"type": "image_url", "image_url": {}}])}, "reads text only"),
         (json.dumps({"messages": user("Hello.")}).encode("utf-16"), "UTF-8"),
         (b"\xef\xbb\xbf" + json.dumps({"messages": user("Hello.")}).encode(), "UTF-8"),
-        ({"messages": []}, "messages: "),
-        ({"prompt": "Hello."}, "messages: "),
-        ([1], "dictionary"),
+        ({"messages": []}, "'messages' should be a list of 1 or more"),
+        ({"prompt": "Hello."}, "'messages' is missing"),
+        ([1], "should be a JSON object"),
         (b"", "not JSON"),
     ],
 )

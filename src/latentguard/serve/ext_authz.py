@@ -20,6 +20,7 @@ from latentguard.serve.completions import Chat
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import ApiError, BadRequest, Flagged, NotJudged, PayloadTooLarge
 from latentguard.serve.messages import readable_text
+from latentguard.serve.request_errors import describe_errors
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.service import RequestContext, Service
 
@@ -80,9 +81,7 @@ def _validated(body: Any) -> Chat:
     try:
         return Chat.model_validate(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BadRequest(f"{place}: {first['msg']}"[:200]) from None
+        raise BadRequest(describe_errors(error.errors())) from None
 
 
 async def _judge(context: RequestContext, chat: Chat, body: dict[str, Any]) -> Response:

@@ -10,11 +10,9 @@ from latentguard.serve.errors import BadRequest
 MAX_DEPTH = 64
 """Levels of a body."""
 
-NOT_JSON = "The body is not JSON that can be read."
 
-
-def require_small_json(body: bytes, max_elements: int) -> None:
-    """Check how many values a body holds, and how deeply they are nested.
+def require_small_json(body: bytes, max_elements: int) -> Any:
+    """What a body holds, once its values and levels are counted.
 
     Raises:
         BadRequest: if there are too many, or it is no JSON.
@@ -25,7 +23,7 @@ def require_small_json(body: bytes, max_elements: int) -> None:
         place = f"line {error.lineno}, column {error.colno}"
         raise BadRequest(f"The body is not JSON that can be read: {error.msg} ({place}).") from None
     except (ValueError, RecursionError):
-        raise BadRequest(NOT_JSON) from None
+        raise BadRequest("The body is not JSON that can be read.") from None
     level = [value]
     count = 0
     for _ in range(MAX_DEPTH):
@@ -34,7 +32,7 @@ def require_small_json(body: bytes, max_elements: int) -> None:
             raise BadRequest(f"The body holds more than {max_elements:,} values.")
         level = [inner for one in level for inner in _inner(one)]
         if not level:
-            return
+            return value
     raise BadRequest(f"The body is nested more than {MAX_DEPTH} levels deep.")
 
 

@@ -60,9 +60,12 @@ def describe_errors(errors: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _field(place: Sequence[str | int]) -> str:
-    """The field's path, without the names that Pydantic gives to the members of a union."""
+    """The field's path, without the names that Pydantic gives to the members of a union.
+
+    FastAPI says ``body`` before it.
+    """
     steps = list[str]()
-    for step in place[1:]:
+    for step in place[1:] if place[:1] == ("body",) else place:
         if isinstance(step, str) and (step in ("str", "constrained-str") or "[" in step):
             continue
         steps.append(str(step)[:40])

@@ -32,6 +32,7 @@ from latentguard.serve.chat_thresholds import ChatThresholds, DecidedReading
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage, own_model_prompt
+from latentguard.serve.request_errors import describe_errors
 
 Values = tuple[float, ...] | None
 """Each column's value; None if the engine's tokens were not those of the request."""
@@ -45,7 +46,7 @@ class GuardedBody(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,7 @@ class ChatGuard:
             messages = GuardedBody.model_validate(body).messages
             layout, plans = await asyncio.to_thread(self._plan, messages)
         except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise BadRequest(
-                f"The guard cannot read this chat: {where} is not as expected."
-            ) from None
+            raise BadRequest(describe_errors(error.errors())) from None
         except (PromptError, TemplateError) as error:
             raise BadRequest(str(error)) from None
         own = self._request(layout)

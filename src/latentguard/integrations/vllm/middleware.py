@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 from fastapi.datastructures import Headers
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from latentguard.errors import GuardError, LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
@@ -31,8 +31,9 @@ from latentguard.serve.errors import (
     Unavailable,
     error_location,
 )
+from latentguard.serve.json_limits import require_small_json
 from latentguard.serve.keys import ApiKeys
-from latentguard.serve.replies import ReplyWriter, token_usage
+from latentguard.serve.replies import ReplyWriter
 
 log = logging.getLogger("latentguard.vllm")
 
@@ -161,11 +162,7 @@ class GuardMiddleware:
             note,
             usage=bool(options.get("include_usage")),
         )
-        finish, none = "content_filter", token_usage(0, 0)
-        if not body.get("stream"):
-            return reply.whole(self._refusal, finish, none, refusal=self._refusal)
-        events = [reply.first(), reply.piece(self._refusal), reply.last(finish, none)]
-        return StreamingResponse(iter(events), media_type="text/event-stream")
+        return reply.refused(self._refusal, is_stream=bool(body.get("stream")))
 
     async def _opened(self, scope: Any) -> ChatGuard:
         """The chat_guard; made, and compared with the running engine, when the first chat comes.
@@ -244,7 +241,7 @@ def _note(decided: DecidedReading) -> dict[str, Any]:
 
 
 async def _read(receive: Receive) -> dict[str, Any]:
-    content, more = b"", True
+    content, more = bytearray(), True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -253,10 +250,7 @@ async def _read(receive: Receive) -> dict[str, Any]:
         more = message.get("more_body", False)
         if len(content) > MOST:
             raise PayloadTooLarge(f"A body has at most {MOST} bytes.")
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
-        body = None
+    body = require_small_json(bytes(content), ServeConfig.max_elements)
     if not isinstance(body, dict):
         raise BadRequest("The body is no JSON object.")
     return body
