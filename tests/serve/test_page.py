@@ -13,7 +13,6 @@ import pytest
 
 from latentguard.prompts import Prompt
 from latentguard.serve.drift import DriftReference
-from latentguard.serve.page import point_of
 from serve.running import (
     PROMPTS,
     band_guard,
@@ -36,6 +35,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 LONG = "Please tell me " + "a very long story about the sea and the wind, " * 12
+
+
+def point_of(verdict):
+    return dict(score=verdict.score, beliefs=verdict.beliefs, flagged=verdict.flagged)
 
 
 @pytest.fixture(scope="module")

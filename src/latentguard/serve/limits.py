@@ -89,10 +89,10 @@ class RequestLimits:
                 async with ending:  # however it ends: a client may leave before its answer begins
                     await self.app(scope, _replay(body, receive), answer)
         except ApiError as fault:
-            await answer.fault(fault, close=True)
+            await answer.fault(fault)
         except Exception as error:  # whatever it is, the client reads one plain sentence
             log.error("%s failed: %s", answer.request, error_location(error))
-            await answer.fault(ApiError("The service failed on this request."), close=True)
+            await answer.fault(ApiError("The service failed on this request."))
         finally:
             await self.note(scope, answer.status, perf_counter() - began)
 
@@ -156,13 +156,13 @@ class _Answer:
             message = {**message, "headers": [*message["headers"], *new]}
         await self._send(message)
 
-    async def fault(self, fault: ApiError, *, close: bool) -> None:
-        """Answer with a fault, unless an answer has begun: then it just ends, unfinished."""
+    async def fault(self, fault: ApiError) -> None:
+        """Answer with a fault and close, unless an answer has begun: it ends unfinished then."""
         if self.status:
             return
         body = json.dumps(fault.body).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body))}
-        headers |= fault.headers | ({"connection": "close"} if close else {})
+        headers |= fault.headers | {"connection": "close"}
         packed = [(k.encode(), v.encode()) for k, v in headers.items()]
         await self({"type": "http.response.start", "status": fault.status, "headers": packed})
         await self({"type": "http.response.body", "body": body})

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.verdict import Verdict
 from latentguard.serve.service import Service
 from latentguard.serve.upstream import UpstreamClient
 
@@ -101,8 +100,3 @@ def describe(guard: LatentGuard) -> dict[str, Any]:
         "review": band.threshold if band else None,
         "promise": guard.promise,
     }
-
-
-def point_of(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as a point on the page's plane, without its text."""
-    return dict(score=verdict.score, beliefs=verdict.beliefs, flagged=verdict.flagged)

@@ -92,11 +92,6 @@ class FairQueue:
         return iter([item for account in self._accounts.values() for item in account.items])
 
     @property
-    def accounts(self) -> set[str]:
-        """Who waits."""
-        return set(self._accounts)
-
-    @property
     def tokens(self) -> int:
         """About how many tokens wait."""
         return sum(item.size for item in self)

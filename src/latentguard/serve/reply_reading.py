@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -21,8 +21,6 @@ ReplyPolicy = Literal["cut", "block", "annotate", "shadow"]
 
 ReplyAction = Literal["score", "pass", "cut", "block", "annotate", "shadow"]
 """What was done with a reply: its verdict given; shown; what the policy says of a flagged one."""
-
-REPLY_POLICIES: tuple[str, ...] = get_args(ReplyPolicy)
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,6 @@ class TextCache(Generic[T]):
         while len(self._values) > self._entries:
             self._values.popitem(last=False)
 
-    def clear(self) -> None:
-        """Forget everything, as when the guard changes."""
-        self._values.clear()
-
     def _digest(self, texts: tuple[str, ...]) -> bytes:
         digest = hashlib.blake2b(key=self._key, digest_size=32)
         for text in texts:
