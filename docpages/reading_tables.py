@@ -1,9 +1,10 @@
-"""Tables of long input, categories and the overhead inside vLLM."""
+"""Tables of long input, categories, the overhead inside vLLM, and threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from statistics import median
 from typing import Any
 
 from docpages.markdown_table import (
@@ -139,10 +140,32 @@ def _share(values: list[float]) -> str:
     return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
 
 
+# ---- threads and processes
+
+
+def reading_speed_table() -> str:
+    """A row a way to read; time over one thread's, idle and on a busy machine."""
+    records = [read_result(f"reading-speed-{kind}smollm2-135m") for kind in ("", "busy-")]
+    rows = []
+    for name in ("one thread", "2 threads", "two processes"):
+        arms = [record["arms"][name] for record in records]
+        rows.append([name, *(cell for arm in arms for cell in _time_ratios(arm))])
+    n = [f"n = {record['rows']}" for record in records]
+    head = ["", f"idle: time ({n[0]})", "processor time", f"busy: time ({n[1]})", "processor time"]
+    return markdown_table(head, rows, "python benchmarks/reading_speed.py --out FILE [--busy 2]")
+
+
+def _time_ratios(arm: Mapping[str, Any]) -> list[str]:
+    """Median and range of wall time and of processor time over one thread's in the same round."""
+    ratios = [sorted(arm[f"{clock}_ratios"]) for clock in ("wall", "cpu")]
+    return [f"{median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in ratios]
+
+
 READING_TABLES: dict[str, Callable[[], str]] = {
     **{f"long-input-{model}": partial(long_input_table, model) for model in MODELS},
     "categories-naming": naming_table,
     "categories-moderation": moderation_table,
     "vllm-overhead": overhead_table,
+    "reading-speed": reading_speed_table,
 }
 """Name on a page -> what makes the table."""
