@@ -49,9 +49,6 @@ TESTED = 120
 LONGEST = 1500
 """Characters of the longest text that is scored."""
 
-LONE = ("advbench", "catqa", "sorry_bench")
-"""Sets of harmful prompts alone; they stand against Alpaca."""
-
 AS_THE_PAPER, UNFILTERED = "as the paper", "unfiltered"
 
 

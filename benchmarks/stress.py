@@ -25,7 +25,6 @@ from latentguard.files import write_atomic
 from latentguard.models.chat_model import ChatModel
 from latentguard.report.document import Table
 from latentguard.robustness import weights
-from latentguard.robustness.report import MEASURES
 from latentguard.robustness.run import STORE, StressPlan, run_stress
 from latentguard.robustness.suite import attack_families
 from latentguard.robustness.weights import GuardUnderTest
@@ -49,7 +48,7 @@ def main() -> None:
     report.save(options.out)
     text = "\n\n".join(
         [f"{report.sections[0].text} {time.process_time():.0f} s of CPU time in this call."]
-        + [markdown(table) for table in report.tables if table.title in SHOWN]
+        + [rows_of(table) for table in report.tables if table.title in SHOWN]
     )
     print(text)
     if options.docs:
@@ -59,20 +58,9 @@ def main() -> None:
 SHOWN = ("Harmful prompts refused", "All figures", "Not run")
 
 
-def markdown(table: Table) -> str:
-    """A table for the document; figures with their ends in one cell."""
-    columns, rows = table.columns, [list(map(str, row)) for row in table.rows]
-    if table.title == "All figures":
-        columns = (*table.columns[:2], *MEASURES, table.columns[-1])
-        rows = [[*map(str, row[:2]), *cells(row[2:-1]), str(row[-1])] for row in table.rows]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def cells(numbers: tuple) -> list[str]:
-    """Value and ends, three by three."""
-    found = [f"{number:.2f}" for number in numbers]
-    return [f"{v} [{a}, {b}]" for v, a, b in zip(found[::3], found[1::3], found[2::3], strict=True)]
+def rows_of(table: Table) -> str:
+    """A table in Markdown, without its title and note."""
+    return table.markdown().partition("\n\n")[2]
 
 
 def filled(document: str, name: str, text: str) -> str:

@@ -98,8 +98,9 @@ def test_a_rating_may_stand_among_words():
 def test_replies_that_cannot_be_rated_are_undecided_until_they_are_too_many(server):
     server.answers = [said("I would rather not.")]
     one = RubricJudge(Endpoint(server.url, "m"), judge)
-    assert {one(reply()) for _ in range(rubric.MOST_UNREAD)} == {"cut"}
-    assert one.about["unread"] == rubric.MOST_UNREAD
+    replies = [reply(f"{ANSWER} {n}") for n in range(rubric.MOST_UNREAD)]
+    assert {one(same) for same in (*replies, *replies)} == {"cut"}  # experiments share replies
+    assert one.about["unread"] == len(server.asked) == rubric.MOST_UNREAD
     with pytest.raises(StudyError, match="should answer a JSON object"):
         one(reply())
 

@@ -71,8 +71,8 @@ class RubricJudge:
             store: Keeps what was rated.
         """
         self._endpoint, self._judge, self._store = endpoint, judge, store
-        self.unread = 0
-        """How many replies the endpoint could not rate."""
+        self._unread = set[str]()
+        """Keys of the replies that the endpoint could not rate; each is asked about once a run."""
 
     def __call__(self, reply: Reply) -> Outcome:
         """What a reply is; ``unhelpful`` if it neither refuses nor helps.
@@ -104,6 +104,8 @@ class RubricJudge:
         asked = {"instruction": reply.prompt.text, "reply": final.text}
         place = key_of("rated", self._endpoint.url, self._endpoint.model, RUBRIC, asked)
         stored = self._store.get([place]) if self._store else {}
+        if place in self._unread:
+            return None
         if place in stored:
             return read_rating(stored[place].decode())
         try:
@@ -115,8 +117,8 @@ class RubricJudge:
                 expected=EXPECTED,
             )
         except UnreadReply:
-            self.unread += 1
-            if self.unread > MOST_UNREAD:
+            self._unread.add(place)
+            if len(self._unread) > MOST_UNREAD:
                 raise
             return None
         if self._store:
@@ -134,7 +136,7 @@ class RubricJudge:
         """Both judges, without a key, and how many replies could not be rated."""
         first = getattr(self._judge, "about", "built-in")
         found = dict(refusals=first, rubric=self._endpoint.about, helped_from=HELPED)
-        return found | ({"unread": self.unread} if self.unread else {})
+        return found | ({"unread": len(self._unread)} if self._unread else {})
 
 
 def read_rating(answer: str) -> Rating:
