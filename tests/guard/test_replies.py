@@ -62,12 +62,14 @@ class TestRunningScore:
         wanted = [
             scores[max(0, n + 1 - WINDOW) : n + 1].sum().item() / WINDOW for n in range(3 * WINDOW)
         ]
-        assert running_scores(scores).tolist() == pytest.approx(wanted)
+        assert running_scores(scores.tolist()).tolist() == pytest.approx(wanted)
 
     def test_a_stream_gives_the_same(self):
         scores = torch.randn(50)
         running = RunningScore()
-        assert [running.push(s) for s in scores.tolist()] == running_scores(scores).tolist()
+        assert [running.push(s) for s in scores.tolist()] == running_scores(
+            scores.tolist()
+        ).tolist()
 
 
 class TestVerdict:

@@ -169,7 +169,7 @@ def test_a_verdict_does_not_wait_for_a_place_among_the_chats(monkeypatch):
 
 def test_a_short_prompt_is_read_between_the_segments_of_anothers_long_one(monkeypatch):
     """The long one is held between two segments until the other client has its verdict."""
-    from latentguard.serve import shared_model
+    from latentguard.models import shared_model
 
     answered, held = threading.Event(), []
     inner = shared_model.capture_in_segments

@@ -89,10 +89,10 @@ class RunningScore:
         return sum(self._last) / WINDOW
 
 
-def running_scores(token_scores: Float[Tensor, "t"]) -> Float[NDArray[np.float64], "t"]:
+def running_scores(token_scores: Iterable[float]) -> Float[NDArray[np.float64], "t"]:
     """The running score after each token."""
     running = RunningScore()
-    return np.array([running.push(score) for score in token_scores.tolist()])
+    return np.array([running.push(score) for score in token_scores])
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class ReplyProbe:
         Raises:
             GuardError: if a number is not finite (fail closed).
         """
-        return self.decide(id, running_scores(token_scores + self.probe.bias))
+        return self.decide(id, running_scores((token_scores + self.probe.bias).tolist()))
 
     def decide(self, id: str, running: Float[NDArray[np.float64], "t"]) -> ReplyVerdict:
         """The verdict on a reply from its running scores.

@@ -96,11 +96,7 @@ async def _through(
         forwarded = forwarded_chat(body, service.config, service.control_tokens)
         scored = await context.score_readings(forwarded.readings)
     except ApiError as error:
-        answered = service.answers_without_verdict(error)
-        [prompt] = context.with_segment([readable_text(chat.messages)])
-        await context.record_failure([prompt], error, answered=answered)
-        if not answered:
-            raise
+        await context.go_on_without_verdict(readable_text(chat.messages), error)
         return await upstream.ask(context.request, body, verdict_note(context, error))
     outcome = await context.record_chat(forwarded.readings, scored)
     if service.action(outcome) == "block":

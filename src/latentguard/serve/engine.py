@@ -16,6 +16,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import VariantScore
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import count_tokens
+from latentguard.models.shared_model import SharedModel
 from latentguard.prompts import Prompt
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import (
@@ -37,7 +38,6 @@ from latentguard.serve.queue import (
 )
 from latentguard.serve.scoring import PromptScorer, ScoredPrompt, to_api_error
 from latentguard.serve.served_guards import Binder, ServedGuard, ServedGuards, verified
-from latentguard.serve.shared_model import SharedModel
 from latentguard.serve.text_cache import TextCache
 
 log = logging.getLogger("latentguard.serve")

@@ -90,11 +90,7 @@ async def _judge(context: RequestContext, chat: Chat, body: dict[str, Any]) -> R
         readings = _as_sent(body, service).readings
         scored = await context.score_readings(readings)
     except ApiError as error:
-        answered = service.answers_without_verdict(error)
-        [prompt] = context.with_segment([readable_text(chat.messages)])
-        await context.record_failure([prompt], error, answered=answered)
-        if not answered:
-            raise
+        await context.go_on_without_verdict(readable_text(chat.messages), error)
         return Response()
     outcome = await context.record_chat(readings, scored)
     if service.action(outcome) == "block":

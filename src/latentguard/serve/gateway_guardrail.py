@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import ChatReading, chat_readings
 from latentguard.serve.chat_request import require_few
-from latentguard.serve.errors import ApiError, BadRequest
+from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage
 from latentguard.serve.parameters import texts_in
 from latentguard.serve.service import RequestContext, Service
@@ -54,7 +54,7 @@ class GuardrailResponse(BaseModel):
     action: Literal["NONE", "BLOCKED"]
     """Go on, or refuse the request."""
 
-    blocked_reason: str | None = Field(default=None)
+    blocked_reason: str | None = None
     """A sentence for the client, without its text."""
 
 
@@ -72,12 +72,7 @@ def routes(service: Service) -> APIRouter:
         if not readings:
             return GuardrailResponse(action="NONE")
         require_few(readings, service.config)
-        try:
-            scored = await context.score_readings(readings)
-        except ApiError as error:
-            await context.record_failure([readings[0].prompt], error, answered=False)
-            raise
-        outcome = await context.record_chat(readings, scored)
+        outcome = await context.judge_chat(readings)
         verdict = outcome.verdict
         if service.action(outcome) != "block":
             return GuardrailResponse(action="NONE")

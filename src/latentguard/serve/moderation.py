@@ -14,25 +14,23 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, create_model
-from scipy.special import expit
 
 from latentguard.data.hazards import MODERATION, OTHER, moderation_names
+from latentguard.guard.explanation import Explanation
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.replies import ReplyVerdict
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import chat_readings
 from latentguard.serve.chat_request import require_few
-from latentguard.serve.errors import ApiError, BadRequest
-from latentguard.serve.explanation import Explanation
+from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage, ContentPart, text_of_parts
 from latentguard.serve.reply_scoring import (
     ReplyFields,
-    reply_category_score,
     reply_fields,
     score_last_reply,
 )
-from latentguard.serve.scoring import ScoredPrompt
+from latentguard.serve.scoring import ScoredPrompt, moved_probability
 from latentguard.serve.served_guards import DEFAULT_NAME
 from latentguard.serve.service import RequestContext, Service
 
@@ -190,12 +188,7 @@ async def _score_chat(
     config = context.service.config
     readings = chat_readings(messages, trusted_roles=config.trusted_roles)
     require_few(readings, config)
-    try:
-        scored = await context.score_readings(readings)
-    except ApiError as error:
-        await context.record_failure([readings[0].prompt], error, answered=False)
-        raise
-    outcome = await context.record_chat(readings, scored, action="score")
+    outcome = await context.judge_chat(readings, action="score")
     reply = await score_last_reply(context, messages, readings[0].prompt)
     return readings[outcome.index].prompt, outcome, reply
 
@@ -246,7 +239,9 @@ def moderation_result(
     said = Scores(**scored.to_dict())
     if reply is not None:
         judge = guard.require_reply_probe()
-        scores[OTHER] = max(scores[OTHER], reply_category_score(judge, reply))
+        scores[OTHER] = max(
+            scores[OTHER], moved_probability(judge.platt, reply.score, judge.threshold)
+        )
         said.reply = ReplyFields(**reply_fields(judge, reply))
     known = {name for own in verdict.category_scores for name in moderation_names(own)} | {OTHER}
     return ModerationResult(
@@ -261,7 +256,7 @@ def moderation_result(
 def moderation_scores(guard: LatentGuard, scored: ScoredPrompt) -> dict[str, float]:
     """A score for each of OpenAI's categories; one is over 0.5 exactly if the input is flagged."""
     verdict = scored.verdict
-    moved = float(expit(abs(guard.platt[0]) * (verdict.score - scored.threshold)))
+    moved = moved_probability(guard.platt, verdict.score, scored.threshold)
     scores = dict.fromkeys(MODERATION, 0.0)
     most = max(verdict.category_scores.values(), default=0.0) or 1.0
     for own, chance in verdict.category_scores.items():

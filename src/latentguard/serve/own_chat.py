@@ -65,7 +65,9 @@ class OwnChat:
         if isinstance(event, ScoredPrompt):
             self.scored[0] = event
             return await self._record()
-        return await self._without_verdict()
+        error = Unavailable("The guard cannot give a verdict on this prompt.")
+        await self.context.go_on_without_verdict(self.prompt, error)
+        return error
 
     @property
     def prompt(self) -> Prompt:
@@ -125,12 +127,3 @@ class OwnChat:
         except ApiError as error:
             await self.context.record_failure([self.prompt], error, answered=False)
             raise
-
-    async def _without_verdict(self) -> ApiError:
-        """Record that there is no verdict; only a shadow goes on."""
-        error = Unavailable("The guard cannot give a verdict on this prompt.")
-        answered = self.context.service.answers_without_verdict(error)
-        await self.context.record_failure([self.prompt], error, answered=answered)
-        if not answered:
-            raise error
-        return error

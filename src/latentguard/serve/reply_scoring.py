@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import get_type_hints
 
 from pydantic import create_model
-from scipy.special import expit
 
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.replies import ReplyProbe, ReplyVerdict
@@ -75,8 +74,3 @@ async def score_last_reply(
 def reply_fields(judge: ReplyProbe, verdict: ReplyVerdict) -> dict[str, object]:
     """What an answer says of a reply."""
     return verdict.to_dict() | {"threshold": judge.threshold}
-
-
-def reply_category_score(judge: ReplyProbe, verdict: ReplyVerdict) -> float:
-    """The probability, moved so that it is over 0.5 exactly if the reply is flagged."""
-    return float(expit(abs(judge.platt[0]) * (verdict.score - judge.threshold)))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from scipy.special import expit
+
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import Outcome, ScoredPlan, VariantScore
@@ -152,6 +154,17 @@ def scored_prompt(guard: LatentGuard, prompt: Prompt, outcome: Outcome) -> Score
 def threshold_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
     """What a verdict's score was compared with: its segment's threshold, if that has its own."""
     return guard.threshold_for(prompt.segment, has_evidence=bool(verdict.evidence))
+
+
+def moved_probability(platt: tuple[float, float], score: float, threshold: float) -> float:
+    """The probability, moved so that it is over 0.5 exactly if the score is above the threshold.
+
+    Args:
+        platt: Slope and intercept of the probability in the score.
+        score: Of a prompt or a reply.
+        threshold: What it is compared with.
+    """
+    return float(expit(abs(platt[0]) * (score - threshold)))
 
 
 def to_api_error(error: LatentGuardError) -> ApiError:

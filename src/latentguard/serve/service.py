@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from starlette.requests import Request
 
+from latentguard.guard.explanation import Explainer
 from latentguard.guard.replies import ReplyVerdict
 from latentguard.prompts import Prompt
 from latentguard.serve.audit_log import AuditLog
@@ -22,7 +23,6 @@ from latentguard.serve.disconnects import run_while_connected
 from latentguard.serve.drift import DriftMonitor, DriftReference
 from latentguard.serve.engine import ScoringEngine
 from latentguard.serve.errors import ApiError, ClientDisconnected, Unavailable
-from latentguard.serve.explanation import Explainer
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.reply_reading import ReplyAction
 from latentguard.serve.scoring import ScoredPrompt
@@ -281,6 +281,33 @@ class RequestContext:
         else:
             await self._write(lines)
         self.request.state.is_recorded = True
+
+    async def go_on_without_verdict(self, prompt: Prompt, error: ApiError) -> None:
+        """Note that a chat has no verdict; only a shadow goes on.
+
+        Raises:
+            ApiError: ``error``, unless the chat is answered all the same.
+        """
+        answered = self.service.answers_without_verdict(error)
+        await self.record_failure(self.with_segment([prompt]), error, answered=answered)
+        if not answered:
+            raise error
+
+    async def judge_chat(
+        self, readings: Sequence[ChatReading], *, action: Action | None = None
+    ) -> ScoredPrompt:
+        """The recorded verdict on a chat that nobody answers here.
+
+        Raises:
+            ApiError: if there is none; this is recorded.
+        """
+        try:
+            scored = await self.score_readings(readings)
+        except ApiError as error:
+            prompts = self.with_segment([readings[0].prompt])
+            await self.record_failure(prompts, error, answered=False)
+            raise
+        return await self.record_chat(readings, scored, action=action)
 
     async def record_chat(
         self,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
@@ -77,7 +76,7 @@ class FollowedChoice:
         scores = await engine.run_alone(
             piece, work, account=self._context.account, served=self._context.served
         )
-        self._running = running_scores(torch.tensor(scores, dtype=torch.float64) + judge.probe.bias)
+        self._running = running_scores([score + judge.probe.bias for score in scores])
         self.is_flagged |= bool((~(self._running <= judge.threshold)).any())
 
     def verdict(self) -> ReplyVerdict | None:
