@@ -47,12 +47,18 @@ def load_model(source: str, dtype: str = "auto", device_map: str | None = None) 
     return model
 
 
-def read_guard(source: str | Path) -> LatentGuard:
-    """Read a guard, of a folder or of the Hub, without its model."""
+def read_guard(source: str | Path, *, verify_key: Path | None = None) -> LatentGuard:
+    """Read a guard, of a folder or of the Hub, without its model.
+
+    Args:
+        source: Where it is.
+        verify_key: Public key that it has to be signed with; None takes any guard.
+    """
     folder = find_guard(source)
     from latentguard.guard.latent_guard import LatentGuard  # torch: not for a name mistyped
+    from latentguard.guard.signature import VerifyKey
 
-    return LatentGuard.load(folder)
+    return LatentGuard.load(folder, verify_key=VerifyKey(verify_key) if verify_key else None)
 
 
 def load_guard_model(

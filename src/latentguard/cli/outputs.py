@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 from latentguard.cli.console import echo_err
 from latentguard.errors import LatentGuardError
 from latentguard.files import exclusive_lock
+from latentguard.guard.artifact import CARD_FILE, JSON_FILE, TENSOR_FILE
+from latentguard.guard.hub import HUB_ID
+from latentguard.models.sources import DEFAULT
 
 if TYPE_CHECKING:
     from latentguard.report.document import Report
-from latentguard.guard.hub import HUB_ID
-from latentguard.models.sources import DEFAULT
 
 LOCK = ".lock"
 """In an output folder, while a run writes it."""
 
-GUARD_FILES = ("guard.json", "guard.safetensors", "README.md")
+GUARD_FILES = (JSON_FILE, TENSOR_FILE, CARD_FILE)
 """What saving a guard would replace."""
 
 

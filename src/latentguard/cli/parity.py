@@ -9,7 +9,6 @@ import typer
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.loading import load_model, read_guard
 from latentguard.cli.options import GuardSource, MovedModel
-from latentguard.guard.hub import find_guard
 
 
 def parity(
@@ -39,8 +38,7 @@ def parity(
 
     if backends != "hf,vllm":
         raise typer.BadParameter("only 'hf,vllm' can be compared", param_hint="--backends")
-    folder = find_guard(guard)
-    loaded = read_guard(folder)
+    loaded = read_guard(guard)
     prompts = inside.material(n)
     backend = load_model(model or loaded.fingerprint.model, loaded.fingerprint.dtype)
     with progress("transformers", len(prompts)) as view:
@@ -55,7 +53,7 @@ def parity(
             "disable_log_stats": False,  # counts preemptions
         }
     )
-    engine = VllmModel.load(folder, model, **how)
+    engine = VllmModel.load(guard, model, **how)
     found = inside.compare(
         loaded, reference, engine, prompts, spare=lambda: inside.preemptions(engine)
     )

@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
-GUARD, TRAFFIC, LIMITS, UPSTREAM, RECORD, NETWORK = (
-    *("Guard and model", "What is done", "Limits", "Upstream", "Audit log", "Network"),
-)
-"""Panels of ``--help``."""
+# Panels of ``--help``.
+GUARD = "Guard and model"
+TRAFFIC = "What is done"
+LIMITS = "Limits"
+UPSTREAM = "Upstream"
+RECORD = "Audit log"
+NETWORK = "Network"
 
 
 class Policy(StrEnum):

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentguard.cli.loading import read_guard
 from latentguard.cli.serve.options import ServeOptions
 from latentguard.errors import GuardError, LatentGuardError, require_extra
 
@@ -36,7 +37,7 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
         GuardError: if one is not there, damaged, not signed, or not of the same model.
     """
     assert options.guard is not None
-    guard = _read_guard(options.guard, options)
+    guard = read_guard(options.guard, verify_key=options.verify_key)
     if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
         raise GuardError(
             "--segment-header: this guard has no segments; calibrate it with --segment-column."
@@ -44,21 +45,10 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
     named: dict[str, LatentGuard] = {}
     for entry in options.guards:
         name, _, source = entry.partition("=")
-        named[name] = _read_guard(source, options)
+        named[name] = read_guard(source, verify_key=options.verify_key)
         if not options.allow_mismatch:
             guard.require_match(named[name].fingerprint)
     return guard, named
-
-
-def _read_guard(source: str, options: ServeOptions) -> LatentGuard:
-    from latentguard.guard.hub import find_guard
-
-    folder = find_guard(source)
-    from latentguard.guard.latent_guard import LatentGuard
-    from latentguard.guard.signature import VerifyKey
-
-    key = VerifyKey(options.verify_key) if options.verify_key else None
-    return LatentGuard.load(folder, verify_key=key)
 
 
 def read_keys(options: ServeOptions) -> ApiKeys:
