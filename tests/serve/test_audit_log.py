@@ -321,6 +321,7 @@ class TestService:
         with running(audit=log, keys=["k"], upstream="http://127.0.0.1:9/v1") as url:
             ask = functools.partial(post, headers={"authorization": "Bearer k"})
             post(f"{url}/v1/moderations", json={"input": "no key"})
+            post(f"{url}/v1/chat/completions", json={"messages": []})
             ask(f"{url}/v1/moderations", json={"input": "long " * 9000})
             ask(f"{url}/v1/moderations", json={"input": 3})
             ask(f"{url}/v1/chat/completions", json=chat)
@@ -330,6 +331,7 @@ class TestService:
         found = [(line["endpoint"], line.get("status") or line["error"]) for line in rejected]
         assert found == [
             ("moderations", 401),
+            ("chat", 401),
             ("moderations", "too_large"),
             ("moderations", 400),
             ("chat", "invalid_request"),

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Scope
 
 from latentguard import __version__
 from latentguard.serve import completions, ext_authz, gateway_guardrail, moderation, page
@@ -20,21 +21,22 @@ from latentguard.serve.accounts import Accounts, ClientLimits
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
 from latentguard.serve.keys import ApiKeys
-from latentguard.serve.limits import App, Message, RequestLimits, address_of
+from latentguard.serve.limits import RequestLimits, address_of
 from latentguard.serve.reload import Reloader
 from latentguard.serve.request_errors import describe_errors
 from latentguard.serve.service import Service, timestamp
 from latentguard.serve.upstream import UpstreamClient
 
 ERRORS = (400, 401, 408, 413, 429, 500, 502, 503)
-PUBLIC = (
-    "/v1/moderations",
-    "/v1/score",
-    "/v1/chat/completions",
-    "/v1/guard",
-    "/v1/models",
-    gateway_guardrail.PATH,
-)
+PUBLIC = {
+    "/v1/moderations": "moderations",
+    "/v1/score": "score",
+    "/v1/chat/completions": "chat",
+    "/v1/guard": "guard",
+    "/v1/models": "models",
+    gateway_guardrail.PATH: gateway_guardrail.ENDPOINT,
+}
+"""Paths, and what the audit log calls each."""
 
 
 class ErrorObject(BaseModel):
@@ -52,7 +54,7 @@ class ErrorResponse(BaseModel):
     error: ErrorObject
 
 
-def build_app(service: Service) -> App:
+def build_app(service: Service) -> ASGIApp:
     """The application of a service, within its limits."""
     accounts = client_limits(service.config)
     service.require_limits = accounts.require_reachable
@@ -125,7 +127,7 @@ def _bare_app(lifespan: Any = None) -> FastAPI:
     )
 
 
-async def _note(service: Service, scope: Message, status: int, took: float) -> None:
+async def _note(service: Service, scope: Scope, status: int, took: float) -> None:
     """Count a request; one that was refused before anything was logged of it leaves a line."""
     path = scope["path"]
     endpoint = path if path in PUBLIC else "other"
@@ -138,7 +140,7 @@ async def _note(service: Service, scope: Message, status: int, took: float) -> N
             request=state["request"],
             client=state["client"],
             address=address_of(scope),
-            endpoint=endpoint.rpartition("/")[2],
+            endpoint=PUBLIC.get(endpoint, endpoint.removeprefix("/")),
             action="rejected",
             status=status,
         )

@@ -6,12 +6,12 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, nullcontext
 from time import perf_counter
-from typing import Any
 
 import h11
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from latentguard.serve.accounts import ClientLimits
@@ -29,11 +29,7 @@ from latentguard.serve.keys import ApiKeys
 
 log = logging.getLogger("latentguard.serve")
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Note = Callable[[Message, int, float], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+Note = Callable[[Scope, int, float], Awaitable[None]]
 
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -53,7 +49,13 @@ class RequestLimits:
     """
 
     def __init__(
-        self, app: App, config: ServeConfig, *, keys: ApiKeys, accounts: ClientLimits, note: Note
+        self,
+        app: ASGIApp,
+        config: ServeConfig,
+        *,
+        keys: ApiKeys,
+        accounts: ClientLimits,
+        note: Note,
     ) -> None:
         """Wrap an application.
 
@@ -67,7 +69,7 @@ class RequestLimits:
         self.app, self.config, self.keys, self.note = app, config, keys, note
         self.accounts = accounts
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -96,20 +98,20 @@ class RequestLimits:
         finally:
             await self.note(scope, answer.status, perf_counter() - began)
 
-    def _require_host(self, scope: Message) -> None:
+    def _require_host(self, scope: Scope) -> None:
         """Refuse names that are not this service's, as pages of others would use."""
         allowed = self.config.allowed_hosts
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
         if allowed and host not in allowed and host.rpartition(":")[0] not in allowed:
             raise BadRequest("This service is not known by this name.")
 
-    def _client(self, scope: Message) -> str:
+    def _client(self, scope: Scope) -> str:
         if scope["path"] in OPEN:
             return "-"
         shown: bytes = dict(scope["headers"]).get(b"authorization", b"")
         return self.keys.require(shown.decode("latin-1"))
 
-    async def _body(self, scope: Message, receive: Receive) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
         most = self.config.max_body
         headers = dict(scope["headers"])
         if b"content-length" in headers and b"transfer-encoding" in headers:
@@ -135,7 +137,7 @@ class RequestLimits:
         return bytes(body)
 
 
-def address_of(scope: Message) -> str:
+def address_of(scope: Scope) -> str:
     """Where a request came from."""
     return str(scope["client"][0]) if scope.get("client") else "-"
 

@@ -17,9 +17,9 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanKind, Status, StatusCode
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentguard import __version__
-from latentguard.serve.limits import App, Message, Receive, Send
 from latentguard.serve.scoring import ScoredPrompt
 
 QUIET = ("/healthz", "/readyz", "/metrics")
@@ -76,7 +76,7 @@ class OpenTelemetry:
             f"latentguard.{name}", callbacks=[observe], description=description
         )
 
-    def traced(self, app: App, routes: Iterable[str]) -> App:
+    def traced(self, app: ASGIApp, routes: Iterable[str]) -> ASGIApp:
         """The application with a span around each request.
 
         Args:
@@ -86,7 +86,7 @@ class OpenTelemetry:
         """
         known = frozenset(routes)
 
-        async def serve(scope: Message, receive: Receive, send: Send) -> None:
+        async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or scope["path"] in QUIET:
                 await app(scope, receive, send)
                 return
@@ -95,7 +95,7 @@ class OpenTelemetry:
 
         return serve
 
-    async def _serve(self, app: App, route: str, call: tuple[Message, Receive, Send]) -> None:
+    async def _serve(self, app: ASGIApp, route: str, call: tuple[Scope, Receive, Send]) -> None:
         scope, receive, send = call
         method = scope["method"] if scope["method"] in ("GET", "POST") else "_OTHER"
         attributes: dict[str, Any] = {"http.request.method": method, "http.route": route}

@@ -14,11 +14,12 @@ from typing import Any
 
 from fastapi.datastructures import Headers
 from fastapi.responses import JSONResponse
+from starlette.types import Message, Receive, Send
 
 from latentguard.errors import GuardError, LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.vllm.chat_guard import ChatGuard, PendingChat
-from latentguard.integrations.vllm.held_reply import HeldReply, Message, Receive, Send
+from latentguard.integrations.vllm.held_reply import HeldReply
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.serve.chat_thresholds import DecidedReading
 from latentguard.serve.config import ServeConfig
