@@ -51,7 +51,23 @@ class GuardSource:
     """Reads all guards and keys anew; None if that cannot be done."""
 
 
-class Server(uvicorn.Server):
+class ListeningServer(uvicorn.Server):
+    """Takes its port before anything is loaded."""
+
+    _socket: socket.socket | None = None
+
+    def listen(self) -> socket.socket:
+        """Take the port, once.
+
+        Raises:
+            LatentGuardError: if it cannot be had.
+        """
+        if self._socket is None:
+            self._socket = _listen(self.config.host, self.config.port)
+        return self._socket
+
+
+class Server(ListeningServer):
     """Ends quietly on a signal, and with a failure if the scoring thread has ended."""
 
     failure: BaseException | None = None
@@ -63,17 +79,6 @@ class Server(uvicorn.Server):
     """Reads guards and keys anew."""
 
     _reloading: asyncio.Task[None] | None = None
-    _socket: socket.socket | None = None
-
-    def listen(self) -> socket.socket:
-        """Take the port, once, before anything is loaded.
-
-        Raises:
-            LatentGuardError: if it cannot be had.
-        """
-        if self._socket is None:
-            self._socket = _listen(self.config.host, self.config.port)
-        return self._socket
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal comes, and health for as long."""
@@ -142,20 +147,8 @@ class Server(uvicorn.Server):
         self.failure, self.should_exit = error, True
 
 
-class HealthServer(uvicorn.Server):
+class HealthServer(ListeningServer):
     """Serves health and metrics; it leaves signals to the other."""
-
-    _socket: socket.socket | None = None
-
-    def listen(self) -> socket.socket:
-        """Take the port, once.
-
-        Raises:
-            LatentGuardError: if it cannot be had.
-        """
-        if self._socket is None:
-            self._socket = _listen(self.config.host, self.config.port)
-        return self._socket
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -33,50 +34,32 @@ class Telemetry:
         self.open_telemetry = open_telemetry
         self.registry = CollectorRegistry()
         self.drift = DriftMonitor(known)
-        kept = self.registry
-        self.requests = Counter(
-            "latentguard_requests", "Requests.", ["endpoint", "status"], registry=kept
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        endpoint = ["endpoint"]
+        labels = [*endpoint, "action", "decision"]
+        self.requests = counter("latentguard_requests", "Requests.", [*endpoint, "status"])
+        self.seconds = histogram(
+            "latentguard_request_seconds", "Whole requests.", endpoint, buckets=SECONDS
         )
-        self.seconds = Histogram(
-            "latentguard_request_seconds",
-            "Whole requests.",
-            ["endpoint"],
-            buckets=SECONDS,
-            registry=kept,
-        )
-        self.verdicts = Counter(
-            "latentguard_verdicts",
-            "Verdicts.",
-            ["endpoint", "action", "decision", "guard"],
-            registry=kept,
-        )
-        self.reloads = Counter(
-            "latentguard_reloads", "Guards and keys read anew.", ["outcome"], registry=kept
-        )
-        self.replies = Counter(
-            "latentguard_replies",
-            "Verdicts on replies.",
-            ["endpoint", "action", "decision"],
-            registry=kept,
-        )
-        self.first_token = Histogram(
+        self.verdicts = counter("latentguard_verdicts", "Verdicts.", [*labels, "guard"])
+        self.reloads = counter("latentguard_reloads", "Guards and keys read anew.", ["outcome"])
+        self.replies = counter("latentguard_replies", "Verdicts on replies.", labels)
+        self.first_token = histogram(
             "latentguard_first_token_seconds",
             "Streamed chats, to the first event.",
             buckets=SECONDS,
-            registry=kept,
         )
-        self.waits = Histogram(
-            "latentguard_queue_seconds", "Waiting for a batch.", buckets=SECONDS, registry=kept
-        )
-        self.batches = Histogram(
-            "latentguard_batch_prompts", "Prompts scored together.", buckets=SIZES, registry=kept
+        self.waits = histogram("latentguard_queue_seconds", "Waiting for a batch.", buckets=SECONDS)
+        self.batches = histogram(
+            "latentguard_batch_prompts", "Prompts scored together.", buckets=SIZES
         )
         buckets = tuple(self.drift.edges) or (0.0,)
-        self.scores = Histogram("latentguard_score", "Scores.", buckets=buckets, registry=kept)
+        self.scores = histogram("latentguard_score", "Scores.", buckets=buckets)
         moved = Gauge(
             "latentguard_score_drift",
             "Population stability index of recent scores against the reference.",
-            registry=kept,
+            registry=self.registry,
         )
         moved.set_function(lambda: self.drift.index)
 
