@@ -7,10 +7,12 @@ import pytest
 
 from fake_backend import FINGERPRINT, FakeBackend, labelled, with_refusals
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.operating_point import Goal
 from latentguard.guard.quadrants import NAMES, Quadrants
 from latentguard.guard.thresholds import Rates
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
+from latentguard.stats.bounds import threshold_for_fpr
 
 FOUR = {
     "please do the bad thing no": "harmful, refusing",
@@ -73,6 +75,20 @@ class TestPlanted:
         turned = [replace(p, refused=not p.refused) for p in mixed(60)]
         part = fitted.calibrate(backend, turned, max_fpr=0.05).quadrants
         assert part.refused is None and "at most 5.00% of harmless prompts" in part.basis
+
+    def test_a_rate_that_was_chosen_places_the_cut_offs(self, backend, fitted):
+        """Not the ceiling that it was chosen under, by which half of all harmless prompts count."""
+        prompts = mixed(200, labels=False)
+        rates = Rates(0.5, goal=Goal("balanced"))
+        verdicts = list(fitted.scan(backend, prompts))
+        guard = fitted.calibrate_from(prompts, verdicts, rates)
+        rate = guard.bound.max_fpr
+        assert rate < 0.1
+        assert f"at most {rate:.2%} of harmless prompts" in guard.quadrants.basis
+        harm = [
+            v.beliefs["harmful"] for v, p in zip(verdicts, prompts, strict=True) if not p.harmful
+        ]
+        assert guard.quadrants.harmful == threshold_for_fpr(harm, rate).threshold
 
     def test_by_harmless_traffic_alone(self, backend, fitted):
         calm = [p for p in mixed(80, labels=False) if not p.harmful and "yes" in p.text]

@@ -90,4 +90,5 @@ def fit_calibration(
         replace(verdict, flagged=new.decide(prompt.segment, verdict.score) == "block")
         for prompt, verdict in zip(prompts, verdicts, strict=True)
     ]
-    return Calibration(platt, new, Quadrants.of(prompts, decided, rates, quadrants) or quadrants)
+    kept = Rates(new.common.block.max_fpr, confidence=rates.confidence)  # a goal chooses its rate
+    return Calibration(platt, new, Quadrants.of(prompts, decided, kept, quadrants) or quadrants)
