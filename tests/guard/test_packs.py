@@ -15,6 +15,8 @@ from latentguard.guard.chunking import Chunking
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.leakage import TrainingPrompts, exclude_training_prompts, prompt_digest
 from latentguard.guard.score_scale import ScoreScale
+from latentguard.guard.thresholds import Rates
+from latentguard.guard.traffic import adapt_to_traffic
 from latentguard.prompts import Message, Prompt
 
 
@@ -394,3 +396,14 @@ def test_built_in_prompts_serve_a_guard_that_was_calibrated_on_them(
         == own.bound.n
         == len([p for p in calm if not chunking or len(p.text) <= 500])
     )
+
+
+def test_built_in_prompts_do_not_replace_unlabelled_traffic(backend, guard):
+    """Its threshold was moved to prompts that are not kept, though built-in ones calibrated it."""
+    calm = [p for p in load_traffic("validation") if not p.harmful]
+    own = guard.calibrate(backend, calm, max_fpr=0.05)
+    sides = [[v.score for v in own.scan(backend, side)] for side in (calm, novel(60))]
+    moved = adapt_to_traffic(own, *sides, sides[0], Rates(0.05))
+    with pytest.raises(GuardError, match="moved to unlabelled traffic"):
+        packs.add(moved, backend, "novel", novel(30))
+    assert packs.add(moved, backend, "novel", novel(30), harmless(400, 6000)).bound is not None

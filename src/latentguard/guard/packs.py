@@ -283,6 +283,13 @@ def _chunking_rate(guard: LatentGuard) -> tuple[float, float]:
 
 
 def _built_in(guard: LatentGuard) -> list[Prompt]:
+    point = guard.thresholds.point if guard.thresholds else None
+    if point is not None and point.traffic is not None:
+        raise GuardError(
+            "The threshold of this guard was moved to unlabelled traffic, whose texts are not "
+            "kept: give harmless prompts like that traffic with --harmless, or the threshold "
+            "would silently become one for the built-in prompts."
+        )
     for load in (load_traffic, load_contrast):
         harmless = _short_prompts(guard, [p for p in load("validation") if not p.harmful])
         if (guard.fitted or {}).get("calibration_sha256") == digest_prompts(harmless):
