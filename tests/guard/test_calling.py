@@ -105,6 +105,13 @@ class TestOwnModel:
         assert bound.model is other
         assert bound.bound is None
 
+    @pytest.mark.parametrize("model", [FakeBackend(), None, "models/moved"])
+    def test_a_model_that_is_accepted_is_not_loaded_again(self, folder, loads, model):
+        guard = lg.load_guard(folder, model, allow_mismatch=True)
+        before = list(loads)
+        assert guard(BAD).flagged
+        assert loads == before
+
     def test_what_was_loaded_is_verified_by_canaries(self, folder, monkeypatch):
         shifted = FakeBackend(shift=0.5 * FakeBackend().harm)
         monkeypatch.setattr(own_model.OwnModel, "load", lambda self, fingerprint: shifted)

@@ -335,6 +335,17 @@ class LatentGuard(GuardSpec):
         shift = self.shift_to(there)
         return there if shift.differences or shift.is_notable else self
 
+    def with_model(self, backend: Backend, allow_mismatch: bool = False) -> LatentGuard:
+        """The guard with its model, verified; or bound to the model that it met, if allowed.
+
+        Raises:
+            ModelMismatch: if the model is not the guard's own, and that is not allowed.
+        """
+        if allow_mismatch:
+            return replace(self.accept_model(backend), own_model=OwnModel(backend))
+        self.verify_model(backend)
+        return replace(self, own_model=OwnModel(backend))
+
     # ---- on disk and on the Hub
 
     def save(self, folder: str | Path) -> None:
@@ -369,12 +380,7 @@ class LatentGuard(GuardSpec):
             raise GuardError(
                 f"{folder} holds a damaged guard ({reason}); restore it or fit it again."
             ) from None
-        if backend is None:
-            return guard
-        if allow_mismatch:
-            return guard.accept_model(backend)
-        guard.verify_model(backend)
-        return replace(guard, own_model=OwnModel(backend))
+        return guard if backend is None else guard.with_model(backend, allow_mismatch)
 
     @staticmethod
     def from_pretrained(
@@ -491,9 +497,7 @@ def load_guard(
     guard = LatentGuard.from_pretrained(source, revision=revision, token=token)
     if model is None or isinstance(model, str | Path):
         own = OwnModel(source=None if model is None else str(model), device=device)
-        guard = replace(guard, own_model=own)
-        return guard.accept_model(own.load(guard.fingerprint)) if allow_mismatch else guard
-    if allow_mismatch:
-        return guard.accept_model(model)
-    guard.verify_model(model)
-    return replace(guard, own_model=OwnModel(model))
+        if not allow_mismatch:
+            return replace(guard, own_model=own)
+        model = own.load(guard.fingerprint)
+    return guard.with_model(model, allow_mismatch)
