@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from latentguard.models import segments
 from latentguard.models.layout import CaptureRow
 from latentguard.models.segments import can_be_segmented, capture_in_segments
 from latentguard.prompts import Prompt
@@ -30,3 +31,20 @@ def test_states_are_those_of_one_pass_though_the_model_works_in_between(architec
     (states,) = model.capture([PROMPT], positions=POSITIONS, layers=layers)
     torch.testing.assert_close(found, states.values[0], rtol=1e-4, atol=1e-5)
     assert len(calls) == (row.length - 1) // size
+
+
+def test_the_cache_has_the_name_that_the_model_gives_it(monkeypatch):
+    """Under another name than its own, a model of transformers would drop it and say nothing."""
+    monkeypatch.setattr(segments, "cache_argument", lambda model: "cache_of_tomorrow")
+    model = chat_model("qwen2", FAMILIES["qwen2.5"].tokenizer)
+    given = []
+    forward = model.model.forward
+
+    def renamed(*args, cache_of_tomorrow, **options):
+        given.append(cache_of_tomorrow)
+        return forward(*args, past_key_values=cache_of_tomorrow, **options)
+
+    monkeypatch.setattr(model.model, "forward", renamed)
+    row = CaptureRow.of(model.chat([PROMPT])[0], POSITIONS)
+    capture_in_segments(model, row, (1,), size=7, between=lambda: None)
+    assert len(given) > 1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentguard.models.hooks import read_positions
 from latentguard.models.layout import CaptureRow
-from latentguard.models.loading import is_sharded, unscaled_length
+from latentguard.models.loading import cache_argument, is_sharded, unscaled_length
 from latentguard.models.prefill import has_only_keys_and_values
 
 if TYPE_CHECKING:
@@ -85,5 +85,5 @@ def _read_segment(
         model.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer
     )
     with hooks:
-        model.model(ids, past_key_values=cache, use_cache=True)
+        model.model(ids, use_cache=True, **{cache_argument(model.model): cache})
     return buffer[0].float() * torch.tensor(counts, device=model.device)[:, None, None]
