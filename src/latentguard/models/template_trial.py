@@ -55,14 +55,18 @@ def raise_exception(message):
 environment = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
 )
-environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
+
+environment.filters["tojson"] = tojson
 environment.globals["raise_exception"] = raise_exception
 environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 try:
     template = environment.from_string(given["template"])  # constants are put together here
 except MemoryError:
     sys.exit(given["codes"][1])
-except Exception:
+except Exception:  # no template: it cannot run without end, and rendering it says why
     sys.exit(0)
 for chat in given["chats"]:
     written = 0
@@ -74,7 +78,7 @@ for chat in given["chats"]:
                 sys.exit(given["codes"][0])
     except MemoryError:
         sys.exit(given["codes"][1])
-    except Exception:
+    except Exception:  # it rejects this chat, in any way it likes; the others are still tried
         pass
 """
 """Renders chats as transformers does; what a template rejects is said where it is rendered."""
