@@ -283,6 +283,7 @@ class TestIntegrity:
             (make_high, r"a threshold of 1e\+308 is out of the range of scores"),
             (lambda r: r.update(threshold=-1e6), ".* is out of the range of scores"),
             (lambda r: r.update(threshold=float("inf")), "a number is not finite"),
+            (lambda r: r["bound"].update(upper=float("nan")), "a bound is not finite"),
             (drop_canaries, "there are no canaries"),
             (lower_below_a_canary, "the decision on canary . is not that of the threshold"),
         ],

@@ -186,7 +186,7 @@ class Chunking:
             LookupError, TypeError, ValueError: if it is damaged.
         """
         norms = {name: LengthNorm(**record[name]) for name in ("chunk_norm", "whole_norm")}
-        bound = Bound(**record["bound"]) if record["bound"] else None
+        bound = Bound.from_dict(record["bound"]) if record["bound"] else None
         chunking = Chunking(**{**record, **norms, "bound": bound})
         numbers = [chunking.threshold]
         for norm in norms.values():

@@ -94,11 +94,25 @@ def require_unseen(prompts: Sequence[Prompt], digests: Iterable[int], min_segmen
         if len(own) >= min_segment:
             groups[f"harmless (segment '{segment}')"] = own
     for name, group in groups.items():
-        texts = {prompt_digest(p) for p in group}
-        seen = len(texts & training)
-        if seen > max(2, MAX_SHARE * len(texts)):
-            raise GuardError(
-                f"{seen} of the {len(texts)} different {name} prompts to calibrate on are among "
-                "those that the guard was fitted on, whose scores would promise too much; give "
-                "others of the same kind."
-            )
+        require_few_seen(map(prompt_digest, group), training, f"{name} prompts")
+
+
+def require_few_seen(digests: Iterable[int], training: set[int], what: str) -> None:
+    """Refuse texts of which more than ``MAX_SHARE``, and more than two, were trained on.
+
+    Args:
+        digests: Of the texts.
+        training: Of what was trained on.
+        what: Names the texts in the error.
+
+    Raises:
+        GuardError: if there are too many.
+    """
+    texts = set(digests)
+    seen = len(texts & training)
+    if seen > max(2, MAX_SHARE * len(texts)):
+        raise GuardError(
+            f"{seen} of the {len(texts)} different {what} to calibrate on are among those that the "
+            "guard was fitted on, whose scores would promise too much; give others of the same "
+            "kind."
+        )

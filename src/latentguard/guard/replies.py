@@ -22,7 +22,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from latentguard.errors import GuardError
-from latentguard.guard.leakage import prompt_digest
+from latentguard.guard.leakage import prompt_digest, require_few_seen
 from latentguard.probes.probe import Probe
 from latentguard.prompts import Message, Prompt, Reply
 from latentguard.report.document import Table
@@ -217,14 +217,7 @@ class ReplyProbe:
         Raises:
             GuardError: if more than two, and more than a tenth, are among them.
         """
-        digests = [reply_digest(reply) for reply in replies]
-        seen = len(set(digests) & set(self.training_digests))
-        if seen > max(2, 0.1 * len(set(digests))):
-            raise GuardError(
-                f"{seen} of the {len(set(digests))} different replies to calibrate on are among "
-                "those that the guard was fitted on, whose scores would promise too much; give "
-                "others of the same kind."
-            )
+        require_few_seen(map(reply_digest, replies), set(self.training_digests), "replies")
 
     # ---- for people and on disk
 
@@ -286,9 +279,13 @@ class ReplyProbe:
             fitted=dict(record["fitted"]),
             training_digests=tuple(tensors["training_digests"].tolist()),
             threshold=float(record["threshold"]),
-            bound=_bound(record["bound"]),
+            bound=record["bound"] and Bound.from_dict(record["bound"]),
             classes=tuple(
-                LengthClass(one["longest"], int(one["n"]), _bound(one["bound"]))
+                LengthClass(
+                    one["longest"],
+                    int(one["n"]),
+                    one["bound"] and Bound.from_dict(one["bound"]),
+                )
                 for one in record["classes"]
             ),
         )
@@ -320,15 +317,6 @@ def _bound_at(
     bound = threshold_for_fpr(scores, max_fpr, confidence)
     flagged = int((scores > threshold).sum())
     return replace(bound, threshold=threshold, observed=flagged)
-
-
-def _bound(record: Mapping[str, Any] | None) -> Bound | None:
-    if record is None:
-        return None
-    bound = Bound(**record)
-    if not all(map(math.isfinite, asdict(bound).values())):
-        raise ValueError("a bound is not finite")
-    return bound
 
 
 def _with_lower_ends(classes: Sequence[LengthClass]) -> Iterable[tuple[LengthClass, int]]:

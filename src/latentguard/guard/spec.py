@@ -442,7 +442,7 @@ class GuardSpec:
             spread=float(record["spread"]),
             canaries=tuple(Canary(one["text"], one["score"]) for one in record["canaries"]),
             threshold=float(record["threshold"]),
-            bound=_optional(record["bound"], lambda bound: Bound(**bound)),
+            bound=_optional(record["bound"], Bound.from_dict),
             fitted=record["fitted"],
             training_digests=tensors["training_digests"],
             deobfuscate=record["deobfuscation"] is not None,

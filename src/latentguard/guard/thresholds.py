@@ -7,7 +7,6 @@ reviewed: ``block`` above the threshold, ``review`` above the lower one, else ``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -90,8 +89,8 @@ class SegmentThresholds:
         review = None
         if rates.review is not None:
             review = threshold_for_fpr(scores, rates.review, rates.confidence)
-        ranks = np.linspace(0, len(scores) - 1, min(MAX_SCORES, len(scores))).round().astype(int)
-        return SegmentThresholds(block, review, np.sort(scores)[ranks].astype(np.float32))
+        kept = thin_scores(scores, MAX_SCORES).astype(np.float32)
+        return SegmentThresholds(block, review, kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,8 +261,8 @@ class Thresholds:
         """
         common, *segments = (
             SegmentThresholds(
-                _bound(one["block"]),
-                _bound(one["review"]) if one["review"] else None,
+                Bound.from_dict(one["block"]),
+                Bound.from_dict(one["review"]) if one["review"] else None,
                 _finite(tensors[f"scores.{n}"]),
             )
             for n, one in enumerate(record["bounds"])
@@ -283,19 +282,18 @@ class Thresholds:
         )
 
 
+def thin_scores(scores: NDArray[np.float64], most: int) -> NDArray[np.float64]:
+    """The sorted scores, or ``most`` of them, evenly spaced."""
+    ranks = np.linspace(0, len(scores) - 1, min(most, len(scores))).round().astype(int)
+    return np.asarray(np.sort(scores)[ranks])
+
+
 def _row(name: str, own: SegmentThresholds) -> tuple[Cell, ...]:
     block = own.block
     reviewed = ("", "")
     if own.review:
         reviewed = (f"{own.review.threshold:.4g}", f"{own.review.upper:.2%}")
     return (name, block.n, f"{block.threshold:.4g}", f"{block.upper:.2%}", *reviewed)
-
-
-def _bound(record: Mapping[str, Any]) -> Bound:
-    bound = Bound(**record)
-    if not all(map(math.isfinite, asdict(bound).values())):
-        raise ValueError("a bound is not finite")
-    return bound
 
 
 def _finite(scores: Tensor) -> NDArray[np.float32]:

@@ -25,7 +25,7 @@ from latentguard.errors import GuardError
 from latentguard.guard.operating_point import Goal, OperatingPoint, TrafficFit
 from latentguard.guard.probabilities import MIN_PROMPTS, fit_platt
 from latentguard.guard.spec import GuardSpec
-from latentguard.guard.thresholds import MAX_SCORES, Rates, SegmentThresholds
+from latentguard.guard.thresholds import MAX_SCORES, Rates, SegmentThresholds, thin_scores
 from latentguard.stats.bounds import Bound
 from latentguard.stats.estimate import Estimate
 
@@ -107,8 +107,7 @@ class ScoreMixture:
         """
         require_traffic(len(harmless), len(harmful), len(traffic))
         unit = float(np.concatenate([harmless, harmful]).std()) or 1.0
-        ranks = np.linspace(0, len(traffic) - 1, min(MAX_TRAFFIC, len(traffic))).round().astype(int)
-        seen = np.sort(traffic)[ranks]
+        seen = thin_scores(traffic, MAX_TRAFFIC)
         weight = len(traffic) / len(seen)
         shares = SHARES if share is None else np.array([share])
         high = np.stack([_density(harmful, seen - d * unit) for d in HARMFUL_SHIFTS])
@@ -234,14 +233,13 @@ def adapt_to_traffic(
     review = None
     if rates.review is not None:
         review = _point(mixture, live, replace(rates, goal=Goal()), rates.review)[1]
-    scores = np.sort(mixture.moved()[0])
-    ranks = np.linspace(0, len(scores) - 1, min(MAX_SCORES, len(scores))).round().astype(int)
+    scores = thin_scores(mixture.moved()[0], MAX_SCORES).astype(np.float32)
     before = guard.thresholds.point or OperatingPoint(rates.goal, rates.block)
     share = fit.share.value if rates.goal.needs_harmful else None
     point = replace(before, max_fpr=bound.max_fpr, share=share, traffic=fit)
     thresholds = replace(
         guard.thresholds,
-        common=SegmentThresholds(bound, review, scores[ranks].astype(np.float32)),
+        common=SegmentThresholds(bound, review, scores),
         isotonic=None,
         reliability=None,
         point=point,

@@ -1,8 +1,11 @@
-"""Bounds without resampling: shares (Wilson), rates (Clopper-Pearson), thresholds for a rate."""
+"""Bounds without resampling: of a rate (Clopper-Pearson), and thresholds that keep one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,6 +42,18 @@ class Bound:
             f"{100 * self.confidence:g}% confidence: {self.observed} of n = {self.n} were, so the "
             f"rate is under {self.upper:.2%}"
         )
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Bound:
+        """What ``dataclasses.asdict`` and JSON made of one.
+
+        Raises:
+            TypeError, ValueError: if it is damaged: an undefined number would promise nothing.
+        """
+        bound = Bound(**record)
+        if not all(map(math.isfinite, asdict(bound).values())):
+            raise ValueError("a bound is not finite")
+        return bound
 
 
 def clopper_pearson_upper(count: int, n: int, confidence: float = 0.95) -> float:
