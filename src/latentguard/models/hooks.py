@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -133,16 +133,10 @@ def _visit_layers(
         if stop and slot == last_slot:
             raise StopForward
 
-    handles: list[Any] = []
-    try:
+    with suppress(StopForward), ExitStack() as stack:
         for slot, layer in enumerate(layers):
-            handles.append(_register(blocks, layer, partial(see, slot)))
+            stack.callback(_register(blocks, layer, partial(see, slot)).remove)
         yield
-    except StopForward:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Means:
@@ -221,11 +215,9 @@ def add_vector(
         step = torch.where(tokens[..., None], vectors[:, None], 0.0)
         return hidden + step.to(hidden)
 
-    handle = _register(blocks, layer, shift)
-    try:
+    with ExitStack() as stack:
+        stack.callback(_register(blocks, layer, shift).remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -251,11 +243,9 @@ def replace_states(
         new[rows.to(hidden.device), columns.to(hidden.device)] = states.to(hidden)
         return new
 
-    handle = _register(blocks, layer, put)
-    try:
+    with ExitStack() as stack:
+        stack.callback(_register(blocks, layer, put).remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -281,14 +271,10 @@ def project_out(
             step = torch.where(tokens.to(hidden.device)[..., None], step, 0.0)
         return (stream - step).to(hidden)
 
-    handles: list[Any] = []
-    try:
+    with ExitStack() as stack:
         for layer in range(len(blocks) + 1):
-            handles.append(_register(blocks, layer, project))
+            stack.callback(_register(blocks, layer, project).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -308,16 +294,12 @@ def hide_tokens(
     Raises:
         ModelError: if a block takes no mask, or one of another kind, such as flash attention's.
     """
-    handles: list[Any] = []
-    try:
+    with ExitStack() as stack:
         for number, tokens in hidden.items():
             block = blocks[number - 1]
             hook = partial(_mask_more, _mask_place(block), tokens)
-            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+            stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 MASK = "attention_mask"
@@ -377,11 +359,9 @@ def record_output_size(block: nn.Module, sizes: list[int]) -> Iterator[None]:
     def record(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         sizes.append(len(output) if isinstance(output, tuple) else 0)
 
-    handle = block.register_forward_hook(record)
-    try:
+    with ExitStack() as stack:
+        stack.callback(block.register_forward_hook(record).remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
