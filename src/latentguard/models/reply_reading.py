@@ -83,13 +83,14 @@ def capture_reply_windows(
         progress: Called with the number of replies just done.
     """
     parts = list[Float[Tensor, "w l d"]]()
-    spans = [_windows(lay_out_reply(model, reply), size, count) for reply in replies]
+    layouts = [lay_out_reply(model, reply) for reply in replies]
+    spans = [_windows(layout, size, count) for layout in layouts]
     for start in range(0, len(replies), REPLIES_AT_ONCE):
         group = range(start, min(start + REPLIES_AT_ONCE, len(replies)))
         rows = []
         for n in group:
             padded = spans[n] + spans[n][-1:] * (count - len(spans[n]))
-            rows.append(CaptureRow.of_spans(lay_out_reply(model, replies[n]).ids, padded))
+            rows.append(CaptureRow.of_spans(layouts[n].ids, padded))
         means = model.capture_rows(rows, tuple(layers), progress=progress)
         parts += [own[: len(spans[n])] for n, own in zip(group, means, strict=True)]
     if not parts:
