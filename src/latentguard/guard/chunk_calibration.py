@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from latentguard.errors import GuardError
 from latentguard.guard.chunking import LONGER_THAN, Chunking, LengthNorm
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.leakage import require_unseen
-from latentguard.guard.reading_plan import ScoredPlan, score_plans, versions_of
+from latentguard.guard.reading_plan import ScoredPlan, versions_of
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Backend, Progress, digest_prompts
 from latentguard.stats.bounds import threshold_for_fpr
@@ -154,7 +153,7 @@ def _read_by_chunks(
 ) -> Iterator[ScoredPlan]:
     """Read every prompt by chunks, also one that is a little shorter than what is called long."""
     always = replace(guard, chunking=replace(require_chunking(guard), longer_than=0))
-    for scored in score_plans(prompts, always.plan, partial(guard.score, backend)):
+    for scored in always.score_prompts(backend, prompts):
         yield scored
         if progress is not None:
             progress(1)
