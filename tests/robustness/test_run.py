@@ -32,7 +32,7 @@ from latentguard.study.cached_model import CachedModel
 from latentguard.study.settings import read_settings
 from latentguard.study.store import Store
 
-WINDOW = ContextWindow(None, lambda text: len(text.split()))
+WINDOW = ContextWindow(1 << 62, lambda text: len(text.split()))
 PROMPTS = tuple(labelled(30))
 
 
@@ -40,11 +40,7 @@ class Planted(FakeBackend):
     """A backend with what the suite asks of a chat model beside the protocol."""
 
     source = "planted"
-    model = SimpleNamespace(
-        config=SimpleNamespace(
-            get_text_config=lambda decoder: SimpleNamespace(max_position_embeddings=4096)
-        )
-    )
+    max_tokens = 4096
 
     def chat(self, prompts):
         return [SimpleNamespace(ids=p.text.split()) for p in prompts]

@@ -89,9 +89,7 @@ def run_stress(target: GuardUnderTest, plan: StressPlan) -> Report:
 
 def context_window_of(model: ChatModel) -> ContextWindow:
     """Return how much text a chat model reads."""
-    config = model.model.config.get_text_config(decoder=True)
-    tokens = getattr(config, "max_position_embeddings", None)
-    return ContextWindow(tokens, lambda text: len(model.chat([Prompt(text)])[0].ids))
+    return ContextWindow(model.max_tokens, lambda text: len(model.chat([Prompt(text)])[0].ids))
 
 
 def _ngram_scores(attacks: Sequence[AttackedPrompts]) -> Mapping[str, float]:

@@ -62,15 +62,15 @@ BUDGETS: dict[BudgetName, Budget] = {
 class ContextWindow:
     """How much text a model reads."""
 
-    tokens: int | None
-    """Most tokens of a prompt; None if unknown."""
+    tokens: int
+    """Most tokens of a prompt."""
 
     count_tokens: Callable[[str], int]
     """Counts the tokens of a text, chat template included."""
 
     def fits(self, tokens: int) -> bool:
         """Whether padding of that length fits, or nearly."""
-        return self.tokens is None or self.tokens - RESERVED_TOKENS >= 0.9 * tokens
+        return self.tokens - RESERVED_TOKENS >= 0.9 * tokens
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _padded_prompts(
 def _padding_attack(side: Side, tokens: int, window: ContextWindow) -> tuple[TextAttack, int]:
     """Return padding of at most ``tokens`` tokens, and how many tokens it has."""
     prose_tokens = window.count_tokens(" ".join(PROSE))
-    most = tokens if window.tokens is None else min(tokens, window.tokens - RESERVED_TOKENS)
+    most = min(tokens, window.tokens - RESERVED_TOKENS)
     sentences = most * len(PROSE) // prose_tokens
     transform = partial(pad_with_prose, sentences=sentences, side=side)
     used = sentences * prose_tokens // len(PROSE)
