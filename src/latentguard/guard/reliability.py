@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from latentguard.report.document import Table
 from latentguard.stats.detection import estimate_metric
 from latentguard.stats.estimate import Estimate
+from latentguard.stats.rates import proportion
 
 Labels = NDArray[np.bool_]
 Scores = NDArray[np.float64]
@@ -178,9 +178,9 @@ def _bin(labels: Labels, mean: float, ratio: float) -> Bin:
     def balanced(share: float) -> float:
         return ratio * share / (ratio * share + 1 - share)
 
-    count, n = int(labels.sum()), len(labels)
-    ends = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    return Bin(mean, balanced(count / n), balanced(float(ends.low)), balanced(float(ends.high)), n)
+    harmful = proportion(labels)
+    ends = balanced(harmful.low), balanced(harmful.high)
+    return Bin(mean, balanced(harmful.value), *ends, harmful.total)
 
 
 def _binned(probabilities: Scores) -> NDArray[np.intp]:

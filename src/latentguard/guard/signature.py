@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.errors import GuardError, require_extra
-from latentguard.files import write_all_atomic
+from latentguard.files import write_atomic
 from latentguard.guard.artifact import JSON_FILE, SIGNATURE_FILE, read_record
 
 
@@ -65,7 +65,7 @@ def sign_guard(folder: str | Path, key_file: str | Path) -> Path:
     key = _read_key(key_file, "private")
     read_record(folder)
     target = Path(folder) / SIGNATURE_FILE
-    write_all_atomic({target: key.sign((Path(folder) / JSON_FILE).read_bytes())})
+    write_atomic(target, key.sign((Path(folder) / JSON_FILE).read_bytes()))
     return target
 
 
