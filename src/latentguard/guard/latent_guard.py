@@ -336,11 +336,7 @@ class LatentGuard(GuardSpec):
         return there if shift.differences or shift.is_notable else self
 
     def with_model(self, backend: Backend, allow_mismatch: bool = False) -> LatentGuard:
-        """The guard with its model, verified; or bound to the model that it met, if allowed.
-
-        Raises:
-            ModelMismatch: if the model is not the guard's own, and that is not allowed.
-        """
+        """The guard with its model: verified (``verify_model``), or ``accept_model`` if allowed."""
         if allow_mismatch:
             return replace(self.accept_model(backend), own_model=OwnModel(backend))
         self.verify_model(backend)
