@@ -258,6 +258,11 @@ class TestDamage:
             LatentGuard.load(folder)
 
 
+UNDEFINED_BOUND = dict(
+    threshold=0.1, max_fpr=0.05, upper=float("nan"), confidence=0.95, observed=1, n=100
+)
+
+
 def make_high(record):
     record["threshold"] = 1e308
 
@@ -283,7 +288,7 @@ class TestIntegrity:
             (make_high, r"a threshold of 1e\+308 is out of the range of scores"),
             (lambda r: r.update(threshold=-1e6), ".* is out of the range of scores"),
             (lambda r: r.update(threshold=float("inf")), "a number is not finite"),
-            (lambda r: r["bound"].update(upper=float("nan")), "a bound is not finite"),
+            (lambda r: r.update(bound=UNDEFINED_BOUND), "a bound is not finite"),
             (drop_canaries, "there are no canaries"),
             (lower_below_a_canary, "the decision on canary . is not that of the threshold"),
         ],
