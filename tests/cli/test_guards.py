@@ -54,6 +54,15 @@ class TestGuards:
         out = lg("guards", "--local")[1]
         assert out.splitlines() == ["default\tdefault\tpackage", "org/one\tmaker/chat\tdisk"]
 
+    def test_one_of_another_version_does_not_hide_the_others(self, lg, pushed, tmp_path):
+        for name in ("org/one", "org/two"):
+            assert lg("pull", name)[0] == 0
+        (record,) = tmp_path.glob("cache/models--org--one/snapshots/*/guard.json")
+        record.write_text('{"schema": 2}')
+        code, out, _ = lg("guards", "--local")
+        assert code == 0
+        assert out.splitlines()[1:] == ["org/one\t\tdisk", "org/two\tfake\tdisk"]
+
 
 class TestPull:
     def test_a_copy_is_the_guard(self, lg, pushed, tmp_path):

@@ -119,7 +119,7 @@ class ListedGuard:
     """As ``find_guard`` takes it."""
 
     model: str
-    """The model that it guards; empty if that is not stated."""
+    """The model that it guards; empty if that is not stated, or cannot be read."""
 
     place: str
     """``package``, ``disk`` or ``hub``."""
@@ -138,9 +138,16 @@ def local_guards() -> Iterator[ListedGuard]:
     for repo in sorted(repos, key=lambda one: one.repo_id):
         for folder in sorted(revision.snapshot_path for revision in repo.revisions):
             if (folder / JSON_FILE).exists():
-                model = read_record(folder)["fingerprint"]["model"]
-                yield ListedGuard(repo.repo_id, str(model), "disk")
+                yield ListedGuard(repo.repo_id, _model_of(folder), "disk")
                 break
+
+
+def _model_of(folder: Path) -> str:
+    """The model that a guard names; empty if it is damaged, or of another version."""
+    try:
+        return str(read_record(folder)["fingerprint"]["model"])
+    except (GuardError, LookupError, TypeError):
+        return ""
 
 
 def hub_guards(model: str | None = None, *, token: str | None = None) -> list[ListedGuard]:
