@@ -88,6 +88,11 @@ class Prompt:
             return "refused_harmful" if self.refused else "accepted_harmful"
         return "refused_harmless" if self.refused else "accepted_harmless"
 
+    @property
+    def fold_group(self) -> str:
+        """What it shares with prompts that must be in the same fold: its pair, or else its text."""
+        return self.pair or self.text
+
 
 @dataclass(frozen=True)
 class Reply:

@@ -45,12 +45,7 @@ def require_enough(prompts: Sequence[Prompt], rates: Rates) -> None:
     if rates.review is not None:
         threshold_for_fpr(range(count), rates.review, rates.confidence)
     if harmful.any() or rates.goal.needs_harmful:
-        require_both_classes(harmful, groups_of(prompts))
-
-
-def groups_of(prompts: Sequence[Prompt]) -> list[str]:
-    """What must not straddle folds: pairs, and copies of a text."""
-    return [prompt.pair or prompt.text for prompt in prompts]
+        require_both_classes(harmful, [prompt.fold_group for prompt in prompts])
 
 
 def fit_calibration(
@@ -81,7 +76,8 @@ def fit_calibration(
     harmful = np.array([bool(prompt.harmful) for prompt in prompts])
     new = Thresholds.for_goal(prompts, scores, rates, column)
     if harmful.any():
-        fit = fit_probabilities(scores, harmful, groups_of(prompts), platt)
+        groups = [prompt.fold_group for prompt in prompts]
+        fit = fit_probabilities(scores, harmful, groups, platt)
         new = replace(new, isotonic=fit.isotonic, reliability=fit.reliability)
         platt = fit.platt
     elif thresholds:

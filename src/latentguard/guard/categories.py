@@ -189,7 +189,7 @@ class Categories:
         directions = none
         if len(names) > 1:
             members = {name: [own == name for own in category] for name in names}
-            groups = [p.pair or p.text for p in prompts]
+            groups = [p.fold_group for p in prompts]
             directions = fit_directions(values, members, groups).directions
         harmless = held_out[[not p.harmful for p in prompts]]
         return Categories(positions, directions, ScoreScale.of(harmless), {}, none)

@@ -120,12 +120,12 @@ def fit_reply_probe(
             "States of replies hold infinite or undefined numbers; use bfloat16 or float32 instead "
             "of float16."
         )
-    prompts = [reply.prompt.pair or reply.prompt.text for reply in replies]
+    groups = [reply.prompt.fold_group for reply in replies]
     owners = captured.owners
     fit = fit_linear(
         captured.means,
         [labels[owner] for owner in owners],
-        [prompts[owner] for owner in owners],
+        [groups[owner] for owner in owners],
         layers,
     )
     held_out = _highest_running(fit.held_out, captured, len(replies))

@@ -158,7 +158,7 @@ def _require_finite(states: States, reading: Reading) -> None:
 
 def _fit_linear(states: States, reading: Reading) -> Fit:
     labels = [bool(p.harmful) for p in states.prompts]
-    groups = [p.pair or p.text for p in states.prompts]
+    groups = [p.fold_group for p in states.prompts]
     layers = states.layers * len(reading.positions)
     return fit_linear(slots(states, reading.positions), labels, groups, layers)
 
