@@ -161,6 +161,18 @@ def test_text_that_hides_beside_the_content_is_read(delta):
     assert found[-2]["choices"][0]["finish_reason"] == "content_filter"
 
 
+@pytest.mark.parametrize(
+    "choices", [[1], 3, [dict(message="text")], [dict(message=dict(tool_calls=["f"]))]]
+)
+def test_choices_of_another_shape_are_the_upstreams_failure(choices):
+    def odd(handler, _):
+        handler.say(json.dumps(dict(id="up", choices=choices)).encode())
+
+    with upstream(odd) as (_, where), serve(with_threshold(1e6), upstream=where) as url:
+        answer = post(f"{url}{CHAT}", json=chat(passed()))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_error")
+
+
 def test_a_reply_that_is_too_long_to_read_is_not_sent_on():
     def endless(handler, _):
         handler.send_response(200)

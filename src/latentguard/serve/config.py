@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from latentguard.serve.control_tokens import ControlTokenPolicy
-from latentguard.serve.parameters import ToolPolicy
-from latentguard.serve.reply_reading import ReplyPolicy
-
 Policy = Literal["block", "annotate", "shadow"]
 OnReview = Literal["pass", "annotate", "block"]
 Fsync = Literal["never", "interval", "always"]
+
+ReplyPolicy = Literal["cut", "block", "annotate", "shadow"]
+"""What happens to a flagged reply."""
+
+ToolPolicy = Literal["read", "refuse", "trust"]
+"""What is done with tools and schemas: each text in them is read; they are refused; the gateway
+that adds them is trusted."""
+
+ControlTokenPolicy = Literal["refuse", "escape", "forward"]
+"""Messages with control tokens are refused, sent with a blank in each token, or sent as they are,
+since the upstream is known to take them for text."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal
 
 from latentguard.serve.errors import BadRequest
-
-ControlTokenPolicy = Literal["refuse", "escape", "forward"]
-"""Messages with control tokens are refused, sent with a blank in each token, or sent as they are,
-since the upstream is known to take them for text."""
 
 COMMON = (
     r"<\|[^|<>]{1,64}\|>|<\uff5c[^\uff5c<>]{1,64}\uff5c>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>"

@@ -7,14 +7,11 @@ be what its name says: a number, a switch, one word, or a label that no model is
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
+from latentguard.serve.config import ToolPolicy
 from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import require_name, texts_of
-
-ToolPolicy = Literal["read", "refuse", "trust"]
-"""What is done with tools and schemas: each text in them is read; they are refused; the gateway
-that adds them is trusted."""
 
 NUMBERS = frozenset(
     "best_of frequency_penalty length_penalty logprobs max_completion_tokens max_tokens min_p "

@@ -15,9 +15,7 @@ from typing import Literal
 import numpy as np
 
 from latentguard.guard.replies import ReplyProbe, ReplyVerdict, RunningScore
-
-ReplyPolicy = Literal["cut", "block", "annotate", "shadow"]
-"""What happens to a flagged reply."""
+from latentguard.serve.config import ReplyPolicy
 
 ReplyAction = Literal["score", "pass", "cut", "block", "annotate", "shadow"]
 """What was done with a reply: its verdict given; shown; what the policy says of a flagged one."""

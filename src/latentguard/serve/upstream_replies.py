@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -169,9 +169,8 @@ class FollowedReply:
         Raises:
             ApiError: if a reply cannot be read.
         """
-        for choice in body.get("choices") or ():
-            followed = self._choice(choice.get("index", 0))
-            followed.text += message_text(choice.get("message") or {})
+        for index, text in _texts(body, "message"):
+            self._choice(index).text += text
         await self._read(is_whole=True)
         notes = await self._record()
         if self._must_end:
@@ -193,13 +192,12 @@ class FollowedReply:
 
     def _add(self, event: Mapping[str, Any]) -> int:
         """Take up the text of an event; returns how many pieces of text it holds."""
-        count = 0
-        for choice in event.get("choices") or ():
+        texts = _texts(event, "delta")
+        if texts:
             self._head = {name: event[name] for name in ("id", "created", "model") if name in event}
-            text = message_text(choice.get("delta") or {})
-            count += bool(text)
-            self._choice(choice.get("index", 0)).text += text
-        return count
+        for index, text in texts:
+            self._choice(index).text += text
+        return sum(bool(text) for _, text in texts)
 
     async def _read(self, *, is_whole: bool) -> None:
         try:
@@ -226,11 +224,7 @@ class FollowedReply:
 
     def _annotated(self, line: bytes) -> bytes:
         event = _event(line)
-        scores = [
-            self._choice(choice.get("index", 0)).score
-            for choice in event.get("choices") or ()
-            if message_text(choice.get("delta") or {})
-        ]
+        scores = [self._choice(index).score for index, text in _texts(event, "delta") if text]
         if not scores or scores[0] is None:
             return line
         note = dict(event.get("latentguard") or {}) | {"reply_score": scores[0]}
@@ -269,6 +263,21 @@ class FollowedReply:
             return {}
         worst = max(verdicts, key=lambda one: (one.flagged, one.score))
         return reply_note(self._context, worst)
+
+
+def _texts(answer: Mapping[str, Any], part: Literal["message", "delta"]) -> list[tuple[int, str]]:
+    """The index of each choice, and the text of its message or delta.
+
+    Raises:
+        UpstreamError: if the choices are of another shape than OpenAI's.
+    """
+    try:
+        return [
+            (int(choice.get("index", 0)), message_text(choice.get(part) or {}))
+            for choice in answer.get("choices") or ()
+        ]
+    except (AttributeError, TypeError, ValueError):
+        raise UpstreamError("The upstream's choices cannot be read.") from None
 
 
 def message_text(message: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from latentguard.serve.config import ServeConfig
+
 # Panels of ``--help``.
 GUARD = "Guard and model"
 TRAFFIC = "What is done"
@@ -158,10 +160,10 @@ class ServeOptions:
             help="Tokens of a reply that are read beyond one until it is shown.",
             rich_help_panel=TRAFFIC,
         ),
-    ] = 8
+    ] = ServeConfig.hold_tokens
     refusal: Annotated[
         str, typer.Option(help="What a blocked chat is answered with.", rich_help_panel=TRAFFIC)
-    ] = "I can't help with that."
+    ] = ServeConfig.refusal
     trust_roles: Annotated[
         list[str],
         typer.Option(
@@ -216,13 +218,13 @@ class ServeOptions:
             help="Below the URL; {model} is the request's model, as Azure's deployments need it.",
             rich_help_panel=UPSTREAM,
         ),
-    ] = "chat/completions"
+    ] = ServeConfig.upstream_chat_path
     upstream_models_path: Annotated[
         str,
         typer.Option(
             help="Below the URL; also asked whether it is there.", rich_help_panel=UPSTREAM
         ),
-    ] = "models"
+    ] = ServeConfig.upstream_models_path
     upstream_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -232,10 +234,10 @@ class ServeOptions:
     ] = None
     upstream_key_header: Annotated[
         str, typer.Option(help="Header of its key, as api-key.", rich_help_panel=UPSTREAM)
-    ] = "authorization"
+    ] = ServeConfig.upstream_key_header
     upstream_connect_seconds: Annotated[
         float, typer.Option(min=0.1, help="To connect.", rich_help_panel=UPSTREAM)
-    ] = 10.0
+    ] = ServeConfig.upstream_connect_seconds
     upstream_read_seconds: Annotated[
         float,
         typer.Option(
@@ -243,7 +245,7 @@ class ServeOptions:
             help="Until its answer begins, or the next piece of it comes.",
             rich_help_panel=UPSTREAM,
         ),
-    ] = 120.0
+    ] = ServeConfig.upstream_read_seconds
     audit: Annotated[
         str | None,
         typer.Option(
@@ -317,7 +319,7 @@ class ServeOptions:
     ] = None
     health_host: Annotated[
         str, typer.Option(help="Address of that port.", rich_help_panel=NETWORK)
-    ] = "127.0.0.1"
+    ] = ServeConfig.health_host
     close_delay: Annotated[
         float,
         typer.Option(
@@ -332,13 +334,13 @@ class ServeOptions:
         typer.Option(
             min=0, help="Seconds that requests then have to finish.", rich_help_panel=NETWORK
         ),
-    ] = 30.0
+    ] = ServeConfig.drain
     concurrency: Annotated[
         int,
         typer.Option(
             min=1, help="Requests of one client that may be under way.", rich_help_panel=LIMITS
         ),
-    ] = 512
+    ] = ServeConfig.concurrency
     rate: Annotated[
         float | None,
         typer.Option(min=0.001, help="Requests of one client in a second.", rich_help_panel=LIMITS),
@@ -348,7 +350,7 @@ class ServeOptions:
         typer.Option(
             min=1, help="Requests that may come at once, with --rate.", rich_help_panel=LIMITS
         ),
-    ] = 20
+    ] = ServeConfig.burst
     redis: Annotated[
         str | None,
         typer.Option(
@@ -359,23 +361,23 @@ class ServeOptions:
     ] = None
     max_connections: Annotated[
         int, typer.Option(min=1, help="Open connections.", rich_help_panel=LIMITS)
-    ] = 1024
+    ] = ServeConfig.max_connections
     max_connections_per_address: Annotated[
         int, typer.Option(min=1, help="Open connections from one address.", rich_help_panel=LIMITS)
-    ] = 512
+    ] = ServeConfig.max_connections_per_address
     queue: Annotated[
         int, typer.Option(min=1, help="Prompts that may wait.", rich_help_panel=LIMITS)
-    ] = 256
+    ] = ServeConfig.queue
     wait_ms: Annotated[
         float, typer.Option(min=0, help="A batch waits so long for more.", rich_help_panel=LIMITS)
     ] = 3.0
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of the longest prompt.", rich_help_panel=LIMITS)
-    ] = 4096
+    ] = ServeConfig.max_tokens
     max_reply: Annotated[
         int, typer.Option(min=1, help="Tokens of the longest reply.", rich_help_panel=LIMITS)
-    ] = 1024
+    ] = ServeConfig.max_reply
     deadline: Annotated[
         float,
         typer.Option(min=0.1, help="Seconds that a verdict may take.", rich_help_panel=LIMITS),
-    ] = 30.0
+    ] = ServeConfig.deadline
