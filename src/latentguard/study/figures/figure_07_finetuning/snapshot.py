@@ -237,6 +237,8 @@ class Look:
             *(self.every_source, self.matched),
         )
         named = [getattr(judge, "__qualname__", ""), str(getattr(judge, "model", ""))]
+        if self.model.opens_thinking:
+            named.append("judged behind the thinking")
         return ["finetuning", recipe, asked, self.layers, [*map(digest_prompts, prompts)], named]
 
     def _linear(self) -> Probe | None:
