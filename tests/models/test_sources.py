@@ -10,6 +10,7 @@ import httpx
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import CacheNotFound, LocalEntryNotFoundError
 
 from latentguard.errors import ModelError
@@ -50,7 +51,7 @@ def kept(cache):
 
 
 def hub_that_answers(monkeypatch, answer):
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(httpx, "head", answer)
 
 

@@ -123,8 +123,9 @@ def _is_hub_silent(repo: str) -> bool:
     The request runs in a thread of its own, because no timeout limits how long a name is looked up.
     """
     import httpx
+    from huggingface_hub import constants
 
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if constants.HF_HUB_OFFLINE:
         return True
     answered = threading.Event()
 
