@@ -19,9 +19,6 @@ from latentguard.cli.app import app
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.server import create_server
 
-RICH_MARKUP = re.compile(r"\[/?(?:bold|italic|dim|cyan|green|red|yellow)?\]")
-"""Markup of the terminal, which a page does not know."""
-
 VARIABLES = {
     "LATENTGUARD_API_KEYS": "API keys of `serve`, with commas between; instead of `--api-keys`.",
     "LATENTGUARD_ADMIN_KEY": "Key for `POST /reload` on the health port; without it there is none.",
@@ -87,7 +84,7 @@ def _verb(name: str, command: Any) -> str:
 
 
 def _split_example(text: str) -> tuple[str, str]:
-    prose, _, example = RICH_MARKUP.sub("", text).partition("Example: ")
+    prose, _, example = text.partition("Example: ")
     return prose.strip(), example.strip()
 
 

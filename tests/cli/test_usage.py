@@ -1,5 +1,6 @@
 """Help and usage: panels, one example a verb, old option names, exit code 2."""
 
+import inspect
 import re
 import shlex
 
@@ -22,6 +23,7 @@ VERBS = {
     "drift": ("--json", "--text-column"),
     "stress": ("--only", "--budget"),
     "serve": ("--host", "--port", "--upstream"),
+    "sign": ("--key",),
     "parity": ("--backends",),
     "study": ("--only", "--budget", "--data-dir", "--device-map"),
     "compare": ("--out",),
@@ -42,6 +44,19 @@ class TestUsage:
         assert (code, err) == (0, "")
         assert f"latentguard {verb}" in out
         assert all(option in out for option in options)
+
+    @pytest.mark.parametrize("verb", ["", *VERBS, "pack", "data"])
+    def test_help_prints_every_word_of_the_help_texts(self, lg, monkeypatch, verb):
+        """Square brackets too, which Rich takes for markup."""
+        monkeypatch.setenv("COLUMNS", "2000")  # wide enough that no text is wrapped
+        command = typer.main.get_command(app)
+        for name in verb.split():
+            command = command.commands[name]
+        parts = [command, *command.params, *getattr(command, "commands", {}).values()]
+        texts = [inspect.cleandoc(part.help or "").split("\n\n")[0] for part in parts]
+        texts += [*inspect.cleandoc(command.help).split("\n\n"), command.epilog or ""]
+        out = " ".join(lg(*verb.split(), "--help")[1].split())
+        assert [text for text in texts if " ".join(text.split()) not in out] == []
 
     def test_help_of_all(self, lg):
         code, out, _ = lg("--help")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from latentguard.cli.audit import audit
 from latentguard.cli.benchmark import benchmark
@@ -65,7 +66,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode="rich",
         context_settings={"token_normalize_func": current_name},
         help="Read a chat model's own belief of harmfulness, and guard the model with it.",
-        epilog="Start with [bold]latentguard demo[/]. Prompts are JSON Lines (id, text, label, "
+        epilog="Start with 'latentguard demo'. Prompts are JSON Lines (id, text, label, "
         "category), CSV, Parquet, plain text, '-' for standard input, or a Hub data set as "
         "org/name:split.",
     )
@@ -78,3 +79,21 @@ def build_app() -> typer.Typer:
 
 
 app = build_app()
+
+
+def run_app() -> None:
+    """Run the application on the words of the command line.
+
+    Help texts are plain: Typer would have Rich read ``[judge]`` as markup and leave it out.
+    """
+    command = typer.main.get_command(app)
+    _escape_help(command)
+    command()
+
+
+def _escape_help(command: Any) -> None:
+    """Escape the square brackets in the help texts of a command, its options and its verbs."""
+    for part in (command, *command.params):
+        part.help = escape(part.help or "")
+    for verb in getattr(command, "commands", {}).values():
+        _escape_help(verb)

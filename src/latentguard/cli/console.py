@@ -92,7 +92,7 @@ def _bar(console: Any, name: str, total: int | None) -> Iterator[_Bar]:
     from rich import progress as rich
 
     columns = (
-        rich.TextColumn("{task.description:<28}"),
+        rich.TextColumn("{task.description:<28}", markup=False),
         rich.BarColumn(),
         rich.MofNCompleteColumn(),
         rich.TimeElapsedColumn(),
