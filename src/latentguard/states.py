@@ -281,6 +281,12 @@ class Speaker(Backend, Protocol):
     def reply_losses(self, replies: Sequence[Reply]) -> list[float]:
         """Mean loss of each reply's tokens behind its prompt, unsteered, in nats a token."""
 
+    def capture_thinking(self, replies: Sequence[Reply]) -> list[Float[Tensor, "2 l d"] | None]:
+        """States at the last token of each reply's thinking, and at the first behind it.
+
+        None of a reply that has no thinking, or nothing behind it.
+        """
+
 
 def digest_prompts(prompts: Iterable[Prompt]) -> str:
     """SHA-256 over what was said and how it was labelled, in order."""

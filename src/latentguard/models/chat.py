@@ -35,6 +35,7 @@ from latentguard.models.layout import (
     too_long_error,
 )
 from latentguard.models.template_trial import require_bounded
+from latentguard.models.thinking_places import CLOSE, OPEN
 from latentguard.prompts import Message, Prompt
 
 MAX_CACHED_TURNS = 64
@@ -42,9 +43,6 @@ MAX_CACHED_TURNS = 64
 
 MAX_CACHED_CHARACTERS = 256
 """Frames of chats whose turns begin with more characters than these are not cached."""
-
-THOUGHT_END = "</think>"
-"""Ends the thoughts that many templates drop from earlier replies."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,9 @@ class ChatTokenizer:
         self.has_date = "strftime_now" in template
         """Whether the template may print today's date."""
 
-        self._has_thoughts = THOUGHT_END in template
+        self.has_thoughts = CLOSE in template
+        """Whether the template knows of thinking; many drop it from earlier replies."""
+
         self._nonce = secrets.token_hex(4)
         self._marks = re.compile(self._mark("([0-9]+)"))
         mark = self._mark(0).replace(self._nonce, "")
@@ -213,8 +213,8 @@ class ChatTokenizer:
         return self._frame(day, chat_turns(history, whole)), whole
 
     def _without_thoughts(self, message: Message) -> str:
-        if self._has_thoughts and message.role == "assistant":
-            return message.content.rpartition(THOUGHT_END)[2]
+        if self.has_thoughts and message.role == "assistant":
+            return message.content.rpartition(CLOSE)[2]
         return message.content
 
     def _today(self) -> str:
@@ -270,7 +270,7 @@ class ChatTokenizer:
     @property
     def opens_thinking(self) -> bool:
         """Whether the template opens the model's thinking, so that a reply begins inside it."""
-        return self._render(["user"], ["a"]).rstrip().endswith("<think>")
+        return self._render(["user"], ["a"]).rstrip().endswith(OPEN)
 
     def _render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
         chat = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]

@@ -28,6 +28,7 @@ from latentguard.models.loading import (
 )
 from latentguard.models.prefill import has_only_keys_and_values
 from latentguard.models.reply_loss import reply_losses
+from latentguard.models.thinking_places import find_thinking
 from latentguard.models.weights_digest import execution_device, weights_digest
 from latentguard.prompts import Prompt, PromptLike, Reply, as_prompts
 from latentguard.states import Fingerprint, Progress, States, progress_bar
@@ -151,6 +152,11 @@ class ChatModel:
     def opens_thinking(self) -> bool:
         """Whether the chat template opens the thinking before the reply."""
         return self.chat.opens_thinking
+
+    @property
+    def may_think(self) -> bool:
+        """Whether the chat template knows of thinking, so that replies may hold some."""
+        return self.opens_thinking or self.chat.has_thoughts
 
     @property
     def model_type(self) -> str:
@@ -277,6 +283,31 @@ class ChatModel:
             PromptError: if a prompt is empty, or too long with its reply.
         """
         return reply_losses(self, replies)
+
+    def capture_thinking(self, replies: Sequence[Reply]) -> list[Float[Tensor, "2 l d"] | None]:
+        """States where the thinking of the model's own replies ends, at all layers.
+
+        Each reply is read behind its prompt, as it was written. The first state is that of the last
+        token inside the thinking, the second that of the first token behind it. A reply that
+        does not think, or has nothing behind its thinking, has None.
+
+        Raises:
+            PromptError: if a prompt is empty, or too long with its reply.
+        """
+        found: list[Float[Tensor, "2 l d"] | None] = [None] * len(replies)
+        rows: dict[int, CaptureRow] = {}
+        for n, reply in enumerate(replies):
+            places = find_thinking(self.tokenizer.decode, reply.ids)
+            if places is not None:
+                (layout,) = self.chat([reply.prompt])
+                spans = [(len(layout.ids) + at,) * 2 for at in (places.last_thought, places.after)]
+                rows[n] = CaptureRow.of_spans((*layout.ids, *reply.ids), spans)
+                self.check_length(rows[n].length, reply.prompt)
+        if rows:
+            states = self.capture_rows(list(rows.values()), tuple(range(self.depth + 1)))
+            for n, one in zip(rows, states, strict=True):
+                found[n] = one
+        return found
 
     def _capture_group(
         self,

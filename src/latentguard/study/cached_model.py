@@ -18,11 +18,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from latentguard.interventions import Ablation, Edit, Intervention, Knockout
+from latentguard.models.thinking_places import CLOSE, OPEN
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Progress, Speaker, States
 from latentguard.study.judge import Answer, Judge, answer, judge, refused
 from latentguard.study.store import Store, key_of
-from latentguard.study.thinking import OPEN
+
+THINKING_POSITIONS = ("last thought", "after thinking")
+"""Positions in a reply: the last token of its thinking, and the first token behind it."""
 
 STATES_AT_ONCE = 128
 """Prompts whose states are kept together."""
@@ -107,6 +110,7 @@ class CachedModel:
         self.second_judge, self.answer = second_judge, answer
         # a speaker without a chat template opens no thinking
         self.opens_thinking = bool(getattr(model, "opens_thinking", False))
+        self.may_think = bool(getattr(model, "may_think", False))
         self.step: Step = step or (lambda what, total: lambda count: None)
         self.name = model.fingerprint.digest
 
@@ -143,6 +147,33 @@ class CachedModel:
         for chunk in _chunks(missing, STATES_AT_ONCE):
             self._capture(chunk, tuple(positions), keys, advance)
         return self._kept_states(prompts, tuple(positions), keys)
+
+    def thinking_states(
+        self, prompts: Iterable[Prompt], *, max_new_tokens: int, what: str = "thinking"
+    ) -> States:
+        """States where the thinking of the model's own replies ends, [n 2 l d].
+
+        Of the prompts whose reply thinks to the end and then says something; the others are left
+        out. A model whose template knows of no thinking is not asked.
+
+        Raises:
+            PromptError: if a prompt is empty, or too long with its reply.
+        """
+        prompts = tuple(prompts) if self.may_think else ()
+        (replies,) = self.replies(prompts, what=what, max_new_tokens=max_new_tokens)
+        replies = [one for one in replies if CLOSE in one.text]
+        keys = {one: self._thinking_keys(one) for one in replies}
+        there = self.store.has(key for of in keys.values() for key in of)
+        missing = [one for one in keys if not there.issuperset(keys[one])]
+        advance = self.step(what, len(missing))
+        for chunk in _chunks(missing, STATES_AT_ONCE):
+            for reply, states in zip(chunk, self.uncached.capture_thinking(chunk), strict=True):
+                values = [b"", b""] if states is None else [_to_bytes(one) for one in states]
+                self.store.put(dict(zip(keys[reply], values, strict=True)))
+            advance(len(chunk))
+        kept = self.store.get(key for of in keys.values() for key in of)
+        thought = {one.prompt: keys[one] for one in replies if kept[keys[one][0]]}
+        return self._kept_states(tuple(thought), THINKING_POSITIONS, thought)
 
     def replies(
         self,
@@ -243,10 +274,9 @@ class CachedModel:
         advance: Progress,
     ) -> None:
         found = States.collect(self.uncached.capture(chunk, positions=positions, progress=advance))
-        values = found.values.contiguous()
         self.store.put(
             {
-                key: values[row, slot].view(torch.uint8).numpy().tobytes()
+                key: _to_bytes(found.values[row, slot])
                 for row, prompt in enumerate(chunk)
                 for slot, key in enumerate(keys[prompt])
             }
@@ -308,6 +338,10 @@ class CachedModel:
     def _state_key(self, prompt: Prompt, position: str) -> str:
         return key_of("state", self.name, _said(prompt), position)
 
+    def _thinking_keys(self, reply: Reply) -> list[str]:
+        parts = ("thinking", self.name, _said(reply.prompt), reply.ids)
+        return [key_of(*parts, position) for position in THINKING_POSITIONS]
+
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
     return (tuple(items[at : at + size]) for at in range(0, len(items), size))
@@ -341,6 +375,10 @@ def _digest(one: Edit | None, prompt: Prompt) -> list[Any]:
         return steered + while_replying
     states = _sha(one.states[prompt]) if prompt in one.states else ""
     return ["patch", int(one.layer), list(one.positions), states]
+
+
+def _to_bytes(values: torch.Tensor) -> bytes:
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _sha(values: torch.Tensor) -> str:

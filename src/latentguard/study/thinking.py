@@ -7,13 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from latentguard.models.thinking_places import CLOSE, OPEN
 from latentguard.prompts import Reply
-
-OPEN = "<think>"
-"""How thinking begins; some chat templates open it before the reply."""
-
-CLOSE = "</think>"
-"""How it ends; what follows the last one is the answer."""
 
 
 def is_cut_in_thinking(reply: Reply) -> bool:

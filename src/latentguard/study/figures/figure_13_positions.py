@@ -1,18 +1,22 @@
-"""Figures 13 to 16: every position from two before t_inst to t_post (appendix F)."""
+"""Figures 13 to 16: every position from two before t_inst to t_post (appendix F).
+
+Where a model thinks, two positions of its own reply follow; the paper has no such model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.interventions import Intervention
-from latentguard.probes.axis import Axis
+from latentguard.probes.axis import GROUPS, Axis
 from latentguard.prompts import Group
 from latentguard.report.charts import Curve, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
+from latentguard.states import States
 from latentguard.stats.bootstrap import bootstrap_mean, mean_curve
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import share
@@ -39,6 +43,10 @@ REACH = 0.1
 """Share of answers that some direction must turn to Certainly before positions are compared."""
 
 
+Beliefs = NDArray[np.float64]
+"""s^l of n prompts at layers 0 to L, [n l]."""
+
+
 @dataclass(frozen=True)
 class Steered:
     """Harmless prompts in the inversion task, steered towards harmful."""
@@ -60,8 +68,9 @@ class Records:
     positions: tuple[str, ...]
     """In order; t_post is the last."""
 
-    beliefs: Mapping[Group, NDArray[np.float64]]
-    """s^l of accepted harmful and refused harmless prompts at layers 0 to L, [n p l]."""
+    beliefs: Mapping[Group, Mapping[str, Beliefs]]
+    """s^l of accepted harmful and refused harmless prompts at each position; at those of the
+    thinking, of the prompts whose reply thinks to its end."""
 
     steered: tuple[Steered, ...]
     """The inversion task (Figure 16)."""
@@ -72,28 +81,94 @@ class Records:
     note: str
     """What the centroids were fitted on."""
 
+    thinking: Mapping[str, int] = field(default_factory=dict)
+    """How many prompts, fitted and tested, have a reply that thinks to its end; none is counted
+    where the model's template knows of no thinking."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where prompts are placed: the positions, and those of the thinking if enough have any."""
+        return tuple(next(iter(self.beliefs.values()), self.positions))
+
 
 def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Fit centroids at each position, place the tested prompts, and steer with each direction."""
     positions = (*BEFORE, *model.span)
     axes = fit_axes(model, prompt_groups, enough=settings.enough)
-    fitted = _fit(model, prompt_groups, axes, positions)
+    every = [p for group in prompt_groups.fit.values() for p in group]
+    states = model.states(every, positions=positions, what="centroids: every position")
+    fitted = _fit(states, axes)
     beliefs = {}
     for group in MISBEHAVING:
         if prompts := prompt_groups.test_prompts(group):
             states = model.states(prompts, positions=positions, what="states: every position")
-            parts = [fitted[at].layer_beliefs(states.at(at)).double().numpy() for at in positions]
-            beliefs[group] = np.stack(parts, 1)
+            beliefs[group] = _place(states, fitted)
+    thinking = _thinking(model, prompt_groups, axes, settings)
+    for group, placed in thinking.beliefs.items():
+        beliefs[group] |= placed
     layers = settings.probed_layers(model.depth)
     norms = np.array([[float(fitted[at].direction[n].norm()) for n in layers] for at in positions])
     relative = (norms / norms[positions.index("t_inst")].clip(1e-12)).mean(1)
     steered = tuple(_steer(model, prompt_groups, settings, fitted))
-    return Records(positions, beliefs, steered, tuple(map(float, relative)), axes.note)
+    lengths = tuple(map(float, relative))
+    return Records(positions, beliefs, steered, lengths, axes.note, thinking.counts)
+
+
+def _fit(states: States, axes: Axes) -> dict[str, Axis]:
+    """Equation 2's centroids at each position, from the groups that the axes were fitted on."""
+    poles = _poles(axes)
+    return {at: Axis.fit(states, at, name=at, **poles) for at in states.positions}
+
+
+def _poles(axes: Axes) -> dict[str, str]:
+    """The two groups that the axes were fitted on."""
+    if axes.refuse is None:
+        return dict(positive="harmful", negative="harmless")
+    return dict(positive="refused_harmful", negative="accepted_harmless")
+
+
+def _place(states: States, fitted: Mapping[str, Axis]) -> dict[str, Beliefs]:
+    """s^l of some prompts at each position."""
+    return {at: one.layer_beliefs(states.at(at)).double().numpy() for at, one in fitted.items()}
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What is read where the thinking of the model's own replies ends."""
+
+    beliefs: Mapping[Group, Mapping[str, Beliefs]]
+    """s^l of the tested prompts at both positions; of no group if ``counts`` are too few."""
+
+    counts: Mapping[str, int]
+    """As in ``Records``."""
+
+
+def _thinking(
+    model: CachedModel, prompt_groups: PromptGroups, axes: Axes, settings: Settings
+) -> Thinking:
+    """Fit centroids at both positions of the thinking, and place the tested prompts there."""
+    if not model.may_think:
+        return Thinking({}, {})
+    fit = [p for group in prompt_groups.fit.values() for p in group]
+    states = model.thinking_states(fit, max_new_tokens=settings.reply_tokens)
+    counts = {
+        f"fitted {pole.replace('_', ' ')}": len(states.where(GROUPS[pole]))
+        for pole in _poles(axes).values()
+    }
+    tested = {}
+    for group in MISBEHAVING:
+        if prompts := prompt_groups.test_prompts(group):
+            tested[group] = model.thinking_states(prompts, max_new_tokens=settings.reply_tokens)
+            counts[f"tested {group.replace('_', ' ')}"] = len(tested[group])
+    if min(counts.values()) < settings.enough:
+        return Thinking({}, counts)
+    fitted = _fit(states, axes)
+    return Thinking({group: _place(of, fitted) for group, of in tested.items()}, counts)
 
 
 def analyse(records: Records, settings: Settings) -> Finding:
     """Place both groups at each position, and compare the answers under steering."""
-    means = {group: _middle(s, settings) for group, s in records.beliefs.items()}
+    means = {group: _middle(placed, settings) for group, placed in records.beliefs.items()}
     parts: list[Table | Figure] = []
     if means:
         parts += [_by_position(records, means), _places(records, means), _by_layer(records)]
@@ -103,19 +178,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
         if len(records.steered[0].answers) >= settings.enough and _reach(records) >= REACH:
             effects["flip to Certainly, t_inst minus other positions"] = _advantage(records)
             effects[STRONGEST] = _over_strongest(records)
-    return Finding(_section(parts), effects, _caveats(records, settings))
-
-
-def _fit(
-    model: CachedModel, prompt_groups: PromptGroups, axes: Axes, positions: tuple[str, ...]
-) -> dict[str, Axis]:
-    """Equation 2's centroids at each position, from the groups that the axes were fitted on."""
-    poles = dict(positive="refused_harmful", negative="accepted_harmless")
-    if axes.refuse is None:
-        poles = dict(positive="harmful", negative="harmless")
-    every = [p for group in prompt_groups.fit.values() for p in group]
-    states = model.states(every, positions=positions, what="centroids: every position")
-    return {at: Axis.fit(states, at, name=at, **poles) for at in positions}
+    return Finding(_section(records, parts), effects, _caveats(records, settings))
 
 
 def _steer(
@@ -146,14 +209,15 @@ def _steer(
             yield Steered(*place, tuple(map(model.answer, said)))
 
 
-def _middle(s: NDArray[np.float64], settings: Settings) -> list[Estimate]:
+def _middle(placed: Mapping[str, Beliefs], settings: Settings) -> dict[str, Estimate]:
     """Mean of s over the middle layers at each position."""
-    band = middle_layers(s.shape[2] - 1, settings.middle, of=settings.middle_of)
-    return mean_curve(s[:, :, band].mean(2))
+    depth = next(iter(placed.values())).shape[1] - 1
+    band = middle_layers(depth, settings.middle, of=settings.middle_of)
+    return {at: bootstrap_mean(s[:, band].mean(1)) for at, s in placed.items()}
 
 
-def _by_position(records: Records, means: Mapping[Group, list[Estimate]]) -> Figure:
-    curves = {_named(records, group): to_curve(found) for group, found in means.items()}
+def _by_position(records: Records, means: Mapping[Group, Mapping[str, Estimate]]) -> Figure:
+    curves = {_named(records, g): to_curve(list(found.values())) for g, found in means.items()}
     caption = (
         "A position encodes harmfulness if accepted harmful prompts lie above the dashed line and "
         "refused harmless ones below it. The paper finds that of t_inst alone. Bands: 95 %, "
@@ -161,14 +225,14 @@ def _by_position(records: Records, means: Mapping[Group, list[Estimate]]) -> Fig
     )
     title = "s over the middle layers, by position"
     return lines_by_layer(
-        curves, records.positions, title=title, y="s", caption=caption, x="position", zero=True
+        curves, records.places, title=title, y="s", caption=caption, x="position", zero=True
     )
 
 
-def _places(records: Records, means: Mapping[Group, list[Estimate]]) -> Table:
+def _places(records: Records, means: Mapping[Group, Mapping[str, Estimate]]) -> Table:
     rows: list[tuple[Cell, ...]] = []
-    for slot, position in enumerate(records.positions):
-        found = [means[group][slot] if group in means else None for group in MISBEHAVING]
+    for position in records.places:
+        found = [means[group][position] if group in means else None for group in MISBEHAVING]
         both = [cells(one) if one else (None, None, None, 0) for one in found]
         rows.append((position, *both[0], *both[1], _verdict(*found)))
     heads = [(f"{g.replace('_', ' ')}: s", "low", "high", "n") for g in MISBEHAVING]
@@ -192,20 +256,20 @@ def _by_layer(records: Records) -> Figure:
     """A panel for each position, with both groups by layer."""
     curves: dict[str, Curve] = {}
     panels: dict[str, list[str]] = {}
-    for slot, position in enumerate(records.positions):
-        for group, s in records.beliefs.items():
+    for position in records.places:
+        for group, placed in records.beliefs.items():
             name = f"{group.replace('_', ' ')}, {position}"
-            curves[name] = to_curve(mean_curve(s[:, slot, 1:]))
+            curves[name] = to_curve(mean_curve(placed[position][:, 1:]))
             panels.setdefault(position, []).append(name)
     counts = " and ".join(
-        f"{len(s)} {group.replace('_', ' ')}" for group, s in records.beliefs.items()
+        f"{_count(records, group)} {group.replace('_', ' ')}" for group in records.beliefs
     )
     caption = (
         f"Mean of {counts} prompts. Above the dashed line they are nearer to the refused harmful "
         "prompts. A position encodes harmfulness where the two curves lie on either side. Bands: "
         "95 %, bootstrap over prompts."
     )
-    depth = next(iter(records.beliefs.values())).shape[2]
+    depth = next(iter(records.beliefs.values()))["t_inst"].shape[1]
     return lines_by_layer(
         curves,
         range(1, depth),
@@ -293,13 +357,18 @@ def _reach(records: Records) -> float:
 
 
 def _named(records: Records, group: Group) -> str:
-    return f"{group.replace('_', ' ')} (n = {len(records.beliefs[group])})"
+    return f"{group.replace('_', ' ')} (n = {_count(records, group)})"
+
+
+def _count(records: Records, group: Group) -> int:
+    """Tested prompts of a group; fewer of them may think to the end."""
+    return len(records.beliefs[group]["t_inst"]) if group in records.beliefs else 0
 
 
 def _caveats(records: Records, settings: Settings) -> tuple[str, ...]:
     lines = []
     for group in MISBEHAVING:
-        count = len(records.beliefs.get(group, ()))
+        count = _count(records, group)
         if count < settings.enough:
             name = group.replace("_", " ")
             lines.append(f"Figure 14: {count} {name} prompts are too few to place them.")
@@ -309,12 +378,24 @@ def _caveats(records: Records, settings: Settings) -> tuple[str, ...]:
     elif _reach(records) < REACH:
         few = f"no direction turns {REACH:.0%} of {count} answers to 'Certainly'"
         lines.append(f"Figure 16: {few}; positions cannot be compared.")
+    if records.thinking and min(records.thinking.values()) < settings.enough:
+        found = ", ".join(f"{count} {name}" for name, count in records.thinking.items())
+        lines.append(
+            f"Thinking: too few replies think to the end to read it ({found}); set 'reply_tokens' "
+            f"above {settings.reply_tokens}."
+        )
     return tuple(lines)
 
 
-def _section(parts: list[Table | Figure]) -> Section:
+def _section(records: Records, parts: list[Table | Figure]) -> Section:
     text = (
         "Positions from two tokens before t_inst to t_post, each with its own centroids. inst-1 is "
         "the token before t_inst, post+1 the first after it."
     )
+    if len(records.places) > len(records.positions):
+        text += (
+            " The model thinks before it answers. 'last thought' is the last token inside the "
+            "thinking of its own reply, 'after thinking' the first token behind it. Their "
+            "centroids are of the prompts whose reply thinks to its end; the table has their n."
+        )
     return Section("Figures 13 to 16: more token positions", text, tuple(parts))
