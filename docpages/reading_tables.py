@@ -118,6 +118,47 @@ def _without_n(text: str) -> str:
     return text.partition(" n = ")[0]
 
 
+PACK_ROWS = (
+    (0, "built-in", "none; built-in harmless calibrates"),
+    (10, "built-in", "built-in harmless"),
+    (50, "built-in", "built-in harmless"),
+    (0, "of the set", "none; in-domain harmless calibrates"),
+    (10, "of the set", "in-domain harmless"),
+    (50, "of the set", "in-domain harmless"),
+)
+"""Examples of a category; harmless prompts that the pack sees; their name in the results."""
+
+
+def packs_table() -> str:
+    """Recall and false positives of packs, by examples and by the harmless prompts they see."""
+    results = {model: _pack_cells(model) for model in MODELS}
+    rows = []
+    for k, harmless, added in PACK_ROWS:
+        row = [str(k), harmless]
+        for model in MODELS:
+            row += [results[model][rows_of, "guard", added, k] for rows_of in PACK_TESTS]
+        first = results[next(iter(MODELS))]
+        row += [first[rows_of, "n-grams", added, k] for rows_of in PACK_TESTS]
+        rows.append(row)
+    names = [*(name.partition(" ")[0] for name in MODELS.values()), "n-grams"]
+    head = ["examples", "harmless prompts"]
+    head += [f"{name}: {what}" for name in names for what in ("recall", "FPR")]
+    return markdown_table(head, rows, "python benchmarks/packs.py MODEL")
+
+
+PACK_TESTS = ("all harmful", "harmless")
+
+
+def _pack_cells(model: str) -> dict[tuple[str, str, str, int], str]:
+    """(tested, guard, harmless prompts, examples) -> share flagged with its interval."""
+    result = read_result(f"packs-{model}")
+    records = [dict(zip(result["columns"], row, strict=True)) for row in result["rows"]]
+    return {
+        (one["category"], one["guard"], one["added"], one["k"]): interval(one, "flagged")
+        for one in records
+    }
+
+
 # ---- inside vLLM
 
 
@@ -132,6 +173,19 @@ def overhead_table() -> str:
             at_once = f"{load} tokens" if load.endswith("512") else load
             rows.append([name, at_once, pairs, seconds, *shares])
     head = ["model", "at once", "pairs", "s without", "% of processor time", "% of wall time"]
+    return markdown_table(head, rows, "python benchmarks/vllm_overhead.py MODEL")
+
+
+def default_overhead_table() -> str:
+    """The same for the reading of today, in two runs."""
+    rows = []
+    for model, name in TIMED_MODELS.items():
+        runs = [run["found"] for run in read_result(f"vllm-overhead-default-{model}")["runs"]]
+        for load, record in runs[0].items():
+            shares = [_share(run[load]["processor"]) if load in run else "" for run in runs]
+            at_once = f"{load} tokens" if load.endswith("512") else load
+            rows.append([name, at_once, str(record["pairs"]), *shares])
+    head = ["model", "at once", "pairs", "% of processor time, first run", "second run"]
     return markdown_table(head, rows, "python benchmarks/vllm_overhead.py MODEL")
 
 
@@ -165,7 +219,9 @@ READING_TABLES: dict[str, Callable[[], str]] = {
     **{f"long-input-{model}": partial(long_input_table, model) for model in MODELS},
     "categories-naming": naming_table,
     "categories-moderation": moderation_table,
+    "packs": packs_table,
     "vllm-overhead": overhead_table,
+    "vllm-overhead-default": default_overhead_table,
     "reading-speed": reading_speed_table,
 }
 """Name on a page -> what makes the table."""

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from docpages.attack_tables import ATTACK_TABLES
+from docpages.calibration_tables import CALIBRATION_TABLES
+from docpages.field_tables import FIELD_TABLES
+from docpages.library_tables import LIBRARY_TABLES
 from docpages.markdown_table import (
     MODELS,
     ROOT,
@@ -251,6 +254,9 @@ TABLES: dict[str, Callable[[], str]] = {
     **REPLY_TABLES,
     **VERDICT_TABLES,
     **ATTACK_TABLES,
+    **CALIBRATION_TABLES,
+    **FIELD_TABLES,
+    **LIBRARY_TABLES,
     "throughput": throughput_table,
     **{f"every-rule-{model}": partial(every_rule_table, model) for model in MODELS},
     "guards": guards_table,

@@ -168,7 +168,8 @@ def _weights_result(
 
 def _guard_summary(guard: LatentGuard) -> str:
     reading = f"{', '.join(guard.reading.positions)} with a {guard.probe.kind} probe"
-    return f"The guard reads {reading}. Its threshold is {guard.threshold:.4g}: {guard.promise}."
+    read = f"The guard reads {reading}. Its threshold is {guard.threshold:.4g}."
+    return f"{read} Promise: {guard.promise}."
 
 
 def _metadata(target: GuardUnderTest, plan: StressPlan) -> dict[str, Any]:

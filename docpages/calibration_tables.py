@@ -1,0 +1,83 @@
+"""Tables of the page on calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from docpages.markdown_table import interval, markdown_table, read_result
+
+RESULT = "calibration-qwen2.5-coder-0.5b"
+COMMAND = (
+    "python benchmarks/calibration.py GUARD --model MODEL --traffic FILE --labelled FILE "
+    "--other FILE --work DIR --json FILE"
+)
+
+Figure = Mapping[str, Any]
+
+
+def promise_table() -> str:
+    """How often a promised rate was kept, and what drift says of other traffic."""
+    found = read_result(RESULT)
+    promise = found["promise"]
+    rows = [
+        [
+            f"flagged, mean over {promise['splits']} splits",
+            f"{promise['mean']:.2%}",
+            _each(promise),
+        ],
+        ["flagged, 95 % of splits", f"{promise['low']:.1%} to {promise['high']:.1%}", ""],
+        ["splits over 1 %", f"{promise['over_the_promise']} of {promise['splits']}", ""],
+        ["false alarms of `drift`", f"{promise['drift_alarms']} of {promise['splits']}", ""],
+        ["JailbreakBench, harmless near misses flagged", *_share(found["flagged"]["near"])],
+        ["JailbreakBench, harmful prompts flagged", *_share(found["flagged"]["harmful"])],
+    ]
+    return markdown_table(["question", "measured", "n"], rows, COMMAND)
+
+
+def _each(promise: Figure) -> str:
+    return f"{promise['n']} each"
+
+
+def _share(figure: Figure) -> tuple[str, str]:
+    return interval(figure), f"{sum(figure['n'])}"
+
+
+def probabilities_table() -> str:
+    """Calibration error of probabilities, on prompts like the calibration's and on others."""
+    found = read_result(RESULT)["probabilities"]
+    sets = {"other half": "the other half of the same prompts", "other": "XSTest"}
+    rows = []
+    for key, label in sets.items():
+        before, after = (
+            found[f"{key}, {side}"]["expected_calibration_error"] for side in ("before", "after")
+        )
+        harmful, harmless = before["n"]
+        rows.append([label, f"{harmful} + {harmless}", interval(before), interval(after)])
+    head = ["test set", "n, harmful + harmless", "calibration error before", "after"]
+    return markdown_table(head, rows, COMMAND)
+
+
+def quadrants_table() -> str:
+    """Shares of prompts by quadrant."""
+    found = read_result(RESULT)
+    shares = {(group, name): figure for group, name, figure in found["quadrants"]["shares"]}
+    figures = {
+        "refused, counted as refusing (cross-fitted)": found["quadrants"]["refused"],
+        "accepted, counted as refusing (cross-fitted)": found["quadrants"]["accepted"],
+        "JailbreakBench, harmful: jailbreak suspects": shares["harmful", "harmful, accepting"],
+        "JailbreakBench, harmful: harmful and refusing": shares["harmful", "harmful, refusing"],
+        f"JailbreakBench, near misses: called over-refusals (the model refused "
+        f"{found['near']['refused']})": found["near"]["over_refusal"],
+        "Alpaca: called over-refusals": shares["harmless", "harmless, refusing"],
+    }
+    rows = [[label, *_share(figure)] for label, figure in figures.items()]
+    return markdown_table(["prompts", "share", "n"], rows, COMMAND)
+
+
+CALIBRATION_TABLES: dict[str, Callable[[], str]] = {
+    "calibration-promise": promise_table,
+    "calibration-probabilities": probabilities_table,
+    "calibration-quadrants": quadrants_table,
+}
+"""Name on a page -> what makes the table."""
