@@ -166,8 +166,8 @@ class States:
     def where(self, keep: Callable[[Prompt], bool]) -> States:
         """The states of the prompts that ``keep`` accepts."""
         rows = [i for i, prompt in enumerate(self.prompts) if keep(prompt)]
-        kept = tuple(self.prompts[i] for i in rows)
-        return replace(self, values=self.values[rows], prompts=kept)
+        prompts = tuple(self.prompts[i] for i in rows)
+        return replace(self, values=self.values[rows], prompts=prompts)
 
     def select(self, layers: Sequence[int]) -> States:
         """The states at some of the captured layers.

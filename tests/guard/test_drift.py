@@ -105,7 +105,7 @@ class TestCompare:
     def test_the_same_traffic(self, guard):
         found = compare(guard, *live(guard, 400))
         assert [one.traffic for one in found] == ["all", "en"]
-        assert all(one.holds and not one.moved for one in found)
+        assert all(one.holds and not one.has_moved for one in found)
         assert found[1].calibration_n == 300
         assert found[1].stability < 0.1
 
@@ -116,13 +116,13 @@ class TestCompare:
     def test_another_traffic(self, guard):
         found = compare(guard, *live(guard, 200, shift=1.0))
         assert not found[0].holds
-        assert found[0].moved
+        assert found[0].has_moved
         assert found[0].stability > 0.25
         assert "the threshold no longer holds" in str(found[0])
 
     def test_scores_may_move_where_it_does_not_matter(self, guard):
         (found, _) = compare(guard, *live(guard, 200, shift=-1.0))
-        assert (found.holds, found.moved) == (True, True)
+        assert (found.holds, found.has_moved) == (True, True)
         assert "the threshold holds" in str(found)
         assert "scores have moved" in str(found)
 

@@ -6,7 +6,7 @@ from browser.pages import contrast
 from latentguard.report.charts import bar_chart
 from latentguard.report.styles import (
     CONTROL,
-    NAMED,
+    NAME_STYLES,
     OTHERS,
     PALETTE,
     REPORTS,
@@ -23,7 +23,7 @@ def rgb(colour):
 
 @pytest.mark.parametrize("paper", ["#ffffff", "#14181f"])
 def test_every_colour_is_seen_on_either_page(paper):
-    styles = [style for _, style in NAMED] + list(OTHERS)
+    styles = [style for _, style in NAME_STYLES] + list(OTHERS)
     for colour in {style.colour for style in styles} | set(PALETTE):
         assert contrast(rgb(colour), rgb(paper)) >= 3
 

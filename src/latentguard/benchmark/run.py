@@ -133,15 +133,15 @@ def load_suite(
         if only and one.name not in only:
             continue
         try:
-            found = load_set(one, folder, limit=limit)
+            loaded_set = load_set(one, folder, limit=limit)
         except PromptError as error:
             unreadable.append(str(error))
             missing.append(MissingSet(one.title, str(error)))
             continue
-        if found is None:
+        if loaded_set is None:
             missing.append(MissingSet(one.title, _reason(one, folder)))
         else:
-            loaded.append(found)
+            loaded.append(loaded_set)
     if not loaded:
         reason = " ".join(unreadable) or _advice(folder)
         raise PromptError(f"{folder} holds no set of the suite that can be read. {reason}")
@@ -198,9 +198,9 @@ def score_set(
         advance(len(one.prompts))
     else:
         start = time.perf_counter()
-        done = score_to_file(guard, backend, one.prompts, verdicts, progress=advance)
+        rows_before = score_to_file(guard, backend, one.prompts, verdicts, progress=advance)
         seconds = time.perf_counter() - start
-        noted = {**key, "scored": len(one.prompts) - done, "seconds": round(seconds, 3)}
+        noted = {**key, "scored": len(one.prompts) - rows_before, "seconds": round(seconds, 3)}
         write_atomic(note, json.dumps(noted) + "\n")
     lines = read_whole_lines(verdicts)
     seconds = float(noted["seconds"])
@@ -215,8 +215,8 @@ def measure_latency(guard: LatentGuard, backend: Backend, one: LoadedSet, folder
     if noted.get("guard") == guard.digest and "latency" in noted:
         return Latency(**noted["latency"])
     count = min(TIMED, len(one.prompts))
-    chosen = [one.prompts[n * len(one.prompts) // count] for n in range(count)]
-    times = list(_times(guard, backend, [chosen[0], *chosen]))[1:]  # the first warms caches up
+    sample = [one.prompts[n * len(one.prompts) // count] for n in range(count)]
+    times = list(_times(guard, backend, [sample[0], *sample]))[1:]  # the first warms caches up
     high = float(np.quantile(times, 0.95))
     latency = Latency(float(np.median(times)), high, count, one.suite_set.title)
     write_atomic(path, json.dumps({"guard": guard.digest, "latency": asdict(latency)}) + "\n")
@@ -229,8 +229,12 @@ def ngram_training(guard: LatentGuard) -> tuple[list[Prompt], str]:
     Returns:
         The rows, and a sentence on them.
     """
-    seen = set(guard.training_digests.tolist())
-    rows = [p for p in load_traffic("train") if prompt_digest(guard.reading.prepare(p)) in seen]
+    training_digests = set(guard.training_digests.tolist())
+    rows = [
+        p
+        for p in load_traffic("train")
+        if prompt_digest(guard.reading.prepare(p)) in training_digests
+    ]
     counts = [sum(p.harmful is label for p in rows) for label in (True, False)]
     if min(counts) >= MIN_TRAINING:
         return rows, f"the {len(rows):,} built-in rows that the guard was fitted on"

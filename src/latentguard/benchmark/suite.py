@@ -90,10 +90,10 @@ def load_set(suite_set: SuiteSet, folder: Path, *, limit: int | None = None) -> 
     if path is None:
         return None
     prompts = read_set(suite_set.public, path)
-    chosen = prompts
+    sample = prompts
     if limit is not None and limit < len(prompts):
-        chosen = [prompts[n * len(prompts) // limit] for n in range(limit)]
-    return LoadedSet(suite_set, tuple(chosen), path, len(prompts))
+        sample = [prompts[n * len(prompts) // limit] for n in range(limit)]
+    return LoadedSet(suite_set, tuple(sample), path, len(prompts))
 
 
 def find_file(public: PublicSet, folder: Path) -> Path | None:
@@ -103,16 +103,16 @@ def find_file(public: PublicSet, folder: Path) -> Path | None:
         PromptError: if there are several, which may differ.
     """
     for name in (public.name, *(name for name, category in public.mirrors if category is None)):
-        found = [
+        matches = [
             path
             for path in sorted(folder.iterdir())
             if path.suffix.lower() in SUFFIXES and _plain(path.stem) == _plain(name)
         ]
-        if len(found) > 1:
-            names = " and ".join(path.name for path in found)
+        if len(matches) > 1:
+            names = " and ".join(path.name for path in matches)
             raise PromptError(f"{folder} holds {names}, both {public.name}; leave one of them.")
-        if found:
-            return found[0]
+        if matches:
+            return matches[0]
     return None
 
 

@@ -82,12 +82,12 @@ def load_training_rows(count: int | None = DEFAULT_ROWS) -> list[Prompt]:
         return rows
     if count < 2:
         raise PromptError(f"At least 2 training rows are needed, one pair; found {count}.")
-    chosen = set[str]()
+    ids = set[str]()
     for unit in _stratified_units(rows):
-        if len(chosen) + len(unit) > count:
+        if len(ids) + len(unit) > count:
             break
-        chosen.update(prompt.id for prompt in unit)
-    return [prompt for prompt in rows if prompt.id in chosen]
+        ids.update(prompt.id for prompt in unit)
+    return [prompt for prompt in rows if prompt.id in ids]
 
 
 def load_samples() -> list[Prompt]:

@@ -57,12 +57,12 @@ class LocalSet:
 
 
 def fetch_set(
-    wanted: PublicSet, folder: Path, *, mirror: Path | None = None, overwrite: bool = False
+    public_set: PublicSet, folder: Path, *, mirror: Path | None = None, overwrite: bool = False
 ) -> FetchedSet:
     """Put a public set into a data folder as ``NAME.jsonl``, and note it in ``sources.json``.
 
     Args:
-        wanted: Which.
+        public_set: Which.
         folder: The data folder; made if it is not there.
         mirror: Take it from this folder, not from the Hub.
         overwrite: Replace a file that is there and holds something else.
@@ -71,18 +71,18 @@ def fetch_set(
         PromptError: if it cannot be had, a row cannot be used, or another file is there.
         MissingExtra: if it comes from the Hub, and the extra ``hub-data`` is not installed.
     """
-    lines, source = _mirrored(wanted, mirror) if mirror else _from_hub(wanted)
+    lines, source = _mirrored(public_set, mirror) if mirror else _from_hub(public_set)
     content = "".join(f"{line}\n" for line in lines).encode()
-    path = folder / f"{wanted.name}.jsonl"
+    path = folder / f"{public_set.name}.jsonl"
     if path.exists() and path.read_bytes() != content and not overwrite:
         raise PromptError(
             f"{path} is there and holds something else; move it away, or add --overwrite."
         )
     digest = hashlib.sha256(content).hexdigest()
-    fetched = FetchedSet(wanted.name, len(lines), digest, wanted.licence, source)
+    fetched = FetchedSet(public_set.name, len(lines), digest, public_set.licence, source)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
-    notes = read_sources(folder) | {wanted.name: fetched}
+    notes = read_sources(folder) | {public_set.name: fetched}
     record = {name: asdict(one) for name, one in sorted(notes.items())}
     write_atomic(folder / SOURCES, json.dumps(record, indent=1) + "\n")
     return fetched
@@ -104,23 +104,23 @@ def read_sources(folder: Path) -> dict[str, FetchedSet]:
         raise PromptError(f"{path} cannot be read ({error}); remove it, and fetch again.") from None
 
 
-def inspect_set(wanted: PublicSet, folder: Path) -> LocalSet:
+def inspect_set(public_set: PublicSet, folder: Path) -> LocalSet:
     """Say what a data folder holds of a public set."""
-    path = folder / f"{wanted.name}.jsonl"
+    path = folder / f"{public_set.name}.jsonl"
     if not path.is_file():
         return LocalSet("missing")
     content = path.read_bytes()
     rows = sum(1 for line in content.splitlines() if line.strip())
-    noted = read_sources(folder).get(wanted.name)
+    noted = read_sources(folder).get(public_set.name)
     if noted is None:
         return LocalSet("unknown source", rows)
     is_same = hashlib.sha256(content).hexdigest() == noted.sha256
     return LocalSet("there" if is_same else "changed", rows, noted.source)
 
 
-def _mirrored(wanted: PublicSet, mirror: Path) -> tuple[list[str], str]:
+def _mirrored(public_set: PublicSet, mirror: Path) -> tuple[list[str], str]:
     """The lines of a set in a mirror folder, unchanged, and the file that they come from."""
-    files = ((wanted.name, None), *wanted.mirrors)
+    files = ((public_set.name, None), *public_set.mirrors)
     for name, category in files:
         path = mirror / f"{name}.jsonl"
         if path.is_file():
@@ -128,7 +128,7 @@ def _mirrored(wanted: PublicSet, mirror: Path) -> tuple[list[str], str]:
             if lines:
                 return lines, str(path)
     names = " or ".join(f"{name}.jsonl" for name, _ in files)
-    raise PromptError(f"{mirror} holds no {names}. It is published at {wanted.upstream}.")
+    raise PromptError(f"{mirror} holds no {names}. It is published at {public_set.upstream}.")
 
 
 def _checked_lines(path: Path, category: str | None) -> Iterator[str]:
@@ -150,16 +150,16 @@ def _checked_lines(path: Path, category: str | None) -> Iterator[str]:
             yield line
 
 
-def _from_hub(wanted: PublicSet) -> tuple[list[str], str]:
+def _from_hub(public_set: PublicSet) -> tuple[list[str], str]:
     """The rows of a set on the Hub as lines, and its id with its revision."""
-    hub = wanted.hub
+    hub = public_set.hub
     if hub is None:
         raise PromptError(
-            f"{wanted.name} is not on the Hub. It is published at {wanted.upstream}: put it into a "
-            f"folder as {wanted.name}.jsonl, and name the folder with --mirror."
+            f"{public_set.name} is not on the Hub. It is published at {public_set.upstream}: put "
+            f"it into a folder as {public_set.name}.jsonl, and name the folder with --mirror."
         )
     try:
-        lines = list(islice(_hub_lines(wanted, hub), wanted.limit))
+        lines = list(islice(_hub_lines(public_set, hub), public_set.limit))
     except PromptError as error:
         raise PromptError(f"{error}{_access_advice(hub)}") from None
     return lines, f"{hub.id}@{hub.revision}" if hub.revision else hub.id
@@ -174,7 +174,7 @@ def _access_advice(hub: HubSource) -> str:
     )
 
 
-def _hub_lines(wanted: PublicSet, hub: HubSource) -> Iterator[str]:
+def _hub_lines(public_set: PublicSet, hub: HubSource) -> Iterator[str]:
     number = 0
     for split in hub.splits:
         rows = read_hub_rows(hub.id, config=hub.config, split=split, revision=hub.revision)
@@ -190,7 +190,7 @@ def _hub_lines(wanted: PublicSet, hub: HubSource) -> Iterator[str]:
                 continue
             number += 1
             label = "harmful" if request.harmful else "harmless"
-            line = dict(id=f"{wanted.name}-{number:04}", text=request.text.strip(), label=label)
+            line = dict(id=f"{public_set.name}-{number:04}", text=request.text.strip(), label=label)
             if request.category:
                 line |= dict(category=request.category)
             yield json.dumps(line | dict(source=f"{hub.id}:{split}"), ensure_ascii=False)

@@ -79,8 +79,8 @@ def stream_prompts(
     columns = columns or Columns()
     for where, default_id, row in read_rows(str(source), columns.text):
         prompt = parse_prompt(row, columns, where=where)
-        known = prompt.harmful if prompt.harmful is not None else harmful
-        yield replace(prompt, id=prompt.id or default_id, harmful=known)
+        label = prompt.harmful if prompt.harmful is not None else harmful
+        yield replace(prompt, id=prompt.id or default_id, harmful=label)
 
 
 PROMPT_COLUMN = "prompt"
@@ -117,9 +117,9 @@ def stream_replies(source: str | Path, *, harmful: bool | None = None) -> Iterat
     """
     for where, default_id, row in read_rows(str(source), PROMPT_COLUMN):
         reply = parse_reply_row(row, where=where)
-        known = reply.harmful if reply.harmful is not None else harmful
+        label = reply.harmful if reply.harmful is not None else harmful
         prompt = replace(reply.prompt, id=reply.prompt.id or default_id)
-        yield replace(reply, prompt=prompt, harmful=known)
+        yield replace(reply, prompt=prompt, harmful=label)
 
 
 def parse_reply_row(row: Mapping[str, Any], *, where: str = "row") -> Reply:
@@ -142,14 +142,14 @@ def parse_reply_row(row: Mapping[str, Any], *, where: str = "row") -> Reply:
     safe = _label(row.get(SAFE_COLUMN), SAFE_COLUMN, where)
     if label is None and safe is not None:
         label = not safe
-    asked = replace(
+    request = replace(
         reply.prompt,
-        id=str(_given(row.get("id"), "")),
+        id=str(_value_or(row.get("id"), "")),
         category=_word(row.get("category")),
         source=_word(row.get("source")),
         pair=_word(row.get("pair")),
     )
-    return replace(reply, prompt=asked, harmful=label)
+    return replace(reply, prompt=request, harmful=label)
 
 
 def select_side(prompts: Iterable[Prompt], *, harmful: bool) -> list[Prompt]:
@@ -168,7 +168,7 @@ def parse_prompt(row: Mapping[str, Any], columns: Columns, *, where: str = "row"
     text, history = _text_and_history(row, columns.text, where)
     return Prompt(
         text=text,
-        id=str(_given(row.get(columns.id), "")),
+        id=str(_value_or(row.get(columns.id), "")),
         harmful=_label(_at(row, columns.label), columns.label, where),
         refused=_label(row.get("refused"), "refused", where),
         category=_word(row.get(columns.category)),
@@ -185,7 +185,7 @@ def _at(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _word(value: object) -> str | None:
-    return str(value) if _given(value, None) is not None else None
+    return str(value) if _value_or(value, None) is not None else None
 
 
 def _text_and_history(
@@ -204,14 +204,14 @@ def _text_and_history(
     )
 
 
-def _given(value: object, otherwise: Any) -> Any:
+def _value_or(value: object, otherwise: Any) -> Any:
     return otherwise if value is None or value == "" else value
 
 
 def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
-        found = "nothing" if value is None else f"a {type(value).__name__}"
-        raise PromptError(f"{where}: '{column}' should be text, found {found}.")
+        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        raise PromptError(f"{where}: '{column}' should be text, found {kind}.")
     if not value.strip():
         raise PromptError(f"{where}: '{column}' is empty; remove the row or give it a text.")
     try:
@@ -222,7 +222,7 @@ def _text(value: object, column: str, where: str) -> str:
 
 
 def _label(value: object, column: str, where: str) -> bool | None:
-    word = str(_given(value, "")).strip().lower()
+    word = str(_value_or(value, "")).strip().lower()
     if word in HARMFUL_WORDS:
         return True
     if word in HARMLESS_WORDS:

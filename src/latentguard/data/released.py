@@ -67,7 +67,7 @@ def read_released(path: str | Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             content = _Unpickler(archive, path).load()
-        arrays = dict(_named(content, path.stem, path))
+        arrays = dict(_arrays_in(content, path.stem, path))
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}.") from None
     except zipfile.BadZipFile:
@@ -104,7 +104,7 @@ def import_released(files: Sequence[str | Path], out: str | Path) -> dict[str, t
     return {name: tuple(array.shape) for name, array in arrays.items()}
 
 
-def _named(value: Any, name: str, path: Path) -> Iterator[tuple[str, Tensor]]:
+def _arrays_in(value: Any, name: str, path: Path) -> Iterator[tuple[str, Tensor]]:
     """The arrays in nested dicts, lists and tuples."""
     if isinstance(value, _Array):
         value = value.tensor
@@ -112,10 +112,10 @@ def _named(value: Any, name: str, path: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _named(item, str(key), path)
+            yield from _arrays_in(item, str(key), path)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _named(item, f"{name}.{index}", path)
+            yield from _arrays_in(item, f"{name}.{index}", path)
     else:
         raise PromptError(
             f"{path} holds a {type(value).__name__} at '{name}'; expected arrays of numbers, in "

@@ -132,9 +132,9 @@ def _read_checked(
     except ValueError:
         raise GuardError(f"{folder / JSON_FILE} is not JSON; fit the guard again.") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise GuardError(
-            f"{folder / JSON_FILE} has schema {found!r}, expected {SCHEMA}: it was written by "
+            f"{folder / JSON_FILE} has schema {schema!r}, expected {SCHEMA}: it was written by "
             "another version of latentguard, or is no guard."
         )
     if hashlib.sha256(packed).hexdigest() != record.get("tensors_sha256"):
@@ -232,8 +232,8 @@ def model_card(record: Mapping[str, Any], *, promise: str, notes: Sequence[str] 
     """
     model = record["fingerprint"]
     layers = record["probe"]["layers"]
-    made = record["fitted"] or {}
-    counts = [made.get(side, "an unknown number of") for side in ("harmful", "harmless")]
+    training = record["fitted"] or {}
+    counts = [training.get(side, "an unknown number of") for side in ("harmful", "harmless")]
     silence = "" if record.get("replies") else ", and says nothing of the model's replies"
     return f"""{_card_title(record)}
 Reads `{record["reading"]["name"]}` ({", ".join(record["reading"]["positions"])}) at layers

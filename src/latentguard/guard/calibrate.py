@@ -86,5 +86,9 @@ def fit_calibration(
         replace(verdict, flagged=new.decide(prompt.segment, verdict.score) == "block")
         for prompt, verdict in zip(prompts, verdicts, strict=True)
     ]
-    kept = Rates(new.common.block.max_fpr, confidence=rates.confidence)  # a goal chooses its rate
-    return Calibration(platt, new, Quadrants.of(prompts, decided, kept, quadrants) or quadrants)
+    block_rate = Rates(
+        new.common.block.max_fpr, confidence=rates.confidence
+    )  # a goal chooses its rate
+    return Calibration(
+        platt, new, Quadrants.of(prompts, decided, block_rate, quadrants) or quadrants
+    )

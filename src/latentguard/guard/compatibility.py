@@ -44,12 +44,12 @@ def canary_prompts() -> list[Prompt]:
     return [p for side in sides for p in side[:: len(side) // half][:half]]
 
 
-def explain_mismatch(expected: Fingerprint, found: Fingerprint) -> str | None:
+def explain_mismatch(expected: Fingerprint, actual: Fingerprint) -> str | None:
     """What differs, in one sentence, and what to do; None if nothing does."""
-    if not (different := expected.differences(found)):
+    if not (different := expected.differences(actual)):
         return None
     return (
-        f"This guard was fitted on '{expected.model}' and met '{found.model}': "
+        f"This guard was fitted on '{expected.model}' and met '{actual.model}': "
         f"{'; '.join(different)}. Use that model, fit a guard for this one, or go on with "
         "--allow-mismatch (allow_mismatch=True), which measures how far the scores move."
     )
@@ -68,10 +68,10 @@ def require_readable(backend: Backend, *, width: int, layer: int, post: int) -> 
         ModelMismatch: if the model has not such layers, width or positions.
     """
     states = next(iter(backend.capture([Prompt("a")], positions=("t_inst",), layers=(0,))))
-    found = states.values.shape[-1]
-    if found != width or backend.depth < layer or backend.post < post:
+    model_width = states.values.shape[-1]
+    if model_width != width or backend.depth < layer or backend.post < post:
         raise ModelMismatch(
-            f"'{backend.fingerprint.model}' has width {found}, {backend.depth} layers and "
+            f"'{backend.fingerprint.model}' has width {model_width}, {backend.depth} layers and "
             f"{backend.post} tokens after the instruction; this guard reads width {width}, layer "
             f"{layer} and token {post} after it. Fit a guard for this model."
         )
@@ -119,14 +119,14 @@ class Shift:
         """
         was = np.array(before)
         now = np.array(after)
-        moved = (now - was) / spread if len(was) else np.zeros(1)
+        shifts = (now - was) / spread if len(was) else np.zeros(1)
         changed = (was > threshold) != (now > threshold)
         return Shift(
-            mean=float(moved.mean()),
-            largest=float(np.abs(moved).max()),
+            mean=float(shifts.mean()),
+            largest=float(np.abs(shifts).max()),
             changed=int(changed.sum()),
             n=len(was),
-            largest_change=float(np.abs(moved[changed]).max()) if changed.any() else 0.0,
+            largest_change=float(np.abs(shifts[changed]).max()) if changed.any() else 0.0,
             differences=tuple(differences),
         )
 

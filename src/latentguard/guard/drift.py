@@ -139,13 +139,13 @@ class Comparison:
         return self.exceeded_p >= ALPHA
 
     @property
-    def moved(self) -> bool:
+    def has_moved(self) -> bool:
         """Whether the scores lie otherwise than they did."""
         return self.moved_p < ALPHA
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON has it, with what it says."""
-        return asdict(self) | {"holds": self.holds, "moved": self.moved, "says": str(self)}
+        return asdict(self) | {"holds": self.holds, "moved": self.has_moved, "says": str(self)}
 
     def __str__(self) -> str:
         rates = (
@@ -162,7 +162,7 @@ class Comparison:
             if self.upper <= self.promised
             else "nothing shows that the threshold fails, though so few prompts cannot prove it"
         )
-        shape = "have moved" if self.moved else "lie as they did"
+        shape = "have moved" if self.has_moved else "lie as they did"
         index = "" if self.stability is None else f"PSI {self.stability:.2f}, "
         return (
             f"{self.traffic}: {threshold}: {rates}; scores {shape} "
@@ -230,11 +230,13 @@ def compare(
         ks_2samp(*round_to_steps(group.scores, group.thresholds.scores, guard.spread))
         for group in groups
     ]
-    moved = holm([float(test.pvalue) for test in tests])
-    exceeded = holm([group.exceeded_p for group in groups])
+    moved_ps = holm([float(test.pvalue) for test in tests])
+    exceeded_ps = holm([group.exceeded_p for group in groups])
     return [
         _comparison(group, float(test.statistic), moved_p, exceeded_p)
-        for group, test, moved_p, exceeded_p in zip(groups, tests, moved, exceeded, strict=True)
+        for group, test, moved_p, exceeded_p in zip(
+            groups, tests, moved_ps, exceeded_ps, strict=True
+        )
     ]
 
 

@@ -164,12 +164,12 @@ def hub_guards(model: str | None = None, *, token: str | None = None) -> list[Li
 
     tags = [LIBRARY, *([f"base_model:{model}"] if model else [])]
     try:
-        found = list(HfApi(endpoint=_endpoint(), token=token).list_models(filter=tags))
+        models = list(HfApi(endpoint=_endpoint(), token=token).list_models(filter=tags))
     except _hub_errors() as error:
         raise GuardError(
             f"The guards on the Hugging Face Hub could not be listed ({_reason(error)})."
         ) from None
-    return [ListedGuard(one.id, _base_model(one.tags or []), "hub") for one in found]
+    return [ListedGuard(one.id, _base_model(one.tags or []), "hub") for one in models]
 
 
 def _base_model(tags: Sequence[str]) -> str:

@@ -280,9 +280,9 @@ class LatentGuard(GuardSpec):
 
     # ---- the model that it is bound to
 
-    def require_match(self, found: Fingerprint) -> None:
+    def require_match(self, fingerprint: Fingerprint) -> None:
         """Raise ``ModelMismatch``, saying what differs, unless the model is the guard's own."""
-        if reason := explain_mismatch(self.fingerprint, found):
+        if reason := explain_mismatch(self.fingerprint, fingerprint):
             raise ModelMismatch(reason)
 
     def verify_model(self, backend: Backend) -> None:

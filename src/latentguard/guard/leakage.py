@@ -23,8 +23,8 @@ NEGLIGIBLE_SHARE = 0.05
 
 def prompt_digest(prompt: Prompt) -> int:
     """A digest of what was said, in 63 bits."""
-    said = [prompt.text, *(part for m in prompt.history for part in (m.role, m.content))]
-    return int.from_bytes(hashlib.sha256("\0".join(said).encode()).digest()[:8]) >> 1
+    texts = [prompt.text, *(part for m in prompt.history for part in (m.role, m.content))]
+    return int.from_bytes(hashlib.sha256("\0".join(texts).encode()).digest()[:8]) >> 1
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def require_few_seen(digests: Iterable[int], training: set[int], what: str) -> N
         GuardError: if there are too many.
     """
     texts = set(digests)
-    seen = len(texts & training)
-    if seen > max(2, MAX_SHARE * len(texts)):
+    overlap = len(texts & training)
+    if overlap > max(2, MAX_SHARE * len(texts)):
         raise GuardError(
-            f"{seen} of the {len(texts)} different {what} to calibrate on are among those that the "
-            "guard was fitted on, whose scores would promise too much; give others of the same "
+            f"{overlap} of the {len(texts)} different {what} to calibrate on are among those that "
+            "the guard was fitted on, whose scores would promise too much; give others of the same "
             "kind."
         )

@@ -111,12 +111,12 @@ def add(
         GuardError: if the guard has no categories or no promise, the name is taken or odd, the
             examples are too few, or the harmless prompts cannot carry the promise.
     """
-    chosen = plan_pack(guard, name, examples, harmless)
-    trained_on = [*chosen.examples, *built_in_harmless(), *chosen.training]
+    plan = plan_pack(guard, name, examples, harmless)
+    trained_on = [*plan.examples, *built_in_harmless(), *plan.training]
     states = capture(guard, backend, trained_on, progress)
-    own = TrainingPrompts.of(chosen.training, chosen.calibration)
+    own = TrainingPrompts.of(plan.training, plan.calibration)
     with_it = with_pack(guard, name, states, own)
-    return recalibrate(with_it, backend, [*chosen.training, *chosen.calibration], progress)
+    return recalibrate(with_it, backend, [*plan.training, *plan.calibration], progress)
 
 
 def remove(
@@ -261,17 +261,17 @@ def _long_prompts(guard: LatentGuard, harmless: Sequence[Prompt]) -> Sequence[Pr
     fitted = (guard.chunking and guard.chunking.fitted) or {}
     if guard.chunking is None or "calibration_sha256" not in fitted:
         return []
-    needed = smallest_n(*_chunking_rate(guard))
-    given = [p for p in harmless if guard.is_chunked(p)]
-    if len(given) >= needed:
-        return given
+    minimum = smallest_n(*_chunking_rate(guard))
+    long_prompts = [p for p in harmless if guard.is_chunked(p)]
+    if len(long_prompts) >= minimum:
+        return long_prompts
     built_in = harmless_texts("validation", CALIBRATION_TEXTS, guard.chunking.longer_than)
-    if fitted["calibration_sha256"] == digest_prompts(built_in) and len(built_in) >= needed:
+    if fitted["calibration_sha256"] == digest_prompts(built_in) and len(built_in) >= minimum:
         return built_in
     raise GuardError(
         f"The threshold for long prompts and chats was set on others than this version's built-in "
-        f"ones: it needs {needed} harmless ones like them to calibrate on; found {len(given)} that "
-        "no pack was trained on. Give more with --harmless."
+        f"ones: it needs {minimum} harmless ones like them to calibrate on; found "
+        f"{len(long_prompts)} that no pack was trained on. Give more with --harmless."
     )
 
 
@@ -322,19 +322,19 @@ def _require_enough(
     guard: LatentGuard, rate: Bound, harmless: Sequence[Prompt], which: str
 ) -> None:
     """Say so before the model reads any of them."""
-    needed = smallest_n(rate.max_fpr, rate.confidence)
+    minimum = smallest_n(rate.max_fpr, rate.confidence)
     short = _short_prompts(guard, harmless)
-    if len(short) < needed:
+    if len(short) < minimum:
         raise GuardError(
             f"A false-positive rate of {rate.max_fpr:.2%} with {100 * rate.confidence:g}% "
-            f"confidence needs {needed} harmless prompts to calibrate on; found {len(short)} "
+            f"confidence needs {minimum} harmless prompts to calibrate on; found {len(short)} "
             f"({which}). Give more with --harmless."
         )
     for segment in guard.thresholds.segments if guard.thresholds else ():
         count = sum(p.segment == segment for p in short)
-        if count < needed:
+        if count < minimum:
             raise GuardError(
-                f"The segment '{segment}' has a threshold of its own, which needs {needed} "
+                f"The segment '{segment}' has a threshold of its own, which needs {minimum} "
                 f"harmless prompts to calibrate on; found {count} ({which}). Give more with "
                 "--harmless, with the segment of each in its column."
             )

@@ -142,6 +142,6 @@ def _cross_fitted(
     """The probability of each row by a map that did not see its fold."""
     probabilities = np.empty(len(scores))
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-    for seen, unseen in folds.split(scores, labels, groups):
-        probabilities[unseen] = fit(scores[seen], labels[seen])(scores[unseen])
+    for train, test in folds.split(scores, labels, groups):
+        probabilities[test] = fit(scores[train], labels[train])(scores[test])
     return probabilities

@@ -186,10 +186,8 @@ def _can_place_cutoff(beliefs: NDArray[np.float64], refused: NDArray[np.bool_]) 
 def _from_labels(beliefs: NDArray[np.float64], refused: NDArray[np.bool_]) -> Quadrants:
     """Where both outcomes are as likely, both weighing the same; with cross-fitted rates."""
     over = np.empty(len(beliefs), dtype=bool)
-    for seen, unseen in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(
-        beliefs, refused
-    ):
-        over[unseen] = beliefs[unseen] > _middle(beliefs[seen], refused[seen])
+    for train, test in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(beliefs, refused):
+        over[test] = beliefs[test] > _middle(beliefs[train], refused[train])
     counts = f"{int(refused.sum())} refused and {int((~refused).sum())} accepted prompts"
     return Quadrants(
         _middle(beliefs, refused),

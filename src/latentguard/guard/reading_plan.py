@@ -202,17 +202,20 @@ def combine(
         GuardError: if a number is not finite.
     """
     outcomes = [
-        Outcome(_named(scored.prompt, version, decide(scored.prompt, version)), version.whole)
+        Outcome(
+            _with_obfuscations(scored.prompt, version, decide(scored.prompt, version)),
+            version.whole,
+        )
         for version in versions_of(scored, chunking)
     ]
-    chosen = outcomes[0]
+    worst = outcomes[0]
     for other in outcomes[1:]:
-        if other.verdict.is_more_severe_than(chosen.verdict, tie=tie):
-            chosen = other
-    return chosen
+        if other.verdict.is_more_severe_than(worst.verdict, tie=tie):
+            worst = other
+    return worst
 
 
-def _named(prompt: Prompt, version: Version, verdict: Verdict) -> Verdict:
+def _with_obfuscations(prompt: Prompt, version: Version, verdict: Verdict) -> Verdict:
     """The verdict on a decoded text names what was decoded.
 
     Its evidence names whole turns: places in a decoded text are not those of the text.
@@ -243,15 +246,15 @@ def _decoded(
     at: int,
 ) -> tuple[Prompt, tuple[str, ...]]:
     names = dict[str, None]()
-    said = list[Message]()
+    messages = list[Message]()
     for turn, texts in zip(turns, decoded, strict=True):
         text, undone = texts[min(at, len(texts) - 1)] if texts else (turn.content, ())
         names |= dict.fromkeys(undone)
-        said.append(replace(turn, content=text))
+        messages.append(replace(turn, content=text))
     version = replace(
         prompt,
-        text=said[-1].content,
-        history=tuple(said[:-1]),
+        text=messages[-1].content,
+        history=tuple(messages[:-1]),
         decoded_from_length=len(prompt.text),
     )
     return version, tuple(names)

@@ -91,16 +91,16 @@ class Reliability:
     @staticmethod
     def of(labels: Labels, probabilities: Mapping[str, Scores], method: Method) -> Reliability:
         """From held-out labels [n] and the probabilities [n] of each map."""
-        taken = probabilities[method]
+        calibrated = probabilities[method]
         return Reliability(
             method=method,
             n=(int(labels.sum()), int((~labels).sum())),
             log_loss={name: log_loss(labels, own) for name, own in probabilities.items()},
             brier={name: brier(labels, own) for name, own in probabilities.items()},
             before=error_of(labels, probabilities["fitted"]),
-            after=error_of(labels, taken),
-            floor=float(errors_by_chance(labels, taken).mean()),
-            bins=bins(labels, taken),
+            after=error_of(labels, calibrated),
+            floor=float(errors_by_chance(labels, calibrated).mean()),
+            bins=bins(labels, calibrated),
         )
 
     @staticmethod
@@ -142,10 +142,10 @@ def error_of(labels: Labels, probabilities: Scores) -> Estimate:
     bootstrap's, the low end is reflected at the error, or 0 where a perfect map may well show as
     much (its 95 % quantile).
     """
-    found = estimate_metric(expected_error, labels, probabilities)
-    perfect = found.value <= np.quantile(errors_by_chance(labels, probabilities), 0.95)
-    low = 0.0 if perfect else max(0.0, 2 * found.value - found.high)
-    return Estimate(found.value, low, max(found.high, found.value), found.n)
+    error = estimate_metric(expected_error, labels, probabilities)
+    perfect = error.value <= np.quantile(errors_by_chance(labels, probabilities), 0.95)
+    low = 0.0 if perfect else max(0.0, 2 * error.value - error.high)
+    return Estimate(error.value, low, max(error.high, error.value), error.n)
 
 
 def errors_by_chance(labels: Labels, probabilities: Scores) -> Scores:
@@ -157,8 +157,8 @@ def errors_by_chance(labels: Labels, probabilities: Scores) -> Scores:
     weights = np.array([0.5 / (n - harmful), 0.5 / harmful])
     where, errors = _binned(probabilities), []
     for _ in range(DRAWS):
-        drawn = rng.random(n) < odds / (1 + odds)
-        gaps = weights[drawn.astype(int)] * (drawn - probabilities)
+        outcomes = rng.random(n) < odds / (1 + odds)
+        gaps = weights[outcomes.astype(int)] * (outcomes - probabilities)
         errors.append(np.abs(np.bincount(where, weights=gaps)).sum())
     return np.array(errors)
 

@@ -293,8 +293,8 @@ class ReplyProbe:
 
 def reply_digest(reply: Reply) -> int:
     """A digest of a reply and what it replies to, in 63 bits."""
-    asked = reply.prompt
-    history = (*asked.history, Message("user", asked.text))
+    request = reply.prompt
+    history = (*request.history, Message("user", request.text))
     return prompt_digest(Prompt(reply.text, history=history))
 
 

@@ -106,31 +106,31 @@ def _resume(scan: _Scan[T], rows: Iterable[T], files: _Files, progress: Progress
     if not files.partial.exists() or read_whole_lines(files.digests)[:1] != [scan.guard]:
         files.partial.unlink(missing_ok=True)
         write_atomic(files.digests, f"{scan.guard}\n")
-    done = len(read_whole_lines(files.partial))
-    digests = read_whole_lines(files.digests)[: done + 1]
+    rows_before = len(read_whole_lines(files.partial))
+    digests = read_whole_lines(files.digests)[: rows_before + 1]
     remaining = iter(rows)
-    if [scan.line(row) for row in islice(remaining, done)] != digests[1:]:
+    if [scan.line(row) for row in islice(remaining, rows_before)] != digests[1:]:
         raise PromptError(
             f"{files.partial} was written for other prompts than these; remove it to start anew."
         )
     write_atomic(files.digests, "".join(f"{line}\n" for line in digests))
-    if done and progress is not None:
-        progress(done)
+    if rows_before and progress is not None:
+        progress(rows_before)
     with (
         files.partial.open("a", encoding="utf-8") as verdicts,
-        files.digests.open("a", encoding="utf-8") as asked,
+        files.digests.open("a", encoding="utf-8") as digest_file,
     ):
-        for verdict in scan.scan(_note_each(scan, remaining, asked)):
+        for verdict in scan.scan(_note_each(scan, remaining, digest_file)):
             append_line(verdicts, json.dumps(verdict.to_dict()))
     files.partial.replace(files.out)
     files.digests.unlink()
-    return done
+    return rows_before
 
 
-def _note_each(scan: _Scan[T], rows: Iterator[T], asked: TextIO) -> Iterator[T]:
+def _note_each(scan: _Scan[T], rows: Iterator[T], digest_file: TextIO) -> Iterator[T]:
     """Note each row before it is scored, so that no verdict is ever without its note."""
     for row in rows:
-        append_line(asked, scan.line(row))
+        append_line(digest_file, scan.line(row))
         yield row
 
 

@@ -76,7 +76,7 @@ def _read_key(file: str | Path, kind: str) -> Any:
     from cryptography.hazmat.primitives.asymmetric import ed25519
 
     is_private = kind == "private"
-    wanted = ed25519.Ed25519PrivateKey if is_private else ed25519.Ed25519PublicKey
+    key_class = ed25519.Ed25519PrivateKey if is_private else ed25519.Ed25519PublicKey
     try:
         content = Path(file).read_bytes()
         key = (
@@ -86,7 +86,7 @@ def _read_key(file: str | Path, kind: str) -> Any:
         )
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a password
         key = None
-    if not isinstance(key, wanted):
+    if not isinstance(key, key_class):
         raise GuardError(
             f"{file} is no {kind} key. Expected Ed25519 in PEM without a password, as 'openssl "
             "genpkey -algorithm ed25519' and 'openssl pkey -pubout' write it."

@@ -89,8 +89,8 @@ class SegmentThresholds:
         review = None
         if rates.review is not None:
             review = threshold_for_fpr(scores, rates.review, rates.confidence)
-        kept = thin_scores(scores, MAX_SCORES).astype(np.float32)
-        return SegmentThresholds(block, review, kept)
+        sample = thin_scores(scores, MAX_SCORES).astype(np.float32)
+        return SegmentThresholds(block, review, sample)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,16 +164,16 @@ class Thresholds:
         if not goal.needs_harmful:
             new = Thresholds.of(harmless, scores[~harmful], rates, column)
             return new._with_point(goal, scores[harmful], None)
-        chosen = choose_rate(
+        choice = choose_rate(
             goal,
             scores[~harmful],
             scores[harmful],
             ceiling=rates.block,
             confidence=rates.confidence,
         )
-        review = rates.review if rates.review and rates.review > chosen else None
+        review = rates.review if rates.review and rates.review > choice else None
         sure = adjusted_confidence(rates.confidence)
-        new = Thresholds.of(harmless, scores[~harmful], Rates(chosen, review, sure), column)
+        new = Thresholds.of(harmless, scores[~harmful], Rates(choice, review, sure), column)
         share = share_of(goal, int(harmful.sum()), len(harmless))
         return new._with_confidence(rates.confidence)._with_point(goal, scores[harmful], share)
 

@@ -107,15 +107,15 @@ class ScoreMixture:
         """
         require_traffic(len(harmless), len(harmful), len(traffic))
         unit = float(np.concatenate([harmless, harmful]).std()) or 1.0
-        seen = thin_scores(traffic, MAX_TRAFFIC)
-        weight = len(traffic) / len(seen)
+        sample = thin_scores(traffic, MAX_TRAFFIC)
+        weight = len(traffic) / len(sample)
         shares = SHARES if share is None else np.array([share])
-        high = np.stack([_density(harmful, seen - d * unit) for d in HARMFUL_SHIFTS])
+        high = np.stack([_density(harmful, sample - d * unit) for d in HARMFUL_SHIFTS])
         logs = np.empty((len(SCALES), len(HARMLESS_SHIFTS), len(HARMFUL_SHIFTS), len(shares)))
         for row, scale in enumerate(SCALES):
             wide = _scaled(harmless, scale)
             for column, shift in enumerate(HARMLESS_SHIFTS):
-                low = _density(wide, seen - shift * unit)
+                low = _density(wide, sample - shift * unit)
                 logs[row, column] = _log_likelihoods(low, high, shares)
         logs = logs * weight + _log_prior()[..., None]
         weights = np.exp(logs - logs.max())
@@ -131,8 +131,8 @@ class ScoreMixture:
 
     def keeps(self, threshold: float, max_fpr: float) -> bool:
         """Whether a threshold keeps a false-positive rate with a probability of ``SURE``."""
-        kept = self._rates(threshold) <= max_fpr
-        return float(self._harmless_weights[kept].sum()) >= SURE
+        is_within = self._rates(threshold) <= max_fpr
+        return float(self._harmless_weights[is_within].sum()) >= SURE
 
     def recall(self, threshold: float) -> Estimate:
         """Of a threshold in the traffic."""
@@ -144,7 +144,7 @@ class ScoreMixture:
         low = float(self.weights.sum((0, 2, 3)) @ HARMLESS_SHIFTS) * self.unit
         return low, float(self.weights.sum((0, 1, 3)) @ HARMFUL_SHIFTS) * self.unit
 
-    def moved(self) -> tuple[Scores, Scores]:
+    def shifted_scores(self) -> tuple[Scores, Scores]:
         """The labelled scores where those of the traffic lie: harmless, harmful."""
         low, high = self.shifts()
         scale = float(self.weights.sum((1, 2, 3)) @ SCALES)
@@ -152,7 +152,7 @@ class ScoreMixture:
 
     def threshold(self, goal: Goal, max_fpr: float) -> float:
         """The threshold for a goal that keeps ``max_fpr``."""
-        places = np.concatenate(self.moved())
+        places = np.concatenate(self.shifted_scores())
         candidates = np.quantile(places, np.linspace(0, 1, THRESHOLDS))
         candidates = np.append(candidates, candidates[-1] + self.unit)
         first = next((n for n, t in enumerate(candidates) if self.keeps(t, max_fpr)), -1)
@@ -168,7 +168,7 @@ class ScoreMixture:
 
     def platt(self) -> tuple[float, float]:
         """Slope and intercept of probabilities in the traffic, both classes as frequent."""
-        scores = np.concatenate(self.moved())
+        scores = np.concatenate(self.shifted_scores())
         return fit_platt(scores, np.repeat([False, True], [len(self.harmless), len(self.harmful)]))
 
     @property
@@ -227,13 +227,13 @@ def adapt_to_traffic(
     if guard.thresholds is None:
         raise GuardError("Calibrate the guard before it is moved to traffic.")
     live = np.asarray(traffic, dtype=np.float64)
-    known = np.asarray(harmless, dtype=np.float64), np.asarray(harmful, dtype=np.float64)
-    mixture = ScoreMixture.fit(*known, live, rates.goal.harmful_share)
+    labelled = np.asarray(harmless, dtype=np.float64), np.asarray(harmful, dtype=np.float64)
+    mixture = ScoreMixture.fit(*labelled, live, rates.goal.harmful_share)
     fit, bound = _point(mixture, live, rates, rates.block)
     review = None
     if rates.review is not None:
         review = _point(mixture, live, replace(rates, goal=Goal()), rates.review)[1]
-    scores = thin_scores(mixture.moved()[0], MAX_SCORES).astype(np.float32)
+    scores = thin_scores(mixture.shifted_scores()[0], MAX_SCORES).astype(np.float32)
     before = guard.thresholds.point or OperatingPoint(rates.goal, rates.block)
     share = fit.share.value if rates.goal.needs_harmful else None
     point = replace(before, max_fpr=bound.max_fpr, share=share, traffic=fit)
@@ -262,9 +262,9 @@ def _point(
     low, high = mixture.shifts()
     recall = mixture.recall(threshold)
     fit = TrafficFit(len(traffic), mixture.share(), fpr, recall, low, high)
-    asked = fpr.value if rates.goal.needs_harmful else max_fpr
+    rate = fpr.value if rates.goal.needs_harmful else max_fpr
     flagged = int((traffic > threshold).sum())
-    return fit, Bound(threshold, asked, fpr.high, rates.confidence, flagged, len(traffic))
+    return fit, Bound(threshold, rate, fpr.high, rates.confidence, flagged, len(traffic))
 
 
 def _scaled(scores: Scores, scale: float) -> Scores:

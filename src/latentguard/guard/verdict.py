@@ -119,11 +119,11 @@ class Verdict:
 
     def __repr__(self) -> str:
         decision = self.decision if self.calibrated else f"{self.decision}, uncalibrated"
-        named = [f"category={self.category!r}"] if self.category and self.flagged else []
-        named += [f"obfuscations={list(self.obfuscations)}"] if self.obfuscations else []
-        named += [f"id={self.id!r}"] if self.id else []
+        fields = [f"category={self.category!r}"] if self.category and self.flagged else []
+        fields += [f"obfuscations={list(self.obfuscations)}"] if self.obfuscations else []
+        fields += [f"id={self.id!r}"] if self.id else []
         numbers = f"probability={self.probability:.2f}, score={self.score:.4g}"
-        return f"Verdict({', '.join([decision, numbers, *named])})"
+        return f"Verdict({', '.join([decision, numbers, *fields])})"
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""

@@ -251,11 +251,11 @@ class ChatTokenizer:
         ]
         pieces = self._marks.split(self._render([turn.role for turn in turns], contents))
         order = tuple(map(int, pieces[1::2]))
-        shown = Counter(order)
+        counts = Counter(order)
         for n, turn in enumerate(turns):
-            if turn.has_slot and shown[n] != 1:
+            if turn.has_slot and counts[n] != 1:
                 raise TemplateError(
-                    f"The chat template changes the {turn.role} message, or shows it {shown[n]} "
+                    f"The chat template changes the {turn.role} message, or shows it {counts[n]} "
                     "times instead of once, so the instruction cannot be located in it."
                 )
         return order, pieces[::2]

@@ -270,8 +270,8 @@ class _TextStream:
 
     def flush(self) -> str:
         """The text that was not shown yet, whole or not."""
-        shown = self._decode(self._ids[self._start : self._shown])
-        return self._decode(self._ids[self._start :])[len(shown) :]
+        beginning = self._decode(self._ids[self._start : self._shown])
+        return self._decode(self._ids[self._start :])[len(beginning) :]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

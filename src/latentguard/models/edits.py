@@ -253,12 +253,12 @@ def _by_block(
     group: Sequence[Knockout | None], hidden: Bool[Tensor, "r *s"], rows: int
 ) -> dict[int, Bool[Tensor, "r *s"]]:
     """Number of a block -> ``hidden`` in the rows whose knock-out cuts that block."""
-    found = {}
+    keys_by_block = {}
     for block in sorted({number for one in group if one for number in one.blocks}):
         cuts = torch.tensor([one is not None and block in one.blocks for one in group])
-        chosen = cuts.repeat_interleave(rows).to(hidden.device)
-        found[block] = hidden & chosen.reshape(-1, *[1] * (hidden.ndim - 1))
-    return found
+        rows_cut = cuts.repeat_interleave(rows).to(hidden.device)
+        keys_by_block[block] = hidden & rows_cut.reshape(-1, *[1] * (hidden.ndim - 1))
+    return keys_by_block
 
 
 def _units(group: Sequence[Ablation]) -> Float[Tensor, "e d"]:

@@ -83,13 +83,13 @@ def sweep(
         longest = len(rows[todo[0]][1].ids) + max_new_tokens
         batch = todo[: max(1, model.tokens_per_batch // longest)]
         try:
-            made = run.reply_to([rows[i] for i in batch], settings)
+            batches = run.reply_to([rows[i] for i in batch], settings)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             tokens = len(batch) * longest
             rows_at_once = len(batch) * min(len(settings), run.settings_at_once(tokens))
             model.shrink(error, tokens, rows_at_once)
             continue
-        for n, batch_replies in made:
+        for n, batch_replies in batches:
             for i, reply in zip(batch, batch_replies, strict=True):
                 replies[n][i] = reply
         todo = todo[len(batch) :]
@@ -171,9 +171,11 @@ class _Sweep:
             watched = self._watched(logits)
             edits = ReplyEdits.of(together, rows, batch, self.model)
             ids = self._decode(cached, logits, batch.real.repeat(len(chunk), 1), edits)
-            made = map(self._reply, list(rows) * len(chunk), ids, watched)
+            replies_of_rows = map(self._reply, list(rows) * len(chunk), ids, watched)
             for n in chunk:
-                own = [replace(r, label=settings[n].label) for r in islice(made, len(rows))]
+                own = [
+                    replace(r, label=settings[n].label) for r in islice(replies_of_rows, len(rows))
+                ]
                 replies.append((n, own))
         return replies
 

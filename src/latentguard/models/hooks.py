@@ -335,8 +335,8 @@ def _masked(mask: Any, hidden: Bool[Tensor, "r 1 s t"]) -> Tensor:
     """A mask, [r 1 s t], that also hides some tokens."""
     if mask is None:  # sdpa is given none where every token sees all before it
         size = hidden.shape[-2:]
-        seen = torch.ones(size, dtype=torch.bool, device=hidden.device).tril(size[1] - size[0])
-        return seen & ~hidden
+        causal = torch.ones(size, dtype=torch.bool, device=hidden.device).tril(size[1] - size[0])
+        return causal & ~hidden
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != hidden.shape[-2:]:
         raise ModelError(
             "Attention can be cut where masks are [rows heads tokens tokens], as with "

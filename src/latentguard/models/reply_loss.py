@@ -31,8 +31,8 @@ def reply_losses(model: ReplyingModel, replies: Sequence[Reply]) -> list[float]:
     for n, reply in enumerate(replies):
         by_prompt.setdefault(reply.prompt, []).append(n)
     for rows in by_prompt.values():
-        found = _losses_behind_one_prompt(model, [replies[n] for n in rows])
-        for n, loss in zip(rows, found, strict=True):
+        prompt_losses = _losses_behind_one_prompt(model, [replies[n] for n in rows])
+        for n, loss in zip(rows, prompt_losses, strict=True):
             losses[n] = loss
     return losses
 
@@ -58,8 +58,10 @@ def _losses_behind_one_prompt(model: ReplyingModel, replies: Sequence[Reply]) ->
         tokens = tokens.to(model.device)
         before = torch.cat([ids[:, -1:].expand(len(chunk), 1), tokens[:, :-1]], 1)
         chances = _logits(model, before, build_cache(past), ids.shape[1]).log_softmax(-1)
-        chosen = chances.gather(-1, tokens[..., None])[..., 0]
-        losses += [-float(row[: len(r)].mean()) for row, r in zip(chosen, chunk, strict=True)]
+        token_chances = chances.gather(-1, tokens[..., None])[..., 0]
+        losses += [
+            -float(row[: len(r)].mean()) for row, r in zip(token_chances, chunk, strict=True)
+        ]
     return losses
 
 

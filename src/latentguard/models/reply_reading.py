@@ -200,10 +200,10 @@ class ReplyReader:
         """
         layout = lay_out_reply(self._model, Reply(self._prompt, text))
         ids = layout.ids if is_whole else layout.ids[:-1]
-        kept = common_prefix_length(self._ids, ids)
-        if kept < len(self._ids):
-            self._cache.crop(kept - len(self._ids))  # so many tokens of its end are dropped
-        self._scores[kept:] = self._read_tokens(ids[kept:])
+        prefix = common_prefix_length(self._ids, ids)
+        if prefix < len(self._ids):
+            self._cache.crop(prefix - len(self._ids))  # so many tokens of its end are dropped
+        self._scores[prefix:] = self._read_tokens(ids[prefix:])
         self._ids = ids
         return self._scores[layout.start :]
 

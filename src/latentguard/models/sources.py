@@ -127,16 +127,16 @@ def _is_hub_silent(repo: str) -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return True
-    answered = threading.Event()
+    answer = threading.Event()
 
     def ask() -> None:
         page = f"{_hub_endpoint()}/{repo}/resolve/main/config.json"
         with contextlib.suppress(httpx.HTTPError):
             httpx.head(page, timeout=HUB_TIMEOUT)
-            answered.set()
+            answer.set()
 
     threading.Thread(target=ask, daemon=True).start()
-    return not answered.wait(HUB_TIMEOUT)
+    return not answer.wait(HUB_TIMEOUT)
 
 
 def _hub_endpoint() -> str:

@@ -107,7 +107,7 @@ def _try(template: str, tokens: str, texts: tuple[str, ...]) -> None:
         )
     turns = [{"role": "user", "content": text} for text in texts]
     reply = {"role": "assistant", "content": texts[0]}
-    given = dict(
+    trial = dict(
         template=template,
         tokens=json.loads(tokens),
         chats=[*([turn] for turn in turns), [turns[0], reply, turns[0]]],
@@ -116,18 +116,18 @@ def _try(template: str, tokens: str, texts: tuple[str, ...]) -> None:
         output=MAX_OUTPUT,
         codes=(TOO_LONG_OUTPUT, NO_MEMORY),
     )
-    _explain(*_run(json.dumps(given)))
+    _explain(*_run(json.dumps(trial)))
 
 
-def _run(given: str) -> tuple[int | None, str]:
+def _run(trial: str) -> tuple[int | None, str]:
     """The exit code, None if it did not come to an end, and what the process complained of."""
     command = [sys.executable, "-c", SCRIPT]
     how: dict[str, Any] = dict(capture_output=True, text=True, timeout=WALL_SECONDS)
     try:
-        done = subprocess.run(command, input=given, check=False, **how)
+        process = subprocess.run(command, input=trial, check=False, **how)
     except subprocess.TimeoutExpired:
         return None, ""
-    return done.returncode, done.stderr
+    return process.returncode, process.stderr
 
 
 def _explain(code: int | None, complaint: str) -> None:

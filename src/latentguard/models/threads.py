@@ -57,9 +57,9 @@ def fastest(counts: Sequence[int], seconds: Callable[[int], float]) -> int:
     best = counts[0]
     least = seconds(best)
     for count in counts[1:]:
-        if (taken := seconds(count)) < GAIN * least:
+        if (duration := seconds(count)) < GAIN * least:
             best = count
-            least = taken
+            least = duration
     return best
 
 

@@ -92,17 +92,17 @@ class CaptureCache:
         entry = self.folder / entry_name(backend, prompts, positions, layers)
         self._used.append(entry)
         self._remove_old_entries()
-        done = 0
+        start = 0
         for values in _read_shards(entry, (len(positions), len(layers))):
-            batch = tuple(prompts[done : done + len(values)])
+            batch = tuple(prompts[start : start + len(values)])
             yield States(values, batch, tuple(positions), tuple(layers), backend.fingerprint)
-            done += len(values)
+            start += len(values)
             if progress is not None:
                 progress(len(values))
-        rest = prompts[done:]
+        rest = prompts[start:]
         for states in backend.capture(rest, positions=positions, layers=layers, progress=progress):
-            self._write_shard(entry, done, states, len(prompts))
-            done += len(states)
+            self._write_shard(entry, start, states, len(prompts))
+            start += len(states)
             yield states
 
     def _write_shard(self, entry: Path, start: int, states: States, total: int) -> None:

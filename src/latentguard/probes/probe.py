@@ -133,10 +133,10 @@ def fit_linear(
     require_both_classes(labels, "linear")
     y = torch.tensor(labels, dtype=torch.bool)
     design, folds = balanced(states, y), folds_of(groups, seed)
-    tried = {strength: _solved(design, strength, folds) for strength in STRENGTHS}
-    figures = {strength: auroc(y.numpy(), found[0]) for strength, found in tried.items()}
+    solutions = {strength: _solved(design, strength, folds) for strength in STRENGTHS}
+    figures = {strength: auroc(y.numpy(), solution[0]) for strength, solution in solutions.items()}
     strength = choose(figures)
-    held_out, weight, bias = tried[strength]
+    held_out, weight, bias = solutions[strength]
     band = tuple(dict.fromkeys(layers))
     choices: dict[str, float | str] = {
         "layers": f"{min(band)}-{max(band)}",

@@ -93,10 +93,10 @@ def primal(
 
 def require_groups(groups: Sequence[str], fewest: int) -> None:
     """Raise a GuardError if there are too few groups, of pairs or of texts, to cross-validate."""
-    if (found := len(set(groups))) < fewest:
+    if (count := len(set(groups))) < fewest:
         raise GuardError(
             f"Cross-validation needs at least {fewest} different texts, or pairs of texts; found "
-            f"{found}. Is the same 'pair' given to all rows?"
+            f"{count}. Is the same 'pair' given to all rows?"
         )
 
 

@@ -100,9 +100,9 @@ def control_panels(curves: Mapping[str, Curve]) -> dict[str, tuple[str, ...]]:
     """
     controls = {name: name.rpartition("norm of ")[2] for name in curves if is_control(name)}
     plain = [name for name in curves if name not in controls]
-    named = {of for of in controls.values() if any(of in name for name in plain)}
+    panels = {of for of in controls.values() if any(of in name for name in plain)}
     return {
-        name: (name, *(c for c, of in controls.items() if of in name or of not in named))
+        name: (name, *(c for c, of in controls.items() if of in name or of not in panels))
         for name in plain
     }
 
@@ -137,23 +137,23 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
     styles = dict(zip(curves, styles_of(curves), strict=True))
     if panels is not None:
         styles = {n: s for of in panels.values() for n, s in zip(of, styles_of(of), strict=True)}
-    shown = {title: tuple(curves)} if panels is None else panels
+    panel_curves = {title: tuple(curves)} if panels is None else panels
     plot = new_plot()
-    named = set[str]() if panels is None else set(panels)  # a heading needs no legend
-    for slot, (head, names) in enumerate(shown.items()):
+    legend = set[str]() if panels is None else set(panels)  # a heading needs no legend
+    for slot, (head, names) in enumerate(panel_curves.items()):
         for row, name in enumerate(names):
             shift = _dodge(layers, row - (len(names) - 1) / 2)
             label = name.removesuffix(f", {head}")
             for trace in _traces(label, curves[name], layers, styles[name], shift=shift):
-                trace["showlegend"] = trace["showlegend"] and label not in named
+                trace["showlegend"] = trace["showlegend"] and label not in legend
                 plot.add_scatter(**trace, **_on_panel(slot))
-            named.add(label)
+            legend.add(label)
         if zero:
             plot.add_shape(line=dict(dash="dash", color=NEUTRAL, width=1.5), **_level(slot))
-    if len(shown) == 1:
+    if len(panel_curves) == 1:
         plot.update_layout(xaxis_title=x, yaxis_title=y)
     else:
-        _arrange(plot, tuple(shown), x=x, y=y)
+        _arrange(plot, tuple(panel_curves), x=x, y=y)
     if len(layers) <= MARKED and isinstance(layers[0] if layers else "", int):
         plot.update_xaxes(tickvals=list(layers))  # no halves of layers
     series = tuple(
@@ -180,21 +180,21 @@ def overlaid_lines(
         x: Name of the horizontal axis.
         y: Name of the vertical axis.
     """
-    plot, named = new_plot(), set[str]()
+    plot, legend = new_plot(), set[str]()
     styles = dict(zip(names, cycle(REPORTS), strict=False))
     for slot, lines in enumerate(panels.values()):
         for name, one in lines.items():
             curve = (one.value, one.low, one.high)
             for trace in _traces(name, curve, one.places, styles[name], shift=0.0):
-                trace["showlegend"] = trace["showlegend"] and name not in named
+                trace["showlegend"] = trace["showlegend"] and name not in legend
                 plot.add_scatter(**trace, **_on_panel(slot))
-            named.add(name)
+            legend.add(name)
     if len(panels) == 1:
         plot.update_layout(xaxis_title=x, yaxis_title=y)
     else:
         _arrange(plot, tuple(panels), x=x, y=y)
     heads = "; ".join(panels) if len(panels) == 1 else f"{len(panels)} curves"
-    return Figure(title, plot, f"{heads}, {len(named)} reports.")
+    return Figure(title, plot, f"{heads}, {len(legend)} reports.")
 
 
 def _traces(

@@ -39,7 +39,7 @@ def write_pictures(report: Report, folder: str | Path) -> list[Path]:
     for name, figure in zip(names, report.figures, strict=True):
         write_atomic(folder / f"{name}.json", figure.plot.to_json())
     jobs = {
-        folder / f"{name}.{kind}": _drawn(figure, kind)
+        folder / f"{name}.{kind}": _image_options(figure, kind)
         for name, figure in zip(names, report.figures, strict=True)
         for kind in FIGURE_FORMATS[1:]
     }
@@ -71,11 +71,11 @@ def _render(jobs: list[dict[str, Any]]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    said = str(error.args[0]).strip() if error.args else ""
-    return said.split("\n")[0].rstrip(".") or type(error).__name__
+    text = str(error.args[0]).strip() if error.args else ""
+    return text.split("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _drawn(figure: Figure, kind: str) -> dict[str, Any]:
+def _image_options(figure: Figure, kind: str) -> dict[str, Any]:
     """The figure as one kind of file shows it, and its size."""
     plot = deepcopy(figure.plot)
     height = plot.layout.height

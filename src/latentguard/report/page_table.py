@@ -57,9 +57,9 @@ def page_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> PageTa
     A column is the value of an interval if the next two end in ``low`` and ``high``.
     """
     places = list(_places(columns))
-    shown = [_column(rows, at, has_interval=has_interval) for at, has_interval in places]
+    column_cells = [_column(rows, at, has_interval=has_interval) for at, has_interval in places]
     heads = tuple(columns[at] for at, _ in places)
-    return PageTable(heads, tuple(zip(*shown, strict=True)) if rows else ())
+    return PageTable(heads, tuple(zip(*column_cells, strict=True)) if rows else ())
 
 
 def format_cell(cell: Cell) -> str:

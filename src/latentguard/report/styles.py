@@ -40,7 +40,7 @@ class Style:
 
 CONTROL = Style(NEUTRAL, "dot", "cross-thin-open", "")
 
-NAMED: tuple[tuple[str, Style], ...] = (
+NAME_STYLES: tuple[tuple[str, Style], ...] = (
     (r"random|chance", CONTROL),
     (r"refused harmful", Style(HARMFUL, "solid", "circle")),
     (r"accepted harmful", Style(AMBER, "dash", "circle-open")),
@@ -95,7 +95,7 @@ def is_control(name: str) -> bool:
 def named_style(name: str) -> Style | None:
     """The style of a series that looks the same in every figure; None if it has none."""
     plain = re.sub(r"\s*\(n = \d+\)$", "", name.lower())
-    return next((style for start, style in NAMED if re.match(rf"(?:{start})\b", plain)), None)
+    return next((style for start, style in NAME_STYLES if re.match(rf"(?:{start})\b", plain)), None)
 
 
 def styles_of(names: Iterable[str]) -> list[Style]:

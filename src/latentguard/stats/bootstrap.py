@@ -163,8 +163,8 @@ def bootstrap_mean(
     others = np.asarray(minus, dtype=np.float64)
 
     def gap(up: Array, down: Array) -> Array:
-        found: Array = up @ rows / up.sum(1) - down @ others / down.sum(1)
-        return found
+        difference: Array = up @ rows / up.sum(1) - down @ others / down.sum(1)
+        return difference
 
     return weighted_bootstrap(gap, one, len(others), method=method, seed=seed)
 
@@ -200,16 +200,16 @@ def crossed_mean(
     def mean(*weights: Array) -> Array:
         of = np.prod(weights[: len(factors)], axis=0)
         total = of.sum(1)
-        found = (of @ rows) / np.where(total > 0, total, np.nan)
+        value = (of @ rows) / np.where(total > 0, total, np.nan)
         if others is not None:
-            found = found - weights[-1] @ others / weights[-1].sum(1)
-        return np.asarray(found)
+            value = value - weights[-1] @ others / weights[-1].sum(1)
+        return np.asarray(value)
 
     samples: list[int | Sequence[object]] = [*factors]
     if others is not None:
         samples.append(len(others))
-    found = weighted_bootstrap(mean, *samples, seed=seed)
-    return replace(found, n=(len(rows), 0 if others is None else len(others)))
+    estimate = weighted_bootstrap(mean, *samples, seed=seed)
+    return replace(estimate, n=(len(rows), 0 if others is None else len(others)))
 
 
 def mean_curve(rows: ArrayLike, *, seed: Seed = 0) -> list[Estimate]:
@@ -224,7 +224,7 @@ def mean_curve(rows: ArrayLike, *, seed: Seed = 0) -> list[Estimate]:
     means = resample_weights(n, seed=seed) @ values / n
     without = (values.sum(0) - values) / max(n - 1, 1)
     columns = zip(means.T, without.T, strict=True)
-    return [bca_interval(drawn, [left_out], (n, 0)) for drawn, left_out in columns]
+    return [bca_interval(draws, [left_out], (n, 0)) for draws, left_out in columns]
 
 
 def mean_difference(first: ArrayLike, second: ArrayLike, *, seed: Seed = 0) -> Estimate:
@@ -245,11 +245,11 @@ def mean_difference(first: ArrayLike, second: ArrayLike, *, seed: Seed = 0) -> E
 
     def mean(prompts: Array, directions: Array | None = None) -> Array:
         of = np.ones((len(prompts), d)) if directions is None else directions
-        found: Array = ((of @ rows) * prompts).sum(1) / of.sum(1) / prompts.sum(1)
-        return found
+        value: Array = ((of @ rows) * prompts).sum(1) / of.sum(1) / prompts.sum(1)
+        return value
 
-    found = weighted_bootstrap(mean, *([n, d] if d > 1 else [n]), seed=seed)
-    return replace(found, n=(n, 0))
+    estimate = weighted_bootstrap(mean, *([n, d] if d > 1 else [n]), seed=seed)
+    return replace(estimate, n=(n, 0))
 
 
 def _crossed(first: Sequence[object], second: Sequence[object]) -> list[Sequence[object]]:

@@ -165,10 +165,10 @@ def auroc_interval(
     rows = [*owners, object()] if owners else n + 1
     how: dict[str, Any] = dict(method="percentile", seed=seed)
     if paired:
-        found = weighted_bootstrap(lambda both: weighted_auroc(wide, both, both), rows, **how)
+        estimate = weighted_bootstrap(lambda both: weighted_auroc(wide, both, both), rows, **how)
     else:
-        found = weighted_bootstrap(partial(weighted_auroc, wide), rows, m + 1, **how)
-    return around(float(wins.mean()), found, (n, 0 if paired else m))
+        estimate = weighted_bootstrap(partial(weighted_auroc, wide), rows, m + 1, **how)
+    return around(float(wins.mean()), estimate, (n, 0 if paired else m))
 
 
 def combine_areas(
@@ -192,8 +192,8 @@ def combine_areas(
     def total(*weights: NDArray[np.float64]) -> NDArray[np.float64]:
         sides = zip(wide, weights[::2], weights[1::2], strict=True)
         areas = np.stack([weighted_auroc(one, up, down) for one, up, down in sides])
-        found: NDArray[np.float64] = np.asarray(factors) @ areas + constant
-        return found
+        area: NDArray[np.float64] = np.asarray(factors) @ areas + constant
+        return area
 
     value = float(np.dot(factors, [one.mean() for one in wins])) + constant
     n = (sum(one.shape[0] for one in wins), sum(one.shape[1] for one in wins))
@@ -208,9 +208,9 @@ def with_undecided(wins: NDArray[np.float64], value: float = 0.5) -> NDArray[np.
     return np.pad(wins, ((0, 1), (0, 1)), constant_values=value)
 
 
-def around(value: float, found: Estimate, n: tuple[int, int]) -> Estimate:
+def around(value: float, estimate: Estimate, n: tuple[int, int]) -> Estimate:
     """The interval of an area with undecided prompts, stretched to the area without them."""
-    return Estimate(value, min(found.low, value), max(found.high, value), n)
+    return Estimate(value, min(estimate.low, value), max(estimate.high, value), n)
 
 
 def weighted_auroc(

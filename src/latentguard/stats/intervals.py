@@ -64,8 +64,8 @@ def bca_interval(values: ArrayLike, left_out: Sequence[ArrayLike], n: tuple[int,
 
 def _influence(left_out: Array) -> Array:
     """How far each row moves the figure, [n], from the figure without it."""
-    known = left_out[~np.isnan(left_out)]
-    return (len(known) - 1) * (known.mean() - known) if len(known) > 1 else np.zeros(1)
+    numbers = left_out[~np.isnan(left_out)]
+    return (len(numbers) - 1) * (numbers.mean() - numbers) if len(numbers) > 1 else np.zeros(1)
 
 
 def _bias(draws: Array, first: float) -> float:
@@ -87,10 +87,10 @@ def _quantile(influence: Sequence[Array]) -> float:
     parts = [
         float((one**2).sum()) / n / max(n - 1, 1) for one, n in zip(influence, sizes, strict=True)
     ]
-    seen = sum(part * (n - 1) / n for part, n in zip(parts, sizes, strict=True))
-    if seen <= 0:
+    bootstrap_variance = sum(part * (n - 1) / n for part, n in zip(parts, sizes, strict=True))
+    if bootstrap_variance <= 0:
         return float(norm.ppf(0.975))
     freedom = sum(parts) ** 2 / sum(
         part**2 / max(n - 1, 1) for part, n in zip(parts, sizes, strict=True)
     )
-    return float(np.sqrt(sum(parts) / seen) * t.ppf(0.975, freedom))
+    return float(np.sqrt(sum(parts) / bootstrap_variance) * t.ppf(0.975, freedom))
