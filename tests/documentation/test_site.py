@@ -21,10 +21,11 @@ def test_no_page_loads_anything_from_elsewhere(site):
     assert {one for one in loaded if 'rel="canonical"' not in one} == set()
 
 
-def test_every_page_is_in_the_navigation():
-    listed = set(re.findall(r'"([\w/-]+\.md)"', (ROOT / "zensical.toml").read_text("utf-8")))
+def test_every_page_is_in_the_navigation_once():
+    listed = re.findall(r'"([\w/-]+\.md)"', (ROOT / "zensical.toml").read_text("utf-8"))
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    assert pages - listed == set()
+    assert pages - set(listed) == set()
+    assert len(listed) == len(set(listed))
 
 
 def test_the_reference_names_every_option_and_every_public_name(site):
