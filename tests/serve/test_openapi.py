@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from serve.running import running
+from serve.test_responses import answers as answers_response
 from serve.test_upstream import answers, upstream
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -14,7 +15,10 @@ EXAMPLES = 12
 
 @pytest.fixture(scope="module", params=["own model", "upstream"])
 def schema(request):
-    with upstream(answers) as (_, where):
+    def script(handler, body):
+        (answers_response if handler.path.endswith("/responses") else answers)(handler, body)
+
+    with upstream(script) as (_, where):
         options = dict(upstream=where) if request.param == "upstream" else {}
         with running(max_reply=2, **options) as url:
             yield schemathesis.openapi.from_url(f"{url}/openapi.json", verify=False)
@@ -44,4 +48,5 @@ def test_it_keeps_what_its_document_says(schema):
 
         keeps()
         seen.add(operation.path)
-    assert seen >= {"/v1/moderations", "/v1/score", "/v1/chat/completions", "/healthz"}
+    chats = {"/v1/chat/completions", "/v1/responses"}
+    assert seen >= {"/v1/moderations", "/v1/score", "/healthz"} | chats

@@ -194,3 +194,16 @@ def test_prompts_are_guarded_as_before():
         answer = post(f"{url}{CHAT}", json=chat(PROMPTS[0])).json()
     assert answer["choices"][0]["finish_reason"] == "content_filter"
     assert not [body for body in seen if isinstance(body, dict)]
+
+
+@pytest.mark.parametrize("hold", [1, 4])
+def test_a_cut_stream_is_still_events_of_one_object_each(hold):
+    """A blank line ends an event: without one, what was sent and the cut would be one."""
+    with (
+        upstream(streams) as (_, where),
+        serve(flagging(), upstream=where, hold_tokens=hold) as url,
+    ):
+        text = post(f"{url}{CHAT}", json=chat(passed(), stream=True)).text
+    *found, end = text.split("\n\n")
+    assert end == ""
+    assert all(one.startswith("data: ") and "\n" not in one for one in found)

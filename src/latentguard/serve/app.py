@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
 from latentguard import __version__
-from latentguard.serve import completions, ext_authz, gateway_guardrail, moderation, page
+from latentguard.serve import completions, ext_authz, gateway_guardrail, moderation, page, responses
 from latentguard.serve.accounts import Accounts, ClientLimits
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
@@ -32,6 +32,7 @@ PUBLIC = {
     "/v1/moderations": "moderations",
     "/v1/score": "score",
     "/v1/chat/completions": "chat",
+    responses.PATH: responses.ENDPOINT,
     "/v1/guard": "guard",
     "/v1/models": "models",
     gateway_guardrail.PATH: gateway_guardrail.ENDPOINT,
@@ -82,6 +83,7 @@ def build_app(service: Service) -> ASGIApp:
     app.include_router(moderation.routes(service))
     app.include_router(gateway_guardrail.routes(service))
     app.include_router(completions.routes(service, upstream))
+    app.include_router(responses.routes(service, upstream))
     app.include_router(ext_authz.routes(service))
     app.include_router(page.routes(service, upstream))
     _watch(app, service)

@@ -11,7 +11,7 @@ from latentguard.serve.config import ServeConfig
 from latentguard.serve.control_tokens import ControlTokens
 from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage
-from latentguard.serve.parameters import require_known, texts_in
+from latentguard.serve.parameters import CHAT_CHECKS, require_known, texts_in
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ def forwarded_chat(
     Raises:
         BadRequest: if it holds something that the guard does not read.
     """
-    messages = [_sanitized(one, config, control_tokens) for one in body["messages"]]
+    messages = [sanitized_message(one, config, control_tokens) for one in body["messages"]]
     parameters = {name: value for name, value in body.items() if name != "messages"}
-    kept = require_known(parameters, unread=config.unread_parameters)
+    kept = require_known(parameters, CHAT_CHECKS, unread=config.unread_parameters)
     others = texts_in(kept, config.tools)
     if config.control_tokens != "forward":
         inner = [text for message in messages for text in message.other_texts]
@@ -63,10 +63,14 @@ def require_few(readings: list[ChatReading], config: ServeConfig) -> None:
         )
 
 
-def _sanitized(
+def sanitized_message(
     message: Mapping[str, Any], config: ServeConfig, control_tokens: ControlTokens
 ) -> ChatMessage:
-    """A message with nothing in it but what is read, its control tokens broken up if so wanted."""
+    """A message with nothing in it but what is read, its control tokens broken up if so wanted.
+
+    Raises:
+        BadRequest: if it holds something else, or a control token.
+    """
     plain = ChatMessage.model_validate(ChatMessage.model_validate(message).sanitized())
     if config.control_tokens == "forward":
         return plain

@@ -77,6 +77,9 @@ class ServeConfig:
     upstream_chat_path: str = "chat/completions"
     """Where chats go, below the upstream's URL; ``{model}`` is the request's model."""
 
+    upstream_responses_path: str = "responses"
+    """Where requests of the Responses API go, below the upstream's URL; ``{model}`` as above."""
+
     upstream_models_path: str = "models"
     """Where it lists its models, below its URL; also asked whether it is there."""
 

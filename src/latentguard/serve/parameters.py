@@ -40,11 +40,18 @@ TEMPLATE_SWITCHES = frozenset({"enable_thinking", "thinking", "thinking_budget"}
 """What ``chat_template_kwargs`` may hold: templates print other values as they please."""
 
 
-def require_known(parameters: Mapping[str, Any], *, unread: Collection[str] = ()) -> dict[str, Any]:
+Check = Callable[[Any], bool]
+"""Whether a value is what the name of its parameter says."""
+
+
+def require_known(
+    parameters: Mapping[str, Any], checks: Mapping[str, Check], *, unread: Collection[str] = ()
+) -> dict[str, Any]:
     """The parameters that are sent on; empty ones that are unknown are left out.
 
     Args:
         parameters: Of the request, without its messages.
+        checks: What each known parameter may be.
         unread: Names that the operator lets through unread.
 
     Raises:
@@ -52,10 +59,10 @@ def require_known(parameters: Mapping[str, Any], *, unread: Collection[str] = ()
     """
     kept = dict[str, Any]()
     for name, value in parameters.items():
-        if name in unread or (value is None and name in _CHECKS):
+        if name in unread or (value is None and name in checks):
             kept[name] = value
-        elif name in _CHECKS:
-            if not _CHECKS[name](value):
+        elif name in checks:
+            if not checks[name](value):
                 raise BadRequest(f"'{name}' has a value that this guard does not let through.")
             kept[name] = value
         elif value not in (None, "", [], {}):
@@ -107,6 +114,23 @@ def _is_word(value: Any) -> bool:
     return True
 
 
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_word, value))
+
+
+def _is_word_or_none(value: Any) -> bool:
+    return value is None or _is_word(value)
+
+
+def _is_false(value: Any) -> bool:
+    return value is False
+
+
+def _is_text_config(value: Any) -> bool:
+    known = isinstance(value, dict) and value.keys() <= {"format", "verbosity"}
+    return known and _is_word_or_none(value.get("verbosity"))
+
+
 def _is_label(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= LABEL_LENGTH
 
@@ -116,7 +140,7 @@ def _is_stop(value: Any) -> bool:
     return len(stops) <= 16 and all(map(_is_label, stops))
 
 
-def _maps(name_fits: Callable[[Any], bool], fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _maps(name_fits: Check, fits: Check) -> Check:
     def check(value: Any) -> bool:
         return isinstance(value, dict) and all(name_fits(n) and fits(v) for n, v in value.items())
 
@@ -135,7 +159,7 @@ def _is_prediction(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() <= {"type", "content"}
 
 
-_CHECKS: dict[str, Callable[[Any], bool]] = {
+CHAT_CHECKS: dict[str, Check] = {
     **dict.fromkeys(SWITCHES, _is_switch),
     **dict.fromkeys(NUMBERS, _is_number),
     **dict.fromkeys(WORDS, _is_word),
@@ -150,4 +174,21 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "stop_token_ids": _are_numbers,
     "stream_options": _maps(_is_word, _is_switch),
 }
-"""What each known parameter may be."""
+"""What each known parameter of ``/v1/chat/completions`` may be."""
+
+RESPONSE_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("parallel_tool_calls", "store", "stream"), _is_switch),
+    **dict.fromkeys(
+        ("max_output_tokens", "max_tool_calls", "temperature", "top_logprobs", "top_p"), _is_number
+    ),
+    **dict.fromkeys(("model", "prompt_cache_retention", "service_tier", "truncation"), _is_word),
+    **dict.fromkeys(LABELS, _is_label),
+    **dict.fromkeys(("tool_choice", "tools"), lambda _: True),
+    "background": _is_false,  # its answer would be fetched past the guard
+    "include": _are_words,
+    "metadata": _maps(_is_label, _is_label),
+    "reasoning": _maps(_is_word, _is_word_or_none),
+    "stream_options": _maps(_is_word, _is_switch),
+    "text": _is_text_config,
+}
+"""What each known parameter of ``/v1/responses`` may be."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from time import time
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
@@ -57,8 +57,42 @@ class ChatResponse(BaseModel):
     usage: Usage
 
 
-class ReplyWriter:
-    """Puts a reply into OpenAI's objects."""
+class ReplyWriter(Protocol):
+    """Writes one reply as an endpoint's objects: in one, or as server-sent events."""
+
+    def whole(
+        self,
+        text: str,
+        finish: str,
+        usage: dict[str, int],
+        *,
+        refusal: str | None = None,
+        note: Mapping[str, Any] | None = None,
+    ) -> Response:
+        """The answer in one, and what is to be noted of the reply."""
+        ...
+
+    def first(self) -> str:
+        """The first events of a stream."""
+        ...
+
+    def piece(self, text: str, note: Mapping[str, Any] | None = None) -> str:
+        """A piece of text, and what is to be noted of it."""
+        ...
+
+    def refusal(self, text: str) -> str:
+        """A refusal in place of the text."""
+        ...
+
+    def last(
+        self, finish: str, usage: dict[str, int], note: Mapping[str, Any] | None = None
+    ) -> str:
+        """The last events, and what is to be noted of the whole reply."""
+        ...
+
+
+class ChatWriter:
+    """Puts a reply into the objects of ``/v1/chat/completions``."""
 
     def __init__(self, mark: str, name: str, note: Mapping[str, Any], *, usage: bool) -> None:
         """Begin the reply ``mark`` of the model ``name``, with what is told of its verdict."""
@@ -81,14 +115,6 @@ class ReplyWriter:
         said = dict(self._note.get("latentguard", {})) | dict((note or {}).get("latentguard", {}))
         return JSONResponse(body | ({"latentguard": said} if said else {}))
 
-    def refused(self, text: str, *, is_stream: bool) -> Response:
-        """The answer to a blocked chat: a refusal, in one or as the events of a stream."""
-        finish, usage = "content_filter", token_usage(0, 0)
-        if not is_stream:
-            return self.whole(text, finish, usage, refusal=text)
-        events = [self.first(), self.piece(text), self.last(finish, usage)]
-        return Response("".join(events), media_type="text/event-stream")
-
     def first(self) -> str:
         """The first event of a stream."""
         return self._chunk(dict(role="assistant", content=""), None, self._note)
@@ -96,6 +122,10 @@ class ReplyWriter:
     def piece(self, text: str, note: Mapping[str, Any] | None = None) -> str:
         """A piece of text, and what is to be noted of it."""
         return self._chunk(dict(content=text), None, note)
+
+    def refusal(self, text: str) -> str:
+        """A refusal, as a piece."""
+        return self.piece(text)
 
     def last(
         self, finish: str, usage: dict[str, int], note: Mapping[str, Any] | None = None
@@ -114,6 +144,15 @@ class ReplyWriter:
 
     def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head | dict(object="chat.completion.chunk", choices=choices)
+
+
+def refused_reply(writer: ReplyWriter, text: str, *, is_stream: bool) -> Response:
+    """The answer to a blocked chat: a refusal, in one or as the events of a stream."""
+    finish, usage = "content_filter", token_usage(0, 0)
+    if not is_stream:
+        return writer.whole(text, finish, usage, refusal=text)
+    events = [writer.first(), writer.refusal(text), writer.last(finish, usage)]
+    return Response("".join(events), media_type="text/event-stream")
 
 
 def verdict_note(context: RequestContext, judged: ScoredOrError) -> dict[str, Any]:

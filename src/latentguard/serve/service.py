@@ -402,7 +402,7 @@ class RequestContext:
                 audit.write(lines)
         except ApiError as error:
             config = self.service.config
-            is_chat = self.endpoint in ("chat", "ext_authz")
+            is_chat = self.endpoint in ("chat", "responses", "ext_authz")
             shadow = is_chat and config.policy == "shadow"
             if not shadow:
                 raise error from None

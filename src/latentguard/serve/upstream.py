@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Coroutine, Mapping
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -18,6 +19,7 @@ from latentguard.serve.config import ServeConfig
 from latentguard.serve.disconnects import run_while_connected
 from latentguard.serve.errors import ApiError, BadRequest, UpstreamError
 from latentguard.serve.replies import sse_event
+from latentguard.serve.upstream_formats import AnswerFormat, stream_events, strict_json
 from latentguard.serve.upstream_replies import FollowedReply
 
 log = logging.getLogger("latentguard.serve")
@@ -43,6 +45,23 @@ TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
 UNREACHABLE = "The upstream service cannot be reached."
 
 
+@dataclass(frozen=True)
+class Forwarding:
+    """How a request is sent on, and its answer sent back."""
+
+    path: str
+    """Below the upstream's URL; ``{model}`` is the request's model."""
+
+    form: AnswerFormat
+    """How the answer is written."""
+
+    note: Mapping[str, Any]
+    """Added to the answer."""
+
+    reply: FollowedReply | None = None
+    """Reads the answer before it is sent back; None sends it back unread."""
+
+
 class UpstreamClient:
     """Sends a request on, and its answer back."""
 
@@ -57,7 +76,6 @@ class UpstreamClient:
         self._url = httpx.URL(config.upstream)
         self._key, self._key_header = config.upstream_key, config.upstream_key_header
         self._own_keys = own_keys
-        self._chat_template = config.upstream_chat_path
         self._models_path = config.upstream_models_path
         timeout = httpx.Timeout(config.upstream_connect_seconds, read=config.upstream_read_seconds)
         self._client = httpx.AsyncClient(timeout=timeout, limits=LIMITS)
@@ -68,22 +86,14 @@ class UpstreamClient:
         """Show the upstream this key from now on."""
         self._key = key
 
-    async def ask(
-        self,
-        request: Request,
-        body: Mapping[str, Any],
-        note: Mapping[str, Any],
-        *,
-        reply: FollowedReply | None = None,
-    ) -> Response:
+    async def ask(self, request: Request, body: Mapping[str, Any], how: Forwarding) -> Response:
         """The upstream's answer to a chat.
 
         Args:
             request: Of the client.
             body: What is sent: what was parsed, since another parser could find another chat in
                 the client's bytes, as where an object names a key twice.
-            note: Added to the answer.
-            reply: Reads the answer before it is sent back; None sends it back unread.
+            how: It is sent on, and what comes back.
 
         Raises:
             BadRequest: if the body holds NaN or infinity, or no model where the path needs it.
@@ -93,9 +103,9 @@ class UpstreamClient:
             content = json.dumps(body, allow_nan=False)
         except ValueError:
             raise BadRequest("The body holds a number that JSON does not know.") from None
-        sent = self._request("POST", self._chat_path(body), request, content)
-        is_stream = bool(body.get("stream"))
-        return await self._within(request, self._answer(request, sent, is_stream, note, reply))
+        sent = self._request("POST", _filled(how.path, body), request, content)
+        answer = self._streamed if body.get("stream") else self._answer
+        return await self._within(request, answer(request, sent, how))
 
     async def models(self, request: Request) -> Response:
         """The upstream's models, which chats name; the guard's own model need not be one of them.
@@ -104,7 +114,7 @@ class UpstreamClient:
             UpstreamError: if it cannot be reached, or fails.
         """
         sent = self._request("GET", self._models_path, request)
-        return await self._within(request, self._answer(request, sent, False, {}))
+        return await self._within(request, self._answer(request, sent))
 
     async def require_reachable(self) -> None:
         """Check that the upstream answers; it is asked at most every few seconds.
@@ -141,13 +151,22 @@ class UpstreamClient:
             raise UpstreamError(UNREACHABLE) from None
 
     async def _answer(
-        self,
-        request: Request,
-        sent: httpx.Request,
-        is_stream: bool,
-        note: Mapping[str, Any],
-        reply: FollowedReply | None = None,
+        self, request: Request, sent: httpx.Request, how: Forwarding | None = None
     ) -> Response:
+        return await _whole(await self._send(request, sent), how)
+
+    async def _streamed(self, request: Request, sent: httpx.Request, how: Forwarding) -> Response:
+        answer = await self._send(request, sent)
+        if answer.status_code != 200:
+            return await _whole(answer, how)
+        return StreamingResponse(_events(answer, how), media_type="text/event-stream")
+
+    async def _send(self, request: Request, sent: httpx.Request) -> httpx.Response:
+        """The beginning of the upstream's answer.
+
+        Raises:
+            UpstreamError: if it fails, or refuses this service.
+        """
         answer = await self._client.send(sent, stream=True)
         request.state.ending.push_async_callback(answer.aclose)  # a stream may never be begun
         if answer.status_code >= 500:
@@ -156,10 +175,7 @@ class UpstreamClient:
         if answer.status_code in (401, 403) and not self._shows_clients_key:
             log.error("The upstream answered %s: check its key.", answer.status_code)
             raise UpstreamError("The upstream service refused this service.")
-        if is_stream and answer.status_code == 200:
-            events = _events(answer, note, reply)
-            return StreamingResponse(events, media_type="text/event-stream")
-        return await _whole(answer, note, reply)
+        return answer
 
     @property
     def _shows_clients_key(self) -> bool:
@@ -177,14 +193,6 @@ class UpstreamClient:
         """A path below the upstream's; its query goes with each request."""
         return self._url.copy_with(path=f"{self._url.path.rstrip('/')}/{path}")
 
-    def _chat_path(self, body: Mapping[str, Any]) -> str:
-        if "{model}" not in self._chat_template:
-            return self._chat_template
-        model = body.get("model")
-        if not isinstance(model, str) or not MODEL.fullmatch(model):
-            raise BadRequest("'model' has to name a model of the upstream.")
-        return self._chat_template.replace("{model}", model)
-
     def _own_headers(self) -> dict[str, str]:
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if self._key and self._key_header.lower() == "authorization":
@@ -194,35 +202,33 @@ class UpstreamClient:
         return headers
 
 
+def _filled(path: str, body: Mapping[str, Any]) -> str:
+    """A path with the request's model in its place."""
+    if "{model}" not in path:
+        return path
+    model = body.get("model")
+    if not isinstance(model, str) or not MODEL.fullmatch(model):
+        raise BadRequest("'model' has to name a model of the upstream.")
+    return path.replace("{model}", model)
+
+
 def _traced(request: Request) -> dict[str, str]:
     return {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
 
 
-async def _whole(
-    answer: httpx.Response, note: Mapping[str, Any], reply: FollowedReply | None
-) -> Response:
+async def _whole(answer: httpx.Response, how: Forwarding | None) -> Response:
     content = b""
     async for piece in answer.aiter_bytes():
         content += piece
         if len(content) > MAX_ANSWER:
             raise UpstreamError("The upstream's answer is too long.")
     headers = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
-    body = _object(content, answer.status_code) | dict(note)
-    if reply is not None and answer.status_code == 200:
-        body = await reply.whole(body)
-    return Response(_encoded(body), answer.status_code, headers, media_type="application/json")
-
-
-def _encoded(body: Mapping[str, Any]) -> bytes:
-    """An answer as strict JSON.
-
-    Raises:
-        UpstreamError: if it holds what strict JSON does not know.
-    """
-    try:
-        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):  # NaN, lone surrogates, thousands of levels
-        raise UpstreamError("The upstream's answer is no strict JSON.") from None
+    body = _object(content, answer.status_code)
+    if how is not None:
+        body |= how.note
+        if how.reply is not None and answer.status_code == 200:
+            body = await how.reply.whole(body)
+    return Response(strict_json(body), answer.status_code, headers, media_type="application/json")
 
 
 def _object(content: bytes, status: int) -> dict[str, Any]:
@@ -238,29 +244,17 @@ def _object(content: bytes, status: int) -> dict[str, Any]:
     return BadRequest(f"The upstream service refused the request with status {status}.").body
 
 
-async def _events(
-    answer: httpx.Response, note: Mapping[str, Any], reply: FollowedReply | None
-) -> AsyncIterator[bytes]:
-    """The events as they come, or once they were read; the note goes into the first."""
-    lines = _with_note(_lines(answer), note)
+async def _events(answer: httpx.Response, how: Forwarding) -> AsyncIterator[bytes]:
+    """The events as they come, or once they were read, with the note where the format has it."""
+    events = stream_events(_lines(answer))
     try:
-        async for line in lines if reply is None else reply.stream(lines):
-            yield line + b"\n"
+        async for event in events if how.reply is None else how.reply.stream(events):
+            yield how.form.with_verdict(event, how.note).content
     except (httpx.HTTPError, UpstreamError, ValueError, RecursionError) as error:
         log.error("The upstream broke off: %s", type(error).__name__)
         yield sse_event(UpstreamError("The upstream service broke off.").body).encode()
     except ApiError as error:  # the reply cannot be read, or its verdict cannot be logged
         yield sse_event(error.body).encode()
-
-
-async def _with_note(lines: AsyncIterator[bytes], note: Mapping[str, Any]) -> AsyncIterator[bytes]:
-    remaining = dict(note)
-    async for line in lines:
-        event = line
-        if remaining and line.startswith(b"data: {"):
-            event = b"data: " + _encoded(json.loads(line[6:]) | remaining)
-            remaining = {}
-        yield event
 
 
 async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:

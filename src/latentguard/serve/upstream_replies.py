@@ -7,10 +7,9 @@ calls.
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +20,10 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.reply_reading import ReplyReader
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import ApiError, UpstreamError
-from latentguard.serve.messages import READ_FIELDS
-from latentguard.serve.replies import reply_note, sse_event
+from latentguard.serve.replies import reply_note
 from latentguard.serve.reply_reading import reply_action
 from latentguard.serve.service import RequestContext
-
-DONE = b"data: [DONE]"
+from latentguard.serve.upstream_formats import AnswerFormat, StreamEvent
 
 
 class FollowedChoice:
@@ -96,9 +93,9 @@ class FollowedChoice:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some lines of a stream."""
+    """Some events of a stream."""
 
-    lines: list[bytes]
+    events: list[StreamEvent]
     """As they came."""
 
     is_due: bool
@@ -111,26 +108,32 @@ class _Chunk:
 class FollowedReply:
     """All choices of an upstream's answer."""
 
-    def __init__(self, context: RequestContext, prompt: Prompt) -> None:
-        """Begin before the first piece."""
+    def __init__(self, context: RequestContext, prompt: Prompt, form: AnswerFormat) -> None:
+        """Begin before the first piece.
+
+        Args:
+            context: The request.
+            prompt: The chat in context.
+            form: How the upstream writes its answer.
+        """
         self._context = context
         self._prompt = prompt
+        self._form = form
         self._policy = context.service.config.on_flagged_reply
         self._size = max(1, context.service.config.hold_tokens)
         self._choices: dict[int, FollowedChoice] = {}
-        self._head: dict[str, Any] = {}
 
-    async def stream(self, lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The lines of a stream of events, each once its text was read.
+    async def stream(self, events: AsyncIterator[StreamEvent]) -> AsyncIterator[StreamEvent]:
+        """The events of a stream, each once its text was read.
 
         Raises:
             ApiError: if a reply cannot be read; nothing that was not read is sent on then.
         """
-        held: list[bytes] = []
+        held: list[StreamEvent] = []
         is_over = False
-        async for chunk in self._chunks(lines):
+        async for chunk in self._chunks(events):
             is_over |= chunk.is_whole
-            held += chunk.lines
+            held += chunk.events
             if chunk.is_due:
                 await self._read(is_whole=chunk.is_whole)
             if self._must_end:
@@ -139,21 +142,21 @@ class FollowedReply:
                 continue
             else:
                 held = await self._released(held, is_whole=chunk.is_whole)
-            for line in held:
-                yield line
+            for event in held:
+                yield event
             held = []
             if self._must_end:
                 return
 
-    async def _chunks(self, lines: AsyncIterator[bytes]) -> AsyncIterator[_Chunk]:
-        """Lines in chunks of so many pieces of text; a shadow waits for none of them."""
-        held: list[bytes] = []
+    async def _chunks(self, events: AsyncIterator[StreamEvent]) -> AsyncIterator[_Chunk]:
+        """Events in chunks of so many pieces of text; a shadow waits for none of them."""
+        held: list[StreamEvent] = []
         unread = 0
         is_over = False
-        async for line in lines:
-            unread += self._add(_event(line))
-            held.append(line)
-            is_whole = line.strip() == DONE and not is_over
+        async for event in events:
+            unread += self._add(event)
+            held.append(event)
+            is_whole = self._form.is_last(event) and not is_over
             is_over |= is_whole
             is_due = is_whole or unread >= self._size
             if is_due or is_over or self._policy == "shadow":
@@ -169,19 +172,15 @@ class FollowedReply:
         Raises:
             ApiError: if a reply cannot be read.
         """
-        for index, text in _texts(body, "message"):
+        for index, text in self._form.texts(body):
             self._choice(index).text += text
         await self._read(is_whole=True)
         notes = await self._record()
         if self._must_end:
-            refusal = self._context.service.config.refusal
-            message = {"role": "assistant", "content": refusal, "refusal": refusal}
-            for choice in body["choices"]:
-                if self._choice(choice.get("index", 0)).is_flagged:
-                    choice |= {"message": message, "finish_reason": "content_filter"}
-                    choice.pop("logprobs", None)
-        said = dict(body.get("latentguard") or {}) | dict(notes.get("latentguard", {}))
-        return body | ({"latentguard": said} if said else {})
+            flagged = [index for index, choice in self._choices.items() if choice.is_flagged]
+            body = self._form.refused(body, flagged, self._context.service.config.refusal)
+        note = dict(body.get("latentguard") or {}) | dict(notes.get("latentguard", {}))
+        return body | ({"latentguard": note} if note else {})
 
     # ---- reading
 
@@ -190,11 +189,9 @@ class FollowedReply:
             self._choices[index] = FollowedChoice(self._context, self._prompt)
         return self._choices[index]
 
-    def _add(self, event: Mapping[str, Any]) -> int:
+    def _add(self, event: StreamEvent) -> int:
         """Take up the text of an event; returns how many pieces of text it holds."""
-        texts = _texts(event, "delta")
-        if texts:
-            self._head = {name: event[name] for name in ("id", "created", "model") if name in event}
+        texts = self._form.new_texts(event.data)
         for index, text in texts:
             self._choice(index).text += text
         return sum(bool(text) for _, text in texts)
@@ -212,38 +209,28 @@ class FollowedReply:
         is_flagged = any(choice.is_flagged for choice in self._choices.values())
         return is_flagged and self._policy in ("cut", "block")
 
-    async def _released(self, held: list[bytes], *, is_whole: bool) -> list[bytes]:
+    async def _released(self, held: list[StreamEvent], *, is_whole: bool) -> list[StreamEvent]:
         """Events that may go on, with what is noted of them."""
         if self._policy == "annotate":
-            held = [self._annotated(line) for line in held]
+            held = [self._annotated(event) for event in held]
+        self._form.show(held)
         notes = await self._record() if is_whole else {}
-        if notes and held and held[-1].strip() == DONE:
-            note = self._chunk_event([], notes)
-            held = [*held[:-1], *note.encode().split(b"\n")[:-1], held[-1]]
+        if notes and held and self._form.is_last(held[-1]):
+            return [*held[:-1], *self._form.closing(held[-1], notes)]
         return held
 
-    def _annotated(self, line: bytes) -> bytes:
-        event = _event(line)
-        scores = [self._choice(index).score for index, text in _texts(event, "delta") if text]
+    def _annotated(self, event: StreamEvent) -> StreamEvent:
+        scores = [self._choice(i).score for i, text in self._form.deltas(event.data) if text]
         if not scores or scores[0] is None:
-            return line
-        note = dict(event.get("latentguard") or {}) | {"reply_score": scores[0]}
-        return b"data: " + json.dumps(event | {"latentguard": note}).encode()
+            return event
+        note = dict(event.data.get("latentguard") or {}) | {"reply_score": scores[0]}
+        return event.with_data(event.data | {"latentguard": note})
 
-    async def _cut(self) -> list[bytes]:
+    async def _cut(self) -> list[StreamEvent]:
         """The end of a stream whose reply was flagged."""
         notes = await self._record()
-        refusal = self._context.service.config.refusal
-        choices = []
-        for index in self._choices:
-            delta = {"content": refusal} if self._policy == "block" else {}
-            choices.append(dict(index=index, delta=delta, finish_reason="content_filter"))
-        end = f"{self._chunk_event(choices, notes)}data: [DONE]\n\n"
-        return end.encode().split(b"\n")[:-1]
-
-    def _chunk_event(self, choices: list[dict[str, Any]], notes: Mapping[str, Any]) -> str:
-        head = self._head | {"object": "chat.completion.chunk", "choices": choices}
-        return sse_event(head | dict(notes))
+        refusal = self._context.service.config.refusal if self._policy == "block" else None
+        return self._form.cut(list(self._choices), refusal, notes)
 
     async def _record(self) -> dict[str, Any]:
         """Note the verdict on each choice; returns what the answer says of the most severe."""
@@ -263,52 +250,3 @@ class FollowedReply:
             return {}
         worst = max(verdicts, key=lambda one: (one.flagged, one.score))
         return reply_note(self._context, worst)
-
-
-def _texts(answer: Mapping[str, Any], part: Literal["message", "delta"]) -> list[tuple[int, str]]:
-    """The index of each choice, and the text of its message or delta.
-
-    Raises:
-        UpstreamError: if the choices are of another shape than OpenAI's.
-    """
-    try:
-        return [
-            (int(choice.get("index", 0)), message_text(choice.get(part) or {}))
-            for choice in answer.get("choices") or ()
-        ]
-    except (AttributeError, TypeError, ValueError):
-        raise UpstreamError("The upstream's choices cannot be read.") from None
-
-
-def message_text(message: Mapping[str, Any]) -> str:
-    """All text of a message or a delta: reasoning, content, refusal, arguments of calls."""
-    texts = [message.get(name) for name in (*READ_FIELDS, "content")]
-    calls = [*(message.get("tool_calls") or ()), {"function": message.get("function_call")}]
-    texts += [(call.get("function") or {}).get("arguments") for call in calls]
-    return "".join(_strings(texts))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings of a value but the types of parts: some services send content in parts."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
-    elif isinstance(value, dict):
-        yield from _strings([inner for name, inner in value.items() if name != "type"])
-
-
-def _event(line: bytes) -> dict[str, Any]:
-    """The object of an event's line; an empty one of any other line.
-
-    Raises:
-        UpstreamError: if the line holds no JSON.
-    """
-    if not line.startswith(b"data:") or line.strip() == DONE:
-        return {}
-    try:
-        event = json.loads(line[5:])
-    except (ValueError, RecursionError):
-        raise UpstreamError("An event of the upstream's stream is no JSON.") from None
-    return event if isinstance(event, dict) else {}

@@ -219,6 +219,12 @@ class ServeOptions:
             rich_help_panel=UPSTREAM,
         ),
     ] = ServeConfig.upstream_chat_path
+    upstream_responses_path: Annotated[
+        str,
+        typer.Option(
+            help="Below the URL, for /v1/responses; {model} as above.", rich_help_panel=UPSTREAM
+        ),
+    ] = ServeConfig.upstream_responses_path
     upstream_models_path: Annotated[
         str,
         typer.Option(

@@ -34,7 +34,7 @@ from latentguard.serve.errors import (
 )
 from latentguard.serve.json_limits import require_small_json
 from latentguard.serve.keys import ApiKeys
-from latentguard.serve.replies import ReplyWriter
+from latentguard.serve.replies import ChatWriter, refused_reply
 
 log = logging.getLogger("latentguard.vllm")
 
@@ -157,13 +157,13 @@ class GuardMiddleware:
     def _refuse(self, chat: PendingChat, note: dict[str, Any], body: dict[str, Any]) -> Any:
         """What a blocked chat is answered with, as by ``latentguard serve``."""
         options = body.get("stream_options") or {}
-        reply = ReplyWriter(
+        reply = ChatWriter(
             chat.own.request.key,
             str(body.get("model")),
             note,
             usage=bool(options.get("include_usage")),
         )
-        return reply.refused(self._refusal, is_stream=bool(body.get("stream")))
+        return refused_reply(reply, self._refusal, is_stream=bool(body.get("stream")))
 
     async def _opened(self, scope: Any) -> ChatGuard:
         """The chat_guard; made, and compared with the running engine, when the first chat comes.

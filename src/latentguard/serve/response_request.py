@@ -1,0 +1,313 @@
+"""A request to ``/v1/responses``: as an upstream is sent it, and what the guard reads of it.
+
+Its items become messages of a chat, which are read as in ``/v1/chat/completions``. An item is sent
+on rebuilt from what was read. Whatever names texts that are not in the request is refused: an
+earlier response, a stored prompt or conversation, an item by its id, reasoning that is encrypted,
+tools that fetch texts on the upstream's side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from latentguard.prompts import Prompt
+from latentguard.serve.chat_readings import chat_readings
+from latentguard.serve.chat_request import ForwardedChat, require_few, sanitized_message
+from latentguard.serve.config import ServeConfig
+from latentguard.serve.control_tokens import ControlTokens
+from latentguard.serve.errors import BadRequest
+from latentguard.serve.messages import ChatMessage, readable_text, require_name
+from latentguard.serve.parameters import RESPONSE_CHECKS, require_known, texts_in
+from latentguard.serve.request_errors import describe_errors
+
+UNSEEN_HISTORY = ("previous_response_id", "conversation", "prompt")
+"""Parameters that name texts which the service has not seen."""
+
+OWN_TOOLS = ("function", "custom")
+"""Types of tools that the client runs itself: what they return comes back in a request."""
+
+TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+
+UNREAD_IN_PARTS = ("annotations", "logprobs")
+"""Fields of a text part that are not sent on."""
+
+
+def _one_word(value: str) -> str:
+    require_name("An id or name of an item", value)
+    return value
+
+
+Word = Annotated[str, AfterValidator(_one_word)]
+
+
+class Item(BaseModel):
+    """One item of the input; ids and states are not sent on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    status: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        """The item as a message of a chat."""
+        raise NotImplementedError
+
+    def rebuilt(self, message: ChatMessage) -> dict[str, Any]:
+        """The item as it is sent on, from the message that was read."""
+        raise NotImplementedError
+
+
+class MessageItem(Item):
+    """Something that was said."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[dict[str, Any]]
+    phase: Word | None = None
+
+    def message(self) -> dict[str, Any]:
+        """The same."""
+        return {"role": self.role, "content": _content(self.content)}
+
+    def rebuilt(self, message: ChatMessage) -> dict[str, Any]:
+        """With one text."""
+        phase = {"phase": self.phase} if self.phase else {}
+        return {"type": self.type, "role": self.role, "content": message.text, **phase}
+
+
+class CallItem(Item):
+    """A tool that was called; the texts are its name and arguments."""
+
+    type: Literal["function_call", "custom_tool_call"]
+    call_id: Word
+    name: Word
+    arguments: str | None = None
+    input: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        """An assistant's message with a call."""
+        call = {"name": self.name, "arguments": self.arguments, "input": self.input}
+        return {"role": "assistant", "content": None, "tool_calls": [_without_none(call)]}
+
+    def rebuilt(self, message: ChatMessage) -> dict[str, Any]:
+        """The same, without its id."""
+        return _without_none(self.model_dump(exclude={"id", "status"}))
+
+
+class CallOutputItem(Item):
+    """What a tool returned."""
+
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: Word
+    output: str | list[dict[str, Any]]
+
+    def message(self) -> dict[str, Any]:
+        """A tool's message."""
+        return {"role": "tool", "content": _content(self.output), "tool_call_id": self.call_id}
+
+    def rebuilt(self, message: ChatMessage) -> dict[str, Any]:
+        """With one text."""
+        return {"type": self.type, "call_id": self.call_id, "output": message.text}
+
+
+class ReasoningItem(Item):
+    """What a model thought."""
+
+    type: Literal["reasoning"]
+    summary: list[dict[str, Any]] = []
+    content: list[dict[str, Any]] | None = None
+
+    def message(self) -> dict[str, Any]:
+        """An assistant's message with nothing but reasoning."""
+        parts = [part["text"] for part in _content([*self.summary, *(self.content or [])])]
+        return {"role": "assistant", "content": None, "reasoning": "\n".join(parts)}
+
+    def rebuilt(self, message: ChatMessage) -> dict[str, Any]:
+        """With one summary."""
+        texts = [{"type": "summary_text", "text": text} for text in message.other_texts]
+        return {"type": self.type, "summary": texts}
+
+
+ITEMS: dict[str, type[Item]] = {
+    "message": MessageItem,
+    "function_call": CallItem,
+    "custom_tool_call": CallItem,
+    "function_call_output": CallOutputItem,
+    "custom_tool_call_output": CallOutputItem,
+    "reasoning": ReasoningItem,
+}
+"""Types of items that are read."""
+
+
+class ResponseRequest(BaseModel):
+    """What the guard reads; everything else is checked against the list of known parameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: str | None = None
+    model: str | None = None
+    stream: bool | None = None
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """A request whose every text is known."""
+
+    messages: list[ChatMessage]
+    """Instructions and input, in the order in which a model is shown them."""
+
+    items: list[dict[str, Any]]
+    """The input as it is sent on."""
+
+    instructions: str | None
+    """As they are sent on."""
+
+    parameters: dict[str, Any]
+    """The other parameters."""
+
+    other_texts: list[str]
+    """What they say."""
+
+
+def read_request(
+    request: ResponseRequest, config: ServeConfig, control_tokens: ControlTokens
+) -> ReadRequest:
+    """Check a request, and find its texts.
+
+    Raises:
+        BadRequest: if it holds or names something that the guard does not read.
+    """
+    parameters = _known_parameters(request.model_extra or {}, config)
+    named = {"model": request.model, "stream": request.stream}
+    parameters |= _without_none(require_known(named, RESPONSE_CHECKS))
+    others = texts_in(_tools_and_schema(parameters), config.tools)
+    first = [] if request.instructions is None else [_instructions(request.instructions)]
+    items = [_item(one) for one in _input_items(request.input)]
+    messages = [
+        sanitized_message(one, config, control_tokens)
+        for one in (*first, *(_message(item) for item in items))
+    ]
+    spoken = messages[len(first) :]
+    if config.control_tokens != "forward":
+        inner = [text for message in messages for text in message.other_texts]
+        control_tokens.require_none([*inner, *others])
+    return ReadRequest(
+        messages,
+        [item.rebuilt(message) for item, message in zip(items, spoken, strict=True)],
+        messages[0].text if first else None,
+        parameters,
+        others,
+    )
+
+
+def forwarded_response(
+    request: ResponseRequest, config: ServeConfig, control_tokens: ControlTokens
+) -> ForwardedChat:
+    """Check a request and build what is sent on.
+
+    Raises:
+        BadRequest: if it holds or names something that the guard does not read.
+    """
+    read = read_request(request, config, control_tokens)
+    # instructions come with each request, so no gateway is known to write them
+    own = [] if read.instructions is None else [read.instructions]
+    readings = chat_readings(
+        read.messages,
+        trusted_roles=config.trusted_roles,
+        other_texts=[*own, *read.other_texts],
+    )
+    require_few(readings, config)
+    body = {"input": read.items, "instructions": read.instructions, **read.parameters}
+    return ForwardedChat(_without_none(body), readings)
+
+
+def readable_request(request: ResponseRequest) -> Prompt:
+    """What of a request is text, for the log of one that cannot be judged."""
+    items = _input_items(request.input)
+    texts = [item["content"] for item in items if isinstance(item.get("content"), str)]
+    return readable_text([ChatMessage(role="user", content=text) for text in texts])
+
+
+def _known_parameters(extra: Mapping[str, Any], config: ServeConfig) -> dict[str, Any]:
+    unread = config.unread_parameters
+    for name in UNSEEN_HISTORY:
+        if extra.get(name) and name not in unread:
+            raise BadRequest(
+                f"'{name}' names texts that this guard has not seen; send all of them as 'input'."
+            )
+    kept = require_known(extra, RESPONSE_CHECKS, unread=unread)
+    if "tools" not in unread:
+        _require_own_tools(kept.get("tools") or [])
+    return kept
+
+
+def _require_own_tools(tools: Any) -> None:
+    """Check that what each tool returns comes back in a request.
+
+    Raises:
+        BadRequest: if one is run by the upstream, or is no object.
+    """
+    for tool in tools if isinstance(tools, list) else [tools]:
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if kind not in OWN_TOOLS:
+            raise BadRequest(
+                "Tools should be of type 'function' or 'custom': what the upstream's own tools "
+                "return is not read."
+            )
+
+
+def _tools_and_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that models are shown, by the names of a chat."""
+    shown = {name: parameters[name] for name in ("tools", "tool_choice") if name in parameters}
+    schema = (parameters.get("text") or {}).get("format")
+    return shown if schema is None else shown | {"response_format": schema}
+
+
+def _input_items(given: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
+
+
+def _instructions(text: str) -> dict[str, Any]:
+    return {"role": "system", "content": text}
+
+
+def _item(given: Mapping[str, Any]) -> Item:
+    kind = given.get("type", "message")
+    made = ITEMS.get(kind) if isinstance(kind, str) else None
+    if made is None:
+        raise BadRequest(
+            f"'{str(kind)[:40]}' is no type of item that this guard reads: {', '.join(ITEMS)}."
+        )
+    fields = {name: value for name, value in given.items() if value or name in made.model_fields}
+    try:
+        return made.model_validate(fields)
+    except ValidationError as error:
+        raise BadRequest(f"An item of type '{kind}': {describe_errors(error.errors())}") from None
+
+
+def _message(item: Item) -> dict[str, Any]:
+    return item.message()
+
+
+def _content(given: str | list[dict[str, Any]]) -> Any:
+    return given if isinstance(given, str) else [_part(part) for part in given]
+
+
+def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part as a chat has it: text, or an error."""
+    kind = part.get("type")
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if kind not in (*TEXT_PARTS, "refusal") or not isinstance(text, str):
+        raise BadRequest(f"This guard reads text only; a part of type '{str(kind)[:40]}' came.")
+    known = ("type", "text", "refusal", *UNREAD_IN_PARTS)
+    extra = {name: value for name, value in part.items() if name not in known}
+    return {"type": "text", "text": text, **extra}
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
