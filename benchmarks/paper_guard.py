@@ -126,7 +126,11 @@ def test_sets(folder: Path, pools: PromptPools, seen: set[str]) -> dict[str, lis
         for name, members in sets.items():
             harmful = [p for p in members if p.harmful][:TESTED]
             harmless = [p for p in members if not p.harmful][:TESTED]
-            found[name if harmless else f"{name} + alpaca"] = [*harmful, *(harmless or alpaca)]
+            negatives = harmless or alpaca
+            if harmful and negatives:
+                found[name if harmless else f"{name} + alpaca"] = [*harmful, *negatives]
+            else:
+                print(f"{name}: left out, as no unseen prompt of one label is left")
     return found
 
 

@@ -75,8 +75,14 @@ class TestList:
         out = tmp_path / "data"
         lg("data", "fetch", "--out", out, "--mirror", mirror)
         (out / "jbb.jsonl").write_text('{"text": "changed"}\n')
+        (out / "toxicchat_third.jsonl").write_text("")
         code, printed, _ = lg("data", "list", "--data-dir", out)
         assert code == 0
+        printed, _, others = printed.partition("Also read, if you put them there:\n")
+        assert others.splitlines()[:2] == [
+            "  jailbreaks.jsonl, for jailbreaks (missing)",
+            "  toxicchat_third.jsonl, for toxicchat (there)",
+        ]
         line = {text.split()[0]: text for text in printed.splitlines() if ".jsonl" in text}
         assert set(line) == {f"{one.name}.jsonl" for one in PUBLIC_SETS}
         assert "520 (there)" in line["advbench.jsonl"]
@@ -85,7 +91,7 @@ class TestList:
         assert "(gated)" in line["sorry_bench.jsonl"]
         assert "CC BY-NC 4.0" in line["toxicchat.jsonl"]
         assert "jailbreaks" in line["dsn_suffixes.jsonl"]
-        assert f"latentguard data fetch --out {out}" in printed
+        assert f"latentguard data fetch --out {out}" in others
 
 
 class TestImportReleased:

@@ -54,7 +54,14 @@ def show(data_dir: Folder = Path("data")) -> None:
             _origin(one),
         )
     Console().print(view)
-    typer.echo(f"\nGet them: latentguard data fetch --out {data_dir}")
+    typer.echo("\nAlso read, if you put them there:")
+    public = {one.name for one in PUBLIC_SETS}
+    for pool, names in FOLDER.items():
+        for name in names:
+            if name not in public:
+                state = "there" if (data_dir / f"{name}.jsonl").exists() else "missing"
+                typer.echo(f"  {name}.jsonl, for {pool} ({state})")
+    typer.echo(f"\nGet the sets: latentguard data fetch --out {data_dir}")
 
 
 @data.command()
