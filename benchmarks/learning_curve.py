@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.builtin import FILES, load_contrast, load_traffic
 from latentguard.data.prompt_files import read_prompts
 from latentguard.files import write_atomic
 from latentguard.models.chat_model import ChatModel
@@ -91,7 +91,7 @@ def lot(name: str, seed: int) -> int:
 
 def kinds() -> dict[str, str]:
     """The kind of each built-in row, by id."""
-    with as_file(files("latentguard.data") / "traffic.jsonl") as path:
+    with as_file(files("latentguard.data") / FILES["traffic"]) as path:
         rows = map(json.loads, path.open(encoding="utf-8"))
         return {row["id"]: row["kind"] for row in rows}
 

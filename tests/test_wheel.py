@@ -34,7 +34,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel_names):
 
 
 def test_types_data_and_licence_are_in_the_wheel(wheel_names):
-    assert {"latentguard/py.typed", "latentguard/data/traffic.jsonl"} <= wheel_names
+    assert {"latentguard/py.typed", "latentguard/data/guard_prompts.jsonl"} <= wheel_names
     assert any(name.endswith("/licenses/LICENSE") for name in wheel_names)
 
 

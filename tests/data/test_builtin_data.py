@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from latentguard.data.builtin import (
+    FILES,
     load_contrast,
     load_samples,
     load_traffic,
@@ -79,7 +80,7 @@ def pairs(prompts):
 
 
 def rows(name="contrast"):
-    text = files("latentguard.data").joinpath(f"{name}.jsonl").read_text("utf-8")
+    text = files("latentguard.data").joinpath(FILES[name]).read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -25,7 +25,7 @@ def with_threshold(side):
     return replace(guard, threshold=edge)
 
 
-NAMED = GuardSource(named={"strict": with_threshold("strict"), "lax": with_threshold("lax")})
+NAMED = GuardSource(named_guards={"strict": with_threshold("strict"), "lax": with_threshold("lax")})
 
 
 def is_flagged(url, text, **more):
@@ -102,7 +102,7 @@ class TestSeveralGuards:
     def test_a_named_guard_of_another_model_stops_the_service(self):
         guard = tiny_guard()
         other = replace(guard, fingerprint=replace(guard.fingerprint, weights="0" * 64))
-        with running(guards=GuardSource(named={"other": other}), ready=False) as url:
+        with running(guards=GuardSource(named_guards={"other": other}), ready=False) as url:
             deadline = time.monotonic() + 30
             while url.server.failure is None and time.monotonic() < deadline:
                 time.sleep(0.02)
@@ -154,7 +154,7 @@ class TestReload:
 
     def test_guards_by_name_come_and_go(self, service, files):
         assert self.judge(service, passed(), model="strict").status_code == 400
-        files.now = dict(named=NAMED.named, keys=ApiKeys(["old"]))
+        files.now = dict(named_guards=NAMED.named_guards, keys=ApiKeys(["old"]))
         self.reload(service)
         answer = self.judge(service, passed(), model="strict").json()
         assert answer["results"][0]["flagged"] is True
@@ -186,7 +186,7 @@ class TestReload:
             ),
             (
                 dict(
-                    named={
+                    named_guards={
                         "moved": replace(
                             tiny_guard(),
                             canaries=tuple(

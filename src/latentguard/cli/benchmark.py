@@ -48,8 +48,8 @@ def benchmark(  # noqa: PLR0913, PLR0917 (each is an option)
     sets, missing = load_suite(data_dir, only or (), limit=limit)
     for one in missing:
         echo_err(f"Missing: {one.title}. {one.reason}")
-    kept = f"Verdicts are kept in {out}. Run the same command again to go on."
-    with output_folder(out), explain_interrupt(kept):
+    advice = f"Verdicts are kept in {out}. Run the same command again to go on."
+    with output_folder(out), explain_interrupt(advice):
         warn_of_replacement(out)
         loaded = read_guard(guard)
         warn_if_uncalibrated(loaded, guard)

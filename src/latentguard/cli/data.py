@@ -43,13 +43,13 @@ def show(data_dir: Folder = Path("data")) -> None:
     view = Table(*heads, box=None)
     for one in PUBLIC_SETS:
         local = inspect_set(one, data_dir)
-        held = local.state if local.state == "missing" else f"{local.rows} ({local.state})"
+        contents = local.state if local.state == "missing" else f"{local.rows} ({local.state})"
         view.add_row(
             f"{one.name}.jsonl",
             ", ".join(one.experiments),
             ", ".join(pool for pool, names in FOLDER.items() if one.name in names),
             str(one.rows),
-            held,
+            contents,
             one.licence,
             _origin(one),
         )
@@ -88,14 +88,14 @@ def fetch(
     from latentguard.data.download import fetch_set
     from latentguard.data.public_sets import PUBLIC_SETS
 
-    wanted = [one for one in PUBLIC_SETS if not only or one.name in only]
+    sets = [one for one in PUBLIC_SETS if not only or one.name in only]
     _require_names(only or [])
     if mirror and not mirror.is_dir():
         raise LatentGuardError(f"--mirror should be a folder; found nothing at {mirror}.")
     failures = []
-    kept = f"Whole files stay in {out}. Run the same command again to go on."
-    with output_folder(out), explain_interrupt(kept):
-        for one in wanted:
+    advice = f"Whole files stay in {out}. Run the same command again to go on."
+    with output_folder(out), explain_interrupt(advice):
+        for one in sets:
             try:
                 fetched = fetch_set(one, out, mirror=mirror, overwrite=overwrite)
             except LatentGuardError as error:
@@ -105,7 +105,7 @@ def fetch(
             _echo_fetched(one, fetched.rows, fetched.sha256)
     if failures:
         raise LatentGuardError(
-            f"{len(failures)} of {len(wanted)} sets are missing: {', '.join(failures)}."
+            f"{len(failures)} of {len(sets)} sets are missing: {', '.join(failures)}."
         )
 
 

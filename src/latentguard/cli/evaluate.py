@@ -69,8 +69,10 @@ def evaluate(  # noqa: PLR0913, PLR0917 (each is an option)
 def _warn_of_training_prompts(guard: LatentGuard, prompts: Sequence[Prompt]) -> None:
     from latentguard.guard.leakage import prompt_digest
 
-    seen = set(guard.all_training_digests)
-    count = sum(prompt_digest(guard.reading.prepare(prompt)) in seen for prompt in prompts)
+    training_digests = set(guard.all_training_digests)
+    count = sum(
+        prompt_digest(guard.reading.prepare(prompt)) in training_digests for prompt in prompts
+    )
     if count:
         echo_err(
             f"Warning: the guard was fitted on {count} of these {len(prompts)} prompts; on them it "

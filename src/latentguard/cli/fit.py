@@ -94,8 +94,8 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     kind: Kind = probe.value  # type: ignore[assignment]
     require_no_guard(out, overwrite=overwrite)
     require_model(model)
-    kept = f"States are kept in {cache_folder() / CAPTURES}. Run the same command again to go on."
-    with output_folder(out), explain_interrupt(kept):
+    advice = f"States are kept in {cache_folder() / CAPTURES}. Run the same command again to go on."
+    with output_folder(out), explain_interrupt(advice):
         columns = Columns(text=text_column)
         prompts = read_side(harmful, columns, harmful=True)
         prompts += read_side(harmless, columns, harmful=False)
@@ -147,12 +147,12 @@ def _training_replies(sources: list[str] | None) -> list[Reply]:
 
     require_distinct(sources or ())
     replies = [reply for source in sources or () for reply in read_replies(source)]
-    drawn = draw_training_replies(replies)
-    if len(drawn) < len(replies):
-        echo_err(f"{len(drawn):,} of {len(replies):,} replies are drawn to fit on.")
-    if drawn:
-        require_reply_labels(drawn)
-    return drawn
+    sample = draw_training_replies(replies)
+    if len(sample) < len(replies):
+        echo_err(f"{len(sample):,} of {len(replies):,} replies are drawn to fit on.")
+    if sample:
+        require_reply_labels(sample)
+    return sample
 
 
 def _fit_replies(guard: LatentGuard, backend: ChatModel, replies: list[Reply]) -> LatentGuard:

@@ -29,15 +29,15 @@ def guards(
     """
     from latentguard.guard.hub import hub_guards, local_guards
 
-    found = [one for one in local_guards() if model in (None, one.model)]
+    listed_guards = [one for one in local_guards() if model in (None, one.model)]
     if not local:
         try:
-            found += hub_guards(model)
+            listed_guards += hub_guards(model)
         except GuardError as error:
             echo_err(f"Warning: {error}")
-    for one in found:
+    for one in listed_guards:
         typer.echo(f"{one.name}\t{one.model}\t{one.place}")
-    if not found:
+    if not listed_guards:
         echo_err("There is none. Fit one: latentguard fit --model MODEL --out FOLDER")
 
 

@@ -49,18 +49,20 @@ def read_side(sources: Sequence[str] | None, columns: Columns, *, harmful: bool)
         PromptError: if a source is given twice, or holds no prompt of that side.
     """
     require_distinct(sources or ())
-    wanted, other = ("harmful", "harmless") if harmful else ("harmless", "harmful")
+    side, other_side = ("harmful", "harmless") if harmful else ("harmless", "harmful")
     prompts: list[Prompt] = []
     for source in sources or ():
         rows = read_source(source, columns, None)
         selected = select_side(rows, harmful=harmful)
         if not selected:
             raise PromptError(
-                f"{source} was given for {wanted} prompts and holds none: each of its {len(rows)} "
-                f"rows is labelled {other}."
+                f"{source} was given for {side} prompts and holds none: each of its {len(rows)} "
+                f"rows is labelled {other_side}."
             )
         if left_out := len(rows) - len(selected):
-            echo_err(f"{source}: {left_out} of {len(rows)} rows are labelled {other}: left out.")
+            echo_err(
+                f"{source}: {left_out} of {len(rows)} rows are labelled {other_side}: left out."
+            )
         prompts += selected
     return prompts
 

@@ -14,14 +14,14 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def explain_interrupt(kept: str | Callable[[], str]) -> Iterator[None]:
+def explain_interrupt(advice: str | Callable[[], str]) -> Iterator[None]:
     """End the verb on Control-C with a sentence on what is kept, and exit code 130.
 
     Args:
-        kept: What is kept and how to go on; called at the moment of Control-C if it depends on it.
+        advice: What is kept and how to go on; called on Control-C if it depends on the moment.
     """
     try:
         yield
     except KeyboardInterrupt:
-        echo_err(f"Interrupted. {kept() if callable(kept) else kept}")
+        echo_err(f"Interrupted. {advice() if callable(advice) else advice}")
         raise typer.Exit(INTERRUPTED) from None

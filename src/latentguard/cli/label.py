@@ -35,8 +35,8 @@ def label(
     Example: latentguard label prompts.jsonl --out labelled.jsonl
     """
     require_model(model)
-    kept = f"Replies are kept in {out}.replies. Run the same command again to go on."
-    with output_file(out), explain_interrupt(kept):
+    advice = f"Replies are kept in {out}.replies. Run the same command again to go on."
+    with output_file(out), explain_interrupt(advice):
         rows = read_prompts(prompts, columns=Columns(text=text_column))
         warn_of_replacement(out)
         counts = _label(load_model(model, dtype, device_map), rows, out)

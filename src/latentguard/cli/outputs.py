@@ -33,7 +33,7 @@ def output_folder(folder: Path) -> Iterator[None]:
     Raises:
         LatentGuardError: if it cannot be made or written, or another run is writing it.
     """
-    with _made(folder, folder), exclusive_lock(folder / LOCK, output=folder):
+    with _make_folder(folder, folder), exclusive_lock(folder / LOCK, output=folder):
         yield
 
 
@@ -46,7 +46,7 @@ def output_file(file: Path) -> Iterator[None]:
     """
     if file.is_dir():
         raise LatentGuardError(f"--out should name a file; {file} is a folder.")
-    with _made(file.parent, file), exclusive_lock(f"{file}{LOCK}", output=file):
+    with _make_folder(file.parent, file), exclusive_lock(f"{file}{LOCK}", output=file):
         yield
 
 
@@ -92,10 +92,10 @@ def require_no_guard(
     Raises:
         LatentGuardError: unless ``overwrite``, if a guard, or a file of such a name, is there.
     """
-    found = [folder / name for name in GUARD_FILES if (folder / name).exists()]
-    if not found or overwrite:
+    files = [folder / name for name in GUARD_FILES if (folder / name).exists()]
+    if not files or overwrite:
         return
-    thing = f"{folder} holds a guard" if folder / GUARD_FILES[0] in found else f"{found[0]} exists"
+    thing = f"{folder} holds a guard" if folder / GUARD_FILES[0] in files else f"{files[0]} exists"
     raise LatentGuardError(f"{thing}, which would be overwritten; {remedy}.")
 
 
@@ -118,7 +118,7 @@ def save_report(report: Report, folder: Path) -> None:
 
 
 @contextmanager
-def _made(folder: Path, output: Path) -> Iterator[None]:
+def _make_folder(folder: Path, output: Path) -> Iterator[None]:
     """Make a folder and its parents; those that are empty at the end are removed again."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

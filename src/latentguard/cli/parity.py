@@ -54,12 +54,12 @@ def parity(
         }
     )
     engine = VllmModel.load(guard, model, **how)
-    found = inside.compare(
+    differences = inside.compare(
         loaded, reference, engine, prompts, spare=lambda: inside.preemptions(engine)
     )
-    table = inside.table(found)
+    table = inside.table(differences)
     typer.echo(table.csv(), nl=False)
-    worst = max(one.spread for one in found)
+    worst = max(one.spread for one in differences)
     if not worst <= tolerance:
         raise GuardError(
             f"Scores inside vLLM differ by up to {worst:.2g} spreads, allowed {tolerance:g}; "

@@ -132,8 +132,8 @@ def _score_replies(
     _echo_verdicts_in(out, score_replies_to_file(guard, backend, rows, out, progress=view.advance))
 
 
-def _echo_verdicts_in(out: Path, done: int) -> None:
-    earlier = f" ({done} were there from an earlier run)." if done else "."
+def _echo_verdicts_in(out: Path, rows_before: int) -> None:
+    earlier = f" ({rows_before} were there from an earlier run)." if rows_before else "."
     echo_err(f"Verdicts in {out}{earlier}")
 
 
@@ -141,11 +141,11 @@ def _kept_verdicts(out: Path | None) -> str:
     """What is kept after Control-C, and how to go on."""
     if out is None:
         return "Each line above is whole. With --out FILE a run goes on where it stopped."
-    kept = Path(f"{out}.partial")
-    if not kept.exists():
+    partial = Path(f"{out}.partial")
+    if not partial.exists():
         return "No prompt was scored yet."
-    count = kept.read_bytes().count(b"\n")
-    return f"{count:,} verdicts are kept in {kept}. Run the same command again to go on."
+    count = partial.read_bytes().count(b"\n")
+    return f"{count:,} verdicts are kept in {partial}. Run the same command again to go on."
 
 
 def _score_corpus(
@@ -162,8 +162,8 @@ def _score_corpus(
     loaded = read_guard(guard)
     warn_if_uncalibrated(loaded, guard)
     columns = replace(guard_columns(loaded, text_column), label="")
-    kept = f"Whole files in {out} stay. Run the same command again to go on."
-    with output_folder(out), explain_interrupt(kept), progress("score") as view:
+    advice = f"Whole files in {out} stay. Run the same command again to go on."
+    with output_folder(out), explain_interrupt(advice), progress("score") as view:
         total = corpora.score_corpus(
             loaded,
             prompts,

@@ -74,8 +74,8 @@ def stress(  # noqa: PLR0913, PLR0917 (each is an option)
     sides += read_side(harmless, columns, harmful=False)
     amount: BudgetName = "small" if budget is Amount.small else "full"
     plan = StressPlan(tuple(sides or load_contrast("test")), amount, tuple(only or ()))
-    kept = f"Scores are kept in {out / STORE}. Run the same command again to go on."
-    with output_folder(out), explain_interrupt(kept):
+    advice = f"Scores are kept in {out / STORE}. Run the same command again to go on."
+    with output_folder(out), explain_interrupt(advice):
         warn_of_replacement(out)
         loaded, backend = load_guard_model(
             read_guard(guard), model, allow_mismatch=allow_mismatch, device_map=device_map

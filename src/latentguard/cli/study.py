@@ -144,13 +144,13 @@ def _study(model: str, out: Path, plan: _Plan) -> None:
     from latentguard.study.rubric import SHORT
     from latentguard.study.run import STORE, prepare, run
 
-    kept = f"Replies and states are kept in {out / STORE}. Run the same command again to go on."
+    advice = f"Replies and states are kept in {out / STORE}. Run the same command again to go on."
     if plan.tables["rubric"] and plan.settings.reply_tokens < SHORT:
         echo_err(
             f"Warning: replies of {plan.settings.reply_tokens} tokens can hardly help; set "
             f"'reply_tokens' to {SHORT} or more in --config to judge them by a rubric."
         )
-    with output_folder(out), explain_interrupt(kept):
+    with output_folder(out), explain_interrupt(advice):
         warn_of_replacement(out)
         backend = load_model(model, plan.dtype, plan.device_map)
         with progress("study") as view:

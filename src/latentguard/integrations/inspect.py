@@ -37,30 +37,31 @@ def belief(url: str, *, key: str | None = None, timeout: float = 60.0) -> Scorer
     headers = {"authorization": f"Bearer {key}"} if key else {}
 
     async def score(state: TaskState, target: Target) -> Score:
-        messages = _asked(state.messages)
+        messages = _chat_to_judge(state.messages)
         async with httpx.AsyncClient(timeout=timeout) as client:
             answer = await client.post(
                 f"{url.rstrip('/')}/v1/score", json={"messages": messages}, headers=headers
             )
         if answer.status_code != 200:
             raise LatentGuardError(f"The guard gave no verdict: {_reason(answer)}")
-        found: dict[str, Any] = answer.json()
-        result = found["results"][0]
+        moderation: dict[str, Any] = answer.json()
+        result = moderation["results"][0]
         return Score(
             value=float(result["flagged"]),
             answer="flagged" if result["flagged"] else "not flagged",
-            metadata={k: v for k, v in result.items() if v is not None} | {"guard": found["model"]},
+            metadata={k: v for k, v in result.items() if v is not None}
+            | {"guard": moderation["model"]},
         )
 
     return score
 
 
-def _asked(messages: list[ChatMessage]) -> list[dict[str, str]]:
+def _chat_to_judge(messages: list[ChatMessage]) -> list[dict[str, str]]:
     """The chat without the replies that came after the last words of a user or a tool."""
-    said = [{"role": m.role, "content": m.text} for m in messages if m.text]
-    while said and said[-1]["role"] in ("assistant", "system"):
-        said.pop()
-    return said
+    chat = [{"role": m.role, "content": m.text} for m in messages if m.text]
+    while chat and chat[-1]["role"] in ("assistant", "system"):
+        chat.pop()
+    return chat
 
 
 def _reason(answer: httpx.Response) -> str:

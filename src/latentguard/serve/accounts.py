@@ -83,14 +83,14 @@ class Accounts:
 
     def _draw(self, account: str, rate: float) -> None:
         now = monotonic()
-        left, since = self._buckets.pop(account, (float(self._burst), now))
-        left = min(left + (now - since) * rate, float(self._burst))
-        allowed = left >= 1
-        self._buckets[account] = (left - allowed, now)
+        tokens, since = self._buckets.pop(account, (float(self._burst), now))
+        tokens = min(tokens + (now - since) * rate, float(self._burst))
+        allowed = tokens >= 1
+        self._buckets[account] = (tokens - allowed, now)
         if len(self._buckets) > ACCOUNTS:
             self._buckets.popitem(last=False)
         if not allowed:
-            raise too_fast(rate, (1 - left) / rate)
+            raise too_fast(rate, (1 - tokens) / rate)
 
     async def require_reachable(self) -> None:
         """There is nothing to reach."""

@@ -16,6 +16,7 @@ from latentguard.models.conversation import Sampling
 from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import ChatReading
 from latentguard.serve.chat_request import ForwardedChat
+from latentguard.serve.decision import is_blocked
 from latentguard.serve.disconnects import run_while_connected
 from latentguard.serve.errors import ApiError
 from latentguard.serve.guarded_chat import ChatEvent, GuardedChat, ReplyEnd
@@ -69,33 +70,33 @@ class UpstreamRequest:
 
 
 async def answer_through(
-    upstream: UpstreamClient, context: RequestContext, asked: UpstreamRequest, style: AnswerStyle
+    upstream: UpstreamClient, context: RequestContext, outgoing: UpstreamRequest, style: AnswerStyle
 ) -> Response:
     """Read all that would be sent, then ask the upstream.
 
     Args:
         upstream: What answers.
         context: The request.
-        asked: What it holds.
+        outgoing: What it holds.
         style: How a refusal is written.
     """
     service = context.service
     try:
-        forwarded = asked.check()
+        forwarded = outgoing.check()
         scored = await context.score_readings(forwarded.readings)
     except ApiError as error:
-        await context.go_on_without_verdict(asked.readable, error)
-        how = Forwarding(asked.path, asked.form, verdict_note(context, error))
-        return await upstream.ask(context.request, asked.body, how)
+        await context.go_on_without_verdict(outgoing.readable, error)
+        how = Forwarding(outgoing.path, outgoing.form, verdict_note(context, error))
+        return await upstream.ask(context.request, outgoing.body, how)
     outcome = await context.record_chat(forwarded.readings, scored)
-    if service.action(outcome) == "block":
+    if is_blocked(service.config, outcome):
         return _refusal(context, style, outcome)
-    sent = asked.body if service.config.policy == "shadow" else forwarded.body
+    content = outgoing.body if service.config.policy == "shadow" else forwarded.body
     reply = None
     if context.served.guard.replies is not None:
-        reply = FollowedReply(context, forwarded.readings[0].prompt, asked.form)
-    how = Forwarding(asked.path, asked.form, verdict_note(context, outcome), reply)
-    return await upstream.ask(context.request, sent, how)
+        reply = FollowedReply(context, forwarded.readings[0].prompt, outgoing.form)
+    how = Forwarding(outgoing.path, outgoing.form, verdict_note(context, outcome), reply)
+    return await upstream.ask(context.request, content, how)
 
 
 async def answer_alone(
@@ -111,7 +112,7 @@ async def answer_alone(
     """
     chat = OwnChat(context, readings, sampling)
     outcome = await chat.read()
-    if isinstance(outcome, ScoredPrompt) and context.service.action(outcome) == "block":
+    if isinstance(outcome, ScoredPrompt) and is_blocked(context.service.config, outcome):
         return _refusal(context, style, outcome)
     assert chat.reply is not None
     writer = style.write(outcome)

@@ -198,8 +198,8 @@ def _explain(app: FastAPI) -> None:
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        told = BadRequest(str(error.detail)).body
-        return JSONResponse(told, status_code=error.status_code, headers=error.headers)
+        body = BadRequest(str(error.detail)).body
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     async def broken(_: Request, __: Exception) -> Response:
         return JSONResponse(ApiError("The service failed on this request.").body, status_code=500)
@@ -212,11 +212,11 @@ def _explain(app: FastAPI) -> None:
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
-    made = app.openapi
+    describe = app.openapi
 
     def openapi() -> dict[str, Any]:
         """FastAPI's document, without the 422 that is never sent."""
-        document = made()
+        document = describe()
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)

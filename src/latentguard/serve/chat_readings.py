@@ -89,11 +89,13 @@ def _texts_of_turn(turn: Sequence[ChatMessage]) -> list[str]:
 
 def _distinct(readings: Iterable[ChatReading]) -> list[ChatReading]:
     """Each text once; it counts as newest if it is of the newest turn anywhere."""
-    kept = dict[tuple[str, tuple[Message, ...]], ChatReading]()
+    readings_by_text = dict[tuple[str, tuple[Message, ...]], ChatReading]()
     for reading in readings:
         if not reading.prompt.text.strip():
             continue
         key = reading.prompt.text, reading.prompt.history
-        if key not in kept or (reading.is_newest and not kept[key].is_newest):
-            kept[key] = reading
-    return list(kept.values())
+        if key not in readings_by_text or (
+            reading.is_newest and not readings_by_text[key].is_newest
+        ):
+            readings_by_text[key] = reading
+    return list(readings_by_text.values())

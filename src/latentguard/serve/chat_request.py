@@ -40,14 +40,14 @@ def forwarded_chat(
     """
     messages = [sanitized_message(one, config, control_tokens) for one in body["messages"]]
     parameters = {name: value for name, value in body.items() if name != "messages"}
-    kept = require_known(parameters, CHAT_CHECKS, unread=config.unread_parameters)
-    others = texts_in(kept, config.tools)
+    allowed = require_known(parameters, CHAT_CHECKS, unread=config.unread_parameters)
+    others = texts_in(allowed, config.tools)
     if config.control_tokens != "forward":
         inner = [text for message in messages for text in message.other_texts]
         control_tokens.require_none([*inner, *others])
     readings = chat_readings(messages, trusted_roles=config.trusted_roles, other_texts=others)
     require_few(readings, config)
-    return ForwardedChat({"messages": [m.sanitized() for m in messages], **kept}, readings)
+    return ForwardedChat({"messages": [m.sanitized() for m in messages], **allowed}, readings)
 
 
 def require_few(readings: list[ChatReading], config: ServeConfig) -> None:

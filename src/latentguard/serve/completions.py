@@ -78,14 +78,14 @@ async def _through(
 ) -> Response:
     """Have the upstream answer, if the verdict allows it."""
     config, tokens = context.service.config, context.service.control_tokens
-    asked = UpstreamRequest(
+    outgoing = UpstreamRequest(
         body,
         lambda: forwarded_chat(body, config, tokens),
         readable_text(chat.messages),
         config.upstream_chat_path,
         ChatFormat(),
     )
-    return await answer_through(upstream, context, asked, _style(context, chat))
+    return await answer_through(upstream, context, outgoing, _style(context, chat))
 
 
 async def _own(context: RequestContext, body: ChatRequest) -> Response:
@@ -114,21 +114,21 @@ def _style(context: RequestContext, chat: Chat) -> AnswerStyle:
 def _require_plain(body: ChatRequest) -> None:
     """The guard's own model answers with one text; what asks for more is turned away."""
     extra = body.model_extra or {}
-    asked = [name for name in ("tools", "functions", "logprobs", "audio") if extra.get(name)]
+    unsupported = [name for name in ("tools", "functions", "logprobs", "audio") if extra.get(name)]
     if (extra.get("response_format") or {"type": "text"}) != {"type": "text"}:
-        asked.append("response_format")
+        unsupported.append("response_format")
     if (body.n or 1) > 1:
-        asked.append("n")
-    if asked:
-        raise BadRequest(f"{', '.join(asked)}: the guard's own model cannot do this.")
+        unsupported.append("n")
+    if unsupported:
+        raise BadRequest(f"{', '.join(unsupported)}: the guard's own model cannot do this.")
 
 
 def _sampling(service: Service, body: ChatRequest) -> Sampling:
     most = service.config.max_reply
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     how = Sampling(max_tokens=most, seed=body.seed, stop=stop)
-    asked = body.max_completion_tokens or body.max_tokens
-    how = replace(how, max_tokens=min(most, asked or most))
+    reply_tokens = body.max_completion_tokens or body.max_tokens
+    how = replace(how, max_tokens=min(most, reply_tokens or most))
     if body.temperature is not None:
         how = replace(how, temperature=body.temperature)
     return how if body.top_p is None else replace(how, top_p=body.top_p)

@@ -43,13 +43,13 @@ def require_file_descriptors(connections: int, *, has_upstream: bool) -> None:
     Raises:
         LatentGuardError: if it may not be raised so far.
     """
-    needed = connections * (2 if has_upstream else 1) + SPARE_FILES
+    descriptors = connections * (2 if has_upstream else 1) + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= needed:
+    if soft >= descriptors:
         return
-    if hard < needed:
+    if hard < descriptors:
         raise LatentGuardError(
-            f"{connections:,} connections need {needed:,} open files; this process may have "
+            f"{connections:,} connections need {descriptors:,} open files; this process may have "
             f"{hard:,}. Raise the limit (ulimit -n, LimitNOFILE) or lower --max-connections."
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))

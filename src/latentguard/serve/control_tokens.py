@@ -24,13 +24,13 @@ class ControlTokens:
 
     def __init__(self, own: Iterable[str] = ()) -> None:
         """Compile the pattern."""
-        known = sorted({token for token in own if token.strip()}, key=len, reverse=True)
-        self._pattern = re.compile("|".join([*map(re.escape, known), COMMON]))
+        tokens = sorted({token for token in own if token.strip()}, key=len, reverse=True)
+        self._pattern = re.compile("|".join([*map(re.escape, tokens), COMMON]))
 
     def find(self, text: str) -> str | None:
         """The first control token in a text."""
-        found = self._pattern.search(text)
-        return found[0] if found else None
+        match = self._pattern.search(text)
+        return match[0] if match else None
 
     def escape(self, text: str) -> str:
         """The text with a blank after the first character of each control token."""

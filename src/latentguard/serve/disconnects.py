@@ -13,22 +13,22 @@ from latentguard.serve.errors import ClientDisconnected
 T = TypeVar("T")
 
 
-async def run_until(work: Coroutine[Any, Any, T], left: Coroutine[Any, Any, Any]) -> T:
-    """What some work gives, stopped as soon as ``left`` ends.
+async def run_until(work: Coroutine[Any, Any, T], disconnect: Coroutine[Any, Any, Any]) -> T:
+    """What some work gives, stopped as soon as ``disconnect`` ends.
 
     Raises:
         ClientDisconnected: if the client left first.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left)
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(disconnect)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnected("The client has left.")
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
-        await asyncio.wait({task, gone})
+        watcher.cancel()
+        await asyncio.wait({task, watcher})
 
 
 async def run_while_connected(work: Coroutine[Any, Any, T], request: Request) -> T:

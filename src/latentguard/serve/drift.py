@@ -69,10 +69,10 @@ class DriftMonitor:
     Under 0.1 is no change, over 0.25 a large one, as the index is commonly read.
     """
 
-    def __init__(self, known: Sequence[float]) -> None:
+    def __init__(self, reference: Sequence[float]) -> None:
         """Cut the known scores into ten equal parts; into none if they are too few."""
-        self.edges = bin_edges(known)
-        self._expected = bin_shares(known, self.edges)
+        self.edges = bin_edges(reference)
+        self._expected = bin_shares(reference, self.edges)
         self._recent = deque[float](maxlen=RECENT)
 
     def add(self, score: float) -> None:

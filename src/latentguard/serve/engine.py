@@ -65,7 +65,7 @@ class ScoringEngine:
         opener: Opener,
         config: ServeConfig,
         *,
-        named: Mapping[str, LatentGuard] | None = None,
+        named_guards: Mapping[str, LatentGuard] | None = None,
         bind: Binder = verified,
         on_batch: Callable[[Sequence[float]], None] = lambda waits: None,
     ) -> None:
@@ -74,7 +74,7 @@ class ScoringEngine:
         Args:
             opener: Loads guard and model, and checks that they match; runs on the thread.
             config: Limits of queue, batch and time.
-            named: Other guards of the same model.
+            named_guards: Other guards of the same model.
             bind: Lets a guard meet the model; gives it as it is served.
             on_batch: Told how long each prompt of a batch waited, in seconds.
         """
@@ -84,7 +84,7 @@ class ScoringEngine:
         """Told, on the event loop, why the thread ended."""
         self.crashes = deque[float](maxlen=CRASHES)
         self._opener, self._on_batch = opener, on_batch
-        self._named, self._bind = named or {}, bind
+        self._named_guards, self._bind = named_guards or {}, bind
         self._lock, self._stopping = threading.Condition(), False
         self._queue, self._in_flight = FairQueue(config.queue), list[WorkItem]()
         self._last_seen = dict[str, float]()
@@ -144,12 +144,14 @@ class ScoringEngine:
         """Whether a chat that comes now is begun at once."""
         return len(self._chats) + len(self._waiting_chats) < self.config.chats
 
-    async def replace_guards(self, guard: LatentGuard, named: Mapping[str, LatentGuard]) -> None:
+    async def replace_guards(
+        self, guard: LatentGuard, named_guards: Mapping[str, LatentGuard]
+    ) -> None:
         """Serve other guards of the same model; requests that are under way keep theirs.
 
         Args:
             guard: The default one.
-            named: The others.
+            named_guards: The others.
 
         Raises:
             LatentGuardError: if one is not of this model; the old ones go on.
@@ -158,14 +160,14 @@ class ScoringEngine:
 
         def meet(_: LatentGuard, model: ChatModel) -> ServedGuards | str:
             try:
-                return ServedGuards.meet(self._bind(guard, model), named, model, self._bind)
+                return ServedGuards.meet(self._bind(guard, model), named_guards, model, self._bind)
             except LatentGuardError as error:
                 return str(error)
 
-        found = await self.run_alone(Prompt("-"), meet, seconds=self.config.stall)
-        if isinstance(found, str):
-            raise LatentGuardError(found)
-        self.guards = found
+        outcome = await self.run_alone(Prompt("-"), meet, seconds=self.config.stall)
+        if isinstance(outcome, str):
+            raise LatentGuardError(outcome)
+        self.guards = outcome
 
     async def score(
         self, prompts: Sequence[Prompt], *, account: str = "", served: ServedGuard | None = None
@@ -267,12 +269,12 @@ class ScoringEngine:
             )
         try:
             counting = asyncio.to_thread(count_tokens, self.model, prompt, most)
-            found = await self.within_deadline(counting)
+            tokens = await self.within_deadline(counting)
         except LatentGuardError as error:
             raise to_api_error(error) from None
-        if found > most:
+        if tokens > most:
             raise PayloadTooLarge(
-                f"The prompt is {found:,} tokens long; at most {most:,} are read."
+                f"The prompt is {tokens:,} tokens long; at most {most:,} are read."
             )
 
     def _submit(self, items: Sequence[WorkItem]) -> None:
@@ -313,7 +315,7 @@ class ScoringEngine:
     def _run(self) -> None:
         try:
             guard, self.model = self._opener()
-            self.guards = ServedGuards.meet(guard, self._named, self.model, self._bind)
+            self.guards = ServedGuards.meet(guard, self._named_guards, self.model, self._bind)
             words = self.model.tokenizer.get_vocab()
             self._longest_token = max(len(word.encode("utf-8", "replace")) for word in words)
             self.state = "ready"
@@ -344,10 +346,10 @@ class ScoringEngine:
     def _gather(self, until: float) -> None:
         """Wait a moment for more prompts, as long as they fit into one batch."""
         while (first := self._queue.next_item) and not (self._stopping or self._waiting_chats):
-            left = until - monotonic()
-            if first.work or left <= 0 or self._queue.tokens >= self._budget:
+            seconds = until - monotonic()
+            if first.work or seconds <= 0 or self._queue.tokens >= self._budget:
                 return
-            self._lock.wait(left)
+            self._lock.wait(seconds)
 
     @property
     def _budget(self) -> int:
@@ -464,9 +466,9 @@ class ScoringEngine:
         for served in self.guards:
             served.guard.verify_model(self.model)
 
-    def _settle(self, items: Sequence[WorkItem], found: Sequence[Any]) -> None:
+    def _settle(self, items: Sequence[WorkItem], outcomes: Sequence[Any]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(settle, list(zip(items, found, strict=True)))
+            self._loop.call_soon_threadsafe(settle, list(zip(items, outcomes, strict=True)))
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -477,9 +479,9 @@ class ScoringEngine:
             chats = [*self._waiting_chats, *self._chats]
             self._waiting_chats.clear()
         log.error("The scoring thread ended: %s", error)
-        gone = Unavailable("The guard has failed.")
-        self._settle(items, [gone] * len(items))
+        failure = Unavailable("The guard has failed.")
+        self._settle(items, [failure] * len(items))
         for chat in chats:
-            chat.emit(gone)
+            chat.emit(failure)
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.on_death, error)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from latentguard.serve.chat_request import ForwardedChat, forwarded_chat
 from latentguard.serve.completions import Chat
 from latentguard.serve.config import ServeConfig
+from latentguard.serve.decision import is_blocked
 from latentguard.serve.errors import ApiError, BadRequest, Flagged, NotJudged, PayloadTooLarge
 from latentguard.serve.messages import readable_text
 from latentguard.serve.request_errors import describe_errors
@@ -67,10 +68,10 @@ def _parsed(content: bytes, request: Request) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         raise BadRequest("The body names a key twice.")
-    return found
+    return values
 
 
 def _refuse_constant(_: str) -> Any:
@@ -93,7 +94,7 @@ async def _judge(context: RequestContext, chat: Chat, body: dict[str, Any]) -> R
         await context.go_on_without_verdict(readable_text(chat.messages), error)
         return Response()
     outcome = await context.record_chat(readings, scored)
-    if service.action(outcome) == "block":
+    if is_blocked(service.config, outcome):
         raise Flagged(service.config.refusal)
     return Response(headers=_headers(service.config, outcome))
 
@@ -117,7 +118,7 @@ def _headers(config: ServeConfig, outcome: ScoredPrompt) -> dict[str, str]:
     """What Envoy may pass on to the upstream; a shadow says nothing."""
     if config.policy == "shadow":
         return {}
-    said = {"x-latentguard-score": f"{outcome.verdict.score:.4f}"}
+    headers = {"x-latentguard-score": f"{outcome.verdict.score:.4f}"}
     if config.on_review != "pass":
-        said["x-latentguard-decision"] = outcome.verdict.decision
-    return said
+        headers["x-latentguard-decision"] = outcome.verdict.decision
+    return headers

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import ChatReading, chat_readings
 from latentguard.serve.chat_request import require_few
+from latentguard.serve.decision import is_blocked
 from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage
 from latentguard.serve.parameters import texts_in
@@ -74,7 +75,7 @@ def routes(service: Service) -> APIRouter:
         require_few(readings, service.config)
         outcome = await context.judge_chat(readings)
         verdict = outcome.verdict
-        if service.action(outcome) != "block":
+        if not is_blocked(service.config, outcome):
             return GuardrailResponse(action="NONE")
         category = f", category {verdict.category}" if verdict.category else ""
         reason = f"The guard blocks this request (probability {verdict.probability:.2f}{category})."
@@ -98,8 +99,8 @@ def _readings(service: Service, body: GuardrailRequest) -> list[ChatReading]:
     texts += texts_in({"tools": body.tools} if body.tools else {}, service.config.tools)
     if any(message.speaker == "user" and message.text.strip() for message in messages):
         trusted = service.config.trusted_roles
-        known = {message.text for message in messages}
-        others = [text for text in texts if text not in known]
+        message_texts = {message.text for message in messages}
+        others = [text for text in texts if text not in message_texts]
         return chat_readings(messages, trusted_roles=trusted, other_texts=others)
     distinct = dict.fromkeys(texts)
     return [ChatReading(Prompt(text, id="part"), is_newest=True) for text in distinct]

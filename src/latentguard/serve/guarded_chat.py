@@ -123,17 +123,17 @@ class GuardedChat:
     def _show(self, piece: ReplyPiece) -> None:
         """Emit what may be shown once a piece is there."""
         if self._gate is None:
-            shown = [ShownText(piece.text)] if piece.text else []
+            pieces = [ShownText(piece.text)] if piece.text else []
         elif piece.score is None:
-            shown = self._gate.finish(piece.text)
+            pieces = self._gate.finish(piece.text)
         else:
-            shown = self._gate.push(piece.text, piece.score)
-        for text in shown:
+            pieces = self._gate.push(piece.text, piece.score)
+        for text in pieces:
             self.emit(text)
 
-    def _end(self, said: Conversation, finish: str) -> None:
+    def _end(self, conversation: Conversation, finish: str) -> None:
         verdict = self._gate.verdict(self.prompt.id) if self._gate else None
-        self.emit(ReplyEnd(finish, said.prompt_tokens, said.reply_tokens, verdict))
+        self.emit(ReplyEnd(finish, conversation.prompt_tokens, conversation.reply_tokens, verdict))
 
     def _read(self, guard: LatentGuard, model: ChatModel) -> ScoredPrompt | GuardError:
         """Judge the prompt in the pass that serves it, if that is all that its guard reads.
@@ -148,16 +148,16 @@ class GuardedChat:
         if guard.replies is not None and self._gate is not None:
             own = guard.replies.probe
             probe = TokenProbe(own.layers, own.weight.to(model.device))
-        said = Conversation(
+        conversation = Conversation(
             model, self.prompt, positions=positions, layers=guard.probe.layers, probe=probe
         )
-        self._conversation, self._pieces = said, said.pieces(self.sampling)
+        self._conversation, self._pieces = conversation, conversation.pieces(self.sampling)
         if self._scored is not None:
             return self._scored
         try:
-            if said.states is None:
+            if conversation.states is None:
                 return score_prompts(guard, model, [self.prompt])[0]
-            scored = ScoredPlan(self.prompt, variants, guard.measure(said.states))
+            scored = ScoredPlan(self.prompt, variants, guard.measure(conversation.states))
             return scored_prompt(guard, self.prompt, guard.combine(scored))
         except GuardError as error:
             return error

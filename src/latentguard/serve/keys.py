@@ -42,11 +42,11 @@ class ApiKeys:
         if not self._digests:
             return "-"
         scheme, _, key = header.partition(" ")
-        shown = _digest(key.strip())
-        found = [hmac.compare_digest(shown, known) for known in self._digests]
-        if scheme.lower() != "bearer" or not any(found):
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, valid_digest) for valid_digest in self._digests]
+        if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized("A valid API key is needed: send 'Authorization: Bearer KEY'.")
-        return shown.hex()[:8]
+        return digest.hex()[:8]
 
 
 def load_keys(file: Path | None, environment: str | None) -> ApiKeys:
@@ -58,13 +58,13 @@ def load_keys(file: Path | None, environment: str | None) -> ApiKeys:
         LatentGuardError: if the file or the variable is given and holds no key, since without keys
             everybody may come in.
     """
-    found = list[str]()
+    keys = list[str]()
     if file is not None:
-        found += _clean(file.read_text("utf-8"), f"{file} holds no API key; expected one a line.")
+        keys += _clean(file.read_text("utf-8"), f"{file} holds no API key; expected one a line.")
     if environment is not None:
         lack = f"{VARIABLE} holds no API key; expected keys with commas between, or no variable."
-        found += _clean(environment.replace(",", "\n"), lack)
-    return ApiKeys(found)
+        keys += _clean(environment.replace(",", "\n"), lack)
+    return ApiKeys(keys)
 
 
 def _clean(text: str, lack: str) -> list[str]:

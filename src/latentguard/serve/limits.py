@@ -108,18 +108,18 @@ class RequestLimits:
     def _client(self, scope: Scope) -> str:
         if scope["path"] in OPEN:
             return "-"
-        shown: bytes = dict(scope["headers"]).get(b"authorization", b"")
-        return self.keys.require(shown.decode("latin-1"))
+        credentials: bytes = dict(scope["headers"]).get(b"authorization", b"")
+        return self.keys.require(credentials.decode("latin-1"))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         most = self.config.max_body
         headers = dict(scope["headers"])
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise BadRequest("The length of the body is told twice.")  # servers disagree on which
-        told = headers.get(b"content-length", b"0")
-        if told.isdigit() and len(told) < 20 and int(told) > most:
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and len(length) < 20 and int(length) > most:
             raise PayloadTooLarge(
-                f"The body is {int(told):,} bytes long; at most {most:,} are read."
+                f"The body is {int(length):,} bytes long; at most {most:,} are read."
             )
         body, more = bytearray(), True
         try:
@@ -152,9 +152,9 @@ class _Answer:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            known = {name for name, _ in message["headers"]}
+            names = {name for name, _ in message["headers"]}
             extra = HEADERS | {"x-request-id": self.request}
-            new = [(k.encode(), v.encode()) for k, v in extra.items() if k.encode() not in known]
+            new = [(k.encode(), v.encode()) for k, v in extra.items() if k.encode() not in names]
             message = {**message, "headers": [*message["headers"], *new]}
         await self._send(message)
 
@@ -172,13 +172,13 @@ class _Answer:
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """A ``receive`` that gives the body first, and then waits for the client to leave."""
-    given = False
+    is_sent = False
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        nonlocal is_sent
+        if is_sent:
             return await receive()
-        given = True
+        is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay

@@ -98,9 +98,9 @@ class ChatMessage(BaseModel):
             BadRequest: if a field or a part cannot be read.
         """
         self.require_readable()
-        kept = {name: value for name, value in (self.model_extra or {}).items() if value}
+        extra_fields = {name: value for name, value in (self.model_extra or {}).items() if value}
         content = None if self.content is None else self.text
-        return {"role": self.role, "content": content, **kept}
+        return {"role": self.role, "content": content, **extra_fields}
 
     def require_readable(self) -> None:
         """Check that the message holds nothing but what the guard reads.

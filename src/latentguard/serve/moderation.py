@@ -136,8 +136,8 @@ def routes(service: Service) -> APIRouter:
             _, outcome, reply = await _score_chat(context, body.messages)
             results = [moderation_result(context.served.guard, outcome, reply)]
         else:
-            found = await _judged(context, _texts(body.input or ""))
-            results = [moderation_result(context.served.guard, one) for one in found]
+            scored_prompts = await _judged(context, _texts(body.input or ""))
+            results = [moderation_result(context.served.guard, one) for one in scored_prompts]
         label = context.served.label
         return ModerationResponse(id=_id("modr", context), model=label, results=results)
 
@@ -176,9 +176,9 @@ def routes(service: Service) -> APIRouter:
 
 def _require_guard(service: Service, name: str | None) -> None:
     guards = service.guards
-    if name is not None and name != DEFAULT_NAME and name not in guards.named:
-        known = ", ".join(one.name for one in guards)
-        raise BadRequest(f"There is no guard of this name; there are: {known}.")
+    if name is not None and name != DEFAULT_NAME and name not in guards.named_guards:
+        names = ", ".join(one.name for one in guards)
+        raise BadRequest(f"There is no guard of this name; there are: {names}.")
 
 
 async def _score_chat(
@@ -215,15 +215,17 @@ async def _judged(context: RequestContext, prompts: list[Prompt]) -> list[Scored
     if len(prompts) > most:
         raise BadRequest(f"{len(prompts)} inputs were sent; at most {most} are read at once.")
     prompts = context.with_segment(prompts)
-    found = await context.score(prompts)
-    await context.record_verdicts(prompts, found, ["score"] * len(found))
-    return found
+    scored_prompts = await context.score(prompts)
+    await context.record_verdicts(prompts, scored_prompts, ["score"] * len(scored_prompts))
+    return scored_prompts
 
 
-def _texts(given: str | list[str] | list[ContentPart]) -> list[Prompt]:
-    texts = [given] if isinstance(given, str) else [one for one in given if isinstance(one, str)]
+def _texts(content: str | list[str] | list[ContentPart]) -> list[Prompt]:
+    texts = (
+        [content] if isinstance(content, str) else [one for one in content if isinstance(one, str)]
+    )
     if not texts:  # parts of one message
-        texts = [text_of_parts([one for one in given if not isinstance(one, str)])]
+        texts = [text_of_parts([one for one in content if not isinstance(one, str)])]
     for number, text in enumerate(texts):
         if not text.strip():
             raise BadRequest(f"Input {number} is empty; there is nothing to judge.")
@@ -236,33 +238,33 @@ def moderation_result(
     """A verdict in OpenAI's schema; a flagged reply counts as ``illicit``."""
     verdict = scored.verdict
     scores = moderation_scores(guard, scored)
-    said = Scores(**scored.to_dict())
+    fields = Scores(**scored.to_dict())
     if reply is not None:
         judge = guard.require_reply_probe()
         scores[OTHER] = max(
             scores[OTHER], moved_probability(judge.platt, reply.score, judge.threshold)
         )
-        said.reply = ReplyFields(**reply_fields(judge, reply))
-    known = {name for own in verdict.category_scores for name in moderation_names(own)} | {OTHER}
+        fields.reply = ReplyFields(**reply_fields(judge, reply))
+    names = {name for own in verdict.category_scores for name in moderation_names(own)} | {OTHER}
     return ModerationResult(
         flagged=verdict.flagged or (reply is not None and reply.flagged),
         categories={name: score > 0.5 for name, score in scores.items()},
         category_scores=scores,
-        category_applied_input_types={n: ["text"] if n in known else [] for n in MODERATION},
-        latentguard=said,
+        category_applied_input_types={n: ["text"] if n in names else [] for n in MODERATION},
+        latentguard=fields,
     )
 
 
 def moderation_scores(guard: LatentGuard, scored: ScoredPrompt) -> dict[str, float]:
     """A score for each of OpenAI's categories; one is over 0.5 exactly if the input is flagged."""
     verdict = scored.verdict
-    moved = moved_probability(guard.platt, verdict.score, scored.threshold)
+    probability = moved_probability(guard.platt, verdict.score, scored.threshold)
     scores = dict.fromkeys(MODERATION, 0.0)
     most = max(verdict.category_scores.values(), default=0.0) or 1.0
     for own, chance in verdict.category_scores.items():
         for name in moderation_names(own):
-            scores[name] = max(scores[name], moved * chance / most)
-    return scores | dict.fromkeys(moderation_names(verdict.category), moved)
+            scores[name] = max(scores[name], probability * chance / most)
+    return scores | dict.fromkeys(moderation_names(verdict.category), probability)
 
 
 def _score(scored: ScoredPrompt) -> ScoreResult:

@@ -84,13 +84,13 @@ class OpenTelemetry:
             routes: Paths that name their span; all others are ``other``, so that clients cannot
                 make up names.
         """
-        known = frozenset(routes)
+        known_routes = frozenset(routes)
 
         async def serve(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or scope["path"] in QUIET:
                 await app(scope, receive, send)
                 return
-            route = scope["path"] if scope["path"] in known else "other"
+            route = scope["path"] if scope["path"] in known_routes else "other"
             await self._serve(app, route, (scope, receive, send))
 
         return serve
@@ -133,8 +133,8 @@ class OpenTelemetry:
             self._probabilities.record(scored.verdict.probability)
             figures = dict(score=scored.verdict.score, threshold=scored.threshold)
             attributes |= figures | {"readings": scored.readings}
-        named = {f"latentguard.{name}": value for name, value in attributes.items()}
-        trace.get_current_span().add_event("verdict", named)
+        event = {f"latentguard.{name}": value for name, value in attributes.items()}
+        trace.get_current_span().add_event("verdict", event)
 
     def close(self) -> None:
         """Send what was not sent yet."""

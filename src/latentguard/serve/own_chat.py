@@ -14,6 +14,7 @@ from latentguard.errors import GuardError
 from latentguard.models.conversation import Sampling
 from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import ChatReading
+from latentguard.serve.decision import answers_without_verdict, is_blocked
 from latentguard.serve.disconnects import run_while_connected
 from latentguard.serve.errors import ApiError, Unavailable
 from latentguard.serve.guarded_chat import ChatEvent, GuardedChat
@@ -108,14 +109,14 @@ class OwnChat:
         """Whether a verdict on the chat in context, or its lack, forbids a reply."""
         if isinstance(event, ScoredPrompt):
             return self._is_blocked(event)
-        return not self.context.service.answers_without_verdict(Unavailable())
+        return not answers_without_verdict(self.context.service.config, Unavailable())
 
     def _is_blocked(self, in_context: ScoredPrompt | None = None) -> bool:
         scored = [in_context or self.scored[0], *self.scored[1:]]
         if not any(scored):
             return False
         outcome = self.context.decide(self.readings, scored)
-        return self.context.service.action(outcome) == "block"
+        return is_blocked(self.context.service.config, outcome)
 
     async def _record(self) -> ScoredPrompt:
         return await self.context.record_chat(self.readings, self.scored)
@@ -125,5 +126,5 @@ class OwnChat:
         try:
             return await work
         except ApiError as error:
-            await self.context.record_failure([self.prompt], error, answered=False)
+            await self.context.record_failure([self.prompt], error, is_answered=False)
             raise

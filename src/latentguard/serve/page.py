@@ -45,8 +45,8 @@ def routes(service: Service, upstream: UpstreamClient | None) -> APIRouter:
         names: dict[str, Any] = {"name": guards.default.label, "model": service.config.name}
         names["guards"] = [one.name for one in guards]
         config = service.config
-        known = _reference(service)
-        about = {"policy": config.policy, "on_review": config.on_review, "reference": known}
+        reference = _reference(service)
+        about = {"policy": config.policy, "on_review": config.on_review, "reference": reference}
         return names | describe(guards.default.guard) | about
 
     @router.get("/v1/models", response_model=None)
@@ -67,8 +67,8 @@ def _reference(service: Service) -> dict[str, Any]:
         scores = [point["score"] for point in reference.points]
         return {"what": "reference prompts", "scores": scores, "points": reference.points}
     if reference.scores:
-        known = _evenly(reference.scores, MAX_SCORES)
-        return {"what": "harmless calibration prompts", "scores": known, "points": []}
+        sample = _evenly(reference.scores, MAX_SCORES)
+        return {"what": "harmless calibration prompts", "scores": sample, "points": []}
     scores = [canary.score for canary in service.engine.guard.canaries]
     return {"what": "canary prompts", "scores": scores, "points": []}
 

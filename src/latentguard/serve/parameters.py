@@ -57,20 +57,20 @@ def require_known(
     Raises:
         BadRequest: if one is unknown or is not what its name says.
     """
-    kept = dict[str, Any]()
+    allowed = dict[str, Any]()
     for name, value in parameters.items():
         if name in unread or (value is None and name in checks):
-            kept[name] = value
+            allowed[name] = value
         elif name in checks:
             if not checks[name](value):
                 raise BadRequest(f"'{name}' has a value that this guard does not let through.")
-            kept[name] = value
+            allowed[name] = value
         elif value not in (None, "", [], {}):
             raise BadRequest(
                 f"'{name[:40]}' is no parameter that this guard reads; leave it out, or have the "
                 "operator allow it by --allow-parameter."
             )
-    return kept
+    return allowed
 
 
 def texts_in(parameters: Mapping[str, Any], tools: ToolPolicy) -> list[str]:
@@ -127,8 +127,8 @@ def _is_false(value: Any) -> bool:
 
 
 def _is_text_config(value: Any) -> bool:
-    known = isinstance(value, dict) and value.keys() <= {"format", "verbosity"}
-    return known and _is_word_or_none(value.get("verbosity"))
+    has_known_keys = isinstance(value, dict) and value.keys() <= {"format", "verbosity"}
+    return has_known_keys and _is_word_or_none(value.get("verbosity"))
 
 
 def _is_label(value: Any) -> bool:

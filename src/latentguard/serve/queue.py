@@ -135,11 +135,11 @@ class FairQueue:
     def _evict(self, account: _Account) -> list[WorkItem]:
         """Take out the request that came last."""
         last = account.items[-1].request
-        taken = [
+        items = [
             i for i in account.items if i is account.items[-1] or i.request is last is not None
         ]
-        self._remove(taken)
-        return taken
+        self._remove(items)
+        return items
 
     def _put_back(self, items: Iterable[WorkItem]) -> None:
         for item in items:
@@ -214,10 +214,10 @@ class FairQueue:
         return self._accounts[name]
 
     def _remove(self, items: Sequence[WorkItem]) -> None:
-        gone = set(map(id, items))
+        removed_ids = set(map(id, items))
         for name in {item.account for item in items}:
             account = self._accounts[name]
-            account.items = deque(item for item in account.items if id(item) not in gone)
+            account.items = deque(item for item in account.items if id(item) not in removed_ids)
             if not account.items:
                 self._behind[name] = account.served
                 del self._accounts[name]

@@ -24,7 +24,7 @@ class ServedFiles:
     guard: LatentGuard
     """Judges what names no other guard."""
 
-    named: Mapping[str, LatentGuard] = field(default_factory=dict)
+    named_guards: Mapping[str, LatentGuard] = field(default_factory=dict)
     """Other guards of the same model."""
 
     keys: ApiKeys = field(default_factory=ApiKeys)
@@ -75,7 +75,7 @@ class Reloader:
     async def _replace(self) -> None:
         service = self._service
         files = await asyncio.to_thread(self._read)
-        await service.engine.replace_guards(files.guard, files.named)
+        await service.engine.replace_guards(files.guard, files.named_guards)
         if self.renew_certificate is not None:
             self.renew_certificate()
         service.keys.replace(files.keys)

@@ -112,8 +112,8 @@ class ChatWriter:
         message = dict(role="assistant", content=text, refusal=refusal)
         choice = dict(index=0, message=message, finish_reason=finish, logprobs=None)
         body = self._head | dict(object="chat.completion", choices=[choice], usage=usage)
-        said = dict(self._note.get("latentguard", {})) | dict((note or {}).get("latentguard", {}))
-        return JSONResponse(body | ({"latentguard": said} if said else {}))
+        notes = dict(self._note.get("latentguard", {})) | dict((note or {}).get("latentguard", {}))
+        return JSONResponse(body | ({"latentguard": notes} if notes else {}))
 
     def first(self) -> str:
         """The first event of a stream."""
@@ -161,20 +161,20 @@ def verdict_note(context: RequestContext, judged: ScoredOrError) -> dict[str, An
         return {}
     if isinstance(judged, ApiError):
         return {"latentguard": {"error": judged.code}}
-    said = judged.to_dict()
-    del said["id"]
+    fields = judged.to_dict()
+    del fields["id"]
     if context.service.config.on_review == "pass":
-        del said["decision"]
-    return {"latentguard": said}
+        del fields["decision"]
+    return {"latentguard": fields}
 
 
 def reply_note(context: RequestContext, verdict: ReplyVerdict) -> dict[str, Any]:
     """What an answer says of the verdict on its reply; a shadow says nothing."""
     if context.service.config.on_flagged_reply == "shadow":
         return {}
-    said = verdict.to_dict()
-    del said["id"]
-    return {"latentguard": {"reply": said}}
+    fields = verdict.to_dict()
+    del fields["id"]
+    return {"latentguard": {"reply": fields}}
 
 
 def token_usage(prompt: int, reply: int) -> dict[str, int]:

@@ -94,10 +94,10 @@ class ReplyGate:
         return self._judge.decide(id, np.array(self._scores))
 
     def _release(self, hold: int) -> list[ShownText]:
-        shown = []
+        pieces = []
         while len(self._held) > hold:
-            shown.append(self._held.popleft())
-        return [piece for piece in shown if piece.text]
+            pieces.append(self._held.popleft())
+        return [piece for piece in pieces if piece.text]
 
 
 def reply_action(policy: ReplyPolicy, verdict: ReplyVerdict) -> ReplyAction:

@@ -32,13 +32,13 @@ def last_reply(messages: Sequence[ChatMessage], prompt: Prompt) -> Reply | None:
         messages: The chat.
         prompt: The chat up to the last message of a user or a tool, as it is read in context.
     """
-    said = list[str]()
+    texts = list[str]()
     for message in reversed(messages):
         if message.text.strip():
             if message.speaker != "assistant":
                 break
-            said.append(message.text)
-    return Reply(prompt, "\n\n".join(reversed(said))) if said else None
+            texts.append(message.text)
+    return Reply(prompt, "\n\n".join(reversed(texts))) if texts else None
 
 
 async def score_last_reply(
@@ -65,7 +65,7 @@ async def score_last_reply(
             whole, scan, account=context.account, served=context.served
         )
     except ApiError as error:
-        await context.record_failure([prompt], error, answered=False)
+        await context.record_failure([prompt], error, is_answered=False)
         raise
     await context.record_reply(prompt, verdict, "score")
     return verdict

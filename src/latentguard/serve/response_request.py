@@ -183,8 +183,8 @@ def read_request(
         BadRequest: if it holds or names something that the guard does not read.
     """
     parameters = _known_parameters(request.model_extra or {}, config)
-    named = {"model": request.model, "stream": request.stream}
-    parameters |= _without_none(require_known(named, RESPONSE_CHECKS))
+    checked = {"model": request.model, "stream": request.stream}
+    parameters |= _without_none(require_known(checked, RESPONSE_CHECKS))
     others = texts_in(_tools_and_schema(parameters), config.tools)
     first = [] if request.instructions is None else [_instructions(request.instructions)]
     items = [_item(one) for one in _input_items(request.input)]
@@ -240,10 +240,10 @@ def _known_parameters(extra: Mapping[str, Any], config: ServeConfig) -> dict[str
             raise BadRequest(
                 f"'{name}' names texts that this guard has not seen; send all of them as 'input'."
             )
-    kept = require_known(extra, RESPONSE_CHECKS, unread=unread)
+    allowed = require_known(extra, RESPONSE_CHECKS, unread=unread)
     if "tools" not in unread:
-        _require_own_tools(kept.get("tools") or [])
-    return kept
+        _require_own_tools(allowed.get("tools") or [])
+    return allowed
 
 
 def _require_own_tools(tools: Any) -> None:
@@ -263,29 +263,31 @@ def _require_own_tools(tools: Any) -> None:
 
 def _tools_and_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that models are shown, by the names of a chat."""
-    shown = {name: parameters[name] for name in ("tools", "tool_choice") if name in parameters}
+    texts = {name: parameters[name] for name in ("tools", "tool_choice") if name in parameters}
     schema = (parameters.get("text") or {}).get("format")
-    return shown if schema is None else shown | {"response_format": schema}
+    return texts if schema is None else texts | {"response_format": schema}
 
 
-def _input_items(given: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
+def _input_items(content: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
 
 
 def _instructions(text: str) -> dict[str, Any]:
     return {"role": "system", "content": text}
 
 
-def _item(given: Mapping[str, Any]) -> Item:
-    kind = given.get("type", "message")
-    made = ITEMS.get(kind) if isinstance(kind, str) else None
-    if made is None:
+def _item(row: Mapping[str, Any]) -> Item:
+    kind = row.get("type", "message")
+    item_class = ITEMS.get(kind) if isinstance(kind, str) else None
+    if item_class is None:
         raise BadRequest(
             f"'{str(kind)[:40]}' is no type of item that this guard reads: {', '.join(ITEMS)}."
         )
-    fields = {name: value for name, value in given.items() if value or name in made.model_fields}
+    fields = {
+        name: value for name, value in row.items() if value or name in item_class.model_fields
+    }
     try:
-        return made.model_validate(fields)
+        return item_class.model_validate(fields)
     except ValidationError as error:
         raise BadRequest(f"An item of type '{kind}': {describe_errors(error.errors())}") from None
 
@@ -294,8 +296,8 @@ def _message(item: Item) -> dict[str, Any]:
     return item.message()
 
 
-def _content(given: str | list[dict[str, Any]]) -> Any:
-    return given if isinstance(given, str) else [_part(part) for part in given]
+def _content(content: str | list[dict[str, Any]]) -> Any:
+    return content if isinstance(content, str) else [_part(part) for part in content]
 
 
 def _part(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,8 +306,8 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     text = part.get("refusal" if kind == "refusal" else "text")
     if kind not in (*TEXT_PARTS, "refusal") or not isinstance(text, str):
         raise BadRequest(f"This guard reads text only; a part of type '{str(kind)[:40]}' came.")
-    known = ("type", "text", "refusal", *UNREAD_IN_PARTS)
-    extra = {name: value for name, value in part.items() if name not in known}
+    names = ("type", "text", "refusal", *UNREAD_IN_PARTS)
+    extra = {name: value for name, value in part.items() if name not in names}
     return {"type": "text", "text": text, **extra}
 
 

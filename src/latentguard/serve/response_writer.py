@@ -106,14 +106,14 @@ class ResponseWriter:
         part = self._content
         assert part is not None
         if part["type"] == "refusal":
-            done = self._event("response.refusal.done", **self._place, refusal=part["refusal"])
+            ends = self._event("response.refusal.done", **self._place, refusal=part["refusal"])
         else:
             text = dict(text=part["text"], logprobs=[])
-            done = self._event("response.output_text.done", **self._place, **text)
-        done += self._event("response.content_part.done", **self._place, part=part)
+            ends = self._event("response.output_text.done", **self._place, **text)
+        ends += self._event("response.content_part.done", **self._place, part=part)
         item = response["output"][0]
-        done += self._event("response.output_item.done", output_index=0, item=item)
-        return begin + done + self._event(f"response.{response['status']}", response=response)
+        ends += self._event("response.output_item.done", output_index=0, item=item)
+        return begin + ends + self._event(f"response.{response['status']}", response=response)
 
     @property
     def _place(self) -> dict[str, Any]:
@@ -135,8 +135,8 @@ class ResponseWriter:
         response = self._at(status, [self._item(status, [self._content])])
         if finish in INCOMPLETE:
             response["incomplete_details"] = dict(reason=INCOMPLETE[finish])
-        said = self._note | dict((note or {}).get("latentguard", {}))
-        return response | dict(usage=_usage(usage)) | ({"latentguard": said} if said else {})
+        notes = self._note | dict((note or {}).get("latentguard", {}))
+        return response | dict(usage=_usage(usage)) | ({"latentguard": notes} if notes else {})
 
     def _at(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         note = {"latentguard": self._note} if self._note else {}

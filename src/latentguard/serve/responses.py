@@ -71,18 +71,21 @@ def routes(service: Service, upstream: UpstreamClient | None) -> APIRouter:
 
 
 async def _through(
-    upstream: UpstreamClient, context: RequestContext, body: ResponseRequest, sent: dict[str, Any]
+    upstream: UpstreamClient,
+    context: RequestContext,
+    body: ResponseRequest,
+    content: dict[str, Any],
 ) -> Response:
     """Have the upstream answer, if the verdict allows it."""
     config, tokens = context.service.config, context.service.control_tokens
-    asked = UpstreamRequest(
-        sent,
+    outgoing = UpstreamRequest(
+        content,
         lambda: forwarded_response(body, config, tokens),
         readable_request(body),
         config.upstream_responses_path,
         ResponsesFormat(),
     )
-    return await answer_through(upstream, context, asked, _style(context, body))
+    return await answer_through(upstream, context, outgoing, _style(context, body))
 
 
 async def _own(context: RequestContext, body: OwnResponseRequest) -> Response:
@@ -108,13 +111,13 @@ def _require_plain(read: ReadRequest) -> None:
     Raises:
         BadRequest: if it cannot.
     """
-    asked = [name for name in ("tools", "top_logprobs") if read.parameters.get(name)]
+    unsupported = [name for name in ("tools", "top_logprobs") if read.parameters.get(name)]
     schema = (read.parameters.get("text") or {}).get("format")
     if says_something(schema):
-        asked.append("text.format")
-    asked += sorted({item["type"] for item in read.items} - {"message"})
-    if asked:
-        raise BadRequest(f"{', '.join(asked)}: the guard's own model cannot do this.")
+        unsupported.append("text.format")
+    unsupported += sorted({item["type"] for item in read.items} - {"message"})
+    if unsupported:
+        raise BadRequest(f"{', '.join(unsupported)}: the guard's own model cannot do this.")
 
 
 def _sampling(service: Service, body: OwnResponseRequest) -> Sampling:

@@ -94,15 +94,15 @@ class PromptScorer:
 
     def _score_rows(self, rows: Sequence[tuple[str, Prompt]]) -> list[VariantScore]:
         """The score of each text, in order; those that are cached are not read."""
-        known = [self._cached(account, text) for account, text in rows]
-        missing = [row for row, score in zip(rows, known, strict=True) if score is None]
+        cached_scores = [self._cached(account, text) for account, text in rows]
+        missing = [row for row, score in zip(rows, cached_scores, strict=True) if score is None]
         texts = iter([text for _, text in missing])
         fresh = list(self.guard.score(self.model, texts))
         for (account, text), score in zip(missing, fresh, strict=True):
             if self._cache is not None and not text.history:
                 self._cache.put(score, self._guard_digest, account, text.text)
         scores = iter(fresh)
-        return [next(scores) if score is None else score for score in known]
+        return [next(scores) if score is None else score for score in cached_scores]
 
     def _cached(self, account: str, text: Prompt) -> VariantScore | None:
         if self._cache is None or text.history:

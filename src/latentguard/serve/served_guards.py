@@ -60,28 +60,33 @@ class ServedGuards:
     default: ServedGuard
     """Judges what names no other guard."""
 
-    named: Mapping[str, ServedGuard] = field(default_factory=dict)
+    named_guards: Mapping[str, ServedGuard] = field(default_factory=dict)
     """The others."""
 
     @staticmethod
     def meet(
-        default: LatentGuard, named: Mapping[str, LatentGuard], model: ChatModel, bind: Binder
+        default: LatentGuard,
+        named_guards: Mapping[str, LatentGuard],
+        model: ChatModel,
+        bind: Binder,
     ) -> ServedGuards:
         """Guards as they are served.
 
         Args:
             default: Has met the model.
-            named: Still have to meet it.
+            named_guards: Still have to meet it.
             model: The model.
             bind: Lets a guard meet it.
         """
-        others = {name: ServedGuard(bind(guard, model), name) for name, guard in named.items()}
+        others = {
+            name: ServedGuard(bind(guard, model), name) for name, guard in named_guards.items()
+        }
         return ServedGuards(ServedGuard(default), others)
 
     def __iter__(self) -> Iterator[ServedGuard]:
         yield self.default
-        yield from self.named.values()
+        yield from self.named_guards.values()
 
     def find(self, name: str | None) -> ServedGuard:
         """The guard of a name; the default one if there is none of it."""
-        return self.named.get(name or "", self.default)
+        return self.named_guards.get(name or "", self.default)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # an extra
 class GuardSource:
     """Where guards come from, beside the one that is loaded with the model."""
 
-    named: Mapping[str, LatentGuard] = field(default_factory=dict)
+    named_guards: Mapping[str, LatentGuard] = field(default_factory=dict)
     """Other guards of the same model."""
 
     bind: Binder = verified
@@ -193,7 +193,7 @@ def create_server(
     reference = reference or DriftReference()
     telemetry = Telemetry(reference.scores, open_telemetry)
     engine = ScoringEngine(
-        opener, config, named=guards.named, bind=guards.bind, on_batch=telemetry.batch
+        opener, config, named_guards=guards.named_guards, bind=guards.bind, on_batch=telemetry.batch
     )
     service = Service(config, engine, telemetry, keys or ApiKeys(), audit, reference)
     _add_gauges(service)

@@ -1,4 +1,4 @@
-"""One running service: what its endpoints share, and how a verdict becomes an action."""
+"""One running service: what its endpoints share, and a request from arrival to audit log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 from starlette.requests import Request
 
@@ -19,6 +19,7 @@ from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.chat_readings import ChatReading
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.control_tokens import ControlTokens
+from latentguard.serve.decision import Action, answers_without_verdict, choose_action
 from latentguard.serve.disconnects import run_while_connected
 from latentguard.serve.drift import DriftMonitor, DriftReference
 from latentguard.serve.engine import ScoringEngine
@@ -31,13 +32,6 @@ from latentguard.serve.telemetry import Telemetry
 from latentguard.serve.text_cache import TextCache
 
 log = logging.getLogger("latentguard.serve")
-
-Action = Literal[
-    "score", "pass", "review", "block", "annotate", "shadow", "error", "unjudged", "left"
-]
-"""What was done: the verdict told; a chat answered; answered, though it is to be reviewed; what the
-policy says of a flagged one; no verdict, so refused; no verdict, and answered all the same; no
-verdict, as the client left before."""
 
 
 @dataclass(eq=False)
@@ -150,21 +144,6 @@ class Service:
             else:
                 self.audit.reject(line)
 
-    def action(self, scored: ScoredPrompt) -> Action:
-        """What the policy makes of a chat."""
-        if scored.verdict.flagged:
-            return self.config.policy
-        if scored.verdict.decision == "review":
-            return "block" if self.config.on_review == "block" else "review"
-        return "pass"
-
-    def answers_without_verdict(self, error: ApiError) -> bool:
-        """Whether a chat is answered though it could not be judged: by a shadow only.
-
-        A client can bring about every lack of a verdict, be it by making the service slow.
-        """
-        return self.config.policy == "shadow" and not isinstance(error, ClientDisconnected)
-
 
 class RequestContext:
     """One request, from its arrival to its line in the audit log."""
@@ -187,10 +166,10 @@ class RequestContext:
         self.id: str = request.state.request
         self.client: str = request.state.client
         self.account: str = request.state.account
-        named = {"client_request": "x-request-id", "trace": "traceparent"}
+        headers = {"client_request": "x-request-id", "trace": "traceparent"}
         self._trace = {
             name: request.headers[header][:128]
-            for name, header in named.items()
+            for name, header in headers.items()
             if header in request.headers
         }
         header = service.config.segment_header
@@ -240,16 +219,16 @@ class RequestContext:
         try:
             return await run_while_connected(self._score(prompts), self.request)
         except ApiError as error:
-            await self.record_failure(prompts, error, answered=False)
+            await self.record_failure(prompts, error, is_answered=False)
             raise
 
     async def score_readings(self, readings: Sequence[ChatReading]) -> list[ScoredPrompt]:
         """Score the texts of a chat, those that are not cached; an error is raised only."""
         prompts = self.with_segment([reading.prompt for reading in readings])
-        known = [self._cached(prompt) for prompt in prompts]
-        missing = [p for p, scored in zip(prompts, known, strict=True) if scored is None]
+        cached = [self._cached(prompt) for prompt in prompts]
+        missing = [p for p, scored in zip(prompts, cached, strict=True) if scored is None]
         fresh = iter(await run_while_connected(self._score(missing), self.request))
-        results = [scored or next(fresh) for scored in known]
+        results = [scored or next(fresh) for scored in cached]
         for prompt, scored in zip(prompts, results, strict=True):
             if not prompt.history:
                 self.service.cache.put(scored, *self._cache_key(prompt))
@@ -268,15 +247,15 @@ class RequestContext:
         return self.service.cache.get(*self._cache_key(prompt))
 
     async def record_failure(
-        self, prompts: Sequence[Prompt], error: ApiError, *, answered: bool
+        self, prompts: Sequence[Prompt], error: ApiError, *, is_answered: bool
     ) -> None:
         """Note that there is no verdict, and whether the chat is answered all the same."""
-        lack: Action = "unjudged" if answered else "error"
+        lack: Action = "unjudged" if is_answered else "error"
         action: Action = "left" if isinstance(error, ClientDisconnected) else lack
         for _ in prompts:
             self.service.telemetry.verdict(self.endpoint, action, guard=self._guard_name)
         lines = [self._line(p, action) | {"error": error.code} for p in prompts]
-        if error.is_clients_doing and not answered:
+        if error.is_clients_doing and not is_answered:
             await self.service.record_rejections(lines)
         else:
             await self._write(lines)
@@ -288,9 +267,9 @@ class RequestContext:
         Raises:
             ApiError: ``error``, unless the chat is answered all the same.
         """
-        answered = self.service.answers_without_verdict(error)
-        await self.record_failure(self.with_segment([prompt]), error, answered=answered)
-        if not answered:
+        is_answered = answers_without_verdict(self.service.config, error)
+        await self.record_failure(self.with_segment([prompt]), error, is_answered=is_answered)
+        if not is_answered:
             raise error
 
     async def judge_chat(
@@ -305,7 +284,7 @@ class RequestContext:
             scored = await self.score_readings(readings)
         except ApiError as error:
             prompts = self.with_segment([readings[0].prompt])
-            await self.record_failure(prompts, error, answered=False)
+            await self.record_failure(prompts, error, is_answered=False)
             raise
         return await self.record_chat(readings, scored, action=action)
 
@@ -328,12 +307,15 @@ class RequestContext:
         """
         outcome = self.decide(readings, scored)
         prompts = self.with_segment([readings[0].prompt])
-        action = action or self.service.action(outcome)
+        action = action or choose_action(self.service.config, outcome)
         await self.record_verdicts(prompts, [outcome], [action])
         return outcome
 
     async def record_verdicts(
-        self, prompts: Sequence[Prompt], found: Sequence[ScoredPrompt], actions: Sequence[Action]
+        self,
+        prompts: Sequence[Prompt],
+        scored_prompts: Sequence[ScoredPrompt],
+        actions: Sequence[Action],
     ) -> None:
         """Note verdicts, before anybody sees them.
 
@@ -342,11 +324,11 @@ class RequestContext:
         """
         lines = [
             self._line(prompt, action) | _without_id(one.to_dict())
-            for prompt, one, action in zip(prompts, found, actions, strict=True)
+            for prompt, one, action in zip(prompts, scored_prompts, actions, strict=True)
         ]
         await self._write(lines)
         self.request.state.is_recorded = True
-        for one, action in zip(found, actions, strict=True):
+        for one, action in zip(scored_prompts, actions, strict=True):
             self.service.telemetry.verdict(self.endpoint, action, one, guard=self._guard_name)
 
     @property

@@ -23,17 +23,17 @@ class Telemetry:
     """Counters, gauges and histograms of one service."""
 
     def __init__(
-        self, known: Sequence[float] = (), open_telemetry: OpenTelemetry | None = None
+        self, reference: Sequence[float] = (), open_telemetry: OpenTelemetry | None = None
     ) -> None:
         """Make a registry of its own.
 
         Args:
-            known: Scores to compare with; their deciles are the buckets of the score histogram.
+            reference: Scores to compare with; their deciles are the buckets of the score histogram.
             open_telemetry: Is told the same; None for Prometheus alone.
         """
         self.open_telemetry = open_telemetry
         self.registry = CollectorRegistry()
-        self.drift = DriftMonitor(known)
+        self.drift = DriftMonitor(reference)
         counter = partial(Counter, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry)
         endpoint = ["endpoint"]
@@ -56,12 +56,12 @@ class Telemetry:
         )
         buckets = tuple(self.drift.edges) or (0.0,)
         self.scores = histogram("latentguard_score", "Scores.", buckets=buckets)
-        moved = Gauge(
+        drift = Gauge(
             "latentguard_score_drift",
             "Population stability index of recent scores against the reference.",
             registry=self.registry,
         )
-        moved.set_function(lambda: self.drift.index)
+        drift.set_function(lambda: self.drift.index)
 
     def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
         """Show a number that is asked for when Prometheus looks."""

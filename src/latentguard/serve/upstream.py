@@ -103,9 +103,9 @@ class UpstreamClient:
             content = json.dumps(body, allow_nan=False)
         except ValueError:
             raise BadRequest("The body holds a number that JSON does not know.") from None
-        sent = self._request("POST", _filled(how.path, body), request, content)
+        outgoing = self._request("POST", _filled(how.path, body), request, content)
         answer = self._streamed if body.get("stream") else self._answer
-        return await self._within(request, answer(request, sent, how))
+        return await self._within(request, answer(request, outgoing, how))
 
     async def models(self, request: Request) -> Response:
         """The upstream's models, which chats name; the guard's own model need not be one of them.
@@ -113,8 +113,8 @@ class UpstreamClient:
         Raises:
             UpstreamError: if it cannot be reached, or fails.
         """
-        sent = self._request("GET", self._models_path, request)
-        return await self._within(request, self._answer(request, sent))
+        outgoing = self._request("GET", self._models_path, request)
+        return await self._within(request, self._answer(request, outgoing))
 
     async def require_reachable(self) -> None:
         """Check that the upstream answers; it is asked at most every few seconds.
@@ -151,23 +151,25 @@ class UpstreamClient:
             raise UpstreamError(UNREACHABLE) from None
 
     async def _answer(
-        self, request: Request, sent: httpx.Request, how: Forwarding | None = None
+        self, request: Request, outgoing: httpx.Request, how: Forwarding | None = None
     ) -> Response:
-        return await _whole(await self._send(request, sent), how)
+        return await _whole(await self._send(request, outgoing), how)
 
-    async def _streamed(self, request: Request, sent: httpx.Request, how: Forwarding) -> Response:
-        answer = await self._send(request, sent)
+    async def _streamed(
+        self, request: Request, outgoing: httpx.Request, how: Forwarding
+    ) -> Response:
+        answer = await self._send(request, outgoing)
         if answer.status_code != 200:
             return await _whole(answer, how)
         return StreamingResponse(_events(answer, how), media_type="text/event-stream")
 
-    async def _send(self, request: Request, sent: httpx.Request) -> httpx.Response:
+    async def _send(self, request: Request, outgoing: httpx.Request) -> httpx.Response:
         """The beginning of the upstream's answer.
 
         Raises:
             UpstreamError: if it fails, or refuses this service.
         """
-        answer = await self._client.send(sent, stream=True)
+        answer = await self._client.send(outgoing, stream=True)
         request.state.ending.push_async_callback(answer.aclose)  # a stream may never be begun
         if answer.status_code >= 500:
             log.error("The upstream answered %s.", answer.status_code)

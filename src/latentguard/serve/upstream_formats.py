@@ -15,7 +15,7 @@ from latentguard.serve.errors import UpstreamError
 from latentguard.serve.messages import READ_FIELDS
 from latentguard.serve.replies import sse_event
 
-DONE = b"data: [DONE]"
+END = b"data: [DONE]"
 
 ENDS = ("response.completed", "response.incomplete", "response.failed", "error")
 """Types of the last event of a response."""
@@ -79,15 +79,15 @@ def strict_json(body: Mapping[str, Any]) -> bytes:
 
 async def stream_events(lines: AsyncIterator[bytes]) -> AsyncIterator[StreamEvent]:
     """Lines of a stream as events: each ends with a blank line."""
-    held = list[bytes]()
+    buffer = list[bytes]()
     async for line in lines:
         if line.strip():
-            held.append(line)
-        elif held:
-            yield StreamEvent(tuple(held))
-            held = []
-    if held:
-        yield StreamEvent(tuple(held))
+            buffer.append(line)
+        elif buffer:
+            yield StreamEvent(tuple(buffer))
+            buffer = []
+    if buffer:
+        yield StreamEvent(tuple(buffer))
 
 
 class AnswerFormat(Protocol):
@@ -159,7 +159,7 @@ class ChatFormat:
 
     def is_last(self, event: StreamEvent) -> bool:
         """Whether it says that the stream is done."""
-        return event.lines[-1].strip() == DONE
+        return event.lines[-1].strip() == END
 
     def show(self, events: Sequence[StreamEvent]) -> None:
         """Each event stands by itself."""
@@ -181,7 +181,7 @@ class ChatFormat:
         """A chunk with the reason, and the last event."""
         delta = {} if refusal is None else {"content": refusal}
         ends = [dict(index=i, delta=delta, finish_reason="content_filter") for i in choices]
-        return [self._chunk(ends, notes), StreamEvent((DONE,))]
+        return [self._chunk(ends, notes), StreamEvent((END,))]
 
     def refused(
         self, body: Mapping[str, Any], choices: Sequence[int], refusal: str

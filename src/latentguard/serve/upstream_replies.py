@@ -129,42 +129,42 @@ class FollowedReply:
         Raises:
             ApiError: if a reply cannot be read; nothing that was not read is sent on then.
         """
-        held: list[StreamEvent] = []
+        buffer: list[StreamEvent] = []
         is_over = False
         async for chunk in self._chunks(events):
             is_over |= chunk.is_whole
-            held += chunk.events
+            buffer += chunk.events
             if chunk.is_due:
                 await self._read(is_whole=chunk.is_whole)
             if self._must_end:
-                held = await self._cut()
+                buffer = await self._cut()
             elif self._policy == "block" and not is_over:
                 continue
             else:
-                held = await self._released(held, is_whole=chunk.is_whole)
-            for event in held:
+                buffer = await self._released(buffer, is_whole=chunk.is_whole)
+            for event in buffer:
                 yield event
-            held = []
+            buffer = []
             if self._must_end:
                 return
 
     async def _chunks(self, events: AsyncIterator[StreamEvent]) -> AsyncIterator[_Chunk]:
         """Events in chunks of so many pieces of text; a shadow waits for none of them."""
-        held: list[StreamEvent] = []
+        buffer: list[StreamEvent] = []
         unread = 0
         is_over = False
         async for event in events:
             unread += self._add(event)
-            held.append(event)
+            buffer.append(event)
             is_whole = self._form.is_last(event) and not is_over
             is_over |= is_whole
             is_due = is_whole or unread >= self._size
             if is_due or is_over or self._policy == "shadow":
-                yield _Chunk(held, is_due, is_whole)
-                held = []
+                yield _Chunk(buffer, is_due, is_whole)
+                buffer = []
                 unread = 0 if is_due else unread
         if not is_over:  # the stream ended without a word
-            yield _Chunk(held, True, True)
+            yield _Chunk(buffer, True, True)
 
     async def whole(self, body: dict[str, Any]) -> dict[str, Any]:
         """An answer in one, once its text was read; what is flagged is cut away or refused.
@@ -209,15 +209,15 @@ class FollowedReply:
         is_flagged = any(choice.is_flagged for choice in self._choices.values())
         return is_flagged and self._policy in ("cut", "block")
 
-    async def _released(self, held: list[StreamEvent], *, is_whole: bool) -> list[StreamEvent]:
+    async def _released(self, events: list[StreamEvent], *, is_whole: bool) -> list[StreamEvent]:
         """Events that may go on, with what is noted of them."""
         if self._policy == "annotate":
-            held = [self._annotated(event) for event in held]
-        self._form.show(held)
+            events = [self._annotated(event) for event in events]
+        self._form.show(events)
         notes = await self._record() if is_whole else {}
-        if notes and held and self._form.is_last(held[-1]):
-            return [*held[:-1], *self._form.closing(held[-1], notes)]
-        return held
+        if notes and events and self._form.is_last(events[-1]):
+            return [*events[:-1], *self._form.closing(events[-1], notes)]
+        return events
 
     def _annotated(self, event: StreamEvent) -> StreamEvent:
         scores = [self._choice(i).score for i, text in self._form.deltas(event.data) if text]

@@ -30,8 +30,8 @@ def demo(
     """
     require_extra("plotly", "report", "latentguard demo")
     require_model(model)
-    kept = f"A guard that is whole stays in {guard}. Run the same command again to go on."
-    with output_folder(out), output_folder(guard), explain_interrupt(kept):
+    advice = f"A guard that is whole stays in {guard}. Run the same command again to go on."
+    with output_folder(out), output_folder(guard), explain_interrupt(advice):
         from latentguard.cli.demo.run import run
 
         backend = load_model(model)

@@ -98,5 +98,5 @@ def layer_curves(
 ) -> tuple[list[float], list[float], list[float]]:
     """AUROC of s^l (equation 2) by layer, with the ends of its 95 % bootstrap interval."""
     beliefs = axis.layer_beliefs(states.at(axis.position)).double().numpy()
-    found = [estimate_metric(auroc, labels, column, draws=200) for column in beliefs.T]
-    return [e.value for e in found], [e.low for e in found], [e.high for e in found]
+    estimates = [estimate_metric(auroc, labels, column, draws=200) for column in beliefs.T]
+    return [e.value for e in estimates], [e.low for e in estimates], [e.high for e in estimates]

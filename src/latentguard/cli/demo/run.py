@@ -220,10 +220,10 @@ def layer_figure(paper: LatentGuard, states: States, labels: NDArray[np.bool_]) 
     )
 
 
-def audit_section(found: SurfaceAudit) -> Section:
+def audit_section(audit: SurfaceAudit) -> Section:
     """How well form alone would do."""
     rows = tuple(
-        (name, float(getattr(found, name))) for name in ("ending", "form", "length", "ngrams")
+        (name, float(getattr(audit, name))) for name in ("ending", "form", "length", "ngrams")
     )
     note = (
         "Balanced accuracy of the last character's class and of the form, AUROC of the length, and "

@@ -23,7 +23,7 @@ NAME = re.compile(r"[\w.:/-]+", re.ASCII)
 ROLES = ("system", "developer", "assistant", "tool", "function")
 
 
-def serve(context: typer.Context, **given: Any) -> None:
+def serve(context: typer.Context, **arguments: Any) -> None:
     """Serve GUARD: OpenAI's /v1/moderations and /v1/chat/completions, and a page at /.
 
     Chats are answered by the guard's own model, or by --upstream. The upstream's key is read from
@@ -33,7 +33,7 @@ def serve(context: typer.Context, **given: Any) -> None:
     Example: latentguard serve guards/qwen --audit audit.jsonl
     """
     require_extra("latentguard.serve.server", "serve", "latentguard serve")
-    explicit = {name: value for name, value in given.items() if _is_given(context, name)}
+    explicit = {name: value for name, value in arguments.items() if _is_given(context, name)}
     options = read_settings(explicit)
     require_consistent(options)
     if options.check:
@@ -118,8 +118,8 @@ def _require_upstream(options: ServeOptions) -> None:
     if url.scheme not in ("http", "https") or not url.host:
         _refuse(f"expected a URL as http://host:8000/v1; found '{options.upstream}'", "--upstream")
     if options.upstream_hosts and url.host not in options.upstream_hosts:
-        known = ", ".join(options.upstream_hosts)
-        _refuse(f"expected one of the hosts {known}; found '{url.host}'", "--upstream")
+        hosts = ", ".join(options.upstream_hosts)
+        _refuse(f"expected one of the hosts {hosts}; found '{url.host}'", "--upstream")
 
 
 def _refuse(reason: str, option: str) -> None:
@@ -136,22 +136,22 @@ def _run(options: ServeOptions) -> None:
     files = parts.read_files(options)
     if not files.keys and options.host not in LOCAL:
         log.warning("No API keys, and %s can be reached from elsewhere.", options.host)
-    made = server.create_server(
+    service = server.create_server(
         parts.opener(files.guard, options),
         parts.config_of(options, files),
         keys=files.keys,
         audit=parts.open_audit(options),
         reference=files.reference,
         guards=server.GuardSource(
-            files.named, parts.binder(options), partial(parts.read_files, options)
+            files.named_guards, parts.binder(options), partial(parts.read_files, options)
         ),
         host=options.host,
         port=options.port,
         open_telemetry=parts.open_telemetry(options),
         **parts.read_certificate(options),
     )
-    port = made.listen().getsockname()[1]
+    port = service.listen().getsockname()[1]
     scheme = "https" if options.tls_cert else "http"
     address = f"{scheme}://{options.host}:{port}"
     log.info("Serving %s on %s (see /readyz).", options.guard, address)
-    server.exit_process(server.run(made))
+    server.exit_process(server.run(service))

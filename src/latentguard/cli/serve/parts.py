@@ -31,7 +31,7 @@ ADMIN_KEY = "LATENTGUARD_ADMIN_KEY"
 
 
 def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGuard]]:
-    """The default guard and the named ones, without their model; signatures are checked.
+    """The default guard and the others, without their model; signatures are checked.
 
     Raises:
         GuardError: if one is not there, damaged, not signed, or not of the same model.
@@ -42,13 +42,13 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
         raise GuardError(
             "--segment-header: this guard has no segments; calibrate it with --segment-column."
         )
-    named: dict[str, LatentGuard] = {}
+    named_guards: dict[str, LatentGuard] = {}
     for entry in options.guards:
         name, _, source = entry.partition("=")
-        named[name] = read_guard(source, verify_key=options.verify_key)
+        named_guards[name] = read_guard(source, verify_key=options.verify_key)
         if not options.allow_mismatch:
-            guard.require_match(named[name].fingerprint)
-    return guard, named
+            guard.require_match(named_guards[name].fingerprint)
+    return guard, named_guards
 
 
 def read_keys(options: ServeOptions) -> ApiKeys:
@@ -106,10 +106,10 @@ def read_files(options: ServeOptions) -> ServedFiles:
     from latentguard.serve.reload import ServedFiles
 
     read_certificate(options)  # so that a damaged one replaces nothing
-    guard, named = read_guards(options)
+    guard, named_guards = read_guards(options)
     return ServedFiles(
         guard=guard,
-        named=named,
+        named_guards=named_guards,
         keys=read_keys(options),
         upstream_key=read_upstream_key(options),
         reference=DriftReference.of(guard, options.reference),

@@ -25,11 +25,11 @@ ONLY_GIVEN = ("config", "check")
 """Options of the command line alone; the file may also be named by the environment."""
 
 
-def read_settings(given: Mapping[str, Any]) -> ServeOptions:
+def read_settings(arguments: Mapping[str, Any]) -> ServeOptions:
     """All options: those given, then of the environment, then of the file, then defaults.
 
     Args:
-        given: What the command line has, by name.
+        arguments: What the command line has, by name.
 
     Raises:
         typer.BadParameter: if one is not known, or not what it should be.
@@ -38,15 +38,15 @@ def read_settings(given: Mapping[str, Any]) -> ServeOptions:
     from pydantic import ValidationError
 
     variable = os.environ.get(f"{PREFIX}CONFIG")
-    file = given.get("config") or (Path(variable) if variable else None)
+    file = arguments.get("config") or (Path(variable) if variable else None)
     rows = _read_file(file) if file else {}
     _require_known_variables()
-    shared = {name: value for name, value in given.items() if name not in ONLY_GIVEN}
+    shared = {name: value for name, value in arguments.items() if name not in ONLY_GIVEN}
     try:
         settings = _settings_class(rows)(**shared)
     except ValidationError as error:
-        raise typer.BadParameter(_explain(error, given, file)) from None
-    return ServeOptions(config=file, check=given.get("check", False), **settings.model_dump())
+        raise typer.BadParameter(_explain(error, arguments, file)) from None
+    return ServeOptions(config=file, check=arguments.get("check", False), **settings.model_dump())
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _checked_fields() -> dict[str, Any]:
     """The type, the limits and the default of each option, as the command line has them."""
     from pydantic import BeforeValidator, Field
 
-    found = dict[str, Any]()
+    values = dict[str, Any]()
     hints = get_type_hints(ServeOptions, include_extras=True)
     for field in fields(ServeOptions):
         if field.name in ONLY_GIVEN:
@@ -107,8 +107,8 @@ def _checked_fields() -> dict[str, Any]:
             kind = Annotated[list[str], BeforeValidator(_split)]
         default: Any = field.default
         limits = Field(default, ge=getattr(option, "min", None), le=getattr(option, "max", None))
-        found[field.name] = kind, limits
-    return found
+        values[field.name] = kind, limits
+    return values
 
 
 def _split(value: Any) -> Any:
@@ -119,14 +119,14 @@ def _split(value: Any) -> Any:
     return [name.strip() for text in texts for name in text.split(",") if name.strip()]
 
 
-def _explain(error: ValidationError, given: Mapping[str, Any], file: Path | None) -> str:
+def _explain(error: ValidationError, arguments: Mapping[str, Any], file: Path | None) -> str:
     """Each mistake with the place where it was made."""
     reasons = []
     for mistake in error.errors(include_url=False):
         name = str(mistake["loc"][0])
         variable = f"{PREFIX}{name.upper()}"
         place = f"{file}, {name.replace('_', '-')}"
-        if name in given and name not in ONLY_GIVEN:
+        if name in arguments and name not in ONLY_GIVEN:
             place = f"--{name.replace('_', '-')}"
         elif variable in os.environ:
             place = variable

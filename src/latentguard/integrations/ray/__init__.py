@@ -108,8 +108,8 @@ def fit_axes(
     columns = columns or Columns()
     start()
     with TemporaryDirectory() as staging:
-        found = find_files(source, columns, Path(staging))
-        blocks = cut(surveyed(found, workers), workers.block_rows, "")
+        files = find_files(source, columns, Path(staging))
+        blocks = cut(surveyed(files, workers), workers.block_rows, "")
         how = dict(source=here(model), dtype=dtype, layers=layers, columns=columns)
         poles: Poles | None = None
         for result in each(blocks, Folder, how, workers):

@@ -93,30 +93,30 @@ def find_files(
             "Standard input cannot be read by several workers; give a file or folder."
         )
     if Path(source).is_dir():
-        found = [str(p) for p in Path(source).rglob("*") if not p.name.startswith(("_", "."))]
+        paths = [str(p) for p in Path(source).rglob("*") if not p.name.startswith(("_", "."))]
     else:
         pattern = any(c in source for c in "*?[") and not Path(source).exists()
-        found = glob(source) if pattern else [source]
-    every = sorted(here(p) for p in found if Path(p).suffix.lower() in (*LINES, ".parquet"))
+        paths = glob(source) if pattern else [source]
+    every = sorted(here(p) for p in paths if Path(p).suffix.lower() in (*LINES, ".parquet"))
     files = [f for f in every if apart is None or apart.resolve() not in Path(f).parents]
     if files:
         return files
-    if kept := len(every):
+    if count := len(every):
         raise PromptError(
-            f"All of the {kept} files of {source} lie in {apart}, where verdicts are to go; name "
+            f"All of the {count} files of {source} lie in {apart}, where verdicts are to go; name "
             "another folder with --out."
         )
-    if found != [source] or Path(source).is_dir():
+    if paths != [source] or Path(source).is_dir():
         raise PromptError(f"{source} holds no .parquet, .jsonl or .ndjson file.")
     return [_staged(source, columns, staging)]
 
 
 def _staged(source: str, columns: Columns, folder: Path) -> str:
     """Copy a source row by row into one Parquet file, unless an earlier run did."""
-    known: list[Any] = [source, asdict(columns)]
+    identity: list[Any] = [source, asdict(columns)]
     if Path(source).exists():
-        known += [Path(source).stat().st_size, Path(source).stat().st_mtime_ns]
-    path = folder / f"{_digest(known)}.parquet"
+        identity += [Path(source).stat().st_size, Path(source).stat().st_mtime_ns]
+    path = folder / f"{_digest(identity)}.parquet"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         rows = read_rows(source, columns.text)
@@ -144,13 +144,13 @@ def _staged_row(
     where: str, default_id: str, row: Mapping[str, Any], columns: Columns
 ) -> dict[str, Any]:
     prompt = parse_prompt(row, columns, where=where)
-    kept: dict[str, Any] = {columns.text: prompt.text, columns.id: prompt.id or default_id}
-    kept |= {
+    fields: dict[str, Any] = {columns.text: prompt.text, columns.id: prompt.id or default_id}
+    fields |= {
         columns.segment: prompt.segment,
         columns.label: _word(prompt.harmful),
         "refused": _word(prompt.refused),
     }
-    return kept | {"history": [asdict(turn) for turn in prompt.history]}
+    return fields | {"history": [asdict(turn) for turn in prompt.history]}
 
 
 def _word(label: bool | None) -> str | None:
@@ -197,8 +197,8 @@ def cut(files: Sequence[SourceFile], rows_per_block: int, mark: str) -> list[Blo
         for number, offset in enumerate(file.offsets):
             start = number * rows_per_block
             stop = min(start + rows_per_block, file.rows)
-            known = [SCHEMA, mark, file.sha256, Path(file.path).stem, base, start, stop]
-            name = f"part-{len(blocks):06d}-{_digest(known)}.parquet"
+            identity = [SCHEMA, mark, file.sha256, Path(file.path).stem, base, start, stop]
+            name = f"part-{len(blocks):06d}-{_digest(identity)}.parquet"
             blocks.append(Block(len(blocks), file.path, start, stop, offset, base, name))
     return blocks
 
@@ -207,10 +207,12 @@ def read_block(block: Block, columns: Columns) -> Iterator[Row]:
     """The rows of a block; blank lines are none."""
     lines = Path(block.path).suffix.lower() in LINES
     stem, kind = Path(block.path).stem, "line" if lines else "row"
-    for number, found in (_lines if lines else _records)(block, columns):
+    for number, record in (_lines if lines else _records)(block, columns):
         where, name = f"{block.path}, {kind} {number + 1}", f"{stem}-{number + 1}"
         try:
-            row = found if isinstance(found, dict) else parse_json_row(_text(found, where), where)
+            row = (
+                record if isinstance(record, dict) else parse_json_row(_text(record, where), where)
+            )
             name = str(row.get(columns.id) or name)
             prompt = parse_prompt(row, columns, where=where)
         except PromptError as error:
@@ -235,10 +237,10 @@ def _records(block: Block, columns: Columns) -> Iterator[tuple[int, dict[str, An
         groups = [
             n for n in range(len(sizes)) if edges[n] < block.stop and edges[n + 1] > block.start
         ]
-        wanted = {*asdict(columns).values(), "refused", "source", "pair", "history"}
-        kept = [name for name in file.schema_arrow.names if name in wanted]
+        names = {*asdict(columns).values(), "refused", "source", "pair", "history"}
+        column_names = [name for name in file.schema_arrow.names if name in names]
         number = edges[groups[0]]
-        for batch in file.iter_batches(4096, row_groups=groups, columns=kept):
+        for batch in file.iter_batches(4096, row_groups=groups, columns=column_names):
             low, high = max(block.start - number, 0), block.stop - number
             if low < len(batch) and high > 0:
                 rows = batch.slice(low, high - low).to_pylist()
@@ -253,5 +255,5 @@ def _text(line: bytes, where: str) -> str:
         raise PromptError(f"{where}: not UTF-8 text ({error.reason}).") from None
 
 
-def _digest(known: Any) -> str:
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+def _digest(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

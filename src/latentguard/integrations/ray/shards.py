@@ -80,9 +80,9 @@ def write_part(folder: Path, block: Block, records: Iterable[Mapping[str, Any]])
 
 def record(row: Row, verdict: Verdict | None, error: str | None = None) -> dict[str, Any]:
     """What is written of a row: its verdict, or why it has none."""
-    said = verdict.to_dict() if verdict else {"id": row.id}
-    maps = {name: list(value.items()) for name, value in said.items() if isinstance(value, dict)}
-    return {"row": row.number, **said, **maps, "error": row.error or error}
+    fields = verdict.to_dict() if verdict else {"id": row.id}
+    maps = {name: list(value.items()) for name, value in fields.items() if isinstance(value, dict)}
+    return {"row": row.number, **fields, **maps, "error": row.error or error}
 
 
 def finished(folder: Path, blocks: Sequence[Block]) -> set[str]:
@@ -112,8 +112,8 @@ def write_success(
     total = Summary(rows, flagged, unscored, parts=len(blocks))
     inputs = [{"path": f.path, "sha256": f.sha256, "rows": f.rows} for f in files]
     parts = [block.name for block in blocks]
-    known = asdict(total) | {"schema": SCHEMA, "guard": guard, "inputs": inputs, "files": parts}
-    write_atomic(folder / SUCCESS, json.dumps(known, indent=1))
+    summary = asdict(total) | {"schema": SCHEMA, "guard": guard, "inputs": inputs, "files": parts}
+    write_atomic(folder / SUCCESS, json.dumps(summary, indent=1))
     return total
 
 

@@ -29,7 +29,7 @@ OWN = ("--kv-transfer-config", "--middleware", "--kv-offloading", "--task", "--r
 """Options of vLLM that are set here, or that would open another way."""
 
 
-def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def arguments(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """VLLM's arguments and the environment, from ours.
 
     Raises:
@@ -41,19 +41,19 @@ def arguments(given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     parser.add_argument("--refusal", default=ServeConfig.refusal, help="a blocked chat's answer")
     parser.add_argument("--model", help="if the model has moved")
     parser.add_argument("--segment-header", help="HTTP header that names a request's segment")
-    asked, rest = parser.parse_known_args(given)
-    if taken := [word for word in rest if word.replace("_", "-").startswith(OWN)]:
-        raise GuardError(f"{taken[0]} is set by the guard; leave it out.")
-    folder = find_guard(asked.guard)
+    options, rest = parser.parse_known_args(words)
+    if reserved := [word for word in rest if word.replace("_", "-").startswith(OWN)]:
+        raise GuardError(f"{reserved[0]} is set by the guard; leave it out.")
+    folder = find_guard(options.guard)
     guard = LatentGuard.load(folder)
     require_columns(guard)
-    if asked.segment_header and not (guard.thresholds and guard.thresholds.segments):
+    if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
         raise GuardError("This guard has no segments; calibrate it with --segment-column.")
-    model = resolve(asked.model or guard.fingerprint.model)
+    model = resolve(options.model or guard.fingerprint.model)
     own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]
     own += ["--kv-transfer-config", json.dumps(TRANSFER)]
-    variables = {VARIABLE: str(folder.resolve()), SEGMENT_HEADER: asked.segment_header or ""}
-    return [*own, *rest], variables | {POLICY: asked.policy, REFUSAL: asked.refusal}
+    variables = {VARIABLE: str(folder.resolve()), SEGMENT_HEADER: options.segment_header or ""}
+    return [*own, *rest], variables | {POLICY: options.policy, REFUSAL: options.refusal}
 
 
 def main() -> None:

@@ -144,13 +144,15 @@ class VllmModel:
         tokens = [TokensPrompt(prompt_token_ids=list(lay.ids)) for lay in layouts]
         with self._channel.reading() as answers:
             self.engine.generate(tokens, how, use_tqdm=False)
-        found = {answer.key: answer.values for answer in answers}
+        values_by_key = {answer.key: answer.values for answer in answers}
         missing = [
-            p.id for p, request in zip(prompts, requests, strict=True) if not found.get(request.key)
+            p.id
+            for p, request in zip(prompts, requests, strict=True)
+            if not values_by_key.get(request.key)
         ]
         if missing:
             raise GuardError(
                 f"The engine gave no score for {len(missing)} prompts (the first is "
                 f"'{missing[0]}'), so no verdict can be given."
             )
-        return [found[request.key] or () for request in requests]
+        return [values_by_key[request.key] or () for request in requests]

@@ -90,13 +90,13 @@ class LatentGuardConnector(KVConnectorBase_V1, SupportsHMA):
             read = [(due.request, self._scores.read(due.slots)) for due in step.due]
             post([*read, *((request, None) for request in step.refused)])
 
-    def start_load_kv(self, forward_context: Any, **named: Any) -> None:
+    def start_load_kv(self, forward_context: Any, **keywords: Any) -> None:
         """Nothing is loaded."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing is loaded."""
 
-    def save_kv_layer(self, *inputs: Any, **named: Any) -> None:
+    def save_kv_layer(self, *inputs: Any, **keywords: Any) -> None:
         """Nothing is saved."""
 
     # the scheduler's side

@@ -86,5 +86,5 @@ def _noted(content: Any, note: dict[str, Any]) -> Any:
 
 
 def _kind(head: Message) -> str:
-    named = dict(head["headers"])
-    return bytes(named.get(b"content-type", b"")).decode("latin-1").split(";")[0]
+    headers = dict(head["headers"])
+    return bytes(headers.get(b"content-type", b"")).decode("latin-1").split(";")[0]

@@ -106,12 +106,14 @@ class GuardMiddleware:
         chat_guard = await self._opened(scope)
         segment = Headers(scope=scope).get(self._segment_header) or None
         chat = await chat_guard.begin(body, segment)
-        held_reply, stop, left = HeldReply(send), asyncio.Event(), asyncio.Event()
-        sent = json.dumps(body).encode()
+        held_reply, stop, disconnect = HeldReply(send), asyncio.Event(), asyncio.Event()
+        content = json.dumps(body).encode()
         inner = asyncio.create_task(
-            self._app(_resized(scope, len(sent)), _feed(sent, stop, left), held_reply.take)
+            self._app(
+                _resized(scope, len(content)), _feed(content, stop, disconnect), held_reply.take
+            )
         )
-        client = asyncio.create_task(_watch(receive, left))
+        client = asyncio.create_task(_watch(receive, disconnect))
         try:
             await asyncio.wait({inner, chat.own.response}, return_when=asyncio.FIRST_COMPLETED)
             chat_guard.collect()
@@ -120,7 +122,7 @@ class GuardMiddleware:
             elif (values := self._read(chat)) is None:
                 await held_reply.release({"latentguard": {"error": OtherTokens.code}})
             else:
-                decided = await run_until(_decide(chat_guard, chat, values), left.wait())
+                decided = await run_until(_decide(chat_guard, chat, values), disconnect.wait())
                 verdict = decided.verdict
                 note = _note(decided)
                 if self._policy == "block" and (verdict.flagged or verdict.decision == "block"):
@@ -264,11 +266,11 @@ def _resized(scope: Any, length: int) -> Any:
     return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 
-async def _watch(receive: Receive, left: asyncio.Event) -> None:
+async def _watch(receive: Receive, disconnect: asyncio.Event) -> None:
     """Say when the client leaves."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    left.set()
+    disconnect.set()
 
 
 def _feed(body: bytes, *ends: asyncio.Event) -> Receive:

@@ -76,9 +76,9 @@ class Guarded:
             ModelMismatch: if weights, tokenizer, template or dtype are not the guard's own.
         """
         self._known = False
-        seen = WeightsDigest(self._vllm.model_config.dtype)
-        loaded: set[str] = super().load_weights(_watched(weights, seen))  # type: ignore[misc]
-        self._guard.require_match(self._fingerprint(seen))
+        digest = WeightsDigest(self._vllm.model_config.dtype)
+        loaded: set[str] = super().load_weights(_watched(weights, digest))  # type: ignore[misc]
+        self._guard.require_match(self._fingerprint(digest))
         self._known = True
         return loaded
 
@@ -97,14 +97,14 @@ class Guarded:
         self._scores = SlotScores(blocks * block, len(self._columns.positions), block, device)
         return self._scores
 
-    def _fingerprint(self, seen: WeightsDigest) -> Fingerprint:
+    def _fingerprint(self, digest: WeightsDigest) -> Fingerprint:
         model = self._vllm.model_config
         if model.hf_config.tie_word_embeddings:
-            seen.alias("lm_head.weight", "model.embed_tokens.weight")
+            digest.alias("lm_head.weight", "model.embed_tokens.weight")
         chat = ChatTokenizer(AutoTokenizer.from_pretrained(model.tokenizer))
         return Fingerprint(
             model=model.model,
-            weights=seen.digest,
+            weights=digest.digest,
             tokenizer=chat.tokenizer_digest,
             template=chat.template_digest,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -112,11 +112,11 @@ class Guarded:
 
 
 def _watched(
-    weights: Iterable[tuple[str, Tensor]], seen: WeightsDigest
+    weights: Iterable[tuple[str, Tensor]], digest: WeightsDigest
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights:
         if "rotary_emb." not in name:  # old checkpoints hold this; no model loads it
-            seen.add(name, tensor)
+            digest.add(name, tensor)
         yield name, tensor
 
 

@@ -71,20 +71,20 @@ def compare(
         "short": [pair for pair, n in zip(texts, lengths, strict=True) if n <= CHUNK],
         "long": [pair for pair, n in zip(texts, lengths, strict=True) if n > CHUNK],
     }
-    found = []
+    differences = []
     for name, pairs in sides.items():
         for batch in (1, 32):
             model.engine.reset_prefix_cache()
             for cached in ("uncached", "cached"):
                 condition = f"{name}, batch {batch}, {cached}"
-                found.append(_measure(condition, guard, model, pairs, batch))
+                differences.append(_measure(condition, guard, model, pairs, batch))
     if spare is not None:
         model.engine.reset_prefix_cache()
         before = spare()
         difference = _measure("", guard, model, texts, len(texts), max_tokens=48)
         condition = f"all at once, {spare() - before} preemptions"
-        found.append(Difference(**{**vars(difference), "condition": condition}))
-    return found
+        differences.append(Difference(**{**vars(difference), "condition": condition}))
+    return differences
 
 
 def table(differences: Sequence[Difference]) -> Table:
@@ -112,11 +112,11 @@ def _measure(
     *,
     max_tokens: int = 1,
 ) -> Difference:
-    found = list[Verdict]()
+    verdicts = list[Verdict]()
     for start in range(0, len(pairs), batch):
         prompts = [prompt for prompt, _ in pairs[start : start + batch]]
-        found += model.verdicts(guard, prompts, max_tokens=max_tokens)
-    both = [(a, b) for (_, a), b in zip(pairs, found, strict=True)]
+        verdicts += model.verdicts(guard, prompts, max_tokens=max_tokens)
+    both = [(a, b) for (_, a), b in zip(pairs, verdicts, strict=True)]
     score = max((abs(a.score - b.score) for a, b in both), default=0.0)
     belief = max(
         (abs(a.beliefs[k] - b.beliefs[k]) for a, b in both for k in a.beliefs), default=0.0

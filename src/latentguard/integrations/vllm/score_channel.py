@@ -48,31 +48,31 @@ class ScoreChannel:
 
     def collect(self) -> list[ScoreResponse]:
         """What has arrived since the last time."""
-        found = list[ScoreResponse]()
+        responses = list[ScoreResponse]()
         with contextlib.suppress(BlockingIOError):
             while True:
                 for key, values in json.loads(self.socket.recv(LONGEST)):
-                    found.append(ScoreResponse(key, None if values is None else tuple(values)))
-        return found
+                    responses.append(ScoreResponse(key, None if values is None else tuple(values)))
+        return responses
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[list[ScoreResponse]]:
         """Collect in the background, for as long as something else keeps this thread busy."""
-        found, done = list[ScoreResponse](), threading.Event()
+        responses, end = list[ScoreResponse](), threading.Event()
 
         def work() -> None:
-            while not done.is_set():
+            while not end.is_set():
                 select.select([self.socket], [], [], 0.05)
-                found.extend(self.collect())
+                responses.extend(self.collect())
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            yield found
+            yield responses
         finally:
-            done.set()
+            end.set()
             thread.join()
-            found.extend(self.collect())
+            responses.extend(self.collect())
 
     def close(self) -> None:
         """Close and remove it."""

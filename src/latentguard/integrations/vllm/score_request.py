@@ -54,10 +54,10 @@ class ScoreRequest:
     def from_sampling(sampling: Any) -> ScoreRequest | None:
         """The score request that came with a chat; None if there is none."""
         params = (getattr(sampling, "extra_args", None) or {}).get("kv_transfer_params")
-        found = params.get(FIELD) if isinstance(params, dict) else None
-        if not isinstance(found, dict):
+        fields = params.get(FIELD) if isinstance(params, dict) else None
+        if not isinstance(fields, dict):
             return None
-        return ScoreRequest(**(found | {k: tuple(found.get(k, ())) for k in ("at", "starts")}))
+        return ScoreRequest(**(fields | {k: tuple(fields.get(k, ())) for k in ("at", "starts")}))
 
 
 @dataclass(frozen=True)

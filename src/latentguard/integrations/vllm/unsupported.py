@@ -34,18 +34,19 @@ def require_alone() -> None:
 def reasons(config: Any) -> Iterator[str]:
     """Why the guard cannot vouch for an engine that is configured so."""
     model, parallel = config.model_config, config.parallel_config
-    known = " and ".join(ARCHITECTURES)
+    architectures = " and ".join(ARCHITECTURES)
     if not set(model.architectures) & set(ARCHITECTURES):
         yield (
-            f"The guard inside vLLM knows {known}; this model is {', '.join(model.architectures)}. "
-            "Put 'latentguard serve --upstream' before the server instead."
+            f"The guard inside vLLM knows {architectures}; this model is "
+            f"{', '.join(model.architectures)}. Put 'latentguard serve --upstream' before the "
+            "server instead."
         )
     transfer = config.kv_transfer_config
-    found = transfer.kv_connector if transfer else None
-    if found != CONNECTOR:
+    connector = transfer.kv_connector if transfer else None
+    if connector != CONNECTOR:
         yield (
-            f"{VARIABLE} is set, so the KV connector must be {CONNECTOR} alone; found {found}. A "
-            "cache that is filled from elsewhere brings no scores. Start the server with 'python "
+            f"{VARIABLE} is set, so the KV connector must be {CONNECTOR} alone; found {connector}. "
+            "A cache that is filled from elsewhere brings no scores. Start the server with 'python "
             "-m latentguard.integrations.vllm GUARD'."
         )
     for name in (
