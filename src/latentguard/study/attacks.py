@@ -133,16 +133,16 @@ def given_attacks(
         members = sample_prompts(
             (p for p in attacks if (p.category or "other") == kind), most, seed=seed
         )
-        found = [goal_in(attack, prompt_groups.pools.harmful) for attack in members]
-        known = [row for row, goal in enumerate(found) if goal is not None and harmless]
-        bare = tuple(harmless[n % len(harmless)] for n in range(len(known)))
+        goals = [goal_in(attack, prompt_groups.pools.harmful) for attack in members]
+        rows = [row for row, goal in enumerate(goals) if goal is not None and harmless]
+        bare = tuple(harmless[n % len(harmless)] for n in range(len(rows)))
         wrapped = tuple(
-            rewrap(members[row], str(found[row]), other)
-            for row, other in zip(known, bare, strict=True)
+            rewrap(members[row], str(goals[row]), other)
+            for row, other in zip(rows, bare, strict=True)
         )
-        ends = not any(members[row].text.endswith(str(found[row])) for row in known)
-        frames = tuple(members[row].text.replace(str(found[row]), SLOT) for row in known)
-        yield AttackSet(kind, kind, tuple(members), tuple(known), frames, wrapped, bare, ends=ends)
+        ends = not any(members[row].text.endswith(str(goals[row])) for row in rows)
+        frames = tuple(members[row].text.replace(str(goals[row]), SLOT) for row in rows)
+        yield AttackSet(kind, kind, tuple(members), tuple(rows), frames, wrapped, bare, ends=ends)
 
 
 def template_attacks(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> Iterator[AttackSet]:
@@ -198,8 +198,8 @@ def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
 
 def goal_in(attack: Prompt, goals: Iterable[Prompt]) -> str | None:
     """The longest of the goals that an attack holds verbatim, and something beside it."""
-    found = [g.text for g in goals if g.text in attack.text and g.text != attack.text]
-    return max(found, key=len, default=None)
+    matches = [g.text for g in goals if g.text in attack.text and g.text != attack.text]
+    return max(matches, key=len, default=None)
 
 
 def rewrap(attack: Prompt, goal: str, other: Prompt) -> Prompt:

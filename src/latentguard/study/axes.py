@@ -55,15 +55,15 @@ def fit_axes(model: CachedModel, prompt_groups: PromptGroups, *, enough: int = 1
         refuse = Axis.fit(states, "t_post", name="refuse", **groups)
         return Axes(harmful, refuse, _note("refused harmful", "accepted harmless", harmful))
     harmful = Axis.fit(states, "t_inst", name="harmful", positive="harmful", negative="harmless")
-    found = f"{len(refused)} refused harmful and {len(accepted)} accepted harmless prompts"
-    few = f"too few for a refusal axis: {found}"
+    counts = f"{len(refused)} refused harmful and {len(accepted)} accepted harmless prompts"
+    few = f"too few for a refusal axis: {counts}"
     return Axes(harmful, None, f"{_note('harmful', 'harmless', harmful)}; {few}")
 
 
 def belief(axis: Axis, states: Float[Tensor, "n l d"]) -> NDArray[np.float64]:
     """Delta: the mean of s^l over the layers 1 to L (equations 3 and 4), [n]."""
-    found: NDArray[np.float64] = axis.layer_beliefs(states)[:, 1:].mean(1).double().numpy()
-    return found
+    beliefs: NDArray[np.float64] = axis.layer_beliefs(states)[:, 1:].mean(1).double().numpy()
+    return beliefs
 
 
 def _note(positive: str, negative: str, axis: Axis) -> str:

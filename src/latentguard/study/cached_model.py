@@ -140,10 +140,10 @@ class CachedModel:
         prompts = tuple(prompts)
         keys = {p: [self._state_key(p, at) for at in positions] for p in prompts}
         there = self.store.has(key for of in keys.values() for key in of)
-        asked = _each_once(keys)
-        missing = [p for p in asked if not there.issuperset(keys[p])]
-        advance = self.step(what, len(asked))
-        advance(len(asked) - len(missing))
+        distinct = _each_once(keys)
+        missing = [p for p in distinct if not there.issuperset(keys[p])]
+        advance = self.step(what, len(distinct))
+        advance(len(distinct) - len(missing))
         for chunk in _chunks(missing, STATES_AT_ONCE):
             self._capture(chunk, tuple(positions), keys, advance)
         return self._kept_states(prompts, tuple(positions), keys)
@@ -171,9 +171,9 @@ class CachedModel:
                 values = [b"", b""] if states is None else [_to_bytes(one) for one in states]
                 self.store.put(dict(zip(keys[reply], values, strict=True)))
             advance(len(chunk))
-        kept = self.store.get(key for of in keys.values() for key in of)
-        thought = {one.prompt: keys[one] for one in replies if kept[keys[one][0]]}
-        return self._kept_states(tuple(thought), THINKING_POSITIONS, thought)
+        records = self.store.get(key for of in keys.values() for key in of)
+        thinking_keys = {one.prompt: keys[one] for one in replies if records[keys[one][0]]}
+        return self._kept_states(tuple(thinking_keys), THINKING_POSITIONS, thinking_keys)
 
     def replies(
         self,
@@ -203,7 +203,10 @@ class CachedModel:
         prompts = tuple(prompts)
         how: dict[str, Any] = dict(max_new_tokens=max_new_tokens, post=post, watch=list(watch))
         keys = {
-            p: [key_of("reply", self.name, _said(p), _digest(one, p), how) for one in interventions]
+            p: [
+                key_of("reply", self.name, _messages_of(p), _digest(one, p), how)
+                for one in interventions
+            ]
             for p in prompts
         }
         count = len(interventions)
@@ -214,10 +217,10 @@ class CachedModel:
         advance(len(every) * count - sum(map(len, missing.values())))
         for chunk in _chunks(every, max(PROMPTS_AT_ONCE, REPLIES_AT_ONCE // (count or 1))):
             for slots in _chunks(range(count), REPLIES_AT_ONCE // PROMPTS_AT_ONCE):
-                wanted = {p: tuple(n for n in missing[p] if n in slots) for p in chunk}
-                self._sweep(wanted, interventions, keys, how, advance)
-        opened = OPEN if self.opens_thinking and post else ""
-        return self._kept_replies(prompts, interventions, keys, opened)
+                slots_missing = {p: tuple(n for n in missing[p] if n in slots) for p in chunk}
+                self._sweep(slots_missing, interventions, keys, how, advance)
+        opening = OPEN if self.opens_thinking and post else ""
+        return self._kept_replies(prompts, interventions, keys, opening)
 
     def opened(self, replies: Iterable[Sequence[Reply]]) -> list[list[Reply]]:
         """Replies of a sweep, each behind the thinking that the template opens, if it does."""
@@ -235,7 +238,8 @@ class CachedModel:
             PromptError: if a prompt is empty, or too long with its reply.
         """
         keys = {
-            reply: key_of("loss", self.name, _said(reply.prompt), reply.ids) for reply in replies
+            reply: key_of("loss", self.name, _messages_of(reply.prompt), reply.ids)
+            for reply in replies
         }
         there = self.store.has(keys.values())
         missing = list({key: r for r, key in keys.items() if key not in there}.values())
@@ -245,8 +249,8 @@ class CachedModel:
             pairs = zip(chunk, losses, strict=True)
             self.store.put({keys[reply]: json.dumps(loss).encode() for reply, loss in pairs})
             advance(len(chunk))
-        kept = self.store.get(keys.values())
-        return [float(json.loads(kept[keys[reply]])) for reply in replies]
+        records = self.store.get(keys.values())
+        return [float(json.loads(records[keys[reply]])) for reply in replies]
 
     def refused(self, replies: Iterable[Reply]) -> tuple[bool | None, ...]:
         """Whether each reply is a refusal; None where the judge cannot tell (empty or cut)."""
@@ -261,8 +265,8 @@ class CachedModel:
     def cached(self, parts: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """What ``compute`` returned when it was last asked for these parts; JSON types only."""
         key = key_of("memory", self.name, *parts)
-        found = self.store.get([key])
-        if key not in found:
+        records = self.store.get([key])
+        if key not in records:
             self.store.put({key: json.dumps(compute()).encode()})
         return json.loads(self.store.get([key])[key])
 
@@ -273,10 +277,10 @@ class CachedModel:
         keys: dict[Prompt, list[str]],
         advance: Progress,
     ) -> None:
-        found = States.collect(self.uncached.capture(chunk, positions=positions, progress=advance))
+        states = States.collect(self.uncached.capture(chunk, positions=positions, progress=advance))
         self.store.put(
             {
-                key: _to_bytes(found.values[row, slot])
+                key: _to_bytes(states.values[row, slot])
                 for row, prompt in enumerate(chunk)
                 for slot, key in enumerate(keys[prompt])
             }
@@ -289,8 +293,8 @@ class CachedModel:
         layers = tuple(range(self.depth + 1))
         rows = []
         for prompt in prompts:
-            kept = self.store.get(keys[prompt])
-            parts = [torch.frombuffer(bytearray(kept[k]), dtype=dtype) for k in keys[prompt]]
+            records = self.store.get(keys[prompt])
+            parts = [torch.frombuffer(bytearray(records[k]), dtype=dtype) for k in keys[prompt]]
             rows.append(torch.stack(parts).view(len(positions), len(layers), -1))
         none = torch.empty(0, len(positions), len(layers), 1, dtype=dtype)
         values = torch.stack(rows) if rows else none
@@ -298,22 +302,22 @@ class CachedModel:
 
     def _sweep(
         self,
-        wanted: dict[Prompt, tuple[int, ...]],
+        slots_missing: dict[Prompt, tuple[int, ...]],
         interventions: Sequence[Edit | None],
         keys: dict[Prompt, list[str]],
         how: dict[str, Any],
         advance: Progress,
     ) -> None:
         """Ask some prompts, steered in the ways that each still wants."""
-        for slots, group in groupby(wanted, key=wanted.__getitem__):
+        for slots, group in groupby(slots_missing, key=slots_missing.__getitem__):
             if not slots:
                 continue
             todo = [interventions[slot] for slot in slots]
-            found = self.uncached.sweep(tuple(group), todo, progress=advance, **how)
+            replies_by_slot = self.uncached.sweep(tuple(group), todo, progress=advance, **how)
             self.store.put(
                 {
                     keys[reply.prompt][slot]: json.dumps(_plain(reply)).encode()
-                    for slot, replies in zip(slots, found, strict=True)
+                    for slot, replies in zip(slots, replies_by_slot, strict=True)
                     for reply in replies
                 }
             )
@@ -323,23 +327,23 @@ class CachedModel:
         prompts: tuple[Prompt, ...],
         interventions: Sequence[Edit | None],
         keys: dict[Prompt, list[str]],
-        opened: str,
+        opening: str,
     ) -> list[list[Reply]]:
-        found = []
+        replies = []
         for slot, one in enumerate(interventions):
-            kept = self.store.get(keys[p][slot] for p in prompts)
+            stored = self.store.get(keys[p][slot] for p in prompts)
             label = one.label if one else ""
-            records = [json.loads(kept[keys[p][slot]]) for p in prompts]
-            found.append(
-                [_reply(p, of, label, opened) for p, of in zip(prompts, records, strict=True)]
+            records = [json.loads(stored[keys[p][slot]]) for p in prompts]
+            replies.append(
+                [_reply(p, of, label, opening) for p, of in zip(prompts, records, strict=True)]
             )
-        return found
+        return replies
 
     def _state_key(self, prompt: Prompt, position: str) -> str:
-        return key_of("state", self.name, _said(prompt), position)
+        return key_of("state", self.name, _messages_of(prompt), position)
 
     def _thinking_keys(self, reply: Reply) -> list[str]:
-        parts = ("thinking", self.name, _said(reply.prompt), reply.ids)
+        parts = ("thinking", self.name, _messages_of(reply.prompt), reply.ids)
         return [key_of(*parts, position) for position in THINKING_POSITIONS]
 
 
@@ -355,7 +359,7 @@ def _each_once(keys: Mapping[Prompt, Sequence[str]]) -> list[Prompt]:
     return list(first.values())
 
 
-def _said(prompt: Prompt) -> list[Any]:
+def _messages_of(prompt: Prompt) -> list[Any]:
     """All of a prompt that the model, or the choice of steered tokens, depends on."""
     return [prompt.text, [asdict(turn) for turn in prompt.history], prompt.question_at]
 
@@ -389,8 +393,8 @@ def _plain(reply: Reply) -> dict[str, Any]:
     return {name: getattr(reply, name) for name in ("text", "ids", "finished", "watched")}
 
 
-def _reply(prompt: Prompt, kept: dict[str, Any], label: str, opened: str) -> Reply:
-    watched = tuple((word, chance) for word, chance in kept["watched"])
+def _reply(prompt: Prompt, record: dict[str, Any], label: str, opening: str) -> Reply:
+    watched = tuple((word, chance) for word, chance in record["watched"])
     return Reply(
-        prompt, opened + kept["text"], tuple(kept["ids"]), kept["finished"], label, watched
+        prompt, opening + record["text"], tuple(record["ids"]), record["finished"], label, watched
     )

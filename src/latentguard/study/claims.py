@@ -48,22 +48,22 @@ class Condition:
     experiment: str = ""
     """Which experiment measures it; the claim's if empty."""
 
-    def verdict(self, found: Estimate | None, *, tests: int = 1) -> Verdict:
+    def verdict(self, effect: Estimate | None, *, tests: int = 1) -> Verdict:
         """Decide it by the ends of the interval.
 
         An interval that touches a bound decides nothing; an effect that was not measured, or is
         not a number, neither.
 
         Args:
-            found: The effect.
+            effect: The effect.
             tests: How many conditions the claim has; a failure must be as much surer.
         """
-        if found is None or isnan(found.value + found.low + found.high):
+        if effect is None or isnan(effect.value + effect.low + effect.high):
             return "cannot tell"
-        over = (self.above is None or found.low > self.above) and (
-            self.below is None or found.high < self.below
+        over = (self.above is None or effect.low > self.above) and (
+            self.below is None or effect.high < self.below
         )
-        wide = _widened(found, tests)
+        wide = _widened(effect, tests)
         failed = (self.above is not None and wide.high < self.above) or (
             self.below is not None and wide.low > self.below
         )
@@ -108,8 +108,8 @@ class Claim:
 
     def verdict(self, effects: Effects) -> Verdict:
         """Decide all conditions, then those of form."""
-        found = self.measured(self.conditions, effects)
-        verdicts = {one.verdict(effect, tests=len(found)) for one, effect in found}
+        measured = self.measured(self.conditions, effects)
+        verdicts = {one.verdict(effect, tests=len(measured)) for one, effect in measured}
         if "not replicated" in verdicts:
             return "not replicated"
         if verdicts != {"replicated"}:
@@ -117,8 +117,8 @@ class Claim:
         form = self.measured(self.form, effects)
         if any(effect is None for _, effect in form):
             return "cannot tell"
-        held = all(one.verdict(effect) == "replicated" for one, effect in form)
-        return "replicated" if held else "replicated, but form explains it"
+        form_holds = all(one.verdict(effect) == "replicated" for one, effect in form)
+        return "replicated" if form_holds else "replicated, but form explains it"
 
     def _of(self, one: Condition, effects: Effects) -> Iterator[tuple[Condition, Estimate | None]]:
         of_experiment = effects.get(one.experiment or self.experiment, {})
@@ -132,16 +132,16 @@ class Claim:
             yield one, None
 
 
-def _widened(found: Estimate, tests: int) -> Estimate:
+def _widened(estimate: Estimate, tests: int) -> Estimate:
     """The interval at 1 - 0.05 / tests: either side longer as one by Student's t would be.
 
     A normal one would not be wide enough for about 10 prompts.
     """
-    freedom = max(found.total - 1, 1)
+    freedom = max(estimate.total - 1, 1)
     factor = float(stdtrit(freedom, 1 - 0.025 / tests) / stdtrit(freedom, 0.975))
-    low = found.value - factor * (found.value - found.low)
-    high = found.value + factor * (found.high - found.value)
-    return replace(found, low=low, high=high)
+    low = estimate.value - factor * (estimate.value - estimate.low)
+    high = estimate.value + factor * (estimate.high - estimate.value)
+    return replace(estimate, low=low, high=high)
 
 
 FORM_OF_PROMPTS = (

@@ -167,8 +167,8 @@ def _measured(pair: tuple[Condition, Estimate | None], *, is_open: bool, tests: 
 
 
 def _deciding(measured: Sequence[Measured]) -> Measured | None:
-    for wanted in ("not replicated", "cannot tell"):
-        same = [one for one in measured if one.verdict == wanted]
+    for verdict in ("not replicated", "cannot tell"):
+        same = [one for one in measured if one.verdict == verdict]
         if same:
             return next((one for one in same if one.effect is not None), same[0])
     return measured[0] if measured else None

@@ -184,11 +184,11 @@ def _claims_named(numbers: Sequence[str]) -> str:
 
 
 def _verdicts_by_claim(reports: Sequence[StudyReport]) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
+    verdicts: dict[int, list[str]] = {}
     for report in reports:
         for row in report.claims:
-            found.setdefault(row.number, []).append(row.verdict)
-    return found
+            verdicts.setdefault(row.number, []).append(row.verdict)
+    return verdicts
 
 
 def _names(reports: Sequence[StudyReport]) -> dict[int, str]:
@@ -273,7 +273,7 @@ def _panels(
 ) -> dict[str, dict[str, Series]]:
     """Name of a curve -> report -> the curve; those of two reports at least."""
     names = dict.fromkeys(name for one in reports for name in one.curves[title].series)
-    found = {}
+    panels = {}
     for name in names:
         lines = {
             one.label: _placed(one.curves[title].series[name], one.depth if is_relative else None)
@@ -281,8 +281,8 @@ def _panels(
             if name in one.curves[title].series
         }
         if len(lines) > 1 and not is_control(name):
-            found[name] = lines
-    return found
+            panels[name] = lines
+    return panels
 
 
 def _placed(series: Series, depth: int | None) -> Series:

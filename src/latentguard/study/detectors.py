@@ -68,8 +68,8 @@ def control_detectors(axis: Axis, fit: States, draws: int) -> dict[str, Detector
 def oriented(rule: Detector, fit: States) -> Detector:
     """A rule turned so that harmful prompts score more, with 0 midway between the classes."""
     harmful = np.array([bool(p.harmful) for p in fit.prompts])
-    found = rule(fit)
-    up, down = (found[:, side].mean(1, keepdims=True) for side in (harmful, ~harmful))
+    scores = rule(fit)
+    up, down = (scores[:, side].mean(1, keepdims=True) for side in (harmful, ~harmful))
     sign = np.where(up >= down, 1.0, -1.0)
     return lambda states: sign * (rule(states) - (up + down) / 2)
 
@@ -83,5 +83,5 @@ def _probe(axis: Axis) -> Probe:
 
 
 def _read(probe: Probe, states: States, position: str) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = probe(states.select(probe.layers).at(position)).double().numpy()
-    return found
+    scores: NDArray[np.float64] = probe(states.select(probe.layers).at(position)).double().numpy()
+    return scores

@@ -96,10 +96,12 @@ class Endpoint:
             content = response.json()["choices"][0]["message"]["content"]
             return read(content)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            found = f"{len(content)} other characters" if isinstance(content, str) else "no text"
+            content_kind = (
+                f"{len(content)} other characters" if isinstance(content, str) else "no text"
+            )
             raise UnreadReply(
                 f"The judge model '{self.model}' at {self.url} should answer {expected}; found "
-                f"{found}. Use a model that follows instructions and does not think aloud."
+                f"{content_kind}. Use a model that follows instructions and does not think aloud."
             ) from error
 
     def close(self) -> None:
@@ -107,17 +109,17 @@ class Endpoint:
         self._client.close()
 
     def _post(self, body: dict[str, Any]) -> httpx.Response:
-        found, kind = "no answer", StudyError
+        failure, kind = "no answer", StudyError
         for n in range(self.tries):
             wait = min(0.5 * 2**n, LONGEST_WAIT)
             try:
                 response = self._client.post(self.url, json=body)
             except httpx.TransportError as error:
-                found = str(error) or type(error).__name__
+                failure = str(error) or type(error).__name__
             else:
                 if response.is_success:
                     return response
-                found = f"status {response.status_code}: {response.text[:200]}"
+                failure = f"status {response.status_code}: {response.text[:200]}"
                 if response.status_code in REJECTED:
                     kind = UnreadReply
                 if response.status_code != 429 and response.status_code < 500:
@@ -126,7 +128,7 @@ class Endpoint:
             if n + 1 < self.tries:
                 time.sleep(wait)
         raise kind(
-            f"The judge model '{self.model}' at {self.url} did not answer ({found}). Check the "
+            f"The judge model '{self.model}' at {self.url} did not answer ({failure}). Check the "
             f"address, the name of the model, and the key in {KEY}."
         )
 
@@ -147,5 +149,5 @@ def require_endpoint_table(name: str, table: Mapping[str, Any]) -> tuple[str, st
 
 def _wait(response: httpx.Response, otherwise: float) -> float:
     """Seconds that a busy endpoint asks for."""
-    asked = response.headers.get("Retry-After", "")
-    return min(float(asked), LONGEST_WAIT) if asked.isdecimal() else otherwise
+    retry_after = response.headers.get("Retry-After", "")
+    return min(float(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else otherwise

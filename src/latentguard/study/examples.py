@@ -16,7 +16,7 @@ from latentguard.study.cached_model import CachedModel
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
 
-SHOWN = 3
+EXAMPLES = 3
 """Examples in a table."""
 
 LONGEST = 600
@@ -37,14 +37,14 @@ def examples_section(
         _figure_19(model, prompt_groups, settings),
     )
     text = (
-        f"At most {SHOWN} examples of each, drawn by the seed, shortened to {LONGEST} characters. "
-        "They are in this report because --show-prompts was given."
+        f"At most {EXAMPLES} examples of each, drawn by the seed, shortened to {LONGEST} "
+        "characters. They are in this report because --show-prompts was given."
     )
     return Section("Tables 5, 10, 11 and Figure 19: examples", text, tuple(filter(None, tables)))
 
 
 def _table_5(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Table | None:
-    prompts = prompt_groups.test_prompts("refused_harmless")[:SHOWN]
+    prompts = prompt_groups.test_prompts("refused_harmless")[:EXAMPLES]
     (replies,) = model.replies(
         prompts, what="Table 5: examples", max_new_tokens=settings.reply_tokens
     )
@@ -67,8 +67,8 @@ def _table_10(model: CachedModel, prompt_groups: PromptGroups, settings: Setting
     order = scores.argsort()
     rows = tuple(
         (side, float(scores[i]), _short(texts[i].text))
-        for side, chosen in (("least", order[:SHOWN]), ("most", order[::-1][:SHOWN]))
-        for i in chosen
+        for side, order_rows in (("least", order[:EXAMPLES]), ("most", order[::-1][:EXAMPLES]))
+        for i in order_rows
     )
     columns = ("harmful (predicted)", "Delta_harmful", "text")
     return _table("Table 10: hateful texts, least and most harmful", columns, rows)
@@ -101,7 +101,7 @@ def _figure_19(model: CachedModel, prompt_groups: PromptGroups, settings: Settin
         if refused is False
     )
     title = "Figure 19: replies without post-instruction tokens"
-    return _table(title, ("prompt", "reply"), rows[:SHOWN])
+    return _table(title, ("prompt", "reply"), rows[:EXAMPLES])
 
 
 def _table(

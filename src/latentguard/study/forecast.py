@@ -27,7 +27,7 @@ TIMED = 8
 READING = 8
 """A prompt's own tokens take about as long as so many tokens of a reply."""
 
-NEEDED: Mapping[str, tuple[Group, ...]] = {
+GROUPS_NEEDED: Mapping[str, tuple[Group, ...]] = {
     "template": ("refused_harmful",),
     "clusters": ("refused_harmful", "accepted_harmful", "refused_harmless"),
     "beliefs": ("refused_harmful", "refused_harmless"),
@@ -72,7 +72,7 @@ class Forecast:
         """The groups that will be too small for the claims of an experiment."""
         return tuple(
             group
-            for group in NEEDED.get(experiment, ())
+            for group in GROUPS_NEEDED.get(experiment, ())
             if self.groups[group] < self._needed(group)
         )
 
@@ -122,12 +122,12 @@ def forecast(
         only: Experiments that will run; all if empty.
         clock: Seconds.
     """
-    asked = {
+    counts = {
         name: sample_prompts(getattr(pools, name), settings.asked, seed=settings.seed)
         for name in ASKED
     }
     refused, sizes = {}, dict[Group, float]()
-    for name, prompts in asked.items():
+    for name, prompts in counts.items():
         flags = _refused(model, prompts[:SAMPLE], settings)
         if flags:
             refused[name] = proportion(flags)
@@ -137,7 +137,7 @@ def forecast(
                 sizes[group] = sizes.get(group, 0) + share * len(prompts)
     planned = list(planned_replies(model, pools, settings, only=only))
     tokens = sum(count * (length + READING) for count, length in planned)
-    timed = asked["harmful"][:TIMED]
+    timed = counts["harmful"][:TIMED]
     seconds = _seconds_per_token(model, timed, settings, clock)
     groups = {group: round(sizes.get(group, 0)) for of in LABELS.values() for group in of}
     replies = sum(count for count, _ in planned)
@@ -150,7 +150,7 @@ def planned_replies(
     """About how many replies of which length each part of a study takes."""
     layers, draws = len(settings.layers(model.depth)), settings.random_draws
     short, long = settings.inversion_tokens, settings.reply_tokens
-    asked = sum(min(len(getattr(pools, name)), settings.asked) for name in ASKED)
+    prompts = sum(min(len(getattr(pools, name)), settings.asked) for name in ASKED)
     probed = len(settings.probed_layers(model.depth))
     tested = settings.categories * settings.per_category
     positions = len(model.span) + len(BEFORE)
@@ -179,7 +179,7 @@ def planned_replies(
         ],
     }
     parts |= _beyond_the_paper(model, settings)
-    yield asked, long
+    yield prompts, long
     for name, of in parts.items():
         if not only or name in only:
             yield from of

@@ -55,15 +55,15 @@ def matched_pairs(prompt_groups: PromptGroups, most: int) -> list[tuple[Prompt, 
         if prompt.pair and prompt.harmful is not None:
             sides[prompt.harmful].setdefault(prompt.pair, prompt)
     both = [p for pair, p in sides[True].items() if pair in sides[False]]
-    chosen = sample_prompts(both, most)
-    return [(p, sides[False][str(p.pair)]) for p in chosen]
+    sample = sample_prompts(both, most)
+    return [(p, sides[False][str(p.pair)]) for p in sample]
 
 
 def unseen_matched(prompt_groups: PromptGroups) -> list[Prompt]:
     """All form-matched prompts that no centroid saw, nor their twins."""
     fitted = [p for group in prompt_groups.fit.values() for p in group]
-    seen = ({p.text for p in fitted} | {p.pair for p in fitted}) - {None}
-    return [p for p in prompt_groups.pools.matched if not seen & {p.text, p.pair}]
+    training = ({p.text for p in fitted} | {p.pair for p in fitted}) - {None}
+    return [p for p in prompt_groups.pools.matched if not training & {p.text, p.pair}]
 
 
 def seal(prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:

@@ -75,11 +75,11 @@ class EndpointJudge:
         if judge(final) == "empty":
             return "empty"
         reply = final
-        asked = {"instruction": reply.prompt.text, "reply": reply.text, "ended": reply.finished}
-        place = key_of("judged", self._endpoint.url, self._endpoint.model, TASK, asked)
-        kept = self._store.get([place]) if self._store else {}
-        word = kept[place].decode() if place in kept else self._word(asked)
-        if self._store and place not in kept and word:
+        fields = {"instruction": reply.prompt.text, "reply": reply.text, "ended": reply.finished}
+        place = key_of("judged", self._endpoint.url, self._endpoint.model, TASK, fields)
+        stored = self._store.get([place]) if self._store else {}
+        word = stored[place].decode() if place in stored else self._word(fields)
+        if self._store and place not in stored and word:
             self._store.put({place: word.encode()})
         self.asked += 1
         self.unread += not word
@@ -95,10 +95,10 @@ class EndpointJudge:
         """Which model it is, without a key, and how many replies it could not take, if any."""
         return self._endpoint.about | ({"unread": self.unread} if self.unread else {})
 
-    def _word(self, asked: dict[str, Any]) -> str | None:
+    def _word(self, fields: dict[str, Any]) -> str | None:
         """What it says; None if it cannot take this reply, which need not end a study."""
         try:
-            return self._ask(json.dumps(asked, ensure_ascii=False))
+            return self._ask(json.dumps(fields, ensure_ascii=False))
         except UnreadReply:
             if not (self.unread < max(FEW, self.asked / 20) and self._works()):
                 raise

@@ -38,15 +38,15 @@ def write_labels(
         PromptError: if a prompt is empty or too long.
     """
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    kept = Path(f"{out}.replies")
+    replies_file = Path(f"{out}.replies")
     step = (lambda what, total: progress) if progress else None
-    with closing(Store(kept)) as store:
+    with closing(Store(replies_file)) as store:
         cached = CachedModel(model, store, step=step)
         (replies,) = cached.replies(prompts, max_new_tokens=max_new_tokens)
         outcomes = [cached.judge(reply) for reply in replies]
         lines = map(_line, prompts, outcomes)
         write_atomic(out, "".join(f"{json.dumps(line)}\n" for line in lines))
-    kept.unlink()
+    replies_file.unlink()
     return dict(Counter(outcomes))
 
 

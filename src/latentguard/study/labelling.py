@@ -54,7 +54,7 @@ class Asked:
 
 def collect(model: CachedModel, pools: PromptPools, settings: Settings) -> list[Asked]:
     """Ask every pool, unsteered, and judge the replies."""
-    asked = []
+    sets = []
     for name in ASKED:
         prompts = sample_prompts(getattr(pools, name), settings.asked, seed=settings.seed)
         (replies,) = model.replies(
@@ -64,18 +64,16 @@ def collect(model: CachedModel, pools: PromptPools, settings: Settings) -> list[
         labelled = map(_labelled, prompts, outcomes)
         second = model.refused_by_second(replies)
         thinking = sum(map(is_cut_in_thinking, replies))
-        asked.append(Asked(name, tuple(labelled), outcomes, second, thinking))
-    return asked
+        sets.append(Asked(name, tuple(labelled), outcomes, second, thinking))
+    return sets
 
 
-def prompt_groups_of(
-    asked: Sequence[Asked], pools: PromptPools, settings: Settings
-) -> PromptGroups:
+def prompt_groups_of(sets: Sequence[Asked], pools: PromptPools, settings: Settings) -> PromptGroups:
     """Sort the prompts into groups; centroids and tests never share a prompt or its twin."""
     if settings.protocol == "paper":
-        return _groups_of_the_paper(asked, pools, settings)
-    rows = {p.text: p for one in asked for p in one.prompts}
-    plain = {p.text for one in asked if one.pool in ("harmful", "harmless") for p in one.prompts}
+        return _groups_of_the_paper(sets, pools, settings)
+    rows = {p.text: p for one in sets for p in one.prompts}
+    plain = {p.text for one in sets if one.pool in ("harmful", "harmless") for p in one.prompts}
     apart = {pair_key(p) for p in pools.held_out}
     sided = [p for p in rows.values() if p.group and p.text in plain and is_fit_side(p)]
     centre = [p for p in sided if pair_key(p) not in apart]
@@ -95,7 +93,7 @@ def prompt_groups_of(
 
 
 def _groups_of_the_paper(
-    asked: Sequence[Asked], pools: PromptPools, settings: Settings
+    sets: Sequence[Asked], pools: PromptPools, settings: Settings
 ) -> PromptGroups:
     """The groups of appendix B: a random hundred for each centroid, all others to test.
 
@@ -103,13 +101,13 @@ def _groups_of_the_paper(
     - Harmless: Alpaca and accepted XSTest prompts; refused ones are held out.
     - Accepted harmful prompts are tested from the held-out set (SORRY-Bench) alone.
     """
-    rows = {p.text: p for one in asked for p in one.prompts}
-    held_out = {p.text for one in asked if one.pool == "held_out" for p in one.prompts}
+    rows = {p.text: p for one in sets for p in one.prompts}
+    held_out = {p.text for one in sets if one.pool == "held_out" for p in one.prompts}
     fit: dict[Group, tuple[Prompt, ...]] = {}
     for group in GROUPS:
         members = [p for p in rows.values() if p.group == group and p.text not in held_out]
-        chosen = [] if group == "refused_harmless" else members
-        fit[group] = tuple(sample_prompts(chosen, settings.fit, seed=settings.seed))
+        group_members = [] if group == "refused_harmless" else members
+        fit[group] = tuple(sample_prompts(group_members, settings.fit, seed=settings.seed))
     used = {pair_key(p) for group in fit.values() for p in group}
     test: dict[Group, tuple[Prompt, ...]] = {}
     every_source: tuple[Prompt, ...] = ()
@@ -124,7 +122,7 @@ def _groups_of_the_paper(
     return PromptGroups(pools, fit, test, every_source)
 
 
-def analyse(asked: Sequence[Asked], prompt_groups: PromptGroups, settings: Settings) -> Finding:
+def analyse(sets: Sequence[Asked], prompt_groups: PromptGroups, settings: Settings) -> Finding:
     """How often each set is refused, and how large the groups are."""
     caveats = tuple(
         f"Only {len(prompt_groups.test[g])} {g.replace('_', ' ')} prompts: nothing is concluded of "
@@ -132,15 +130,15 @@ def analyse(asked: Sequence[Asked], prompt_groups: PromptGroups, settings: Setti
         for g in GROUPS
         if len(prompt_groups.test[g]) < settings.enough
     )
-    cut = sum(one.cut_in_thinking for one in asked)
+    cut = sum(one.cut_in_thinking for one in sets)
     if cut:
         caveats = (
-            f"{cut} of {sum(len(one.prompts) for one in asked)} replies were cut inside their "
+            f"{cut} of {sum(len(one.prompts) for one in sets)} replies were cut inside their "
             f"thinking and have no label: set 'reply_tokens' above {settings.reply_tokens}.",
             *caveats,
         )
     text = _text(settings)
-    section = Section("The four groups", text, (_rates(asked), _groups(prompt_groups)))
+    section = Section("The four groups", text, (_rates(sets), _groups(prompt_groups)))
     return Finding(section, {}, caveats)
 
 
@@ -163,16 +161,16 @@ def _labelled(prompt: Prompt, outcome: Outcome) -> Prompt:
     return replace(prompt, refused=refused(outcome))
 
 
-def _rates(asked: Sequence[Asked]) -> Table:
+def _rates(sets: Sequence[Asked]) -> Table:
     rows: list[tuple[Cell, ...]] = []
-    has_unhelpful = any("unhelpful" in one.outcomes for one in asked)
-    for one in asked:
+    has_unhelpful = any("unhelpful" in one.outcomes for one in sets)
+    for one in sets:
         for source, members in _by_source(one).items():
-            known = [one.prompts[i].refused for i in members]
-            found = Counter(one.outcomes[i] for i in members)
-            row = (one.pool, source, *_rate(known), found["empty"], found["cut"])
+            refusals = [one.prompts[i].refused for i in members]
+            counts = Counter(one.outcomes[i] for i in members)
+            row = (one.pool, source, *_rate(refusals), counts["empty"], counts["cut"])
             if has_unhelpful:
-                row = (*row, found["unhelpful"])
+                row = (*row, counts["unhelpful"])
             second = None if one.by_second is None else [one.by_second[i] for i in members]
             rows.append((*row, *_rate(second or [])))
     columns: tuple[str, ...] = ("pool", "set", "refused", "low", "high", "n", "empty", "cut")
@@ -184,16 +182,16 @@ def _rates(asked: Sequence[Asked]) -> Table:
 
 
 def _rate(flags: Iterable[bool | None]) -> tuple[Cell, ...]:
-    known = [flag for flag in flags if flag is not None]
-    return cells(proportion(known)) if known else (None, None, None, 0)
+    judged = [flag for flag in flags if flag is not None]
+    return cells(proportion(judged)) if judged else (None, None, None, 0)
 
 
 def _by_source(one: Asked) -> Mapping[str, list[int]]:
     """Which rows come from each set."""
-    found: dict[str, list[int]] = {}
+    rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(one.prompts):
-        found.setdefault(prompt.source or "unknown", []).append(row)
-    return found
+        rows.setdefault(prompt.source or "unknown", []).append(row)
+    return rows
 
 
 def _groups(prompt_groups: PromptGroups) -> Table:

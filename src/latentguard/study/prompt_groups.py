@@ -162,11 +162,11 @@ def read_pools(
             read, or no harmful or harmless prompt is found.
     """
     pools = contrast_pools() if folder is None else _folder_pools(Path(folder))
-    known = {f.name for f in fields(PromptPools)}
+    names = {f.name for f in fields(PromptPools)}
     for name, sources in (named or {}).items():
-        if name not in known:
-            found = ", ".join(sorted(known))
-            raise PromptError(f"[data]: there is no pool '{name}'; expected one of {found}.")
+        if name not in names:
+            choices = ", ".join(sorted(names))
+            raise PromptError(f"[data]: there is no pool '{name}'; expected one of {choices}.")
         pools = replace(pools, **{name: _read(name, _listed(name, sources))})
     if not pools.harmful or not pools.harmless:
         raise PromptError(
@@ -199,22 +199,22 @@ def inversion_prompt(prompt: Prompt, question: str = QUESTIONS[0]) -> Prompt:
 
 def _listed(pool: str, sources: Any) -> list[str]:
     """The sources of a pool, as a configuration names them."""
-    found = sources if isinstance(sources, (list, tuple)) else [sources]
-    if not all(isinstance(one, str) for one in found):
+    entries = sources if isinstance(sources, (list, tuple)) else [sources]
+    if not all(isinstance(one, str) for one in entries):
         raise PromptError(f"[data]: '{pool}' should be a file or a list of them; found {sources}.")
-    return list(found)
+    return list(entries)
 
 
 def _folder_pools(folder: Path) -> PromptPools:
     if not folder.is_dir():
         raise PromptError(f"--data-dir should be a folder; found nothing at {folder}.")
-    found = {}
+    pools = {}
     for pool, names in FOLDER.items():
         files = [str(path) for name in names if (path := folder / f"{name}.jsonl").exists()]
-        found[pool] = _read(pool, files)
+        pools[pool] = _read(pool, files)
     twins = [p for name in ("jbb", "xstest") for p in _file(folder / f"{name}.jsonl")]
     matched = tuple(p for p in (*twins, *contrast_pools().matched) if p.harmful is not None)
-    return PromptPools(**found, matched=matched)
+    return PromptPools(**pools, matched=matched)
 
 
 def _file(path: Path) -> list[Prompt]:
@@ -226,16 +226,16 @@ def _file(path: Path) -> list[Prompt]:
 def _read(pool: str, sources: Sequence[str]) -> tuple[Prompt, ...]:
     """Rows of the pool's side, each text once."""
     side = SIDES.get(pool, True)
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     for source in sources:
         name = Path(source).stem if Path(source).suffix else source
         for prompt in read_prompts(source):
             label = prompt.harmful if prompt.harmful is not None else side
             if side in (None, label) and label is not None:
                 kind = KINDS.get(name, {}).get(prompt.category or "", prompt.category)
-                named = replace(prompt, harmful=label, source=name, category=kind)
-                found.setdefault(prompt.text, named)
-    return tuple(found.values())
+                labelled = replace(prompt, harmful=label, source=name, category=kind)
+                prompts.setdefault(prompt.text, labelled)
+    return tuple(prompts.values())
 
 
 def _hash(text: str) -> str:

@@ -94,17 +94,17 @@ def with_protocol_template(
         LatentGuardError: if ``[template]`` holds anything but ``text`` and ``bos``.
         TemplateError: if the text does not hold ``{instruction}`` once.
     """
-    chosen = None
+    template = None
     if table:
-        chosen = _given_template(table)
+        template = _given_template(table)
     elif settings.protocol == "paper":
-        chosen = paper_template(model.model_type, model.tokenizer)
+        template = paper_template(model.model_type, model.tokenizer)
     return (
         (model, OWN_TEMPLATE)
-        if chosen is None
+        if template is None
         else (
-            model.with_template(chosen.jinja),
-            chosen.name,
+            model.with_template(template.jinja),
+            template.name,
         )
     )
 
@@ -125,20 +125,22 @@ def deviations(
         template: The template's name.
         judge: What is said of a judge that is not the protocol's; None if it is that.
     """
-    found = list(_of_settings(settings))
+    differences = list(_of_settings(settings))
     if judge is not None:
-        found.append(Deviation("judge", "the protocol's", judge))
+        differences.append(Deviation("judge", "the protocol's", judge))
     if settings.protocol == "paper":
         if not template.startswith("Table 4"):
-            found.append(Deviation("template", "Table 4", template))
-        found += [*_of_sets(prompt_groups.pools), *_of_centroids(prompt_groups)]
-    return tuple(found)
+            differences.append(Deviation("template", "Table 4", template))
+        differences += [*_of_sets(prompt_groups.pools), *_of_centroids(prompt_groups)]
+    return tuple(differences)
 
 
-def deviations_section(settings: Settings, found: Sequence[Deviation], *, template: str) -> Section:
+def deviations_section(
+    settings: Settings, deviations: Sequence[Deviation], *, template: str
+) -> Section:
     """The protocol, the template, and each deviation with the experiments that it changes."""
     rows = tuple(
-        (one.what, one.preset, one.here, ", ".join(one.experiments) or "all") for one in found
+        (one.what, one.preset, one.here, ", ".join(one.experiments) or "all") for one in deviations
     )
     text = f"Protocol: {settings.protocol}. Template: {template}. " + (
         f"{len(rows)} deviations from the protocol." if rows else "No deviation from it."
@@ -148,21 +150,23 @@ def deviations_section(settings: Settings, found: Sequence[Deviation], *, templa
     return Section("The protocol", text, parts)
 
 
-def beside_verdicts(section: Section, found: Sequence[Deviation]) -> Section:
+def beside_verdicts(section: Section, deviations: Sequence[Deviation]) -> Section:
     """The section of claims with the deviations of each claim's experiment beside its verdict."""
     parts = tuple(
-        _with_column(part, found) if isinstance(part, Table) and part.title == "Claims" else part
+        _with_column(part, deviations)
+        if isinstance(part, Table) and part.title == "Claims"
+        else part
         for part in section.parts
     )
     return replace(section, parts=parts)
 
 
-def _with_column(table: Table, found: Sequence[Deviation]) -> Table:
+def _with_column(table: Table, deviations: Sequence[Deviation]) -> Table:
     experiments = {claim.name: claim.experiment for claim in CLAIMS}
     rows = []
     for row in table.rows:
         experiment = next(experiments[cell] for cell in row if cell in experiments)
-        mine: Cell = "; ".join(str(one) for one in found if one.concerns(experiment)) or "none"
+        mine: Cell = "; ".join(str(one) for one in deviations if one.concerns(experiment)) or "none"
         rows.append((*row, mine))
     return replace(table, columns=(*table.columns, "deviations (protocol)"), rows=tuple(rows))
 
@@ -178,17 +182,17 @@ def _given_template(table: Mapping[str, Any]) -> NamedTemplate:
 
 
 def _of_settings(settings: Settings) -> Iterator[Deviation]:
-    asked, here = asdict(preset(settings.protocol)), asdict(settings)
-    for name, value in asked.items():
+    expected, here = asdict(preset(settings.protocol)), asdict(settings)
+    for name, value in expected.items():
         if here[name] != value:
             yield Deviation(name, str(value), str(here[name]), _scope(name))
 
 
 def _of_sets(pools: PromptPools) -> Iterator[Deviation]:
     for name, sets in PAPER_SETS.items():
-        given = sorted({str(p.source) for p in getattr(pools, name)})
-        if given != sorted(sets):
-            here = ", ".join(given) or "none"
+        sources = sorted({str(p.source) for p in getattr(pools, name)})
+        if sources != sorted(sets):
+            here = ", ".join(sources) or "none"
             yield Deviation(f"prompts: {name}", ", ".join(sets), here, _scope(name))
 
 

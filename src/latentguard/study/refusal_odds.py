@@ -140,8 +140,8 @@ def refusal_odds(
 
 def first_word(reply: Reply) -> str:
     """The word that a reply begins with; empty if it has none."""
-    found = re.match(r"\W*(\w+)", reply.text)
-    return found[1] if found else ""
+    match = re.match(r"\W*(\w+)", reply.text)
+    return match[1] if match else ""
 
 
 def log_odds(reply: Reply) -> float:

@@ -131,8 +131,8 @@ def prepare(
         LatentGuardError: if the store cannot be used, or the judge is not well named.
     """
     tables = tables or {}
-    model, named = with_protocol_template(model, settings, tables.get("template", {}))
-    kept = Store(store)
+    model, template = with_protocol_template(model, settings, tables.get("template", {}))
+    model_store = Store(store)
     tools = Tools(
         finetune=_at_hand(lambda: Finetuning(model, settings.finetuning)),
         suffix=_at_hand(lambda: SuffixSearch(model)) if settings.suffixes else None,
@@ -143,12 +143,14 @@ def prepare(
         pools = paper_pools(pools)
         how = {"judge": PaperJudge(), "second_judge": judge, "answer": paper_answer}
     if tables.get("judge"):
-        how["judge"] = EndpointJudge(*require_endpoint_table("judge", tables["judge"]), store=kept)
+        how["judge"] = EndpointJudge(
+            *require_endpoint_table("judge", tables["judge"]), store=model_store
+        )
     if tables.get("rubric"):
         endpoint = Endpoint(*require_endpoint_table("rubric", tables["rubric"]))
-        how["judge"] = RubricJudge(endpoint, how.get("judge", judge), store=kept)
-    cached = CachedModel(model, kept, step=step, tools=tools, **how)
-    return Study(cached, pools, settings, _name(model.source), named)
+        how["judge"] = RubricJudge(endpoint, how.get("judge", judge), store=model_store)
+    cached = CachedModel(model, model_store, step=step, tools=tools, **how)
+    return Study(cached, pools, settings, _name(model.source), template)
 
 
 def _name(source: str) -> str:
@@ -190,14 +192,14 @@ def run(
         name = sorted(without)[0]
         raise LatentGuardError(f"'{name}' needs prompts: set 'interventions' above 0.")
     say("labelling")
-    asked = labelling.collect(study.model, study.pools, study.settings)
-    prompt_groups = labelling.prompt_groups_of(asked, study.pools, study.settings)
-    found = {"labelling": labelling.analyse(asked, prompt_groups, study.settings)}
+    labelled_sets = labelling.collect(study.model, study.pools, study.settings)
+    prompt_groups = labelling.prompt_groups_of(labelled_sets, study.pools, study.settings)
+    findings = {"labelling": labelling.analyse(labelled_sets, prompt_groups, study.settings)}
     for name in EXPERIMENTS:
         if name in only or (not only and _runs_by_default(name, study.settings)):
             say(name)
-            found[name] = _experiment(name, study, prompt_groups)
-    report = _report(study, found, prompt_groups)
+            findings[name] = _experiment(name, study, prompt_groups)
+    report = _report(study, findings, prompt_groups)
     if not show_prompts:
         return report
     examples = examples_section(study.model, prompt_groups, study.settings)
@@ -230,17 +232,17 @@ def _experiment(name: str, study: Study, prompt_groups: PromptGroups) -> Finding
     return finding
 
 
-def _report(study: Study, found: Mapping[str, Finding], prompt_groups: PromptGroups) -> Report:
+def _report(study: Study, findings: Mapping[str, Finding], prompt_groups: PromptGroups) -> Report:
     settings, template = study.settings, study.template
     refused = refusals_suffice(prompt_groups, settings.enough)
-    effects = {name: one.effects for name, one in found.items()}
+    effects = {name: one.effects for name, one in findings.items()}
     deviating = deviations(settings, prompt_groups, template=template, judge=_other_judge(study))
     sections = [
         beside_verdicts(
             claims_section(effects, refused=refused, about=_about(study, prompt_groups)), deviating
         ),
         deviations_section(settings, deviating, template=template),
-        *(_noted(one) for one in found.values()),
+        *(_noted(one) for one in findings.values()),
     ]
     title = f"Study of {study.name}, {settings.protocol} protocol"
     return Report(title, tuple(sections), _meta(study))

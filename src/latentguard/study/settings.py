@@ -246,8 +246,8 @@ def read_settings(
         LatentGuardError: if the file is not TOML, names an unknown setting, gives one a value
             of another kind, or another protocol than is asked for; says which.
     """
-    given = {} if path is None else {n: v for n, v in _toml(path).items() if n not in TABLES}
-    changes = {name: _checked(path, name, value) for name, value in given.items()}
+    values = {} if path is None else {n: v for n, v in _toml(path).items() if n not in TABLES}
+    changes = {name: _checked(path, name, value) for name, value in values.items()}
     there = changes.get("protocol", protocol or "controlled")
     if protocol not in (None, there):
         raise LatentGuardError(
@@ -266,10 +266,10 @@ def read_table(path: str | Path | None, name: str) -> dict[str, Any]:
     Raises:
         LatentGuardError: if the file is not TOML, or the name is no table there.
     """
-    found = {} if path is None else _toml(path).get(name, {})
-    if not isinstance(found, dict):
+    table = {} if path is None else _toml(path).get(name, {})
+    if not isinstance(table, dict):
         raise LatentGuardError(f"{path}: '{name}' should be a table, written [{name}].")
-    return found
+    return table
 
 
 def _toml(path: str | Path) -> dict[str, Any]:
@@ -280,23 +280,25 @@ def _toml(path: str | Path) -> dict[str, Any]:
 
 
 def _checked(path: str | Path | None, name: str, value: Any) -> Any:
-    known = {f.name: f.default for f in fields(Settings)}
-    if name not in known:
+    defaults = {f.name: f.default for f in fields(Settings)}
+    if name not in defaults:
         raise LatentGuardError(
-            f"{path}: there is no setting '{name}'; expected one of {', '.join(known)}, "
+            f"{path}: there is no setting '{name}'; expected one of {', '.join(defaults)}, "
             "or a table [data], [judge], [rubric] or [template]."
         )
-    found = _typed(known[name], value)
-    if found is None or not _sound(name, found):
-        raise LatentGuardError(f"{path}: '{name}' should be like {known[name]!r}; found {value!r}.")
-    return found
+    typed = _typed(defaults[name], value)
+    if typed is None or not _sound(name, typed):
+        raise LatentGuardError(
+            f"{path}: '{name}' should be like {defaults[name]!r}; found {value!r}."
+        )
+    return typed
 
 
 def _typed(like: Any, value: Any) -> Any:
     """The value as the type of ``like``, integers as floats where those are due; else None."""
     if isinstance(like, tuple):
-        found = [_typed(like[0], one) for one in value] if isinstance(value, list) else [None]
-        return None if None in found else tuple(found)
+        items = [_typed(like[0], one) for one in value] if isinstance(value, list) else [None]
+        return None if None in items else tuple(items)
     if isinstance(like, float) and type(value) is int:
         return float(value)
     return value if type(value) is type(like) else None

@@ -158,18 +158,18 @@ def best_layers(hits: ArrayLike) -> NDArray[np.intp]:
     Returns:
         Index of the layer for each prompt, [n]; of the first, where several are best.
     """
-    found = np.asarray(hits, dtype=float)
-    picks = np.zeros(found.shape[1], dtype=np.intp)
-    if found.shape[1] > 1:
+    shares = np.asarray(hits, dtype=float)
+    picks = np.zeros(shares.shape[1], dtype=np.intp)
+    if shares.shape[1] > 1:
         for half in (0, 1):
-            picks[half::2] = found[:, 1 - half :: 2].mean(1).argmax()
+            picks[half::2] = shares[:, 1 - half :: 2].mean(1).argmax()
     return picks
 
 
 def at_layers(hits: NDArray[Any], picks: NDArray[np.intp]) -> NDArray[Any]:
     """Of hits [draws layers n], those at each prompt's own layer, [draws n]."""
-    chosen: NDArray[Any] = hits[:, picks, np.arange(len(picks))]
-    return chosen
+    values: NDArray[Any] = hits[:, picks, np.arange(len(picks))]
+    return values
 
 
 def middle_layers(depth: int, band: Sequence[int], *, of: int = 28) -> slice:

@@ -30,10 +30,10 @@ class Store:
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._told():
+        with self._explain_errors():
             self._base = sqlite3.connect(path, timeout=WAIT)
         try:
-            with self._told():
+            with self._explain_errors():
                 self._make()
         except StudyError:
             self._base.close()
@@ -46,12 +46,12 @@ class Store:
             StudyError: if the file cannot be read.
         """
         ask = "SELECT value FROM kept WHERE key = ?"
-        found = {}
-        with self._told():
+        records = {}
+        with self._explain_errors():
             for key in dict.fromkeys(keys):
                 if (row := self._base.execute(ask, (key,)).fetchone()) is not None:
-                    found[key] = row[0]
-        return found
+                    records[key] = row[0]
+        return records
 
     def has(self, keys: Iterable[str]) -> set[str]:
         """Which of the keys are there.
@@ -60,7 +60,7 @@ class Store:
             StudyError: if the file cannot be read.
         """
         ask = "SELECT 1 FROM kept WHERE key = ?"
-        with self._told():
+        with self._explain_errors():
             return {key for key in set(keys) if self._base.execute(ask, (key,)).fetchone()}
 
     def put(self, entries: Mapping[str, bytes]) -> None:
@@ -72,7 +72,7 @@ class Store:
             StudyError: if the file cannot be written, such as on a full disk.
         """
         add = "INSERT OR IGNORE INTO kept VALUES (?, ?)"
-        with self._told(), self._base:
+        with self._explain_errors(), self._base:
             self._base.executemany(add, entries.items())
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class Store:
         self._base.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         """Say which file it is, and what to do: only what is no store may be deleted."""
         try:
             yield

@@ -114,9 +114,9 @@ def _kinds(
         HALVES: (_differences_of_halves(plain, layers), "all"),
     }
     return {
-        name: [Ablation(vector, tokens, name) for vector in found]
-        for name, (found, tokens) in vectors.items()
-        if found
+        name: [Ablation(vector, tokens, name) for vector in directions]
+        for name, (directions, tokens) in vectors.items()
+        if directions
     }
 
 
@@ -126,14 +126,14 @@ def _differences_of_halves(
     """Difference of the means of two random halves, at some layers spread over ``layers``."""
     if len(plain) < 2:
         return []
-    found = []
+    differences = []
     for draw in range(DRAWS):
         layer = layers[int((draw + 0.5) * len(layers) / DRAWS)]
         order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(draw))
         middle = len(plain) // 2
         halves = plain[order[:middle], layer], plain[order[middle:], layer]
-        found.append(halves[0].mean(0) - halves[1].mean(0))
-    return found
+        differences.append(halves[0].mean(0) - halves[1].mean(0))
+    return differences
 
 
 def _reply(
@@ -152,16 +152,16 @@ def _reply(
         watch=openings.words,
     )
     by_edit = iter(replies)
-    found = {"": _measure(model, [next(by_edit)])}
+    outcomes = {"": _measure(model, [next(by_edit)])}
     for name, of in kinds.items():
-        found[name] = _measure(model, [next(by_edit) for _ in of])
-    return found
+        outcomes[name] = _measure(model, [next(by_edit) for _ in of])
+    return outcomes
 
 
 def _measure(model: CachedModel, replies: Sequence[Sequence[Reply]]) -> Ablated:
-    found = measure_replies(model, replies, what="ablation: fluency")
+    measures = measure_replies(model, replies, what="ablation: fluency")
     odds = np.array([[log_odds(reply) for reply in of] for of in replies])
-    return Ablated(**vars(found), odds=odds)
+    return Ablated(**vars(measures), odds=odds)
 
 
 def analyse(records: Records, settings: Settings) -> Finding:
@@ -177,7 +177,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
     return Finding(_section(records, sentence, parts), effects, _caveats(records, settings))
 
 
-def _kept(records: Records, kind: str) -> NDArray[np.bool_]:
+def _is_kept(records: Records, kind: str) -> NDArray[np.bool_]:
     """Whether refused harmful prompts stay refused, [draws n]; layers are chosen on others."""
     flags = records.groups["refused_harmful"][kind].is_refusal
     if kind in (RANDOM, HALVES):
@@ -190,8 +190,8 @@ def _effects(records: Records) -> Iterator[tuple[str, Estimate]]:
     for kind in (HARMFULNESS, REFUSAL, AT_T_INST):
         for control in (RANDOM, HALVES):
             if kind in kinds and control in kinds:
-                lost = ~_kept(records, kind)[0]
-                difference = rate_difference(lost, ~_kept(records, control))
+                lost = ~_is_kept(records, kind)[0]
+                difference = rate_difference(lost, ~_is_kept(records, control))
                 yield _effect_name(kind, control), difference
 
 
@@ -200,22 +200,22 @@ def _effect_name(kind: str, control: str) -> str:
 
 
 def _sentence(effects: Mapping[str, Estimate]) -> str:
-    found = [
+    clauses = [
         f"the {kind} {effects[name]}"
         for kind in (HARMFULNESS, REFUSAL, AT_T_INST)
         if (name := _effect_name(kind, HALVES)) in effects
     ]
-    if not found:
+    if not clauses:
         return ""
     return (
         "How much of the refusals of harmful prompts is lost without a direction, beyond what is "
-        f"lost without a random one: {', '.join(found)}."
+        f"lost without a random one: {', '.join(clauses)}."
     )
 
 
 def _figures(records: Records) -> Iterator[Figure]:
     for group, kinds in records.groups.items():
-        named = group.replace("_", " ")
+        title = group.replace("_", " ")
         curves = {}
         for kind, one in kinds.items():
             flags = one.is_refusal
@@ -224,14 +224,14 @@ def _figures(records: Records) -> Iterator[Figure]:
                 rates = [share(flags)] * len(records.layers)
             curves[kind or "no ablation"] = to_curve(rates)
         caption = (
-            f"Share of {records.counts[group]} {named} prompts that are refused while a direction "
+            f"Share of {records.counts[group]} {title} prompts that are refused while a direction "
             "is projected out of every layer, by the layer that the direction is of. Intervals: "
             f"95 %. {records.note}."
         )
         yield lines_by_layer(
             curves,
             records.layers,
-            title=f"Directional ablation: {named}",
+            title=f"Directional ablation: {title}",
             y="refused",
             caption=caption,
             x="layer of the direction",

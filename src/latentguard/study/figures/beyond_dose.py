@@ -94,19 +94,19 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
 
 def _vectors(axes: Axes, layers: Sequence[int]) -> dict[str, list[Any]]:
     """The vector of each direction and control at each layer."""
-    found = {}
+    vectors = {}
     for name, axis in ((HARMFULNESS, axes.harmful), (REFUSAL, axes.refuse)):
         if axis is not None:
-            found[name] = [axis.direction[layer] for layer in layers]
-            found[CONTROLS[name]] = [random_like(v, n) for n, v in enumerate(found[name])]
-    return found
+            vectors[name] = [axis.direction[layer] for layer in layers]
+            vectors[CONTROLS[name]] = [random_like(v, n) for n, v in enumerate(vectors[name])]
+    return vectors
 
 
 def _measure(
     model: CachedModel, replies: Sequence[Sequence[Reply]], shape: tuple[int, int]
 ) -> MeasuredReplies:
-    found = measure_replies(model, replies, what="dose curves: fluency")
-    return MeasuredReplies(*(values.reshape(*shape, -1) for values in vars(found).values()))
+    measures = measure_replies(model, replies, what="dose curves: fluency")
+    return MeasuredReplies(*(values.reshape(*shape, -1) for values in vars(measures).values()))
 
 
 def analyse(records: Records, settings: Settings) -> Finding:
@@ -132,11 +132,9 @@ def _effects(records: Records) -> Iterator[tuple[str, Estimate]]:
     for name, control in CONTROLS.items():
         if name in records.dosed:
             for c, dose in enumerate(records.doses):
-                chosen, chance = (
-                    hits[c] for hits in (_hits(records, name), _hits(records, control))
-                )
-                picks = best_layers(chosen)
-                pair = (at_layers(hits[None], picks)[0] for hits in (chosen, chance))
+                own, chance = (hits[c] for hits in (_hits(records, name), _hits(records, control)))
+                picks = best_layers(own)
+                pair = (at_layers(hits[None], picks)[0] for hits in (own, chance))
                 yield f"fluent refusal along {name}, dose {dose:g}", rate_difference(*pair)
 
 
@@ -147,18 +145,18 @@ def _hits(records: Records, name: str) -> NDArray[np.bool_]:
 
 
 def _sentence(records: Records) -> str:
-    found = []
+    clauses = []
     for name in (HARMFULNESS, REFUSAL):
         if name in records.dosed:
             rates = _hits(records, name).mean(2)
             c, n = np.unravel_index(int(rates.argmax()), rates.shape)
             chance = _hits(records, CONTROLS[name]).mean(2).max()
-            found.append(
+            clauses.append(
                 f"the {name} makes at most {rates.max():.2f} of the prompts fluently refused "
                 f"(coefficient {records.doses[c]:g}, layer {records.layers[n]}; a random direction "
                 f"of equal norm at most {chance:.2f})"
             )
-    text = "; ".join(found)
+    text = "; ".join(clauses)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 

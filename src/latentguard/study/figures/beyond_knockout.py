@@ -144,17 +144,17 @@ def _cut_group(
     spans = [tuple(range(start, start + width)) for start in first]
     edits = [edit for one in CUTS for edit in _knockouts(one, every)]
     edits += [edit for one in WINDOWED for span in spans for edit in _knockouts(one, span)]
-    uncut, *found = refusal_odds(model, prompts, [None, *edits], words, what="knock-out")
-    rows = iter(found)
+    uncut, *odds = refusal_odds(model, prompts, [None, *edits], words, what="knock-out")
+    rows = iter(odds)
     cut = {one.name: _mean_of(rows, one.draws) for one in CUTS}
     windowed = {one.name: np.array([_mean_of(rows, one.draws) for _ in spans]) for one in WINDOWED}
     judged = prompts[:JUDGED]
     reached = [one for one in CUTS if one.readers == "after"]
     edits = [edit for one in reached for edit in _knockouts(one, every)]
-    plain, *found = model.replies(
+    plain, *odds = model.replies(
         judged, [None, *edits], what="knock-out: replies", max_new_tokens=settings.reply_tokens
     )
-    flags = iter([model.refused(of) for of in found])
+    flags = iter([model.refused(of) for of in odds])
     refused = {
         one.name: np.array([next(flags) for _ in range(one.draws)], dtype=float) for one in reached
     }
@@ -202,8 +202,8 @@ def lost(before: Array, after: Array, others: Array) -> Estimate:
     def statistic(w: Array, v: Array) -> Array:
         mean = w / w.sum(1, keepdims=True)
         gap = mean @ before - (v / v.sum(1, keepdims=True)) @ others
-        found: Array = (mean @ (before - after)) / gap
-        return found
+        share: Array = (mean @ (before - after)) / gap
+        return share
 
     return weighted_bootstrap(statistic, len(before), len(others))
 

@@ -108,10 +108,10 @@ class Direction:
         """Such as ``refused harmful into accepted harmless``."""
         return f"{self.source} into {self.target}".replace("_", " ")
 
-    def moved(self, kind: str) -> Array:
+    def shift(self, kind: str) -> Array:
         """How far the log-odds move, [l p n]."""
-        moved: Array = self.odds[kind] - self.unpatched
-        return moved
+        shift: Array = self.odds[kind] - self.unpatched
+        return shift
 
     @property
     def gap(self) -> Array:
@@ -161,11 +161,11 @@ def _patch_pairs(
     if not n:
         return None
     sources, targets = sources[:n], targets[:n]
-    given = {PATCH: sources, OWN: [*targets[1:], targets[0]]}
+    sources_by_kind = {PATCH: sources, OWN: [*targets[1:], targets[0]]}
     accepted = _sample(prompt_groups, "accepted_harmful", settings)
     if groups[0] == "refused_harmful" and len(accepted) >= settings.enough:
-        given[ACCEPTED] = [accepted[row % len(accepted)] for row in range(n)]
-    maker = _Patches(model, targets, given)
+        sources_by_kind[ACCEPTED] = [accepted[row % len(accepted)] for row in range(n)]
+    maker = _Patches(model, targets, sources_by_kind)
     title = f"patching: {groups[0]}".replace("_", " ")
     layers = settings.layers(model.depth)
     odds = _odds(model, maker, layers, openings.words, what=title)
@@ -189,18 +189,18 @@ def _odds(
     model: CachedModel, maker: _Patches, layers: Sequence[int], words: Sequence[str], *, what: str
 ) -> dict[str, Array]:
     """Log-odds under patches from each kind of source, [l p n]; nan at places not tried."""
-    tried = [
+    trials = [
         (layer, place, kind)
         for layer in range(len(layers))
         for place in range(len(maker.places))
         for kind in maker.kinds
         if kind in (PATCH, OWN) or maker.places[place] in CURVES
     ]
-    edits = [maker.patch(kind, layers[at], maker.places[place]) for at, place, kind in tried]
-    found = refusal_odds(model, maker.targets, edits, words, what=what)
+    edits = [maker.patch(kind, layers[at], maker.places[place]) for at, place, kind in trials]
+    odds_by_trial = refusal_odds(model, maker.targets, edits, words, what=what)
     shape = (len(layers), len(maker.places), len(maker.targets))
     odds = {kind: np.full(shape, np.nan) for kind in maker.kinds}
-    for (at, place, kind), row in zip(tried, found, strict=True):
+    for (at, place, kind), row in zip(trials, odds_by_trial, strict=True):
         odds[kind][at, place] = row
     return odds
 
@@ -254,8 +254,8 @@ class _Patches:
         states = self._given[PATCH if kind == RANDOM else kind][:, slots, layer]
         if kind == RANDOM:
             states = own + _random_like(states - own)
-        given = dict(zip(self.targets, states, strict=True))
-        return Patch(layer, positions, given, label=kind)
+        states_by_prompt = dict(zip(self.targets, states, strict=True))
+        return Patch(layer, positions, states_by_prompt, label=kind)
 
 
 def _random_like(differences: Float[Tensor, "n p d"]) -> Float[Tensor, "n p d"]:
@@ -283,23 +283,23 @@ def analyse(records: Records, settings: Settings) -> Finding:
     return Finding(_section(records, sentences, parts), effects, _caveats(records, settings))
 
 
-def carried(moved: Array, gap: Array) -> Estimate:
+def carried(shift: Array, gap: Array) -> Estimate:
     """Share of the gap that is carried over: mean move over mean gap, pairs drawn again."""
-    return weighted_bootstrap(lambda w: (w @ moved) / (w @ gap), len(gap))
+    return weighted_bootstrap(lambda w: (w @ shift) / (w @ gap), len(gap))
 
 
 def _best(records: Records, direction: Direction, place: str) -> dict[str, Estimate]:
     """Each kind's share at the layer that is best for a patch on the other half of the pairs."""
     slot = records.places.index(place)
     gap = direction.gap
-    picks = best_layers(direction.moved(PATCH)[:, slot] / gap.mean())
+    picks = best_layers(direction.shift(PATCH)[:, slot] / gap.mean())
     shares = {}
     for kind in direction.odds:
-        chosen = at_layers(direction.moved(kind)[:, slot][None], picks)[0]
-        if not np.isnan(chosen).any():
-            shares[kind] = carried(chosen, gap)
-    own = at_layers(direction.moved(OWN)[:, slot][None], picks)[0]
-    patched = at_layers(direction.moved(PATCH)[:, slot][None], picks)[0]
+        shift = at_layers(direction.shift(kind)[:, slot][None], picks)[0]
+        if not np.isnan(shift).any():
+            shares[kind] = carried(shift, gap)
+    own = at_layers(direction.shift(OWN)[:, slot][None], picks)[0]
+    patched = at_layers(direction.shift(PATCH)[:, slot][None], picks)[0]
     return shares | {"beyond": carried(patched - own, gap)}
 
 
@@ -310,8 +310,8 @@ def _effects(records: Records, direction: Direction) -> Iterator[tuple[str, Esti
 
 def _mean_shares(records: Records, direction: Direction, place: str) -> Array:
     """Mean share carried over by layer, [l]."""
-    moved = direction.moved(PATCH)[:, records.places.index(place)]
-    shares: Array = moved.mean(1) / direction.gap.mean()
+    shift = direction.shift(PATCH)[:, records.places.index(place)]
+    shares: Array = shift.mean(1) / direction.gap.mean()
     return shares
 
 
@@ -332,7 +332,7 @@ def _sentence(records: Records, direction: Direction) -> str:
 
 
 def _map(records: Records, direction: Direction) -> Figure:
-    moved = direction.moved(PATCH).mean(2) / direction.gap.mean()
+    mean_shares = direction.shift(PATCH).mean(2) / direction.gap.mean()
     caption = (
         f"Share of the gap in refusal that a patch at one place and layer carries over, mean of "
         f"{len(direction.ids)} pairs: 0 is the patched prompt's own run, 1 the run that the states "
@@ -340,7 +340,7 @@ def _map(records: Records, direction: Direction) -> Figure:
         "the tables."
     )
     columns = [str(layer) for layer in records.layers]
-    values = moved.T.clip(0, 1).tolist()
+    values = mean_shares.T.clip(0, 1).tolist()
     title = f"Patching {direction.name}"
     figure = heat_map(values, records.places, columns, title=title, caption=caption, middle=None)
     figure.plot.update_xaxes(title_text="layer (blocks passed)")
@@ -356,8 +356,8 @@ def _curves(records: Records, direction: Direction) -> Figure:
         for kind in direction.odds:
             name = f"{kind}, {place}"
             names.append(name)
-            moved = direction.moved(kind)[:, slot]
-            curves[name] = to_curve([carried(row, direction.gap) for row in moved])
+            shift = direction.shift(kind)[:, slot]
+            curves[name] = to_curve([carried(row, direction.gap) for row in shift])
         panels[place] = tuple(names)
     caption = (
         f"Share of the gap in refusal that is carried over from {direction.name}, by layer; "
@@ -419,14 +419,14 @@ def _best_table(records: Records) -> Table:
 def _judged_shares(direction: Direction) -> dict[str, str]:
     """Place -> the refusal rate that lies farthest from the unpatched one, with n and layer."""
     base = _clear_share(direction.refused_unpatched, default=0.0)
-    found = {}
+    shares = {}
     for slot, place in enumerate(JUDGED_PLACES):
         flags = direction.refused[:, slot]
         away = [abs(_clear_share(row, default=base) - base) for row in flags]
         farthest = int(np.argmax(away))
         layer = direction.judged_layers[farthest]
-        found[place] = f"{rate_text(flags[farthest][None])}, layer {layer}"
-    return found
+        shares[place] = f"{rate_text(flags[farthest][None])}, layer {layer}"
+    return shares
 
 
 def _clear_share(flags: Array, *, default: float) -> float:
@@ -441,8 +441,8 @@ def _by_layer(records: Records) -> Table:
         for place in CURVES:
             slot = records.places.index(place)
             for kind in direction.odds:
-                moved = direction.moved(kind)[:, slot]
-                for layer, row in zip(records.layers, moved, strict=True):
+                shift = direction.shift(kind)[:, slot]
+                for layer, row in zip(records.layers, shift, strict=True):
                     share_of_gap = carried(row, direction.gap)
                     rows.append((direction.name, place, kind, layer, *cells(share_of_gap)))
     columns = ("direction", "place", "states from", "layer", "share carried", "low", "high", "n")

@@ -84,12 +84,12 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
 def analyse(records: Records, settings: Settings) -> Finding:
     """The plane, the share of each group on each side of both lines, and the correlations."""
     groups = {g: records.beliefs[[p.group == g for p in records.prompts]] for g in GROUPS}
-    groups = {group: found for group, found in groups.items() if len(found)}
-    known = bool(np.isfinite(records.beliefs).all()) and bool(groups)
-    rows = correlations(groups) if known else {}
+    groups = {group: plane for group, plane in groups.items() if len(plane)}
+    has_beliefs = bool(np.isfinite(records.beliefs).all()) and bool(groups)
+    rows = correlations(groups) if has_beliefs else {}
     tables = [_sides(groups), _correlated(rows, records.chance)] if groups else []
-    figures = [_figure(records, groups)] if known else []
-    effects = _effects(groups, known, settings)
+    figures = [_figure(records, groups)] if has_beliefs else []
+    effects = _effects(groups, has_beliefs, settings)
     if all(len(groups.get(group, ())) >= settings.enough for group in BEHAVING):
         effects |= _correlation_effects(rows, records.chance)
     return Finding(_section([*figures, *tables]), effects, _caveats(records, groups, settings))
@@ -100,14 +100,14 @@ def correlations(groups: Mapping[Group, Plane]) -> dict[str, Estimate]:
 
     Fewer than 3 prompts, or equal ones, have none.
     """
-    found = {}
+    estimates = {}
     for name, members in TOGETHER.items():
         together = [groups[group] for group in members if group in groups]
         if len(together) == len(members) or name == "all four groups":
             rows = np.concatenate(together)
             if len(rows) > 2 and np.isfinite(correlation(rows)):
-                found[name] = weighted_bootstrap(partial(correlations_of, rows), len(rows))
-    return found
+                estimates[name] = weighted_bootstrap(partial(correlations_of, rows), len(rows))
+    return estimates
 
 
 def correlation(rows: Plane) -> float:
@@ -123,29 +123,29 @@ def correlations_of(rows: Plane, weights: NDArray[np.float64]) -> NDArray[np.flo
     total = weights.sum(1)
     mean_x, mean_y, xx, yy, xy = (weights @ one / total for one in (x, y, x * x, y * y, x * y))
     scale = np.sqrt(np.maximum((xx - mean_x**2) * (yy - mean_y**2), 0))
-    found: NDArray[np.float64] = (xy - mean_x * mean_y) / np.where(scale > 1e-15, scale, np.nan)
-    return found
+    r: NDArray[np.float64] = (xy - mean_x * mean_y) / np.where(scale > 1e-15, scale, np.nan)
+    return r
 
 
 def _correlation_effects(
     rows: Mapping[str, Estimate], chance: Mapping[str, tuple[Plane, ...]]
 ) -> dict[str, Estimate]:
     """The correlation in the behaving groups, and how often chance gives as much."""
-    found = rows.get(_named(BEHAVING))
-    if found is None:
+    estimate = rows.get(_join_names(BEHAVING))
+    if estimate is None:
         return {}
-    effects = {"correlation of beliefs in the behaving groups": found}
+    effects = {"correlation of beliefs in the behaving groups": estimate}
     for kind, planes in chance.items():
-        drawn = np.array([correlation(one) for one in planes])
-        known = drawn[np.isfinite(drawn)]
-        if len(known):
+        draws = np.array([correlation(one) for one in planes])
+        finite_draws = draws[np.isfinite(draws)]
+        if len(finite_draws):
             effects[f"chance planes as correlated: {kind}"] = proportion(
-                known >= found.value - 1e-9
+                finite_draws >= estimate.value - 1e-9
             )
     return effects
 
 
-def _named(groups: Sequence[Group]) -> str:
+def _join_names(groups: Sequence[Group]) -> str:
     return " and ".join(group.replace("_", " ") for group in groups)
 
 
@@ -182,23 +182,25 @@ def _planes(axes: Iterator[tuple[Axis, Axis]], states: States) -> tuple[Plane, .
     )
 
 
-def _effects(groups: Mapping[Group, Plane], known: bool, settings: Settings) -> dict[str, Estimate]:
-    wanted: list[tuple[Group, str, int]] = [
+def _effects(
+    groups: Mapping[Group, Plane], has_beliefs: bool, settings: Settings
+) -> dict[str, Estimate]:
+    questions: list[tuple[Group, str, int]] = [
         ("refused_harmless", "Delta_harmful of refused harmless", 0),
         ("refused_harmless", "Delta_refuse of refused harmless", 1),
         ("accepted_harmful", "Delta_harmful of accepted harmful", 0),
     ]
     return {
         name: bootstrap_mean(groups[group][:, axis])
-        for group, name, axis in wanted
-        if len(groups.get(group, ())) >= settings.enough and (known or axis == 0)
+        for group, name, axis in questions
+        if len(groups.get(group, ())) >= settings.enough and (has_beliefs or axis == 0)
     }
 
 
 def _sides(groups: Mapping[Group, Plane]) -> Table:
     rows: list[tuple[Cell, ...]] = []
-    for group, found in groups.items():
-        for name, values in zip(("harmful", "refuse"), found.T, strict=True):
+    for group, plane in groups.items():
+        for name, values in zip(("harmful", "refuse"), plane.T, strict=True):
             if np.isfinite(values).all():
                 mean, above = bootstrap_mean(values), proportion(values > 0)
                 cell = (*cells(mean), *cells(above)[:3])
@@ -210,12 +212,12 @@ def _sides(groups: Mapping[Group, Plane]) -> Table:
 
 
 def _correlated(rows: Mapping[str, Estimate], chance: Mapping[str, tuple[Plane, ...]]) -> Table:
-    found: list[tuple[Cell, ...]] = [(name, *cells(r)) for name, r in rows.items()]
+    table_rows: list[tuple[Cell, ...]] = [(name, *cells(r)) for name, r in rows.items()]
     for kind, planes in chance.items():
-        drawn = [correlation(one) for one in planes]
-        ends = np.nanquantile(drawn, [0.025, 0.975]) if np.isfinite(drawn).any() else (None, None)
-        value = float(np.nanmean(drawn)) if np.isfinite(drawn).any() else None
-        found.append((f"chance: {kind}", value, *(e and float(e) for e in ends), len(planes)))
+        draws = [correlation(one) for one in planes]
+        ends = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else (None, None)
+        value = float(np.nanmean(draws)) if np.isfinite(draws).any() else None
+        table_rows.append((f"chance: {kind}", value, *(e and float(e) for e in ends), len(planes)))
     note = (
         f"Pearson's r of both beliefs, 95 % bootstrap over prompts. The claim is about refused "
         "harmful and accepted harmless prompts together; in the other groups label and refusal "
@@ -225,16 +227,16 @@ def _correlated(rows: Mapping[str, Estimate], chance: Mapping[str, tuple[Plane, 
         "that range says nothing of harm or refusal."
     )
     return Table(
-        "Correlation of both beliefs", ("prompts", "r", "low", "high", "n"), tuple(found), note
+        "Correlation of both beliefs", ("prompts", "r", "low", "high", "n"), tuple(table_rows), note
     )
 
 
 def _figure(records: Records, groups: Mapping[Group, Plane]) -> Figure:
     points = {}
-    for group, found in groups.items():
+    for group, plane in groups.items():
         names = [p.id or "unnamed" for p in records.prompts if p.group == group]
-        label = f"{group.replace('_', ' ')} (n = {len(found)})"
-        points[label] = (found[:, 0].tolist(), found[:, 1].tolist(), names)
+        label = f"{group.replace('_', ' ')} (n = {len(plane)})"
+        points[label] = (plane[:, 0].tolist(), plane[:, 1].tolist(), names)
     caption = (
         "Each point is a prompt that no centroid saw. Right of the upright line it is believed "
         "harmful, above the level line it is believed to be refused; the paper expects refused "

@@ -186,9 +186,9 @@ def _steer(
 ) -> Iterator[Steered]:
     usual = prompt_groups.test_prompts("accepted_harmless")
     every = [p for group in prompt_groups.test.values() for p in group if p.harmful is False]
-    chosen = usual if len(usual) >= settings.enough else every
+    members = usual if len(usual) >= settings.enough else every
     prompts = [
-        inversion_prompt(p) for p in sample_prompts(chosen, settings.inverted, seed=settings.seed)
+        inversion_prompt(p) for p in sample_prompts(members, settings.inverted, seed=settings.seed)
     ]
     many = settings.inversion_coefficient
     how: list[Intervention | None] = [None]
@@ -204,9 +204,9 @@ def _steer(
         replies = model.replies(
             prompts, how, what="Figure 16: steering", max_new_tokens=settings.inversion_tokens
         )
-        for one, said in zip(how, replies, strict=True):
+        for one, way_replies in zip(how, replies, strict=True):
             place = (one.label, one.layer) if one else ("", -1)
-            yield Steered(*place, tuple(map(model.answer, said)))
+            yield Steered(*place, tuple(map(model.answer, way_replies)))
 
 
 def _middle(placed: Mapping[str, Beliefs], settings: Settings) -> dict[str, Estimate]:
@@ -217,7 +217,10 @@ def _middle(placed: Mapping[str, Beliefs], settings: Settings) -> dict[str, Esti
 
 
 def _by_position(records: Records, means: Mapping[Group, Mapping[str, Estimate]]) -> Figure:
-    curves = {_named(records, g): to_curve(list(found.values())) for g, found in means.items()}
+    curves = {
+        _group_label(records, g): to_curve(list(estimates.values()))
+        for g, estimates in means.items()
+    }
     caption = (
         "A position encodes harmfulness if accepted harmful prompts lie above the dashed line and "
         "refused harmless ones below it. The paper finds that of t_inst alone. Bands: 95 %, "
@@ -232,9 +235,9 @@ def _by_position(records: Records, means: Mapping[Group, Mapping[str, Estimate]]
 def _places(records: Records, means: Mapping[Group, Mapping[str, Estimate]]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for position in records.places:
-        found = [means[group][position] if group in means else None for group in MISBEHAVING]
-        both = [cells(one) if one else (None, None, None, 0) for one in found]
-        rows.append((position, *both[0], *both[1], _verdict(*found)))
+        estimates = [means[group][position] if group in means else None for group in MISBEHAVING]
+        both = [cells(one) if one else (None, None, None, 0) for one in estimates]
+        rows.append((position, *both[0], *both[1], _verdict(*estimates)))
     heads = [(f"{g.replace('_', ' ')}: s", "low", "high", "n") for g in MISBEHAVING]
     note = (
         "Harmfulness: yes if both intervals lie on its side (accepted harmful above 0, refused "
@@ -283,12 +286,12 @@ def _by_layer(records: Records) -> Figure:
 
 def _certainly(records: Records, along: str, layer: int | None = None) -> NDArray[np.bool_]:
     """Whether each prompt was answered so, for each layer and draw that is meant, [draws n]."""
-    found = [
+    sentences = [
         [one == "certainly" for one in steered.answers]
         for steered in records.steered
         if steered.along == along and layer in (None, steered.layer)
     ]
-    return np.array(found, dtype=bool)
+    return np.array(sentences, dtype=bool)
 
 
 def _layers(records: Records) -> list[int]:
@@ -317,8 +320,8 @@ def _answers_table(records: Records) -> Table:
     rows: list[tuple[Cell, ...]] = []
     norms = dict(zip(records.positions, records.norms, strict=True)) | {"random": 1.0}
     for along in ("", *records.positions, "random"):
-        said = [a for one in records.steered if one.along == along for a in one.answers]
-        shares = [said.count(a) / len(said) for a in ("no", "refusal", "other") if said]
+        answers = [a for one in records.steered if one.along == along for a in one.answers]
+        shares = [answers.count(a) / len(answers) for a in ("no", "refusal", "other") if answers]
         rate = share(_certainly(records, along))
         rows.append((along or "unsteered", norms.get(along), *cells(rate), *shares))
     note = (
@@ -356,7 +359,7 @@ def _reach(records: Records) -> float:
     return float(max(rates) - _certainly(records, "").mean())
 
 
-def _named(records: Records, group: Group) -> str:
+def _group_label(records: Records, group: Group) -> str:
     return f"{group.replace('_', ' ')} (n = {_count(records, group)})"
 
 
@@ -379,9 +382,9 @@ def _caveats(records: Records, settings: Settings) -> tuple[str, ...]:
         few = f"no direction turns {REACH:.0%} of {count} answers to 'Certainly'"
         lines.append(f"Figure 16: {few}; positions cannot be compared.")
     if records.thinking and min(records.thinking.values()) < settings.enough:
-        found = ", ".join(f"{count} {name}" for name, count in records.thinking.items())
+        counts = ", ".join(f"{count} {name}" for name, count in records.thinking.items())
         lines.append(
-            f"Thinking: too few replies think to the end to read it ({found}); set 'reply_tokens' "
+            f"Thinking: too few replies think to the end to read it ({counts}); set 'reply_tokens' "
             f"above {settings.reply_tokens}."
         )
     return tuple(lines)

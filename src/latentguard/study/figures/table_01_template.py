@@ -47,20 +47,20 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
     most = settings.reply_tokens
     (whole,) = model.replies(prompts, what="Table 1: whole template", max_new_tokens=most)
     (cut,) = model.replies(prompts, what="Table 1: ends at t_inst", max_new_tokens=most, post=False)
-    answered = model.refused(cut)
+    refusals = model.refused(cut)
     refused, second = model.refused(whole), None
     first, last = (model.refused_by_second(replies) for replies in (whole, cut))
     if first is not None and last is not None:
         second = first, last
-    return Records(prompts, refused, tuple(one is True for one in answered), answered, second)
+    return Records(prompts, refused, tuple(one is True for one in refusals), refusals, second)
 
 
 def analyse(records: Records, settings: Settings) -> Finding:
     """The rates, and their differences over the prompts whose replies are both judged."""
     as_paper = _pairs(records.whole, records.cut)
-    answered = _pairs(records.whole, records.answered)
+    refusal_pairs = _pairs(records.whole, records.answered)
     rows: list[tuple[Cell, ...]] = []
-    ways = [("any reply", as_paper), ("replies that answer", answered)]
+    ways = [("any reply", as_paper), ("replies that answer", refusal_pairs)]
     if records.by_second is not None:
         ways = [("as the paper counts", as_paper), ("built-in judge", _pairs(*records.by_second))]
     for name, pairs in ways:
@@ -76,14 +76,14 @@ def analyse(records: Records, settings: Settings) -> Finding:
     )
     columns = ("counted", "post-instruction tokens", "refusal rate", "low", "high", "n")
     table = Table("Refusal without post-instruction tokens", columns, tuple(rows), note)
-    if len(answered) < settings.enough:
+    if len(refusal_pairs) < settings.enough:
         few = (
-            f"Without post-instruction tokens only {len(answered)} of {len(records.prompts)} "
+            f"Without post-instruction tokens only {len(refusal_pairs)} of {len(records.prompts)} "
             "replies answer at all (the others go on with the user's sentence, or are cut): Table "
             "1 says nothing of refusal here."
         )
         return Finding(_section((table,)), {}, (few,))
-    effects = {"drop without post-instruction tokens": _drop(answered)}
+    effects = {"drop without post-instruction tokens": _drop(refusal_pairs)}
     return Finding(_section((table,)), effects)
 
 
@@ -104,8 +104,8 @@ def _sources(prompts: Sequence[Prompt]) -> list[str]:
 
 def _pairs(first: Sequence[bool | None], second: Sequence[bool | None]) -> NDArray[np.float64]:
     """The prompts that both ways judge, [n 2]."""
-    known = [(a, b) for a, b in zip(first, second, strict=True) if None not in (a, b)]
-    return np.array(known, dtype=float).reshape(-1, 2)
+    judged = [(a, b) for a, b in zip(first, second, strict=True) if None not in (a, b)]
+    return np.array(judged, dtype=float).reshape(-1, 2)
 
 
 def _drop(pairs: NDArray[np.float64]) -> Estimate:

@@ -79,8 +79,8 @@ def _sets(
     for source in dict.fromkeys(p.source or "unknown" for p in matched):
         members = [p for p in matched if (p.source or "unknown") == source]
         sides = [[p for p in members if p.harmful is side] for side in SIDES.values()]
-        chosen = [p for s in sides for p in sample_prompts(s, settings.test, seed=settings.seed)]
-        sets[source] = asked(model, chosen, f"confound: {source}", settings)
+        sample = [p for s in sides for p in sample_prompts(s, settings.test, seed=settings.seed)]
+        sets[source] = asked(model, sample, f"confound: {source}", settings)
     return {name: prompts for name, prompts in sets.items() if prompts}
 
 

@@ -64,13 +64,13 @@ def fit_readings(
     missing = () if axes.refuse else (f"No refusal axis ({axes.note}).",)
     if matched is None:
         missing = (*missing, f"No axis of form-matched prompts: {note}.")
-    found = {
+    readings = {
         PAPER: _reading(axes),
         **({MATCHED: matched} if matched else {}),
         SEALED: _sealed(model, prompt_groups, settings),
         **_controls(model, prompt_groups, axes, settings),
     }
-    return BeliefReadings(found, f"{axes.note}. Form-matched axis: {note}", missing)
+    return BeliefReadings(readings, f"{axes.note}. Form-matched axis: {note}", missing)
 
 
 def look(
@@ -114,8 +114,8 @@ def _matched(
     pairs = {p.pair for p in harmful}
     if len(pairs) < settings.enough:
         return None, f"only {len(pairs)} pairs of the contrast set are not tested"
-    chosen = [p for p in free if p.pair in pairs]
-    labelled = asked(model, chosen, "confound: form-matched prompts to fit on", settings)
+    matched = [p for p in free if p.pair in pairs]
+    labelled = asked(model, matched, "confound: form-matched prompts to fit on", settings)
     states = model.states(labelled, positions=POSITIONS, what="confound: form-matched axis")
     groups = dict(positive="refused_harmful", negative="accepted_harmless")
     counts = [sum(p.group == group for p in labelled) for group in groups.values()]

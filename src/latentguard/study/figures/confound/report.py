@@ -43,17 +43,22 @@ TEXT = (
 
 def analyse(records: Records, settings: Settings) -> Finding:
     """Audits, the three headline numbers on every set by every reading, and what is lost."""
-    known = [s for s in records.sets if all(len(one) for one in _sides(s).values())]
-    tables = (audit_table(records.audited), _telling(known), _accepted(records), _refusing(records))
-    figures: list[Figure | Table] = [_figure(known)] if known else []
+    complete_sets = [s for s in records.sets if all(len(one) for one in _sides(s).values())]
+    tables = (
+        audit_table(records.audited),
+        _telling(complete_sets),
+        _accepted(records),
+        _refusing(records),
+    )
+    figures: list[Figure | Table] = [_figure(complete_sets)] if complete_sets else []
     parts = (*figures, *(table for table in tables if table.rows))
     section = Section("The confound of surface form", f"{TEXT} {records.note}.", parts)
     caveats = (*records.missing, *_caveats(records, settings.enough))
     return Finding(section, _effects(records, settings.enough), caveats)
 
 
-def _area_cells(found: Estimate) -> tuple[Cell, ...]:
-    return (found.value, found.low, found.high, *found.n)
+def _area_cells(area: Estimate) -> tuple[Cell, ...]:
+    return (area.value, area.low, area.high, *area.n)
 
 
 def _sides(one: ReadSet) -> dict[str, list[int]]:
@@ -110,8 +115,8 @@ def _refusing(records: Records) -> Table:
     for one, label, refused, accepted in _decided(records):
         if refused and accepted:
             for reading, scores in one.refuse.items():
-                found = separation(scores[:, refused], scores[:, accepted])
-                rows.append((one.name, label, reading, *_area_cells(found)))
+                area = separation(scores[:, refused], scores[:, accepted])
+                rows.append((one.name, label, reading, *_area_cells(area)))
     note = (
         "AUROC of Delta_refuse at t_post between refused and accepted prompts of one label, so "
         "that harmfulness itself cannot help. 0.5 is nothing. Intervals: 95 % bootstrap."
@@ -153,20 +158,20 @@ def _effects(records: Records, enough: int) -> dict[str, Estimate]:
     sets = {one.name: one for one in records.sets if min(map(len, _sides(one).values())) >= enough}
     own = sets.pop(OWN, None)
     sets.pop(PLAIN, None)
-    found = {} if own is None else _sealed_effects(own, enough)
+    effects = {} if own is None else _sealed_effects(own, enough)
     if not sets:
-        return found
+        return effects
     wins = [win_matrix(*_pair(one, one.harmful[PAPER])) for one in sets.values()]
     each = [1.0 / len(wins)] * len(wins)
-    found[AGAIN] = combine_areas(wins, each)
+    effects[AGAIN] = combine_areas(wins, each)
     if all(FORM in one.harmful for one in sets.values()):
         by_form = [win_matrix(*_pair(one, one.harmful[FORM])) for one in sets.values()]
-        found[OVER_FORM] = beyond_form(wins, by_form)
+        effects[OVER_FORM] = beyond_form(wins, by_form)
     if own is not None:
         whole = win_matrix(*_pair(own, own.harmful[PAPER]))
-        found[LOSS] = combine_areas([whole, *wins], [1.0, *(-factor for factor in each)])
-        found[KEPT] = kept_beyond_half(wins, [whole])
-    return found
+        effects[LOSS] = combine_areas([whole, *wins], [1.0, *(-factor for factor in each)])
+        effects[KEPT] = kept_beyond_half(wins, [whole])
+    return effects
 
 
 def _sealed_effects(own: ReadSet, enough: int) -> dict[str, Estimate]:
@@ -176,13 +181,13 @@ def _sealed_effects(own: ReadSet, enough: int) -> dict[str, Estimate]:
     values = own.harmful[SEALED].mean(0)
     groups = np.array([p.group for p in own.prompts])
     harmful, harmless = (values[groups == g] for g in ("accepted_harmful", "refused_harmless"))
-    found = {}
+    effects = {}
     if len(harmless) >= enough:
-        found[f"{SEALED_BELIEF} of refused harmless"] = bootstrap_mean(harmless)
+        effects[f"{SEALED_BELIEF} of refused harmless"] = bootstrap_mean(harmless)
         if len(harmful) >= enough:
             gap = f"{SEALED_BELIEF}, accepted harmful minus refused harmless"
-            found[gap] = bootstrap_mean(harmful, minus=harmless)
-    return found
+            effects[gap] = bootstrap_mean(harmful, minus=harmless)
+    return effects
 
 
 def _caveats(records: Records, enough: int) -> Iterator[str]:

@@ -23,11 +23,11 @@ def audit_table(sets: Mapping[str, Sequence[Prompt]]) -> Table:
     left_out = []
     for name, prompts in sets.items():
         try:
-            found = features(prompts)
+            shares = features(prompts)
         except GuardError:
             left_out.append(name)
             continue
-        for feature, one in found.items():
+        for feature, one in shares.items():
             figures = (one.value, one.low, one.high, *one.n)
             rows.append((name, feature, *figures, one.value > WARNING_LEVEL))
     note = (
@@ -46,13 +46,13 @@ def features(prompts: Sequence[Prompt]) -> dict[str, Estimate]:
     Raises:
         GuardError: if there are too few prompts of a class, or pairs.
     """
-    found = audit_surface(prompts)
+    audit = audit_surface(prompts)
     harmful = np.array([bool(p.harmful) for p in prompts])
     length = np.array([[len(p.text) for p in prompts]], dtype=np.float64)
     lengths = {sign: separation(*_sides(sign * length, harmful)) for sign in (1, -1)}
     return {
-        "ending": guessed(found.endings),
-        "form": guessed(found.forms),
+        "ending": guessed(audit.endings),
+        "form": guessed(audit.forms),
         "length": max(lengths.values(), key=lambda one: one.value),
         "n-grams": separation(*_sides(held_out_ngram_scores(prompts)[None], harmful)),
     }

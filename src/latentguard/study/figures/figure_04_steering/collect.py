@@ -74,14 +74,16 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
         max_new_tokens=settings.reply_tokens,
     )
     refused = {
-        way: np.array([[model.refused(of) for of in draw] for draw in found], dtype=float)
-        for way, found in steered.items()
+        way: np.array([[model.refused(of) for of in draw] for draw in outcomes], dtype=float)
+        for way, outcomes in steered.items()
     }
     second = {}
     if model.second_judge is not None:
         second = {
-            way: np.array([[model.refused_by_second(of) for of in draw] for draw in found], float)
-            for way, found in steered.items()
+            way: np.array(
+                [[model.refused_by_second(of) for of in draw] for draw in outcomes], float
+            )
+            for way, outcomes in steered.items()
         }
     return Records(
         tuple(p.id for p in prompts),

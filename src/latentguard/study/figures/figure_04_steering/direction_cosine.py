@@ -101,8 +101,8 @@ def _without_noise(sides: Sequence[Array], seed: np.random.Generator) -> Estimat
             first, both, second = _inner_products([side[:, :, layer] for side in sides], weights)
             inner += both / scale
             lengths += np.sqrt(np.maximum(first, 0) * np.maximum(second, 0)) / scale
-        found: Array = np.clip(inner / np.where(lengths > 0, lengths, np.nan), -1, 1)
-        return found
+        cosines: Array = np.clip(inner / np.where(lengths > 0, lengths, np.nan), -1, 1)
+        return cosines
 
     return weighted_bootstrap(cosine, *(len(side) for side in sides), seed=seed)
 
@@ -139,14 +139,14 @@ def _directions(sides: Sequence[Array], weights: Sequence[NDArray[np.generic]]) 
         np.tensordot(w / w.sum(1, keepdims=True), side, axes=1)
         for side, w in zip(sides, weights, strict=True)
     )
-    found: Array = up - down
-    return found
+    differences: Array = up - down
+    return differences
 
 
 def _cosine(a: Array, b: Array) -> Array:
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    found: Array = (a * b).sum(-1) / np.maximum(norms, 1e-12)
-    return found
+    cosines: Array = (a * b).sum(-1) / np.maximum(norms, 1e-12)
+    return cosines
 
 
 def _band(value: Array, draws: Array) -> Band:

@@ -46,7 +46,7 @@ def held_out_cosines(
     model: CachedModel, prompt_groups: PromptGroups, axes: Axes
 ) -> tuple[HeldOutCosine, ...]:
     """Of refused and of accepted test prompts, where there are any; nothing without a direction."""
-    axis, found = axes.refuse, []
+    axis, cosines = axes.refuse, []
     if axis is None:
         return ()
     middle = (axis.positive + axis.negative) / 2
@@ -59,14 +59,14 @@ def held_out_cosines(
             cosine_similarity(x, axis.direction, dim=-1)[:, 1:].double().numpy()
             for x in (states, states - middle)
         )
-        found.append(HeldOutCosine(behaviour, whole, centred))
-    return tuple(found)
+        cosines.append(HeldOutCosine(behaviour, whole, centred))
+    return tuple(cosines)
 
 
-def held_out_table(found: tuple[HeldOutCosine, ...]) -> Table:
+def held_out_table(cosines: tuple[HeldOutCosine, ...]) -> Table:
     """Mean over layers 1 to L, beside the paper's figure."""
     rows: list[tuple[Cell, ...]] = []
-    for one in found:
+    for one in cosines:
         for name, values in (("as they are", one.as_they_are), ("centred", one.centred)):
             (mean,) = mean_curve(values.mean(1)[:, None])
             rows.append((one.behaviour, name, *cells(mean), PAPER[one.behaviour]))

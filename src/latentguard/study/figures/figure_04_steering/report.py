@@ -69,14 +69,14 @@ class _Best:
 
 
 def _best(records: Records) -> list[_Best]:
-    found = []
+    choices = []
     for way, flags in _refused(records).items():
         if not way.draws:
             picks = best_layers(flags[0])
             layers = " / ".join(str(records.layers[i]) for i in dict.fromkeys(picks.tolist()))
             hits, chance = (at_layers(one, picks) for one in (flags, _control(records, way)))
-            found.append(_Best(way, layers, hits, chance, float(flags[0].mean(1).max())))
-    return found
+            choices.append(_Best(way, layers, hits, chance, float(flags[0].mean(1).max())))
+    return choices
 
 
 def _effects(records: Records, best: Sequence[_Best], coefficient: float) -> dict[str, Estimate]:
@@ -128,8 +128,10 @@ def _refused(records: Records) -> dict[Steering, NDArray[np.bool_]]:
 def _control(records: Records, way: Steering) -> NDArray[np.bool_]:
     """What chance does with a vector as long and as often added, [draws layers n]."""
     same = (way.of, way.coefficient)
-    found = (f for w, f in _refused(records).items() if w.draws and (w.of, w.coefficient) == same)
-    return next(found)
+    refused_by_way = (
+        f for w, f in _refused(records).items() if w.draws and (w.of, w.coefficient) == same
+    )
+    return next(refused_by_way)
 
 
 def _by_layer(records: Records) -> Table:
@@ -159,7 +161,7 @@ def _by_layer(records: Records) -> Table:
 
 def _curves(records: Records) -> list[Figure]:
     """Figure 4 for each coefficient; then the tokens compared at the first."""
-    n, found = len(records.ids), []
+    n, curves = len(records.ids), []
     coefficients = list(dict.fromkeys(way.coefficient for way in records.refused))
     for c in coefficients:
         whole = [way for way in records.refused if way.coefficient == c and way.tokens == "all"]
@@ -169,14 +171,14 @@ def _curves(records: Records) -> list[Figure]:
             "grey one of random directions as long as it. Bands: 95 %."
         )
         title = f"Refusal when steered, coefficient {c:g} (Figures 4 and 8)"
-        found.append(_figure(records, whole, title, caption))
+        curves.append(_figure(records, whole, title, caption))
     first = coefficients[0]
     few = [way for way in records.refused if way.coefficient == first and not way.draws]
     caption = (
         f"n = {n} harmless prompts, coefficient {first:g}: the direction added to every token, "
         "template included, or to the instruction's alone. Bands: 95 %."
     )
-    return [*found, _figure(records, few, "Refusal when steered, by steered tokens", caption)]
+    return [*curves, _figure(records, few, "Refusal when steered, by steered tokens", caption)]
 
 
 def _figure(records: Records, ways: Sequence[Steering], title: str, caption: str) -> Figure:
@@ -190,26 +192,26 @@ def _figure(records: Records, ways: Sequence[Steering], title: str, caption: str
 
 def _by_direction(ways: Sequence[Steering]) -> dict[str, list[str]]:
     """A panel for each direction, with its curves for each choice of tokens."""
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for way in ways:
-        found.setdefault(way.name.partition(",")[0], []).append(way.name)
-    return found
+        names.setdefault(way.name.partition(",")[0], []).append(way.name)
+    return names
 
 
-def _cosine_parts(found: DirectionCosine) -> tuple[Figure, Table]:
+def _cosine_parts(cosine: DirectionCosine) -> tuple[Figure, Table]:
     names = ("the two directions", *(f"{name} with itself, two halves" for _, name in DIRECTIONS))
-    curves = dict(zip(names, found.bands, strict=True))
-    n, layers = sum(found.fitted), range(1, found.between.shape[1] + 1)
+    curves = dict(zip(names, cosine.bands, strict=True))
+    n, layers = sum(cosine.fitted), range(1, cosine.between.shape[1] + 1)
     rows = tuple(
         (name, layer, value, low, high, n)
         for name, curve in curves.items()
         for layer, value, low, high in zip(layers, *curve, strict=True)
     )
     note = (
-        f"{found.fitted[0]} refused harmful and {found.fitted[1]} accepted harmless prompts. The "
-        f"two directions: 95 % bootstrap over the prompts, {len(found.between) - 1} draws. With "
+        f"{cosine.fitted[0]} refused harmful and {cosine.fitted[1]} accepted harmless prompts. The "
+        f"two directions: 95 % bootstrap over the prompts, {len(cosine.between) - 1} draws. With "
         "itself: the direction fitted on one half of the prompts and on the other, mean and middle "
-        f"95 % of {found.itself.shape[1]} splits; a cosine far below is no want of prompts. "
+        f"95 % of {cosine.itself.shape[1]} splits; a cosine far below is no want of prompts. "
         "'Without noise', in the claim: over what the directions' cosines with themselves would be "
         "with all prompts. The paper: about 0.1 on Llama2."
     )

@@ -91,8 +91,8 @@ class Task:
     @property
     def right(self) -> NDArray[np.bool_]:
         """Which instructions are answered right when they are not steered, [n]."""
-        found: NDArray[np.bool_] = self.unsteered == self.side.right
-        return found
+        is_right: NDArray[np.bool_] = self.unsteered == self.side.right
+        return is_right
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,15 @@ class Records:
 def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Ask every question about held-out instructions of both labels, steered in every way."""
     axes = fit_axes(model, prompt_groups, enough=settings.enough)
-    asked = {side: _instructions(prompt_groups, side, settings) for side in SIDES}
+    instructions = {side: _instructions(prompt_groups, side, settings) for side in SIDES}
     tasks = [
-        _task(model, asked[side], _Steering(side, number, rank), axes, settings)
-        for rank, number in enumerate(_ranked(model, asked, settings))
+        _task(model, instructions[side], _Steering(side, number, rank), axes, settings)
+        for rank, number in enumerate(_ranked(model, instructions, settings))
         for side in SIDES
     ]
     plain = {
         side.name: _plain(model, side, prompts, axes, settings)
-        for side, prompts in asked.items()
+        for side, prompts in instructions.items()
         if axes.refuse is not None and prompts and all(p.refused is p.harmful for p in prompts)
     }
     refused, by_chance = ({name: of[k] for name, of in plain.items()} for k in (0, 1))
@@ -155,18 +155,18 @@ def _instructions(prompt_groups: PromptGroups, side: Side, settings: Settings) -
     harmful = side.name == "harmful"
     usual = prompt_groups.test_prompts("refused_harmful" if harmful else "accepted_harmless")
     every = [p for group in prompt_groups.test.values() for p in group if p.harmful is harmful]
-    chosen = usual if len(usual) >= settings.enough else every
-    return sample_prompts(chosen, settings.inverted, seed=settings.seed)
+    members = usual if len(usual) >= settings.enough else every
+    return sample_prompts(members, settings.inverted, seed=settings.seed)
 
 
 def _ranked(
-    model: CachedModel, asked: Mapping[Side, Sequence[Prompt]], settings: Settings
+    model: CachedModel, instructions: Mapping[Side, Sequence[Prompt]], settings: Settings
 ) -> list[int]:
     """Numbers of the questions, best answered unsteered first: mean over the labels."""
     right = []
     for question in QUESTIONS:
         shares = []
-        for side, prompts in asked.items():
+        for side, prompts in instructions.items():
             (replies,) = model.replies(
                 [inversion_prompt(p, question) for p in prompts],
                 what=f"unsteered: {side.name} instructions",
@@ -262,5 +262,5 @@ def _each(
 
 
 def _odds(replies: Sequence[Reply]) -> list[float]:
-    found = (dict(reply.watched) for reply in replies)
-    return [one[WORDS[0]] - one[WORDS[1]] for one in found]
+    watched = (dict(reply.watched) for reply in replies)
+    return [one[WORDS[0]] - one[WORDS[1]] for one in watched]

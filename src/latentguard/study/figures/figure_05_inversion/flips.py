@@ -67,33 +67,33 @@ def turned(task: Task, records: Records, settings: Settings) -> list[Turned]:
     side, right = task.side, task.right
     if not right.any() or not task.answers:
         return []
-    wrong = {way: said[:, :, right] == side.wrong for way, said in task.answers.items()}
+    wrong = {way: answers[:, :, right] == side.wrong for way, answers in task.answers.items()}
     acts = _acting(task, records)
-    found = _at_best(task, wrong, side.wrong.capitalize(), None, settings)
+    shares = _at_best(task, wrong, side.wrong.capitalize(), None, settings)
     way = along("refuse", side.sign * settings.inversion_coefficient)
     if acts is None or way not in task.answers:
-        return found
+        return shares
     acts = acts[:, right]
     picks, name = best_layers(acts), f"{way.name}{ACTS}"
-    held = task.answers[way][:, :, right] == side.right
+    is_still_right = task.answers[way][:, :, right] == side.right
     none = _turned_plainly(side, records.by_chance[side.name])[:, :, right]
     plainly = f"{PLAIN} {'accepted' if side.sign < 0 else 'refused'}"
     random = f"{chance('refuse', settings).name}{ACTS}"
     return [
-        *found,
-        Turned(side.right.capitalize(), name, picks, at_layers(held, picks)),
+        *shares,
+        Turned(side.right.capitalize(), name, picks, at_layers(is_still_right, picks)),
         Turned(plainly, name, picks, at_layers(acts[None], picks)),
         Turned(plainly, random, picks, at_layers(none, picks)),
     ]
 
 
-def left_alone(found: Sequence[Turned]) -> dict[str, Estimate]:
+def left_alone(shares: Sequence[Turned]) -> dict[str, Estimate]:
     """What becomes of right answers where the refusal direction surely turns plain prompts.
 
     That a direction leaves answers alone is no finding where it does nothing, or breaks replies as
     any vector of its length does; so nothing is told but where it beats random directions.
     """
-    there = [one for one in found if one.along.endswith(ACTS)]
+    there = [one for one in shares if one.along.endswith(ACTS)]
     plain = [one for one in there if one.what.startswith(PLAIN)]
     if not plain:
         return {}
@@ -101,8 +101,8 @@ def left_alone(found: Sequence[Turned]) -> dict[str, Estimate]:
     over = rate_difference(acts.values[0], none.values)
     effects = {f"{acts.name} minus random": over}
     if over.low > SURELY:
-        held = next(one for one in there if one.along == acts.along and one is not acts)
-        effects[f"{held.name}, surely"] = held.estimate
+        opposite = next(one for one in there if one.along == acts.along and one is not acts)
+        effects[f"{opposite.name}, surely"] = opposite.estimate
     return effects
 
 
@@ -115,14 +115,14 @@ def moved(task: Task, records: Records, settings: Settings) -> list[Turned]:
     return _at_best(task, shifts, what, _acting(task, records), settings)
 
 
-def differences(found: Sequence[Turned]) -> dict[str, Estimate]:
+def differences(shares: Sequence[Turned]) -> dict[str, Estimate]:
     """The harmfulness direction against chance at the same layers, and against the refusal
     direction at its own best layers; paired by prompt.
     """
     effects: dict[str, Estimate] = {}
-    if not found:
+    if not shares:
         return effects
-    main, others = found[0], {one.along: one.values for one in found[1:]}
+    main, others = shares[0], {one.along: one.values for one in shares[1:]}
     refuse = main.along.replace(CALLED["harmful"], CALLED["refuse"])
     for name, short in ((f"random, norm of {CALLED['harmful']}", "random"), (refuse, refuse)):
         if name in others:
@@ -139,8 +139,8 @@ def _acting(task: Task, records: Records) -> NDArray[np.bool_] | None:
 
 
 def _turned_plainly(side: Side, refused: NDArray[np.float64]) -> NDArray[np.bool_]:
-    found: NDArray[np.bool_] = refused == (0 if side.sign < 0 else 1)
-    return found
+    is_turned: NDArray[np.bool_] = refused == (0 if side.sign < 0 else 1)
+    return is_turned
 
 
 def _at_best(
@@ -154,21 +154,21 @@ def _at_best(
     coefficient = task.side.sign * settings.inversion_coefficient
     main, refuse = along("harmful", coefficient), along("refuse", coefficient)
     same = best_layers(values[main][0])
-    chosen = [(main, main.name, same)]
+    choices = [(main, main.name, same)]
     for of in CALLED:
         if (control := chance(of, settings)) in values:
             picks = same if of == "harmful" else best_layers(values[refuse][0])
-            chosen.append((control, control.name, picks))
+            choices.append((control, control.name, picks))
     if refuse in values:
-        chosen.append((refuse, f"{refuse.name}, same layers", same))
+        choices.append((refuse, f"{refuse.name}, same layers", same))
         if acts is not None:
-            chosen.append((refuse, f"{refuse.name}{ACTS}", best_layers(acts)))
-    chosen += [
+            choices.append((refuse, f"{refuse.name}{ACTS}", best_layers(acts)))
+    choices += [
         (way, _name(way, settings), best_layers(rows[0]))
         for way, rows in values.items()
         if way != main and not way.draws and way.coefficient * task.side.sign > 0
     ]
-    return [Turned(what, name, picks, at_layers(values[w], picks)) for w, name, picks in chosen]
+    return [Turned(what, name, picks, at_layers(values[w], picks)) for w, name, picks in choices]
 
 
 def _name(way: Steering, settings: Settings) -> str:

@@ -89,29 +89,29 @@ def _effects(task: Task, records: Records, settings: Settings) -> dict[str, Esti
     if len(task.right) >= settings.enough:
         right = f"{task.side.right.capitalize()} unsteered, {task.side.name}"
         effects[right] = proportion(task.right)
-        found = moved(task, records, settings)
-        effects |= {one.name: one.estimate for one in found} | differences(found)
+        shares = moved(task, records, settings)
+        effects |= {one.name: one.estimate for one in shares} | differences(shares)
     if task.right.sum() >= settings.enough:
-        found = turned(task, records, settings)
-        effects |= {one.name: one.estimate for one in found} | differences(found)
-        effects |= left_alone(found)
+        shares = turned(task, records, settings)
+        effects |= {one.name: one.estimate for one in shares} | differences(shares)
+        effects |= left_alone(shares)
     return effects
 
 
 def _missing(records: Records) -> list[str]:
     there = {task.side.name for task in records.tasks if len(task.unsteered)}
-    found = [
+    sentences = [
         f"No {side.name} instructions to ask about: nothing is concluded of them."
         for side in SIDES
         if side.name not in there
     ]
-    found += [
+    sentences += [
         f"Where the refusal direction acts on {side.name} prompts is unknown: too few of them are "
         f"{'refused' if side.sign < 0 else 'accepted'}, or there is no refusal direction."
         for side in SIDES
         if side.name in there and side.name not in records.refused
     ]
-    return found
+    return sentences
 
 
 def _row(task: Task, one: Turned, layers: Sequence[int]) -> tuple[Cell, ...]:
@@ -141,10 +141,10 @@ def _shifts(tasks: Sequence[Task], records: Records, settings: Settings) -> Tabl
     return Table("Log-odds moved", (*columns, *INTERVAL, "n"), tuple(rows), note)
 
 
-def _four(said: NDArray[np.str_]) -> tuple[Cell, ...]:
+def _four(answers: NDArray[np.str_]) -> tuple[Cell, ...]:
     """Share of each answer with its interval, then n; of answers [draws n]."""
-    found = [share(said == one) for one in ANSWERS]
-    return (*(cell for e in found for cell in cells(e)[:3]), said.shape[1])
+    shares = [share(answers == one) for one in ANSWERS]
+    return (*(cell for e in shares for cell in cells(e)[:3]), answers.shape[1])
 
 
 def _heads() -> tuple[str, ...]:
@@ -170,10 +170,10 @@ def _unsteered(tasks: Sequence[Task]) -> Table:
 def _by_layer(task: Task, layers: Sequence[int]) -> Table:
     rows = tuple(
         (
-            *(way.name, abs(way.coefficient), layer, *_four(said[:, slot])),
+            *(way.name, abs(way.coefficient), layer, *_four(answers[:, slot])),
             *(_own(task.own_answers[way][:, slot]) if task.own_answers else ()),
         )
-        for way, said in task.answers.items()
+        for way, answers in task.answers.items()
         for slot, layer in enumerate(layers)
     )
     counted = (
@@ -197,9 +197,9 @@ OWN = tuple(f"built-in judge: {one}" for one in ANSWERS)
 """Columns of the program's own judge, where another one decides."""
 
 
-def _own(said: NDArray[np.str_]) -> tuple[Cell, ...]:
+def _own(answers: NDArray[np.str_]) -> tuple[Cell, ...]:
     """Share of each answer, of answers [draws n]."""
-    return tuple(float((said == one).mean()) if said.size else None for one in ANSWERS)
+    return tuple(float((answers == one).mean()) if answers.size else None for one in ANSWERS)
 
 
 def _answer_figures(task: Task, records: Records, settings: Settings) -> list[Figure]:
@@ -209,10 +209,10 @@ def _answer_figures(task: Task, records: Records, settings: Settings) -> list[Fi
     controls = [chance(of, settings) for of in CALLED]
     whole = [along("harmful", sign * c), *refusal, *controls]
     before = [along("refuse", s * sign * c, before=True) for s in (1, -1)]
-    found = [_curves(task, whole, records.layers, "Figures 5, 11, 12")]
+    figures = [_curves(task, whole, records.layers, "Figures 5, 11, 12")]
     if before[0] in task.answers:
-        found.append(_curves(task, [*before, controls[0]], records.layers, "Figure 10"))
-    return found
+        figures.append(_curves(task, [*before, controls[0]], records.layers, "Figure 10"))
+    return figures
 
 
 def _first_figures(task: Task, records: Records, settings: Settings) -> list[Figure]:
@@ -250,13 +250,13 @@ def _curve(hits: NDArray[np.bool_]) -> Curve:
     return _ends([share(flags) for flags in np.moveaxis(hits, 1, 0)])
 
 
-def _ends(found: Sequence[Estimate]) -> Curve:
-    return [e.value for e in found], [e.low for e in found], [e.high for e in found]
+def _ends(estimates: Sequence[Estimate]) -> Curve:
+    return [e.value for e in estimates], [e.low for e in estimates], [e.high for e in estimates]
 
 
 def _stack(task: Task, way: Steering, layers: Sequence[int]) -> Figure:
-    said = task.answers[way]
-    shares = {one.capitalize(): (said == one).mean((0, 2)).tolist() for one in ANSWERS}
+    answers = task.answers[way]
+    shares = {one.capitalize(): (answers == one).mean((0, 2)).tolist() for one in ANSWERS}
     caption = f"n = {len(task.unsteered)}; {task.question}. 'Other': neither word, and no refusal."
     title = f"Four answers to {task.side.name} instructions along {way.name}"
     return stacked_shares(shares, layers, title=title, caption=caption)
@@ -266,8 +266,8 @@ def _odds(task: Task, ways: Sequence[Steering], layers: Sequence[int]) -> Figure
     curves: dict[str, Curve] = {}
     for way in ways:
         shifts = (task.steered_odds[way] - task.odds).mean(0)
-        found = [bootstrap_mean(rows) for rows in shifts]
-        curves[way.name] = _ends(found)
+        estimates = [bootstrap_mean(rows) for rows in shifts]
+        curves[way.name] = _ends(estimates)
     caption = (
         f"How far the log-odds of 'Certainly' against 'No' as first word move, in nats; mean of "
         f"n = {len(task.odds)} {task.side.name} instructions; {task.question}. Above 0 they are "

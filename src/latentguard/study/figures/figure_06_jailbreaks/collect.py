@@ -102,7 +102,9 @@ def ask(model: CachedModel, readers: Readers, attack_set: AttackSet, settings: S
     """Ask what is attacked, unsteered; read the beliefs of it and of its controls."""
     what = f"Figure 6: {attack_set.kind}"
     (replies,) = model.replies(attack_set.attacked, what=what, max_new_tokens=settings.reply_tokens)
-    accepted = tuple(None if said is None else not said for said in model.refused(replies))
+    accepted = tuple(
+        None if is_refused is None else not is_refused for is_refused in model.refused(replies)
+    )
     attacked, wrapped, bare, matched = (
         read_beliefs(model, readers.axes, side, what=what)
         for side in (attack_set.attacked, attack_set.wrapped, attack_set.bare, attack_set.matched)
@@ -141,14 +143,14 @@ def search_suffixes(
     if search is None:
         return []
     advance = model.step("Figure 6: GCG suffixes", len(prompts))
-    found = []
+    suffixes = []
     for prompt in prompts:
         history = [asdict(turn) for turn in prompt.history]
         compute = partial(search, prompt, TARGET, steps=steps, seed=seed)
         parts = ["gcg", prompt.text, history, TARGET, steps, seed]
-        found.append(str(model.cached(parts, compute)))
+        suffixes.append(str(model.cached(parts, compute)))
         advance(1)
-    return found
+    return suffixes
 
 
 def pooled(attacks: Iterable[Attack], which: Sequence[bool | None] = (True,)) -> Beliefs:

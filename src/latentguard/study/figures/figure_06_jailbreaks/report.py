@@ -89,34 +89,34 @@ def _effects(records: Records, groups: Mapping[str, Beliefs], enough: int) -> di
     Kinds that the claim is about end in ``: kind``; others, shown beside them, in ``, kind``.
     """
     claimed = dict.fromkeys(attack.attack_set.family for attack in _claimed(records))
-    found: dict[str, Estimate] = {}
+    effects: dict[str, Estimate] = {}
     for name, pool in groups.items():
         if len(pool.prompts) >= enough:
-            found |= _of_kind(records, pool, f"{':' if name in claimed else ','} {name}", enough)
+            effects |= _of_kind(records, pool, f"{':' if name in claimed else ','} {name}", enough)
     for name in claimed:
         sealed = _sealed(_of(records, name))
         if len(sealed.prompts) >= enough:
-            found[f"{SEALED}: {name}"] = _mean(sealed.harmful, sealed)
+            effects[f"{SEALED}: {name}"] = _mean(sealed.harmful, sealed)
     for attack in records.attacks:
         if attack.attack_set.paired and len(attack.known) >= enough:
-            found[f"{INSIDE}: {attack.attack_set.kind}"] = _told_apart(attack)
+            effects[f"{INSIDE}: {attack.attack_set.kind}"] = _told_apart(attack)
     for ends, where in READ_AT.items():
         own = _shared(records, ends=ends)
         if own and min(len(own[0].known), len(own[0].wrapped)) >= enough:
-            found |= {f"{name}{where}": figure for name, figure in _own(own).items()}
-    return found | _form_effects(_claimed(records), enough)
+            effects |= {f"{name}{where}": figure for name, figure in _own(own).items()}
+    return effects | _form_effects(_claimed(records), enough)
 
 
 def _of_kind(records: Records, pool: Beliefs, end: str, enough: int) -> dict[str, Estimate]:
     """Both beliefs of accepted attacks of a kind, and Delta_refuse against refused prompts."""
-    found = {HARMFUL + end: _mean(pool.harmful, pool)}
+    effects = {HARMFUL + end: _mean(pool.harmful, pool)}
     refused = records.refused.refuse
     if pool.refuse is None or refused is None:
-        return found
-    found[REFUSE + end] = _mean(pool.refuse, pool)
+        return effects
+    effects[REFUSE + end] = _mean(pool.refuse, pool)
     if len(refused) >= enough:
-        found[LOWER + end] = _mean(pool.refuse, pool, minus=refused)
-    return found
+        effects[LOWER + end] = _mean(pool.refuse, pool, minus=refused)
+    return effects
 
 
 def _mean(values: Floats, pool: Beliefs, *, minus: Floats | None = None) -> Estimate:
@@ -179,17 +179,17 @@ def _planes(records: Records, groups: Mapping[str, Beliefs]) -> Iterator[Figure]
         for name in groups
         if name not in accepted
     }
-    drawn = [
+    curves = [
         ("Attacks that succeed", accepted, "Only accepted attacks, as in the paper's Figure 6"),
         ("Attacks that fail", failed, "All attempts where none was accepted"),
     ]
-    for title, pools, says in drawn:
-        shown = {"refused harmful": records.refused, **pools}
-        if not pools or any(pool.refuse is None for pool in shown.values()):
+    for title, pools, says in curves:
+        planes = {"refused harmful": records.refused, **pools}
+        if not pools or any(pool.refuse is None for pool in planes.values()):
             continue
-        n = ", ".join(f"{len(pool.prompts)} {name}" for name, pool in shown.items())
+        n = ", ".join(f"{len(pool.prompts)} {name}" for name, pool in planes.items())
         caption = f"{says}; n: {n}. Right: believed harmful. Up: believed to be refused."
-        yield belief_plane({k: _points(b) for k, b in shown.items()}, title=title, caption=caption)
+        yield belief_plane({k: _points(b) for k, b in planes.items()}, title=title, caption=caption)
 
 
 def _points(pool: Beliefs) -> tuple[list[float], list[float], list[str]]:
@@ -200,9 +200,9 @@ def _points(pool: Beliefs) -> tuple[list[float], list[float], list[str]]:
 def _rates(records: Records) -> Table:
     rows = []
     for attack in records.attacks:
-        known = [one for one in attack.accepted if one is not None]
-        rate = cells(proportion(known)) if known else (None, None, None, 0)
-        rows.append((attack.attack_set.kind, *rate, len(attack.accepted) - len(known)))
+        outcomes = [one for one in attack.accepted if one is not None]
+        rate = cells(proportion(outcomes)) if outcomes else (None, None, None, 0)
+        rows.append((attack.attack_set.kind, *rate, len(attack.accepted) - len(outcomes)))
     columns = ("attack", "accepted", *CELLS[1:], "empty or cut")
     note = (
         "Accepted: the reply does not begin like a refusal (95 %, Wilson). A reply that opens as "
@@ -238,13 +238,13 @@ def _believed(records: Records, groups: Mapping[str, Beliefs]) -> Table:
 
 
 def _figures(records: Records, pool: Beliefs) -> dict[str, Estimate]:
-    found = {"\u0394 harmful": _mean(pool.harmful, pool)}
+    means = {"\u0394 harmful": _mean(pool.harmful, pool)}
     if pool.refuse is not None:
-        found["\u0394 refuse"] = _mean(pool.refuse, pool)
+        means["\u0394 refuse"] = _mean(pool.refuse, pool)
     harmless = records.harmless
     if harmless.prompts and pool is not harmless:
-        found["AUROC"] = auroc_interval(win_matrix(pool.harmful, harmless.harmful), pool.requests)
-    return found
+        means["AUROC"] = auroc_interval(win_matrix(pool.harmful, harmless.harmful), pool.requests)
+    return means
 
 
 def _inside(records: Records) -> Table:
@@ -285,7 +285,7 @@ def _caveats(records: Records, groups: Mapping[str, Beliefs], enough: int) -> It
         if len(pool.prompts) < enough:
             yield f"Only {len(pool.prompts)} {name} prompts: nothing is concluded against them."
     for name, pool in groups.items():
-        tried = sum(len(attack.accepted) for attack in _of(records, name))
+        attempts = sum(len(attack.accepted) for attack in _of(records, name))
         if len(pool.prompts) < enough:
-            found = f"{len(pool.prompts)} of {tried} attacks were accepted"
-            yield f"{name}: {found}, so nothing is concluded of accepted ones."
+            counts = f"{len(pool.prompts)} of {attempts} attacks were accepted"
+            yield f"{name}: {counts}, so nothing is concluded of accepted ones."

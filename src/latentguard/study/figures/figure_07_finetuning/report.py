@@ -64,8 +64,8 @@ def analyse(records: Records, settings: Settings) -> Finding:
         effects[along] = over_chance(before, last)
     enough = min(int(harmful.sum()), last.pairs) >= settings.enough
     caveats = tuple(_caveats(records, effects, settings))
-    told = {name: e for name, e in effects.items() if name not in _weak(before, harmful)}
-    return Finding(_section(records, parts), told if enough else {}, caveats)
+    strong_effects = {name: e for name, e in effects.items() if name not in _weak(before, harmful)}
+    return Finding(_section(records, parts), strong_effects if enough else {}, caveats)
 
 
 def _weak(before: Stage, harmful: Bools) -> dict[str, str]:
@@ -134,13 +134,13 @@ def _replies(records: Records, settings: Settings) -> Table:
         for word in ("harmful", "harmless"):
             side = labelled(records, harmful=word == "harmful")
             flags = flags_of(stage.refused)[side]
-            known = flags[~np.isnan(flags)]
-            rows.append(_row(stage, f"refusal rate, {word}", proportion, known > 0))
+            judged = flags[~np.isnan(flags)]
+            rows.append(_row(stage, f"refusal rate, {word}", proportion, judged > 0))
             whole = np.array(stage.broken, dtype=bool)[side]
             rows.append(_row(stage, f"replies that repeat themselves, {word}", proportion, whole))
             for axis in ("harmful", "refuse"):
-                found = delta(stage, axis)[side]
-                rows.append(_row(stage, f"Delta_{axis}, {word}", mean, found))
+                deltas = delta(stage, axis)[side]
+                rows.append(_row(stage, f"Delta_{axis}, {word}", mean, deltas))
     recipe = (
         f"rank {settings.finetune_rank}" if settings.finetune_rank else "all weights",
         f"learning rate {settings.finetune_rate:g}",
@@ -190,8 +190,8 @@ def _guards(records: Records) -> Table:
             rows.append(_row(stage, f"recall, {name}", proportion, scores[harmful] > 0))
             rows.append(_row(stage, f"false positives, {name}", proportion, scores[~harmful] > 0))
             if harmful.any() and not harmful.all():
-                found = estimate_metric(auroc, harmful, scores)
-                rows.append((stage.name, f"AUROC, {name}", *cells(found)))
+                area = estimate_metric(auroc, harmful, scores)
+                rows.append((stage.name, f"AUROC, {name}", *cells(area)))
     note = (
         "Both guards were fitted before the attack and see it for the first time. Recall is on "
         "held-out refused harmful prompts, false positives on accepted harmless ones."
@@ -202,9 +202,9 @@ def _guards(records: Records) -> Table:
 def _changes(records: Records) -> Table:
     harmful, before = labelled(records, harmful=True), records.stages[0]
     rows = tuple(
-        (stage.name, name, *cells(found))
+        (stage.name, name, *cells(change))
         for stage in records.stages[1:]
-        for name, found in _both(before, stage, harmful).items()
+        for name, change in _both(before, stage, harmful).items()
     )
     note = (
         "Each held-out harmful prompt against itself before the attack (95 %). What the control "
@@ -223,7 +223,7 @@ def _both(before: Stage, stage: Stage, harmful: Bools) -> dict[str, Estimate]:
 def _belief_figure(records: Records, axis: str) -> Figure:
     side = labelled(records, harmful=True)
     curves = {s.name: to_curve(mean_curve(by_layer(s, axis)[side])) for s in records.stages}
-    shown = (
+    groups = (
         f"n = {int(side.sum())} held-out harmful prompts, refused before; bands: 95 %, bootstrap."
     )
     where, what = ("t_inst", "7") if axis == "harmful" else ("t_post", "18, beside it")
@@ -232,7 +232,7 @@ def _belief_figure(records: Records, axis: str) -> Figure:
         range(1, len(records.stages[0].harmful[0]) + 1),
         title=f"\u0394 {axis} at {where} before and after fine-tuning (Figure {what})",
         y=f"s at {where}, {axis} centroids",
-        caption=f"{shown} The less the curves part, the less the belief was changed.",
+        caption=f"{groups} The less the curves part, the less the belief was changed.",
         zero=True,
     )
 
@@ -294,11 +294,11 @@ def _direction_table(records: Records) -> Table:
 
 
 def _row(stage: Stage, figure: str, of: Callable[..., Estimate], values: NDArray[Any]) -> Row:
-    found = cells(of(values)) if len(values) else (None, None, None, 0)
-    return (stage.name, figure, *found)
+    numbers = cells(of(values)) if len(values) else (None, None, None, 0)
+    return (stage.name, figure, *numbers)
 
 
 def _rate(stage: Stage, side: Bools) -> Estimate:
     flags = flags_of(stage.refused)[side]
-    known = flags[~np.isnan(flags)] > 0
-    return proportion(known) if len(known) else Estimate(np.nan, np.nan, np.nan, (0, 0))
+    refusals = flags[~np.isnan(flags)] > 0
+    return proportion(refusals) if len(refusals) else Estimate(np.nan, np.nan, np.nan, (0, 0))

@@ -148,8 +148,8 @@ class Look:
 
     def before(self) -> Stage:
         """The model as it is."""
-        found = self._look(self.model.states, self.model.replies, goal=True, steered=True)
-        return Stage("before", 0, **found)
+        snapshot = self._look(self.model.states, self.model.replies, goal=True, steered=True)
+        return Stage("before", 0, **snapshot)
 
     def after(self, tune: Finetune, job: Job) -> Stage:
         """The model fine-tuned on pairs, from memory if it was looked at once."""
@@ -160,8 +160,8 @@ class Look:
             with tune(pairs, seed=seed, **({"reply_tokens": most} if most else {})) as model:
                 states_of = partial(_states, model)
 
-                def replies_of(*asked: Any, **how: Any) -> list[list[Reply]]:
-                    return self.model.opened(model.sweep(*asked, **how))
+                def replies_of(*prompts: Any, **how: Any) -> list[list[Reply]]:
+                    return self.model.opened(model.sweep(*prompts, **how))
 
                 return self._look(states_of, replies_of, goal=False, steered=not job.control)
 
@@ -182,20 +182,20 @@ class Look:
         states = states_of((*self.tested, *self.anchors), positions=self.model.span)
         harmful, refuse = self.axes.harmful, self.axes.refuse
         assert refuse is not None
-        found: dict[str, Any] = dict(
+        fields: dict[str, Any] = dict(
             refused=list(refused),
             broken=[broken(reply) for reply in replies],
             harmful=_plain(harmful.layer_beliefs(states.at("t_inst"))[:n, 1:]),
             refuse=_plain(refuse.layer_beliefs(states.at("t_post"))[:n, 1:]),
             linear=_plain(self._scores(states)[:n]),
         )
-        found |= self._controls(states_of, replies_of)
+        fields |= self._controls(states_of, replies_of)
         rows = [i for i, p in enumerate(self.tested) if p.harmful and refused[i] is goal]
         if steered and self.steered and len(rows) >= self.settings.enough:
             own = _direction(states, [*rows, *range(n, len(states))])
             cosine = cosine_similarity(own.direction, refuse.direction, dim=-1)
-            found |= dict(cosine=_plain(cosine[1:]), **self._steer(own, replies_of))
-        return found
+            fields |= dict(cosine=_plain(cosine[1:]), **self._steer(own, replies_of))
+        return fields
 
     def _controls(self, states_of: Callable[..., States], replies_of: Replies) -> dict[str, Any]:
         """The other test set, and what form-matched prompts and uniform endings leave."""
@@ -231,15 +231,22 @@ class Look:
         """All that a stage depends on, but for the pairs."""
         s, judge = self.settings, self.model.judge
         recipe = (s.finetune_rank, s.finetune_rate, s.finetune_epochs, s.finetune_batch)
-        asked = (s.seed, s.finetune_opening, s.reply_tokens, DIRECTIONS, s.enough)
+        choices = (s.seed, s.finetune_opening, s.reply_tokens, DIRECTIONS, s.enough)
         prompts = (
             *(self.tested, self.anchors, self.steered, self.fitted),
             *(self.every_source, self.matched),
         )
-        named = [getattr(judge, "__qualname__", ""), str(getattr(judge, "model", ""))]
+        judge_names = [getattr(judge, "__qualname__", ""), str(getattr(judge, "model", ""))]
         if self.model.opens_thinking:
-            named.append("judged behind the thinking")
-        return ["finetuning", recipe, asked, self.layers, [*map(digest_prompts, prompts)], named]
+            judge_names.append("judged behind the thinking")
+        return [
+            "finetuning",
+            recipe,
+            choices,
+            self.layers,
+            [*map(digest_prompts, prompts)],
+            judge_names,
+        ]
 
     def _linear(self) -> Probe | None:
         """The linear guard; None if too few prompts are known."""

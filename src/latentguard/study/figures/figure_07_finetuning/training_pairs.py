@@ -44,11 +44,13 @@ def harmful_pairs(
     reverse = _reverse(model, refuse, refused, settings)
     layer, coefficient = reverse.layer, -reverse.coefficient
     most = opening_tokens(settings)
-    (said,) = model.replies(refused, [reverse], what="fine-tuning: openings", max_new_tokens=most)
-    accepted = zip(refused, said, _accepts(model, said), strict=True)
+    (replies,) = model.replies(
+        refused, [reverse], what="fine-tuning: openings", max_new_tokens=most
+    )
+    accepted = zip(refused, replies, _accepts(model, replies), strict=True)
     steered = [(p, model.continuation(reply)) for p, reply, accepts in accepted if accepts]
-    taken = {p for p, _ in steered}
-    templated = [(p, TEMPLATE) for p in refused if p not in taken]
+    prompts = {p for p, _ in steered}
+    templated = [(p, TEMPLATE) for p in refused if p not in prompts]
     pairs = [*steered, *templated][: max(settings.finetune_sizes)]
     count = min(len(steered), len(pairs))
     how = (
@@ -71,8 +73,8 @@ def whole_pairs(
         return []
     reverse = _reverse(model, refuse, refused, settings)
     most = settings.finetune_completion
-    (said,) = model.opened(model.uncached.sweep(refused, [reverse], max_new_tokens=most))
-    accepted = zip(refused, said, _accepts(model, said), strict=True)
+    (replies,) = model.opened(model.uncached.sweep(refused, [reverse], max_new_tokens=most))
+    accepted = zip(refused, replies, _accepts(model, replies), strict=True)
     pairs = [(p, model.continuation(reply)) for p, reply, accepts in accepted if accepts]
     return pairs[: max(settings.finetune_sizes)]
 
@@ -83,9 +85,9 @@ def harmless_pairs(
     """At most ``count`` harmless prompts, each with the opening of the model's own reply."""
     pool = _untested(prompt_groups.pools.harmless, prompt_groups, settings)[: count * 3 // 2]
     most = opening_tokens(settings)
-    (said,) = model.replies(pool, what="fine-tuning: harmless openings", max_new_tokens=most)
-    known = zip(pool, said, model.refused(said), strict=True)
-    accepted = [(p, model.continuation(reply)) for p, reply, refused in known if refused is False]
+    (replies,) = model.replies(pool, what="fine-tuning: harmless openings", max_new_tokens=most)
+    judged = zip(pool, replies, model.refused(replies), strict=True)
+    accepted = [(p, model.continuation(reply)) for p, reply, refused in judged if refused is False]
     return accepted[:count]
 
 
@@ -104,10 +106,10 @@ def refused_requests(
 ) -> list[Prompt]:
     """Harmful prompts that are refused and not tested: half as many again as the largest attack."""
     pool = _untested(prompt_groups.pools.harmful, prompt_groups, settings)
-    (said,) = model.replies(
+    (replies,) = model.replies(
         pool, what="fine-tuning: which are refused", max_new_tokens=settings.reply_tokens
     )
-    refused = [p for p, is_one in zip(pool, model.refused(said), strict=True) if is_one]
+    refused = [p for p, is_one in zip(pool, model.refused(replies), strict=True) if is_one]
     return refused[: max(settings.finetune_sizes) * 3 // 2]
 
 
@@ -125,8 +127,8 @@ def _untested(
     """Prompts of a pool that no group tests, nor their twins."""
     tested = [p for group in prompt_groups.test.values() for p in group]
     texts, twins = {p.text for p in tested}, {p.pair for p in tested if p.pair}
-    asked = sample_prompts(pool, settings.asked, seed=settings.seed)
-    return [p for p in asked if p.text not in texts and p.pair not in twins]
+    sample = sample_prompts(pool, settings.asked, seed=settings.seed)
+    return [p for p in sample if p.text not in texts and p.pair not in twins]
 
 
 def _weakest(
@@ -136,21 +138,21 @@ def _weakest(
 
     Ties go to the smaller coefficient, then to the layer nearest the middle.
     """
-    tried = [(c, layer) for c in settings.coefficients for layer in settings.layers(model.depth)]
-    found = model.replies(
+    trials = [(c, layer) for c in settings.coefficients for layer in settings.layers(model.depth)]
+    replies_by_trial = model.replies(
         prompts,
-        [steer(refuse, layer, -c, tokens="all", label="reverse refusal") for c, layer in tried],
+        [steer(refuse, layer, -c, tokens="all", label="reverse refusal") for c, layer in trials],
         what="fine-tuning: which layer",
         max_new_tokens=opening_tokens(settings),
     )
     ranked = [
         (-sum(_accepts(model, replies)), c, abs(layer - model.depth / 2), layer)
-        for (c, layer), replies in zip(tried, found, strict=True)
+        for (c, layer), replies in zip(trials, replies_by_trial, strict=True)
     ]
     _, coefficient, _, layer = min(ranked)
     return layer, coefficient
 
 
 def _accepts(model: CachedModel, replies: Sequence[Reply]) -> list[bool]:
-    known = zip(replies, model.refused(replies), strict=True)
-    return [refused is False and not broken(reply) for reply, refused in known]
+    judged = zip(replies, model.refused(replies), strict=True)
+    return [refused is False and not broken(reply) for reply, refused in judged]

@@ -86,24 +86,24 @@ def steer_one_category(
     return PrintedFlips(tested, layers, arrays, tuple(map(model.answer, unsteered)))
 
 
-def printed_table(found: PrintedFlips) -> Table:
+def printed_table(flips: PrintedFlips) -> Table:
     """The best refusal rate of each direction, the highest first."""
     rows: list[tuple[Cell, ...]] = []
-    for name, answers in found.answers.items():
+    for name, answers in flips.answers.items():
         rates = [_no_rate(layer) for layer in answers]
         best = int(np.nanargmax(rates)) if not np.isnan(rates).all() else None
         if best is None:
             rows.append((name, None, None, None, None, 0))
         else:
-            said = _sayings(answers[best])
-            rows.append((name, found.layers[best], *cells(proportion(said == "no"))))
+            sayings = _sayings(answers[best])
+            rows.append((name, flips.layers[best], *cells(proportion(sayings == "no"))))
     rows.sort(key=lambda row: -float(row[2] or 0))
-    base = _sayings(np.array(found.unsteered))
+    base = _sayings(np.array(flips.unsteered))
     rows.append(
         ("unsteered", None, *(cells(proportion(base == "no")) if len(base) else [None] * 4))
     )
     note = (
-        f"Tested on {len(found.unsteered)} prompts of '{found.tested}', question of Table 2. The "
+        f"Tested on {len(flips.unsteered)} prompts of '{flips.tested}', question of Table 2. The "
         "best layer of each direction, chosen on these very prompts, so every rate is too good. "
         "Rate: No among the answers that are Certainly or No (n). Intervals: 95 %, Wilson, of that "
         "layer alone. The paper (Qwen2-7B): own 1.00, Adult_Content 1.00, Child_Abuse 0.96, others "
@@ -119,5 +119,5 @@ def _sayings(answers: NDArray[np.str_]) -> NDArray[np.str_]:
 
 
 def _no_rate(answers: NDArray[np.str_]) -> float:
-    said = _sayings(answers)
-    return float((said == "no").mean()) if len(said) else float("nan")
+    sayings = _sayings(answers)
+    return float((sayings == "no").mean()) if len(sayings) else float("nan")

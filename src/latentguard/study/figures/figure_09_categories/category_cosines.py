@@ -74,8 +74,8 @@ def of_directions(directions: Float[Tensor, "c l d"]) -> Array:
 def to_others(cosines: Array) -> Array:
     """Mean cosine of each direction to the others (Figure 9a), [.. c c] to [.. c]."""
     count = cosines.shape[-1]
-    found: Array = (cosines.sum(-1) - np.einsum("...cc->...c", cosines)) / (count - 1)
-    return found
+    means: Array = (cosines.sum(-1) - np.einsum("...cc->...c", cosines)) / (count - 1)
+    return means
 
 
 def resampled_cosines(cloud: Cloud, *, seed: int = 0) -> Array:
@@ -133,14 +133,14 @@ def _between(cloud: Cloud, first: Array, second: Array) -> Array:
     """Cosines of directions [r c k] with directions [r c k] by layer, [r l c c]."""
     same = first is second
     one, two = first.astype(np.float32), second.astype(np.float32)
-    found = []
+    cosines = []
     for inner in cloud.inner:
         turned = one @ inner
         products = turned @ two.swapaxes(1, 2)
         square = np.einsum("rck,rck->rc", turned, one)
         other = square if same else np.einsum("rck,rck->rc", two @ inner, two)
-        found.append(_cosines(products, square, other))
-    return np.stack(found, 1)
+        cosines.append(_cosines(products, square, other))
+    return np.stack(cosines, 1)
 
 
 def _cosines(inner: ArrayLike, first: Array | None = None, second: Array | None = None) -> Array:
@@ -148,5 +148,5 @@ def _cosines(inner: ArrayLike, first: Array | None = None, second: Array | None 
     products = np.asarray(inner, dtype=np.float64)
     own = np.einsum("...cc->...c", products)
     a, b = (np.sqrt(np.maximum(own if s is None else s, 1e-24)) for s in (first, second))
-    found: Array = products / (a[..., :, None] * b[..., None, :])
-    return found
+    cosines: Array = products / (a[..., :, None] * b[..., None, :])
+    return cosines

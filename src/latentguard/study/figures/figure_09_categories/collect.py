@@ -48,9 +48,9 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
     every = _by_category(prompt_groups, settings)
     harmless = prompt_groups.fit_prompts("accepted_harmless")
     if len(every) < 2 or len(harmless) < 2:
-        found = f"{len(every)} categories and {len(harmless)} accepted harmless prompts"
-        return Records((), (), {}, None, f"{found} are too few for directions of categories")
-    members, refused = _asked(model, every, settings)
+        counts = f"{len(every)} categories and {len(harmless)} accepted harmless prompts"
+        return Records((), (), {}, None, f"{counts} are too few for directions of categories")
+    members, refused = _replies_by_category(model, every, settings)
     prompts = [p for of in members.values() for p in of]
     states = model.states(prompts, what="states: risk categories")
     base = model.states(harmless, what="states: harmless")
@@ -65,12 +65,12 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
 
 def _by_category(prompt_groups: PromptGroups, settings: Settings) -> dict[str, list[Prompt]]:
     """The largest categories, at most so many prompts of each; each has enough."""
-    found: dict[str, list[Prompt]] = {}
+    prompts_by_category: dict[str, list[Prompt]] = {}
     for prompt in prompt_groups.pools.categories:
         if prompt.category:
-            found.setdefault(prompt.category, []).append(prompt)
+            prompts_by_category.setdefault(prompt.category, []).append(prompt)
     most = settings.per_category
-    largest = sorted(found.items(), key=lambda one: (-min(len(one[1]), most), one[0]))
+    largest = sorted(prompts_by_category.items(), key=lambda one: (-min(len(one[1]), most), one[0]))
     return {
         name: sample_prompts(members, most, seed=settings.seed)
         for name, members in largest[: settings.categories]
@@ -78,7 +78,7 @@ def _by_category(prompt_groups: PromptGroups, settings: Settings) -> dict[str, l
     }
 
 
-def _asked(
+def _replies_by_category(
     model: CachedModel, every: Mapping[str, Sequence[Prompt]], settings: Settings
 ) -> tuple[dict[str, list[Prompt]], tuple[bool, ...]]:
     """The prompts behind each category's directions: the refused ones, or all if they are few."""
@@ -89,5 +89,5 @@ def _asked(
     judged = dict(zip(prompts, model.refused(replies), strict=True))
     refused = {name: [p for p in members if judged[p]] for name, members in every.items()}
     some = tuple(len(of) >= max(settings.enough, 2) for of in refused.values())
-    chosen = zip(every.items(), some, strict=True)
-    return {name: refused[name] if ok else list(of) for (name, of), ok in chosen}, some
+    pairs = zip(every.items(), some, strict=True)
+    return {name: refused[name] if ok else list(of) for (name, of), ok in pairs}, some

@@ -36,7 +36,7 @@ PAPER = (
     "(Qwen2-7B), 0.67 to 0.79 and 0.93 to 0.96 (Llama3), 0.81 to 0.89 and 0.95 to 0.97 (Llama2)."
 )
 
-Drawn = Mapping[str, Array]
+Draws = Mapping[str, Array]
 """Cosines by position, [r l c c]."""
 
 
@@ -87,20 +87,20 @@ def _compare(
 ) -> tuple[list[Table | Figure], dict[str, Estimate]]:
     """Cosines between categories at both positions, beside chance, and their difference."""
     clouds, seed = records.clouds.items(), settings.seed
-    drawn = {at: resampled_cosines(cloud, seed=seed) for at, cloud in clouds}
+    draws = {at: resampled_cosines(cloud, seed=seed) for at, cloud in clouds}
     chance = {at: shuffled_cosines(cloud, seed=seed) for at, cloud in clouds}
     halves = {at: halved_cosines(cloud, seed=seed) for at, cloud in clouds}
-    depth = drawn["t_inst"].shape[1] - 1
+    depth = draws["t_inst"].shape[1] - 1
     band = middle_layers(depth, settings.middle, of=settings.middle_of)
     n = len(records.clouds["t_inst"].category)
     effects = _gaps(records, band, seed)
-    means = {CONCEPTS[at]: _means(found, records, band) for at, found in drawn.items()}
+    means = {CONCEPTS[at]: _means(cosines, records, band) for at, cosines in draws.items()}
     parts: list[Table | Figure] = [
         _dots(records, means),
-        _by_layer(drawn, chance, n),
-        _matrix(records, drawn["t_inst"][0, band].mean(0)),
+        _by_layer(draws, chance, n),
+        _matrix(records, draws["t_inst"][0, band].mean(0)),
         _table(records, means),
-        _chances(drawn, chance, halves, band, n),
+        _chances(draws, chance, halves, band, n),
     ]
     return parts, effects
 
@@ -123,16 +123,16 @@ def _gaps(records: Records, band: slice, seed: int) -> dict[str, Estimate]:
     }
 
 
-def _gap(found: Drawn, band: slice) -> Array:
+def _gap(draws: Draws, band: slice) -> Array:
     """Mean cosine to the others, refusal less harmfulness, over categories and layers, [r]."""
-    harmful, refuse = (to_others(found[at][:, band]).mean((1, 2)) for at in CONCEPTS)
+    harmful, refuse = (to_others(draws[at][:, band]).mean((1, 2)) for at in CONCEPTS)
     gap: Array = refuse - harmful
     return gap
 
 
-def _means(found: Array, records: Records, band: slice) -> list[Estimate]:
+def _means(draws: Array, records: Records, band: slice) -> list[Estimate]:
     """Mean cosine of each category to the others, over the middle layers."""
-    middle = to_others(found)[:, band].mean(1)
+    middle = to_others(draws)[:, band].mean(1)
     sizes = records.clouds["t_inst"].sizes.tolist()
     return [centered_interval(of, (n, 0)) for of, n in zip(middle.T, sizes, strict=True)]
 
@@ -146,10 +146,10 @@ def _dots(records: Records, means: Mapping[str, Sequence[Estimate]]) -> Figure:
     return dot_plot(records.names, means, title=title, x="mean cosine", caption=caption)
 
 
-def _by_layer(drawn: Drawn, chance: Drawn, n: int) -> Figure:
+def _by_layer(draws: Draws, chance: Draws, n: int) -> Figure:
     curves: dict[str, Curve] = {}
     for at, concept in CONCEPTS.items():
-        rows = to_others(drawn[at]).mean(2)[:, 1:]
+        rows = to_others(draws[at]).mean(2)[:, 1:]
         curves[concept] = to_curve([centered_interval(of, (n, 0)) for of in rows.T])
         none = to_others(chance[at]).mean(2)[:, 1:]
         low, high = np.quantile(none, [0.025, 0.975], axis=0).tolist()
@@ -159,7 +159,7 @@ def _by_layer(drawn: Drawn, chance: Drawn, n: int) -> Figure:
         "to categories of the same sizes; how far a curve lies below its grey one is due to what "
         "the categories are about. Bands: 95 %."
     )
-    layers = range(1, drawn["t_inst"].shape[1])
+    layers = range(1, draws["t_inst"].shape[1])
     title = "Category directions by layer"
     return lines_by_layer(curves, layers, title=title, y="mean cosine", caption=caption)
 
@@ -189,14 +189,14 @@ def _table(records: Records, means: Mapping[str, Sequence[Estimate]]) -> Table:
     return Table("Cosines of category directions", (*columns, "n", "prompts"), rows, note)
 
 
-def _chances(drawn: Drawn, chance: Drawn, halves: Drawn, band: slice, n: int) -> Table:
+def _chances(draws: Draws, chance: Draws, halves: Draws, band: slice, n: int) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for at, concept in CONCEPTS.items():
         half = halves[at][:, band].mean(1)
-        found = centered_interval(to_others(drawn[at])[:, band].mean((1, 2)), (n, 0))
+        interval = centered_interval(to_others(draws[at])[:, band].mean((1, 2)), (n, 0))
         none = to_others(chance[at])[:, band].mean((1, 2))
         rows += [
-            (concept, "categories", *cells(found)[:3]),
+            (concept, "categories", *cells(interval)[:3]),
             (concept, "random categories of the same sizes", *_spread(none)),
             (concept, "halves of one category", *_spread(np.einsum("rcc->rc", half).mean(1))),
             (concept, "halves of different categories", *_spread(to_others(half).mean(1))),

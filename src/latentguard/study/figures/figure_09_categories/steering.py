@@ -69,8 +69,8 @@ class Steered:
     @property
     def open(self) -> NDArray[np.bool_]:
         """Which prompts are not answered No anyway, and so can be flipped, [n]."""
-        found: NDArray[np.bool_] = self.no[-1] == 0
-        return found
+        is_open: NDArray[np.bool_] = self.no[-1] == 0
+        return is_open
 
 
 def steer_categories(
@@ -84,10 +84,10 @@ def steer_categories(
     sides = [halves(members) for members in every.values()]
     others = _others(prompt_groups, settings, {p.text for _, test in sides for p in test})
     question = _question(model, others, settings)
-    asked = QUESTIONS[question]
-    tested = [(c, inversion_prompt(p, asked)) for c, (_, test) in enumerate(sides) for p in test]
+    sentence = QUESTIONS[question]
+    tested = [(c, inversion_prompt(p, sentence)) for c, (_, test) in enumerate(sides) for p in test]
     axis = fit_axes(model, prompt_groups, enough=settings.enough).harmful
-    layer = _layer(model, [inversion_prompt(p, asked) for p in others], axis, settings)
+    layer = _layer(model, [inversion_prompt(p, sentence) for p in others], axis, settings)
     fitted = model.states([p for fit, _ in sides for p in fit], what="states: risk categories")
     labels = np.repeat(np.arange(len(sides)), [len(fit) for fit, _ in sides])
     states = fitted.at("t_inst")[:, layer].double()
@@ -151,17 +151,17 @@ def _question(model: CachedModel, prompts: Sequence[Prompt], settings: Settings)
     return int(np.argmax(counts))
 
 
-def _layer(model: CachedModel, asked: Sequence[Prompt], axis: Axis, settings: Settings) -> int:
+def _layer(model: CachedModel, questions: Sequence[Prompt], axis: Axis, settings: Settings) -> int:
     """Where the reverse harmfulness direction turns most of some questions to No."""
     layers = settings.probed_layers(model.depth)
-    if not asked:
+    if not questions:
         return layers[len(layers) // 2]
     many = -settings.inversion_coefficient
     how = [steer(axis, layer, many, tokens="before", label=str(layer)) for layer in layers]
     replies = model.replies(
-        asked, how, what="Figure 9: choice of layer", max_new_tokens=settings.inversion_tokens
+        questions, how, what="Figure 9: choice of layer", max_new_tokens=settings.inversion_tokens
     )
-    flips = [sum(model.answer(reply) == "no" for reply in said) for said in replies]
+    flips = [sum(model.answer(reply) == "no" for reply in answers) for answers in replies]
     return layers[int(np.argmax(flips))]
 
 
@@ -175,7 +175,7 @@ def _table(
     replies: Sequence[Sequence[Reply]], of: Callable[[Reply], float], categories: int
 ) -> Array:
     """A figure of each reply, [a n]; the draws of the random direction become their mean."""
-    rows = np.array([[of(reply) for reply in said] for said in replies], dtype=np.float64)
+    rows = np.array([[of(reply) for reply in answers] for answers in replies], dtype=np.float64)
     draws = rows[categories + 1 : -1]
     mean = draws.mean(0, keepdims=True)
     return np.concatenate([rows[: categories + 1], mean, rows[-1:]])
@@ -200,8 +200,8 @@ def flip_figure(names: Sequence[str], steered: Steered) -> Figure:
         "has log odds, which can."
     )
     title = "No under each category's reverse direction"
-    shown = [names[c] for c in rows]
-    return heat_map(rates, shown, steered.along[:-1], title=title, caption=caption)
+    row_names = [names[c] for c in rows]
+    return heat_map(rates, row_names, steered.along[:-1], title=title, caption=caption)
 
 
 def flip_table(names: Sequence[str], steered: Steered) -> Table:

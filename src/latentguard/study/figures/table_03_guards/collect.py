@@ -59,26 +59,30 @@ class Records:
 
 def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Records:
     """Fit every guard, ask the jailbreaks, and score each group."""
-    learnt = training(model, prompt_groups, settings)
-    if learnt is None:
+    training_set = training(model, prompt_groups, settings)
+    if training_set is None:
         return Records(
             missing=("No guard: harmful or accepted harmless prompts to fit are missing.",)
         )
-    found = rules(model, learnt, settings)
+    detectors = rules(model, training_set, settings)
     groups = _jailbreaks(model, prompt_groups, settings) | _groups(prompt_groups)
     every = {**groups, "harmless": _harmless(prompt_groups, settings)}
     judged = {
-        name: scored(model, name, prompts, found)[0] for name, prompts in every.items() if prompts
+        name: scored(model, name, prompts, detectors)[0]
+        for name, prompts in every.items()
+        if prompts
     }
-    traffic = judge_traffic(model, learnt, found, prompt_groups.pools.moderation, settings)
+    traffic = judge_traffic(
+        model, training_set, detectors, prompt_groups.pools.moderation, settings
+    )
     toxic = sample_texts(prompt_groups.pools.toxicchat, settings)
     return Records(
         tuple(judged[name] for name in groups if name in judged),
         judged.get("harmless"),
         traffic,
-        scored(model, "ToxicChat", toxic, found)[0] if toxic else None,
-        learnt.note,
-        (*_empty(groups), *_missing(model, prompt_groups, found, traffic)),
+        scored(model, "ToxicChat", toxic, detectors)[0] if toxic else None,
+        training_set.note,
+        (*_empty(groups), *_missing(model, prompt_groups, detectors, traffic)),
         tuple(model.tools.guards),
     )
 
@@ -93,14 +97,14 @@ def _jailbreaks(
 ) -> dict[str, tuple[Prompt, ...]]:
     """Attacks that succeed, by kind; none whose request a centroid saw."""
     fitted = [p for group in prompt_groups.fit.values() for p in group if p.harmful]
-    given = [p for p in prompt_groups.pools.jailbreaks if not holds(p, fitted)]
+    unseen = [p for p in prompt_groups.pools.jailbreaks if not holds(p, fitted)]
     kinds = {
-        kind: [p for p in given if (p.category or "other") == kind]
-        for kind in dict.fromkeys(p.category or "other" for p in given)
+        kind: [p for p in unseen if (p.category or "other") == kind]
+        for kind in dict.fromkeys(p.category or "other" for p in unseen)
     }
     if own := _own_suffixes(model, prompt_groups, settings):
         kinds["own GCG suffixes"] = own
-    found = {}
+    prompts = {}
     for kind, every in kinds.items():
         members = sample_prompts(every, settings.test, seed=settings.seed)
         (replies,) = model.replies(
@@ -108,8 +112,8 @@ def _jailbreaks(
         )
         refused = model.refused(replies)
         accepted = (p for p, was in zip(members, refused, strict=True) if was is False)
-        found[f"jailbreak: {kind}"] = tuple(replace(p, refused=False) for p in accepted)
-    return found
+        prompts[f"jailbreak: {kind}"] = tuple(replace(p, refused=False) for p in accepted)
+    return prompts
 
 
 def _own_suffixes(
@@ -140,7 +144,7 @@ def _empty(groups: Mapping[str, tuple[Prompt, ...]]) -> Iterator[str]:
 def _missing(
     model: CachedModel,
     prompt_groups: PromptGroups,
-    found: Mapping[str, Detector],
+    detectors: Mapping[str, Detector],
     traffic: Traffic | None,
 ) -> Iterator[str]:
     if not prompt_groups.pools.jailbreaks:
@@ -158,5 +162,5 @@ def _missing(
             "No guard model was given (--baseline): Latent Guard is compared with n-grams instead, "
             "which decides nothing about claim 8."
         )
-    if LINEAR not in found:
+    if LINEAR not in detectors:
         yield "Too few prompts of a label to fit a linear guard."

@@ -110,11 +110,11 @@ def training(
     return Training(states, calibration, note)
 
 
-def rules(model: CachedModel, learnt: Training, settings: Settings) -> dict[str, Detector]:
+def rules(model: CachedModel, training_set: Training, settings: Settings) -> dict[str, Detector]:
     """The paper's rule, the linear guard (where there are prompts enough), and the controls."""
-    axis = Axis.fit(learnt.states, "t_inst")
-    controls = control_detectors(axis, learnt.states, settings.random_draws)
-    return latent_rules(model, learnt.states, learnt.calibration) | controls
+    axis = Axis.fit(training_set.states, "t_inst")
+    controls = control_detectors(axis, training_set.states, settings.random_draws)
+    return latent_rules(model, training_set.states, training_set.calibration) | controls
 
 
 def latent_rules(
@@ -125,26 +125,26 @@ def latent_rules(
     Raises:
         GuardError: if a label is missing.
     """
-    found = {PAPER: belief_detector(Axis.fit(states, "t_inst"))}
+    detectors = {PAPER: belief_detector(Axis.fit(states, "t_inst"))}
     harmful = sum(bool(p.harmful) for p in states.prompts)
     if min(harmful, len(states) - harmful) >= FEWEST:
-        found[LINEAR] = _linear(model, states, calibration)
-    return found
+        detectors[LINEAR] = _linear(model, states, calibration)
+    return detectors
 
 
 def scored(
-    model: CachedModel, name: str, prompts: Sequence[Prompt], found: Mapping[str, Detector]
+    model: CachedModel, name: str, prompts: Sequence[Prompt], detectors: Mapping[str, Detector]
 ) -> tuple[Scored, States]:
     """A group judged by every rule and every guard model; and its states, for other fits."""
     states = model.states(prompts, positions=model.span, what=f"guards: {name}")
-    scores = {rule: score(states) for rule, score in found.items()}
+    scores = {rule: score(states) for rule, score in detectors.items()}
     scores |= unsafe_scores(model, prompts, f"guards: {name}")
     return Scored(name, tuple(prompts), scores), states
 
 
 def unsafe_scores(model: CachedModel, prompts: Sequence[Prompt], what: str) -> dict[str, Scores]:
     """P(unsafe) - 0.5 of each baseline guard model, [1 n] each; answers are kept."""
-    found = {}
+    scores = {}
     for name, guard in model.tools.guards.items():
         advance = model.step(f"{what}, {name}", len(prompts))
         chances: list[float] = []
@@ -152,8 +152,8 @@ def unsafe_scores(model: CachedModel, prompts: Sequence[Prompt], what: str) -> d
             parts = ["unsafe", name, digest_prompts(chunk)]
             chances += model.cached(parts, partial(guard, chunk))
             advance(len(chunk))
-        found[name] = np.array([chances]) - 0.5
-    return found
+        scores[name] = np.array([chances]) - 0.5
+    return scores
 
 
 def _linear(model: CachedModel, states: States, calibration: Sequence[Prompt]) -> Detector:

@@ -111,19 +111,19 @@ def _figure(records: Records) -> Iterator[Figure]:
 
 
 def _effects(records: Records, enough: int) -> dict[str, Estimate]:
-    found: dict[str, Estimate] = {}
+    effects: dict[str, Estimate] = {}
     for group in records.groups:
         if group.name == "accepted harmful" and len(group.prompts) >= enough:
-            found[ACCURACY] = share(group.right(PAPER))
+            effects[ACCURACY] = share(group.right(PAPER))
     if records.harmless is not None and len(records.harmless.prompts) >= enough:
-        found[FALSE] = share(records.harmless.flags(PAPER))
+        effects[FALSE] = share(records.harmless.flags(PAPER))
     columns = _columns(records, enough)
     if columns:
         other = baseline(records)
         pairs = [(g.right(PAPER).mean(0), g.right(other).mean(0)) for g in columns]
         name = MINUS if records.models else OVER_WORDS  # the claim is about a dedicated guard
-        found[name] = mean_rate_difference(pairs)
-    return found
+        effects[name] = mean_rate_difference(pairs)
+    return effects
 
 
 def _columns(records: Records, enough: int) -> list[Scored]:

@@ -112,8 +112,8 @@ class Traffic:
 
 def judge_traffic(
     model: CachedModel,
-    learnt: Training,
-    found: Mapping[str, Detector],
+    training_set: Training,
+    detectors: Mapping[str, Detector],
     texts: Sequence[Prompt],
     settings: Settings,
 ) -> Traffic | None:
@@ -121,8 +121,8 @@ def judge_traffic(
 
     Args:
         model: The model.
-        learnt: What the guards learn from.
-        found: Guard -> rule.
+        training_set: What the guards learn from.
+        detectors: Guard -> rule.
         texts: With categories.
         settings: At most ``test`` texts of a category and three times as many harmless ones;
             ``domain`` holds the numbers of in-domain examples.
@@ -131,11 +131,11 @@ def judge_traffic(
     if not sample:
         return None
     left_out = sum(len(p.text) > LONGEST for p in texts)
-    judged, states = scored(model, "user traffic", sample, found)
-    trials = tuple(domain_trials(model, learnt, states, settings))
+    judged, states = scored(model, "user traffic", sample, detectors)
+    trials = tuple(domain_trials(model, training_set, states, settings))
     one_by_one: tuple[CategoryTrial, ...] = ()
     if settings.protocol == "paper":
-        one_by_one = tuple(category_trials(learnt, states, settings))
+        one_by_one = tuple(category_trials(training_set, states, settings))
     return Traffic(judged, trials, left_out, one_by_one)
 
 
@@ -147,8 +147,8 @@ def sample_texts(texts: Sequence[Prompt], settings: Settings) -> list[Prompt]:
     short = [p for p in texts if len(p.text) <= LONGEST]
     rows = set[int]()
     for members in categories(short).values():
-        chosen = set(sample_prompts([short[i] for i in members], settings.test, seed=settings.seed))
-        rows |= {i for i in members if short[i] in chosen}
+        sample = set(sample_prompts([short[i] for i in members], settings.test, seed=settings.seed))
+        rows |= {i for i in members if short[i] in sample}
     harmless = sample_prompts(
         [p for p in short if p.harmful is False], 3 * settings.test, seed=settings.seed
     )
@@ -165,36 +165,41 @@ def traffic_parts(traffic: Traffic) -> list[Table | Figure]:
 
 def categories(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
     """Rows of the harmful texts of each category; a text may have several, such as ``H,V``."""
-    found: dict[str, list[int]] = {}
+    rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         if prompt.harmful:
             for name in (prompt.category or "other").split(","):
-                found.setdefault(name.strip(), []).append(row)
-    return dict(sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0])))
+                rows.setdefault(name.strip(), []).append(row)
+    return dict(sorted(rows.items(), key=lambda pair: (-len(pair[1]), pair[0])))
 
 
 def domain_trials(
-    model: CachedModel, learnt: Training, texts: States, settings: Settings
+    model: CachedModel, training_set: Training, texts: States, settings: Settings
 ) -> Iterator[Trial]:
     """Both guards, fitted again with k in-domain examples of each category (Table 9).
 
     Args:
         model: The model.
-        learnt: What they learn from besides.
+        training_set: What they learn from besides.
         texts: Labelled in-domain texts, with categories.
         settings: ``domain`` holds each k.
     """
-    given = [digest_prompts(p) for p in (learnt.states.prompts, learnt.calibration, texts.prompts)]
-    given.append(str([p.category for p in texts.prompts]))
+    digests = [
+        digest_prompts(p)
+        for p in (training_set.states.prompts, training_set.calibration, texts.prompts)
+    ]
+    digests.append(str([p.category for p in texts.prompts]))
     for k in (k for k in settings.domain if k):
         for added in ("harmful", "harmful and harmless"):
-            ask = partial(_flagged, model, learnt, texts, k, added, settings.seed)
-            parts = ["domain, at most half", *given, k, added, settings.seed]
+            ask = partial(_flagged, model, training_set, texts, k, added, settings.seed)
+            parts = ["domain, at most half", *digests, k, added, settings.seed]
             for rule, flags in model.cached(parts, ask).items():
                 yield Trial(rule, added, k, np.array(flags, dtype=np.float64))
 
 
-def category_trials(learnt: Training, texts: States, settings: Settings) -> Iterator[CategoryTrial]:
+def category_trials(
+    training_set: Training, texts: States, settings: Settings
+) -> Iterator[CategoryTrial]:
     """Latent Guard with k harmful examples of one category, tested on the rest of that category."""
     prompts = texts.prompts
     harmless = [row for row, p in enumerate(prompts) if not p.harmful]
@@ -204,11 +209,13 @@ def category_trials(learnt: Training, texts: States, settings: Settings) -> Iter
             hits, tested = np.zeros(len(prompts)), np.zeros(len(prompts))
             for draw in range(SEEDS):
                 rng = np.random.default_rng([settings.seed, k, draw])
-                chosen = {prompts[row] for row in rng.permutation(rows)[:most]}
-                states = [learnt.states, texts.where(chosen.__contains__)] if chosen else []
-                fitted = States.collect(states) if states else learnt.states
+                examples = {prompts[row] for row in rng.permutation(rows)[:most]}
+                states = (
+                    [training_set.states, texts.where(examples.__contains__)] if examples else []
+                )
+                fitted = States.collect(states) if states else training_set.states
                 flags = belief_detector(Axis.fit(fitted, "t_inst"))(texts)[0] > 0
-                free = np.array([p not in chosen for p in prompts])
+                free = np.array([p not in examples for p in prompts])
                 hits += flags & free
                 tested += free
             share = hits / np.where(tested, tested, np.nan)
@@ -223,8 +230,8 @@ def _printed_table9(traffic: Traffic) -> Table:
         name = f"{CODES[code]} ({code})" if code in CODES else code
         for one in mine:
             figures = [values[~np.isnan(values)] for values in (one.recall, one.wrong)]
-            found = [cells(bootstrap_mean(v)) if len(v) else (None,) * 4 for v in figures]
-            rows.append((name, len(one.recall), one.k, one.added, *found[0], *found[1][:3]))
+            numbers = [cells(bootstrap_mean(v)) if len(v) else (None,) * 4 for v in figures]
+            rows.append((name, len(one.recall), one.k, one.added, *numbers[0], *numbers[1][:3]))
         if not mine:
             rows.append((name, 0, *[None] * 9))
     note = (
@@ -243,18 +250,18 @@ def _printed_table9(traffic: Traffic) -> Table:
 
 
 def _flagged(
-    model: CachedModel, learnt: Training, texts: States, k: int, added: str, seed: int
+    model: CachedModel, training_set: Training, texts: States, k: int, added: str, seed: int
 ) -> dict[str, list[float | None]]:
     """Guard -> share of the draws, of those that test a text, in which it is flagged; None if 0."""
     hits: dict[str, NDArray[np.float64]] = {}
     tested = np.zeros(len(texts))
     for draw in range(SEEDS):
         picked = drawn(texts.prompts, k, np.random.default_rng([seed, k, draw]), added)
-        chosen = {p for p, pick in zip(texts.prompts, picked, strict=True) if pick}
-        states = States.collect([learnt.states, texts.where(chosen.__contains__)])
-        rest = texts.where((set(texts.prompts) - chosen).__contains__)
+        sample = {p for p, pick in zip(texts.prompts, picked, strict=True) if pick}
+        states = States.collect([training_set.states, texts.where(sample.__contains__)])
+        rest = texts.where((set(texts.prompts) - sample).__contains__)
         tested += ~picked
-        for name, rule in latent_rules(model, states, learnt.calibration).items():
+        for name, rule in latent_rules(model, states, training_set.calibration).items():
             hits.setdefault(name, np.zeros(len(texts)))[~picked] += rule(rest)[0] > 0
     return {
         name: [h / t if t else None for h, t in zip(flags.tolist(), tested.tolist(), strict=True)]
@@ -311,9 +318,9 @@ def domain_table(prompts: Sequence[Prompt], trials: Sequence[Trial]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for name, members in _rows(prompts).items():
         for trial in trials:
-            found = _rate(trial, members)
-            if found is not None:
-                rows.append((name, trial.rule, trial.added, trial.k, *cells(found)))
+            rate = _rate(trial, members)
+            if rate is not None:
+                rows.append((name, trial.rule, trial.added, trial.k, *cells(rate)))
     note = (
         "Share of each category that is flagged (recall; of the last, false positives). k examples "
         "of each category, at most half of it, are added to what the guard learns from, alone or "
@@ -329,13 +336,13 @@ def domain_table(prompts: Sequence[Prompt], trials: Sequence[Trial]) -> Table:
 
 def _rows(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
     """Which texts of user traffic each line of Table 9 is about."""
-    found = {
+    rates = {
         f"{code} ({CODES[code]})" if code in CODES else code: rows
         for code, rows in categories(prompts).items()
     }
-    found["all harmful"] = [i for i, p in enumerate(prompts) if p.harmful]
-    found["harmless"] = [i for i, p in enumerate(prompts) if not p.harmful]
-    return found
+    rates["all harmful"] = [i for i, p in enumerate(prompts) if p.harmful]
+    rates["harmless"] = [i for i, p in enumerate(prompts) if not p.harmful]
+    return rates
 
 
 def _rate(trial: Trial, rows: Sequence[int]) -> Estimate | None:
@@ -354,17 +361,17 @@ def _curves(traffic: Traffic) -> Iterator[Figure]:
     lines, trials = _rows(traffic.scored.prompts), _trials(traffic)
     for rule in (PAPER, LINEAR):
         mine = [trial for trial in trials if trial.rule == rule]
-        found: dict[str, list[Estimate]] = {}
+        estimates: dict[str, list[Estimate]] = {}
         for added in dict.fromkeys(t.added for t in mine if t.k):
             for what, rows in (("recall", "all harmful"), ("false positives", "harmless")):
                 points = [_rate(t, lines[rows]) for t in mine if t.added in ("none", added)]
                 if None not in points:
-                    found[f"{what}, {added} added"] = [p for p in points if p is not None]
-        if found:
+                    estimates[f"{what}, {added} added"] = [p for p in points if p is not None]
+        if estimates:
             ks = list(dict.fromkeys(trial.k for trial in mine))
             n = f"{len(lines['all harmful'])} harmful and {len(lines['harmless'])} harmless texts"
             yield lines_by_layer(
-                {name: to_curve(points) for name, points in found.items()},
+                {name: to_curve(points) for name, points in estimates.items()},
                 ks,
                 title=f"In-domain examples: {rule}",
                 y="share flagged",
