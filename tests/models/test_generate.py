@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentguard.errors import PromptError
-from latentguard.models.generate import _Sweep, end_ids, first_ids
+from latentguard.models.generate import READ_BATCHES, _Sweep, end_ids, first_ids
 from latentguard.prompts import Message, Prompt
 from models.architectures import ARCHITECTURES, chat_model
 from models.families import FAMILIES
@@ -60,7 +60,7 @@ def test_replies_are_those_of_transformers_and_of_single_rows(architecture, toke
 def test_any_size_of_batch_gives_the_same(tokenizer):
     model = talker("mistral", tokenizer)
     wanted, done = model.generate(PROMPTS), []
-    model.tokens_per_batch = 150
+    model.tokens_per_batch = 150 // READ_BATCHES["cpu"]
     assert model.generate(PROMPTS, progress=done.append) == wanted
     assert sum(done) == len(PROMPTS)
     assert len(done) > 2

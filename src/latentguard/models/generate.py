@@ -37,6 +37,10 @@ from latentguard.states import Progress
 DECODED_BATCHES = {"cpu": 16, "cuda": 4}
 """Tokens that are kept while decoding, as a multiple of the model's ``tokens_per_batch``."""
 
+READ_BATCHES = {"cpu": 4}
+"""Tokens of prompts that are read together for one setting, in the same unit: with few settings,
+more prompts make the rows that decoding on a CPU is faster with."""
+
 MAX_CPU_CACHE_BYTES = 2 << 30
 """Bytes of keys and values at most where no error shows that memory ran out."""
 
@@ -81,7 +85,7 @@ def sweep(
     todo = sorted(range(len(prompts)), key=lambda i: len(rows[i][1].ids), reverse=True)
     while todo and settings:
         longest = len(rows[todo[0]][1].ids) + max_new_tokens
-        batch = todo[: max(1, model.tokens_per_batch // longest)]
+        batch = todo[: run.prompts_at_once(longest, len(settings))]
         try:
             batches = run.reply_to([rows[i] for i in batch], settings)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -144,6 +148,11 @@ class _Sweep:
             for setting in settings:
                 require_place(setting, prompt, layout)
         return list(zip(prompts, layouts, strict=True))
+
+    def prompts_at_once(self, longest: int, settings: int) -> int:
+        """How many prompts of so many tokens are read together, with so many settings each."""
+        batches = max(1, READ_BATCHES.get(self.model.device.type, 1) // settings)
+        return max(1, batches * self.model.tokens_per_batch // longest)
 
     def settings_at_once(self, tokens: int) -> int:
         """How many settings are decoded together if one has so many tokens."""
