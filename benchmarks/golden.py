@@ -113,7 +113,7 @@ def make_prompt(row: Mapping[str, Any]) -> Prompt:
 
 
 def fit_paper(model: ChatModel, train: Sequence[Prompt]) -> LatentGuard:
-    """The paper's guard."""
+    """The paper's rule, fitted on rows of our own."""
     return LatentGuard.fit(model, train, reading="t_inst", probe="centroid")
 
 
@@ -247,7 +247,7 @@ def collect(name: str, *, quick: bool = False) -> Record:
 def fitted(
     model: ChatModel, rows: Mapping[str, Sequence[Prompt]]
 ) -> Iterator[tuple[str, LatentGuard]]:
-    """The paper's guard, the default one, and that with a pack, as each is wanted."""
+    """The paper's rule, the default guard, and that with a pack, as each is wanted."""
     yield "paper", fit_paper(model, rows["train"])
     guard = calibrate(fit_default(model, rows["train"]), model, rows["calibration"])
     with few_texts():

@@ -78,8 +78,9 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
 ) -> None:
     """Fit a guard for MODEL and write it to OUT.
 
-    The paper's guard: --harmful advbench.jsonl --harmless alpaca.jsonl --reading t_inst --probe
-    centroid. Rows that carry a label are used only for the side that their file is named for.
+    The paper's rule, without its choice of refused and accepted prompts: --harmful advbench.jsonl
+    --harmless alpaca.jsonl --reading t_inst --probe centroid. Rows that carry a label are used only
+    for the side that their file is named for.
 
     A large model: --device-map auto, and --quantize int8 or nf4. A guard is of the quantised model
     or of the plain one, never of both; the other verbs quantise as it was fitted.

@@ -122,7 +122,7 @@ class LatentGuard(GuardSpec):
             fitted=fitting.provenance(states, fit),
             training_digests=torch.tensor([prompt_digest(p) for p in states.prompts]),
             own_model=OwnModel(backend),
-            deobfuscate=probe == "linear",  # the paper's guard reads what is served, only
+            deobfuscate=probe == "linear",  # the paper's rule reads what is served, only
             quadrants=Quadrants() if len(axes) > 1 else None,
             categories=Categories.fit(
                 states.select(fit.probe.layers), reading.positions, fit.held_out

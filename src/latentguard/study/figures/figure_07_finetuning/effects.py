@@ -157,7 +157,7 @@ def by_layer(stage: Stage, axis: str) -> NDArray[np.float64]:
 
 
 def delta(stage: Stage, axis: str = "harmful") -> NDArray[np.float64]:
-    """Delta of each prompt, [n]; that of harmfulness is the score of the paper's guard."""
+    """Delta of each prompt, [n]; that of harmfulness is the score by the paper's rule."""
     means: NDArray[np.float64] = by_layer(stage, axis).mean(1)
     return means
 
