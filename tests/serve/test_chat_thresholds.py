@@ -61,28 +61,30 @@ def verdict(score):
 def test_the_most_severe_reading_decides_by_its_own_threshold():
     guard = band_guard()
     thresholds = ChatThresholds(guard)
-    alone = thresholds.decide([verdict(guard.threshold + 0.01)], [True], None)
+    alone = thresholds.decide([verdict(guard.threshold + 0.01)], [True], [None])
     assert alone.threshold == guard.threshold
     several = [guard.threshold - 1, guard.threshold + 9, guard.threshold - 2]
-    decided = thresholds.decide(list(map(verdict, several)), [False, False, True], None)
+    decided = thresholds.decide(list(map(verdict, several)), [False, False, True], [None] * 3)
     assert decided.index == 1
     assert decided.verdict.flagged
     assert decided.threshold > guard.threshold
 
 
 def test_readings_that_are_missing_are_passed_over():
-    decided = ChatThresholds(tiny_guard()).decide([None, verdict(9.0)], [True, False], None)
+    decided = ChatThresholds(tiny_guard()).decide([None, verdict(9.0)], [True, False], [None] * 2)
     assert (decided.index, decided.verdict.decision) == (1, "block")
 
 
 def test_a_guard_without_calibration_has_one_threshold():
     guard = tiny_guard()
-    decided = ChatThresholds(guard).decide([verdict(0.0)] * 3, [False, False, True], None)
+    decided = ChatThresholds(guard).decide([verdict(0.0)] * 3, [False, False, True], [None] * 3)
     assert decided.threshold == guard.threshold
 
 
 def test_an_unknown_segment_has_the_common_thresholds():
     guard = replace(band_guard())
     scores = [verdict(guard.threshold)] * 2
-    found = [ChatThresholds(guard).decide(scores, [False, True], s).threshold for s in (None, "x")]
+    found = [
+        ChatThresholds(guard).decide(scores, [False, True], [s] * 2).threshold for s in (None, "x")
+    ]
     assert found[0] == found[1]

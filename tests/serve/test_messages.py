@@ -67,9 +67,10 @@ def test_what_the_assistant_is_made_to_say_is_read():
     assert part.is_newest
 
 
-def test_equal_texts_are_read_once():
+def test_equal_texts_of_one_source_are_read_once():
     turns = chat(("user", "a"), ("assistant", "a"), ("user", "a"))
-    assert texts(chat_readings(turns)) == [("a", True), ("a", True)]  # in context, and alone
+    found = [(one.source, one.is_newest) for one in chat_readings(turns)]
+    assert found == [("user", True), ("user", True), ("assistant", False)]  # in context, and alone
 
 
 def test_other_texts_of_messages_and_of_the_request_are_read():
@@ -79,7 +80,7 @@ def test_other_texts_of_messages_and_of_the_request_are_read():
         ChatMessage(role="assistant", content=None, tool_calls=[call], reasoning_content="r r"),
         ChatMessage(role="tool", tool_call_id="c1", content="t"),
     ]
-    readings = [one.prompt.text for one in chat_readings(turns, other_texts=["o o"])]
+    readings = [one.prompt.text for one in chat_readings(turns, other_texts=[("schema", "o o")])]
     assert {"r r", "d e", "o o", '{"x": "d e"}'} <= set(readings)
 
 

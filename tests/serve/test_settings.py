@@ -30,7 +30,12 @@ def file(tmp_path):
 class TestOrder:
     def test_defaults(self):
         assert read_settings({}) == ServeOptions(
-            trust_roles=[], allow_parameter=[], allowed_hosts=[], upstream_hosts=[], guards=[]
+            trust_roles=[],
+            sources=[*ServeConfig.sources],
+            allow_parameter=[],
+            allowed_hosts=[],
+            upstream_hosts=[],
+            guards=[],
         )
 
     def test_options_come_before_the_environment_and_that_before_the_file(self, file, monkeypatch):
@@ -137,6 +142,8 @@ class TestCheck:
         [
             (["--policy", "shadow", "--on-review", "block"], "block needs --policy block"),
             (["--trust-roles", "boss"], "found 'boss'"),
+            (["--sources", "boss"], "found 'boss'"),
+            (["--sources", "tool"], "expected user among them"),
             (["--upstream", "localhost:80"], "expected a URL as http://host:8000/v1"),
             (["--upstream", "http://", "--policy", "shadow"], "expected a URL"),
             (

@@ -88,14 +88,19 @@ async def answer_through(
         await context.go_on_without_verdict(outgoing.readable, error)
         how = Forwarding(outgoing.path, outgoing.form, verdict_note(context, error))
         return await upstream.ask(context.request, outgoing.body, how)
-    outcome = await context.record_chat(forwarded.readings, scored)
-    if is_blocked(service.config, outcome):
-        return _refusal(context, style, outcome)
+    note: dict[str, Any] = {}
+    if scored:
+        outcome = await context.record_chat(forwarded.readings, scored)
+        if is_blocked(service.config, outcome):
+            return _refusal(context, style, outcome)
+        note = verdict_note(context, outcome)
+    else:
+        await context.record_unread(forwarded.context)
     content = outgoing.body if service.config.policy == "shadow" else forwarded.body
     reply = None
     if context.served.guard.replies is not None:
-        reply = FollowedReply(context, forwarded.readings[0].prompt, outgoing.form)
-    how = Forwarding(outgoing.path, outgoing.form, verdict_note(context, outcome), reply)
+        reply = FollowedReply(context, forwarded.context, outgoing.form)
+    how = Forwarding(outgoing.path, outgoing.form, note, reply)
     return await upstream.ask(context.request, content, how)
 
 

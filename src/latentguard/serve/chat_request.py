@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentguard.serve.chat_readings import ChatReading, chat_readings
+from latentguard.prompts import Prompt
+from latentguard.serve.chat_readings import ChatReading, chat_in_context, chat_readings
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.control_tokens import ControlTokens
 from latentguard.serve.errors import BadRequest
@@ -22,7 +23,10 @@ class ForwardedChat:
     """The request."""
 
     readings: list[ChatReading]
-    """Every text in it; the first is the chat in context."""
+    """Every text in it of the sources that are read."""
+
+    context: Prompt
+    """The chat up to its last user or tool message."""
 
 
 def forwarded_chat(
@@ -45,9 +49,15 @@ def forwarded_chat(
     if config.control_tokens != "forward":
         inner = [text for message in messages for text in message.other_texts]
         control_tokens.require_none([*inner, *others])
-    readings = chat_readings(messages, trusted_roles=config.trusted_roles, other_texts=others)
+    readings = chat_readings(
+        messages,
+        trusted_roles=config.trusted_roles,
+        sources=config.sources,
+        other_texts=[("schema", text) for text in others],
+    )
     require_few(readings, config)
-    return ForwardedChat({"messages": [m.sanitized() for m in messages], **allowed}, readings)
+    sent = {"messages": [message.sanitized() for message in messages], **allowed}
+    return ForwardedChat(sent, readings, chat_in_context(messages))
 
 
 def require_few(readings: list[ChatReading], config: ServeConfig) -> None:

@@ -62,19 +62,24 @@ class ChatThresholds:
         self._shifts = lru_cache(maxsize=4096)(self._shift)
 
     def decide(
-        self, verdicts: Sequence[Verdict | None], newest: Sequence[bool], segment: str | None
+        self,
+        verdicts: Sequence[Verdict | None],
+        newest: Sequence[bool],
+        segments: Sequence[str | None],
     ) -> DecidedReading:
         """The most severe reading of a chat.
 
         Args:
             verdicts: Of each reading, as single prompts; None where there is none yet.
             newest: Which readings are of the newest turn.
-            segment: Of the traffic.
+            segments: Whose thresholds each reading is compared with; None for the common ones.
         """
         shares = shares_of(newest)
         decided = [
             self._decide(number, verdict, share, segment)
-            for number, (verdict, share) in enumerate(zip(verdicts, shares, strict=True))
+            for number, (verdict, share, segment) in enumerate(
+                zip(verdicts, shares, segments, strict=True)
+            )
             if verdict is not None
         ]
         return max(decided, key=_severity)

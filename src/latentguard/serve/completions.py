@@ -96,6 +96,7 @@ async def _own(context: RequestContext, body: ChatRequest) -> Response:
         body.messages,
         context=own_model_prompt(body.messages),
         trusted_roles=service.config.trusted_roles,
+        sources=service.config.sources,
     )
     require_few(readings, service.config)
     return await answer_alone(context, _style(context, body), readings, _sampling(service, body))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Policy = Literal["block", "annotate", "shadow"]
 OnReview = Literal["pass", "annotate", "block"]
@@ -11,6 +11,12 @@ Fsync = Literal["never", "interval", "always"]
 
 ReplyPolicy = Literal["cut", "block", "annotate", "shadow"]
 """What happens to a flagged reply."""
+
+Source = Literal["user", "system", "assistant", "tool", "call", "schema"]
+"""Whose text it is: a user's; instructions of system or developer; an assistant's; what a tool
+returned; names and arguments with which tools are called; what tools and schemas say."""
+
+SOURCES: tuple[Source, ...] = get_args(Source)
 
 ToolPolicy = Literal["read", "refuse", "trust"]
 """What is done with tools and schemas: each text in them is read; they are refused; the gateway
@@ -44,6 +50,9 @@ class ServeConfig:
 
     trusted_roles: tuple[str, ...] = ()
     """Roles whose messages a gateway writes, not the client: these are read in context only."""
+
+    sources: tuple[Source, ...] = SOURCES
+    """Whose texts are read; those of others are at most the context of these."""
 
     tools: ToolPolicy = "read"
     """Whether the texts of tools and schemas are read, refused, or trusted as a gateway's own."""

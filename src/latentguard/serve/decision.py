@@ -9,11 +9,11 @@ from latentguard.serve.errors import ApiError, ClientDisconnected
 from latentguard.serve.scoring import ScoredPrompt
 
 Action = Literal[
-    "score", "pass", "review", "block", "annotate", "shadow", "error", "unjudged", "left"
+    "score", "pass", "review", "block", "annotate", "shadow", "error", "unjudged", "left", "unread"
 ]
 """What was done: the verdict told; a chat answered; answered, though it is to be reviewed; what the
 policy says of a flagged one; no verdict, so refused; no verdict, and answered all the same; no
-verdict, as the client left before."""
+verdict, as the client left before; answered, as nothing in it is of a source that is read."""
 
 
 def choose_action(config: ServeConfig, scored: ScoredPrompt) -> Action:

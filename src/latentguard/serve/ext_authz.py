@@ -88,12 +88,15 @@ def _validated(body: Any) -> Chat:
 async def _judge(context: RequestContext, chat: Chat, body: dict[str, Any]) -> Response:
     service = context.service
     try:
-        readings = _as_sent(body, service).readings
-        scored = await context.score_readings(readings)
+        sent = _as_sent(body, service)
+        scored = await context.score_readings(sent.readings)
     except ApiError as error:
         await context.go_on_without_verdict(readable_text(chat.messages), error)
         return Response()
-    outcome = await context.record_chat(readings, scored)
+    if not scored:
+        await context.record_unread(sent.context)
+        return Response()
+    outcome = await context.record_chat(sent.readings, scored)
     if is_blocked(service.config, outcome):
         raise Flagged(service.config.refusal)
     return Response(headers=_headers(service.config, outcome))

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
 from latentguard.prompts import Prompt
-from latentguard.serve.chat_readings import ChatReading, chat_readings
+from latentguard.serve.chat_readings import ChatReading, OtherText, chat_readings
 from latentguard.serve.chat_request import require_few
 from latentguard.serve.decision import is_blocked
 from latentguard.serve.errors import BadRequest
@@ -96,11 +96,15 @@ def _readings(service: Service, body: GuardrailRequest) -> list[ChatReading]:
     for message in messages:
         message.require_readable()
     texts = [text for text in body.texts or () if text.strip()]
-    texts += texts_in({"tools": body.tools} if body.tools else {}, service.config.tools)
+    schemas = texts_in({"tools": body.tools} if body.tools else {}, service.config.tools)
     if any(message.speaker == "user" and message.text.strip() for message in messages):
-        trusted = service.config.trusted_roles
         message_texts = {message.text for message in messages}
-        others = [text for text in texts if text not in message_texts]
-        return chat_readings(messages, trusted_roles=trusted, other_texts=others)
-    distinct = dict.fromkeys(texts)
+        others: list[OtherText] = [("user", text) for text in texts if text not in message_texts]
+        return chat_readings(
+            messages,
+            trusted_roles=service.config.trusted_roles,
+            sources=service.config.sources,
+            other_texts=[*others, *(("schema", text) for text in schemas)],
+        )
+    distinct = dict.fromkeys([*texts, *schemas])
     return [ChatReading(Prompt(text, id="part"), is_newest=True) for text in distinct]

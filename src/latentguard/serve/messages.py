@@ -85,11 +85,21 @@ class ChatMessage(BaseModel):
         return "system" if self.role == "developer" else "user"
 
     @property
-    def other_texts(self) -> list[str]:
-        """What the message holds beside its content: calls of tools, reasoning, a refusal."""
+    def side_texts(self) -> list[str]:
+        """Reasoning and a refusal."""
         fields = self.model_extra or {}
-        texts = [fields[name] for name in READ_FIELDS if fields.get(name)]
-        return texts + [t for name in CALL_FIELDS for t in texts_of(fields.get(name))]
+        return [fields[name] for name in READ_FIELDS if fields.get(name)]
+
+    @property
+    def call_texts(self) -> list[str]:
+        """Names and arguments of tools that are called."""
+        fields = self.model_extra or {}
+        return [text for name in CALL_FIELDS for text in texts_of(fields.get(name))]
+
+    @property
+    def other_texts(self) -> list[str]:
+        """What the message holds beside its content."""
+        return self.side_texts + self.call_texts
 
     def sanitized(self) -> dict[str, Any]:
         """The message as it is sent on: its parts joined, empty fields left out.

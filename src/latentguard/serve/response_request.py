@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from latentguard.prompts import Prompt
-from latentguard.serve.chat_readings import chat_readings
+from latentguard.serve.chat_readings import ChatReading, OtherText, chat_in_context, chat_readings
 from latentguard.serve.chat_request import ForwardedChat, require_few, sanitized_message
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.control_tokens import ControlTokens
@@ -173,6 +173,27 @@ class ReadRequest:
     other_texts: list[str]
     """What they say."""
 
+    def readings(self, config: ServeConfig, *, context: Prompt | None = None) -> list[ChatReading]:
+        """What the guard reads; instructions too, as no gateway is known to write them.
+
+        Args:
+            config: Which roles are trusted, and which sources are read.
+            context: The chat as its model will be given it.
+
+        Raises:
+            BadRequest: if no user speaks.
+        """
+        others: list[OtherText] = [("schema", text) for text in self.other_texts]
+        if self.instructions is not None:
+            others.append(("system", self.instructions))
+        return chat_readings(
+            self.messages,
+            context=context,
+            trusted_roles=config.trusted_roles,
+            sources=config.sources,
+            other_texts=others,
+        )
+
 
 def read_request(
     request: ResponseRequest, config: ServeConfig, control_tokens: ControlTokens
@@ -214,16 +235,10 @@ def forwarded_response(
         BadRequest: if it holds or names something that the guard does not read.
     """
     read = read_request(request, config, control_tokens)
-    # instructions come with each request, so no gateway is known to write them
-    own = [] if read.instructions is None else [read.instructions]
-    readings = chat_readings(
-        read.messages,
-        trusted_roles=config.trusted_roles,
-        other_texts=[*own, *read.other_texts],
-    )
+    readings = read.readings(config)
     require_few(readings, config)
     body = {"input": read.items, "instructions": read.instructions, **read.parameters}
-    return ForwardedChat(_without_none(body), readings)
+    return ForwardedChat(_without_none(body), readings, chat_in_context(read.messages))
 
 
 def readable_request(request: ResponseRequest) -> Prompt:

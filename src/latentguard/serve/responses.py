@@ -14,7 +14,6 @@ from pydantic import Field
 
 from latentguard.models.conversation import Sampling
 from latentguard.serve.answers import AnswerStyle, UpstreamRequest, answer_alone, answer_through
-from latentguard.serve.chat_readings import chat_readings
 from latentguard.serve.chat_request import require_few
 from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import own_model_prompt
@@ -94,13 +93,7 @@ async def _own(context: RequestContext, body: OwnResponseRequest) -> Response:
     config = replace(service.config, control_tokens="forward")  # here they are text
     read = read_request(body, config, service.control_tokens)
     _require_plain(read)
-    own = [] if read.instructions is None else [read.instructions]
-    readings = chat_readings(
-        read.messages,
-        context=own_model_prompt(read.messages),
-        trusted_roles=config.trusted_roles,
-        other_texts=own,
-    )
+    readings = read.readings(config, context=own_model_prompt(read.messages))
     require_few(readings, config)
     return await answer_alone(context, _style(context, body), readings, _sampling(service, body))
 

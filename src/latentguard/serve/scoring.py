@@ -41,9 +41,14 @@ class ScoredPrompt:
     index: int = 0
     """Which of them it is."""
 
+    source: str | None = None
+    """Whose text it is, if it is of a chat."""
+
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as JSON has it, with its threshold and the number of readings."""
-        return self.verdict.to_dict() | dict(threshold=self.threshold, readings=self.readings)
+        """The verdict as JSON has it, with its threshold, the number of readings, its source."""
+        source = {} if self.source is None else {"source": self.source}
+        own = dict(threshold=self.threshold, readings=self.readings)
+        return self.verdict.to_dict() | own | source
 
 
 class PromptScorer:

@@ -198,7 +198,7 @@ class RequestContext:
         decided = self.served.chat_thresholds.decide(
             [one.verdict if one else None for one in scored],
             [reading.is_newest for reading in readings],
-            self.segment,
+            [self._segment_of(reading) for reading in readings],
         )
         most_severe = scored[decided.index]
         assert most_severe is not None
@@ -208,7 +208,19 @@ class RequestContext:
             threshold=decided.threshold,
             readings=len(readings),
             index=decided.index,
+            source=readings[decided.index].source,
         )
+
+    def _segment_of(self, reading: ChatReading) -> str | None:
+        """Whose thresholds a reading is compared with: its source's, if the guard has such.
+
+        A user's texts are of the segment that the request names, if it names one.
+        """
+        thresholds = self.served.guard.thresholds
+        is_known = thresholds is not None and reading.source in thresholds.segments
+        if is_known and not (reading.source == "user" and self.segment):
+            return reading.source
+        return self.segment
 
     def with_segment(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts in the segment that the request names."""
@@ -224,7 +236,7 @@ class RequestContext:
 
     async def score_readings(self, readings: Sequence[ChatReading]) -> list[ScoredPrompt]:
         """Score the texts of a chat, those that are not cached; an error is raised only."""
-        prompts = self.with_segment([reading.prompt for reading in readings])
+        prompts = [replace(one.prompt, segment=self._segment_of(one)) for one in readings]
         cached = [self._cached(prompt) for prompt in prompts]
         missing = [p for p, scored in zip(prompts, cached, strict=True) if scored is None]
         fresh = iter(await run_while_connected(self._score(missing), self.request))
@@ -239,7 +251,7 @@ class RequestContext:
         return await engine.score(prompts, account=self.account, served=self.served)
 
     def _cache_key(self, prompt: Prompt) -> tuple[str, ...]:
-        return self.served.digest, self.account, self.segment or "", prompt.text
+        return self.served.digest, self.account, prompt.segment or "", prompt.text
 
     def _cached(self, prompt: Prompt) -> ScoredPrompt | None:
         if prompt.history:
@@ -271,6 +283,16 @@ class RequestContext:
         await self.record_failure(self.with_segment([prompt]), error, is_answered=is_answered)
         if not is_answered:
             raise error
+
+    async def record_unread(self, prompt: Prompt) -> None:
+        """Note that nothing of a chat is of a source that is read.
+
+        Raises:
+            AuditUnavailable: if the audit log cannot be written.
+        """
+        await self._write([self._line(self.with_segment([prompt])[0], "unread")])
+        self.service.telemetry.verdict(self.endpoint, "unread", guard=self._guard_name)
+        self.request.state.is_recorded = True
 
     async def judge_chat(
         self, readings: Sequence[ChatReading], *, action: Action | None = None

@@ -86,6 +86,7 @@ def require_consistent(options: ServeOptions) -> None:
     for role in options.trust_roles:
         if role not in ROLES:
             _refuse(f"expected {', '.join(ROLES)}; found '{role}'", "--trust-roles")
+    _require_sources(options)
     _require_names(options)
     if (options.tls_cert is None) != (options.tls_key is None):
         _refuse("expected both --tls-cert and --tls-key", "--tls-cert")
@@ -94,6 +95,16 @@ def require_consistent(options: ServeOptions) -> None:
         if not options.redis.startswith(("redis://", "rediss://", "unix://")):
             _refuse(f"expected redis://host:6379/0; found '{options.redis}'", "--redis")
     _require_upstream(options)
+
+
+def _require_sources(options: ServeOptions) -> None:
+    from latentguard.serve.config import SOURCES
+
+    for source in options.sources:
+        if source not in SOURCES:
+            _refuse(f"expected {', '.join(SOURCES)}; found '{source}'", "--sources")
+    if "user" not in options.sources and options.upstream is None:
+        _refuse("expected user among them: the guard's own model has no tools", "--sources")
 
 
 def _require_names(options: ServeOptions) -> None:

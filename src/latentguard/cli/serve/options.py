@@ -172,6 +172,15 @@ class ServeOptions:
             rich_help_panel=TRAFFIC,
         ),
     ] = ()  # type: ignore[assignment]
+    sources: Annotated[
+        list[str],
+        typer.Option(
+            help="Whose texts are read: user, system, assistant, tool (what tools return), call "
+            "(arguments of calls), schema (tools and schemas). A guard calibrated with segments "
+            "of these names has a threshold for each.",
+            rich_help_panel=TRAFFIC,
+        ),
+    ] = ServeConfig.sources  # type: ignore[assignment]
     tools: Annotated[
         Tools, typer.Option(help="Of tools and schemas in chats.", rich_help_panel=TRAFFIC)
     ] = Tools.read

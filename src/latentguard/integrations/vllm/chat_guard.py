@@ -161,7 +161,7 @@ class ChatGuard:
         scored = iter([values, *await self._score_all(texts[1:])])
         verdicts = [self._verdict(plan, scored, chat.segment) for plan in chat.plans]
         newest = [plan.reading.is_newest for plan in chat.plans]
-        return self._thresholds.decide(verdicts, newest, chat.segment)
+        return self._thresholds.decide(verdicts, newest, [chat.segment] * len(newest))
 
     def _verdict(
         self, plan: ReadingPlan, scored: Iterator[tuple[float, ...]], segment: str | None
