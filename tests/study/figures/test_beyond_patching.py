@@ -28,7 +28,7 @@ def shares(records, place, kind=PATCH):
     """Share carried by layer, of both directions: [2 l]."""
     slot = records.places.index(place)
     return np.array(
-        [one.moved(kind)[:, slot].mean(1) / one.gap.mean() for one in records.directions]
+        [one.shift(kind)[:, slot].mean(1) / one.gap.mean() for one in records.directions]
     )
 
 
@@ -65,7 +65,7 @@ class TestWorlds:
         records, _ = worlds["t_inst"]
         one = records.directions[0]
         slot = records.places.index("t_inst")
-        found = one.moved(ACCEPTED)[:, slot].mean(1) / one.gap.mean()
+        found = one.shift(ACCEPTED)[:, slot].mean(1) / one.gap.mean()
         np.testing.assert_allclose(found, [0, 1, 1, 0], atol=0.02)
 
     def test_the_report_says_which_world_it_is(self, worlds):
