@@ -32,7 +32,9 @@ class Message:
         if self.role not in ROLES:  # a template writes roles as they are
             raise PromptError(f"A role is one of {', '.join(ROLES)}; found '{self.role}'.")
         if not isinstance(self.content, str):
-            raise PromptError(f"What was said is text; found a {type(self.content).__name__}.")
+            raise PromptError(
+                f"The content of a message should be text; found a {type(self.content).__name__}."
+            )
 
 
 @dataclass(frozen=True)

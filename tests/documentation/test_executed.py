@@ -14,6 +14,12 @@ PAGES = [
     *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),
 ]
+GENERATED = ("cli", "api", "http", "metrics", "configuration")
+WITH_COMMANDS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.stem not in GENERATED),
+]
 RUN = [
     page for page in PAGES if any(one.mark is None for one in read_blocks(page.read_text("utf-8")))
 ]
@@ -28,7 +34,7 @@ def test_a_page_prints_what_it_says(page, tmp_path):
     assert again == text or is_same(again, text), again
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_is_valid_usage(page):
     from latentguard.cli import app
 

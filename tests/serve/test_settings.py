@@ -82,7 +82,7 @@ class TestMistakes:
             ("port = 70000", "serve.toml, port: "),
             ("trust_roles = 3", "serve.toml, trust-roles: "),
             ("config = 'other.toml'", "serve.toml, config: there is no such option"),
-            ("queue = ", "is no TOML"),
+            ("queue = ", "is not TOML"),
             ("[limits]\nqueue = 3", "limits: there is no such option"),
         ],
     )
@@ -99,7 +99,7 @@ class TestMistakes:
         ("name", "value", "reason"),
         [
             ("POLICY", "Block", "LATENTGUARD_SERVE_POLICY: .*; found 'Block'"),
-            ("POLCY", "block", "LATENTGUARD_SERVE_POLCY is no option of serve"),
+            ("POLCY", "block", "LATENTGUARD_SERVE_POLCY is not an option of serve"),
             ("RATE", "", "LATENTGUARD_SERVE_RATE: "),
         ],
     )

@@ -13,11 +13,13 @@ from latentguard.data.prompt_files import Columns
 
 
 def audit(
-    files: Annotated[list[str], typer.Argument(help="Labelled files, or 'contrast'.")],
+    files: Annotated[
+        list[str], typer.Argument(help="Labelled files, or 'contrast' for the built-in set.")
+    ],
     text_column: TextColumn = "text",
     label: Label = None,
 ) -> None:
-    """Say how well surface form alone separates the labels of a set (0.5: not at all).
+    """Measure how well surface form alone separates the labels of a set (0.5: not at all).
 
     Example: latentguard audit advbench.jsonl alpaca.jsonl
     """

@@ -18,17 +18,15 @@ def benchmark(  # noqa: PLR0913, PLR0917 (each is an option)
     guard: GuardSource,
     data_dir: Annotated[
         Path,
-        typer.Option(help="Folder with the sets, as 'data fetch' or their authors write them."),
+        typer.Option(help="Folder with the sets, from 'latentguard data fetch' or as published."),
     ] = Path("data"),
     out: Annotated[
-        Path, typer.Option(help="Report folder; its verdicts let a killed run go on.")
+        Path, typer.Option(help="Report folder; a killed run continues from what is in it.")
     ] = Path("benchmark"),
     only: Annotated[
-        list[str] | None, typer.Option(help="This set alone, such as 'toxicchat'; repeatable.")
+        list[str] | None, typer.Option(help="Only this set, such as 'toxicchat'; repeatable.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many prompts of each set.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each set, at most.")] = None,
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
     device_map: DeviceMap = None,
@@ -36,9 +34,9 @@ def benchmark(  # noqa: PLR0913, PLR0917 (each is an option)
     """Run GUARD over the standard prompt suite, beside published figures of other guards.
 
     Sets: ToxicChat, OpenAI moderation, Aegis, Aegis 2, SimpleSafetyTests, HarmBench, WildGuardTest,
-    XSTest, OR-Bench. Get them with 'latentguard data fetch'. A set that is missing is named, and
-    the others are measured. OUT gets report.html, report.md, report.json and figures.json; no
-    prompt text is written.
+    XSTest, OR-Bench. Get them with 'latentguard data fetch'. Missing sets are
+    named, and the others are measured. OUT gets report.html, report.md, report.json and
+    figures.json; no prompt text is written.
 
     Example: latentguard benchmark guards/qwen --data-dir data --out reports/benchmark
     """

@@ -43,42 +43,55 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     harmless: HarmlessTraffic = None,
     harmful: Annotated[
         list[str] | None,
-        typer.Option(help="Harmful prompts, not those fitted on: calibrates probabilities, too."),
+        typer.Option(
+            help="Harmful prompts that the guard was not fitted on: also calibrates probabilities."
+        ),
     ] = None,
     replies: Annotated[
         list[str] | None,
-        typer.Option(help="Harmless replies (prompt, reply): the threshold for what is said."),
+        typer.Option(help="Harmless replies (prompt, reply): sets the threshold for replies."),
     ] = None,
     max_fpr: Annotated[
         float | None,
         typer.Option(
-            help="Rate to keep; 0.01, or 0.05 with the built-in prompts. With --balanced or "
-            "--cost-ratio: the highest that may be chosen; 0.5."
+            help="False-positive rate to keep; default: 0.01, or 0.05 with the built-in prompts. "
+            "With --balanced or --cost-ratio: the highest rate that may be chosen; default: 0.5."
         ),
     ] = None,
     balanced: Annotated[
-        bool, typer.Option("--balanced", help="Choose the rate for the best F1.")
+        bool, typer.Option("--balanced", help="Choose the rate with the best F1.")
     ] = False,
     cost_ratio: Annotated[
         float | None,
-        typer.Option(help="Choose the rate for the lowest cost: what a miss costs, in alarms."),
+        typer.Option(
+            help="Choose the rate with the lowest cost, if a miss costs so many false alarms."
+        ),
     ] = None,
     harmful_share: Annotated[
         float | None,
-        typer.Option(help="Share of harmful prompts in use; default: of the labelled prompts."),
+        typer.Option(
+            help="Share of harmful prompts in your traffic; default: as in the labelled prompts."
+        ),
     ] = None,
     traffic: Annotated[
         list[str] | None,
-        typer.Option(help="Unlabelled prompts: moves the threshold to where their scores lie."),
+        typer.Option(
+            help="Unlabelled prompts of your traffic: adapts the threshold to their scores."
+        ),
     ] = None,
     review_fpr: Annotated[
-        float | None, typer.Option(help="Higher rate up to which prompts are to be reviewed.")
+        float | None,
+        typer.Option(
+            help="Rate of a second, lower threshold; scores between the two are for review."
+        ),
     ] = None,
     segment_column: Annotated[
         str | None,
-        typer.Option(help="Column with the traffic segment: a threshold for each."),
+        typer.Option(help="Column with the traffic segment; each gets a threshold of its own."),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of the Clopper-Pearson bounds.")] = 0.95,
+    confidence: Annotated[
+        float, typer.Option(help="Confidence of the promised rates (Clopper-Pearson bounds).")
+    ] = 0.95,
     text_column: TextColumn = "text",
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
@@ -87,18 +100,18 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
 ) -> None:
     """Set the guard's threshold so that it flags at most MAX_FPR of harmless prompts.
 
-    Operating points, named in every verdict: --max-fpr keeps a rate (the default); --balanced has
-    the best F1 on labelled prompts; --cost-ratio 5 holds a miss for as bad as five false alarms.
-    --traffic moves each of them to unlabelled traffic, which may hold harmful prompts; what it says
-    then is an estimate, no bound.
+    --max-fpr keeps a rate (the default). --balanced takes the best F1 on labelled prompts, and
+    --cost-ratio 5 the lowest cost if a miss is as bad as five false alarms. --traffic adapts any of
+    them to unlabelled traffic, which may hold harmful prompts; the result is then an estimate and
+    not a promise. Every verdict names the choice (operating_point).
 
     Rows with a column 'refused' (see 'latentguard label') calibrate the quadrants of a guard that
-    has a refusal axis. A guard that was fitted with --long has a second threshold, for long prompts
-    and chats: fit picks it on built-in texts, and those in HARMLESS move it, if there are any.
+    has a refusal axis. A guard that was fitted with --long has a second threshold for long prompts
+    and chats; long texts in --harmless move it.
     With --harmful, GUARD/calibration/report.html shows how reliable probabilities are.
 
-    With --replies the threshold for replies of a guard fitted with --replies is set: at most
-    MAX_FPR of harmless replies are flagged at any of their tokens. That for prompts stays as it is.
+    With --replies it sets the threshold for replies and leaves the other one: at most MAX_FPR of
+    harmless replies are flagged at any of their tokens. The guard must be fitted with --replies.
 
     Example: latentguard calibrate guards/qwen --harmless traffic.jsonl --max-fpr 0.01
     """
@@ -184,7 +197,7 @@ def _require_options(
     if rates.goal.needs_harmful and harmless and not harmful:
         raise GuardError(
             f"The operating point '{rates.goal.name}' weighs misses against false alarms on "
-            "prompts of one kind: give harmful ones beside your harmless ones, with --harmful."
+            "prompts of one kind: give harmful ones as well, with --harmful."
         )
     if traffic and segment_column:
         raise GuardError(

@@ -18,8 +18,8 @@ def compare(
     """Compare REPORTS of models, checkpoints or protocols: claims by report, curves overlaid.
 
     The page begins with each claim's verdict, effect, interval, n and form control in every report.
-    Tables lie beside it as CSV, all figures of all reports in report.json. Nothing is computed anew
-    and no model is loaded.
+    Tables lie beside it as CSV, all figures of all reports in report.json. No model is
+    loaded.
 
     Example: latentguard compare reports/base reports/instruct --out reports/both
     """

@@ -19,16 +19,15 @@ data = typer.Typer(
     no_args_is_help=True, help="The public data sets that the study and the benchmark use."
 )
 
-Folder = Annotated[Path, typer.Option(help="Data folder, as 'study --data-dir' takes it.")]
+Folder = Annotated[Path, typer.Option(help="Data folder, for 'latentguard study --data-dir'.")]
 
 
 @data.command(name="list")
 def show(data_dir: Folder = Path("data")) -> None:
-    """List the public sets: which experiment needs each, where it is had, and what is there.
+    """List the public sets: which experiment needs each, where it comes from, and what is there.
 
-    'latentguard study --data-dir' makes pools of prompts out of files of these names; where there
-    is no pool, no experiment reads the file yet. Sets marked 'gated' need an account on the Hub
-    that has accepted their terms.
+    'latentguard study --data-dir' reads files of these names. A set without a pool is not read by
+    any experiment yet. Sets marked 'gated' need an account on the Hub that accepted their terms.
 
     Example: latentguard data list --data-dir data
     """
@@ -68,20 +67,20 @@ def show(data_dir: Folder = Path("data")) -> None:
 def fetch(
     out: Annotated[Path, typer.Option(help="Data folder.")] = Path("data"),
     mirror: Annotated[
-        Path | None, typer.Option(help="Folder with the files; no request goes to the Hub.")
+        Path | None, typer.Option(help="Folder that has the files; the Hub is not asked.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="This set alone, such as 'advbench'; repeatable.")
+        list[str] | None, typer.Option(help="Only this set, such as 'advbench'; repeatable.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that hold something else.")
+        bool, typer.Option("--overwrite", help="Replace files with other content.")
     ] = False,
 ) -> None:
     """Put the public sets into a folder, with SHA-256, licence and count of each in sources.json.
 
     They come from the Hugging Face Hub (extra 'hub-data'), or with --mirror from a folder of
-    files of these names. A set that cannot be had is said, with where it is published; the others
-    are fetched all the same. Exit code 1 if one is missing in the end.
+    files of these names. If a set cannot be fetched, the command says where it is published,
+    fetches the others, and ends with exit code 1.
 
     Example: latentguard data fetch --out data --mirror /mnt/mirror
     """
@@ -112,7 +111,7 @@ def fetch(
 @data.command()
 def import_released(
     files: Annotated[list[Path], typer.Argument(help="The authors' .pt files.")],
-    out: Annotated[Path, typer.Option(help="safetensors file.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
 ) -> None:
     """Read the authors' released .pt files into one safetensors file, without running them.
 

@@ -19,15 +19,15 @@ from latentguard.data.prompt_files import read_prompts
 def drift(
     guard: GuardSource,
     prompts: Annotated[str, typer.Argument(help="Recent traffic: file, '-', or Hub data set.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
     text_column: TextColumn = "text",
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
     device_map: DeviceMap = None,
 ) -> None:
-    """Say whether scores lie as they did at calibration, and whether the thresholds still hold.
+    """Compare the scores of recent traffic with the calibration; test whether the promise holds.
 
-    Exit code 1 if the flag rate is too high for the promise. Prompts are taken for harmless.
+    The prompts are taken to be harmless. Exit code 1 if more are flagged than was promised.
 
     Example: latentguard drift guards/qwen last-week.jsonl
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def evaluate(  # noqa: PLR0913, PLR0917 (each is an option)
     guard: GuardSource,
     prompts: Annotated[str, typer.Argument(help="Labelled prompts: file, '-', or Hub data set.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     segment_column: Annotated[
         str | None, typer.Option(help="Column with the traffic segment; default: the guard's.")
     ] = None,
@@ -35,9 +35,9 @@ def evaluate(  # noqa: PLR0913, PLR0917 (each is an option)
 ) -> None:
     """Print what GUARD does with labelled prompts: caught, falsely flagged, AUROC, with intervals.
 
-    Shares are at the guard's own threshold, in all, by category and by segment. Each row needs a
-    label, 'harmful' or 'harmless'. Prompts that the guard was fitted on are counted in a warning:
-    on them it looks better than it is.
+    Shares are at the guard's own threshold: of all rows, by category and by segment. Each row needs
+    a label, 'harmful' or 'harmless'. A warning counts prompts that the guard was fitted on, since
+    it does better on them than on others.
 
     Example: latentguard evaluate guards/qwen labelled.jsonl
     """

@@ -41,54 +41,61 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     out: Annotated[Path, typer.Option(help="Folder for the guard.")],
     model: Model = "default",
     contrast: Annotated[
-        bool, typer.Option("--contrast", help="Train on the built-in prompts (the default).")
+        bool, typer.Option("--contrast", help="Fit on the built-in prompts (the default).")
     ] = False,
     rows: Annotated[
-        int, typer.Option(min=2, help="How many of the built-in prompts.")
+        int, typer.Option(min=2, help="How many of the built-in prompts to fit on.")
     ] = DEFAULT_ROWS,
     all_rows: Annotated[
-        bool, typer.Option("--all-rows", help="All built-in prompts: a little better, much slower.")
+        bool,
+        typer.Option(
+            "--all-rows", help="Fit on all built-in prompts: a little better, much slower."
+        ),
     ] = False,
     harmful: Harmful = None,
     harmless: Harmless = None,
     reading: Annotated[
         str,
         typer.Option(
-            help="pooled (t_inst, t_post, two means), t_inst, t_post, post+K, sealed, span."
+            help="Token positions to read: pooled, t_inst, t_post, post+K, sealed or span."
         ),
     ] = "pooled",
     probe: Annotated[
-        ProbeKind, typer.Option(help="linear, or centroid (the paper's rule).")
+        ProbeKind, typer.Option(help="linear, or centroid: the paper's rule.")
     ] = ProbeKind.linear,
     long: Annotated[
-        bool, typer.Option("--long", help="Also read long prompts and chats by chunks.")
+        bool, typer.Option("--long", help="Also read long prompts and chats in chunks.")
     ] = False,
     replies: Annotated[
         list[str] | None,
-        typer.Option(help="Labelled replies (prompt, reply, label): judge what the model says."),
+        typer.Option(
+            help="Labelled replies (prompt, reply, label): also judge what the model says."
+        ),
     ] = None,
     text_column: TextColumn = "text",
     dtype: Dtype = "auto",
     quantize: Annotated[
         Quantize | None,
-        typer.Option(help="Weights: int8 (needs torchao) or nf4 (needs bitsandbytes)."),
+        typer.Option(
+            help="Quantise the weights: int8 (needs torchao) or nf4 (needs bitsandbytes)."
+        ),
     ] = None,
     device_map: DeviceMap = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a guard for MODEL and write it to OUT.
 
-    The paper's rule, without its choice of refused and accepted prompts: --harmful advbench.jsonl
-    --harmless alpaca.jsonl --reading t_inst --probe centroid. Rows that carry a label are used only
-    for the side that their file is named for.
+    For the paper's rule, without its choice of refused and accepted prompts: --harmful
+    advbench.jsonl --harmless alpaca.jsonl --reading t_inst --probe centroid. Of labelled rows in
+    --harmful only the harmful ones are used, and likewise for --harmless.
 
-    A large model: --device-map auto, and --quantize int8 or nf4. A guard is of the quantised model
-    or of the plain one, never of both; the other verbs quantise as it was fitted.
+    For a large model: --device-map auto, and --quantize int8 or nf4. A guard of a quantised model
+    does not work on the plain one; the other verbs quantise as 'fit' did.
 
     With --replies the guard also judges what the model says, token by token. The rows are a file or
     a Hub data set, such as PKU-Alignment/BeaverTails:30k_train; no such rows are built in.
 
-    A killed fit goes on where it stopped: its states are kept in the cache folder meanwhile.
+    A killed fit continues where it stopped when it is called again.
 
     Example: latentguard fit --model Qwen/Qwen2.5-7B-Instruct --out guards/qwen
     """

@@ -15,10 +15,10 @@ from latentguard.errors import GuardError
 
 def guards(
     model: Annotated[
-        str | None, typer.Option(help="Guards of this model alone: a Hub id, or 'default'.")
+        str | None, typer.Option(help="Only guards of this model: a Hub id, or 'default'.")
     ] = None,
     local: Annotated[
-        bool, typer.Option("--local", help="Those on this disk alone; asks nothing of the Hub.")
+        bool, typer.Option("--local", help="Only guards on this disk; does not ask the Hub.")
     ] = False,
 ) -> None:
     """List the guards that exist: in the package, on this disk and on the Hugging Face Hub.
@@ -38,16 +38,16 @@ def guards(
     for one in listed_guards:
         typer.echo(f"{one.name}\t{one.model}\t{one.place}")
     if not listed_guards:
-        echo_err("There is none. Fit one: latentguard fit --model MODEL --out FOLDER")
+        echo_err("No guards found. Fit one: latentguard fit --model MODEL --out FOLDER")
 
 
 def pull(
-    guard: Annotated[str, typer.Argument(help="Hub id, as org/guard.")],
+    guard: Annotated[str, typer.Argument(help="Hub id, such as org/guard.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for a copy; default: the Hub's cache alone.")
+        Path | None, typer.Option(help="Folder for a copy; default: only the Hub's cache.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit; default: the newest.")
+        str | None, typer.Option(help="Branch, tag or commit; default: the newest.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def label(
     prompts: PromptSource,
-    out: Annotated[Path, typer.Option(help="JSON Lines file, for 'fit'.")],
+    out: Annotated[Path, typer.Option(help="JSON Lines file that 'latentguard fit' can read.")],
     model: Model = "default",
     text_column: TextColumn = "text",
     dtype: Dtype = "auto",
@@ -30,7 +30,7 @@ def label(
 ) -> None:
     """Ask MODEL each prompt and mark those that it refuses (column 'refused').
 
-    A guard that is fitted on them has a refusal axis too. Replies are judged and dropped.
+    A guard that is fitted on the result also has a refusal axis. Replies are judged and not kept.
 
     Example: latentguard label prompts.jsonl --out labelled.jsonl
     """

@@ -67,26 +67,29 @@ class Side(StrEnum):
 
 AllowMismatch = Annotated[
     bool,
-    typer.Option("--allow-mismatch", help="Go on with another model; says how far scores move."),
+    typer.Option(
+        "--allow-mismatch",
+        help="Accept a model that differs from the guard's; says how far scores move.",
+    ),
 ]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
-        help="'auto' spreads a large model over GPUs, then memory; the guard is the same anywhere."
+        help="'auto' spreads a large model over GPUs and main memory; scores stay the same."
     ),
 ]
 Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, ...; auto: float32 on a CPU, else bfloat16.")
+    str, typer.Option(help="float32, bfloat16, ...; auto: float32 on a CPU, bfloat16 on a GPU.")
 ]
 GuardFolder = Annotated[Path, typer.Argument(help="Folder that 'latentguard fit' wrote.")]
 GuardOut = Annotated[
-    Path | None, typer.Option("--out", help="Write the changed guard here; default: in place.")
+    Path | None,
+    typer.Option("--out", help="Folder for the changed guard; default: change it in place."),
 ]
 GuardSource = Annotated[
     str,
     typer.Argument(
-        help="Folder that 'latentguard fit' wrote, a Hub id as org/guard, or 'default': the guard "
-        "of SmolLM2-135M that comes with the package."
+        help="Guard folder, Hub id (org/guard), or 'default': the packaged guard of SmolLM2-135M."
     ),
 ]
 Harmful = Annotated[list[str] | None, typer.Option(help="Harmful prompts; repeatable.")]
@@ -95,13 +98,17 @@ HarmlessTraffic = Annotated[
     list[str] | None,
     typer.Option(help="Harmless prompts like your traffic; default: the built-in ones."),
 ]
-Label = Annotated[Side | None, typer.Option(help="Label of unlabelled rows.")]
+Label = Annotated[Side | None, typer.Option(help="Label for rows that have none.")]
 Model = Annotated[
     str, typer.Option(help="A Hub id, a folder, a GGUF file, or 'default' (SmolLM2-135M).")
 ]
-MovedModel = Annotated[str | None, typer.Option(help="If the model has moved.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the guard that is in the folder.")
+MovedModel = Annotated[
+    str | None, typer.Option(help="Folder or id of the guard's model, if it has moved.")
 ]
-PromptSource = Annotated[str, typer.Argument(help="File, '-', or Hub data set.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a guard that is already in the folder.")
+]
+PromptSource = Annotated[
+    str, typer.Argument(help="File of prompts, '-' for standard input, or Hub data set.")
+]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the prompt.")]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Evaluate = Annotated[
     str | None,
-    typer.Option(help="Labelled prompts to measure on; default: built-in ones."),
+    typer.Option(help="Labelled prompts to measure the change on; default: built-in ones."),
 ]
 
 pack = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard from examples.")
@@ -43,7 +43,7 @@ pack = typer.Typer(no_args_is_help=True, help="Risk categories added to a guard 
 @pack.command()
 def add(  # noqa: PLR0913, PLR0917 (each is an option)
     guard: GuardSource,
-    name: Annotated[str, typer.Option(help="Of the category, such as sexual.")],
+    name: Annotated[str, typer.Option(help="Name of the category, such as fraud.")],
     examples: Annotated[list[str], typer.Option(help="20 to 50 harmful examples; repeatable.")],
     harmless: HarmlessTraffic = None,
     evaluate: Evaluate = None,
@@ -53,18 +53,17 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
     device_map: DeviceMap = None,
     out: GuardOut = None,
 ) -> None:
-    """Add a category that can flag, and calibrate anew for the rate that the guard promised.
+    """Add a category that can flag, and calibrate again for the rate that the guard promised.
 
-    Give --harmless prompts of the same kind as the examples wherever you can: half of them are
-    what the examples are held against, so that the pack learns harm and not the kind of text; the
-    other half calibrates. Without them a pack may flag harmless texts that resemble its examples.
-    A guard that was calibrated on your own prompts needs them. One that was fitted with --long is
-    calibrated anew for long prompts and chats, too, which takes minutes on a CPU. With
-    --allow-mismatch the guard becomes one of the model that it met: what it then promises was
-    measured there.
+    Give --harmless prompts of the same kind of text as the examples. Half of them train the pack,
+    so that it learns harm and not the kind of text; the other half calibrates. Without them a pack
+    may flag harmless texts that resemble its examples. A guard that was calibrated on your own
+    prompts needs them. A guard that was fitted with --long is also calibrated again for long
+    prompts and chats, which takes minutes on a CPU. With --allow-mismatch the guard is bound to the
+    model that it is run on, and its promise was measured there.
 
     Prints what the guard catches and falsely flags before and after, on the labelled prompts of
-    --evaluate: give harmful prompts of other categories, too, as a pack moves the threshold of all.
+    --evaluate. Give harmful prompts of other categories too: a pack moves the threshold of all.
 
     Example: latentguard pack add guards/qwen --name fraud --examples fraud.jsonl
     """
@@ -94,7 +93,7 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
 
 @pack.command(name="list")
 def show(guard: GuardSource) -> None:
-    """List the packs of a guard: name, examples, cut-off.
+    """List the packs of a guard: name, number of examples, threshold.
 
     Example: latentguard pack list guards/qwen
     """
@@ -112,7 +111,7 @@ def show(guard: GuardSource) -> None:
 @pack.command()
 def remove(  # noqa: PLR0913, PLR0917 (each is an option)
     guard: GuardSource,
-    name: Annotated[str, typer.Argument(help="Of the pack.")],
+    name: Annotated[str, typer.Argument(help="Name of the pack.")],
     harmless: HarmlessTraffic = None,
     evaluate: Evaluate = None,
     text_column: TextColumn = "text",
@@ -121,7 +120,7 @@ def remove(  # noqa: PLR0913, PLR0917 (each is an option)
     device_map: DeviceMap = None,
     out: GuardOut = None,
 ) -> None:
-    """Remove a pack, and calibrate anew for the rate that the guard promised.
+    """Remove a pack, and calibrate again for the rate that the guard promised.
 
     Example: latentguard pack remove guards/qwen fraud
     """

@@ -13,13 +13,18 @@ from latentguard.cli.options import GuardSource, MovedModel
 
 def parity(
     guard: GuardSource,
-    backends: Annotated[str, typer.Option(help="The reference, and what is compared.")] = "hf,vllm",
+    backends: Annotated[
+        str, typer.Option(help="The reference and the engine to compare.")
+    ] = "hf,vllm",
     n: Annotated[
-        int, typer.Option(help="Prompts, of the built-in test split; half are long.")
+        int, typer.Option(help="Number of prompts of the built-in test split; half are long.")
     ] = 64,
     model: MovedModel = None,
     tolerance: Annotated[
-        float, typer.Option(help="Largest score difference, in spreads; beyond it exit 1.")
+        float,
+        typer.Option(
+            help="Largest score difference allowed, in standard deviations; exit code 1 beyond."
+        ),
     ] = 0.1,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Let vLLM compile the model, as its server does.")
@@ -27,8 +32,8 @@ def parity(
 ) -> None:
     """Print how far a guard's scores inside vLLM are from those on transformers.
 
-    Batch 1 and 32, prompts shorter and longer than a chunk, cached and uncached prefixes, and more
-    requests than the cache holds. Runs where vLLM is installed (docs/how-to/vllm.md).
+    It tries batches of 1 and 32, short and long prompts, cached and uncached prefixes, and more
+    requests than the cache holds. It needs vLLM in the same environment (docs/how-to/vllm.md).
 
     Example: latentguard parity guards/smollm2
     """

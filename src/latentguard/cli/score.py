@@ -39,35 +39,39 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
     guard: GuardSource,
     prompts: PromptSource,
     out: Annotated[
-        Path | None, typer.Option(help="JSON Lines file; standard output if none.")
+        Path | None, typer.Option(help="JSON Lines file; default: standard output.")
     ] = None,
     replies: Annotated[
-        bool, typer.Option("--replies", help="Rows hold prompt and reply: score what is said.")
+        bool, typer.Option("--replies", help="Rows hold prompt and reply: score the reply.")
     ] = False,
     text_column: TextColumn = "text",
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
     device_map: DeviceMap = None,
     engine: Annotated[
-        Engine, typer.Option(help="ray: many devices and nodes (extra 'ray'); OUT is a folder.")
+        Engine, typer.Option(help="ray: many devices and nodes (extra 'ray'); --out is a folder.")
     ] = Engine.local,
     actors: Annotated[
-        int | None, typer.Option(help="With ray; default: one a GPU, or one a node.", min=1)
+        int | None,
+        typer.Option(
+            help="With ray: number of workers; default: one for each GPU, or one for each node.",
+            min=1,
+        ),
     ] = None,
     block_rows: Annotated[
-        int, typer.Option(help="With ray: rows of one output file.", min=1)
+        int, typer.Option(help="With ray: rows of each output file.", min=1)
     ] = 8192,
 ) -> None:
     """Score prompts: one JSON object a line, in input order (id, score, probability, flagged).
 
-    The segment of a prompt, if the guard was calibrated by segments, comes from the same column.
+    If the guard was calibrated by segments, a prompt's segment is read from the same column.
 
-    With --replies the rows are replies, each with its prompt, or messages that end with the
-    assistant; a verdict names the token after which the reply is flagged (flagged_at).
+    With --replies each row has a prompt and a reply, or messages that end with the assistant. A
+    verdict names the token after which the reply is flagged (flagged_at).
 
-    With --out, a killed run goes on where it stopped when it is called again. With --engine ray
-    PROMPTS may be a folder or a pattern of Parquet and JSON Lines files, OUT becomes a folder of
-    Parquet files, and workers and nodes may die; RAY_ADDRESS names the cluster.
+    With --out, a killed run continues where it stopped when it is called again. With --engine ray,
+    PROMPTS may be a folder or a pattern of Parquet and JSON Lines files, and --out is a folder of
+    Parquet files. Workers and nodes may die. RAY_ADDRESS names the cluster.
 
     Example: latentguard score guards/qwen prompts.jsonl --out verdicts.jsonl
     """

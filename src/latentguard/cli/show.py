@@ -14,7 +14,7 @@ from latentguard.guard.hub import find_guard
 def show(
     guard: Annotated[
         str | None,
-        typer.Argument(help="Folder that 'latentguard fit' wrote, a Hub id, or 'default'."),
+        typer.Argument(help="Guard folder, Hub id (org/guard), or 'default'."),
     ] = None,
 ) -> None:
     """Print what a guard is, what it promises, and what it is bound to.

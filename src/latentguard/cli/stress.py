@@ -27,21 +27,29 @@ from latentguard.errors import LatentGuardError, require_extra
 
 def stress(  # noqa: PLR0913, PLR0917 (each is an option)
     guard: GuardSource,
-    out: Annotated[Path, typer.Option(help="Report folder; its store lets a killed run go on.")],
+    out: Annotated[
+        Path, typer.Option(help="Report folder; a killed run continues from what is in it.")
+    ],
     only: Annotated[
         list[str] | None,
-        typer.Option(help="This attack or family alone, such as 'homoglyphs'; repeatable."),
+        typer.Option(help="Only this attack or family, such as 'homoglyphs'; repeatable."),
     ] = None,
     budget: Annotated[
         Amount,
-        typer.Option(help="small: 24 prompts a class, minutes; full: all, 8k tokens, fine-tuning."),
+        typer.Option(
+            help="small: 24 prompts a class, takes minutes; full: all prompts, up to 8,000 tokens "
+            "of padding, fine-tuning."
+        ),
     ] = Amount.small,
     harmful: Annotated[
         list[str] | None,
         typer.Option(help="Harmful prompts; repeatable. Default: the built-in test split."),
     ] = None,
     harmless: Annotated[
-        list[str] | None, typer.Option(help="Harmless prompts; repeatable. Give both or none.")
+        list[str] | None,
+        typer.Option(
+            help="Harmless prompts; repeatable. Give --harmful and --harmless, or neither."
+        ),
     ] = None,
     text_column: TextColumn = "text",
     model: MovedModel = None,
@@ -50,10 +58,10 @@ def stress(  # noqa: PLR0913, PLR0917 (each is an option)
 ) -> None:
     """Attack GUARD: changed texts, other languages, padding, changed weights; prints the report.
 
-    Each attack is made on harmful and on harmless prompts. Call it again with the same --out to go
-    on after a kill, or to add attacks: scores are kept there. Families: special tokens, template
-    imitation, homoglyphs, unseen characters, case and spacing, encodings, two requests, wrappers,
-    foreign frames, padding, translations, changed weights.
+    Each attack is made on harmful and on harmless prompts. A killed run continues when it is called
+    again with the same --out, and other attacks can be added that way. Families: special tokens,
+    template imitation, homoglyphs, unseen characters, case and spacing, encodings, two requests,
+    wrappers, foreign frames, padding, translations, changed weights.
 
     Example: latentguard stress guards/qwen --out reports/stress
     """

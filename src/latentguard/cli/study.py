@@ -32,24 +32,32 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...", help="Hub ids, folders, GGUF files, or 'default'; several compare."
+            metavar="MODEL...",
+            help="Hub ids, folders, GGUF files, or 'default'; several are compared.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Report folder; its store lets a killed run go on.")],
+    out: Annotated[
+        Path, typer.Option(help="Report folder; a killed run continues from what is in it.")
+    ],
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Run this experiment alone, such as 'inversion'; repeatable."),
+        typer.Option(help="Only this experiment, such as 'inversion'; repeatable."),
     ] = None,
     budget: Annotated[
-        Budget, typer.Option(help="paper: the paper's n; small: what a laptop finishes.")
+        Budget,
+        typer.Option(help="paper: as many prompts as the paper; small: what a laptop can do."),
     ] = Budget.paper,
     protocol: Annotated[
         Protocol | None,
-        typer.Option(help="paper: as its authors ran it; controlled (default): stricter."),
+        typer.Option(
+            help="paper: as the authors ran it; controlled (default): stricter, more controls."
+        ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="TOML: settings, [data], [judge], [rubric] (url, model), [template]."),
+        typer.Option(
+            help="TOML file: settings, [data], [judge] and [rubric] (url, model), [template]."
+        ),
     ] = None,
     data_dir: Annotated[
         Path | None,
@@ -69,21 +77,19 @@ def study(  # noqa: PLR0913, PLR0917 (each is an option)
 ) -> None:
     """Run every table and figure of the paper on MODEL; prints the report's path last.
 
-    Run it again with the same --out to go on after a kill, or for other experiments. States and
-    replies are kept there, and the new report replaces the one before. It begins with the claims,
-    each with effect, interval, n and verdict. --data-dir takes the folder of 'latentguard data
-    fetch'.
+    The report begins with the claims, each with effect, interval, n and verdict. A killed run
+    continues when it is called again with the same --out, and other experiments can be added that
+    way. The folder may be moved to another machine in between.
 
-    It first asks a few prompts and says how many of them the model refuses, which claims that can
-    decide, and how long the whole takes.
+    It first asks a few prompts. Then it says how many of them the model refuses, which claims this
+    can decide, and how long the study will take.
 
-    With a [rubric] in --config a reply counts as accepted only if a model there says that it helps.
-    Prompts and replies go to the url of [judge] or [rubric] alone, and nowhere without them. The
-    key comes from LATENTGUARD_JUDGE_KEY.
+    With a [rubric] in --config a reply counts as accepted only if the model at its url says that it
+    helps. Without [judge] and [rubric], prompts and replies are sent nowhere. The key comes from
+    LATENTGUARD_JUDGE_KEY.
 
-    Several models are studied one after the other, each in a folder of its own name in --out; the
-    report in --out then compares them. The folder may move: a store that was copied to another
-    machine goes on there.
+    Several models are studied one after the other, each in a folder of its own in --out. The report
+    in --out then compares them.
 
     Example: latentguard study default --out reports/smollm2 --budget small
     """

@@ -48,7 +48,9 @@ class Goal:
         ratio = self.cost_ratio
         share = self.harmful_share
         if (self.name == "cost-ratio") != (ratio is not None):
-            raise GuardError("A cost ratio belongs to the operating point 'cost-ratio', and to it.")
+            raise GuardError(
+                "A cost ratio goes with the operating point 'cost-ratio', which needs one."
+            )
         if ratio is not None and not 0 < ratio < float("inf"):
             raise GuardError(f"A cost ratio is a number over 0; found {ratio}.")
         if share is not None and not 0 < share < 1:

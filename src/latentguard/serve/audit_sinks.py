@@ -254,7 +254,9 @@ def require_writable(target: str) -> None:
         raise IsADirectoryError(f"The audit log {target} is a folder; name a file in it.")
     nearest = path if path.exists() else next(p for p in path.parents if p.exists())
     if not os.access(nearest, os.W_OK) or (nearest != path and not nearest.is_dir()):
-        raise PermissionError(f"The audit log {target} cannot be written: {nearest} does not let.")
+        raise PermissionError(
+            f"The audit log {target} cannot be written: {nearest} is not writable."
+        )
 
 
 def make_private(file: int) -> None:

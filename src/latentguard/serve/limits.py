@@ -103,7 +103,7 @@ class RequestLimits:
         allowed = self.config.allowed_hosts
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
         if allowed and host not in allowed and host.rpartition(":")[0] not in allowed:
-            raise BadRequest("This service is not known by this name.")
+            raise BadRequest("This service does not answer to this Host header.")
 
     def _client(self, scope: Scope) -> str:
         if scope["path"] in OPEN:
@@ -115,7 +115,9 @@ class RequestLimits:
         most = self.config.max_body
         headers = dict(scope["headers"])
         if b"content-length" in headers and b"transfer-encoding" in headers:
-            raise BadRequest("The length of the body is told twice.")  # servers disagree on which
+            raise BadRequest(
+                "The request states the length of its body twice."
+            )  # servers disagree on which
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and len(length) < 20 and int(length) > most:
             raise PayloadTooLarge(

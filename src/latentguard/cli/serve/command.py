@@ -27,8 +27,8 @@ def serve(context: typer.Context, **arguments: Any) -> None:
     """Serve GUARD: OpenAI's /v1/moderations and /v1/chat/completions, and a page at /.
 
     Chats are answered by the guard's own model, or by --upstream. The upstream's key is read from
-    LATENTGUARD_UPSTREAM_KEY. A band to review is there if the guard was calibrated with
-    --review-fpr. Options can also stand in a file (--config) or in the environment.
+    LATENTGUARD_UPSTREAM_KEY. A guard that was calibrated with --review-fpr has a third decision,
+    'review'. Options can also be given in a file (--config) or in the environment.
 
     Example: latentguard serve guards/qwen --audit audit.jsonl
     """

@@ -13,7 +13,7 @@ from latentguard.serve.config import ServeConfig
 
 # Panels of ``--help``.
 GUARD = "Guard and model"
-TRAFFIC = "What is done"
+TRAFFIC = "Policy"
 LIMITS = "Limits"
 UPSTREAM = "Upstream"
 RECORD = "Audit log"
@@ -83,31 +83,35 @@ class ServeOptions:
     config: Annotated[
         Path | None,
         typer.Option(
-            help="TOML file with these options by their names, as max-tokens = 2048. The "
-            "environment (LATENTGUARD_SERVE_MAX_TOKENS) comes before it, options before both."
+            help="TOML file with these options, such as max-tokens = 2048. Variables of the "
+            "environment (LATENTGUARD_SERVE_MAX_TOKENS) override it, and options override both."
         ),
     ] = None
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Check guard, model, keys, audit log and options; exit 0 or 2."
+            "--check",
+            help="Only check guard, model, keys, audit log and options; exit code 0 or 2.",
         ),
     ] = False
     guards: Annotated[
         list[str],
         typer.Option(
-            help="More guards of the same model, as strict=guards/strict: a request's 'model' "
-            "names one of them. Who sets it picks the guard.",
+            help="More guards of the same model, as NAME=FOLDER. A request whose 'model' is NAME "
+            "is judged by that guard, so let your gateway set 'model'.",
             rich_help_panel=GUARD,
         ),
     ] = ()  # type: ignore[assignment]
     model: Annotated[
-        str | None, typer.Option(help="If the model has moved.", rich_help_panel=GUARD)
+        str | None,
+        typer.Option(
+            help="Folder or id of the guard's model, if it has moved.", rich_help_panel=GUARD
+        ),
     ] = None
     verify_key: Annotated[
         Path | None,
         typer.Option(
-            help="Public key that guards have to be signed with ('latentguard sign').",
+            help="Public key, PEM: accept only guards that 'latentguard sign' signed for it.",
             rich_help_panel=GUARD,
         ),
     ] = None
@@ -115,41 +119,42 @@ class ServeOptions:
         bool,
         typer.Option(
             "--allow-mismatch",
-            help="Go on with another model; logs how far scores move.",
+            help="Accept a model that differs from the guard's; logs how far scores move.",
             rich_help_panel=GUARD,
         ),
     ] = False
     device_map: Annotated[
         str | None,
         typer.Option(
-            help="'auto' spreads a large model over GPUs, then memory.", rich_help_panel=GUARD
+            help="'auto' spreads a large model over GPUs and main memory.", rich_help_panel=GUARD
         ),
     ] = None
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Verdicts to compare scores with, by 'latentguard score --out'; default: the "
-            "scores that calibrated the guard.",
+            help="Verdicts ('latentguard score --out') to compare live scores with, for the drift "
+            "metric; default: the scores that calibrated the guard.",
             rich_help_panel=GUARD,
         ),
     ] = None
-    policy: Annotated[Policy, typer.Option(help="Of flagged chats.", rich_help_panel=TRAFFIC)] = (
-        Policy.block
-    )
+    policy: Annotated[
+        Policy, typer.Option(help="What happens to flagged chats.", rich_help_panel=TRAFFIC)
+    ] = Policy.block
     on_review: Annotated[
         OnReview,
         typer.Option(
-            help="Of chats in the band to review: pass (answered, only logged), annotate (answered "
-            "with their decision) or block.",
+            help="What happens to chats between the review threshold and the threshold: pass "
+            "(answered, only logged), annotate (answered with the decision) or block.",
             rich_help_panel=TRAFFIC,
         ),
     ] = OnReview.annotate
     reply_policy: Annotated[
         ReplyPolicy | None,
         typer.Option(
-            help="Of flagged replies, if the guard was fitted with --replies: cut (it ends there), "
-            "block (it is read whole before any is shown), annotate or shadow; default: cut, or as "
-            "--policy if that is softer.",
+            help="What happens to flagged replies, if the guard was fitted with --replies: cut "
+            "(the reply ends there), block (nothing is shown before all is read), annotate or "
+            "shadow. "
+            "Default: cut; with --policy annotate or shadow, the same as --policy.",
             rich_help_panel=TRAFFIC,
         ),
     ] = None
@@ -157,18 +162,18 @@ class ServeOptions:
         int,
         typer.Option(
             min=0,
-            help="Tokens of a reply that are read beyond one until it is shown.",
+            help="Tokens of a reply held back: a token is shown after so many more are read.",
             rich_help_panel=TRAFFIC,
         ),
     ] = ServeConfig.hold_tokens
     refusal: Annotated[
-        str, typer.Option(help="What a blocked chat is answered with.", rich_help_panel=TRAFFIC)
+        str, typer.Option(help="The answer to a blocked chat.", rich_help_panel=TRAFFIC)
     ] = ServeConfig.refusal
     trust_roles: Annotated[
         list[str],
         typer.Option(
-            help="Roles whose messages your gateway writes, as system,developer: these are read in "
-            "context only. Every other message is read by itself, too.",
+            help="Roles whose messages your gateway writes, such as system,developer: read in "
+            "context only; every other message is also read by itself.",
             rich_help_panel=TRAFFIC,
         ),
     ] = ()  # type: ignore[assignment]
@@ -182,20 +187,24 @@ class ServeOptions:
         ),
     ] = ServeConfig.sources  # type: ignore[assignment]
     tools: Annotated[
-        Tools, typer.Option(help="Of tools and schemas in chats.", rich_help_panel=TRAFFIC)
+        Tools,
+        typer.Option(
+            help="Tools and schemas in chats: read them, refuse them, or trust them (not read).",
+            rich_help_panel=TRAFFIC,
+        ),
     ] = Tools.read
     control_tokens: Annotated[
         ControlTokens,
         typer.Option(
-            help="Of control tokens as <|im_end|> in chats for --upstream: refuse, escape (with a "
-            "blank), or forward if the upstream takes them for text.",
+            help="Control tokens such as <|im_end|> in chats for --upstream: refuse the chat, "
+            "escape them with a space, or forward them if the upstream reads them as text.",
             rich_help_panel=TRAFFIC,
         ),
     ] = ControlTokens.refuse
     allow_parameter: Annotated[
         list[str],
         typer.Option(
-            help="A parameter that the upstream is sent unread; repeatable.",
+            help="A request parameter that is sent to the upstream without being read; repeatable.",
             rich_help_panel=TRAFFIC,
         ),
     ] = ()  # type: ignore[assignment]
@@ -204,68 +213,72 @@ class ServeOptions:
         str | None,
         typer.Option(
             help="Request header with the traffic segment, for a guard calibrated by segments. "
-            "Have your gateway set it: who sets it picks the threshold.",
+            "It picks the threshold, so let your gateway set it.",
             rich_help_panel=TRAFFIC,
         ),
     ] = None
     upstream: Annotated[
         str | None,
         typer.Option(
-            help="OpenAI-compatible URL that answers chats, as http://h/v1; a query is kept.",
+            help="OpenAI-compatible URL that answers chats, such as http://host/v1.",
             rich_help_panel=UPSTREAM,
         ),
     ] = None
     upstream_hosts: Annotated[
         list[str],
         typer.Option(
-            help="Hosts that --upstream may name; any by default.", rich_help_panel=UPSTREAM
+            help="Hosts that --upstream may name; default: any.", rich_help_panel=UPSTREAM
         ),
     ] = ()  # type: ignore[assignment]
     upstream_chat_path: Annotated[
         str,
         typer.Option(
-            help="Below the URL; {model} is the request's model, as Azure's deployments need it.",
+            help="Path of chats below the URL; {model} is the request's model, as Azure needs it.",
             rich_help_panel=UPSTREAM,
         ),
     ] = ServeConfig.upstream_chat_path
     upstream_responses_path: Annotated[
         str,
         typer.Option(
-            help="Below the URL, for /v1/responses; {model} as above.", rich_help_panel=UPSTREAM
+            help="Path of /v1/responses below the URL; {model} as above.", rich_help_panel=UPSTREAM
         ),
     ] = ServeConfig.upstream_responses_path
     upstream_models_path: Annotated[
         str,
         typer.Option(
-            help="Below the URL; also asked whether it is there.", rich_help_panel=UPSTREAM
+            help="Path of the model list below the URL; shows whether the upstream answers.",
+            rich_help_panel=UPSTREAM,
         ),
     ] = ServeConfig.upstream_models_path
     upstream_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with its key; or the variable LATENTGUARD_UPSTREAM_KEY.",
+            help="File with the upstream's key; or set LATENTGUARD_UPSTREAM_KEY.",
             rich_help_panel=UPSTREAM,
         ),
     ] = None
     upstream_key_header: Annotated[
-        str, typer.Option(help="Header of its key, as api-key.", rich_help_panel=UPSTREAM)
+        str,
+        typer.Option(
+            help="Header for the upstream's key, such as api-key.", rich_help_panel=UPSTREAM
+        ),
     ] = ServeConfig.upstream_key_header
     upstream_connect_seconds: Annotated[
-        float, typer.Option(min=0.1, help="To connect.", rich_help_panel=UPSTREAM)
+        float, typer.Option(min=0.1, help="Seconds to connect.", rich_help_panel=UPSTREAM)
     ] = ServeConfig.upstream_connect_seconds
     upstream_read_seconds: Annotated[
         float,
         typer.Option(
             min=0.1,
-            help="Until its answer begins, or the next piece of it comes.",
+            help="Seconds until its answer begins, and between two pieces of it.",
             rich_help_panel=UPSTREAM,
         ),
     ] = ServeConfig.upstream_read_seconds
     audit: Annotated[
         str | None,
         typer.Option(
-            help="Audit log, JSON Lines: a file, a pipe, '-' (standard output), syslog, or an "
-            "OpenTelemetry collector as http://collector:4318/v1/logs.",
+            help="Audit log in JSON Lines: a file, a pipe, '-' (standard output), syslog, or an "
+            "OpenTelemetry collector such as http://collector:4318/v1/logs.",
             rich_help_panel=RECORD,
         ),
     ] = None
@@ -273,21 +286,25 @@ class ServeOptions:
         int,
         typer.Option(
             min=0,
-            help="When the audit file is rotated; 0 leaves that to others.",
+            help="Size at which the audit file is rotated; 0: never, use logrotate.",
             rich_help_panel=RECORD,
         ),
     ] = 64 << 20
     audit_keep: Annotated[
-        int, typer.Option(min=0, help="Older audit files that are kept.", rich_help_panel=RECORD)
+        int, typer.Option(min=0, help="Rotated audit files to keep.", rich_help_panel=RECORD)
     ] = 10
     audit_fsync: Annotated[
-        Fsync, typer.Option(help="When lines are on the disk.", rich_help_panel=RECORD)
+        Fsync,
+        typer.Option(
+            help="When lines are forced to the disk; interval: each second.", rich_help_panel=RECORD
+        ),
     ] = Fsync.interval
     audit_texts: Annotated[
-        bool, typer.Option(help="Write prompts into the audit log.", rich_help_panel=RECORD)
+        bool, typer.Option(help="Write prompt texts into the audit log.", rich_help_panel=RECORD)
     ] = False
     log_format: Annotated[
-        LogFormat, typer.Option(help="Of lines on standard error.", rich_help_panel=RECORD)
+        LogFormat,
+        typer.Option(help="Format of log lines on standard error.", rich_help_panel=RECORD),
     ] = LogFormat.text
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=NETWORK)] = (
         "127.0.0.1"
@@ -299,7 +316,7 @@ class ServeOptions:
     allowed_hosts: Annotated[
         list[str],
         typer.Option(
-            help="Names that the Host header may have; any by default.", rich_help_panel=NETWORK
+            help="Names that the Host header may have; default: any.", rich_help_panel=NETWORK
         ),
     ] = ()  # type: ignore[assignment]
     tls_cert: Annotated[
@@ -307,19 +324,21 @@ class ServeOptions:
         typer.Option(help="Certificate chain, PEM: serve HTTPS.", rich_help_panel=NETWORK),
     ] = None
     tls_key: Annotated[
-        Path | None, typer.Option(help="Its private key, PEM.", rich_help_panel=NETWORK)
+        Path | None,
+        typer.Option(help="Private key of the certificate, PEM.", rich_help_panel=NETWORK),
     ] = None
     api_keys: Annotated[
         Path | None,
         typer.Option(
-            help="File of keys; or the variable LATENTGUARD_API_KEYS.", rich_help_panel=NETWORK
+            help="File with one API key a line; or set LATENTGUARD_API_KEYS.",
+            rich_help_panel=NETWORK,
         ),
     ] = None
     otel: Annotated[
         bool,
         typer.Option(
             "--otel",
-            help="Send traces and metrics by OTLP, where OTEL_EXPORTER_OTLP_ENDPOINT says.",
+            help="Send traces and metrics by OTLP to OTEL_EXPORTER_OTLP_ENDPOINT.",
             rich_help_panel=RECORD,
         ),
     ] = False
@@ -328,71 +347,96 @@ class ServeOptions:
         typer.Option(
             min=0,
             max=65535,
-            help="Serve health and metrics on a port of their own, too; without TLS.",
+            help="Also serve health and metrics on this port, without TLS.",
             rich_help_panel=NETWORK,
         ),
     ] = None
     health_host: Annotated[
-        str, typer.Option(help="Address of that port.", rich_help_panel=NETWORK)
+        str, typer.Option(help="Address of the health port.", rich_help_panel=NETWORK)
     ] = ServeConfig.health_host
     close_delay: Annotated[
         float,
         typer.Option(
             min=0,
-            help="Seconds of not being ready before it closes on SIGTERM; a second one closes at "
-            "once.",
+            help="After SIGTERM, seconds for which it reports not to be ready before it closes; a "
+            "second SIGTERM closes at once.",
             rich_help_panel=NETWORK,
         ),
     ] = 5.0
     drain: Annotated[
         float,
         typer.Option(
-            min=0, help="Seconds that requests then have to finish.", rich_help_panel=NETWORK
+            min=0,
+            help="Seconds that running requests then have to finish.",
+            rich_help_panel=NETWORK,
         ),
     ] = ServeConfig.drain
     concurrency: Annotated[
         int,
         typer.Option(
-            min=1, help="Requests of one client that may be under way.", rich_help_panel=LIMITS
+            min=1, help="Running requests of one client, at most.", rich_help_panel=LIMITS
         ),
     ] = ServeConfig.concurrency
     rate: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Requests of one client in a second.", rich_help_panel=LIMITS),
+        typer.Option(
+            min=0.001,
+            help="Requests of one client a second, at most; default: no limit.",
+            rich_help_panel=LIMITS,
+        ),
     ] = None
     burst: Annotated[
         int,
         typer.Option(
-            min=1, help="Requests that may come at once, with --rate.", rich_help_panel=LIMITS
+            min=1, help="With --rate: requests that may come at once.", rich_help_panel=LIMITS
         ),
     ] = ServeConfig.burst
     redis: Annotated[
         str | None,
         typer.Option(
-            help="Count the requests of clients for several processes together, as "
-            "redis://host:6379/0. Without it, each counts for itself.",
+            help="Redis, such as redis://host:6379/0, that counts the requests of clients for "
+            "several processes together. Without it each process counts for itself.",
             rich_help_panel=LIMITS,
         ),
     ] = None
     max_connections: Annotated[
-        int, typer.Option(min=1, help="Open connections.", rich_help_panel=LIMITS)
+        int, typer.Option(min=1, help="Open connections, at most.", rich_help_panel=LIMITS)
     ] = ServeConfig.max_connections
     max_connections_per_address: Annotated[
-        int, typer.Option(min=1, help="Open connections from one address.", rich_help_panel=LIMITS)
+        int,
+        typer.Option(
+            min=1, help="Open connections from one address, at most.", rich_help_panel=LIMITS
+        ),
     ] = ServeConfig.max_connections_per_address
     queue: Annotated[
-        int, typer.Option(min=1, help="Prompts that may wait.", rich_help_panel=LIMITS)
+        int,
+        typer.Option(min=1, help="Waiting prompts, at most; more get 429.", rich_help_panel=LIMITS),
     ] = ServeConfig.queue
     wait_ms: Annotated[
-        float, typer.Option(min=0, help="A batch waits so long for more.", rich_help_panel=LIMITS)
+        float,
+        typer.Option(
+            min=0, help="Milliseconds that a batch waits for more prompts.", rich_help_panel=LIMITS
+        ),
     ] = 3.0
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of the longest prompt.", rich_help_panel=LIMITS)
+        int,
+        typer.Option(
+            min=1, help="Tokens of a prompt, at most; longer ones get 413.", rich_help_panel=LIMITS
+        ),
     ] = ServeConfig.max_tokens
     max_reply: Annotated[
-        int, typer.Option(min=1, help="Tokens of the longest reply.", rich_help_panel=LIMITS)
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens of a reply of the guard's own model, at most.",
+            rich_help_panel=LIMITS,
+        ),
     ] = ServeConfig.max_reply
     deadline: Annotated[
         float,
-        typer.Option(min=0.1, help="Seconds that a verdict may take.", rich_help_panel=LIMITS),
+        typer.Option(
+            min=0.1,
+            help="Seconds that a verdict may take; then the request gets 503.",
+            rich_help_panel=LIMITS,
+        ),
     ] = ServeConfig.deadline

@@ -55,7 +55,7 @@ def _read_file(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise typer.BadParameter(f"{file} cannot be read: {error.strerror}.") from None
     except ValueError as error:
-        raise typer.BadParameter(f"{file} is no TOML: {error}.") from None
+        raise typer.BadParameter(f"{file} is not TOML: {error}.") from None
     rows = {name.replace("-", "_"): value for name, value in content.items()}
     if len(rows) < len(content):
         raise typer.BadParameter(f"{file} names an option twice, with '-' and with '_'.")
@@ -66,7 +66,7 @@ def _require_known_variables() -> None:
     names = {field.name for field in fields(ServeOptions)} - {"check"}
     for variable in os.environ:
         if variable.startswith(PREFIX) and variable.removeprefix(PREFIX).lower() not in names:
-            raise typer.BadParameter(f"{variable} is no option of serve; look at its spelling.")
+            raise typer.BadParameter(f"{variable} is not an option of serve; check its spelling.")
 
 
 def _settings_class(rows: dict[str, Any]) -> type[BaseSettings]:
