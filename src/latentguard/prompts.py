@@ -26,7 +26,7 @@ class Message:
     """``system``, ``user`` or ``assistant``."""
 
     content: str
-    """What was said."""
+    """The text."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:  # a template writes roles as they are
@@ -110,7 +110,7 @@ class Reply:
     """What was asked."""
 
     text: str
-    """What was said, without special tokens."""
+    """The text, without special tokens."""
 
     ids: tuple[int, ...] = ()
     """Its tokens; the end token included, if it came. None where only the text is given."""
