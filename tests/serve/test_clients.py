@@ -49,6 +49,47 @@ def test_any_guardrail(service):
     assert found == [[not flag, ["illicit"] if flag else []] for flag in flags]
 
 
+REFUSAL = "I can't help with that."
+NO_VERDICT = "The guard gave no verdict"
+
+
+def test_any_guardrail_interface(service):
+    texts = list(offline())[:8]
+    found = ran("guardrail_provider.py", url=service, texts=texts)
+    expected = [offline()[text] for text in texts]
+    assert found["valid"] == [not verdict.flagged for verdict in expected]
+    assert found["scores"] == pytest.approx([v.probability for v in expected], abs=1e-4)
+    assert found["alone"] is found["valid"][0]
+    assert found["chat"] is False
+    assert found["json"]
+    assert found["latency"]
+    assert NO_VERDICT in found["error"]
+
+
+def test_langchain(service):
+    """A flagged prompt or tool result never reaches the model, nor anything without a verdict."""
+    found = ran(
+        "langchain_agent.py", url=service, harmless=passed(), harmful=flagged(), result=flagged()
+    )
+    assert found["harmless"] == found["fine_later"] == "fine"
+    assert found["harmful"] == found["later"] == found["tool"] == REFUSAL
+    assert found["note"] is True
+    assert NO_VERDICT in found["error"]
+
+
+def test_llama_index(service):
+    found = ran("llama_index_engine.py", url=service, harmless=passed(), harmful=flagged())
+    assert found["harmless"]
+    assert found["harmful"] == found["complete"] == REFUSAL
+    assert found["stream"] == found["stream_chat"] == [REFUSAL]
+    later = found["asynchronous"]
+    assert later["achat"] == later["acomplete"] == later["astream_chat"] == REFUSAL
+    assert later["fine"] == passed()
+    assert found["nodes"] == [passed(), " "]
+    assert "block of type image" in found["image"]
+    assert NO_VERDICT in found["away"]
+
+
 @pytest.mark.parametrize("key", [None, "secret"])
 def test_inspect(tmp_path, key):
     texts = list(offline())[:6]

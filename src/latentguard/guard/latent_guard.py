@@ -405,6 +405,7 @@ class LatentGuard(GuardSpec):
         private: bool | None = None,
         license: str | None = None,
         token: str | None = None,
+        notes: Sequence[str] = (),
     ) -> str:
         """Upload the guard to the Hugging Face Hub, and make the repository if there is none.
 
@@ -413,6 +414,7 @@ class LatentGuard(GuardSpec):
             private: Whether a new repository is private; the Hub's default if None.
             license: Named in the model card, such as ``apache-2.0``.
             token: For the Hub; the one that you are logged in with by default.
+            notes: Further paragraphs of the model card, in Markdown.
 
         Returns:
             Where the upload can be seen.
@@ -425,7 +427,7 @@ class LatentGuard(GuardSpec):
             'https://huggingface.co/org/guard/commit/...'
         """
         with TemporaryDirectory() as folder:
-            write_folder(folder, *self.to_dict(), self.hub_card(license=license))
+            write_folder(folder, *self.to_dict(), self.hub_card(license=license, notes=notes))
             return upload_guard(folder, repo_id, private=private, token=token)
 
     def __repr__(self) -> str:

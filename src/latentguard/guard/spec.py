@@ -361,13 +361,15 @@ class GuardSpec:
         """The model card, in Markdown."""
         return model_card(self.to_dict()[0], promise=self.promise, notes=self.notes)
 
-    def hub_card(self, *, license: str | None = None) -> str:
+    def hub_card(self, *, license: str | None = None, notes: Sequence[str] = ()) -> str:
         """The model card with the YAML that the Hugging Face Hub reads.
 
         Args:
             license: Of the guard, such as ``apache-2.0``; left out if it is unknown.
+            notes: Further paragraphs, in Markdown.
         """
-        return card_head(self.to_dict()[0], license=license) + self.card
+        head = card_head(self.to_dict()[0], license=license)
+        return head + self.card + "".join(f"\n{note}\n" for note in notes)
 
     @property
     def digest(self) -> str:

@@ -10,14 +10,11 @@ Task(dataset=..., solver=generate(), scorer=belief("http://127.0.0.1:8400"))
 
 from __future__ import annotations
 
-from typing import Any
-
-import httpx
 from inspect_ai.model import ChatMessage
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState
 
-from latentguard.errors import LatentGuardError
+from latentguard.integrations.service_client import GuardService
 
 
 @scorer(metrics=[mean(), stderr()])
@@ -34,23 +31,15 @@ def belief(url: str, *, key: str | None = None, timeout: float = 60.0) -> Scorer
     Raises:
         LatentGuardError: while scoring, if the service gives no verdict; Inspect notes the error.
     """
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    service = GuardService(url, key=key, timeout=timeout)
 
     async def score(state: TaskState, target: Target) -> Score:
-        messages = _chat_to_judge(state.messages)
-        async with httpx.AsyncClient(timeout=timeout) as client:
-            answer = await client.post(
-                f"{url.rstrip('/')}/v1/score", json={"messages": messages}, headers=headers
-            )
-        if answer.status_code != 200:
-            raise LatentGuardError(f"The guard gave no verdict: {_reason(answer)}")
-        moderation: dict[str, Any] = answer.json()
-        result = moderation["results"][0]
+        verdict = await service.score_chat_async(_chat_to_judge(state.messages))
+        fields = {name: value for name, value in verdict.fields.items() if value is not None}
         return Score(
-            value=float(result["flagged"]),
-            answer="flagged" if result["flagged"] else "not flagged",
-            metadata={k: v for k, v in result.items() if v is not None}
-            | {"guard": moderation["model"]},
+            value=float(verdict.flagged),
+            answer="flagged" if verdict.flagged else "not flagged",
+            metadata=fields | {"guard": verdict.guard},
         )
 
     return score
@@ -62,10 +51,3 @@ def _chat_to_judge(messages: list[ChatMessage]) -> list[dict[str, str]]:
     while chat and chat[-1]["role"] in ("assistant", "system"):
         chat.pop()
     return chat
-
-
-def _reason(answer: httpx.Response) -> str:
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return f"status {answer.status_code}"
