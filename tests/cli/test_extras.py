@@ -16,6 +16,7 @@ OPTIONAL = (
     *("plotly", "kaleido", "choreographer", "datasets", "pyarrow", "fastapi", "uvicorn"),
     *("prometheus_client", "ray", "peft", "nanogcg", "bitsandbytes", "torchao", "vllm"),
     *("pydantic_settings", "opentelemetry", "redis", "cryptography"),
+    *("any_guardrail", "langchain", "llama_index", "llama_index_core"),
 )
 """What belongs to an extra: not there in a plain installation."""
 
