@@ -47,7 +47,7 @@ def main() -> None:
         report = run_stress(target, plan)
     report.save(options.out)
     text = "\n\n".join(
-        [f"{report.sections[0].text} {time.process_time():.0f} s of CPU time in this call."]
+        [f"{report.sections[0].text} Processor time of this call: {time.process_time():.0f} s."]
         + [rows_of(table) for table in report.tables if table.title in SHOWN]
     )
     print(text)

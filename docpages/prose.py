@@ -7,7 +7,7 @@ import re
 NOT_PROSE = (
     re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE),  # code
     re.compile(r"<!--.*?-->", re.DOTALL),
-    re.compile(r"^\|.*$", re.MULTILINE),  # tables
+    re.compile(r"^ *\|.*$", re.MULTILINE),  # tables
     re.compile(r"^#+ .*$", re.MULTILINE),  # headings
     re.compile(r"<[^>]+>"),
 )
