@@ -64,6 +64,26 @@ def _long_cells(cell: Mapping[str, Any]) -> list[str]:
     return [f"{harmful} + {harmless}", *map(interval, [*figures, *rates])]
 
 
+def long_cost_table() -> str:
+    """Processor seconds of a prompt with and without chunks, by its length; and what fit adds."""
+    results = {model: read_result(f"long-input-{model}") for model in MODELS}
+    by_model = {model: result["cost"]["by_length"] for model, result in results.items()}
+    rows = []
+    for at in zip(*by_model.values(), strict=True):
+        row = [f"{at[0]['tokens']:,}"]
+        for one in at:
+            whole, chunks = one["last"], one["windows"]
+            row += [f"{whole:.1f}", f"{chunks:.1f} ({chunks / whole:.1f})"]
+        rows.append(row)
+    added = [
+        cell for result in results.values() for cell in ("", f"{result['fit']['windows']:.0f}")
+    ]
+    rows.append(["added to `fit`", *added])
+    names = [name.partition(" ")[0] for name in MODELS.values()]
+    head = [f"{name}: {what}" for name in names for what in ("whole alone", "with chunks (ratio)")]
+    return markdown_table(["tokens", *head], rows, "python benchmarks/long_input.py MODEL")
+
+
 # ---- categories
 
 
@@ -217,6 +237,7 @@ def _time_ratios(arm: Mapping[str, Any]) -> list[str]:
 
 READING_TABLES: dict[str, Callable[[], str]] = {
     **{f"long-input-{model}": partial(long_input_table, model) for model in MODELS},
+    "long-input-cost": long_cost_table,
     "categories-naming": naming_table,
     "categories-moderation": moderation_table,
     "packs": packs_table,
