@@ -159,24 +159,26 @@ def packs_table() -> str:
             row += [results[model][rows_of, "guard", added, k] for rows_of in PACK_TESTS]
         first = results[next(iter(MODELS))]
         row += [first[rows_of, "n-grams", added, k] for rows_of in PACK_TESTS]
+        row.append(" + ".join(first[rows_of, "n", added, k] for rows_of in PACK_TESTS))
         rows.append(row)
     names = [*(name.partition(" ")[0] for name in MODELS.values()), "n-grams"]
     head = ["examples", "harmless prompts"]
     head += [f"{name}: {what}" for name in names for what in ("recall", "FPR")]
-    return markdown_table(head, rows, "python benchmarks/packs.py MODEL")
+    return markdown_table([*head, "n"], rows, "python benchmarks/packs.py MODEL")
 
 
 PACK_TESTS = ("all harmful", "harmless")
 
 
 def _pack_cells(model: str) -> dict[tuple[str, str, str, int], str]:
-    """(tested, guard, harmless prompts, examples) -> share flagged with its interval."""
+    """(tested, guard or ``n``, harmless prompts, examples) -> share flagged, or their number."""
     result = read_result(f"packs-{model}")
     records = [dict(zip(result["columns"], row, strict=True)) for row in result["rows"]]
-    return {
-        (one["category"], one["guard"], one["added"], one["k"]): interval(one, "flagged")
-        for one in records
-    }
+    cells = {}
+    for one in records:
+        cells[one["category"], one["guard"], one["added"], one["k"]] = interval(one, "flagged")
+        cells[one["category"], "n", one["added"], one["k"]] = str(one["n"])
+    return cells
 
 
 # ---- inside vLLM
