@@ -7,16 +7,19 @@ BIN := $(VENV)/bin
 # Without --no-compile pip spends half of its time on byte code, most of which is never imported.
 INSTALL := -m pip install --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
-# Processes of the test run, one thread each.
-WORKERS ?= $(shell nproc)
+# Processes of the test run, one thread each; one more than cores, as tests also wait.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 
 .PHONY: demo test check fmt docs dist clients peers-env clean vllm-env test-vllm
 
 demo: $(VENV)/ready
 	$(BIN)/latentguard demo
 
+# Byte code is kept even where the environment forbids it: many tests start a process, which would
+# compile all that it imports.
+test: export PYTHONDONTWRITEBYTECODE =
 test: check clients
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -35,6 +35,25 @@ settings.register_profile(
 settings.load_profile("latentguard")
 
 
+SLOW_FILES = (
+    "study/test_whole_study.py",
+    "documentation/test_in_browser.py",
+    "documentation/test_executed.py",
+    "cli/test_stress.py",
+    "guard/test_packs.py",
+    "robustness/test_run.py",
+    "models/test_split.py",
+    "cli/test_process.py",
+    "cli/test_extras.py",
+)
+"""Files of half a minute or so; the others take seconds."""
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files come first, so that no process of the test run ends alone with one of them."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(SLOW_FILES))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     import torch
