@@ -17,6 +17,7 @@ from typing import Any
 from docpages.attack_tables import ATTACK_TABLES
 from docpages.calibration_tables import CALIBRATION_TABLES
 from docpages.field_tables import FIELD_TABLES
+from docpages.garak_tables import GARAK_TABLES
 from docpages.library_tables import LIBRARY_TABLES
 from docpages.markdown_table import (
     MODELS,
@@ -252,6 +253,7 @@ def _figure(record: Mapping[str, Any], column: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **READING_TABLES,
     **REPLY_TABLES,
+    **GARAK_TABLES,
     **VERDICT_TABLES,
     **ATTACK_TABLES,
     **CALIBRATION_TABLES,
