@@ -54,6 +54,19 @@ POLICIES = {"unguarded": "shadow", "guarded": "block"}
 
 COMMAND = (sys.executable, "-c", "from latentguard.cli import main; main()")
 
+CAPPED = """
+import sys
+from garak import cli
+from garak.probes import base
+run = base.Probe.probe
+def capped(self, generator):
+    self.prompts = self.prompts[:int(sys.argv[1])]
+    return run(self, generator)
+base.Probe.probe = capped
+cli.main(sys.argv[2:])
+"""
+"""garak with the first prompts of each probe; its own cap holds for some probes only."""
+
 KEY = "OPENAICOMPATIBLE_API_KEY"
 """garak asks for one, though the service does not."""
 
@@ -90,7 +103,7 @@ def run_garak(garak: Path, url: str, probes: Iterable[str], cap: int) -> list[Pr
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(garak_config(url, cap, Path(folder))))
-        command = [str(garak), "-m", "garak", "--config", str(config)]
+        command = [str(garak), "-c", CAPPED, str(cap), "--config", str(config)]
         command += ["--target_type", "openai.OpenAICompatible", "--target_name", "guarded"]
         command += ["--probes", ",".join(probes)]
         offline = {"HF_HUB_OFFLINE": "1", "XDG_DATA_HOME": folder, "XDG_CACHE_HOME": folder}

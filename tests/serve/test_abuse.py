@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serve.faulty import Faulty
 from serve.running import flagged, get, opener, passed, post, running
 
-PATHS = ("/v1/moderations", "/v1/score", "/v1/chat/completions")
+PATHS = ("/v1/moderations", "/v1/score", "/v1/chat/completions", "/v1/responses")
 JSON = {"content-type": "application/json"}
 
 
@@ -199,8 +199,12 @@ class TestKeys:
         with running(keys=["good", "better"]) as url:
             method = "POST" if path in PATHS else "GET"
             body = {"input": passed(), "messages": [{"role": "user", "content": passed()}]}
-            is_chat = path.endswith("/completions")
-            body = body | {"max_tokens": 1} if is_chat else {"input": passed()}
+            if path.endswith("/completions"):
+                body |= {"max_tokens": 1}
+            else:
+                body = {"input": passed()}
+            if path.endswith("/responses"):
+                body |= {"max_output_tokens": 1}
 
             def ask(**headers):
                 return httpx.request(

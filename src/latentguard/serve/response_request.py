@@ -148,7 +148,7 @@ class ResponseRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
     model: str | None = None
     stream: bool | None = None
