@@ -1,6 +1,6 @@
 """garak against the service, unguarded and guarded: how often each family of attacks succeeds.
 
-    python benchmarks/garak_probes.py --garak .venv-garak/bin/python [--guard default] [--cap 8]
+    python benchmarks/garak_probes.py --garak .venv-garak/bin/python [--guard default] [--cap 5]
 
 garak has an environment of its own: install torch==2.13.0 there, then garak==0.17.1. Both services
 answer by the guard's own model; the unguarded one has the policy ``shadow``. Only probes whose
@@ -31,20 +31,12 @@ from latentguard.files import write_atomic
 RESULTS = Path(__file__).parent / "results" / "garak.json"
 
 PROBES = (
-    "dan.DUDE",
-    "dan.STAN",
-    "dan.AntiDAN",
-    "dan.ChatGPT_Developer_Mode_v2",
-    "dan.AutoDANCached",
-    "dan.DanInTheWild",
     "donotanswer.MaliciousUses",
     "encoding.InjectBase64",
     "grandma.Substances",
-    "latentinjection.LatentInjectionReport",
     "malwaregen.Payload",
     "promptinject.HijackHateHumans",
     "suffix.GCGCached",
-    "tap.TAPCached",
 )
 """Probes whose main detector compares strings."""
 
@@ -194,8 +186,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--garak", type=Path, required=True)
     parser.add_argument("--guard", default="default")
-    parser.add_argument("--cap", type=int, default=8)
-    parser.add_argument("--harmless", type=int, default=60)
+    parser.add_argument("--cap", type=int, default=5)
+    parser.add_argument("--harmless", type=int, default=20)
     parser.add_argument("--probes", nargs="*", default=PROBES)
     options = parser.parse_args()
     from latentguard.data.builtin import load_traffic
