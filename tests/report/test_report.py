@@ -312,6 +312,14 @@ class TestPlots:
         assert plot.layout.meta["panels"] == 2
         assert plot.layout.yaxis2.matches == "y"
 
+    def test_every_curve_of_a_lone_panel_is_in_the_legend(self):
+        curves = {n: ([0.5], [0.4], [0.6]) for n in ("harmfulness", "random, norm of harmfulness")}
+        panels = charts.control_panels(curves)
+        how = dict(title="t", y="y", caption="", panels=panels, limits=charts.SHARE)
+        plot = charts.lines_by_layer(curves, [1], **how).plot
+        assert {trace.name for trace in plot.data if trace.showlegend} == set(curves)
+        assert plot.layout.yaxis.range == charts.SHARE
+
     def test_a_heat_map_parts_its_colours_at_a_half(self):
         how = dict(title="t", caption="")
         assert charts.heat_map([[0.1]], ["a"], ["b"], **how).plot.data[0].zmid == 0.5

@@ -38,6 +38,12 @@ PANEL = 190
 GAP = 62
 """Pixels between two rows of panels: a title, the numbers and the name of an axis."""
 
+SHARE = (-0.03, 1.03)
+"""Limits of an axis of shares: all such figures have one scale, and marks at 0 and 1 are whole."""
+
+SHARE_OF_GAP = (-1.0, 2.0)
+"""Limits of an axis of shares of a gap, which is 0 to 1 where all goes as expected."""
+
 
 def new_plot(**layout: Any) -> Any:
     """Return an empty ``plotly.graph_objects.Figure``.
@@ -116,6 +122,7 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
     caption: str,
     x: str = "layer (blocks passed)",
     zero: bool = False,
+    limits: tuple[float, float] | None = None,
     panels: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
     """Return curves with bands, by layer or, with another ``x``, by position.
@@ -131,6 +138,7 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
         caption: What it shows, with n.
         x: Name of the horizontal axis.
         zero: Draws a line at 0, such as the threshold of equation 2.
+        limits: Ends of the vertical axis, such as ``SHARE``; what lies beyond is cut off.
         panels: Heading of each panel -> names of its curves, which may end in the heading after a
             comma; all in one panel if None.
     """
@@ -139,7 +147,7 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
         styles = {n: s for of in panels.values() for n, s in zip(of, styles_of(of), strict=True)}
     panel_curves = {title: tuple(curves)} if panels is None else panels
     plot = new_plot()
-    legend = set[str]() if panels is None else set(panels)  # a heading needs no legend
+    legend = set(panel_curves) if len(panel_curves) > 1 else set[str]()  # headings need no legend
     for slot, (head, names) in enumerate(panel_curves.items()):
         for row, name in enumerate(names):
             shift = _dodge(layers, row - (len(names) - 1) / 2)
@@ -154,6 +162,8 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
         plot.update_layout(xaxis_title=x, yaxis_title=y)
     else:
         _arrange(plot, tuple(panel_curves), x=x, y=y)
+    if limits is not None:
+        plot.update_yaxes(range=list(limits))
     if len(layers) <= MARKED and isinstance(layers[0] if layers else "", int):
         plot.update_xaxes(tickvals=list(layers))  # no halves of layers
     series = tuple(
@@ -373,6 +383,7 @@ def dot_plot(
     title: str,
     x: str,
     caption: str,
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Return points with intervals: a row per name, the first on top, a mark per series."""
     plot = new_plot(xaxis_title=x, height=150 + 30 * len(names))
@@ -387,6 +398,8 @@ def dot_plot(
         points = dict(x=value.tolist(), y=places, error_x=bars, marker=marker)
         plot.add_scatter(**points, name=name, mode="markers")
     plot.update_yaxes(_tick_labels(names), autorange="reversed")
+    if limits is not None:
+        plot.update_xaxes(range=list(limits))
     return Figure(title, plot, caption)
 
 

@@ -220,7 +220,7 @@ def spoken(seconds: float) -> str:
 def _refused(model: CachedModel, prompts: Sequence[Prompt], settings: Settings) -> list[bool]:
     if not prompts:
         return []
-    (replies,) = model.replies(prompts, what="a few first", max_new_tokens=settings.reply_tokens)
+    (replies,) = model.replies(prompts, what="forecast", max_new_tokens=settings.reply_tokens)
     return [flag for flag in model.refused(replies) if flag is not None]
 
 

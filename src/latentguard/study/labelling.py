@@ -58,7 +58,7 @@ def collect(model: CachedModel, pools: PromptPools, settings: Settings) -> list[
     for name in ASKED:
         prompts = sample_prompts(getattr(pools, name), settings.asked, seed=settings.seed)
         (replies,) = model.replies(
-            prompts, what=f"ask: {name}", max_new_tokens=settings.reply_tokens
+            prompts, what=f"labelling: {name}", max_new_tokens=settings.reply_tokens
         )
         outcomes = tuple(map(model.judge, replies))
         labelled = map(_labelled, prompts, outcomes)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from latentguard.interventions import Ablation, Tokens
 from latentguard.prompts import Group, Prompt, Reply
-from latentguard.report.charts import lines_by_layer, to_curve
+from latentguard.report.charts import SHARE, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
@@ -232,7 +232,8 @@ def _figures(records: Records) -> Iterator[Figure]:
             curves,
             records.layers,
             title=f"Directional ablation: {title}",
-            y="refused",
+            y="refusal rate",
+            limits=SHARE,
             caption=caption,
             x="layer of the direction",
         )

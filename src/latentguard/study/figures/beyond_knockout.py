@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from latentguard.interventions import Keys, Knockout
 from latentguard.prompts import Prompt
-from latentguard.report.charts import dot_plot, lines_by_layer, to_curve
+from latentguard.report.charts import SHARE_OF_GAP, dot_plot, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import weighted_bootstrap
 from latentguard.stats.estimate import Estimate
@@ -276,7 +276,12 @@ def _figure(records: Records) -> Figure:
     )
     title = "What refusal loses without attention"
     return dot_plot(
-        names, {"share lost": shares}, title=title, x="share of the gap lost", caption=caption
+        names,
+        {"share lost": shares},
+        title=title,
+        x="share of the gap lost",
+        caption=caption,
+        limits=SHARE_OF_GAP,
     )
 
 
@@ -295,6 +300,7 @@ def _windows(records: Records) -> Figure:
         records.first_blocks,
         title=title,
         y="share of the gap lost",
+        limits=SHARE_OF_GAP,
         caption=caption,
         x="first block of the window",
         zero=True,

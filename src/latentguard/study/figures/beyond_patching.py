@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latentguard.interventions import Edit, Patch
 from latentguard.prompts import Group, Prompt
-from latentguard.report.charts import heat_map, lines_by_layer, to_curve
+from latentguard.report.charts import SHARE_OF_GAP, heat_map, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import weighted_bootstrap
 from latentguard.stats.estimate import Estimate
@@ -371,6 +371,7 @@ def _curves(records: Records, direction: Direction) -> Figure:
         records.layers,
         title=title,
         y="share of the gap",
+        limits=SHARE_OF_GAP,
         caption=caption,
         zero=True,
         panels=panels,

@@ -87,7 +87,12 @@ def figure(groups: Curves, position: str, note: str) -> Figure:
         f"bootstrap over prompts. {note}."
     )
     return lines_by_layer(
-        curves, layers, title=f"Clusters at {position}", y="s", caption=caption, zero=True
+        curves,
+        layers,
+        title=f"Clusters at {position}",
+        y="cluster score s",
+        caption=caption,
+        zero=True,
     )
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from latentguard.interventions import Intervention
 from latentguard.probes.axis import GROUPS, Axis
 from latentguard.prompts import Group
-from latentguard.report.charts import Curve, lines_by_layer, to_curve
+from latentguard.report.charts import SHARE, Curve, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import States
 from latentguard.stats.bootstrap import bootstrap_mean, mean_curve
@@ -228,7 +228,13 @@ def _by_position(records: Records, means: Mapping[Group, Mapping[str, Estimate]]
     )
     title = "s over the middle layers, by position"
     return lines_by_layer(
-        curves, records.places, title=title, y="s", caption=caption, x="position", zero=True
+        curves,
+        records.places,
+        title=title,
+        y="cluster score s",
+        caption=caption,
+        x="position",
+        zero=True,
     )
 
 
@@ -277,7 +283,7 @@ def _by_layer(records: Records) -> Figure:
         curves,
         range(1, depth),
         title="s by layer at every position",
-        y="s",
+        y="cluster score s",
         caption=caption,
         zero=True,
         panels=panels,
@@ -312,7 +318,13 @@ def _answers_figure(records: Records) -> Figure:
     title = "Steering with the direction of each position"
     panels = {at: (at, "random") for at in records.positions}
     return lines_by_layer(
-        curves, layers, title=title, y="Certainly", caption=caption, panels=panels
+        curves,
+        layers,
+        title=title,
+        y="answered 'Certainly'",
+        caption=caption,
+        limits=SHARE,
+        panels=panels,
     )
 
 

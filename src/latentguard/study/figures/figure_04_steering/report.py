@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import control_panels, lines_by_layer, to_curve
+from latentguard.report.charts import SHARE, control_panels, lines_by_layer, to_curve
 from latentguard.report.document import Figure, Section, Table
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion, rate_difference, share
@@ -186,7 +186,13 @@ def _figure(records: Records, ways: Sequence[Steering], title: str, caption: str
     curves = {name: to_curve([share(flags) for flags in of]) for name, of in by_layer.items()}
     panels = control_panels(curves) if any(way.draws for way in ways) else _by_direction(ways)
     return lines_by_layer(
-        curves, records.layers, title=title, y="refusal rate", caption=caption, panels=panels
+        curves,
+        records.layers,
+        title=title,
+        y="refusal rate",
+        caption=caption,
+        limits=SHARE,
+        panels=panels,
     )
 
 

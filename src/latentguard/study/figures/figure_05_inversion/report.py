@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import Curve, control_panels, lines_by_layer, stacked_shares
+from latentguard.report.charts import SHARE, Curve, control_panels, lines_by_layer, stacked_shares
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
@@ -241,7 +241,7 @@ def _curves(task: Task, ways: Sequence[Steering], layers: Sequence[int], name: s
     title = f"'No' to {side.name} instructions, {task.question} ({name})"
     panels = control_panels(curves)
     return lines_by_layer(
-        curves, layers, title=title, y="answered 'No'", caption=caption, panels=panels
+        curves, layers, title=title, y="answered 'No'", caption=caption, limits=SHARE, panels=panels
     )
 
 
@@ -296,7 +296,11 @@ def _acting(task: Task, way: Steering, records: Records) -> list[Figure]:
         "does but not how it judges. Bands: 95 %."
     )
     title = f"Where {way.name} acts on {task.side.name} instructions"
-    return [lines_by_layer(curves, records.layers, title=title, y="share", caption=caption)]
+    return [
+        lines_by_layer(
+            curves, records.layers, title=title, y="share", caption=caption, limits=SHARE
+        )
+    ]
 
 
 def _section(records: Records, parts: Sequence[Table | Figure]) -> Section:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import lines_by_layer, to_curve
+from latentguard.report.charts import SHARE, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import mean_curve
 from latentguard.stats.detection import auroc, estimate_metric
@@ -249,6 +249,7 @@ def _rates_figure(records: Records) -> Figure:
         [stage.pairs for stage in stages],
         title="Refusal and recall by size of the attack",
         y="share of harmful prompts",
+        limits=SHARE,
         x="training pairs",
         caption=f"n = {int(harmful.sum())} held-out harmful prompts; bands: 95 %, Wilson. A guard "
         "holds if its line stays up where that of refusal falls.",
@@ -265,6 +266,7 @@ def _direction_figure(records: Records) -> Figure:
         records.layers,
         title="Refusal along the refusal direction after fine-tuning (Figure 18)",
         y="refusal rate on harmless prompts",
+        limits=SHARE,
         caption=f"n = {len(stages[0].steered[0])} accepted harmless prompts, every token steered "
         "once; each model along its own direction, from harmless prompts to harmful ones that it "
         "accepts (before: refuses). Bands: 95 %, Wilson. Random: equal norm, every prompt one of "

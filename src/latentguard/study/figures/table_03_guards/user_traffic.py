@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt
-from latentguard.report.charts import lines_by_layer, to_curve
+from latentguard.report.charts import SHARE, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import States, digest_prompts
 from latentguard.stats.bootstrap import bootstrap_mean
@@ -375,6 +375,7 @@ def _curves(traffic: Traffic) -> Iterator[Figure]:
                 ks,
                 title=f"In-domain examples: {rule}",
                 y="share flagged",
+                limits=SHARE,
                 x="examples of each category (k)",
                 caption=f"{n}; those that are learnt from are not tested. Bands: 95 %.",
             )
