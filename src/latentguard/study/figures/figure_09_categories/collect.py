@@ -84,7 +84,7 @@ def _replies_by_category(
     """The prompts behind each category's directions: the refused ones, or all if they are few."""
     prompts = [p for members in every.values() for p in members]
     (replies,) = model.replies(
-        prompts, what="ask: risk categories", max_new_tokens=settings.reply_tokens
+        prompts, what="labelling: risk categories", max_new_tokens=settings.reply_tokens
     )
     judged = dict(zip(prompts, model.refused(replies), strict=True))
     refused = {name: [p for p in members if judged[p]] for name, members in every.items()}
