@@ -282,7 +282,7 @@ class TestOperatingPoints:
         ("words", "said"),
         [
             (["--balanced", "--cost-ratio", "2"], "give one of them"),
-            (["--balanced", "--harmless", "calm"], "give harmful ones beside"),
+            (["--balanced", "--harmless", "calm"], "give harmful ones as well"),
             (["--traffic", "live", "--segment-column", "language"], "leave --segment-column out"),
             (["--harmful-share", "0.1"], "belongs to --balanced"),
             (["--cost-ratio", "0", "--harmful", "sly"], "over 0; found 0"),

@@ -77,8 +77,8 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("goal", "said"),
         [
-            (dict(name="balanced", cost_ratio=2), "belongs to"),
-            (dict(name="cost-ratio"), "belongs to"),
+            (dict(name="balanced", cost_ratio=2), "goes with the operating point"),
+            (dict(name="cost-ratio"), "goes with the operating point"),
             (dict(name="cost-ratio", cost_ratio=-1), "over 0; found -1"),
             (dict(name="balanced", harmful_share=1.0), "between 0 and 1; found 1.0"),
         ],

@@ -431,12 +431,11 @@ class LatentGuard(GuardSpec):
             return upload_guard(folder, repo_id, private=private, token=token)
 
     def __repr__(self) -> str:
-        layers = show_numbers(self.probe.layers)
         words = [
             repr(self.fingerprint.model),
             f"reading={self.reading.name!r}",
             f"probe={self.probe.kind!r}",
-            f"layers={layers}",
+            f"layers={show_numbers(self.probe.layers)}",
             f"threshold={self.threshold:.4g}" + ("" if self.bound else " (uncalibrated)"),
         ]
         if self.categories and self.categories.packs:
