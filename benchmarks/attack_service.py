@@ -73,12 +73,16 @@ class ServiceProcess:
 
 @contextlib.contextmanager
 def serving(
-    side: Side, *, keys: list[str] | None = None, **options: Any
+    side: Side, *, keys: list[str] | None = None, texts: int | None = None, **options: Any
 ) -> Iterator[ServiceProcess]:
-    """A service of a side; options that its source does not know are left out."""
+    """A service of a side, and its scores of the first ``texts`` built-in prompts.
+
+    Options that its source does not know are left out.
+    """
     command = [sys.executable, __file__, "--tests", str(side.root / "tests"), "--model", side.model]
     command += ["--options", json.dumps(options), "--keys", ",".join(keys or [])]
     command += ["--guard", str(side.guard)] if side.guard else []
+    command += ["--texts", str(texts)] if texts else []
     env = os.environ | {"PYTHONPATH": str(side.root / "src"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -121,6 +125,7 @@ def main() -> None:
     parser.add_argument("--guard", type=Path)
     parser.add_argument("--options", type=json.loads, required=True)
     parser.add_argument("--keys", default="")
+    parser.add_argument("--texts", type=int)
     asked = parser.parse_args()
     sys.path.insert(0, str(asked.tests))
     import torch
@@ -131,7 +136,7 @@ def main() -> None:
     known = {field.name for field in fields(record)}
     options = {name: value for name, value in asked.options.items() if name in known}
     guard, model = running.opener() if asked.guard is None else _open(asked.guard, asked.model)
-    texts = [prompt.text for prompt in running.load_contrast("test")]
+    texts = [prompt.text for prompt in running.load_contrast("test")][: asked.texts]
     verdicts = dict(zip(texts, guard.scan(model, texts), strict=True))
     order = sorted(texts, key=lambda text: verdicts[text].score)
     keys = [key for key in asked.keys.split(",") if key]

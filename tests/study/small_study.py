@@ -1,13 +1,14 @@
-"""A study of a model folder, with a judge that fills every group. Run: small_study.py MODEL OUT.
+"""A study of a model folder, with a judge that fills every group.
 
 A random model never refuses; here a reply counts as a refusal by a hash of the prompt, so that
 every experiment has the groups that it needs.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
+
+import torch
 
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
@@ -85,8 +86,7 @@ def study_report(folder, out, settings=SETTINGS, **how):
     return report
 
 
-if __name__ == "__main__":
-    import torch
-
+def save_study(folder, out):
+    """Run the planted study and save its report, in a process of its own."""
     torch.set_num_threads(1)
-    study_report(sys.argv[1], sys.argv[2]).save(sys.argv[2])
+    study_report(folder, out).save(out)

@@ -1,11 +1,8 @@
 """The whole study on a tiny random model: every experiment, once; killed; resumed; in a browser."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,9 +15,7 @@ from latentguard.study.cached_model import CachedModel
 from latentguard.study.claims import CLAIMS
 from latentguard.study.run import EXPERIMENTS, STORE, Study, run
 from models.architectures import chat_model
-from study.small_study import PAPER_SETTINGS, study_report
-
-SCRIPT = Path(__file__).parent / "small_study.py"
+from study.small_study import PAPER_SETTINGS, save_study, study_report
 
 
 @pytest.fixture(scope="module")
@@ -161,20 +156,26 @@ def forbid_the_model(monkeypatch):
 
 def test_a_killed_study_gives_the_same_report(folder, whole, tmp_path):
     """Killed without warning three times, at growing sizes of the store."""
-    run = [sys.executable, str(SCRIPT), str(folder), str(tmp_path)]
+    processes = multiprocessing.get_context("forkserver")
+    loaded_once = ["latentguard.models.chat_model", "latentguard.study.run"]  # for all four
+    processes.set_forkserver_preload(loaded_once)
     kills = 0
     for size in (0.2, 0.5, 0.8):
         wanted = size * (whole / STORE).stat().st_size
-        process = subprocess.Popen(run, env=environment())
-        while process.poll() is None and stored(tmp_path) < wanted:
+        process = processes.Process(target=save_study, args=(folder, tmp_path))
+        process.start()
+        while process.is_alive() and stored(tmp_path) < wanted:
             time.sleep(0.02)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             kills += 1
-        process.wait()
+        process.join()
     assert kills > 0
     assert not (tmp_path / "report.json").exists()
-    subprocess.run(run, check=True, env=environment())
+    process = processes.Process(target=save_study, args=(folder, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     assert (tmp_path / "report.json").read_text() == (whole / "report.json").read_text()
 
 
@@ -226,8 +227,3 @@ def test_texts_are_shown_only_when_asked(folder, whole):
 
 def stored(out):
     return sum(p.stat().st_size for p in Path(out).glob(f"{STORE}*"))
-
-
-def environment():
-    source = Path(__file__).parents[2] / "src"
-    return os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
