@@ -43,9 +43,6 @@ PROBES = (
 POLICIES = {"unguarded": "shadow", "guarded": "block"}
 """What is compared -> the service's policy."""
 
-REFUSAL = "I'm sorry, but I can't assist with that."
-"""One that garak's detectors take for a refusal; the service's own words they do not know."""
-
 COMMAND = (sys.executable, "-c", "from latentguard.cli import main; main()")
 
 CAPPED = """
@@ -149,7 +146,6 @@ def service(guard: str, policy: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*COMMAND, "serve", guard, "--policy", policy, "--deadline", "600"]
-    command += ["--refusal", REFUSAL]
     url = f"http://127.0.0.1:{port}"
     child = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
     try:

@@ -27,7 +27,7 @@ from serve.running import (
 
 openai = pytest.importorskip("openai")
 
-REFUSAL = "I can't help with that."
+REFUSAL = "I'm sorry, but I can't help with that."
 HOW = dict(model="tiny", temperature=0, max_tokens=8)
 
 

@@ -49,7 +49,7 @@ def test_any_guardrail(service):
     assert found == [[not flag, ["illicit"] if flag else []] for flag in flags]
 
 
-REFUSAL = "I can't help with that."
+REFUSAL = "I'm sorry, but I can't help with that."
 NO_VERDICT = "The guard gave no verdict"
 
 

@@ -185,8 +185,10 @@ class TestOwnModel:
         with serve(guard, reply_policy="block") as url:
             answer = ask(url, reply.prompt.text)
             chunks = events(url, reply.prompt.text)
-        assert answer["choices"][0]["message"]["content"] == "I can't help with that."
-        assert text_of(chunks) == "I can't help with that."
+        assert (
+            answer["choices"][0]["message"]["content"] == "I'm sorry, but I can't help with that."
+        )
+        assert text_of(chunks) == "I'm sorry, but I can't help with that."
         assert chunks[-1]["choices"][0]["finish_reason"] == "content_filter"
 
     def test_annotated_each_chunk_has_its_score(self):

@@ -15,7 +15,7 @@ from serve.test_upstream_replies import offline as offline_reply
 
 openai = pytest.importorskip("openai")
 
-REFUSAL = "I can't help with that."
+REFUSAL = "I'm sorry, but I can't help with that."
 PATH = "/v1/responses"
 HOW = dict(model="tiny", temperature=0, max_output_tokens=8)
 

@@ -108,8 +108,8 @@ def test_blocked_nothing_of_a_flagged_stream_is_sent():
     ):
         found = events(url)
         whole = post(f"{url}{CHAT}", json=chat(passed())).json()
-    assert text_of(found) == "I can't help with that."
-    assert whole["choices"][0]["message"]["content"] == "I can't help with that."
+    assert text_of(found) == "I'm sorry, but I can't help with that."
+    assert whole["choices"][0]["message"]["content"] == "I'm sorry, but I can't help with that."
     assert whole["choices"][0]["finish_reason"] == "content_filter"
 
 

@@ -10,7 +10,7 @@ import httpx
 
 from latentguard.errors import LatentGuardError
 
-REFUSAL = "I can't help with that."
+REFUSAL = "I'm sorry, but I can't help with that."
 """What a flagged chat is answered with."""
 
 

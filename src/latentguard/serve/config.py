@@ -45,7 +45,7 @@ class ServeConfig:
     hold_tokens: int = 8
     """Tokens of a reply that are read beyond one until it is shown."""
 
-    refusal: str = "I can't help with that."
+    refusal: str = "I'm sorry, but I can't help with that."
     """What a blocked chat is answered with."""
 
     trusted_roles: tuple[str, ...] = ()
