@@ -334,4 +334,6 @@ What was changed after the first run of a model, and why:
 - Claim 7: of all attacks but persuasion, as in the paper; then kind by kind, with attacks of our
   own templates shown apart.
 - Claim 8: n-grams are no dedicated guard.
+- Claims 5 and 13: what a direction leaves alone counts only if both labels are answered right by
+  enough prompts. Claim 13 held by itself on a model that answers *No* to everything.
 """

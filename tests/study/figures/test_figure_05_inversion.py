@@ -113,6 +113,24 @@ class TestAnalysis:
         assert sum(effects[SURE.effect].n) == 24
         assert SURE.verdict(effects[SURE.effect]) == wanted
 
+    def test_an_answer_given_to_everything_is_not_left_alone(self, settings):
+        """A model that says 'Certainly' to harmless prompts, too, says it under any direction."""
+        acts = np.ones((3, 24))
+        acts[2] = 0
+        records = planted(settings, unsteered=("certainly",) * 24, refused=acts)
+        assert SURE.effect in inversion.analyse(records, settings).effects
+        (harmful,) = records.tasks
+        ways = {of: along(of, 2.0) for of in ("harmful", "refuse")}
+        opposite = {way: harmful.answers[along(of, -2.0)] for of, way in ways.items()}
+        by_chance = {way: harmful.answers[way] for of in ways for way in [chance(of, settings)]}
+        answers = opposite | by_chance
+        odds = {way: np.zeros(said.shape) for way, said in answers.items()}
+        harmless = replace(harmful, side=HARMLESS, answers=answers, steered_odds=odds)
+        both = replace(records, tasks=(harmful, harmless))
+        finding = inversion.analyse(both, settings)
+        assert SURE.effect not in finding.effects
+        assert "Only 0 of 24 harmless instructions are answered 'No'" in "".join(finding.caveats)
+
     def test_only_right_answers_can_be_turned(self, settings):
         unsteered = ("no", "other", "refusal", *["certainly"] * 5)
         finding = inversion.analyse(planted(settings, unsteered=unsteered), settings)

@@ -52,6 +52,7 @@ def analyse(records: Records, settings: Settings) -> Finding:
         return Finding(_section(records, ()), {}, tuple(_missing(records)))
     effects: dict[str, Estimate] = {}
     caveats = _missing(records)
+    has_two_answers = all(task.right.sum() >= settings.enough for task in _first(tasks))
     for task in _first(tasks):
         effects |= _effects(task, records, settings)
         count, n = int(task.right.sum()), len(task.right)
@@ -66,6 +67,9 @@ def analyse(records: Records, settings: Settings) -> Finding:
         for name, one in effects.items()
         if name.startswith(PLAIN) and name.endswith("minus random") and one.low <= SURELY
     ]
+    if not has_two_answers:
+        # a model that answers all alike leaves its answer alone under any direction
+        effects = {name: one for name, one in effects.items() if not name.endswith(", surely")}
     steered = [task for task in tasks if task.answers]
     parts: list[Table | Figure] = [
         _unsteered(tasks),
