@@ -318,7 +318,7 @@ class TestPlots:
         how = dict(title="t", y="y", caption="", panels=panels, limits=charts.SHARE)
         plot = charts.lines_by_layer(curves, [1], **how).plot
         assert {trace.name for trace in plot.data if trace.showlegend} == set(curves)
-        assert plot.layout.yaxis.range == charts.SHARE
+        assert plot.layout.yaxis.autorangeoptions.maxallowed == charts.SHARE["maxallowed"]
 
     def test_a_heat_map_parts_its_colours_at_a_half(self):
         how = dict(title="t", caption="")

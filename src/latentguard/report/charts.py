@@ -29,6 +29,9 @@ __all__ = ["HARMFUL", "HARMLESS", "NEUTRAL", "PALETTE"]
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float]]
 """Value, low end and high end of the band at each place."""
 
+Limits = Mapping[str, float]
+"""Ends of an axis as plotly's ``autorangeoptions``: exact, or how far it may go."""
+
 MARKED = 12
 """Places up to which each point of a curve has a mark."""
 
@@ -38,11 +41,11 @@ PANEL = 190
 GAP = 62
 """Pixels between two rows of panels: a title, the numbers and the name of an axis."""
 
-SHARE = (-0.03, 1.03)
-"""Limits of an axis of shares: all such figures have one scale, and marks at 0 and 1 are whole."""
+SHARE: Limits = {"minallowed": -0.03, "maxallowed": 1.03}
+"""Of an axis of shares: all such figures have one scale, and marks at 0 and 1 are whole."""
 
-SHARE_OF_GAP = (-1.0, 2.0)
-"""Limits of an axis of shares of a gap, which is 0 to 1 where all goes as expected."""
+SHARE_OF_GAP: Limits = {"clipmin": -1.0, "clipmax": 2.0}
+"""Of an axis of shares of a gap, which is 0 to 1 where all goes as expected."""
 
 
 def new_plot(**layout: Any) -> Any:
@@ -122,7 +125,7 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
     caption: str,
     x: str = "layer (blocks passed)",
     zero: bool = False,
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
     panels: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
     """Return curves with bands, by layer or, with another ``x``, by position.
@@ -163,7 +166,7 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
     else:
         _arrange(plot, tuple(panel_curves), x=x, y=y)
     if limits is not None:
-        plot.update_yaxes(range=list(limits))
+        plot.update_yaxes(autorangeoptions=dict(limits))
     if len(layers) <= MARKED and isinstance(layers[0] if layers else "", int):
         plot.update_xaxes(tickvals=list(layers))  # no halves of layers
     series = tuple(
@@ -383,7 +386,7 @@ def dot_plot(
     title: str,
     x: str,
     caption: str,
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
 ) -> Figure:
     """Return points with intervals: a row per name, the first on top, a mark per series."""
     plot = new_plot(xaxis_title=x, height=150 + 30 * len(names))
@@ -399,7 +402,7 @@ def dot_plot(
         plot.add_scatter(**points, name=name, mode="markers")
     plot.update_yaxes(_tick_labels(names), autorange="reversed")
     if limits is not None:
-        plot.update_xaxes(range=list(limits))
+        plot.update_xaxes(autorangeoptions=dict(limits))
     return Figure(title, plot, caption)
 
 
