@@ -28,6 +28,7 @@ from docpages.markdown_table import (
     read_result,
 )
 from docpages.reading_tables import READING_TABLES
+from docpages.replication_tables import REPLICATION_TABLES
 from docpages.reply_tables import REPLY_TABLES
 from docpages.verdict_tables import VERDICT_TABLES
 
@@ -254,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **READING_TABLES,
     **REPLY_TABLES,
     **GARAK_TABLES,
+    **REPLICATION_TABLES,
     **VERDICT_TABLES,
     **ATTACK_TABLES,
     **CALIBRATION_TABLES,

@@ -1,0 +1,69 @@
+"""The table of the replication page: each claim under each model and protocol, from the gallery."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from docpages.markdown_table import ROOT, markdown_table
+
+GALLERY = ROOT / "docs" / "gallery"
+
+COMMAND = "python benchmarks/gallery.py REPORT... --out docs/gallery --data-dir DATA"
+
+SMALL = 0.1
+"""Effects below this are given with three digits."""
+
+Row = Mapping[str, str]
+"""A claim of a report, as ``claims.csv`` has it."""
+
+
+def replication_table() -> str:
+    """Claim by study: the verdict, the effect that decides with its interval and n, and form."""
+    folders = _studies()
+    claims = [_claims(folder) for folder in folders]
+    head = [
+        "claim",
+        *(f"[{_name(folder)}](../gallery/{folder.name}/index.md)" for folder in folders),
+    ]
+    rows = [
+        (f"{rows[0]['']}. {rows[0]['claim']}", *map(_cell, rows))
+        for rows in zip(*claims, strict=True)
+    ]
+    return markdown_table(head, rows, COMMAND)
+
+
+def _studies() -> list[Path]:
+    """The folders of the reports, in the order of the gallery's first page."""
+    return sorted(path.parent for path in GALLERY.glob("*/claims.csv"))
+
+
+def _claims(folder: Path) -> Sequence[Row]:
+    with (folder / "claims.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _name(folder: Path) -> str:
+    """Model and protocol, as people read them."""
+    meta = json.loads((folder / "provenance.json").read_text("utf-8"))
+    return f"{meta['name']}, {meta['settings']['protocol']}"
+
+
+def _cell(row: Row) -> str:
+    lines = [f"**{row['verdict']}**"]
+    if row["value"]:
+        lines.append(f"{row['effect that decides']}: {_interval(row, '')}, n = {row['n']}")
+    if row["form value"]:
+        lines.append(f"form: {row['form control']}: {_interval(row, 'form ')}")
+    return "<br>".join(lines)
+
+
+def _interval(row: Row, which: str) -> str:
+    value, low, high = (float(row[f"{which}{end}"]) for end in ("value", "low", "high"))
+    digits = 2 if abs(value) >= SMALL else 3
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+REPLICATION_TABLES: Mapping[str, Callable[[], str]] = {"replication": replication_table}
