@@ -14,7 +14,7 @@ import re
 import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from latentguard.report.document import Table, file_names
@@ -26,6 +26,12 @@ from latentguard.study.run import STORE
 
 SHORTEST = 24
 """Characters of a text from which it is looked for; shorter ones are words of any report."""
+
+LONGEST = 50
+"""Rows of a table on a page; longer ones are files beside it."""
+
+OMITTED = ("in the paper", "deviations (protocol)")
+"""Columns of the claims that make rows high; the first page and a table of their own have them."""
 
 Pages = Mapping[str, str]
 """Path below the gallery -> content."""
@@ -103,7 +109,14 @@ def report_pages(folder: Path, report: StudyReport) -> dict[str, str]:
         for one in record["tables"]
     ]
     heads = ["# " + record["title"], "[All models](../index.md)"]
-    bodies = [table.markdown() for table in tables]
+    bodies = [_without_columns(tables[0], OMITTED).markdown()]
+    for table, name in zip(tables[1:], file_names([one.title for one in tables[1:]]), strict=True):
+        if len(table.rows) > LONGEST:
+            pages[f"{name}.csv"] = table.csv()
+            link = f"[{len(table.rows)} rows, as CSV]({name}.csv)"
+            bodies.append(f"**{table.title}.** {table.note}\n\n{link}")
+        else:
+            bodies.append(table.markdown())
     pages["index.md"] = "\n\n".join(
         [*heads, bodies[0], "## Figures", *shown, "## Tables", *bodies[1:]]
     )
@@ -111,6 +124,12 @@ def report_pages(folder: Path, report: StudyReport) -> dict[str, str]:
     pages["claims.csv"] = tables[0].csv()
     pages["provenance.json"] = json.dumps(report.meta, indent=1) + "\n"
     return pages
+
+
+def _without_columns(table: Table, names: Sequence[str]) -> Table:
+    shown = [slot for slot, name in enumerate(table.columns) if name not in names]
+    rows = tuple(tuple(row[slot] for slot in shown) for row in table.rows)
+    return replace(table, columns=tuple(table.columns[slot] for slot in shown), rows=rows)
 
 
 def pool_texts(pools: PromptPools) -> set[str]:
