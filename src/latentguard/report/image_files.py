@@ -20,6 +20,13 @@ PRINT_PANELS_WIDTH = 672
 """The same for panels: 7 inches, both columns of a page."""
 
 
+AXIS = 50
+"""Pixels for the numbers and the name of the horizontal axis in print."""
+
+ROW = 20
+"""Height of a row of the legend in print, in pixels."""
+
+
 def write_pictures(report: Report, folder: str | Path) -> list[Path]:
     """Write ``figures/*.json``, then ``*.png``, ``*.svg`` and ``*.pdf``, under a report's folder.
 
@@ -85,10 +92,23 @@ def _image_options(figure: Figure, kind: str) -> dict[str, Any]:
     is_panels = plot.layout.meta is not None
     width = PRINT_PANELS_WIDTH if is_panels else PRINT_WIDTH
     font = dict(family="Helvetica, Arial, DejaVu Sans, sans-serif", size=12, color="black")
-    margin = dict(l=50, r=10, t=24 if is_panels else 10, b=44)
-    height = height or 340
-    legend = dict(orientation="h", x=0, y=-50 / (height - 54), yanchor="top")
+    legend_height = ROW * _legend_rows(plot, width)
+    margin = dict(l=50, r=10, t=24 if is_panels else 10, b=AXIS + legend_height)
+    # room for the legend is added below, so that it lies behind the name of the axis
+    drawn = (height or 340) - margin["t"] - AXIS
+    height = drawn + margin["t"] + margin["b"]
+    legend = dict(orientation="h", x=0, y=-AXIS / drawn, yanchor="top")
     plot.update_layout(template="simple_white", font=font, margin=margin, legend=legend)
     plot.update_xaxes(showgrid=False, automargin=True)
     plot.update_yaxes(showgrid=True, gridcolor="#e3e3e3", automargin=True)
     return dict(fig=plot, opts=dict(format=kind, width=width, height=height))
+
+
+def _legend_rows(plot: Any, width: int) -> int:
+    """Rows that the legend of a printed figure takes at most."""
+    names = {one.name for one in plot.data if one.name and one.showlegend is not False}
+    if not names:
+        return 0
+    entry = 45 + 7 * max(map(len, names))
+    columns = max(1, (width - 60) // entry)
+    return -(-len(names) // columns)
