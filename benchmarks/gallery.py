@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from latentguard.report.document import Table, file_names
 from latentguard.study.claims import CLAIMS
@@ -122,8 +123,13 @@ def report_pages(folder: Path, report: StudyReport) -> dict[str, str]:
     )
     pages["index.md"] += "\n"
     pages["claims.csv"] = tables[0].csv()
-    pages["provenance.json"] = json.dumps(report.meta, indent=1) + "\n"
+    pages["provenance.json"] = json.dumps(_published(report.meta), indent=1) + "\n"
     return pages
+
+
+def _published(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report was made of; a model's folder is the runner's own, so its name stands alone."""
+    return {**meta, "model": {**meta["model"], "model": meta["name"]}}
 
 
 def _without_columns(table: Table, names: Sequence[str]) -> Table:

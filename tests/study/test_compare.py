@@ -30,7 +30,7 @@ def saved(folder, name, protocol, value, *, depth=4, curve=0.5):
     meta = dict(
         name=name,
         depth=depth,
-        model=dict(weights="f" * 64),
+        model=dict(model=f"/home/me/{name}", weights="f" * 64),
         settings=dict(protocol=protocol, fit=depth),
         template="own",
         pools=dict(harmful=dict(n=3)),

@@ -46,6 +46,9 @@ def test_each_report_is_published_with_its_figures_and_tables(gallery, folders, 
         "replicated (drop without post-instruction tokens > 0: 0.40 [0.15, 0.65], n = 30)" in first
     )
     assert (out / "small-paper" / "clusters-at-t-inst.svg").read_text() == "<svg>drawn</svg>"
+    provenance = (out / "small-paper" / "provenance.json").read_text()
+    assert json.loads(provenance)["model"]["model"] == "small"
+    assert "/home/me" not in provenance
     page = (out / "small-paper" / "index.md").read_text()
     assert "![Clusters at t_inst](clusters-at-t-inst.svg)" in page and "**Conditions.**" in page
 

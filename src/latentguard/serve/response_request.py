@@ -8,6 +8,7 @@ tools that fetch texts on the upstream's side.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -44,7 +45,7 @@ def _one_word(value: str) -> str:
 Word = Annotated[str, AfterValidator(_one_word)]
 
 
-class Item(BaseModel):
+class Item(BaseModel, ABC):
     """One item of the input; ids and states are not sent on."""
 
     model_config = ConfigDict(extra="forbid")
@@ -52,13 +53,13 @@ class Item(BaseModel):
     id: str | None = None
     status: str | None = None
 
+    @abstractmethod
     def message(self) -> dict[str, Any]:
         """The item as a message of a chat."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rebuilt(self, message: ChatMessage) -> dict[str, Any]:
         """The item as it is sent on, from the message that was read."""
-        raise NotImplementedError
 
 
 class MessageItem(Item):

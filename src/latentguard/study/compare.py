@@ -161,13 +161,14 @@ def _summary(reports: Sequence[StudyReport]) -> str:
     alike = {n: of[0] for n, of in verdicts.items() if len(set(of)) == 1}
     differing = [str(n) for n in verdicts if n not in alike]
     opposed = [str(n) for n, of in verdicts.items() if {"replicated", "not replicated"} <= set(of)]
+    every = "both" if len(reports) == 2 else f"all {len(reports)}"
     if not alike:
-        first = f"No claim has the same verdict in all {len(reports)} reports."
+        first = f"No claim has the same verdict in {every} reports."
     else:
         counts = count_outcomes(alike).partition(", ")[2]
         first = (
-            f"{len(alike)} of {len(verdicts)} claims have the same verdict in all {len(reports)} "
-            f"reports: {counts}"
+            f"{len(alike)} of {len(verdicts)} claims have the same verdict in {every} reports: "
+            f"{counts}"
         )
     if not differing:
         return f"{first} The reports differ in no verdict."
