@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 
 from latentguard.errors import LatentGuardError
+from latentguard.serve.config import ServeConfig
 
-REFUSAL = "I'm sorry, but I can't help with that."
-"""What a flagged chat is answered with."""
+REFUSAL = ServeConfig.refusal
+"""What a flagged chat is answered with, as by the service."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class GuardService:
         Raises:
             LatentGuardError: if the service gives none.
         """
-        return self._ask({"input": list(texts)}) if texts else []
+        return self._ask({"input": list(texts)}, len(texts)) if texts else []
 
     def score_chat(self, messages: Sequence[Mapping[str, Any]]) -> ServedVerdict:
         """The verdict on a chat of messages in OpenAI's schema.
@@ -63,7 +64,7 @@ class GuardService:
         Raises:
             LatentGuardError: if the service gives none.
         """
-        return self._ask({"messages": list(messages)})[0]
+        return self._ask({"messages": list(messages)}, 1)[0]
 
     async def score_chat_async(self, messages: Sequence[Mapping[str, Any]]) -> ServedVerdict:
         """The same, without blocking an event loop.
@@ -77,26 +78,34 @@ class GuardService:
                 answer = await client.post(self._url, json=body, headers=self._headers)
         except httpx.HTTPError as error:
             raise _no_verdict(type(error).__name__) from None
-        return _verdicts(answer)[0]
+        return _verdicts(answer, 1)[0]
 
-    def _ask(self, body: Mapping[str, Any]) -> list[ServedVerdict]:
+    def _ask(self, body: Mapping[str, Any], count: int) -> list[ServedVerdict]:
         try:
             answer = httpx.post(self._url, json=body, headers=self._headers, timeout=self._timeout)
         except httpx.HTTPError as error:
             raise _no_verdict(type(error).__name__) from None
-        return _verdicts(answer)
+        return _verdicts(answer, count)
 
 
-def _verdicts(answer: httpx.Response) -> list[ServedVerdict]:
+def _verdicts(answer: httpx.Response, count: int) -> list[ServedVerdict]:
     if answer.status_code != 200:
         raise _no_verdict(_reason(answer))
-    body: dict[str, Any] = answer.json()
-    return [
-        ServedVerdict(
-            bool(one["flagged"]), float(one["probability"]), one["category"], body["model"], one
-        )
-        for one in body["results"]
-    ]
+    try:
+        body: dict[str, Any] = answer.json()
+        verdicts = [_verdict(one, body["model"]) for one in body["results"]]
+    except (ValueError, LookupError, TypeError):
+        raise _no_verdict("its answer is not that of 'latentguard serve'.") from None
+    if len(verdicts) != count:
+        raise _no_verdict(f"{count} verdicts were expected; found {len(verdicts)}.")
+    return verdicts
+
+
+def _verdict(one: Mapping[str, Any], guard: str) -> ServedVerdict:
+    """A verdict of the service; TypeError if its decision is no yes or no."""
+    if not isinstance(one["flagged"], bool):
+        raise TypeError("flagged")
+    return ServedVerdict(one["flagged"], float(one["probability"]), one["category"], guard, one)
 
 
 def _no_verdict(reason: str) -> LatentGuardError:
