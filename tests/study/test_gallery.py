@@ -97,3 +97,8 @@ def test_a_report_with_examples_is_not_published(gallery, folders, tmp_path):
     whole["tables"] += json.loads(json.dumps(record["tables"]))
     path.write_text(json.dumps(whole))
     assert gallery.main([*map(str, folders), "--out", str(tmp_path / "g")]) == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "gallery").glob("*/provenance.json")))
+def test_what_is_published_names_no_folder_of_a_machine(path):
+    assert '"/' not in path.read_text("utf-8")

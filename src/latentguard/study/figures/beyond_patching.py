@@ -405,9 +405,9 @@ def _best_table(records: Records) -> Table:
         "pairs; 'highest at' is the best layer on all. Controls at the same layers. Beyond: the "
         "patch less another prompt of its own group, as a share of the gap. Intervals: 95 %, "
         "bootstrap over pairs. Judged: highest share of patched prompts whose replies are refused "
-        "at any layer (unpatched: "
-        + ", ".join(f"{d.name} {rate_text(d.refused_unpatched[None])}" for d in records.directions)
-        + ")."
+        "at any layer. Unpatched: "
+        + "; ".join(f"{d.name} {rate_text(d.refused_unpatched[None])}" for d in records.directions)
+        + "."
     )
     columns = (
         *("direction", "place", "highest at", "share carried", "low", "high", "n"),

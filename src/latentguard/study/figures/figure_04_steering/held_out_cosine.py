@@ -71,10 +71,10 @@ def held_out_table(cosines: tuple[HeldOutCosine, ...]) -> Table:
             (mean,) = mean_curve(values.mean(1)[:, None])
             rows.append((one.behaviour, name, *cells(mean), PAPER[one.behaviour]))
     note = (
-        "Cosine of the state at t_post with the refusal direction of the same layer, mean over "
-        "layers 1 to L and over held-out prompts of both labels; centred: less the midpoint of "
-        "both centroids. The paper (no model named, nor how states are centred): 0.57 and -0.14. "
-        "Intervals: 95 %, bootstrap over prompts."
+        "Cosine of the state at t_post with the refusal direction of the same layer: the mean "
+        "over layers 1 to L and over held-out prompts of both labels. Centred: less the midpoint "
+        "of both centroids. The paper (no model named, nor how states are centred): 0.57 and "
+        "-0.14. Intervals: 95 %, bootstrap over prompts."
     )
     columns = ("held-out prompts", "states", "cosine", "low", "high", "n", "paper")
     return Table("Held-out prompts along the refusal direction", columns, tuple(rows), note)

@@ -216,10 +216,10 @@ def _cosine_parts(cosine: DirectionCosine) -> tuple[Figure, Table]:
     note = (
         f"{cosine.fitted[0]} refused harmful and {cosine.fitted[1]} accepted harmless prompts. The "
         f"two directions: 95 % bootstrap over the prompts, {len(cosine.between) - 1} draws. With "
-        "itself: the direction fitted on one half of the prompts and on the other, mean and middle "
-        f"95 % of {cosine.itself.shape[1]} splits; a cosine far below is no want of prompts. "
-        "'Without noise', in the claim: over what the directions' cosines with themselves would be "
-        "with all prompts. The paper: about 0.1 on Llama2."
+        "itself: the direction fitted on one half of the prompts and on the other; mean and middle "
+        f"95 % of {cosine.itself.shape[1]} splits. A cosine far below that does not come from too "
+        "few prompts. Without noise, in the claim: what it would be with endlessly many prompts. "
+        "The paper: about 0.1 on Llama2."
     )
     columns = ("cosine of", "layer", "value", "low", "high", "n")
     title = "Cosine of the directions"

@@ -38,9 +38,9 @@ ANSWERS: tuple[Answer, ...] = ("certainly", "no", "refusal", "other")
 INTERVAL = ("low", "high")
 
 LAYERS = (
-    "Each half of the prompts is steered at the layer that is best for the other half (both are "
-    "named). 'Same layers' are those of the harmfulness direction. 'Where it acts' are those at "
-    "which the same vector turns most replies to the same instructions asked as they are."
+    "Each half of the prompts is steered at the layer that is best for the other half; both are "
+    "named. Same layers: those of the harmfulness direction. Where it acts: those at which the "
+    "same vector turns most replies to the same instructions asked as they are."
 )
 """What the notes of both tables say of layers."""
 

@@ -32,8 +32,8 @@ FEWEST = 3
 """Refused categories that claim 6 needs: two have one cosine between them."""
 
 PAPER = (
-    "The paper, mean cosine to the others: harmfulness 0.60 to 0.73 and refusal 0.89 to 0.95 "
-    "(Qwen2-7B), 0.67 to 0.79 and 0.93 to 0.96 (Llama3), 0.81 to 0.89 and 0.95 to 0.97 (Llama2)."
+    "In the paper, mean cosine to the others, harmfulness and refusal: 0.60 to 0.73 and 0.89 to "
+    "0.95 (Qwen2-7B). Llama3: 0.67 to 0.79 and 0.93 to 0.96. Llama2: 0.81 to 0.89 and 0.95 to 0.97."
 )
 
 Draws = Mapping[str, Array]

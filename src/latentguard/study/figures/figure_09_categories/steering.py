@@ -212,10 +212,10 @@ def flip_table(names: Sequence[str], steered: Steered) -> Table:
         f"Question: '{QUESTIONS[steered.question]}' Layer {steered.layer}. Both are chosen on "
         "other prompts. No: share of answers, of the prompts that are not answered No unsteered. "
         "Odds: mean of log P(No) - log P(Certainly) as first word, in nats, of all prompts. "
-        "Directions come from the other half of each category's prompts, at their own lengths; "
-        f"the average direction has {steered.length:.2f} of the mean length of a category's, the "
-        "random ones that mean length. The paper (Qwen2-7B, best layer each, tested on hate): own "
-        "1.00, others 0.32 to 1.00, average 0.52."
+        "Directions come from the other half of each category's prompts, at their own lengths. "
+        f"The average direction has {steered.length:.2f} of the mean length of a category's; the "
+        "random ones have that mean length. The paper (Qwen2-7B, best layer each, tested on "
+        "hate): own 1.00, others 0.32 to 1.00, average 0.52."
     )
     columns = ("tested", "No: own", "low", "high", "n", *(f"No: {name}" for name in others[:-1]))
     odds = tuple(f"odds: {name}" for name in ("own", *others))

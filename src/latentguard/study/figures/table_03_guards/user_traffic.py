@@ -322,9 +322,9 @@ def domain_table(prompts: Sequence[Prompt], trials: Sequence[Trial]) -> Table:
             if rate is not None:
                 rows.append((name, trial.rule, trial.added, trial.k, *cells(rate)))
     note = (
-        "Share of each category that is flagged (recall; of the last, false positives). k examples "
-        "of each category, at most half of it, are added to what the guard learns from, alone or "
-        "with as many harmless texts; the rest is tested, mean over 3 draws. Intervals: 95 %, "
+        "Share of each category that is flagged: recall; of the last, false positives. The guard "
+        "also learns from k examples of each category, at most half of it, alone or with as many "
+        "harmless texts. The rest is tested, mean over 3 draws. Intervals: 95 %, "
         "Wilson for one draw, else bootstrap over texts. The paper, sexual, hate, self-harm, "
         "violence, harassment, hate (violent), violence (graphic): Llama Guard 3 0.924 0.747 0.725 "
         "0.755 0.513 0.902 0.500; Qwen2-7B without 0.215 0.395 0.509 0.372 0.342 0.366 0.208, with "
