@@ -66,6 +66,21 @@ def test_any_size_of_batch_gives_the_same(tokenizer):
     assert len(done) > 2
 
 
+def test_the_output_layer_is_given_what_lies_in_one_piece(tokenizer):
+    model = talker("mistral", tokenizer)
+    model.model.requires_grad_(False)  # torch copies frozen weights for each row of a slice
+    pieces = []
+    head = model.model.get_output_embeddings()
+    watch = head.register_forward_hook(lambda _, inputs, __: pieces.append(inputs[0]))
+    wanted = model.generate(PROMPTS, max_new_tokens=2)
+    watch.remove()
+    assert max(len(one) for one in pieces) > 1  # rows
+    assert all(one.is_contiguous() for one in pieces)
+    assert not head._forward_pre_hooks
+    model.model.requires_grad_(True)
+    assert model.generate(PROMPTS, max_new_tokens=2) == wanted
+
+
 def test_earlier_turns_and_prompts_that_share_no_first_token(tokenizer):
     prompts = [*PROMPTS, *(Prompt(p.text, history=TURNS) for p in PROMPTS)]
     system = [Prompt("Hi", history=(Message("system", "Be brief."),))]

@@ -14,7 +14,7 @@ from torch import Tensor
 from latentguard.errors import ModelError
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
-from latentguard.models.hooks import read_positions, score_tokens
+from latentguard.models.hooks import contiguous_head, read_positions, score_tokens
 from latentguard.models.layout import Layout, min_token_count
 from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt
@@ -218,7 +218,7 @@ def _read(
     )
     ids = torch.tensor([layout.ids], device=model.device)
     output = None
-    with hooks if columns else nullcontext():
+    with hooks if columns else nullcontext(), contiguous_head(model.model):
         output = model.model(ids, use_cache=not stop, logits_to_keep=1)
     return buffer[0].cpu(), output
 

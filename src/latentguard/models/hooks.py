@@ -365,6 +365,26 @@ def record_output_size(block: nn.Module, sizes: list[int]) -> Iterator[None]:
 
 
 @contextmanager
+def contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Copy what goes into the output layer, so that it lies in one piece.
+
+    With frozen weights torch multiplies a slice such as ``hidden[:, -1:]`` row by row, each with a
+    copy of all weights: 21 s in place of 0.05 s for 16 rows in bfloat16 on a CPU.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+
+    def copy(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0].contiguous(), *inputs[1:])
+
+    with ExitStack() as stack:
+        stack.callback(head.register_forward_pre_hook(copy).remove)
+        yield
+
+
+@contextmanager
 def skip_blocks(
     blocks: Sequence[nn.Module], *, layer: int, hidden: Float[Tensor, "b s d"], size: int = 0
 ) -> Iterator[None]:

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from latentguard.errors import PromptError
 from latentguard.interventions import Intervention, Tokens
 from latentguard.models.chat import ChatTokenizer
-from latentguard.models.hooks import add_vector, read_positions, record_output_size, skip_blocks
+from latentguard.models.hooks import (
+    add_vector,
+    contiguous_head,
+    read_positions,
+    record_output_size,
+    skip_blocks,
+)
 from latentguard.models.layout import Layout
 from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt
@@ -250,14 +256,15 @@ def forward(
 ) -> Float[Tensor, "r v"]:
     """Logits after the last of some tokens; ``real`` covers the cached ones before them too."""
     places = (real.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    output = model.model(
-        ids,
-        attention_mask=real.long(),
-        position_ids=places,
-        use_cache=True,
-        logits_to_keep=1,
-        **{cache_argument(model.model): cache},
-    )
+    with contiguous_head(model.model):
+        output = model.model(
+            ids,
+            attention_mask=real.long(),
+            position_ids=places,
+            use_cache=True,
+            logits_to_keep=1,
+            **{cache_argument(model.model): cache},
+        )
     logits: Tensor = output.logits[:, -1].to(model.device)
     return logits
 
