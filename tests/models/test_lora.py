@@ -50,6 +50,16 @@ def assert_same(before, after):
     assert before[5] == after[5]
 
 
+def test_the_output_layer_is_given_what_lies_in_one_piece(tokenizer):
+    model = chat_model("llama", tokenizer)
+    pieces = []
+    head = model.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: pieces.append(inputs[0]))
+    with Finetuning(model, replace(QUICK, epochs=1))(PAIRS, seed=0):
+        assert len(pieces) == 2  # batches
+        assert all(one.is_contiguous() for one in pieces)
+
+
 @pytest.mark.parametrize(
     ("architecture", "config"),
     [*((name, QUICK) for name in ("llama", "gemma2", "gpt2", "mixtral")), ("gpt2", FULL)],

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from latentguard.errors import ModelError, PromptError, require_extra
 from latentguard.models.chat_model import ChatModel
+from latentguard.models.hooks import contiguous_head
 from latentguard.prompts import Prompt
 
 MAX_REPLY_TOKENS = 24
@@ -169,13 +170,14 @@ def _loss(model: ChatModel, pairs: Sequence[_TrainingPair]) -> Tensor:
         real[n, padding:] = True
         in_reply[n, padding + pair.start :] = True
     longest = max(len(pair.ids) - pair.start for pair in pairs)
-    output = model.model(
-        ids.to(model.device),
-        attention_mask=real.long().to(model.device),
-        position_ids=(real.long().cumsum(1) - 1).clamp(min=0).to(model.device),
-        use_cache=False,
-        logits_to_keep=longest + 1,
-    )
+    with contiguous_head(model.model):
+        output = model.model(
+            ids.to(model.device),
+            attention_mask=real.long().to(model.device),
+            position_ids=(real.long().cumsum(1) - 1).clamp(min=0).to(model.device),
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        )
     mask = in_reply[:, -longest:]
     logits = output.logits[:, -longest - 1 : -1].float()[mask.to(output.logits.device)]
     return cross_entropy(logits, ids[:, -longest:][mask].to(logits.device))
