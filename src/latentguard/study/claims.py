@@ -1,6 +1,6 @@
 """The paper's claims, and the rules by which a run decides them.
 
-The rules are data, written before any run:
+The rules are data, and no run changes them. What was changed after a run is listed below.
 
 - *replicated*: every condition holds over the whole 95 % interval of its effect.
 - *replicated, but form explains it*: the same, but the claim has form conditions, and one of them
