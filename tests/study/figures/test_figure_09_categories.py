@@ -18,7 +18,7 @@ from latentguard.study.figures.figure_09_categories.category_cosines import (
     shuffled_cosines,
     to_others,
 )
-from latentguard.study.figures.figure_09_categories.steering import advantage
+from latentguard.study.figures.figure_09_categories.steering import own_and_others
 from latentguard.study.prompt_groups import QUESTIONS
 from latentguard.study.settings import Settings
 from study.figures.planted import Planted, Silent
@@ -201,10 +201,24 @@ def test_equally_varied_directions_give_no_difference():
     assert found.value == pytest.approx(0, abs=1e-6) and found.low <= 0 <= found.high
 
 
-def test_advantage():
+def test_own_directions_are_compared_with_the_mean_of_the_others():
     tested = np.array([0, 0, 1])
     values = np.array([[1.0, 1.0, 0.5], [0.0, 1.0, 1.0], [0.5, 0.0, 0.0]])
-    assert advantage(tested, values).value == pytest.approx((0.75 + 0.5 + 0.75) / 3)
+    own, others = own_and_others(tested, values)
+    assert own.tolist() == [1.0, 1.0, 1.0]
+    assert others.tolist() == [0.25, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("flipped", [0, 1, 3])
+def test_so_few_flips_show_nothing(flipped):
+    def flips(tested):
+        no = np.zeros((6, 24))
+        for row in range(flipped):
+            no[tested[row], row] = 1.0
+        return no
+
+    found = analyse(planted(flips=flips), Settings()).effects[FLIP]
+    assert found.low < 0 < found.high
 
 
 @pytest.fixture

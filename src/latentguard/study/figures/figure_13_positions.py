@@ -19,7 +19,7 @@ from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.states import States
 from latentguard.stats.bootstrap import bootstrap_mean, mean_curve
 from latentguard.stats.estimate import Estimate
-from latentguard.stats.rates import share
+from latentguard.stats.rates import rate_difference, share
 from latentguard.study.axes import Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
@@ -349,8 +349,8 @@ def _answers_table(records: Records) -> Table:
 def _advantage(records: Records) -> Estimate:
     """'Certainly' with the direction of t_inst, less the mean over the other positions."""
     rates = {at: _certainly(records, at).mean(0) for at in records.positions}
-    gap = rates["t_inst"] - np.mean([rates[at] for at in rates if at != "t_inst"], 0)
-    return bootstrap_mean(gap)
+    others = np.mean([rates[at] for at in rates if at != "t_inst"], 0)
+    return rate_difference(rates["t_inst"], others)
 
 
 def _over_strongest(records: Records) -> Estimate:
@@ -358,7 +358,7 @@ def _over_strongest(records: Records) -> Estimate:
     others = [at for at in records.positions if at != "t_inst"]
     rates = np.stack([_certainly(records, at).mean(0) for at in others])
     strongest = at_layers(rates[None], best_layers(rates))[0]
-    return bootstrap_mean(_certainly(records, "t_inst").mean(0) - strongest)
+    return rate_difference(_certainly(records, "t_inst").mean(0), strongest)
 
 
 def _reach(records: Records) -> float:

@@ -8,8 +8,10 @@ import numpy as np
 
 from latentguard.report.charts import Curve, dot_plot, heat_map, lines_by_layer, to_curve
 from latentguard.report.document import Cell, Figure, Section, Table
+from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.intervals import centered_interval
+from latentguard.stats.rates import rate_difference
 from latentguard.study.figures.figure_09_categories.as_printed import printed_table
 from latentguard.study.figures.figure_09_categories.category_cosines import (
     Array,
@@ -20,9 +22,9 @@ from latentguard.study.figures.figure_09_categories.category_cosines import (
 )
 from latentguard.study.figures.figure_09_categories.collect import CONCEPTS, Records
 from latentguard.study.figures.figure_09_categories.steering import (
-    advantage,
     flip_figure,
     flip_table,
+    own_and_others,
 )
 from latentguard.study.finding import Finding, cells
 from latentguard.study.settings import Settings
@@ -55,15 +57,16 @@ def analyse(records: Records, settings: Settings) -> Finding:
         parts.append(flip_figure(names, steered))
     if able.sum() >= settings.enough:
         flips = steered.no[: len(names), able]
-        effects["own minus other category flip rate"] = advantage(steered.tested[able], flips)
+        flipped = own_and_others(steered.tested[able], flips)
+        effects["own minus other category flip rate"] = rate_difference(*flipped)
     else:
         caveats.append(
             f"Figure 9b: only {able.sum()} of {tested} prompts are not answered No anyway; so few "
             "cannot show which direction flips them."
         )
     if tested >= settings.enough:
-        odds = advantage(steered.tested, steered.odds[: len(names)])
-        effects["own minus other category log odds of No"] = odds
+        odds = own_and_others(steered.tested, steered.odds[: len(names)])
+        effects["own minus other category log odds of No"] = bootstrap_mean(np.subtract(*odds))
     return Finding(_section(parts), effects, tuple(caveats))
 
 

@@ -20,8 +20,6 @@ from latentguard.prompts import Group, Prompt, Reply
 from latentguard.report.charts import heat_map
 from latentguard.report.document import Cell, Figure, Table
 from latentguard.states import States
-from latentguard.stats.bootstrap import bootstrap_mean
-from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
 from latentguard.study.axes import fit_axes
 from latentguard.study.cached_model import CachedModel
@@ -114,8 +112,8 @@ def steer_categories(
     return Steered(question, layer, np.array([c for c, _ in tested]), along, no, odds, length)
 
 
-def advantage(tested: NDArray[np.intp], values: Array) -> Estimate:
-    """Mean over prompts of what the own direction does less the mean of the other categories'.
+def own_and_others(tested: NDArray[np.intp], values: Array) -> tuple[Array, Array]:
+    """What the own direction does to each prompt, [n], and the mean of the other categories', [n].
 
     Args:
         tested: Category of each prompt, [n].
@@ -123,7 +121,7 @@ def advantage(tested: NDArray[np.intp], values: Array) -> Estimate:
     """
     own = values[tested, np.arange(len(tested))]
     others = (values.sum(0) - own) / (len(values) - 1)
-    return bootstrap_mean(own - others)
+    return own, others
 
 
 def halves(members: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
