@@ -121,6 +121,13 @@ class TestSource:
                 assert not any(word in made_up for word in ("/root/", "/home/", "/tmp/"))
 
 
+def test_no_verb_computes_with_tensors_itself():
+    """Computation belongs to the layers below, which the command line calls."""
+    for path in (SOURCE / "cli").rglob("*.py"):
+        names = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text("utf-8"), re.MULTILINE)
+        assert "torch" not in names, path
+
+
 def test_the_modules_whose_shapes_are_checked_exist():
     """A module that has moved would go unchecked without a word."""
     from conftest import SHAPED

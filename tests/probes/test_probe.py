@@ -20,6 +20,7 @@ from latentguard.probes.probe import (
     fit_centroid,
     fit_linear,
     layers_of,
+    random_probes,
 )
 from latentguard.probes.ridge import FOLDS, Ridge, folds_of
 from latentguard.states import States
@@ -62,6 +63,19 @@ class TestCentroid:
         probe = centroid(Axis.fit(FakeBackend().capture(labelled(60)), "t_inst"))
         sizes = torch.rand(len(train[0]), 7, 1) * 100 + 0.01
         assert torch.allclose(probe(train[0] * sizes), probe(train[0]), rtol=0, atol=1e-6)
+
+
+class TestRandom:
+    def test_each_row_is_as_long_as_the_probes_own(self, fit):
+        for one in random_probes(fit.probe, 3):
+            assert torch.allclose(one.weight.norm(dim=-1), fit.probe.weight.norm(dim=-1))
+            assert (one.kind, one.layers, one.bias) == (fit.probe.kind, fit.probe.layers, 0.0)
+
+    def test_draws_differ_and_a_seed_gives_them_again(self, fit):
+        first, second = random_probes(fit.probe, 2)
+        assert not torch.equal(first.weight, second.weight)
+        assert torch.equal(random_probes(fit.probe, 2)[1].weight, second.weight)
+        assert not torch.equal(random_probes(fit.probe, 1, seed=1)[0].weight, first.weight)
 
 
 class TestLinear:

@@ -9,7 +9,7 @@ pair-disjoint folds of the training data, with a bias to strong penalties (``cho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -153,6 +153,18 @@ def _solved(
     ridge = Ridge(design, strength)
     weight, bias = ridge.solve()
     return ridge.held_out(folds)[:, 0].numpy(), weight[0], float(bias[0])
+
+
+def random_probes(probe: Probe, draws: int, *, seed: int = 0) -> list[Probe]:
+    """Probes with random weights of equal norm in each slot, and no bias: what chance scores."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = probe.weight.norm(dim=-1, keepdim=True)
+    probes = []
+    for _ in range(draws):
+        noise = torch.randn(probe.weight.shape, generator=generator)
+        weight = noise / noise.norm(dim=-1, keepdim=True) * norms
+        probes.append(replace(probe, weight=weight, bias=0.0))
+    return probes
 
 
 def choose(figures: Mapping[float, float]) -> float:

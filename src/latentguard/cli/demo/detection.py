@@ -1,17 +1,18 @@
-"""Tables 3, 8, 9: how well a guard tells harmful from harmless, beside its baselines."""
+"""How well a guard tells harmful from harmless, beside its baselines: scores and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.probes.axis import Axis
-from latentguard.probes.probe import Probe
+from latentguard.probes.fitting import slots
+from latentguard.probes.probe import random_probes
 from latentguard.prompts import Prompt
+from latentguard.report.charts import Curve, to_curve
 from latentguard.report.document import Cell, Table
 from latentguard.states import States
 from latentguard.stats.detection import auroc, balanced_accuracy_at, estimate_metric, f1_at, tpr_at
@@ -80,23 +81,12 @@ def random_direction_scores(
     guard: LatentGuard, states: States, *, seed: int = 0
 ) -> list[NDArray[np.float64]]:
     """Scores by random weights of equal norm in every layer, one array [n] a draw."""
-    generator = torch.Generator().manual_seed(seed)
-    states = states.select(guard.probe.layers)
-    norms = guard.probe.weight.norm(dim=-1, keepdim=True)
-    scores = []
-    for _ in range(RANDOM_DRAWS):
-        noise = torch.randn(guard.probe.weight.shape, generator=generator)
-        weight = noise / noise.norm(dim=-1, keepdim=True) * norms
-        probe = Probe(guard.probe.kind, guard.probe.layers, weight, 0.0)
-        slots = torch.cat([states.at(p) for p in guard.reading.positions], dim=1)
-        scores.append(probe(slots).double().numpy())
-    return scores
+    values = slots(states.select(guard.probe.layers), guard.reading.positions)
+    probes = random_probes(guard.probe, RANDOM_DRAWS, seed=seed)
+    return [probe(values).double().numpy() for probe in probes]
 
 
-def layer_curves(
-    axis: Axis, states: States, labels: NDArray[np.bool_]
-) -> tuple[list[float], list[float], list[float]]:
+def layer_curves(axis: Axis, states: States, labels: NDArray[np.bool_]) -> Curve:
     """AUROC of s^l (equation 2) by layer, with the ends of its 95 % bootstrap interval."""
     beliefs = axis.layer_beliefs(states.at(axis.position)).double().numpy()
-    estimates = [estimate_metric(auroc, labels, column, draws=200) for column in beliefs.T]
-    return [e.value for e in estimates], [e.low for e in estimates], [e.high for e in estimates]
+    return to_curve([estimate_metric(auroc, labels, column, draws=200) for column in beliefs.T])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from latentguard.report.charts import Curve, to_curve
 from latentguard.stats.bootstrap import resample_weights, weighted_bootstrap
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.intervals import centered_interval
@@ -19,8 +20,6 @@ SPLITS = 100
 """Times that the prompts are split in two."""
 
 Array = NDArray[np.float64]
-Band = tuple[list[float], list[float], list[float]]
-"""Value, low and high end by layer."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,9 @@ class DirectionCosine:
         return replace(centered_interval(self.between.mean(1)), n=self.fitted)
 
     @property
-    def bands(self) -> list[Band]:
+    def bands(self) -> list[Curve]:
         """By layer: the two directions (95 % bootstrap), then each with itself (95 % of splits)."""
-        both = [centered_interval(layer) for layer in self.between.T]
-        between = [e.value for e in both], [e.low for e in both], [e.high for e in both]
+        between = to_curve([centered_interval(layer) for layer in self.between.T])
         return [between, *(_band(rows.mean(0), rows) for rows in self.itself)]
 
 
@@ -149,6 +147,6 @@ def _cosine(a: Array, b: Array) -> Array:
     return cosines
 
 
-def _band(value: Array, draws: Array) -> Band:
+def _band(value: Array, draws: Array) -> Curve:
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     return value.tolist(), low.tolist(), high.tolist()

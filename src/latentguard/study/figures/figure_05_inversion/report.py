@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.report.charts import SHARE, Curve, control_panels, lines_by_layer, stacked_shares
+from latentguard.report.charts import (
+    SHARE,
+    Curve,
+    control_panels,
+    lines_by_layer,
+    stacked_shares,
+    to_curve,
+)
 from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
@@ -251,11 +258,7 @@ def _curves(task: Task, ways: Sequence[Steering], layers: Sequence[int], name: s
 
 def _curve(hits: NDArray[np.bool_]) -> Curve:
     """Share by layer, of hits [draws layers n]."""
-    return _ends([share(flags) for flags in np.moveaxis(hits, 1, 0)])
-
-
-def _ends(estimates: Sequence[Estimate]) -> Curve:
-    return [e.value for e in estimates], [e.low for e in estimates], [e.high for e in estimates]
+    return to_curve([share(flags) for flags in np.moveaxis(hits, 1, 0)])
 
 
 def _stack(task: Task, way: Steering, layers: Sequence[int]) -> Figure:
@@ -270,8 +273,7 @@ def _odds(task: Task, ways: Sequence[Steering], layers: Sequence[int]) -> Figure
     curves: dict[str, Curve] = {}
     for way in ways:
         shifts = (task.steered_odds[way] - task.odds).mean(0)
-        estimates = [bootstrap_mean(rows) for rows in shifts]
-        curves[way.name] = _ends(estimates)
+        curves[way.name] = to_curve([bootstrap_mean(rows) for rows in shifts])
     caption = (
         f"How far the log-odds of 'Certainly' against 'No' as first word move, in nats; mean of "
         f"n = {len(task.odds)} {task.side.name} instructions; {task.question}. Above 0 they are "
