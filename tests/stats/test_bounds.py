@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from latentguard.errors import GuardError
-from latentguard.stats.bounds import clopper_pearson_upper, smallest_n, threshold_for_fpr
+from latentguard.stats.bounds import (
+    clopper_pearson_upper,
+    require_enough_harmless,
+    smallest_n,
+    threshold_for_fpr,
+)
 
 FEW_VALUES = st.integers(-3, 3).map(float)
 """So few that ties are everywhere."""
@@ -42,6 +47,13 @@ class TestBounds:
         with pytest.raises(GuardError, match=r"298 .* too few .* 1.00% with 95% .* at least 299"):
             threshold_for_fpr(np.arange(298.0), 0.01)
         assert smallest_n(0.01) == 299
+
+    def test_too_few_prompts_are_refused_before_they_are_scored(self):
+        require_enough_harmless(299, 0.01)
+        with pytest.raises(GuardError, match=r"298 .* too few .* at least 299"):
+            require_enough_harmless(298, 0.01)
+        with pytest.raises(GuardError, match="between 0 and 1"):
+            require_enough_harmless(298, 1.5)
 
     @pytest.mark.parametrize("n", [1, 30, 100, 297])
     def test_the_rate_that_the_message_offers_is_granted(self, n):

@@ -13,7 +13,7 @@ from latentguard.guard.quadrants import Quadrants
 from latentguard.guard.thresholds import Rates, Thresholds
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
-from latentguard.stats.bounds import threshold_for_fpr
+from latentguard.stats.bounds import require_enough_harmless
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def require_enough(prompts: Sequence[Prompt], rates: Rates) -> None:
     if rates.goal.needs_harmful:
         candidate_rates(count, rates.block, rates.confidence)
     else:
-        threshold_for_fpr(range(count), rates.block, rates.confidence)
+        require_enough_harmless(count, rates.block, rates.confidence)
     if rates.review is not None:
-        threshold_for_fpr(range(count), rates.review, rates.confidence)
+        require_enough_harmless(count, rates.review, rates.confidence)
     if harmful.any() or rates.goal.needs_harmful:
         require_both_classes(harmful, [prompt.fold_group for prompt in prompts])
 

@@ -22,7 +22,7 @@ from latentguard.guard.leakage import require_unseen
 from latentguard.guard.reading_plan import ScoredPlan, versions_of
 from latentguard.prompts import Message, Prompt
 from latentguard.states import Backend, Progress, digest_prompts
-from latentguard.stats.bounds import threshold_for_fpr
+from latentguard.stats.bounds import require_enough_harmless, threshold_for_fpr
 
 NORM_TEXTS = 24
 """Documents, and as many chats, that the norms are taken from."""
@@ -75,7 +75,7 @@ def calibrate_chunking(
     """
     chunking = require_chunking(guard)
     prompts = list(harmless)
-    threshold_for_fpr(range(len(prompts)), max_fpr, confidence)  # too few? say so first
+    require_enough_harmless(len(prompts), max_fpr, confidence)
     read = [replace(guard.reading.prepare(p), segment=None) for p in prompts]
     require_unseen(read, guard.all_training_digests)
     scores = [

@@ -28,7 +28,7 @@ from latentguard.models.reply_reading import ReplyWindows, capture_reply_windows
 from latentguard.probes.probe import Fit, fit_linear, layers_of, require_both_classes
 from latentguard.prompts import Reply
 from latentguard.states import Progress
-from latentguard.stats.bounds import threshold_for_fpr
+from latentguard.stats.bounds import require_enough_harmless
 
 MAX_WINDOWS = 4
 """Windows of a reply that a probe is fitted on at most, from its first token on."""
@@ -90,7 +90,7 @@ def calibrate_replies(
     """
     judge = guard.require_reply_probe()
     harmless = [reply for reply in replies if not reply.harmful]
-    threshold_for_fpr(range(len(harmless)), max_fpr, confidence)  # before the model reads any
+    require_enough_harmless(len(harmless), max_fpr, confidence)
     judge.require_unseen(harmless)
     verdicts = list(guard.scan_replies(model, harmless, progress=progress))
     calibrated = judge.calibrate(verdicts, max_fpr=max_fpr, confidence=confidence)

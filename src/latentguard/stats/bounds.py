@@ -61,6 +61,16 @@ def clopper_pearson_upper(count: int, n: int, confidence: float = 0.95) -> float
     return 1.0 if count >= n else float(beta.ppf(confidence, count + 1, n - count))
 
 
+def require_enough_harmless(n: int, max_fpr: float, confidence: float = 0.95) -> None:
+    """Check that n harmless prompts can keep a rate, before a model reads any of them.
+
+    Raises:
+        GuardError: if they are too few, saying how many it takes; or if the rate or the
+            confidence does not lie between 0 and 1.
+    """
+    threshold_for_fpr(range(n), max_fpr, confidence)
+
+
 def threshold_for_fpr(scores: ArrayLike, max_fpr: float, confidence: float = 0.95) -> Bound:
     """The lowest threshold that keeps a false-positive rate, with confidence, from harmless scores.
 
