@@ -18,6 +18,7 @@ from pathlib import Path
 
 from latentguard.prompts import Prompt, Reply
 from latentguard.stats.rates import proportion
+from latentguard.study.endpoint import Endpoint
 from latentguard.study.judge import Judge, judge, refused
 from latentguard.study.judge_model import EndpointJudge
 from latentguard.study.paper_judge import PaperJudge
@@ -64,7 +65,7 @@ def main() -> None:
     rows = read(options.replies)
     rules: dict[str, Judge] = {"built in": judge, "paper": PaperJudge()}
     if options.url:
-        rules[options.judge_model] = EndpointJudge(options.url, options.judge_model)
+        rules[options.judge_model] = EndpointJudge(Endpoint(options.url, options.judge_model))
     rates = [one for name, rule in rules.items() for one in error_rates(name, rule, rows)]
     for one in rates:
         print(

@@ -67,6 +67,10 @@ def waits(monkeypatch):
     return found
 
 
+def judge_at(url, model="m", *, store=None, **how):
+    return EndpointJudge(endpoint.Endpoint(url, model, **how), store=store)
+
+
 def reply(text="I'm sorry, but I can't.", *, finished=True):
     return Reply(Prompt("Say 'accepted'"), text, (), finished)
 
@@ -82,13 +86,13 @@ def reply(text="I'm sorry, but I can't.", *, finished=True):
 )
 def test_what_the_model_says_counts(server, words, outcome):
     server.answers = [said(words)]
-    with EndpointJudge(server.url, "m") as judge:
-        assert judge(reply()) == outcome
+    judge = judge_at(server.url)
+    assert judge(reply()) == outcome
 
 
 def test_what_is_asked(server):
-    with EndpointJudge(server.url + "/", "m", key="secret") as judge:
-        judge(reply("Say\n'accepted'", finished=False))
+    judge = judge_at(server.url + "/", key="secret")
+    judge(reply("Say\n'accepted'", finished=False))
     (path, headers, body) = server.asked[0]
     assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret")
     assert (body["model"], body["temperature"]) == ("m", 0)
@@ -99,32 +103,32 @@ def test_what_is_asked(server):
 
 def test_the_key_comes_from_the_environment(server, monkeypatch):
     monkeypatch.setenv(endpoint.KEY, "from outside")
-    with EndpointJudge(server.url, "m") as judge:
-        judge(reply())
+    judge = judge_at(server.url)
+    judge(reply())
     monkeypatch.delenv(endpoint.KEY)
-    with EndpointJudge(server.url, "m") as judge:
-        judge(reply())
+    judge = judge_at(server.url)
+    judge(reply())
     found = [headers.get("Authorization") for _, headers, _ in server.asked]
     assert found == ["Bearer from outside", None]
 
 
 @pytest.mark.parametrize("text", ["", " \n", "."])
 def test_an_empty_reply_is_not_asked_about(server, text):
-    with EndpointJudge(server.url, "m") as judge:
-        assert judge(reply(text)) == "empty"
+    judge = judge_at(server.url)
+    assert judge(reply(text)) == "empty"
     assert not server.asked
 
 
 def test_a_reply_is_judged_once(server, tmp_path):
     store = Store(tmp_path / "store.sqlite")
     for _ in range(2):
-        with EndpointJudge(server.url, "m", store=store) as judge:
-            assert judge(reply()) == "refused"
+        judge = judge_at(server.url, store=store)
+        assert judge(reply()) == "refused"
     assert len(server.asked) == 1
     server.answers = [said("cut")]
-    with EndpointJudge(server.url, "another", store=store) as judge:
-        assert judge(reply()) == "cut"
-        assert judge(reply(finished=False)) == "cut"
+    judge = judge_at(server.url, "another", store=store)
+    assert judge(reply()) == "cut"
+    assert judge(reply(finished=False)) == "cut"
     assert len(server.asked) == 3
     store.close()
 
@@ -132,10 +136,10 @@ def test_a_reply_is_judged_once(server, tmp_path):
 def test_a_wrong_answer_is_not_kept(server, tmp_path):
     store = Store(tmp_path / "store.sqlite")
     server.answers = [said("maybe"), said("maybe"), said("refused")]
-    with EndpointJudge(server.url, "m", store=store) as judge:
-        with pytest.raises(LatentGuardError):
-            judge(reply())
-        assert judge(reply()) == "refused"
+    judge = judge_at(server.url, store=store)
+    with pytest.raises(LatentGuardError):
+        judge(reply())
+    assert judge(reply()) == "refused"
     store.close()
 
 
@@ -144,18 +148,16 @@ def test_a_wrong_answer_is_not_kept(server, tmp_path):
 )
 def test_it_asks_again_when_the_endpoint_is_busy(server, waits, busy):
     server.answers = [busy, busy, said("accepted")]
-    with EndpointJudge(server.url, "m") as judge:
-        assert judge(reply()) == "accepted"
+    judge = judge_at(server.url)
+    assert judge(reply()) == "accepted"
     assert len(server.asked) == 3
     assert waits == ([7.0, 7.0] if busy[0] == 429 else [0.5, 1.0])
 
 
 def test_it_gives_up_in_the_end(server, waits):
     server.answers = [(500, {"Retry-After": "soon"}, b"out of memory")]
-    with (
-        EndpointJudge(server.url, "m", tries=3) as judge,
-        pytest.raises(LatentGuardError, match=r"'m' at http.*status 500: out of memory.*Check"),
-    ):
+    judge = judge_at(server.url, tries=3)
+    with pytest.raises(LatentGuardError, match=r"'m' at http.*status 500: out of memory.*Check"):
         judge(reply())
     assert len(server.asked) == 3
     assert waits == [0.5, 1.0]
@@ -164,20 +166,16 @@ def test_it_gives_up_in_the_end(server, waits):
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_a_rejected_request_is_not_repeated(server, waits, status):
     server.answers = [(status, {}, b"no such model")]
-    with (
-        EndpointJudge(server.url, "m") as judge,
-        pytest.raises(LatentGuardError, match=f"status {status}: no such model"),
-    ):
+    judge = judge_at(server.url)
+    with pytest.raises(LatentGuardError, match=f"status {status}: no such model"):
         judge(reply())
     assert len(server.asked) == (2 if status == 400 else 1)  # is it this reply alone?
     assert not waits
 
 
 def test_nobody_there(server, waits):
-    with (
-        EndpointJudge("http://127.0.0.1:9/v1", "m", tries=2) as judge,
-        pytest.raises(LatentGuardError, match=r"did not answer \(.*refused.*\)"),
-    ):
+    judge = judge_at("http://127.0.0.1:9/v1", tries=2)
+    with pytest.raises(LatentGuardError, match=r"did not answer \(.*refused.*\)"):
         judge(reply())
     assert waits == [0.5]
 
@@ -185,10 +183,8 @@ def test_nobody_there(server, waits):
 def test_an_endpoint_that_hangs(waits):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
-        with (
-            EndpointJudge(url, "m", timeout=0.1, tries=2) as judge,
-            pytest.raises(LatentGuardError, match="timed out"),
-        ):
+        judge = judge_at(url, timeout=0.1, tries=2)
+        with pytest.raises(LatentGuardError, match="timed out"):
             judge(reply())
     assert waits == [0.5]
 
@@ -211,17 +207,16 @@ def test_an_endpoint_that_hangs(waits):
 )
 def test_any_other_answer_is_an_error(server, answer):
     server.answers = [answer]
-    with (
-        EndpointJudge(server.url, "m") as judge,
-        pytest.raises(LatentGuardError, match="should answer refused, accepted or cut; found"),
-    ):
+    judge = judge_at(server.url)
+    with pytest.raises(LatentGuardError, match="should answer refused, accepted or cut; found"):
         judge(reply())
 
 
 def test_a_stray_answer_is_not_repeated(server):
     """It may be the reply that was to be judged, and errors are shown."""
     server.answers = [said("Step one of the plan")]
-    with EndpointJudge(server.url, "m") as judge, pytest.raises(StudyError) as told:
+    judge = judge_at(server.url)
+    with pytest.raises(StudyError) as told:
         judge(reply())
     assert "Step one" not in str(told.value)
 
@@ -231,13 +226,13 @@ def test_a_reply_that_it_cannot_take_is_undecided(server, tmp_path, odd):
     """Once it has answered: then it works, and one reply does not end a study."""
     store = Store(tmp_path / "store.sqlite")
     server.answers = [said("refused"), odd, said("accepted")]
-    with EndpointJudge(server.url, "m", store=store) as judge:
-        assert [judge(reply(text)) for text in "abc"] == ["refused", "cut", "accepted"]
-        assert judge.about["unread"] == 1
+    judge = judge_at(server.url, store=store)
+    assert [judge(reply(text)) for text in "abc"] == ["refused", "cut", "accepted"]
+    assert judge.about["unread"] == 1
     server.answers = [said("refused")]
-    with EndpointJudge(server.url, "m", store=store) as judge:  # it is asked again, and alone
-        assert [judge(reply(text)) for text in "bca"] == ["refused", "accepted", "refused"]
-        assert "unread" not in judge.about
+    judge = judge_at(server.url, store=store)  # it is asked again, and alone
+    assert [judge(reply(text)) for text in "bca"] == ["refused", "accepted", "refused"]
+    assert "unread" not in judge.about
     assert len(server.asked) == 4
     store.close()
 
@@ -245,27 +240,27 @@ def test_a_reply_that_it_cannot_take_is_undecided(server, tmp_path, odd):
 def test_a_first_reply_that_it_cannot_take(server):
     """Something that nobody would reject shows whether the model works."""
     server.answers = [(400, {}, b"content filter"), said("accepted"), said("refused")]
-    with EndpointJudge(server.url, "m") as judge:
-        assert [judge(reply(text)) for text in "ab"] == ["cut", "refused"]
+    judge = judge_at(server.url)
+    assert [judge(reply(text)) for text in "ab"] == ["cut", "refused"]
     assert "How can I help you" in server.asked[1][2]["messages"][1]["content"]
 
 
 def test_what_is_told_of_it_holds_no_key():
-    with EndpointJudge("https://user:secret@host/v1?key=secret", "m") as judge:
-        assert "secret" not in json.dumps(judge.about)
-        assert judge.about["host"] == "host"
+    judge = judge_at("https://user:secret@host/v1?key=secret")
+    assert "secret" not in json.dumps(judge.about)
+    assert judge.about["host"] == "host"
 
 
 def test_a_judge_that_can_take_few_replies_ends_the_study(server):
     server.answers = [said("refused"), said("Partially refused")]
-    with EndpointJudge(server.url, "m") as judge:
-        found = [judge(reply(f"reply {n}")) for n in range(11)]
-        assert found == ["refused", *["cut"] * 10]
-        with pytest.raises(StudyError, match="found 17 other characters"):
-            judge(reply("one more"))
+    judge = judge_at(server.url)
+    found = [judge(reply(f"reply {n}")) for n in range(11)]
+    assert found == ["refused", *["cut"] * 10]
+    with pytest.raises(StudyError, match="found 17 other characters"):
+        judge(reply("one more"))
 
 
 @pytest.mark.parametrize(("url", "model"), [("localhost:8000", "m"), ("", "m"), ("http://x", "")])
 def test_what_cannot_be_asked(url, model):
     with pytest.raises(LatentGuardError, match="needs an address"):
-        EndpointJudge(url, model)
+        judge_at(url, model)

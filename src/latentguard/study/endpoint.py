@@ -104,10 +104,6 @@ class Endpoint:
                 f"{content_kind}. Use a model that follows instructions and does not think aloud."
             ) from error
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
     def _post(self, body: dict[str, Any]) -> httpx.Response:
         failure, kind = "no answer", StudyError
         for n in range(self.tries):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from types import TracebackType
 from typing import Any
 
 from latentguard.prompts import Reply
@@ -34,30 +33,14 @@ FEW = 10
 class EndpointJudge:
     """A ``Judge``: asks a model about each reply that is not empty, and each question once."""
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        key: str | None = None,
-        store: Store | None = None,
-        timeout: float = 30.0,
-        tries: int = 4,
-    ) -> None:
-        """Name the endpoint.
+    def __init__(self, endpoint: Endpoint, *, store: Store | None = None) -> None:
+        """Put the judge together.
 
         Args:
-            url: Its base, such as ``http://localhost:8000/v1``.
-            model: The name of the model there.
-            key: API key; that of the environment variable ``LATENTGUARD_JUDGE_KEY`` if None.
+            endpoint: Says what replies are.
             store: Keeps what was judged.
-            timeout: Seconds to wait for an answer.
-            tries: How often to ask if the endpoint is busy or out of reach.
-
-        Raises:
-            StudyError: if the address is not one, or no model is named.
         """
-        self._endpoint = Endpoint(url, model, key=key, timeout=timeout, tries=tries)
+        self._endpoint = endpoint
         self._store = store
         self.asked = self.unread = 0
         """How many replies it was asked about, and of how many it could not say anything."""
@@ -111,23 +94,6 @@ class EndpointJudge:
         with contextlib.suppress(UnreadReply):
             return bool(self._ask(json.dumps(PROBE)))
         return False
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._endpoint.close()
-
-    def __enter__(self) -> EndpointJudge:
-        """Use it in a ``with`` block."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the connections."""
-        self.close()
 
     def _ask(self, question: str) -> str:
         expected = "refused, accepted or cut"

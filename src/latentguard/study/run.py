@@ -143,9 +143,8 @@ def prepare(
         pools = paper_pools(pools)
         how = {"judge": PaperJudge(), "second_judge": judge, "answer": paper_answer}
     if tables.get("judge"):
-        how["judge"] = EndpointJudge(
-            *require_endpoint_table("judge", tables["judge"]), store=model_store
-        )
+        endpoint = Endpoint(*require_endpoint_table("judge", tables["judge"]))
+        how["judge"] = EndpointJudge(endpoint, store=model_store)
     if tables.get("rubric"):
         endpoint = Endpoint(*require_endpoint_table("rubric", tables["rubric"]))
         how["judge"] = RubricJudge(endpoint, how.get("judge", judge), store=model_store)

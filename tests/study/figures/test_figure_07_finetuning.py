@@ -275,7 +275,7 @@ class TestLook:
         look = Look(planted, axes, prompt_groups, settings, ())
         one, other = (Endpoint("http://localhost:1/v1", name) for name in ("one", "other"))
         judges = [
-            *(judge, EndpointJudge(one.url, "one"), EndpointJudge(one.url, "other")),
+            *(judge, EndpointJudge(one), EndpointJudge(other)),
             *(RubricJudge(one, judge), RubricJudge(other, judge), RubricJudge(one, PaperJudge())),
         ]
         keys = []
