@@ -21,6 +21,7 @@ from latentguard.study.steering import (
     best_layers,
     middle_layers,
     random_like,
+    reply_to_each,
     steer,
     steer_at_random,
     steer_each,
@@ -209,6 +210,20 @@ class Echo:
         self.how, self.times = how, getattr(self, "times", 0) + 1
         said = ["" if i is None else f"{i.label} {i.layer}" for i in interventions]
         return [[Reply(p, text, (), True) for p in prompts] for text in said]
+
+
+class TestReplyToEach:
+    def test_each_kind_gets_the_replies_under_its_own_edits(self):
+        def steered(name, count):
+            return [steer(axis(), n, tokens="all", label=name) for n in range(count)]
+
+        model = Echo()
+        edits = {"a": steered("a", 3), "none": [], "b": steered("b", 1)}
+        plain, found = reply_to_each(model, [Prompt("p")], edits, what="w")
+        assert [reply.text for reply in plain] == [""]
+        assert texts([found["a"]]) == [[["a 0"], ["a 1"], ["a 2"]]]
+        assert (found["none"], texts([found["b"]])) == ([], [[["b 0"]]])
+        assert model.times == 1
 
 
 class TestSteerEach:

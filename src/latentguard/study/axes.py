@@ -17,6 +17,10 @@ from latentguard.study.prompt_groups import BEHAVING, PromptGroups
 Which = Literal["harmful", "refuse"]
 """Names of the two axes."""
 
+HARMFULNESS = "harmfulness direction"
+REFUSAL = "refusal direction"
+"""Names of their directions, for people."""
+
 
 @dataclass(frozen=True)
 class Axes:

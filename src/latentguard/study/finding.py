@@ -26,6 +26,11 @@ class Finding:
     """What cannot be concluded, and why; one sentence each."""
 
 
+def too_few(what: str, count: int, noun: str, enough: int) -> list[str]:
+    """The caveat of an experiment on fewer prompts than are enough; nothing if there are enough."""
+    return [f"{what}: {count} {noun} are too few to conclude from."] if count < enough else []
+
+
 def cells(estimate: Estimate) -> tuple[Cell, ...]:
     """Value, ends of the 95 % interval, n."""
     return (estimate.value, estimate.low, estimate.high, sum(estimate.n))

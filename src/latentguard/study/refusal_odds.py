@@ -21,6 +21,7 @@ from latentguard.prompts import Prompt, Reply
 from latentguard.stats.detection import auroc
 from latentguard.stats.rates import share
 from latentguard.study.cached_model import CachedModel
+from latentguard.study.finding import too_few
 from latentguard.study.prompt_groups import BEHAVING, PromptGroups
 from latentguard.study.settings import Settings
 
@@ -72,9 +73,7 @@ class Openings:
 
 def few_or_vague(what: str, openings: Openings, count: int, noun: str, enough: int) -> list[str]:
     """Why nothing is concluded of an experiment whose groups have so many prompts at least."""
-    lines = []
-    if count < enough:
-        lines.append(f"{what}: {count} {noun} are too few to conclude from.")
+    lines = too_few(what, count, noun, enough)
     if not openings.tells > TELLS:
         lines.append(f"{what}: {openings.too_vague}")
     return lines

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +12,13 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from latentguard.interventions import Intervention, Tokens
+from latentguard.interventions import Edit, Intervention, Tokens
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt, Reply
 from latentguard.study.axes import Axes, Which
 from latentguard.study.cached_model import CachedModel
+
+K = TypeVar("K")
 
 
 def steer(
@@ -116,6 +118,26 @@ class Steering:
         return [steer_at_random(axis, layer, **how, draw=n) for n in draws for layer in layers]
 
 
+def reply_to_each(
+    model: CachedModel, prompts: Sequence[Prompt], edits: Mapping[K, Sequence[Edit]], **how: Any
+) -> tuple[list[Reply], dict[K, list[list[Reply]]]]:
+    """Replies of the model as it is, and under each edit of each kind, all asked in one sweep.
+
+    Args:
+        model: The model.
+        prompts: What it is asked.
+        edits: What is changed in it, by kind.
+        how: ``what``, ``max_new_tokens`` and ``watch`` of ``CachedModel.replies``.
+
+    Returns:
+        The replies of the model as it is, [n], and those of each kind, [edits][n].
+    """
+    every = [None, *(edit for of in edits.values() for edit in of)]
+    unedited, *edited = model.replies(prompts, every, **how)
+    remaining = iter(edited)
+    return unedited, {kind: [next(remaining) for _ in of] for kind, of in edits.items()}
+
+
 def steer_each(
     model: CachedModel,
     prompts: Sequence[Prompt],
@@ -132,17 +154,17 @@ def steer_each(
         ways: How it is steered.
         axes: Along what.
         layers: At which layers, one at a time.
-        how: ``what``, ``max_new_tokens`` and ``watch`` of ``CachedModel.replies``.
+        how: As of ``reply_to_each``.
 
     Returns:
         The unsteered replies, [n], and those of each way, [draws][layers][n].
     """
     steered = {way: one for way in ways if (one := way.interventions(axes, layers))}
-    every = [None, *(i for one in steered.values() for i in one)]
-    unsteered, *rest = model.replies(prompts, every, **how)
-    by_layer = iter(rest)
+    unsteered, replies = reply_to_each(model, prompts, steered, **how)
+    count = len(layers)
     return unsteered, {
-        way: [[next(by_layer) for _ in layers] for _ in range(max(way.draws, 1))] for way in steered
+        way: [of[start : start + count] for start in range(0, len(of), count)]
+        for way, of in replies.items()
     }
 
 

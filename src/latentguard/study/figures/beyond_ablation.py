@@ -24,19 +24,17 @@ from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import rate_difference, share
-from latentguard.study.axes import Axes, fit_axes
+from latentguard.study.axes import HARMFULNESS, REFUSAL, Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.finding import Finding, cells
+from latentguard.study.finding import Finding, cells, too_few
 from latentguard.study.fluency import MeasuredReplies, measure_replies
 from latentguard.study.prompt_groups import BEHAVING, PromptGroups, sample_prompts
 from latentguard.study.refusal_odds import Openings, find_openings, log_odds
 from latentguard.study.settings import Settings
-from latentguard.study.steering import at_layers, best_layers, random_like
+from latentguard.study.steering import at_layers, best_layers, random_like, reply_to_each
 
 Array = NDArray[np.float64]
 
-HARMFULNESS = "harmfulness direction"
-REFUSAL = "refusal direction"
 AT_T_INST = "harmfulness direction, t_inst alone"
 RANDOM = "random direction"
 HALVES = "chance: difference of random halves"
@@ -143,19 +141,15 @@ def _reply(
     openings: Openings,
     settings: Settings,
 ) -> dict[str, Ablated]:
-    edits = [None, *(one for of in kinds.values() for one in of)]
-    replies = model.replies(
+    plain, replies = reply_to_each(
+        model,
         prompts,
-        edits,
+        kinds,
         what="ablation",
         max_new_tokens=settings.reply_tokens,
         watch=openings.words,
     )
-    by_edit = iter(replies)
-    outcomes = {"": _measure(model, [next(by_edit)])}
-    for name, of in kinds.items():
-        outcomes[name] = _measure(model, [next(by_edit) for _ in of])
-    return outcomes
+    return {name: _measure(model, of) for name, of in {"": [plain], **replies}.items()}
 
 
 def _measure(model: CachedModel, replies: Sequence[Sequence[Reply]]) -> Ablated:
@@ -177,10 +171,10 @@ def analyse(records: Records, settings: Settings) -> Finding:
     return Finding(_section(records, sentence, parts), effects, _caveats(records, settings))
 
 
-def _is_kept(records: Records, kind: str) -> NDArray[np.bool_]:
-    """Whether refused harmful prompts stay refused, [draws n]; layers are chosen on others."""
-    flags = records.groups["refused_harmful"][kind].is_refusal
-    if kind in (RANDOM, HALVES):
+def _is_refused(kind: str, one: Ablated) -> NDArray[np.bool_]:
+    """Whether prompts are refused, [draws n]; the layer of a direction is chosen on others."""
+    flags = one.is_refusal
+    if kind in ("", RANDOM, HALVES):
         return flags
     return at_layers(flags[None], best_layers(~flags))
 
@@ -190,8 +184,8 @@ def _effects(records: Records) -> Iterator[tuple[str, Estimate]]:
     for kind in (HARMFULNESS, REFUSAL, AT_T_INST):
         for control in (RANDOM, HALVES):
             if kind in kinds and control in kinds:
-                lost = ~_is_kept(records, kind)[0]
-                difference = rate_difference(lost, ~_is_kept(records, control))
+                lost = ~_is_refused(kind, kinds[kind])[0]
+                difference = rate_difference(lost, ~_is_refused(control, kinds[control]))
                 yield _effect_name(kind, control), difference
 
 
@@ -243,9 +237,7 @@ def _table(records: Records) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for group, kinds in records.groups.items():
         for kind, one in kinds.items():
-            flags = one.is_refusal
-            if kind not in ("", RANDOM, HALVES):
-                flags = at_layers(flags[None], best_layers(~flags))
+            flags = _is_refused(kind, one)
             fluency = (float(np.nanmean(one.losses)), float(one.repetitions.mean()))
             odds = bootstrap_mean(one.odds.mean(0))
             rows.append(
@@ -297,9 +289,11 @@ def _section(records: Records, sentence: str, parts: list[Table | Figure]) -> Se
 
 def _caveats(records: Records, settings: Settings) -> tuple[str, ...]:
     few = [
-        f"Ablation: {count} {group.replace('_', ' ')} prompts are too few to conclude from."
+        line
         for group, count in records.counts.items()
-        if count < settings.enough
+        for line in too_few(
+            "Ablation", count, f"{group.replace('_', ' ')} prompts", settings.enough
+        )
     ]
     kinds = records.groups.get("refused_harmful", {})
     if kinds and REFUSAL not in kinds:

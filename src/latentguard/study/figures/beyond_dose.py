@@ -23,18 +23,16 @@ from latentguard.report.document import Cell, Figure, Section, Table
 from latentguard.stats.bootstrap import bootstrap_mean
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import rate_difference, share
-from latentguard.study.axes import Axes, fit_axes
+from latentguard.study.axes import HARMFULNESS, REFUSAL, Axes, fit_axes
 from latentguard.study.cached_model import CachedModel
-from latentguard.study.finding import Finding, cells
+from latentguard.study.finding import Finding, cells, too_few
 from latentguard.study.fluency import MeasuredReplies, measure_replies
 from latentguard.study.prompt_groups import PromptGroups, sample_prompts
 from latentguard.study.settings import Settings
-from latentguard.study.steering import at_layers, best_layers, random_like
+from latentguard.study.steering import at_layers, best_layers, random_like, reply_to_each
 
 Array = NDArray[np.float64]
 
-HARMFULNESS = "harmfulness direction"
-REFUSAL = "refusal direction"
 CONTROLS = {HARMFULNESS: "random, norm of harmfulness", REFUSAL: "random, norm of refusal"}
 """Each direction's control: a random direction of equal norm, another one at each layer."""
 
@@ -79,15 +77,12 @@ def collect(model: CachedModel, prompt_groups: PromptGroups, settings: Settings)
         ]
         for name, vectors in _vectors(axes, layers).items()
     }
-    every = [None, *(one for of in edits.values() for one in of)]
-    replies = iter(
-        model.replies(prompts, every, what="dose curves", max_new_tokens=settings.reply_tokens)
+    plain, replies = reply_to_each(
+        model, prompts, edits, what="dose curves", max_new_tokens=settings.reply_tokens
     )
-    unsteered = _measure(model, [next(replies)], (1, 1))
+    unsteered = _measure(model, [plain], (1, 1))
     shape = (len(settings.doses), len(layers))
-    dosed = {
-        name: _measure(model, [next(replies) for _ in of], shape) for name, of in edits.items()
-    }
+    dosed = {name: _measure(model, of, shape) for name, of in replies.items()}
     ids = tuple(p.id for p in prompts)
     return Records(ids, layers, settings.doses, unsteered, dosed, axes.note)
 
@@ -275,12 +270,8 @@ def _section(records: Records, sentence: str, parts: list[Table | Figure]) -> Se
 
 
 def _caveats(records: Records, settings: Settings) -> tuple[str, ...]:
-    lines = []
-    if len(records.ids) < settings.enough:
-        count = len(records.ids)
-        lines.append(
-            f"Dose curves: {count} accepted harmless prompts are too few to conclude from."
-        )
+    noun = "accepted harmless prompts"
+    lines = too_few("Dose curves", len(records.ids), noun, settings.enough)
     if REFUSAL not in records.dosed:
         lines.append("Too few prompts are refused for a refusal direction: it has no dose curve.")
     return tuple(lines)
