@@ -9,7 +9,6 @@ import typer
 
 from latentguard.cli.console import count_each, echo_changes, echo_err, progress
 from latentguard.cli.inputs import read_side, read_source, require_distinct
-from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_guard_model, read_guard, save_guard
 from latentguard.cli.options import (
     AllowMismatch,
@@ -133,7 +132,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
         has_own=bool(harmless),
     )
     _require_options(rates, traffic, harmless, harmful, segment_column)
-    with changed_guard(guard, out) as target, explain_interrupt(f"{guard} is as it was."):
+    with changed_guard(guard, out) as target:
         loaded = read_guard(guard)
         both = rates.goal.needs_harmful or bool(traffic)
         prompts = _calibration_prompts(loaded, harmless, harmful, columns, needs_harmful=both)

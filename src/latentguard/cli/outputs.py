@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentguard.cli.console import echo_err
+from latentguard.cli.interrupts import explain_interrupt
 from latentguard.errors import LatentGuardError
 from latentguard.files import exclusive_lock
 from latentguard.guard.artifact import CARD_FILE, JSON_FILE, TENSOR_FILE
@@ -54,6 +55,8 @@ def output_file(file: Path) -> Iterator[None]:
 def changed_guard(source: str, out: Path | None) -> Iterator[Path]:
     """Hold the lock of the folder that a changed guard is written to; loading says if it is none.
 
+    Control-C while the block runs says that the guard is as it was: the block writes it last.
+
     Args:
         source: The guard: a folder, a Hub id, or ``default``.
         out: Where the changed guard is written; None changes it in place.
@@ -75,7 +78,8 @@ def changed_guard(source: str, out: Path | None) -> Iterator[Path]:
             "the changed guard with --out."
         )
     is_guard = (target / GUARD_FILES[0]).exists()
-    with output_folder(target) if is_guard or out else nullcontext():
+    locked = output_folder(target) if is_guard or out else nullcontext()
+    with locked, explain_interrupt(f"{source} is as it was."):
         yield target
 
 

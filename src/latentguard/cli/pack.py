@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentguard.cli.console import echo_changes, echo_err, progress
 from latentguard.cli.inputs import guard_columns, read_side
-from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import (
     load_guard_model,
     read_guard,
@@ -30,7 +31,9 @@ from latentguard.data.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:
+    from latentguard.guard.evaluation import Comparison
     from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.models.chat_model import ChatModel
 
 Evaluate = Annotated[
     str | None,
@@ -68,9 +71,8 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
     Example: latentguard pack add guards/qwen --name fraud --examples fraud.jsonl
     """
     from latentguard.guard import packs
-    from latentguard.guard.evaluation import compare
 
-    with changed_guard(guard, out) as target, explain_interrupt(f"{guard} is as it was."):
+    with changed_guard(guard, out) as target:
         loaded = read_guard(guard)
         require_calibrated(loaded, guard)
         columns = guard_columns(loaded, text_column)
@@ -81,14 +83,11 @@ def add(  # noqa: PLR0913, PLR0917 (each is an option)
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
-        with progress("pack") as view:
-            before = list(loaded.scan(backend, labelled, progress=view.advance))
-            changed = packs.add(loaded, backend, name, positives, negatives, progress=view.advance)
-            after = list(changed.scan(backend, labelled, progress=view.advance))
+        change = partial(packs.add, name=name, examples=positives, harmless=negatives)
+        changed, comparisons = _measure_change(change, loaded, backend, labelled)
         save_guard(changed, target)
     echo_err(f"Pack '{name}' added to {target}.")
-    typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")
-    echo_changes(compare(labelled, before, after), _note(evaluate))
+    _echo_change(changed, comparisons, evaluate)
 
 
 @pack.command(name="list")
@@ -125,9 +124,8 @@ def remove(  # noqa: PLR0913, PLR0917 (each is an option)
     Example: latentguard pack remove guards/qwen fraud
     """
     from latentguard.guard import packs
-    from latentguard.guard.evaluation import compare
 
-    with changed_guard(guard, out) as target, explain_interrupt(f"{guard} is as it was."):
+    with changed_guard(guard, out) as target:
         loaded = read_guard(guard)
         require_calibrated(loaded, guard)
         negatives = read_side(harmless, guard_columns(loaded, text_column), harmful=False)
@@ -136,14 +134,11 @@ def remove(  # noqa: PLR0913, PLR0917 (each is an option)
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
-        with progress("pack") as view:
-            before = list(loaded.scan(backend, labelled, progress=view.advance))
-            changed = packs.remove(loaded, backend, name, negatives, progress=view.advance)
-            after = list(changed.scan(backend, labelled, progress=view.advance))
+        change = partial(packs.remove, name=name, harmless=negatives)
+        changed, comparisons = _measure_change(change, loaded, backend, labelled)
         save_guard(changed, target)
     echo_err(f"Pack '{name}' removed from {target}.")
-    typer.echo(f"Threshold {changed.threshold:.6g}: {changed.promise}.")
-    echo_changes(compare(labelled, before, after), _note(evaluate))
+    _echo_change(changed, comparisons, evaluate)
 
 
 def _labelled_prompts(guard: LatentGuard, source: str | None, text_column: str) -> list[Prompt]:
@@ -157,5 +152,23 @@ def _labelled_prompts(guard: LatentGuard, source: str | None, text_column: str) 
     return prompts
 
 
-def _note(source: str | None) -> str:
-    return f"On {source}." if source else "On built-in prompts of other categories (--evaluate)."
+def _measure_change(
+    change: Callable[..., LatentGuard],
+    guard: LatentGuard,
+    backend: ChatModel,
+    labelled: list[Prompt],
+) -> tuple[LatentGuard, list[Comparison]]:
+    """The changed guard, and what it does with labelled prompts beside what it did before."""
+    from latentguard.guard.evaluation import compare
+
+    with progress("pack") as view:
+        before = list(guard.scan(backend, labelled, progress=view.advance))
+        changed = change(guard, backend, progress=view.advance)
+        after = list(changed.scan(backend, labelled, progress=view.advance))
+    return changed, compare(labelled, before, after)
+
+
+def _echo_change(guard: LatentGuard, comparisons: list[Comparison], evaluate: str | None) -> None:
+    note = "On built-in prompts of other categories (--evaluate)."
+    typer.echo(f"Threshold {guard.threshold:.6g}: {guard.promise}.")
+    echo_changes(comparisons, f"On {evaluate}." if evaluate else note)

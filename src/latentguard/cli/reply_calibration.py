@@ -9,7 +9,6 @@ import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.inputs import require_distinct
-from latentguard.cli.interrupts import explain_interrupt
 from latentguard.cli.loading import load_guard_model, read_guard, save_guard
 from latentguard.cli.outputs import changed_guard
 from latentguard.data.prompt_files import read_replies
@@ -46,8 +45,7 @@ def calibrate_guard_replies(
     from latentguard.guard.reply_fitting import calibrate_replies
 
     require_distinct(files)
-    unchanged = f"{source.guard} is as it was."
-    with changed_guard(source.guard, source.out) as target, explain_interrupt(unchanged):
+    with changed_guard(source.guard, source.out) as target:
         loaded = read_guard(source.guard)
         loaded.require_reply_probe()
         rows = [reply for file in files for reply in read_replies(file)]
