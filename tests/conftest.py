@@ -23,7 +23,7 @@ SHAPED = [
     "latentguard.models.hooks",
     "latentguard.models.prefill",
 ]
-install_import_hook(SHAPED, "beartype.beartype")  # checks the shapes in the annotations
+install_import_hook(SHAPED, "shape_checks.check_shapes")
 
 settings.register_profile(
     "latentguard",
