@@ -1,4 +1,4 @@
-"""The table of the replication page: each claim under each model and protocol, from the gallery."""
+"""Tables of the replication page: each claim under each model and protocol, from the gallery."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = Mapping[str, str]
 
 
 def replication_table() -> str:
-    """Claim by study: the verdict, the effect that decides with its interval and n, and form."""
+    """Claim by study: the verdict, and the effect that decides with its interval and n."""
     folders = _studies()
     claims = [_claims(folder) for folder in folders]
     head = [
@@ -33,6 +33,20 @@ def replication_table() -> str:
         for rows in zip(*claims, strict=True)
     ]
     return markdown_table(head, rows, COMMAND)
+
+
+def effects_table() -> str:
+    """What decides each claim that was measured, and what form shows, a row a study."""
+    head = ["claim", "study", "what decides", "effect", "n", "form control", "form shows"]
+    rows = []
+    for folder in _studies():
+        for row in _claims(folder):
+            if row["value"]:
+                form = _interval(row, "form ") if row["form value"] else ""
+                control = row["form control"] if form else ""
+                decides = (row["effect that decides"], _interval(row, ""), row["n"])
+                rows.append((row[""], _name(folder), *decides, control, form))
+    return markdown_table(head, sorted(rows, key=lambda row: int(row[0])), COMMAND)
 
 
 def _studies() -> list[Path]:
@@ -52,12 +66,8 @@ def _name(folder: Path) -> str:
 
 
 def _cell(row: Row) -> str:
-    lines = [f"**{row['verdict']}**"]
-    if row["value"]:
-        lines.append(f"{row['effect that decides']}: {_interval(row, '')}, n = {row['n']}")
-    if row["form value"]:
-        lines.append(f"form: {row['form control']}: {_interval(row, 'form ')}")
-    return "<br>".join(lines)
+    measured = f"{_interval(row, '')}, n = {row['n']}" if row["value"] else "not measured"
+    return f"**{row['verdict']}**<br>{measured}"
 
 
 def _interval(row: Row, which: str) -> str:
@@ -66,4 +76,7 @@ def _interval(row: Row, which: str) -> str:
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-REPLICATION_TABLES: Mapping[str, Callable[[], str]] = {"replication": replication_table}
+REPLICATION_TABLES: Mapping[str, Callable[[], str]] = {
+    "replication": replication_table,
+    "replication-effects": effects_table,
+}
