@@ -9,6 +9,13 @@ def texts(page):
     return [[cell.text for cell in row] for row in page.rows]
 
 
+def test_a_small_interval_among_large_ones_keeps_its_digits():
+    rows = ((0.9, 0.8, 1.0), (0.005, 0.002, 0.006), (0.0, 0.0, 0.0))
+    page = page_table(("value", "low", "high"), rows)
+    shown = ["0.90 [0.80, 1.00]", "0.005 [0.002, 0.006]", "0.00 [0.00, 0.00]"]
+    assert texts(page) == [[one] for one in shown]
+
+
 def test_an_interval_takes_one_column():
     columns = ("what", "rate", "low", "high", "n", "gap", "gap, low", "gap, high", "its high")
     rows = ((("a"), 0.5, 0.25, 0.75, 8, 0.0123, 0.001, 0.02, 3),)

@@ -85,9 +85,18 @@ def _column(rows: Sequence[Sequence[Cell]], at: int, *, has_interval: bool) -> l
     if not has_interval:
         return [_cell(row[at]) for row in rows]
     triples = [row[at : at + 3] for row in rows]
-    sizes = [abs(c) for row in triples for c in row if isinstance(c, (int, float)) and isfinite(c)]
-    digits = 2 if max(sizes, default=1) >= 0.5 else 3
-    return [_interval(row, digits) for row in triples]
+    largest = [_largest(row) for row in triples]
+    is_small = max(largest, default=1) < 0.5
+    return [
+        _interval(row, 3 if is_small or 0 < size < 0.1 else 2)
+        for row, size in zip(triples, largest, strict=True)
+    ]
+
+
+def _largest(cells: Sequence[Cell]) -> float:
+    """The largest finite number of some cells, without its sign; 0 if there is none."""
+    numbers = [abs(c) for c in cells if isinstance(c, (int, float)) and isfinite(c)]
+    return max(numbers, default=0)
 
 
 def _interval(cells: Sequence[Cell], digits: int) -> PageCell:
