@@ -37,8 +37,11 @@ settings.load_profile("latentguard")
 
 SLOW_FILES = (
     "study/test_whole_study.py",
-    "documentation/test_in_browser.py",
+    "integrations/test_ray.py",
     "documentation/test_executed.py",
+    "serve/test_clients.py",
+    "documentation/test_in_browser.py",
+    "real/test_default_model.py",
     "cli/test_stress.py",
     "guard/test_packs.py",
     "robustness/test_run.py",
