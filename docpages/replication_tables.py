@@ -62,11 +62,11 @@ def _claims(folder: Path) -> Sequence[Row]:
 def _name(folder: Path) -> str:
     """Model and protocol, as people read them."""
     meta = json.loads((folder / "provenance.json").read_text("utf-8"))
-    return f"{meta['name']}, {meta['settings']['protocol']}"
+    return f"{meta['name'].removesuffix('-Instruct')}, {meta['settings']['protocol']}"
 
 
 def _cell(row: Row) -> str:
-    measured = f"{_interval(row, '')}, n = {row['n']}" if row["value"] else "not measured"
+    measured = f"{_interval(row, '')}<br>n = {row['n']}" if row["value"] else "not measured"
     return f"**{row['verdict']}**<br>{measured}"
 
 
