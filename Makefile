@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 # Without --no-compile pip spends half of its time on byte code, most of which is never imported.
 INSTALL := -m pip install --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
-# Processes of the test run, one thread each; two more than cores, as tests wait a third of their time.
-WORKERS ?= $(shell expr $$(nproc) + 2)
+# Processes of the test run, one thread each; one more than cores, as tests also wait.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 
 .PHONY: demo test check fmt docs dist clients peers-env clean vllm-env test-vllm
 
