@@ -97,6 +97,27 @@ def _means(model: str) -> dict[str, float]:
     return {row[0]: row[1] for row in summary["rows"]}
 
 
+PAPER_GUARD = (
+    "python benchmarks/paper_guard.py --model MODEL --data-dir DATA --store FILE --out FILE"
+)
+"""The command that made the results of the paper's own guard."""
+
+
+def paper_guard_table() -> str:
+    """AUROC of the paper's own guard and of its rule without the choice, a block a model."""
+    rows = []
+    for model, name in MODELS.items():
+        if not (ROOT / "benchmarks" / "results" / f"paper-guard-{model}.json").exists():
+            continue
+        for number, one in enumerate(read_result(f"paper-guard-{model}")["sets"]):
+            cells = (one["as_the_paper"], one["unfiltered"], one["difference"])
+            shown = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in cells]
+            n = f"{one['harmful']} + {one['harmless']}"
+            rows.append(["" if number else name, one["name"], n, *shown])
+    head = ["model", "set", "n", "the paper's own guard", "without its choice", "difference"]
+    return markdown_table(head, rows, PAPER_GUARD)
+
+
 def _interval(row: Mapping[str, Any], metric: str = "AUROC") -> str:
     return interval(row, metric, f"{metric}, ")
 
@@ -322,6 +343,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "difference": "difference",
         },
     ),
+    "paper-guard": paper_guard_table,
     "controls": controls_table,
     "detection": detection_table,
     "detection-rates": rates_table,
