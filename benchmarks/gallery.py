@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from latentguard.report.document import Table, file_names
+from latentguard.report.page_table import format_interval
 from latentguard.study.claims import CLAIMS
 from latentguard.study.claims_report import COLUMNS
 from latentguard.study.compare import ClaimRow, StudyReport, compare, read_reports
@@ -92,8 +93,7 @@ def _sentence(row: ClaimRow) -> str:
 def _number(*cells: object) -> str:
     if any(not isinstance(cell, (int, float)) for cell in cells):
         return ""
-    value, low, high = cells
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return format_interval(*cells)  # type: ignore[arg-type]
 
 
 def report_pages(folder: Path, report: StudyReport) -> dict[str, str]:

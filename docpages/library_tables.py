@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import linregress, t
 
 from docpages.markdown_table import MODELS, interval, markdown_table, read_result
+from latentguard.report.page_table import format_interval
 
 PEERS = "python benchmarks/peers.py --model MODEL --prompts FILE --out FILE --do check,speed"
 
@@ -92,7 +93,7 @@ def peer_detection_table() -> str:
         [
             label,
             *(
-                _three(results[key][name][metric])
+                format_interval(*results[key][name][metric])
                 for key in ("JBB", "XSTest")
                 for metric in ("auroc", "tpr at 5 % fpr")
             ),
@@ -102,11 +103,6 @@ def peer_detection_table() -> str:
     sets = ("JailbreakBench", "XSTest")
     head = [f"{one}, {metric}" for one in sets for metric in ("AUROC", "TPR at 5 % FPR")]
     return markdown_table(["detector", *head], rows, "python benchmarks/peers_detection.py")
-
-
-def _three(values: Sequence[float]) -> str:
-    value, low, high = values
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 # ---- growth
@@ -141,7 +137,7 @@ def _growth_row(label: str, measured: Sequence[Mapping[str, Any]], what: str) ->
         ", ".join(f"{median(row['seconds'] for row in end):.3g}" for end in ends),
         ", ".join(str(len(end)) for end in ends),
         ", ".join(f"{max(row['extra_mib'] for row in end):.0f}" for end in ends),
-        "{:.2f} [{:.2f}, {:.2f}]".format(*_exponent(own)),
+        format_interval(*_exponent(own)),
     ]
 
 

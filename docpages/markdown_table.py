@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentguard.report.page_table import format_interval
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -48,4 +50,4 @@ def interval(record: Mapping[str, Any], value: str = "value", ends: str = "") ->
         value: Key of the figure.
         ends: What the keys of both ends begin with, before ``low`` and ``high``.
     """
-    return f"{record[value]:.2f} [{record[f'{ends}low']:.2f}, {record[f'{ends}high']:.2f}]"
+    return format_interval(record[value], record[f"{ends}low"], record[f"{ends}high"])

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from docpages.markdown_table import ROOT, markdown_table
+from latentguard.report.page_table import format_interval
 
 GALLERY = ROOT / "docs" / "gallery"
 
 COMMAND = "python benchmarks/gallery.py REPORT... --out docs/gallery --data-dir DATA"
-
-SMALL = 0.1
-"""Effects below this are given with three digits."""
 
 Row = Mapping[str, str]
 """A claim of a report, as ``claims.csv`` has it."""
@@ -71,9 +69,7 @@ def _cell(row: Row) -> str:
 
 
 def _interval(row: Row, which: str) -> str:
-    value, low, high = (float(row[f"{which}{end}"]) for end in ("value", "low", "high"))
-    digits = 2 if abs(value) >= SMALL else 3
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return format_interval(*(float(row[f"{which}{end}"]) for end in ("value", "low", "high")))
 
 
 REPLICATION_TABLES: Mapping[str, Callable[[], str]] = {

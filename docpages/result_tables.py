@@ -31,6 +31,7 @@ from docpages.reading_tables import READING_TABLES
 from docpages.replication_tables import REPLICATION_TABLES
 from docpages.reply_tables import REPLY_TABLES
 from docpages.verdict_tables import VERDICT_TABLES
+from latentguard.report.page_table import format_interval
 
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -111,7 +112,7 @@ def paper_guard_table() -> str:
             continue
         for number, one in enumerate(read_result(f"paper-guard-{model}")["sets"]):
             cells = (one["as_the_paper"], one["unfiltered"], one["difference"])
-            shown = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in cells]
+            shown = [format_interval(*cell) for cell in cells]
             n = f"{one['harmful']} + {one['harmless']}"
             rows.append(["" if number else name, one["name"], n, *shown])
     head = ["model", "set", "n", "the paper's own guard", "without its choice", "difference"]
@@ -268,7 +269,7 @@ def _figure(record: Mapping[str, Any], column: str) -> str:
     columns = list(record)
     ends = columns[columns.index(column) + 1 :][:2]
     if [end.split(": ")[-1] for end in ends] == ["low", "high"]:
-        return f"{value:.2f} [{record[ends[0]]:.2f}, {record[ends[1]]:.2f}]"
+        return format_interval(value, record[ends[0]], record[ends[1]])
     return f"{value:.2f}"
 
 

@@ -10,9 +10,9 @@ def texts(page):
 
 
 def test_a_small_interval_among_large_ones_keeps_its_digits():
-    rows = ((0.9, 0.8, 1.0), (0.005, 0.002, 0.006), (0.0, 0.0, 0.0))
+    rows = ((0.9, 0.8, 1.0), (0.005, 0.002, 0.006), (0.0, -0.001, 0.3))
     page = page_table(("value", "low", "high"), rows)
-    shown = ["0.90 [0.80, 1.00]", "0.005 [0.002, 0.006]", "0.00 [0.00, 0.00]"]
+    shown = ["0.90 [0.80, 1.00]", "0.005 [0.002, 0.006]", "0.00 [0.00, 0.30]"]
     assert texts(page) == [[one] for one in shown]
 
 

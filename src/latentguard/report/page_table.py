@@ -71,6 +71,13 @@ def format_cell(cell: Cell) -> str:
     return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
 
 
+def format_interval(value: float, low: float, high: float, *, digits: int = 2) -> str:
+    """A figure and its interval, ``0.50 [0.25, 0.75]``; three digits where all are below 0.1."""
+    if 0 < _largest((value, low, high)) < 0.1:
+        digits = 3
+    return f"{value:z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
+
+
 def _places(columns: Sequence[str]) -> Iterator[tuple[int, bool]]:
     """Column that is shown, and whether the next two are the ends of its interval."""
     at = 0
@@ -86,11 +93,8 @@ def _column(rows: Sequence[Sequence[Cell]], at: int, *, has_interval: bool) -> l
         return [_cell(row[at]) for row in rows]
     triples = [row[at : at + 3] for row in rows]
     largest = [_largest(row) for row in triples]
-    is_small = max(largest, default=1) < 0.5
-    return [
-        _interval(row, 3 if is_small or 0 < size < 0.1 else 2)
-        for row, size in zip(triples, largest, strict=True)
-    ]
+    digits = 2 if max(largest, default=1) >= 0.5 else 3
+    return [_interval(row, digits) for row in triples]
 
 
 def _largest(cells: Sequence[Cell]) -> float:
@@ -100,13 +104,12 @@ def _largest(cells: Sequence[Cell]) -> float:
 
 
 def _interval(cells: Sequence[Cell], digits: int) -> PageCell:
-    value, low, high = (_number(cell, digits) for cell in cells)
-    text = f"{value} [{low}, {high}]" if value and low and high else value
+    numbers = [cell for cell in cells if isinstance(cell, (int, float))]
+    if len(numbers) == len(cells):
+        return PageCell(format_interval(*numbers, digits=digits), is_number=True)
+    value = cells[0]
+    text = f"{value:z.{digits}f}" if isinstance(value, float) else format_cell(value)
     return PageCell(text, is_number=True)
-
-
-def _number(cell: Cell, digits: int) -> str:
-    return f"{cell:.{digits}f}" if isinstance(cell, float) else format_cell(cell)
 
 
 def _cell(cell: Cell) -> PageCell:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from latentguard.errors import LatentGuardError
 from latentguard.interventions import Edit
 from latentguard.prompts import Prompt, Reply
+from latentguard.report.page_table import format_interval
 from latentguard.stats.detection import auroc
 from latentguard.stats.rates import share
 from latentguard.study.cached_model import CachedModel
@@ -85,7 +86,8 @@ def rate_text(flags: Array) -> str:
     if not clear.shape[1]:
         return "unclear"
     rate = share(clear)
-    return f"{rate.value:.2f} [{rate.low:.2f}, {rate.high:.2f}] (n = {clear.shape[1]})"
+    shown = format_interval(rate.value, rate.low, rate.high)
+    return f"{shown} (n = {clear.shape[1]})"
 
 
 def find_openings(model: CachedModel, prompt_groups: PromptGroups, settings: Settings) -> Openings:
