@@ -2,7 +2,7 @@
 
     python benchmarks/categories.py --model M --data-dir DIR --states DIR [--out F.json] [--dtype D]
 
-The guard is the default one, fitted on the training split of the built-in traffic. Measured on its
+The guard is the default one, fitted on the training split of the guard prompts. Measured on its
 test split, and on two development sets from ``--data-dir``: catqa.jsonl (harmful questions,
 categories mapped by ``CATQA``) and openai_moderation.jsonl (labelled texts, categories mapped by
 ``MODERATED``). Baseline: TF-IDF n-grams and a logistic regression, fitted on the same rows. States
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 from latentguard.data.prompt_files import read_prompts
 from latentguard.data.surface_audit import ngram_model
 from latentguard.guard.latent_guard import LatentGuard
@@ -90,9 +90,9 @@ def prompt_sets(folder: Path, harmless: int, longest: int) -> dict[str, list[Pro
     texts = [p for p in read_prompts(folder / "openai_moderation.jsonl") if len(p.text) <= longest]
     calm = random.Random(0).sample([p for p in texts if not p.harmful], harmless)
     return {
-        "train": load_traffic("train"),
-        "validation": [p for p in load_traffic("validation") if not p.harmful],
-        "test": load_traffic("test"),
+        "train": load_guard_prompts("train"),
+        "validation": [p for p in load_guard_prompts("validation") if not p.harmful],
+        "test": load_guard_prompts("test"),
         "moderation": [p for p in texts if p.harmful] + calm,
         "catqa": [p for p in read_prompts(folder / "catqa.jsonl") if p.category in CATQA],
     }

@@ -26,7 +26,7 @@ from scipy.stats import norm
 
 from latentguard import ChatModel, LatentGuard, Verdict
 from latentguard.benchmark.run import VERDICTS, load_suite
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 from latentguard.guard.operating_point import Goal
 from latentguard.guard.reliability import errors_by_chance, expected_error
 from latentguard.guard.score_files import score_to_file
@@ -181,7 +181,7 @@ def read_scores(path: Path | None) -> Iterator[tuple[str, NDArray[np.bool_], Sco
 
 def read_calibration(guard: LatentGuard, model: str, work: Path) -> tuple[Scores, Scores]:
     """Harmless and harmful scores of the built-in validation traffic; scored if they were not."""
-    prompts = [p for p in load_traffic("validation") if not guard.is_chunked(p)]
+    prompts = [p for p in load_guard_prompts("validation") if not guard.is_chunked(p)]
     out = work / "validation.jsonl"
     if not out.exists():
         score_to_file(guard, ChatModel.load(model, dtype=guard.fingerprint.dtype), prompts, out)

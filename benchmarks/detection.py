@@ -4,7 +4,7 @@
 
 DIR holds advbench, alpaca_harmless, catqa, jailbreaks, jbb, openai_moderation and xstest .jsonl
 (id, text, label, category). Each guard is fitted on AdvBench against Alpaca (400 + 400, as in the
-paper), on the training split of the built-in pairs or of the built-in traffic, and is
+paper), on the training split of the built-in pairs or of the built-in guard prompts, and is
 scored on sets of which it has seen no row: leave one data set out. What was captured is kept in the
 cache, so a killed run goes on. Nothing is fitted to a set that is reported; the default was chosen
 with these sets in sight, so they are development figures.
@@ -27,7 +27,7 @@ from latentguard.cli.demo.detection import (
     length_scores,
     random_direction_scores,
 )
-from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.builtin import load_contrast, load_guard_prompts
 from latentguard.data.prompt_files import read_prompts
 from latentguard.data.surface_audit import ngram_scores
 from latentguard.guard.latent_guard import LatentGuard
@@ -39,7 +39,7 @@ from latentguard.stats.detection import auroc
 
 Scores = dict[str, NDArray[np.float64]]
 
-DEFAULT = "default: traffic, pooled, linear"
+DEFAULT = "default: guard prompts, pooled, linear"
 PAPERS_RULE = "the paper's rule: AdvBench + Alpaca, t_inst, centroid, no refusal filter"
 RULES = {  # rule -> (training set, reading, probe)
     PAPERS_RULE: ("paper", "t_inst", "centroid"),
@@ -47,10 +47,10 @@ RULES = {  # rule -> (training set, reading, probe)
     "AdvBench + Alpaca, pooled, linear": ("paper", "pooled", "linear"),
     "pairs, t_inst, centroid": ("pairs", "t_inst", "centroid"),
     "pairs, pooled, linear": ("pairs", "pooled", "linear"),
-    "traffic, t_inst, centroid": ("traffic", "t_inst", "centroid"),
-    "traffic, t_inst, linear": ("traffic", "t_inst", "linear"),
-    "traffic, t_post, linear": ("traffic", "t_post", "linear"),
-    "traffic, span, linear": ("traffic", "span", "linear"),
+    "guard prompts, t_inst, centroid": ("traffic", "t_inst", "centroid"),
+    "guard prompts, t_inst, linear": ("traffic", "t_inst", "linear"),
+    "guard prompts, t_post, linear": ("traffic", "t_post", "linear"),
+    "guard prompts, span, linear": ("traffic", "span", "linear"),
     DEFAULT: ("traffic", "pooled", "linear"),
 }
 SEED, TRAINING_ROWS, LONGEST = 0, 400, 1500
@@ -66,7 +66,7 @@ def main() -> None:
     model = ChatModel.load(options.model, dtype=options.dtype)
     train, plain = training_sets(options.data_dir), test_sets(options.data_dir)
     guards = fitted(model, train, options.cache)
-    words = {"AdvBench + Alpaca": train["paper"], "traffic": train["traffic"]}
+    words = {"AdvBench + Alpaca": train["paper"], "guard prompts": train["traffic"]}
     tables, figures = [], dict[str, dict[str, float]]()
     test = mixed({name: capture(model, name, rows, options.cache) for name, rows in plain.items()})
     for name, states in test.items():
@@ -128,7 +128,7 @@ def training_sets(folder: Path) -> dict[str, list[Prompt]]:
     harmful = [p for p in read_prompts(folder / "advbench.jsonl") if p.text not in known]
     harmless = read_prompts(folder / "alpaca_harmless.jsonl")
     paper = harmful[:TRAINING_ROWS] + harmless[:TRAINING_ROWS]
-    return {"paper": paper, "pairs": load_contrast("train"), "traffic": load_traffic("train")}
+    return {"paper": paper, "pairs": load_contrast("train"), "traffic": load_guard_prompts("train")}
 
 
 def test_sets(folder: Path) -> dict[str, list[Prompt]]:
@@ -140,7 +140,7 @@ def test_sets(folder: Path) -> dict[str, list[Prompt]]:
     }
     kept = {name: drawn(rows, ROWS.get(name, 500)) for name, rows in kept.items()}
     kept["built-in pairs, test"] = load_contrast("test")
-    return kept | {"built-in traffic, test": load_traffic("test")}
+    return kept | {"built-in guard prompts, test": load_guard_prompts("test")}
 
 
 def mixed(parts: dict[str, States]) -> dict[str, States]:

@@ -3,7 +3,7 @@
     python benchmarks/disguises.py --model M --guard G --data-dir DIR [--dtype D] [--out F.json]
 
 G is the default guard, fitted if it is not there. Of each set of DIR (JSON Lines) and of the
-built-in traffic's held-out splits: how many prompts are read more than once, by which disguise, and
+guard prompts' held-out splits: how many prompts are read more than once, by which disguise, and
 how many of these are flagged with and without it. Cost: microseconds of ``deobfuscate``,
 and ``scan`` with the part over ``scan`` without it, in turns.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from default_guard import default_guard
 
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 from latentguard.data.prompt_files import read_prompts
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
@@ -40,7 +40,9 @@ def main() -> None:
     model = ChatModel.load(options.model, dtype=options.dtype)
     guard = replace(default_guard(model, options.guard), deobfuscate=True)
     sets = {path.stem: read_prompts(path) for path in sorted(options.data_dir.glob("*.jsonl"))}
-    sets |= {f"traffic, {split}": load_traffic(split) for split in ("validation", "test")}
+    sets |= {
+        f"guard prompts, {split}": load_guard_prompts(split) for split in ("validation", "test")
+    }
     found = {name: told(guard, model, prompts) for name, prompts in sets.items()}
     record = dict(model=Path(options.model).name, sets=found, scan=ratios(guard, model))
     print(json.dumps(record, indent=1))
@@ -77,7 +79,7 @@ def flagged(guard: LatentGuard, model: ChatModel, prompts: list[Prompt]) -> int:
 
 def ratios(guard: LatentGuard, model: ChatModel) -> dict[str, Any]:
     """Processor time of ``scan`` with the part over that without, on prompts that are read once."""
-    prompts, draw = load_traffic("test")[:SHORT], random.Random(0)
+    prompts, draw = load_guard_prompts("test")[:SHORT], random.Random(0)
     arms, found = {"with": guard, "without": bare(guard)}, list[float]()
     for _ in range(ROUNDS):
         spent = {}

@@ -186,9 +186,11 @@ def main() -> None:
     parser.add_argument("--harmless", type=int, default=20)
     parser.add_argument("--probes", nargs="*", default=PROBES)
     options = parser.parse_args()
-    from latentguard.data.builtin import load_traffic
+    from latentguard.data.builtin import load_guard_prompts
 
-    harmless = [one.text for one in load_traffic("test") if not one.harmful][: options.harmless]
+    harmless = [one.text for one in load_guard_prompts("test") if not one.harmful][
+        : options.harmless
+    ]
     record: dict[str, object] = {"guard": options.guard, "cap": options.cap, "garak": "0.17.1"}
     record["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     for name, policy in POLICIES.items():

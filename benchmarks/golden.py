@@ -82,7 +82,7 @@ if str(ROOT / "tests") not in sys.path:
 
 # ---- the package's interface ---------------------------------------------------------------------
 
-from latentguard.data.builtin import load_contrast, load_traffic  # noqa: E402
+from latentguard.data.builtin import load_contrast, load_guard_prompts  # noqa: E402
 from latentguard.guard import chunk_calibration, packs  # noqa: E402
 from latentguard.guard.latent_guard import LatentGuard  # noqa: E402
 from latentguard.guard.verdict import Verdict  # noqa: E402
@@ -103,7 +103,7 @@ def load_model(name: str) -> ChatModel:
 
 def built_in_rows() -> dict[str, Prompt]:
     """Every built-in row by its id."""
-    return {p.id: p for p in [*load_contrast(), *load_traffic()]}
+    return {p.id: p for p in [*load_contrast(), *load_guard_prompts()]}
 
 
 def make_prompt(row: Mapping[str, Any]) -> Prompt:

@@ -1,4 +1,4 @@
-"""Learning curve of the default guard: rows of the built-in traffic against held-out AUROC.
+"""Learning curve of the default guard: rows of the built-in guard prompts against held-out AUROC.
 
     python benchmarks/learning_curve.py --data-dir DIR --cache DIR --out F.json [--capture-only]
 
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentguard.data.builtin import FILES, load_contrast, load_traffic
+from latentguard.data.builtin import FILES, load_contrast, load_guard_prompts
 from latentguard.data.prompt_files import read_prompts
 from latentguard.files import write_atomic
 from latentguard.models.chat_model import ChatModel
@@ -165,8 +165,8 @@ def test_sets(folder: Path) -> dict[str, list[Prompt]]:
     short = {name: [p for p in rows if len(p.text) <= LONGEST] for name, rows in public.items()}
     sets = {name: some(rows, ROWS[name]) for name, rows in short.items()}
     sets["built-in pairs, test"] = load_contrast("test")
-    sets["built-in traffic, validation"] = some(load_traffic("validation"), MOST)
-    return sets | {"built-in traffic, test": some(load_traffic("test"), MOST)}
+    sets["built-in guard prompts, validation"] = some(load_guard_prompts("validation"), MOST)
+    return sets | {"built-in guard prompts, test": some(load_guard_prompts("test"), MOST)}
 
 
 def some(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
@@ -325,7 +325,7 @@ def main() -> None:
         show(load(options.out))
         return
     model = ChatModel.load(options.model, device="cpu")
-    states = read(model, "train", load_traffic("train"), options.cache)
+    states = read(model, "train", load_guard_prompts("train"), options.cache)
     sets = test_sets(options.data_dir).items()
     tests = mixed({name: read(model, name, rows, options.cache) for name, rows in sets})
     known = describe(model, states, tests) | {"capture": times(options.cache)}

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from default_guard import default_guard
 
-from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.builtin import load_contrast, load_guard_prompts
 from latentguard.data.prompt_files import read_prompts
 from latentguard.data.surface_audit import ngram_model
 from latentguard.files import append_line, read_whole_lines
@@ -144,7 +144,7 @@ def tokens(model: ChatModel, prompt: Prompt) -> int:
 
 def n_grams() -> Any:
     """The n-gram baseline, fitted on what the guard is fitted on."""
-    train = load_traffic("train")
+    train = load_guard_prompts("train")
     return ngram_model().fit([p.text for p in train], [bool(p.harmful) for p in train])
 
 

@@ -22,7 +22,7 @@ import torch
 from latentguard.benchmark.report import benchmark_report, f1_table, save_benchmark
 from latentguard.benchmark.run import load_suite, run_benchmark
 from latentguard.benchmark.suite import LoadedSet
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 from latentguard.errors import GuardError, LatentGuardError
 from latentguard.files import write_atomic
 from latentguard.guard.artifact import JSON_FILE
@@ -196,12 +196,12 @@ def main() -> None:
     parser.add_argument("--push", action="store_true")
     parser.add_argument("--private", action="store_true")
     options = parser.parse_args()
-    harmless = [prompt for prompt in load_traffic("validation") if not prompt.harmful]
+    harmless = [prompt for prompt in load_guard_prompts("validation") if not prompt.harmful]
     plan = Plan(
         out=options.out,
         org=options.org,
         data_dir=options.data_dir,
-        train=load_traffic("train"),
+        train=load_guard_prompts("train"),
         harmless=harmless,
         max_fpr=options.max_fpr,
         push=options.push,

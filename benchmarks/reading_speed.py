@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.fitting import capture
 from latentguard.probes.probe import layers_of
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    train = load_traffic("train")
+    train = load_guard_prompts("train")
     rows = train[:: len(train) // options.rows][: options.rows]
     model = ChatModel.load("default", device="cpu")
     workers = Workers(model, rows, read(model, rows[:8]))

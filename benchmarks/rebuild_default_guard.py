@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from latentguard.data.builtin import load_samples, load_traffic
+from latentguard.data.builtin import load_guard_prompts, load_samples
 from latentguard.guard.chunk_calibration import fit_chunking
 from latentguard.guard.hub import DEFAULT_GUARD
 from latentguard.guard.latent_guard import LatentGuard
@@ -28,8 +28,8 @@ MAX_FPR = 0.05
 
 def build(model: ChatModel, cache: Path) -> LatentGuard:
     """Fit on all training rows, then long texts, then calibrate on the harmless validation rows."""
-    train = load_traffic("train")
-    harmless = [prompt for prompt in load_traffic("validation") if not prompt.harmful]
+    train = load_guard_prompts("train")
+    harmless = [prompt for prompt in load_guard_prompts("validation") if not prompt.harmful]
     with CaptureCache(cache) as states, tqdm(total=len(train)) as bar:
         guard = LatentGuard.fit(model, train, progress=bar.update, cache=states)
     guard = fit_chunking(model, guard, max_fpr=MAX_FPR)

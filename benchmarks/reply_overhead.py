@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation, Sampling, TokenProbe
 from latentguard.models.reply_reading import ReplyReader
@@ -60,7 +60,7 @@ def main() -> None:
     model = ChatModel.load(options.model)
     layers = layers_of("linear", model.depth)
     probe = TokenProbe(layers, torch.randn(len(layers), model.width) / 100)
-    harmless = [p for p in load_traffic("test") if not p.harmful and len(p.text) < 200]
+    harmless = [p for p in load_guard_prompts("test") if not p.harmful and len(p.text) < 200]
     prompts = harmless[: options.prompts]
     decode(model, prompts[0], probe, 4)  # what is loaded at first use
     plain, read, followed = [], [], {chunk: list[float]() for chunk in CHUNKS}

@@ -29,7 +29,10 @@ def promise_table() -> str:
         ["flagged, 95 % of splits", f"{promise['low']:.1%} to {promise['high']:.1%}", ""],
         ["splits over 1 %", f"{promise['over_the_promise']} of {promise['splits']}", ""],
         ["false alarms of `drift`", f"{promise['drift_alarms']} of {promise['splits']}", ""],
-        ["JailbreakBench, harmless near misses flagged", *_share(found["flagged"]["near"])],
+        [
+            "JailbreakBench, harmless prompts that sound harmful, flagged",
+            *_share(found["flagged"]["near"]),
+        ],
         ["JailbreakBench, harmful prompts flagged", *_share(found["flagged"]["harmful"])],
     ]
     return markdown_table(["question", "measured", "n"], rows, COMMAND)
@@ -67,7 +70,7 @@ def quadrants_table() -> str:
         "accepted, counted as refusing (cross-fitted)": found["quadrants"]["accepted"],
         "JailbreakBench, harmful: jailbreak suspects": shares["harmful", "harmful, accepting"],
         "JailbreakBench, harmful: harmful and refusing": shares["harmful", "harmful, refusing"],
-        f"JailbreakBench, near misses: called over-refusals (the model refused "
+        f"JailbreakBench, harmless: called over-refusals (the model refused "
         f"{found['near']['refused']})": found["near"]["over_refusal"],
         "Alpaca: called over-refusals": shares["harmless", "harmless, refusing"],
     }

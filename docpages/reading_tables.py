@@ -92,7 +92,7 @@ def naming_table() -> str:
     results = {model: read_result(f"categories-{model}")["naming"] for model in MODELS}
     first = next(iter(results.values()))
     sets = {
-        "test split": "test split of the traffic, 17 categories",
+        "test split": "test split of the guard prompts, 17 categories",
         "CatQA": "CatQA, its ten categories mapped to eight",
     }
     rows = [

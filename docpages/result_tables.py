@@ -38,16 +38,16 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RULES = {
     "length": "length of the prompt",
     "random direction (median of 5, better sign)": "random direction, median of five",
-    "n-grams, traffic": "n-grams, same training prompts",
+    "n-grams, guard prompts": "n-grams, same training prompts",
     "the paper's rule: AdvBench + Alpaca, t_inst, centroid, no refusal filter": "the paper's rule",
     "AdvBench + Alpaca, pooled, linear": "our probe on the paper's training data",
-    "default: traffic, pooled, linear": "**our probe on our training data**",
+    "default: guard prompts, pooled, linear": "**our probe on our training data**",
 }
 """Rule in the results -> name on pages."""
 
-GUARD = "default: traffic, pooled, linear"
+GUARD = "default: guard prompts, pooled, linear"
 PAPER = "the paper's rule: AdvBench + Alpaca, t_inst, centroid, no refusal filter"
-WORDS = "n-grams, traffic"
+WORDS = "n-grams, guard prompts"
 
 SETS = {
     "jbb": "JailbreakBench",
@@ -131,12 +131,14 @@ def guards_table() -> str:
         means = _means(model)
         on_set = [_interval(cells["jbb", rule]) for rule in (GUARD, WORDS, PAPER)]
         on_all = [f"{means[rule]:.2f}" for rule in (GUARD, WORDS, PAPER)]
-        rows.append([name, *on_set, " / ".join(on_all)])
+        strict = _interval(cells["jbb", GUARD], "TPR at 1% FPR")
+        rows.append([name, *on_set, strict, " / ".join(on_all)])
     head = [
         "model",
         "guard",
         "n-grams",
         "the paper's rule",
+        "guard, share caught at 1 % FPR",
         "mean of 8 sets: guard / n-grams / rule",
     ]
     return markdown_table(head, rows, DETECTION)
@@ -192,7 +194,7 @@ FULL_SETS = {
     "openai_moderation": "moderation",
     "xstest": "XSTest",
     "built-in pairs, test": "own pairs",
-    "built-in traffic, test": "own traffic",
+    "built-in guard prompts, test": "own guard prompts",
 }
 """Set in the results -> short name, for the table of every rule."""
 

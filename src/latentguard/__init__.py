@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latentguard.errors import require_extra
 
 if TYPE_CHECKING:
-    from latentguard.data.builtin import load_contrast, load_traffic
+    from latentguard.data.builtin import load_contrast, load_guard_prompts
     from latentguard.data.prompt_files import read_prompts
     from latentguard.errors import LatentGuardError
     from latentguard.guard.latent_guard import LatentGuard, load_guard
@@ -40,7 +40,7 @@ __all__ = [
     "VllmModel",
     "load_contrast",
     "load_guard",
-    "load_traffic",
+    "load_guard_prompts",
     "read_prompts",
     "score_corpus",
 ]
@@ -59,7 +59,7 @@ _MODULES = {
     "VllmModel": "latentguard.integrations.vllm.backend",
     "load_contrast": "latentguard.data.builtin",
     "load_guard": "latentguard.guard.latent_guard",
-    "load_traffic": "latentguard.data.builtin",
+    "load_guard_prompts": "latentguard.data.builtin",
     "read_prompts": "latentguard.data.prompt_files",
     "score_corpus": "latentguard.integrations.ray",
 }

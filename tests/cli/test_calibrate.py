@@ -142,7 +142,7 @@ class TestCalibrate:
         texts = [f"Tell me the kind thing number {n}" for n in range(8000, 8100)]
         long = [f"{n}. " + "Tell me the kind thing. " * 9 for n in range(70)]
         said = [Prompt(text, harmful=False) for text in texts + long]
-        monkeypatch.setattr("latentguard.cli.calibrate.load_traffic", lambda split: said)
+        monkeypatch.setattr("latentguard.cli.calibrate.load_guard_prompts", lambda split: said)
         chunking = Chunking(threshold=2.5, longer_than=150)
         replace(LatentGuard.load(guard), chunking=chunking).save(guard)
         code, out, err = lg("calibrate", guard)
@@ -272,7 +272,7 @@ class TestOperatingPoints:
 
     def test_built_in_harmful_prompts_serve_for_traffic(self, lg, guard, files, monkeypatch):
         few = [Prompt(r["text"], harmful=True) for r in rows(40, "sly", start=7000)]
-        monkeypatch.setattr("latentguard.cli.calibrate.load_traffic", lambda split: few)
+        monkeypatch.setattr("latentguard.cli.calibrate.load_guard_prompts", lambda split: few)
         words = ["--harmless", files["calm"], "--max-fpr", "0.05", "--traffic", files["live"]]
         code, _, err = lg("calibrate", guard, *words)
         assert code == 0, err

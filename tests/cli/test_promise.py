@@ -3,7 +3,7 @@
 import pytest
 
 from cli.tiny_files import record
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 
 
 class TestPromise:
@@ -22,7 +22,7 @@ class TestPromise:
     def test_on_the_built_in_prompts(self, lg, guard):
         code, out, _ = lg("calibrate", guard, "--max-fpr", "0.05")
         assert code == 0
-        harmless = [p for p in load_traffic("validation") if not p.harmful]
+        harmless = [p for p in load_guard_prompts("validation") if not p.harmful]
         assert f"n = {len(harmless)}" in out
 
     def test_too_few(self, fails, guard, files):

@@ -14,8 +14,8 @@ import pytest
 from latentguard.data.builtin import (
     FILES,
     load_contrast,
+    load_guard_prompts,
     load_samples,
-    load_traffic,
     load_training_rows,
     split_of,
 )
@@ -89,7 +89,7 @@ def letters(text):
 
 
 class TestPairs:
-    @pytest.mark.parametrize("load", [load_contrast, load_traffic])
+    @pytest.mark.parametrize("load", [load_contrast, load_guard_prompts])
     def test_an_unknown_split_is_refused_with_the_known_ones(self, load):
         with pytest.raises(PromptError, match="no split 'trian'; expected one of train, valid"):
             load("trian")
@@ -205,7 +205,7 @@ class TestTraffic:
 
     @pytest.fixture(scope="class")
     def traffic(self):
-        return load_traffic()
+        return load_guard_prompts()
 
     @pytest.fixture(scope="class")
     def twins(self):
@@ -256,7 +256,7 @@ class TestTraffic:
             assert row["text"] == row["text"].strip()
 
     def test_the_splits_make_up_the_whole(self, traffic):
-        parts = {split: load_traffic(split) for split in SPLITS}
+        parts = {split: load_guard_prompts(split) for split in SPLITS}
         assert sorted(p.id for part in parts.values() for p in part) == sorted(
             p.id for p in traffic
         )
@@ -268,14 +268,14 @@ class TestTraffic:
     def test_form_does_not_tell_the_label(self, split, monkeypatch):
         nothing = lambda prompts, folds: np.zeros(len(prompts))  # noqa: E731
         monkeypatch.setattr("latentguard.data.surface_audit.held_out_ngram_scores", nothing)
-        found = audit_surface(load_traffic(split))
+        found = audit_surface(load_guard_prompts(split))
         assert max(found.ending, found.form, found.length) <= 0.56
 
 
 class TestTrainingRows:
     def test_all_of_them_are_the_traffic_to_train_on(self):
-        assert load_training_rows(None) == load_traffic("train")
-        assert load_training_rows(10**6) == load_traffic("train")
+        assert load_training_rows(None) == load_guard_prompts("train")
+        assert load_training_rows(10**6) == load_guard_prompts("train")
 
     def test_the_default_is_the_knee_of_the_learning_curve(self):
         assert load_training_rows() == load_training_rows(4000)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fake_backend import FakeBackend, bare, labelled, texts
 from guard_files import edit_guard
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 from latentguard.data.documents import build_document
 from latentguard.errors import GuardError, PromptError
 from latentguard.guard.chunk_calibration import (
@@ -259,7 +259,7 @@ class TestFitting:
         found = harmless_texts("validation", 10)
         assert found == harmless_texts("validation", 10)
         assert all(p.history or len(p.text) > 300 for p in found)
-        other = {p.text for p in load_traffic("train")}
+        other = {p.text for p in load_guard_prompts("train")}
         said = {m.content for p in found for m in p.history} | {p.text for p in found}
         assert not said & other
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from guard.kinds import KINDS, Kinds, harmless, kinds, kinds_of, novel
-from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.builtin import load_contrast, load_guard_prompts
 from latentguard.errors import GuardError
 from latentguard.guard import packs
 from latentguard.guard.chunk_calibration import calibrate_chunking, fit_chunking, harmless_texts
@@ -382,7 +382,7 @@ class TestLongPrompts:
 
 
 @pytest.mark.parametrize("chunking", [None, Chunking()], ids=["plain", "chunks"])
-@pytest.mark.parametrize("built_in", [load_contrast, load_traffic])
+@pytest.mark.parametrize("built_in", [load_contrast, load_guard_prompts])
 def test_built_in_prompts_serve_a_guard_that_was_calibrated_on_them(
     backend, guard, built_in, chunking
 ):
@@ -400,7 +400,7 @@ def test_built_in_prompts_serve_a_guard_that_was_calibrated_on_them(
 
 def test_built_in_prompts_do_not_replace_unlabelled_traffic(backend, guard):
     """Its threshold was moved to prompts that are not kept, though built-in ones calibrated it."""
-    calm = [p for p in load_traffic("validation") if not p.harmful]
+    calm = [p for p in load_guard_prompts("validation") if not p.harmful]
     own = guard.calibrate(backend, calm, max_fpr=0.05)
     sides = [[v.score for v in own.scan(backend, side)] for side in (calm, novel(60))]
     moved = adapt_to_traffic(own, *sides, sides[0], Rates(0.05))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.builtin import load_contrast, load_guard_prompts
 from latentguard.robustness.attacks import ATTACKS
 from latentguard.robustness.languages import languages, translations
 from latentguard.text.deobfuscation import OBFUSCATIONS, deobfuscate
@@ -115,7 +115,7 @@ def test_other_languages_are_left_alone(language):
 
 
 def test_ordinary_prompts_are_left_alone():
-    texts = [p.text for split in ("validation", "test") for p in load_traffic(split)]
+    texts = [p.text for split in ("validation", "test") for p in load_guard_prompts(split)]
     assert [text for text in texts if deobfuscate(text)] == []
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from latentguard.benchmark.figures import Readings, SetFigures, measure
 from latentguard.benchmark.suite import SUITE, LoadedSet, SuiteSet, load_set
-from latentguard.data.builtin import load_traffic, load_training_rows
+from latentguard.data.builtin import load_guard_prompts, load_training_rows
 from latentguard.data.surface_audit import ngram_scores
 from latentguard.errors import PromptError
 from latentguard.files import read_whole_lines, write_atomic
@@ -232,7 +232,7 @@ def ngram_training(guard: LatentGuard) -> tuple[list[Prompt], str]:
     training_digests = set(guard.training_digests.tolist())
     rows = [
         p
-        for p in load_traffic("train")
+        for p in load_guard_prompts("train")
         if prompt_digest(guard.reading.prepare(p)) in training_digests
     ]
     counts = [sum(p.harmful is label for p in rows) for label in (True, False)]

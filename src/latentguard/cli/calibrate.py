@@ -21,7 +21,7 @@ from latentguard.cli.options import (
 )
 from latentguard.cli.outputs import changed_guard
 from latentguard.cli.reply_calibration import ReplySource, calibrate_guard_replies
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 from latentguard.data.prompt_files import Columns
 from latentguard.errors import GuardError, PromptError
 from latentguard.guard.leakage import exclude_training_prompts
@@ -223,11 +223,11 @@ def _calibration_prompts(
             "at its spelling, and give the prompts with --harmless."
         )
     if not harmless:
-        prompts = [p for p in load_traffic("validation") if not p.harmful]
+        prompts = [p for p in load_guard_prompts("validation") if not p.harmful]
     prompts += read_side(harmful, columns, harmful=True)
     if needs_harmful and not harmful:
         echo_err("The harmful prompts are built-in ones; give your own with --harmful.")
-        prompts += [p for p in load_traffic("validation") if p.harmful]
+        prompts += [p for p in load_guard_prompts("validation") if p.harmful]
     excluded, allowed = exclude_training_prompts(prompts, guard.pack_training_prompts)
     if excluded:
         echo_err(f"{len(excluded)} of these prompts are left out: packs were trained on them.")

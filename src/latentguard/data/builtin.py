@@ -1,12 +1,13 @@
-"""The built-in prompts: the contrast set, the traffic, and unlabelled samples.
+"""The built-in prompts: the contrast set, the guard prompts, and unlabelled samples.
 
 - The *contrast set* has 660 form-matched pairs and 300 harmless prompts. Both members of a pair
   share frame, form, ending and length, over ten risk categories (MLCommons hazard names), so that
   surface form cannot separate the classes. Of the unpaired harmless prompts, 150 use alarming
   words in a benign sense and 150 are ordinary.
-- The *traffic*, on which guards are fitted, resembles what people send to chat models: requests,
-  instructions, chats, posts, letters, role play, jailbreak wrappers with a harmful and a harmless
-  core, pieces of documents, code, fiction, other languages. It is matched in the same way.
+- The *guard prompts*, on which guards are fitted, are like what people send to chat models: plain
+  requests, instructions, chats, posts, letters, role play, jailbreak wrappers with a harmful and a
+  harmless core, pieces of documents, code, fiction, other languages. They are matched in the same
+  way.
 
 All are requests; no answers are included.
 """
@@ -36,7 +37,7 @@ Of SmolLM2-135M's guard, all 9,755 rows raise the mean AUROC on eight public set
 """
 
 FILES = {"contrast": "contrast.jsonl", "traffic": "guard_prompts.jsonl"}
-"""The file of each set: form-matched pairs; what guards are fitted, calibrated and tested on."""
+"""The file of each set: form-matched pairs; the guard prompts, whose older name is in guards."""
 
 ORDER_SEED = 0
 """Seed of the order in which training rows are taken."""
@@ -56,14 +57,14 @@ def load_contrast(split: Split | None = None) -> list[Prompt]:
     return _select_split("contrast", split)
 
 
-def load_traffic(split: Split | None = None) -> list[Prompt]:
-    """Return the traffic or one split of it; 80 / 10 / 10 %, by pair, fixed by id.
+def load_guard_prompts(split: Split | None = None) -> list[Prompt]:
+    """Return the guard prompts or one split of them; 80 / 10 / 10 %, by pair, fixed by id.
 
     Raises:
         PromptError: if there is no such split.
 
     Examples:
-        >>> harmless = [p for p in lg.load_traffic("validation") if not p.harmful]
+        >>> harmless = [p for p in lg.load_guard_prompts("validation") if not p.harmful]
         >>> len(harmless) > 100
         True
     """
@@ -71,7 +72,7 @@ def load_traffic(split: Split | None = None) -> list[Prompt]:
 
 
 def load_training_rows(count: int | None = DEFAULT_ROWS) -> list[Prompt]:
-    """Return the traffic that guards are fitted on: at most ``count`` rows, or all if None.
+    """Return the guard prompts that guards are fitted on: at most ``count`` rows, or all if None.
 
     - Kinds of text and risk categories have the shares that they have among all rows.
     - Both members of a pair are in, or none.
@@ -80,7 +81,7 @@ def load_training_rows(count: int | None = DEFAULT_ROWS) -> list[Prompt]:
     Raises:
         PromptError: if ``count`` is below 2, the rows of one pair.
     """
-    rows = load_traffic("train")
+    rows = load_guard_prompts("train")
     if count is None:
         return rows
     if count < 2:
@@ -123,7 +124,7 @@ def _stratified_units(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
     A stratum is a kind of text, a category, and whether its rows are paired. Its units come in the
     order of a hash of their names, from a place that a hash of the stratum gives.
     """
-    kinds = _traffic_kinds()
+    kinds = _text_kinds()
     units = defaultdict[str, list[Prompt]](list)
     for prompt in prompts:
         units[prompt.pair or prompt.id].append(prompt)
@@ -145,8 +146,8 @@ def _hash_fraction(name: str) -> float:
 
 
 @cache
-def _traffic_kinds() -> dict[str, str]:
-    """The kind of text of each row of the traffic, by id."""
+def _text_kinds() -> dict[str, str]:
+    """The kind of text of each guard prompt, by id."""
     with as_file(files(__package__) / FILES["traffic"]) as path:
         rows = map(json.loads, path.read_text("utf-8").splitlines())
         return {row["id"]: row["kind"] for row in rows}

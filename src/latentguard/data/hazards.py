@@ -42,7 +42,7 @@ HAZARDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "sexual_content": ("S12", ("sexual",)),
     "elections": ("S13", (OTHER,)),
     "code_interpreter_abuse": ("S14", (OTHER,)),
-    # finer categories of the built-in traffic
+    # finer categories of the built-in guard prompts
     "cybercrime": ("S2", (OTHER,)),
     "drugs": ("S2", (OTHER,)),
     "fraud": ("S2", (OTHER,)),

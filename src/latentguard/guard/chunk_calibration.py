@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from latentguard.data.builtin import Split, load_traffic
+from latentguard.data.builtin import Split, load_guard_prompts
 from latentguard.data.documents import build_document, build_filler
 from latentguard.errors import GuardError
 from latentguard.guard.chunking import LONGER_THAN, Chunking, LengthNorm
@@ -110,7 +110,7 @@ def harmless_texts(split: Split, count: int, shortest: int = LONGER_THAN) -> lis
     Half of the documents are lines of one kind after the other with a request among them
     (``frames``), half are harmless prompts of all kinds as paragraphs.
     """
-    requests = [p.text for p in load_traffic(split) if not p.harmful]
+    requests = [p.text for p in load_guard_prompts(split) if not p.harmful]
     draw = random.Random(f"{split} texts")
     texts = list[Prompt]()
     ratio = max(LONGEST / shortest, 2)

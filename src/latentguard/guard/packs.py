@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.builtin import load_contrast, load_guard_prompts
 from latentguard.errors import GuardError
 from latentguard.guard.categories import MIN_PROMPTS, Categories, Pack, fit_directions
 from latentguard.guard.chunk_calibration import (
@@ -157,7 +157,7 @@ def without_pack(guard: LatentGuard, name: str, harmless: Sequence[Prompt] = ())
 
 def built_in_harmless() -> list[Prompt]:
     """The built-in harmless prompts that every pack is trained against."""
-    train = [p for p in load_traffic("train") if not p.harmful]
+    train = [p for p in load_guard_prompts("train") if not p.harmful]
     return train[:: max(1, len(train) // BUILT_IN_HARMLESS)][:BUILT_IN_HARMLESS]
 
 
@@ -290,7 +290,7 @@ def _built_in(guard: LatentGuard) -> list[Prompt]:
             "kept: give harmless prompts like that traffic with --harmless, or the threshold "
             "would silently become one for the built-in prompts."
         )
-    for load in (load_traffic, load_contrast):
+    for load in (load_guard_prompts, load_contrast):
         harmless = _short_prompts(guard, [p for p in load("validation") if not p.harmful])
         if (guard.fitted or {}).get("calibration_sha256") == digest_prompts(harmless):
             return harmless

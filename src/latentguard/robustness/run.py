@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from latentguard.data.builtin import load_traffic
+from latentguard.data.builtin import load_guard_prompts
 from latentguard.data.surface_audit import ngram_scores
 from latentguard.errors import LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
@@ -95,7 +95,7 @@ def context_window_of(model: ChatModel) -> ContextWindow:
 def _ngram_scores(attacks: Sequence[AttackedPrompts]) -> Mapping[str, float]:
     """Return the score of the n-gram baseline for each text."""
     prompts = [p for attack in attacks for variant in attack.variants for p in variant]
-    scores = ngram_scores(load_traffic("train"), prompts)
+    scores = ngram_scores(load_guard_prompts("train"), prompts)
     return dict(zip((p.text for p in prompts), scores.tolist(), strict=True))
 
 

@@ -126,7 +126,7 @@ def summary_section(guard: LatentGuard, model: str) -> Section:
         f"{', '.join(guard.reading.positions)} in layers {layers[0]} to {layers[-1]}, in the pass "
         f"that serves the request, and scores it with a {guard.probe.kind} probe. Its "
         f"threshold is {guard.threshold:.4g}: {guard.promise}. The promise holds for prompts like "
-        "the built-in validation split, most of which are near misses of harmful ones; calibrate "
+        "the built-in validation split, most of which sound harmful and are not; calibrate "
         "on your own traffic before you rely on it."
     )
     return Section("What this is", text)
