@@ -15,6 +15,7 @@ from latentguard.data.builtin import load_contrast
 from latentguard.errors import MissingExtra
 
 SOURCE = Path(lg.__file__).parents[1]
+ROOT = SOURCE.parent
 NEEDS_EXTRA = {"score_corpus"}
 
 
@@ -74,7 +75,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 def test_a_split_that_does_not_exist_is_an_error():
-    for load in (lg.load_contrast, lg.load_traffic):
+    for load in (lg.load_contrast, lg.load_guard_prompts):
         with pytest.raises(lg.LatentGuardError, match="no split 'trian'"):
             load("trian")
 
@@ -94,9 +95,10 @@ reveal_type(lg.read_prompts("prompts.jsonl"))
 def test_mypy_knows_the_types_of_a_users_file(tmp_path):
     file = tmp_path / "user.py"
     file.write_text(textwrap.dedent(USER_FILE))
-    words = ["--strict", "--no-error-summary", "--follow-imports=silent", "--cache-dir"]
+    config = ["--config-file", str(ROOT / "pyproject.toml"), "--no-error-summary"]
+    cache = ["--cache-dir", str(ROOT / ".mypy_cache")]  # that of the check before the tests
     found = subprocess.run(
-        [sys.executable, "-m", "mypy", *words, str(tmp_path / "cache"), str(file)],
+        [sys.executable, "-m", "mypy", *config, *cache, str(file)],
         cwd=tmp_path,
         env=os.environ | {"MYPYPATH": str(SOURCE), "MYPY_FORCE_COLOR": "0"},
         capture_output=True,

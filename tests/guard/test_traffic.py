@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import gaussian_kde, norm
 
 from fake_backend import FakeBackend
 from guard.kinds import labelled
@@ -10,7 +10,7 @@ from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.operating_point import Goal
 from latentguard.guard.thresholds import Rates
-from latentguard.guard.traffic import ScoreMixture, adapt_to_traffic
+from latentguard.guard.traffic import ScoreMixture, _density, adapt_to_traffic
 
 MAX_FPR = 0.05
 
@@ -50,6 +50,22 @@ WORLDS = {
     "much is harmful": dict(low=-0.5, share=0.4),
     "narrower": dict(low=-0.5, spread=0.8),
 }
+
+
+class TestDensity:
+    def test_it_is_a_kernel_estimate_of_the_scores_drawn_together(self):
+        """Another library's estimate, less the floor; the variance stays."""
+        scores, relative = np.random.default_rng(0).normal(2, 3, size=400), 1.06 * 400**-0.2
+        inner = scores.mean() + (1 - relative**2) ** 0.5 * (scores - scores.mean())
+        kernel = gaussian_kde(inner, bw_method=relative * scores.std() / inner.std(ddof=1))
+        at = np.linspace(-15, 20, 999)
+        density = _density(scores)(at) - 1e-6 / (relative * scores.std())
+        assert density == pytest.approx(kernel(at), rel=1e-3, abs=1e-6)
+        variance = np.trapezoid(density * (at - scores.mean()) ** 2, at)
+        assert variance == pytest.approx(scores.var(), rel=1e-3)
+
+    def test_far_off_is_a_floor(self):
+        assert _density(np.zeros(10))(np.array([1e9]))[0] > 0
 
 
 class TestThreshold:

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from latentguard.data.builtin import load_contrast, load_traffic
+from latentguard.data.builtin import load_contrast, load_guard_prompts
 from latentguard.errors import ModelError
 from latentguard.guard.hub import DEFAULT_GUARD
 from latentguard.guard.latent_guard import load_guard
@@ -27,7 +27,7 @@ def guard():
 
 def test_it_was_fitted_on_the_training_rows_of_this_version(guard):
     """If it fails, run ``benchmarks/rebuild_default_guard.py --write``: the rows have changed."""
-    expected = {int(prompt_digest(prompt)) for prompt in load_traffic("train")}
+    expected = {int(prompt_digest(prompt)) for prompt in load_guard_prompts("train")}
     assert {int(digest) for digest in guard.training_digests} == expected
 
 

@@ -14,7 +14,7 @@ on the shapes, and not a bound: a calibration on harmless prompts of the traffic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -44,10 +44,10 @@ MAX_TRAFFIC = 500
 
 DOWN = 1.0
 """Prior width of a fall of the harmless scores, in standard deviations of the labelled scores: the
-built-in prompts are near misses, so ordinary traffic lies lower, perhaps far."""
+built-in prompts sound harmful, so ordinary traffic lies lower, perhaps far."""
 
 UP = 0.2
-"""Prior width of a rise of the harmless scores: few prompts are nearer to harm than near misses."""
+"""Prior width of a rise of the harmless scores: few harmless prompts are nearer to harm than those."""
 
 HARMFUL = 0.3
 """Prior width of a shift of the harmful scores."""
@@ -69,6 +69,12 @@ SHARES = np.array([0.002, 0.005, 0.01, 0.02, 0.035, *np.arange(0.05, 0.96, 0.05)
 
 THRESHOLDS = 400
 """Candidates, evenly spaced among the scores of traffic and calibration."""
+
+REACH = 8
+"""A density ends so many kernel widths beyond its last score."""
+
+STEPS = 24
+"""Places of its grid in a kernel width."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +116,13 @@ class ScoreMixture:
         sample = thin_scores(traffic, MAX_TRAFFIC)
         weight = len(traffic) / len(sample)
         shares = SHARES if share is None else np.array([share])
-        high = np.stack([_density(harmful, sample - d * unit) for d in HARMFUL_SHIFTS])
+        of_harmful = _density(harmful)
+        high = np.stack([of_harmful(sample - d * unit) for d in HARMFUL_SHIFTS])
         logs = np.empty((len(SCALES), len(HARMLESS_SHIFTS), len(HARMFUL_SHIFTS), len(shares)))
         for row, scale in enumerate(SCALES):
-            wide = _scaled(harmless, scale)
+            of_harmless = _density(_scaled(harmless, scale))
             for column, shift in enumerate(HARMLESS_SHIFTS):
-                low = _density(wide, sample - shift * unit)
+                low = of_harmless(sample - shift * unit)
                 logs[row, column] = _log_likelihoods(low, high, shares)
         logs = logs * weight + _log_prior()[..., None]
         weights = np.exp(logs - logs.max())
@@ -273,16 +280,20 @@ def _scaled(scores: Scores, scale: float) -> Scores:
     return np.asarray(mean + scale * (scores - mean))
 
 
-def _density(scores: Scores, at: Scores) -> Scores:
+def _density(scores: Scores) -> Callable[[Scores], Scores]:
     """Gaussian kernel density of scores [n] at places [t], with a floor for what lies far off.
 
-    Scores are drawn together by what the kernel spreads, so that their variance stays.
+    Scores are drawn together by what the kernel spreads, so that their variance stays. The density
+    is laid out once on a grid and interpolated: off by less than a thousandth.
     """
     relative = 1.06 * len(scores) ** -0.2
     width = relative * max(float(scores.std()), 1e-9)
-    apart = (at[:, None] - _scaled(scores, max(1 - relative**2, 0.0) ** 0.5)) / width
-    density = np.exp(-0.5 * apart**2).mean(1) / (width * np.sqrt(2 * np.pi))
-    return np.asarray(density + 1e-6 / width)
+    centres = _scaled(scores, max(1 - relative**2, 0.0) ** 0.5)
+    count = int((np.ptp(centres) / width + 2 * REACH) * STEPS) + 1
+    grid = np.linspace(centres.min() - REACH * width, centres.max() + REACH * width, count)
+    heights = sum(np.exp(-0.5 * ((grid - centre) / width) ** 2) for centre in centres)
+    density = heights / (len(scores) * width * np.sqrt(2 * np.pi))
+    return lambda at: np.interp(at, grid, density, left=0.0, right=0.0) + 1e-6 / width
 
 
 def _log_likelihoods(low: Scores, high: NDArray[np.float64], shares: Scores) -> Scores:
