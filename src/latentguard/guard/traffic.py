@@ -47,7 +47,7 @@ DOWN = 1.0
 built-in prompts sound harmful, so ordinary traffic lies lower, perhaps far."""
 
 UP = 0.2
-"""Prior width of a rise of the harmless scores: few harmless prompts are nearer to harm than those."""
+"""Prior width of a rise of the harmless scores: few prompts are nearer to harm."""
 
 HARMFUL = 0.3
 """Prior width of a shift of the harmful scores."""
