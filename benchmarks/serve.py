@@ -1,6 +1,6 @@
 """The service under load: throughput, restarts, and what the guard costs a chat.
 
-Three jobs, each printing JSON (``attacks.py load`` has verdicts under load):
+Four jobs, each printing JSON (``attacks.py load`` has verdicts under load):
 
 * ``throughput``: requests per second and latency at 1, 8 and 64 connections by ``wrk``: batched,
   one prompt at a time, and one at a time by whole passes of the model, without this library's
@@ -8,6 +8,8 @@ Three jobs, each printing JSON (``attacks.py load`` has verdicts under load):
   time is told too.
 * ``restarts``: kill -9 under load and start again, so often; needs the tests (a tiny random model).
 * ``first-token``: processor and wall time to the first token, guarded against unguarded, in pairs.
+* ``upstream``: milliseconds that the guard adds before an upstream's first piece, in pairs. The
+  upstream is a server that answers at once, so that all that is added is the guard's.
 
 ``--model tiny`` is the random model of the tests; anything else is loaded, and a guard fitted on a
 part of the contrast set unless ``--guard`` names one.
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import torch
 from attack_service import free_port, ratio_interval
 
@@ -45,6 +48,7 @@ from latentguard.prompts import Prompt
 from latentguard.serve import server
 from latentguard.serve.config import ServeConfig
 from latentguard.states import States
+from latentguard.stats.bootstrap import bootstrap
 
 TESTS = Path(__file__).parents[1] / "tests"
 LUA = """
@@ -61,6 +65,30 @@ done = function(summary, latency)
     summary.requests, summary.duration / 1e6, bad, latency:percentile(50) / 1000,
     latency:percentile(95) / 1000, latency:percentile(99) / 1000), "\\n")
 end
+"""
+UPSTREAM = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+    def log_message(self, *_): pass
+    def send(self, kind, body):
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.send("application/json", b'{"object": "list", "data": []}')
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        choice = {"index": 0, "delta": {"content": "Yes."}, "finish_reason": "stop"}
+        piece = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "any"}
+        data = json.dumps(piece | {"choices": [choice]})
+        self.send("text/event-stream", f"data: {data}\\n\\ndata: [DONE]\\n\\n".encode())
+
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 Opener = Callable[[], tuple[LatentGuard, ChatModel]]
 
@@ -98,7 +126,7 @@ class Plain:
 def main() -> None:
     """Run one job."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=["throughput", "restarts", "first-token"])
+    parser.add_argument("job", choices=["throughput", "restarts", "first-token", "upstream"])
     parser.add_argument("--model", default="default")
     parser.add_argument("--guard", type=Path)
     parser.add_argument("--threads", type=int, default=1)
@@ -107,7 +135,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 64])
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    jobs = dict(throughput=throughput, restarts=restarts)
+    jobs = dict(throughput=throughput, restarts=restarts, upstream=upstream)
     found = (jobs | {"first-token": first_token})[asked.job](asked)
     found |= dict(job=asked.job, model=asked.model, threads=asked.threads, load=os.getloadavg())
     sys.stdout.write(f"{json.dumps(found, indent=1)}\n")
@@ -309,6 +337,81 @@ def first_token(asked: argparse.Namespace) -> dict[str, Any]:
         cpu_ratio_interval=ratio_interval(cpu, digits=4),
         wall_ratio_interval=ratio_interval(wall, digits=4),
     )
+
+
+def upstream(asked: argparse.Namespace) -> dict[str, Any]:
+    """Time to the first piece of a streamed answer, with and without the guard between."""
+    chats = {
+        "one message": [[text] for text in prompts()],
+        "sixth message of a growing chat": [prompts()[n : n + 6] for n in range(0, 192, 6)],
+    }
+    with (
+        answering() as behind,
+        serving(opened(asked), upstream=f"{behind}/v1") as guarded,
+        httpx.Client(timeout=60) as client,
+    ):
+        arms = {"direct": (client, behind), "guarded": (client, guarded)}
+        return {name: _added(arms, some, asked.rounds) for name, some in chats.items()}
+
+
+def _added(
+    arms: dict[str, tuple[httpx.Client, str]], chats: Sequence[Sequence[str]], rounds: int
+) -> dict[str, Any]:
+    """Of the last message of each chat, after the messages before it were sent in their turn."""
+    took: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds):
+        for place, chat in enumerate(chats):
+            spoken = [f"{text} ({number})" for text in chat]  # new to the service in each round
+            order = list(arms) if (place + number) % 2 else list(arms)[::-1]
+            for name in order:
+                for length in range(1, len(spoken)):
+                    _first_piece(*arms[name], spoken[:length])
+                took[name].append(1000 * _first_piece(*arms[name], spoken))
+    added = [more - less for more, less in zip(took["guarded"], took["direct"], strict=True)]
+    found = bootstrap(lambda rows: float(np.median(rows)), added, method="percentile")
+    return dict(
+        pairs=len(added),
+        median_added_ms=[round(end, 1) for end in (found.value, found.low, found.high)],
+        p95_added_ms=round(float(np.quantile(added, 0.95)), 1),
+        direct_ms=round(statistics.median(took["direct"]), 1),
+    )
+
+
+def _first_piece(client: httpx.Client, url: str, spoken: Sequence[str]) -> float:
+    """Seconds to the first piece of the answer; a refusal counts as one."""
+    messages = []
+    for text in spoken[:-1]:
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "I see."}]
+    messages.append({"role": "user", "content": spoken[-1]})
+    body = {"model": "any", "messages": messages, "stream": True}
+    began = time.perf_counter()
+    with client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
+        pieces = answer.iter_bytes()
+        next(pieces)
+        took = time.perf_counter() - began
+        for _ in pieces:
+            pass
+    if answer.status_code != 200:
+        raise SystemExit(f"The service answered {answer.status_code}.")
+    return took
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[str]:
+    """An upstream that streams one word at once, as its URL; in a process of its own."""
+    port = free_port()
+    child = subprocess.Popen([sys.executable, "-c", UPSTREAM, str(port)])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(f"{url}/v1/models")
+                break
+            time.sleep(0.05)
+        yield url
+    finally:
+        child.kill()
+        child.wait()
 
 
 def _timed(arm: Callable[[Prompt], None], prompt: Prompt) -> tuple[float, float]:

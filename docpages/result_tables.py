@@ -239,6 +239,19 @@ def throughput_table() -> str:
     )
 
 
+def upstream_table() -> str:
+    """What a guard between client and upstream adds before the first piece of an answer."""
+    rows = []
+    for name, record in read_result("serve-upstream-smollm2-135m").items():
+        if isinstance(record, dict):
+            middle, low, high = record["median_added_ms"]
+            added = f"{middle:.0f} [{low:.0f}, {high:.0f}]"
+            rows.append([name, added, f"{record['p95_added_ms']:.0f}", str(record["pairs"])])
+    head = ["the guard reads", "added, median ms", "added, p95 ms", "pairs"]
+    command = "python benchmarks/serve.py upstream --guard src/latentguard/guard/default"
+    return markdown_table(head, rows, command)
+
+
 def _range(values: list[float], digits: int) -> str:
     middle, low, high = (f"{value:,.{digits}f}" for value in values)
     return f"{middle} ({low}, {high})"
@@ -286,6 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **FIELD_TABLES,
     **LIBRARY_TABLES,
     "throughput": throughput_table,
+    "upstream": upstream_table,
     **{f"every-rule-{model}": partial(every_rule_table, model) for model in MODELS},
     "guards": guards_table,
     "knockout": partial(

@@ -156,6 +156,21 @@ def test_a_chat_without_a_chosen_source_goes_on_and_is_logged_as_unread(tmp_path
     assert lines == ["block", "unread"]
 
 
+def test_scores_are_of_the_chosen_sources():
+    body = with_result(flagged())
+    paths = ("/v1/moderations", "/v1/score")
+    for sources, is_flagged in ((("user", "tool"), True), (("user",), False)):
+        with running(lambda: (band_guard(), tiny_model()), sources=sources) as url:
+            results = [post(f"{url}{path}", json=body).json()["results"][0] for path in paths]
+        assert results[0]["flagged"] is is_flagged
+        assert results[1]["flagged"] is is_flagged
+    with running(lambda: (band_guard(), tiny_model()), sources=("tool",)) as url:
+        alone = dict(messages=[dict(role="user", content=passed())])
+        scored = [post(f"{url}{path}", json=alone) for path in paths]
+    assert [one.status_code for one in scored] == [400, 400]
+    assert "texts of tool alone" in scored[0].text
+
+
 def test_the_reply_to_an_unread_chat_is_read():
     with (
         upstream(streams) as (_, where),

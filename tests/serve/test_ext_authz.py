@@ -79,6 +79,63 @@ def test_what_could_be_read_in_two_ways_is_refused(url, body, reason):
     assert reason in answer.text
 
 
+RESPONSES = "/ext_authz/v1/responses"
+SAID = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello."}]}
+CALLED = {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"}
+RETURNED = {"type": "function_call_output", "call_id": "c1", "output": "Nothing."}
+THOUGHT = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}
+
+
+class TestResponses:
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"input": passed()},
+            {"input": [SAID]},
+            {"input": [SAID, THOUGHT, CALLED, RETURNED], "instructions": "Be short."},
+            {"input": [SAID | {"status": "completed"}, CALLED | {"id": None}], "store": False},
+        ],
+    )
+    def test_what_goes_on_as_it_is(self, url, more):
+        assert ask(url, {"model": "big", **more}, RESPONSES).status_code == 200
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"input": flagged()},
+            {"input": passed(), "instructions": flagged()},
+            {"input": [SAID, RETURNED | {"output": flagged()}]},
+            {"input": [SAID, CALLED | {"arguments": flagged()}]},
+            {"input": [SAID, THOUGHT | {"summary": [THOUGHT["summary"][0] | {"text": flagged()}]}]},
+        ],
+    )
+    def test_what_is_flagged_does_not(self, url, more):
+        assert ask(url, more, RESPONSES).status_code == 403
+
+    @pytest.mark.parametrize(
+        ("more", "reason"),
+        [
+            ({"input": [SAID | {"id": "msg_1"}]}, "rewritten"),
+            ({"input": [SAID, CALLED | {"id": "fc_1"}]}, "rewritten"),
+            ({"input": [SAID | {"content": SAID["content"] * 2}]}, "rewritten"),
+            ({"input": [SAID, THOUGHT | {"content": THOUGHT["summary"]}]}, "rewritten"),
+            (
+                {"input": [SAID | {"content": [SAID["content"][0] | {"annotations": ["x"]}]}]},
+                "rewritten",
+            ),
+            ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "no type of item"),
+            ({"input": "Hello.", "previous_response_id": "r1"}, "has not seen"),
+            ({"input": "Hello.<|im_end|>"}, "control token"),
+            ({"input": []}, "'input'"),
+            ({}, "'input'"),
+        ],
+    )
+    def test_what_would_be_rewritten_is_refused(self, url, more, reason):
+        answer = ask(url, more, RESPONSES)
+        assert answer.status_code == 400, answer.text
+        assert reason in answer.text
+
+
 def test_one_part_is_the_text(url):
     assert ask(url, {"messages": user(PARTS[:1])}).status_code == 200
 

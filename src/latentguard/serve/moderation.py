@@ -186,7 +186,11 @@ async def _score_chat(
 ) -> tuple[Prompt, ScoredPrompt, ReplyVerdict | None]:
     """The most severe reading of a chat, what is said of it and of its last reply, recorded."""
     config = context.service.config
-    readings = chat_readings(messages, trusted_roles=config.trusted_roles)
+    readings = chat_readings(messages, trusted_roles=config.trusted_roles, sources=config.sources)
+    if not readings:
+        raise BadRequest(
+            f"This service reads texts of {', '.join(config.sources)} alone; the chat has none."
+        )
     require_few(readings, config)
     outcome = await context.judge_chat(readings, action="score")
     reply = await score_last_reply(context, messages, readings[0].prompt)

@@ -209,7 +209,7 @@ def read_request(
     parameters |= _without_none(require_known(checked, RESPONSE_CHECKS))
     others = texts_in(_tools_and_schema(parameters), config.tools)
     first = [] if request.instructions is None else [_instructions(request.instructions)]
-    items = [_item(one) for one in _input_items(request.input)]
+    items = [_item(one) for one in input_items(request.input)]
     messages = [
         sanitized_message(one, config, control_tokens)
         for one in (*first, *(_message(item) for item in items))
@@ -244,7 +244,7 @@ def forwarded_response(
 
 def readable_request(request: ResponseRequest) -> Prompt:
     """What of a request is text, for the log of one that cannot be judged."""
-    items = _input_items(request.input)
+    items = input_items(request.input)
     texts = [item["content"] for item in items if isinstance(item.get("content"), str)]
     return readable_text([ChatMessage(role="user", content=text) for text in texts])
 
@@ -284,7 +284,8 @@ def _tools_and_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return texts if schema is None else texts | {"response_format": schema}
 
 
-def _input_items(content: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def input_items(content: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The input as items; a text alone is what a user says."""
     return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
 
 
