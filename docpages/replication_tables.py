@@ -35,14 +35,16 @@ def replication_table() -> str:
 
 def effects_table() -> str:
     """What decides each claim that was measured, and what form shows, a row a study."""
-    head = ["claim", "study", "what decides", "effect", "n", "form control", "form shows"]
+    head = ["claim", "study", "what decides", "effect", "n", "n that would tell"]
+    head += ["form control", "form shows"]
     rows = []
     for folder in _studies():
         for row in _claims(folder):
             if row["value"]:
                 form = _interval(row, "form ") if row["form value"] else ""
                 control = row["form control"] if form else ""
-                decides = (row["effect that decides"], _interval(row, ""), row["n"])
+                effect = (row["effect that decides"], _interval(row, ""))
+                decides = (*effect, row["n"], row["n that would tell"])
                 rows.append((row[""], _name(folder), *decides, control, form))
     return markdown_table(head, sorted(rows, key=lambda row: int(row[0])), COMMAND)
 

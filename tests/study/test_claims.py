@@ -83,6 +83,23 @@ class TestCondition:
         narrow = condition.verdict(effect(middle - left / 2, middle + right / 2))
         assert wide in ("cannot tell", narrow)
 
+    @pytest.mark.parametrize("value", [-0.7, -0.2, 0.01, 0.3, 0.6, 1.4])
+    @pytest.mark.parametrize(("above", "below"), [(0, None), (None, 0.5), (-0.5, 0.5)])
+    def test_the_prompts_that_would_decide_it(self, value, above, below):
+        """With as many the shrunk interval decides, with a tenth fewer it does not."""
+        condition = Condition("e", above=above, below=below)
+        found = Estimate(value, value - 2, value + 3, (30, 10))
+        needed = condition.prompts_needed(found)
+        for n, is_decided in ((needed, True), (round(0.9 * needed), False)):
+            root = (40 / n) ** 0.5
+            shrunk = replace(found, low=value - 2 * root, high=value + 3 * root)
+            assert (condition.verdict(shrunk) != "cannot tell") is is_decided
+        assert condition.prompts_needed(found, tests=4) >= needed
+
+    @pytest.mark.parametrize("found", [None, effect(NAN, 1), effect(-1, 1), effect(1, 2)])
+    def test_no_number_of_prompts_where_it_is_decided_or_on_its_bound(self, found):
+        assert Condition("e", above=0).prompts_needed(found) is None
+
     def test_in_words(self):
         assert str(Condition("e", above=0)) == "e > 0"
         assert str(Condition("e", below=0.05)) == "e < 0.05"
@@ -220,7 +237,7 @@ class TestSection:
         claims, conditions = claims_section({one.experiment: {} for one in CLAIMS}).parts
         assert {row[2] for row in claims.rows} == {"cannot tell"}
         assert len(conditions.rows) == sum(len(one.conditions) + len(one.form) for one in CLAIMS)
-        assert {row[3:] for row in conditions.rows} == {(None, None, None, None, "cannot tell")}
+        assert {row[3:] for row in conditions.rows} == {(*[None] * 5, "cannot tell")}
 
     def test_each_effect_beside_its_claim(self):
         first = CLAIMS[0]
@@ -229,8 +246,9 @@ class TestSection:
         claims, conditions = claims_section({first.experiment: {name: measured}}).parts
         rule = f"{name} > 0"
         assert claims.rows[0][:8] == (1, first.name, "replicated", rule, 0.17, 0.1, 0.3, 34)
-        assert claims.rows[0][8:] == ("none", None, None, None, f"{first.where}: {first.paper}")
-        row = (1, "the claim", f"{name} > 0", 0.17, 0.1, 0.3, 34, "replicated")
+        rest = (None, "none", None, None, None, f"{first.where}: {first.paper}")
+        assert claims.rows[0][8:] == rest
+        row = (1, "the claim", f"{name} > 0", 0.17, 0.1, 0.3, 34, None, "replicated")
         assert conditions.rows[0] == row
         assert {row[2] for row in claims.rows[1:]} == {"not run"}
 
@@ -270,7 +288,7 @@ class TestSection:
         effects["confound"] = {**effects["confound"], control: effect(-0.2, -0.1)}
         row = claims_section(effects).parts[0].rows[1]
         assert row[2] == "replicated, but form explains it"
-        assert row[8].startswith(control) and row[10:12] == (-0.2, -0.1)
+        assert row[9].startswith(control) and row[11:13] == (-0.2, -0.1)
 
     def test_a_sentence_counts_the_verdicts(self):
         outcomes = {1: "replicated", 2: "not replicated", 3: "cannot tell", 4: "cannot tell"}

@@ -59,7 +59,7 @@ def test_nothing_is_published_if_a_prompt_is_in_it(gallery, folders, tmp_path, p
     if place == "table":
         path = folders[0] / "report.json"
         record = json.loads(path.read_text())
-        record["tables"][1]["rows"].append([1, text, "", None, None, None, None, ""])
+        record["tables"][1]["rows"].append([1, text, "", *[None] * 5, ""])
         path.write_text(json.dumps(record))
     else:
         words = text.replace(" ", "\n ")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isnan
+from math import floor, isnan
 from typing import Literal
 
 from scipy.special import stdtrit
@@ -68,6 +68,30 @@ class Condition:
             self.below is not None and wide.low > self.below
         )
         return "replicated" if over else "not replicated" if failed else "cannot tell"
+
+    def prompts_needed(self, effect: Estimate | None, *, tests: int = 1) -> int | None:
+        """About how many prompts would decide it, if the effect stayed as it is.
+
+        The interval is taken to shrink with the root of n. None if the condition is decided, was
+        not measured, or its effect lies on a bound.
+
+        Args:
+            effect: The effect.
+            tests: How many conditions the claim has.
+        """
+        if effect is None or isnan(effect.value + effect.low + effect.high):
+            return None
+        if self.verdict(effect, tests=tests) != "cannot tell":
+            return None
+        value, wide = effect.value, _widened(effect, tests)
+        sides = [(self.above, value - effect.low, wide.high - value, 1)]
+        sides += [(self.below, effect.high - value, value - wide.low, -1)]
+        gaps = [(s * (value - b), holds, fails) for b, holds, fails, s in sides if b is not None]
+        if any(gap == 0 for gap, *_ in gaps):
+            return None
+        failing = [(fails / -gap) ** 2 for gap, _, fails in gaps if gap < 0]
+        factors = failing or [(holds / gap) ** 2 for gap, holds, _ in gaps]
+        return floor(sum(effect.n) * max(factors)) + 1
 
     def __str__(self) -> str:
         bounds = ((">", self.above), ("<", self.below))

@@ -21,7 +21,7 @@ TITLE = "Claims"
 
 COLUMNS = (
     *("", "claim", "verdict", "effect that decides"),
-    *("value", "low", "high", "n"),
+    *("value", "low", "high", "n", "n that would tell"),
     *("form control", "form value", "form low", "form high"),
     "in the paper",
 )
@@ -32,8 +32,12 @@ RULES = (
     "lies on the claimed side. Not replicated: that of one effect lies on the other side, at "
     "a level shared among the claim's conditions. Replicated, but form explains it: prompts "
     "of equal form do not show the effect for sure. Otherwise the run cannot tell. Of several "
-    "effects, the one that decides stands here; the next table has all."
+    "effects, the one that decides stands here; the next table has all. The n that would tell is "
+    "rough: the effect stays, and its interval shrinks with the root of n."
 )
+
+MOST_NEEDED = 10_000
+"""Prompts beyond which no more than that is said."""
 
 PLURALS: Mapping[Outcome, tuple[str, str]] = {
     "replicated": ("is replicated", "are replicated"),
@@ -59,6 +63,9 @@ class Measured:
 
     verdict: Verdict
     """Of this condition alone."""
+
+    needed: int | None = None
+    """About how many prompts would decide it (``Condition.prompts_needed``)."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,8 @@ def claims_section(effects: Effects, *, refused: bool = True, about: str = "") -
     """
     results = claim_results(effects, refused=refused)
     conditions = [row for one in results for row in _condition_rows(one)]
-    columns = ("claim", "asks about", "condition", "value", "low", "high", "n", "verdict")
+    figures = ("value", "low", "high", "n", "n that would tell")
+    columns = ("claim", "asks about", "condition", *figures, "verdict")
     few = "" if refused else _few()
     text = " ".join(filter(None, (summary(results), about, few)))
     parts = (
@@ -163,7 +171,13 @@ def _result(number: int, claim: Claim, effects: Effects, *, refused: bool) -> Cl
 
 def _measured(pair: tuple[Condition, Estimate | None], *, is_open: bool, tests: int) -> Measured:
     condition, effect = pair
-    return Measured(condition, effect, condition.verdict(effect if is_open else None, tests=tests))
+    decisive = effect if is_open else None
+    return Measured(
+        condition,
+        effect,
+        condition.verdict(decisive, tests=tests),
+        condition.prompts_needed(decisive, tests=tests),
+    )
 
 
 def _deciding(measured: Sequence[Measured]) -> Measured | None:
@@ -182,9 +196,9 @@ def _row(result: ClaimResult) -> tuple[Cell, ...]:
         claim.name,
         result.outcome,
         str(effect.condition) if effect else None,
-        *_cells(effect.effect if effect else None),
+        *_cells(effect),
         str(form.condition) if form else "none",
-        *_cells(form.effect if form else None)[:3],
+        *_cells(form)[:3],
         f"{claim.where}: {claim.paper}",
     )
 
@@ -192,10 +206,13 @@ def _row(result: ClaimResult) -> tuple[Cell, ...]:
 def _condition_rows(result: ClaimResult) -> Iterator[tuple[Cell, ...]]:
     for asks, measured in (("the claim", result.conditions), ("form", result.form)):
         for one in measured:
-            yield (result.number, asks, str(one.condition), *_cells(one.effect), one.verdict)
+            yield (result.number, asks, str(one.condition), *_cells(one), one.verdict)
 
 
-def _cells(effect: Estimate | None) -> Sequence[Cell]:
-    if effect is None:
-        return (None, None, None, None)
-    return (effect.value, effect.low, effect.high, sum(effect.n))
+def _cells(measured: Measured | None) -> Sequence[Cell]:
+    """Value, low, high, n, and the n that would tell."""
+    if measured is None or measured.effect is None:
+        return (None, None, None, None, None)
+    effect, needed = measured.effect, measured.needed
+    shown = f"over {MOST_NEEDED:,}" if needed and needed > MOST_NEEDED else needed
+    return (effect.value, effect.low, effect.high, sum(effect.n), shown)
