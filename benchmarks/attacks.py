@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of attacks")
     parser.add_argument("--sides", nargs="+", choices=["before", "after"])
     parser.add_argument("--turns", nargs="+", type=int, default=[1, 2, 5, 10, 20], help="of cost")
+    parser.add_argument("--rate-of", choices=["chat", "text"], default="chat", help="of attacks")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of requests")
     asked = parser.parse_args()
     sides = {"after": Side(ROOT, asked.model, asked.guard)}
@@ -149,8 +150,9 @@ def main() -> None:
     for name, side in sides.items():
         if asked.sides and name not in asked.sides:
             continue
+        label = name if asked.rate_of == "chat" else f"{name}, --rate-of text"
         figures = jobs[asked.job](side, asked)
-        store([asked.job, asked.model, name], figures | {"load_average": os.getloadavg()})
+        store([asked.job, asked.model, label], figures | {"load_average": os.getloadavg()})
 
 
 def store(place: list[str], figures: dict[str, Any]) -> None:
@@ -171,13 +173,15 @@ def measure_attacks(side: Side, asked: argparse.Namespace) -> dict[str, Any]:
     """The attacks that were asked for, on one source."""
     figures: dict[str, Any] = {}
     if "own model" in asked.parts:
-        with serving(side) as service:
+        with serving(side, rate_of=asked.rate_of) as service:
             figures["own model"] = own_model(service)
             figures["refused as single prompts"] = _single(service)
     if "upstream" in asked.parts:
         with (
             recording_upstream() as upstream,
-            serving(side, upstream=upstream.url, upstream_key="key") as service,
+            serving(
+                side, upstream=upstream.url, upstream_key="key", rate_of=asked.rate_of
+            ) as service,
         ):
             figures["upstream"] = through(service, upstream)
             figures["odd upstream replies"] = odd_replies(service, upstream)

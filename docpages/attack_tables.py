@@ -8,7 +8,10 @@ from typing import Any
 
 from docpages.markdown_table import markdown_table, read_result
 
-COLUMNS = (("tiny", "before"), ("tiny", "after"), ("default", "before"), ("default", "after"))
+COLUMNS = (
+    *(("tiny", "before"), ("tiny", "after"), ("default", "before"), ("default", "after")),
+    ("default", "after, --rate-of text"),
+)
 
 ATTACKS = "python benchmarks/attacks.py attacks --before CHECKOUT"
 LOAD = "python benchmarks/attacks.py load"

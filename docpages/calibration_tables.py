@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from docpages.markdown_table import interval, markdown_table, read_result
+from latentguard.report.page_table import format_interval
 
 RESULT = "calibration-qwen2.5-coder-0.5b"
 COMMAND = (
@@ -78,7 +79,20 @@ def quadrants_table() -> str:
     return markdown_table(["prompts", "share", "n"], rows, COMMAND)
 
 
+def chat_rates_table() -> str:
+    """Harmless chats that are flagged, a row a length, a column what the rate is of."""
+    rows = dict[int, list[str]]()
+    for one in read_result("chat-rates-smollm2-135m")["rows"]:
+        share = format_interval(one["share"], one["low"], one["high"])
+        rows.setdefault(one["messages"], [str(one["n"])]).append(share)
+    head = ["messages of the user", "chats", "flagged, `--rate-of chat`", "`--rate-of text`"]
+    cells = [[str(length), *of] for length, of in rows.items()]
+    command = "python benchmarks/chat_rates.py --guard src/latentguard/guard/default --out FILE"
+    return markdown_table(head, cells, command)
+
+
 CALIBRATION_TABLES: dict[str, Callable[[], str]] = {
+    "chat-rates": chat_rates_table,
     "calibration-promise": promise_table,
     "calibration-probabilities": probabilities_table,
     "calibration-quadrants": quadrants_table,

@@ -29,8 +29,8 @@ def served(monkeypatch):
     """Ask a guarded fake server: ``served(server, path, json)`` -> response."""
     now = {}
 
-    async def opened(state):
-        chat_guard = ChatGuard(now["guard"], tiny_model().tokenizer)
+    async def opened(state, rate_of):
+        chat_guard = ChatGuard(now["guard"], tiny_model().tokenizer, rate_of=rate_of)
         chat_guard.score = Besides(*now["besides"])
         return chat_guard
 

@@ -139,3 +139,24 @@ def test_an_earlier_message_is_read_by_itself(served):
     assert served(Low(), body=body, besides=besides).json()["latentguard"]["flagged"] is False
     answer = served(Low(), body=body, besides=[high, low, low])
     assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
+
+
+@pytest.mark.parametrize(("rate_of", "is_flagged"), [("chat", False), ("text", True)])
+def test_with_a_rate_of_each_text_padding_gains_nothing(served, monkeypatch, rate_of, is_flagged):
+    """The request's own score is just over the threshold of a single prompt."""
+    monkeypatch.setenv("LATENTGUARD_RATE_OF", rate_of)
+    guard = band_guard()
+    low, over = (values_of(guard.threshold + more, guard) for more in (-9, 1e-3))
+    messages = [
+        {"role": "user", "content": flagged()},
+        {"role": "assistant", "content": "Pardon?"},
+        {"role": "user", "content": passed()},
+    ]
+
+    class Low(Server):
+        def answer(self, asked):
+            post([(ScoreRequest(**asked["kv_transfer_params"]["latentguard"]), low)])
+
+    body = {"model": "m", "messages": messages}
+    answer = served(Low(), body=body, guard=guard, besides=[over, low, low])
+    assert answer.json()["latentguard"]["flagged"] is is_flagged

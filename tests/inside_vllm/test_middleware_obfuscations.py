@@ -52,7 +52,7 @@ class Left(Hidden):
 def test_a_client_that_leaves_stops_what_was_begun_for_it(monkeypatch, server):
     begun, stopped, sent = [], [], []
 
-    async def opened(state):
+    async def opened(state, rate_of):
         chat_guard = ChatGuard(tiny_guard(), tiny_model().tokenizer)
         chat_guard.score = read
         return chat_guard

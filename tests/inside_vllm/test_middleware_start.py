@@ -29,7 +29,7 @@ def test_another_tokenizer_closes_every_chat(monkeypatch, caplog):
 def test_a_guard_that_does_not_fit_closes_every_chat(served, monkeypatch):
     from latentguard.errors import ModelMismatch
 
-    async def opened(state):
+    async def opened(state, rate_of):
         raise ModelMismatch("other weights")
 
     monkeypatch.setattr(module, "open_chat_guard", opened)
@@ -58,8 +58,14 @@ def test_canaries_that_moved_stop_the_gate(monkeypatch):
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("policy", ["Block", "shadow", ""])
-def test_an_unknown_policy_stops_the_start(monkeypatch, policy):
-    monkeypatch.setenv("LATENTGUARD_POLICY", policy)
-    with pytest.raises(GuardError, match="expected block or annotate"):
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        *(("LATENTGUARD_POLICY", value, "block or annotate") for value in ("Block", "shadow", "")),
+        *(("LATENTGUARD_RATE_OF", value, "chat or text") for value in ("Text", "message", "")),
+    ],
+)
+def test_an_unknown_choice_stops_the_start(monkeypatch, variable, value, expected):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(GuardError, match=f"expected {expected}"):
         GuardMiddleware(Server())

@@ -70,6 +70,18 @@ def test_the_most_severe_reading_decides_by_its_own_threshold():
     assert decided.threshold > guard.threshold
 
 
+@pytest.mark.parametrize("padding", [0, 1, 5, 100])
+def test_with_a_rate_of_each_text_padding_gains_nothing(padding):
+    thresholds, edge = ChatThresholds(band_guard()), band_guard().threshold
+    blocked = replace(verdict(edge + 1e-6), decision="block", flagged=True)
+    verdicts = [*[verdict(edge - 9)] * padding, blocked]
+    readings = [False] * padding + [True], [None] * (padding + 1)
+    by_text = thresholds.decide(verdicts, *readings, rate_of="text")
+    assert (by_text.verdict.decision, by_text.threshold) == ("block", edge)
+    by_chat = thresholds.decide(verdicts, *readings)
+    assert by_chat.verdict.flagged is (padding == 0)
+
+
 def test_readings_that_are_missing_are_passed_over():
     decided = ChatThresholds(tiny_guard()).decide([None, verdict(9.0)], [True, False], [None] * 2)
     assert (decided.index, decided.verdict.decision) == (1, "block")

@@ -12,6 +12,9 @@ Within each half, readings share alike. The threshold of a share is the lowest t
 the calibration's confidence (Clopper-Pearson). Where the calibration has too few prompts for that,
 the tail beyond its last safe threshold is taken to be exponential, with the upper confidence bound
 of its mean: an assumption, no guarantee.
+
+The price is that harmless texts around a harmful one raise its threshold. An operator may choose
+that the rate is of each text instead: then every one has the threshold of a single prompt.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from scipy.stats import chi2
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Decision, Verdict
+from latentguard.serve.config import RateOf
 from latentguard.stats.bounds import Bound, smallest_n, threshold_for_fpr
 
 TAIL = 0.1
@@ -66,6 +70,8 @@ class ChatThresholds:
         verdicts: Sequence[Verdict | None],
         newest: Sequence[bool],
         segments: Sequence[str | None],
+        *,
+        rate_of: RateOf = "chat",
     ) -> DecidedReading:
         """The most severe reading of a chat.
 
@@ -73,8 +79,9 @@ class ChatThresholds:
             verdicts: Of each reading, as single prompts; None where there is none yet.
             newest: Which readings are of the newest turn.
             segments: Whose thresholds each reading is compared with; None for the common ones.
+            rate_of: Whether the readings share the rate, or each has all of it.
         """
-        shares = shares_of(newest)
+        shares = shares_of(newest) if rate_of == "chat" else [1.0] * len(newest)
         decided = [
             self._decide(number, verdict, share, segment)
             for number, (verdict, share, segment) in enumerate(

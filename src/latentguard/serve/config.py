@@ -18,6 +18,9 @@ returned; names and arguments with which tools are called; what tools and schema
 
 SOURCES: tuple[Source, ...] = get_args(Source)
 
+RateOf = Literal["chat", "text"]
+"""What the false-positive rate is of: a whole chat, or each text that is read of it."""
+
 ToolPolicy = Literal["read", "refuse", "trust"]
 """What is done with tools and schemas: each text in them is read; they are refused; the gateway
 that adds them is trusted."""
@@ -53,6 +56,9 @@ class ServeConfig:
 
     sources: tuple[Source, ...] = SOURCES
     """Whose texts are read; those of others are at most the context of these."""
+
+    rate_of: RateOf = "chat"
+    """Whether the false-positive rate is of a whole chat, whose texts share it, or of each text."""
 
     tools: ToolPolicy = "read"
     """Whether the texts of tools and schemas are read, refused, or trusted as a gateway's own."""

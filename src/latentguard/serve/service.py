@@ -199,6 +199,7 @@ class RequestContext:
             [one.verdict if one else None for one in scored],
             [reading.is_newest for reading in readings],
             [self._segment_of(reading) for reading in readings],
+            rate_of=self.service.config.rate_of,
         )
         most_severe = scored[decided.index]
         assert most_severe is not None

@@ -49,6 +49,13 @@ class Tools(StrEnum):
     trust = auto()
 
 
+class RateOf(StrEnum):
+    """What the false-positive rate is of."""
+
+    chat = auto()
+    text = auto()
+
+
 class ControlTokens(StrEnum):
     """What happens to control tokens in chats for an upstream."""
 
@@ -186,6 +193,16 @@ class ServeOptions:
             rich_help_panel=TRAFFIC,
         ),
     ] = ServeConfig.sources  # type: ignore[assignment]
+    rate_of: Annotated[
+        RateOf,
+        typer.Option(
+            help="What the guard's false-positive rate is of. chat: of a whole chat. Its texts "
+            "share the rate, so each has a higher threshold, and harmless texts around a harmful "
+            "one may let it pass. text: of each text. They do not, but a harmless chat of k texts "
+            "is flagged up to k times as often.",
+            rich_help_panel=TRAFFIC,
+        ),
+    ] = RateOf.chat
     tools: Annotated[
         Tools,
         typer.Option(

@@ -17,6 +17,8 @@ from latentguard.integrations.vllm.columns import require_columns
 from latentguard.integrations.vllm.middleware import (
     POLICIES,
     POLICY,
+    RATE_OF,
+    RATES,
     REFUSAL,
     SEGMENT_HEADER,
 )
@@ -40,6 +42,9 @@ def arguments(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     parser.add_argument("--policy", choices=POLICIES, default="block")
     parser.add_argument("--refusal", default=ServeConfig.refusal, help="a blocked chat's answer")
     parser.add_argument("--model", help="if the model has moved")
+    parser.add_argument(
+        "--rate-of", choices=RATES, default="chat", help="whose false-positive rate it is"
+    )
     parser.add_argument("--segment-header", help="HTTP header that names a request's segment")
     options, rest = parser.parse_known_args(words)
     if reserved := [word for word in rest if word.replace("_", "-").startswith(OWN)]:
@@ -53,7 +58,11 @@ def arguments(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]
     own += ["--kv-transfer-config", json.dumps(TRANSFER)]
     variables = {VARIABLE: str(folder.resolve()), SEGMENT_HEADER: options.segment_header or ""}
-    return [*own, *rest], variables | {POLICY: options.policy, REFUSAL: options.refusal}
+    return [*own, *rest], variables | {
+        POLICY: options.policy,
+        REFUSAL: options.refusal,
+        RATE_OF: options.rate_of,
+    }
 
 
 def main() -> None:

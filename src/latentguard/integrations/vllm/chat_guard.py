@@ -29,7 +29,7 @@ from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import ChatReading, chat_readings
 from latentguard.serve.chat_request import require_few
 from latentguard.serve.chat_thresholds import ChatThresholds, DecidedReading
-from latentguard.serve.config import ServeConfig
+from latentguard.serve.config import RateOf, ServeConfig
 from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage, own_model_prompt
 from latentguard.serve.request_errors import describe_errors
@@ -92,7 +92,13 @@ class ChatGuard:
     """One guard, for one engine; belongs to one event loop."""
 
     def __init__(
-        self, guard: LatentGuard, tokenizer: Any, engine: Any = None, *, most: int = 1 << 62
+        self,
+        guard: LatentGuard,
+        tokenizer: Any,
+        engine: Any = None,
+        *,
+        most: int = 1 << 62,
+        rate_of: RateOf = "chat",
     ) -> None:
         """Prepare.
 
@@ -101,6 +107,7 @@ class ChatGuard:
             tokenizer: Of the engine's model.
             engine: Scores what needs a request of its own.
             most: Tokens that the engine reads; a chat of more messages is not even laid out.
+            rate_of: Whether the texts of a chat share the false-positive rate.
 
         Raises:
             ModelMismatch: if tokenizer or template are not the guard's own.
@@ -110,7 +117,7 @@ class ChatGuard:
         self.chat = ChatTokenizer(tokenizer, max_tokens=most)
         self._columns = Columns.of(guard)
         self._engine = engine
-        self._thresholds = ChatThresholds(guard)
+        self._thresholds, self._rate_of = ChatThresholds(guard), rate_of
         digests = self.chat.tokenizer_digest, self.chat.template_digest
         if digests != (guard.fingerprint.tokenizer, guard.fingerprint.template):
             raise ModelMismatch(
@@ -161,7 +168,8 @@ class ChatGuard:
         scored = iter([values, *await self._score_all(texts[1:])])
         verdicts = [self._verdict(plan, scored, chat.segment) for plan in chat.plans]
         newest = [plan.reading.is_newest for plan in chat.plans]
-        return self._thresholds.decide(verdicts, newest, [chat.segment] * len(newest))
+        segments = [chat.segment] * len(newest)
+        return self._thresholds.decide(verdicts, newest, segments, rate_of=self._rate_of)
 
     def _verdict(
         self, plan: ReadingPlan, scored: Iterator[tuple[float, ...]], segment: str | None

@@ -10,7 +10,8 @@ import asyncio
 import json
 import logging
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_args
 
 from fastapi.datastructures import Headers
 from fastapi.responses import JSONResponse
@@ -22,7 +23,7 @@ from latentguard.integrations.vllm.chat_guard import ChatGuard, PendingChat
 from latentguard.integrations.vllm.held_reply import HeldReply
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.serve.chat_thresholds import DecidedReading
-from latentguard.serve.config import ServeConfig
+from latentguard.serve.config import RateOf, ServeConfig
 from latentguard.serve.disconnects import run_until
 from latentguard.serve.errors import (
     ApiError,
@@ -41,9 +42,13 @@ log = logging.getLogger("latentguard.vllm")
 POLICY = "LATENTGUARD_POLICY"
 REFUSAL = "LATENTGUARD_REFUSAL"
 SEGMENT_HEADER = "LATENTGUARD_SEGMENT_HEADER"
+RATE_OF = "LATENTGUARD_RATE_OF"
 
 POLICIES = ("block", "annotate")
 """What becomes of a flagged chat: refused, or answered with its verdict."""
+
+RATES: tuple[RateOf, ...] = get_args(RateOf)
+"""What the false-positive rate is of."""
 
 CHAT = "/v1/chat/completions"
 HARMLESS = {
@@ -55,6 +60,9 @@ HARMLESS = {
 
 MOST = 8 << 20
 """Bytes of a request's body."""
+
+
+Choice = TypeVar("Choice", bound=str)
 
 
 class Forbidden(ApiError):
@@ -76,7 +84,8 @@ class GuardMiddleware:
         """Wrap the server."""
         self._app, self._opening = app, asyncio.Lock()
         self._chat_guard: ChatGuard | None = None
-        self._policy = _policy()
+        self._policy = _choice(POLICY, POLICIES)
+        self._rate_of = _choice(RATE_OF, RATES)
         self._refusal = os.environ.get(REFUSAL, ServeConfig.refusal)
         self._segment_header = os.environ.get(SEGMENT_HEADER, "")
 
@@ -176,23 +185,24 @@ class GuardMiddleware:
         async with self._opening:
             if self._chat_guard is None:
                 try:
-                    self._chat_guard = await open_chat_guard(scope["app"].state)
+                    self._chat_guard = await open_chat_guard(scope["app"].state, self._rate_of)
                 except LatentGuardError as error:
                     log.error("Every chat is refused: %s", error)
                     raise Unavailable("The guard does not fit the engine.") from None
         return self._chat_guard
 
 
-def _policy() -> str:
-    """The policy that the environment names.
+def _choice(variable: str, choices: Sequence[Choice]) -> Choice:
+    """What the environment names, else the first.
 
     Raises:
-        GuardError: if there is no such policy; the server then does not start.
+        GuardError: if there is no such choice; the server then does not start.
     """
-    policy = os.environ.get(POLICY, "block")
-    if policy not in POLICIES:
-        raise GuardError(f"{POLICY} is '{policy}'; expected {' or '.join(POLICIES)}.")
-    return policy
+    value = os.environ.get(variable, choices[0])
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise GuardError(f"{variable} is '{value}'; expected {' or '.join(choices)}.")
 
 
 def _keys(scope: Any) -> ApiKeys:
@@ -202,7 +212,7 @@ def _keys(scope: Any) -> ApiKeys:
     return ApiKeys([key for key in keys if key])
 
 
-async def open_chat_guard(state: Any) -> ChatGuard:
+async def open_chat_guard(state: Any, rate_of: RateOf) -> ChatGuard:
     """The chat_guard of the server's engine, once its canaries have passed.
 
     Raises:
@@ -213,7 +223,9 @@ async def open_chat_guard(state: Any) -> ChatGuard:
     config = state.vllm_config.model_config
     guard = LatentGuard.load(os.environ[VARIABLE])
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    chat_guard = ChatGuard(guard, tokenizer, state.engine_client, most=config.max_model_len)
+    chat_guard = ChatGuard(
+        guard, tokenizer, state.engine_client, most=config.max_model_len, rate_of=rate_of
+    )
     try:
         await chat_guard.check()
     except BaseException:
