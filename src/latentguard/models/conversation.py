@@ -14,7 +14,7 @@ from torch import Tensor
 from latentguard.errors import ModelError
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
-from latentguard.models.hooks import contiguous_head, read_positions, score_tokens
+from latentguard.models.hooks import contiguous_head, keep_states, read_positions
 from latentguard.models.layout import Layout, min_token_count
 from latentguard.models.loading import cache_argument
 from latentguard.prompts import Prompt
@@ -148,13 +148,12 @@ class Conversation:
 
     def _scored_step(self, token: int, probe: TokenProbe) -> float:
         """Read a token; returns its score."""
-        total = torch.zeros(1, 1, device=self.model.device)
-        blocks = self.model.blocks
-        with score_tokens(
-            blocks, layers=probe.layers, weight=probe.weight, totals=total, stop=False
-        ):
+        states = dict[int, Tensor]()
+        with keep_states(self.model.blocks, layers=probe.layers, states=states):
             self._step(token)
-        return float(total)
+        weight = probe.weight  # one product for all layers: each by itself costs a token 1 % more
+        rows = [states[slot][0, -1].to(weight.device) for slot in range(len(weight))]
+        return float((torch.stack(rows).float() * weight).sum())
 
     @torch.inference_mode()
     def _step(self, token: int) -> None:

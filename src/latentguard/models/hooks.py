@@ -115,6 +115,21 @@ def score_tokens(
 
 
 @contextmanager
+def keep_states(
+    blocks: Sequence[nn.Module], *, layers: Sequence[int], states: dict[int, Float[Tensor, "b s d"]]
+) -> Iterator[None]:
+    """Keep the residual stream of a pass over few tokens, by the number of its layer in ``layers``.
+
+    Args:
+        blocks: The decoder blocks.
+        layers: Which layers.
+        states: Where they go, as the model has them.
+    """
+    with _visit_layers(blocks, layers, states.__setitem__, stop=False):
+        yield
+
+
+@contextmanager
 def _visit_layers(
     blocks: Sequence[nn.Module],
     layers: Sequence[int],
