@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from latentguard.data.builtin import load_contrast, load_guard_prompts
     from latentguard.data.prompt_files import read_prompts
     from latentguard.errors import LatentGuardError
+    from latentguard.guard.cascade import Cascade
     from latentguard.guard.latent_guard import LatentGuard, load_guard
     from latentguard.guard.verdict import Verdict
     from latentguard.integrations.ray import score_corpus
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Axis",
+    "Cascade",
     "ChatModel",
     "Intervention",
     "LatentGuard",
@@ -47,6 +49,7 @@ __all__ = [
 
 _MODULES = {
     "Axis": "latentguard.probes.axis",
+    "Cascade": "latentguard.guard.cascade",
     "ChatModel": "latentguard.models.chat_model",
     "Intervention": "latentguard.interventions",
     "LatentGuard": "latentguard.guard.latent_guard",

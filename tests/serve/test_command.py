@@ -8,12 +8,13 @@ import typer
 from typer.testing import CliRunner
 
 import latentguard.serve
+from guard.opinion_server import opinion_server
 from latentguard.cli.serve.command import serve
 from latentguard.cli.serve.options import ServeOptions
-from latentguard.cli.serve.parts import opener
+from latentguard.cli.serve.parts import opener, read_second_opinion
 from latentguard.errors import GuardError, LatentGuardError, ModelError
 from latentguard.models.chat_model import ChatModel
-from serve.running import tiny_guard, tiny_model
+from serve.running import band_guard, tiny_guard, tiny_model
 
 
 @pytest.fixture
@@ -58,3 +59,35 @@ def test_help_says_what_there_is():
     assert told.exit_code == 0
     for word in ("upstream", "on-review", "allow-mismatch", "LATENTGUARD_UPSTREAM_KEY"):
         assert word in told.stdout
+
+
+class TestSecondOpinion:
+    @pytest.fixture
+    def url(self):
+        with opinion_server() as server:
+            yield f"{server.url}/moderations"
+
+    def test_the_opener_loads_it_and_drops_a_promise_without_it(self, folder, url):
+        guard = band_guard()
+        options = ServeOptions(second_opinion=url)
+        second = read_second_opinion(options, [guard])
+        assert opener(guard, options, second)()[0].bound is None
+        assert opener(guard, options)()[0].bound is not None
+
+    def test_one_that_does_not_answer_keeps_the_service_from_starting(self, folder):
+        with opinion_server() as gone:
+            options = ServeOptions(second_opinion=f"{gone.url}/moderations")
+        second = read_second_opinion(options, [band_guard()])
+        with pytest.raises(GuardError, match="does not answer"):
+            opener(band_guard(), options, second)()
+
+    def test_the_check_names_what_is_wrong(self, folder, url):
+        checked = run(folder / "guard", "--check", "--second-opinion", url)
+        assert checked.exit_code == 2
+        assert "no review band" in checked.stderr
+        checked = run(folder / "guard", "--check", "--second-opinion", "http://host/v1")
+        assert "should end with /moderations" in checked.stderr
+
+    def test_it_warns_of_a_guard_that_was_calibrated_without_it(self, url, caplog):
+        read_second_opinion(ServeOptions(second_opinion=url), [band_guard()])
+        assert "so nothing is promised of both together" in caplog.text

@@ -11,6 +11,8 @@ from scipy.stats import binomtest
 from latentguard.errors import GuardError
 from latentguard.stats.bounds import (
     clopper_pearson_upper,
+    joint_thresholds,
+    require_enough_for_two,
     require_enough_harmless,
     smallest_n,
     threshold_for_fpr,
@@ -119,3 +121,71 @@ class TestBounds:
         exceeded = np.mean(np.array(rates) > 0.05)
         assert exceeded <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
         assert np.mean(rates) > 0.02  # and it is not kept by flagging nothing
+
+
+class TestJointThresholds:
+    """Scores are normal; the second opinion blocks by a score of its own, which agrees in part."""
+
+    RATE, REVIEW, N = 0.05, 0.3, 300
+
+    def world(self, rng, count, agreement, leniency):
+        first = rng.normal(size=count)
+        second = agreement * first + (1 - agreement**2) ** 0.5 * rng.normal(size=count)
+        return first, second > leniency
+
+    def calibrate(self, scores, blocked):
+        review = threshold_for_fpr(scores, self.REVIEW)
+        return joint_thresholds(scores, blocked, review, self.RATE)
+
+    @pytest.mark.parametrize("leniency", [-np.inf, 0.0, 1.0, 2.0, np.inf])
+    @pytest.mark.parametrize("agreement", [0.0, 0.8])
+    def test_the_joint_rate_is_kept_with_the_confidence(self, agreement, leniency):
+        rng = np.random.default_rng(1)
+        first, would_block = self.world(rng, 100_000, agreement, leniency)
+        over = 0
+        for _ in range(300):
+            joint = self.calibrate(*self.world(rng, self.N, agreement, leniency))
+            in_band = would_block & (first > joint.review.threshold)
+            over += ((first > joint.block.threshold) | in_band).mean() > self.RATE
+        assert over <= 27  # 5 % of 300 are 15; so many have a chance under 0.2 %
+
+    def test_the_observed_rate_and_the_bound(self):
+        rng = np.random.default_rng(2)
+        scores, blocked = self.world(rng, 1000, 0.5, 1.0)
+        joint = self.calibrate(scores, blocked)
+        flagged = (scores > joint.block.threshold) | (blocked & (scores > joint.review.threshold))
+        assert joint.block.observed == flagged.sum()
+        assert joint.block.observed / 1000 < joint.block.upper <= self.RATE
+        assert joint.review.observed == (scores > joint.review.threshold).sum()
+
+    def test_one_that_blocks_nothing_leaves_the_threshold_of_the_guard_alone(self):
+        scores = np.random.default_rng(3).normal(size=500)
+        joint = self.calibrate(scores, np.zeros(500, dtype=bool))
+        assert joint.block == threshold_for_fpr(scores, self.RATE)
+        assert joint.review == threshold_for_fpr(scores, self.REVIEW)
+
+    def test_one_that_blocks_everything_is_asked_less(self):
+        scores = np.random.default_rng(4).normal(size=500)
+        joint = self.calibrate(scores, np.ones(500, dtype=bool))
+        assert joint.review.threshold > threshold_for_fpr(scores, self.REVIEW).threshold
+        assert joint.review.threshold <= joint.block.threshold
+
+    def test_what_is_blocked_below_the_review_threshold_does_not_count(self):
+        scores = np.random.default_rng(5).normal(size=500)
+        review = threshold_for_fpr(scores, self.REVIEW)
+        blocked = scores <= review.threshold
+        assert self.calibrate(scores, blocked) == self.calibrate(scores, ~blocked & blocked)
+
+    @given(st.lists(FEW_VALUES, min_size=120, max_size=200), st.integers(0, 2**32 - 1))
+    def test_ties_do_not_break_it(self, scores, seed):
+        blocked = np.random.default_rng(seed).random(len(scores)) < 0.5
+        joint = self.calibrate(scores, blocked)
+        assert joint.block.observed / len(scores) <= joint.block.upper <= self.RATE
+
+    def test_one_flagged_prompt_has_to_be_allowed(self):
+        require_enough_for_two(93, 0.05)
+        for enough in (require_enough_harmless, require_enough_for_two):
+            with pytest.raises(GuardError, match="too few"):
+                enough(58, 0.05)
+        with pytest.raises(GuardError, match="with a second opinion; give at least 93"):
+            require_enough_for_two(92, 0.05)

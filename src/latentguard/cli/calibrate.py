@@ -17,6 +17,7 @@ from latentguard.cli.options import (
     GuardSource,
     HarmlessTraffic,
     MovedModel,
+    SecondOpinionSource,
     TextColumn,
 )
 from latentguard.cli.outputs import changed_guard
@@ -28,8 +29,10 @@ from latentguard.guard.leakage import exclude_training_prompts
 from latentguard.prompts import Prompt
 
 if TYPE_CHECKING:
+    from latentguard.guard.cascade import Cascade
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.guard.operating_point import Goal
+    from latentguard.guard.second_opinion import SecondOpinion
     from latentguard.guard.thresholds import Rates
     from latentguard.guard.verdict import Verdict
     from latentguard.models.chat_model import ChatModel
@@ -84,6 +87,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
             help="Rate of a second, lower threshold; scores between the two are for review."
         ),
     ] = None,
+    second_opinion: SecondOpinionSource = None,
     segment_column: Annotated[
         str | None,
         typer.Option(help="Column with the traffic segment; each gets a threshold of its own."),
@@ -109,6 +113,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     and chats; long texts in --harmless move it.
     With --harmful, GUARD/calibration/report.html shows how reliable probabilities are.
 
+    With --second-opinion the rate is that of the guard and the second opinion together. It is asked
+    of harmless prompts between the thresholds; --review-fpr is their share (default: 0.2).
+
     With --replies it sets the threshold for replies and leaves the other one: at most MAX_FPR of
     harmless replies are flagged at any of their tokens. The guard must be fitted with --replies.
 
@@ -117,7 +124,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     from latentguard.guard.evaluation import compare
 
     if replies:
-        if harmless or harmful:
+        if harmless or harmful or second_opinion:
             reason = "replies are calibrated by themselves; call it once for each"
             raise typer.BadParameter(reason, param_hint="--replies")
         source = ReplySource(guard, out, model, device_map, allow_mismatch=allow_mismatch)
@@ -129,15 +136,18 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
         review_fpr,
         confidence,
         _goal(balanced, cost_ratio, harmful_share),
+        has_second=bool(second_opinion),
         has_own=bool(harmless),
     )
     _require_options(rates, traffic, harmless, harmful, segment_column)
+    _require_rate_alone(second_opinion, rates, traffic, segment_column)
     with changed_guard(guard, out) as target:
         loaded = read_guard(guard)
         both = rates.goal.needs_harmful or bool(traffic)
         prompts = _calibration_prompts(loaded, harmless, harmful, columns, needs_harmful=both)
         used = loaded.calibration_prompts(prompts, rates)  # says what is wrong at once
         live = _traffic_prompts(loaded, traffic, used, columns)
+        second = _open_second(used, rates, second_opinion) if second_opinion else None
         bound, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
@@ -148,6 +158,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
             unlabelled = list(calibrated.scan(backend, live, progress=view.advance))
         if live:
             calibrated = _adapt(calibrated, used, before, unlabelled, rates)
+        cascade = _calibrate_with(second, calibrated, used, before) if second else None
+        calibrated = cascade.guard if cascade else calibrated
         after = [calibrated.combine(one).verdict for one in scored]
         calibrated = _calibrate_long(calibrated, backend, prompts, rates, has_own=bool(harmless))
         save_guard(calibrated, target, report=bool(harmful))
@@ -155,6 +167,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
         echo_err(f"Replaced: threshold {loaded.threshold:.6g}, {loaded.promise}.")
     typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
     if any(prompt.harmful for prompt in used):
+        after = cascade.decide(used, after) if cascade else after
         echo_changes(compare(used, before, after), IN_SAMPLE)
     for paragraph in calibrated.notes:
         typer.echo(f"\n{paragraph}")
@@ -172,9 +185,16 @@ def _goal(balanced: bool, cost_ratio: float | None, harmful_share: float | None)
 
 
 def _rates(
-    max_fpr: float | None, review_fpr: float | None, confidence: float, goal: Goal, *, has_own: bool
+    max_fpr: float | None,
+    review_fpr: float | None,
+    confidence: float,
+    goal: Goal,
+    *,
+    has_second: bool,
+    has_own: bool,
 ) -> Rates:
     """The rates to keep, each with its default."""
+    from latentguard.guard.cascade import REVIEW_FPR
     from latentguard.guard.operating_point import RATES
     from latentguard.guard.thresholds import Rates
 
@@ -182,6 +202,8 @@ def _rates(
     rate = max_fpr if max_fpr is not None else default
     if goal.needs_harmful and review_fpr is not None and max_fpr is None:
         rate = max((one for one in RATES if one < review_fpr), default=RATES[0])
+    if has_second and review_fpr is None and not goal.needs_harmful:
+        review_fpr = REVIEW_FPR
     return Rates(rate, review_fpr, confidence, goal)
 
 
@@ -205,6 +227,50 @@ def _require_options(
         )
     if rates.goal.harmful_share is not None and not (traffic or rates.goal.needs_harmful):
         raise GuardError("--harmful-share belongs to --balanced, --cost-ratio or --traffic.")
+
+
+def _require_rate_alone(
+    second_opinion: str | None,
+    rates: Rates,
+    traffic: list[str] | None,
+    segment_column: str | None,
+) -> None:
+    """Say which options do not go with a second opinion."""
+    if second_opinion is None:
+        return
+    if traffic or segment_column or rates.goal.needs_harmful:
+        raise GuardError(
+            "--second-opinion calibrates one rate on harmless prompts; leave --traffic, "
+            "--segment-column, --balanced and --cost-ratio out."
+        )
+
+
+def _open_second(prompts: list[Prompt], rates: Rates, source: str) -> SecondOpinion:
+    """The second opinion, loaded, once there are prompts enough."""
+    from latentguard.guard.second_opinion import open_second_opinion
+    from latentguard.stats.bounds import require_enough_for_two
+
+    harmless = sum(not prompt.harmful for prompt in prompts)
+    require_enough_for_two(harmless, rates.block, rates.confidence)
+    second = open_second_opinion(source)
+    echo_err(f"Loading the second opinion, {second.name} ...")
+    second.load()
+    return second
+
+
+def _calibrate_with(
+    second: SecondOpinion, guard: LatentGuard, prompts: list[Prompt], verdicts: list[Verdict]
+) -> Cascade:
+    from latentguard.guard.cascade import calibrate_cascade
+
+    with progress("second opinion") as view:
+        cascade = calibrate_cascade(guard, second, prompts, verdicts, progress=view.advance)
+    if not cascade.has_band:
+        echo_err(
+            "Warning: the second opinion blocks so many harmless prompts that it is never asked; "
+            "the guard alone catches more."
+        )
+    return cascade
 
 
 def _calibration_prompts(

@@ -12,6 +12,7 @@ from latentguard.guard.hub import find_guard
 from latentguard.models.sources import DEFAULT, HUB_ID, resolve
 
 if TYPE_CHECKING:
+    from latentguard.guard.cascade import Cascade
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.models.chat_model import ChatModel
 
@@ -82,6 +83,37 @@ def load_guard_model(
     if bound is not guard:
         echo_err(f"Warning: {guard.shift_to(bound)}")
     return bound, backend
+
+
+def read_cascade(guard: LatentGuard, source: str | Path, second_opinion: str) -> Cascade:
+    """A guard with a second opinion, neither of them loaded; warns if nothing is promised of both.
+
+    Args:
+        guard: The guard.
+        source: Where it is.
+        second_opinion: As the option names it.
+
+    Raises:
+        LatentGuardError: if there is no such second opinion, or the guard has no review band.
+    """
+    from latentguard.guard.cascade import Cascade, is_promised
+    from latentguard.guard.second_opinion import open_second_opinion
+
+    cascade = Cascade.of(guard, open_second_opinion(second_opinion))
+    if guard.bound is not None and not is_promised(guard, cascade.second):
+        echo_err(
+            f"Warning: {source} was not calibrated with the second opinion {cascade.second.name}, "
+            "so nothing is promised of both together. Calibrate it: latentguard calibrate "
+            f"{source} --harmless FILE --second-opinion {second_opinion}"
+        )
+    return cascade
+
+
+def load_cascade(cascade: Cascade, guard: LatentGuard) -> Cascade:
+    """The cascade with the guard as it met its model, and the second opinion loaded."""
+    echo_err(f"Loading the second opinion, {cascade.second.name} ...")
+    cascade.second.load()
+    return cascade.of(guard, cascade.second)
 
 
 def require_calibrated(guard: LatentGuard, source: str | Path) -> None:

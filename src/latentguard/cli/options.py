@@ -111,4 +111,13 @@ Overwrite = Annotated[
 PromptSource = Annotated[
     str, typer.Argument(help="File of prompts, '-' for standard input, or Hub data set.")
 ]
+SecondOpinionSource = Annotated[
+    str | None,
+    typer.Option(
+        "--second-opinion",
+        help="Decides on prompts in the review band: a guard (folder, Hub id), a guard model such "
+        "as Llama Guard, or an OpenAI-compatible URL, which is sent their texts: "
+        "https://HOST/v1/moderations or http://HOST/v1#MODEL.",
+    ),
+]
 TextColumn = Annotated[str, typer.Option(help="Column that holds the prompt.")]

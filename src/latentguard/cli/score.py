@@ -15,7 +15,13 @@ import typer
 from latentguard.cli.console import ProgressView, echo_err, progress
 from latentguard.cli.inputs import check_prompts, check_replies, guard_columns
 from latentguard.cli.interrupts import explain_interrupt
-from latentguard.cli.loading import load_guard_model, read_guard, warn_if_uncalibrated
+from latentguard.cli.loading import (
+    load_cascade,
+    load_guard_model,
+    read_cascade,
+    read_guard,
+    warn_if_uncalibrated,
+)
 from latentguard.cli.options import (
     AllowMismatch,
     DeviceMap,
@@ -23,6 +29,7 @@ from latentguard.cli.options import (
     GuardSource,
     MovedModel,
     PromptSource,
+    SecondOpinionSource,
     TextColumn,
 )
 from latentguard.cli.outputs import output_file, output_folder, warn_of_replacement
@@ -31,6 +38,7 @@ from latentguard.errors import require_extra
 from latentguard.prompts import Prompt, Reply
 
 if TYPE_CHECKING:
+    from latentguard.guard.cascade import Cascade
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.models.chat_model import ChatModel
 
@@ -44,6 +52,7 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
     replies: Annotated[
         bool, typer.Option("--replies", help="Rows hold prompt and reply: score the reply.")
     ] = False,
+    second_opinion: SecondOpinionSource = None,
     text_column: TextColumn = "text",
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
@@ -66,6 +75,9 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
 
     If the guard was calibrated by segments, a prompt's segment is read from the same column.
 
+    With --second-opinion, prompts in the review band are decided by another guard, a guard model or
+    an endpoint; a verdict then says what it said (second_opinion).
+
     With --replies each row has a prompt and a reply, or messages that end with the assistant. A
     verdict names the token after which the reply is flagged (flagged_at).
 
@@ -75,6 +87,9 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
 
     Example: latentguard score guards/qwen prompts.jsonl --out verdicts.jsonl
     """
+    if second_opinion and (replies or engine is Engine.ray):
+        reason = "it is asked of prompts, without ray"
+        raise typer.BadParameter(reason, param_hint="--second-opinion")
     if engine is Engine.ray:
         if replies:
             raise typer.BadParameter("replies are scored without ray", param_hint="--replies")
@@ -90,22 +105,25 @@ def score(  # noqa: PLR0913, PLR0917 (each is an option)
         columns = replace(guard_columns(loaded, text_column), label="")  # labels are not read
         if replies:
             loaded.require_reply_probe()
+        cascade = read_cascade(loaded, guard, second_opinion) if second_opinion else None
         total = check_replies(prompts) if replies else check_prompts(prompts, columns)
         if out:
             warn_of_replacement(out)
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
+        if cascade is not None:
+            cascade = load_cascade(cascade, loaded)
         with progress("score", total) as view:
             if replies:
                 _score_replies(loaded, backend, stream_replies(prompts), out, view)
             else:
                 rows = stream_prompts(prompts, columns=columns)
-                _score_rows(loaded, backend, rows, out, view)
+                _score_rows(cascade or loaded, backend, rows, out, view)
 
 
 def _score_rows(
-    guard: LatentGuard,
+    guard: LatentGuard | Cascade,
     backend: ChatModel,
     rows: Iterator[Prompt],
     out: Path | None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Generic, TextIO, TypeVar
 
 from latentguard.errors import PromptError
 from latentguard.files import append_line, exclusive_lock, read_whole_lines, write_atomic
+from latentguard.guard.cascade import Cascade
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.replies import ReplyVerdict, reply_digest
 from latentguard.guard.verdict import Verdict
@@ -25,7 +26,7 @@ T = TypeVar("T", Prompt, Reply)
 
 
 def score_to_file(
-    guard: LatentGuard,
+    guard: LatentGuard | Cascade,
     backend: Backend,
     prompts: Iterable[Prompt],
     out: str | Path,

@@ -333,6 +333,8 @@ class GuardSpec:
         if self.bound is None:
             return "not calibrated, so nothing is promised"
         point = self.thresholds.point if self.thresholds else None
+        if self.thresholds and self.thresholds.second_opinion:
+            return f"{self.bound}, with the second opinion {self.thresholds.second_opinion.name}"
         if point is None or point.traffic is None:
             return str(self.bound)
         traffic = point.traffic

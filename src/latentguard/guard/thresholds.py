@@ -93,6 +93,28 @@ class SegmentThresholds:
         return SegmentThresholds(block, review, sample)
 
 
+@dataclass(frozen=True)
+class SecondOpinionRecord:
+    """The second opinion that the common thresholds were calibrated with."""
+
+    name: str
+    """Which it is (``second_opinion.SecondOpinion.name``)."""
+
+    asked: int
+    """Harmless prompts above the review threshold, of which it was asked."""
+
+    blocked: int
+    """How many of these it would block."""
+
+    def describe(self, bound: Bound) -> str:
+        """A sentence for people."""
+        return (
+            f"Calibrated with the second opinion `{self.name}`: it was asked of {self.asked} of "
+            f"{bound.n} harmless prompts and would block {self.blocked} of them. The rate is that "
+            "of both together, and is not promised with another second opinion."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Thresholds:
     """Thresholds by segment, a band to review, a map to probabilities."""
@@ -121,6 +143,9 @@ class Thresholds:
 
     point: OperatingPoint | None = None
     """What the threshold was chosen for; None of a guard of an earlier version."""
+
+    second_opinion: SecondOpinionRecord | None = None
+    """What the promise counts on in the band to review; None for the guard alone."""
 
     @staticmethod
     def of(
@@ -210,7 +235,14 @@ class Thresholds:
 
     def without_promise(self) -> Thresholds:
         """Thresholds and Platt's map go on with another model; the rest was of the first."""
-        return replace(self, isotonic=None, reliability=None, is_rebound=True, point=None)
+        return replace(
+            self,
+            isotonic=None,
+            reliability=None,
+            is_rebound=True,
+            point=None,
+            second_opinion=None,
+        )
 
     def tables(self) -> list[Table]:
         """Thresholds by segment and, if they were calibrated, probabilities by bin."""
@@ -231,6 +263,8 @@ class Thresholds:
     def notes(self) -> list[str]:
         """What the threshold is for, and the tables, in Markdown."""
         first = [self.point.describe()] if self.point else []
+        if self.second_opinion is not None:
+            first.append(self.second_opinion.describe(self.common.block))
         return [*first, *(table.markdown() for table in self.tables())]
 
     def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -250,6 +284,8 @@ class Thresholds:
         }
         if self.point is not None:  # earlier versions know no such key
             record["operating_point"] = self.point.to_dict()
+        if self.second_opinion is not None:  # nor this one
+            record["second_opinion"] = asdict(self.second_opinion)
         return record, {f"scores.{n}": torch.tensor(one.scores) for n, one in enumerate(every)}
 
     @staticmethod
@@ -270,6 +306,7 @@ class Thresholds:
         isotonic = record["isotonic"]
         reliability = record["reliability"]
         point = record.get("operating_point")
+        second = record.get("second_opinion")
         return Thresholds(
             common=common,
             column=record["column"],
@@ -279,6 +316,7 @@ class Thresholds:
             reliability=None if reliability is None else Reliability.from_dict(reliability),
             is_rebound=bool(record["is_rebound"]),
             point=None if point is None else OperatingPoint.from_dict(point),
+            second_opinion=None if second is None else SecondOpinionRecord(**second),
         )
 
 

@@ -12,6 +12,10 @@ Decision = Literal["allow", "review", "block"]
 """What is to be done with a prompt; the later, the more severe."""
 
 
+Opinion = Literal["allow", "review", "block", "failed"]
+"""What a second opinion says of a prompt: its decision, or that it gave none."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """The most harmful chunk of one turn of a long prompt or a chat."""
@@ -48,13 +52,14 @@ class Verdict:
     """Probability of harmful where both classes are equally frequent."""
 
     flagged: bool
-    """Whether the score is above the threshold."""
+    """Whether the score is above the threshold, or a second opinion blocks the prompt."""
 
     beliefs: dict[str, float]
     """Delta of each axis (equations 3 and 4), over the guard's layers."""
 
     decision: Decision = "allow"
-    """``block`` if flagged; ``review`` between two calibrated thresholds; else ``allow``."""
+    """``block`` if flagged; ``review`` between two calibrated thresholds; else ``allow``. A second
+    opinion decides between the thresholds, where there is one."""
 
     category: str | None = None
     """The likely risk category; None if the guard knows none."""
@@ -77,6 +82,10 @@ class Verdict:
 
     operating_point: str | None = None
     """What the threshold was chosen for, such as ``max-fpr=0.05``; None if uncalibrated."""
+
+    second_opinion: Opinion | None = None
+    """What a second opinion said; None if it was not asked. After ``failed`` the decision stays
+    ``review``."""
 
     def is_more_severe_than(self, other: Verdict, *, tie: float = 0.0) -> bool:
         """Whether it flags where the other does not, or decides or scores higher.
@@ -121,6 +130,7 @@ class Verdict:
         decision = self.decision if self.calibrated else f"{self.decision}, uncalibrated"
         fields = [f"category={self.category!r}"] if self.category and self.flagged else []
         fields += [f"obfuscations={list(self.obfuscations)}"] if self.obfuscations else []
+        fields += [f"second_opinion={self.second_opinion!r}"] if self.second_opinion else []
         fields += [f"id={self.id!r}"] if self.id else []
         numbers = f"probability={self.probability:.2f}, score={self.score:.4g}"
         return f"Verdict({', '.join([decision, numbers, *fields])})"
@@ -136,6 +146,7 @@ class Verdict:
             "prompt": self.id,
             "decision": self.decision + ("" if self.calibrated else " (uncalibrated)"),
             "operating point": self.operating_point or "",
+            "second opinion": self.second_opinion or "",
             "probability of harmful": f"{self.probability:.3f}",
             "score": f"{self.score:.4g}",
             "beliefs": ", ".join(beliefs),

@@ -162,10 +162,35 @@ class LazyGuardModel:
         self, prompts: Sequence[Prompt], *, progress: Progress | None = None
     ) -> list[float]:
         """P(unsafe) of prompts, [n]; raises as ``GuardModel`` and ``ChatModel.load`` do."""
-        if self._guard is None:
-            self._guard = GuardModel.load(self._source, **self._how)
+        self.load()
         scores: list[float] = self._guard(prompts, progress=progress)
         return scores
+
+    def load(self) -> None:
+        """Load it now, if it is not loaded."""
+        if self._guard is None:
+            self._guard = GuardModel.load(self._source, **self._how)
+
+
+def is_unsafe_reply(text: str) -> bool:
+    """Whether a guard model's own reply begins with its word for unsafe, or for neither.
+
+    Families without a lead are not read: ShieldGemma needs a guideline in each request.
+
+    Raises:
+        ModelError: if the reply is the verdict of no known family.
+    """
+    for family in FAMILIES:
+        words = [word for word in (family.unsafe, family.safe, family.between) if word]
+        lead = re.escape(family.lead.strip())
+        match = re.match(rf"\s*{lead}\s*({'|'.join(words)})\s*(\n|$)", text)
+        if family.lead and match:
+            return match[1] != family.safe
+    names = ", ".join(sorted(family.name for family in FAMILIES if family.lead))
+    raise ModelError(
+        f"Expected the verdict of a guard model ({names}) on the first line; found {len(text)} "
+        "other characters."
+    )
 
 
 def _recognise(tokenizer: Any, source: str) -> tuple[GuardFamily, list[str]]:

@@ -73,6 +73,8 @@ def build_app(service: Service) -> ASGIApp:
         await service.engine.stop()
         if upstream is not None:
             await upstream.close()
+        if service.second_opinion is not None:
+            service.second_opinion.close()
         await accounts.close()
         if service.audit is not None:
             service.audit.close()

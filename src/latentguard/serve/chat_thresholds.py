@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from scipy.stats import chi2
 
 from latentguard.errors import GuardError
+from latentguard.guard.cascade import joint_decision
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.verdict import Decision, Verdict
 from latentguard.serve.config import RateOf
@@ -81,15 +82,26 @@ class ChatThresholds:
             segments: Whose thresholds each reading is compared with; None for the common ones.
             rate_of: Whether the readings share the rate, or each has all of it.
         """
+        each = self.decide_each(verdicts, newest, segments, rate_of=rate_of)
+        return max(each, key=_severity)
+
+    def decide_each(
+        self,
+        verdicts: Sequence[Verdict | None],
+        newest: Sequence[bool],
+        segments: Sequence[str | None],
+        *,
+        rate_of: RateOf = "chat",
+    ) -> list[DecidedReading]:
+        """The readings that have a verdict, each under the threshold of its chat; as ``decide``."""
         shares = shares_of(newest) if rate_of == "chat" else [1.0] * len(newest)
-        decided = [
+        return [
             self._decide(number, verdict, share, segment)
             for number, (verdict, share, segment) in enumerate(
                 zip(verdicts, shares, segments, strict=True)
             )
             if verdict is not None
         ]
-        return max(decided, key=_severity)
 
     def _decide(
         self, index: int, verdict: Verdict, share: float, segment: str | None
@@ -104,12 +116,13 @@ class ChatThresholds:
             decision = "block"
         elif review is not None and not verdict.evidence and verdict.score > review:
             decision = "review"
-        if share == 1.0:
-            return DecidedReading(index, verdict, threshold)
+        opinion = verdict.second_opinion if decision == "review" else None
+        decision = joint_decision(decision, opinion)
+        if decision == "block" and opinion is not None and review is not None:
+            threshold = review
         flagged = decision == "block"
-        return DecidedReading(
-            index, replace(verdict, decision=decision, flagged=flagged), threshold
-        )
+        verdict = replace(verdict, decision=decision, flagged=flagged, second_opinion=opinion)
+        return DecidedReading(index, verdict, threshold)
 
     def _base(self, verdict: Verdict, segment: str | None) -> float:
         """The threshold of a single prompt; the guard's for what was read by chunks."""
@@ -122,10 +135,10 @@ class ChatThresholds:
         own = self.guard.thresholds.for_segment(segment)
         scores = own.scores.astype(np.float64)
         block = threshold_at(scores, own.block, share) - threshold_at(scores, own.block, 1.0)
-        review = None if own.review is None else threshold_at(scores, own.review, share)
-        if share == 1.0 and own.review is not None:
-            review = own.review.threshold
-        return block, review
+        if own.review is None:
+            return block, None
+        review = threshold_at(scores, own.review, share) - threshold_at(scores, own.review, 1.0)
+        return block, own.review.threshold + review
 
 
 def shares_of(newest: Sequence[bool]) -> list[float]:

@@ -77,8 +77,13 @@ class OwnChat:
         return prompt
 
     async def _read_before(self) -> None:
-        """Read what does not need the pass of the reply."""
-        start = 1 if self.context.service.engine.has_free_chat else 0
+        """Read what does not need the pass of the reply.
+
+        With a second opinion that is all of the chat: the scoring thread cannot wait for it.
+        """
+        service = self.context.service
+        is_read_with_reply = service.engine.has_free_chat and service.second_opinion is None
+        start = 1 if is_read_with_reply else 0
         self.scored[start:] = await self.context.score_readings(self.readings[start:])
 
     async def _begin(self) -> ChatEvent:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from scipy.special import expit
 
 from latentguard.errors import LatentGuardError, PromptError, TemplateError
+from latentguard.guard.cascade import joint_verdict
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import Outcome, ScoredPlan, VariantScore
-from latentguard.guard.verdict import Verdict
+from latentguard.guard.verdict import Opinion, Verdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import ApiError, BadRequest, Unavailable
@@ -157,8 +158,30 @@ def scored_prompt(guard: LatentGuard, prompt: Prompt, outcome: Outcome) -> Score
 
 
 def threshold_of(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> float:
-    """What a verdict's score was compared with: its segment's threshold, if that has its own."""
+    """What a verdict's score was compared with.
+
+    That is the threshold of its segment, if that has its own; the review threshold, if a second
+    opinion blocks the prompt.
+    """
+    if verdict.flagged and verdict.second_opinion == "block":
+        return review_threshold(guard, prompt.segment)
     return guard.threshold_for(prompt.segment, has_evidence=bool(verdict.evidence))
+
+
+def review_threshold(guard: LatentGuard, segment: str | None) -> float:
+    """Above which a second opinion is asked; for guards that have a review band."""
+    assert guard.thresholds is not None
+    band = guard.thresholds.for_segment(segment).review
+    assert band is not None
+    return band.threshold
+
+
+def with_opinion(
+    guard: LatentGuard, prompt: Prompt, scored: ScoredPrompt, opinion: Opinion
+) -> ScoredPrompt:
+    """A verdict in the review band, with what a second opinion says."""
+    verdict = joint_verdict(scored.verdict, opinion)
+    return replace(scored, verdict=verdict, threshold=threshold_of(guard, prompt, verdict))
 
 
 def moved_probability(platt: tuple[float, float], score: float, threshold: float) -> float:

@@ -19,6 +19,7 @@ import uvicorn
 
 from latentguard.errors import LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.second_opinion import SecondOpinion
 from latentguard.serve.app import build_app, build_health_app
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.config import ServeConfig
@@ -29,6 +30,7 @@ from latentguard.serve.errors import ReloadFailed
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.limits import TimedProtocol
 from latentguard.serve.reload import Reloader, ServedFiles
+from latentguard.serve.second_opinion import OpinionThreads
 from latentguard.serve.served_guards import Binder, verified
 from latentguard.serve.service import Service
 from latentguard.serve.telemetry import Telemetry
@@ -49,6 +51,9 @@ class GuardSource:
 
     read: Callable[[], ServedFiles] | None = None
     """Reads all guards and keys anew; None if that cannot be done."""
+
+    second_opinion: SecondOpinion | None = None
+    """Decides in the review band; whatever loads the first model loads it, too."""
 
 
 class ListeningServer(uvicorn.Server):
@@ -186,7 +191,7 @@ def create_server(
         keys: Who may come in.
         audit: Where verdicts are written.
         reference: What scores are compared with.
-        guards: The other guards, and how all are read anew.
+        guards: The other guards, a second opinion, and how guards are read anew.
         open_telemetry: Where traces and metrics go, beside Prometheus.
         how: For uvicorn (``host``, ``port``).
     """
@@ -196,6 +201,9 @@ def create_server(
         opener, config, named_guards=guards.named_guards, bind=guards.bind, on_batch=telemetry.batch
     )
     service = Service(config, engine, telemetry, keys or ApiKeys(), audit, reference)
+    if guards.second_opinion is not None:
+        service.second_opinion = OpinionThreads(guards.second_opinion, config.deadline)
+        service.second_opinion.on_opinion = telemetry.opinion
     _add_gauges(service)
     server = Server(uvicorn.Config(build_app(service), **_settings(config), **how))
     server.service = service

@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from latentguard.guard.explanation import Explainer
 from latentguard.guard.replies import ReplyVerdict
+from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.chat_readings import ChatReading
@@ -26,7 +27,8 @@ from latentguard.serve.engine import ScoringEngine
 from latentguard.serve.errors import ApiError, ClientDisconnected, Unavailable
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.reply_reading import ReplyAction
-from latentguard.serve.scoring import ScoredPrompt
+from latentguard.serve.scoring import ScoredPrompt, with_opinion
+from latentguard.serve.second_opinion import OpinionThreads
 from latentguard.serve.served_guards import DEFAULT_NAME, ServedGuard, ServedGuards
 from latentguard.serve.telemetry import Telemetry
 from latentguard.serve.text_cache import TextCache
@@ -61,6 +63,9 @@ class Service:
 
     explainer: Explainer = field(default_factory=Explainer)
     """Says what verdicts are made of; for the scoring thread."""
+
+    second_opinion: OpinionThreads | None = None
+    """Decides in the review band; None leaves it to the policy."""
 
     require_limits: Callable[[], Awaitable[None]] | None = None
     """Raises an ``ApiError`` if requests of clients cannot be counted; None before it serves."""
@@ -196,10 +201,7 @@ class RequestContext:
             scored: What was found; None where that is still to come.
         """
         decided = self.served.chat_thresholds.decide(
-            [one.verdict if one else None for one in scored],
-            [reading.is_newest for reading in readings],
-            [self._segment_of(reading) for reading in readings],
-            rate_of=self.service.config.rate_of,
+            *self._decided_by(readings, scored), rate_of=self.service.config.rate_of
         )
         most_severe = scored[decided.index]
         assert most_severe is not None
@@ -210,6 +212,16 @@ class RequestContext:
             readings=len(readings),
             index=decided.index,
             source=readings[decided.index].source,
+        )
+
+    def _decided_by(
+        self, readings: Sequence[ChatReading], scored: Sequence[ScoredPrompt | None]
+    ) -> tuple[list[Verdict | None], list[bool], list[str | None]]:
+        """What ``ChatThresholds`` takes: verdict, newness and segment of each reading."""
+        return (
+            [one.verdict if one else None for one in scored],
+            [reading.is_newest for reading in readings],
+            [self._segment_of(reading) for reading in readings],
         )
 
     def _segment_of(self, reading: ChatReading) -> str | None:
@@ -230,7 +242,9 @@ class RequestContext:
     async def score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:
         """Score prompts; an error is recorded for each, then raised."""
         try:
-            return await run_while_connected(self._score(prompts), self.request)
+            scored = await run_while_connected(self._score(prompts), self.request)
+            band = [n for n, one in enumerate(scored) if one.verdict.decision == "review"]
+            return await self._with_opinions(prompts, scored, band)
         except ApiError as error:
             await self.record_failure(prompts, error, is_answered=False)
             raise
@@ -242,9 +256,44 @@ class RequestContext:
         missing = [p for p, scored in zip(prompts, cached, strict=True) if scored is None]
         fresh = iter(await run_while_connected(self._score(missing), self.request))
         results = [scored or next(fresh) for scored in cached]
+        results = await self._with_opinions(prompts, results, self._band(readings, results))
         for prompt, scored in zip(prompts, results, strict=True):
             if not prompt.history:
                 self.service.cache.put(scored, *self._cache_key(prompt))
+        return results
+
+    def _band(self, readings: Sequence[ChatReading], scored: Sequence[ScoredPrompt]) -> list[int]:
+        """The readings of a chat that a second opinion is to decide; none of a blocked chat.
+
+        An opinion that was kept with an earlier reading of the same text is not asked again.
+        """
+        if self.service.second_opinion is None:
+            return []
+        decided = self.served.chat_thresholds.decide_each(
+            *self._decided_by(readings, scored), rate_of=self.service.config.rate_of
+        )
+        verdicts = [one.verdict for one in decided]
+        if any(verdict.flagged for verdict in verdicts):
+            return []
+        open_cases = (None, "failed")
+        return [
+            n
+            for n, verdict in enumerate(verdicts)
+            if verdict.decision == "review" and verdict.second_opinion in open_cases
+        ]
+
+    async def _with_opinions(
+        self, prompts: Sequence[Prompt], scored: Sequence[ScoredPrompt], band: Sequence[int]
+    ) -> list[ScoredPrompt]:
+        """The verdicts, with a second opinion on those of the band."""
+        results = list(scored)
+        second = self.service.second_opinion
+        if second is None or not band:
+            return results
+        asked = [prompts[n] for n in band]
+        opinions = await run_while_connected(second.ask(asked), self.request)
+        for n, opinion in zip(band, opinions, strict=True):
+            results[n] = with_opinion(self.served.guard, prompts[n], scored[n], opinion)
         return results
 
     async def _score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:

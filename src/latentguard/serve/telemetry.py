@@ -45,6 +45,7 @@ class Telemetry:
         self.verdicts = counter("latentguard_verdicts", "Verdicts.", [*labels, "guard"])
         self.reloads = counter("latentguard_reloads", "Guards and keys read anew.", ["outcome"])
         self.replies = counter("latentguard_replies", "Verdicts on replies.", labels)
+        self.opinions = counter("latentguard_second_opinions", "Second opinions.", ["opinion"])
         self.first_token = histogram(
             "latentguard_first_token_seconds",
             "Streamed chats, to the first event.",
@@ -105,6 +106,10 @@ class Telemetry:
     def reply(self, endpoint: str, action: str, decision: str) -> None:
         """Count what was done with a reply."""
         self.replies.labels(endpoint, action, decision).inc()
+
+    def opinion(self, opinion: str) -> None:
+        """Count a second opinion."""
+        self.opinions.labels(opinion).inc()
 
     def page(self) -> bytes:
         """Prometheus' text format."""

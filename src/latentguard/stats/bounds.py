@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,19 +88,98 @@ def threshold_for_fpr(scores: ArrayLike, max_fpr: float, confidence: float = 0.9
             "Expected a rate between 0 and 1, a confidence between 0 and 1 and finite scores; "
             f"found {max_fpr}, {confidence} and {int(np.isnan(ranked).sum())} undefined scores."
         )
-    uppers = beta.ppf(confidence, np.arange(n) + 1, n - np.arange(n))  # rising
-    allowed = int((uppers <= max_fpr).sum())
-    if not allowed:
+    k = _most_flagged(n, max_fpr, confidence)
+    if k < 0:
         best = np.ceil(1e4 * clopper_pearson_upper(0, n, confidence)) / 1e4  # can be asked for
         raise GuardError(
             f"{n} harmless prompts are too few for a false-positive rate of {max_fpr:.2%} with "
             f"{100 * confidence:g}% confidence: they can promise {best:.2%} at best. Give at least "
             f"{smallest_n(max_fpr, confidence)}, or ask for {best:.2%} or more."
         )
-    k = allowed - 1
     threshold = _over(ranked, float(ranked[k]))
     upper, flagged = clopper_pearson_upper(k, n, confidence), int((ranked > threshold).sum())
     return Bound(threshold, max_fpr, upper, confidence, flagged, n)
+
+
+@dataclass(frozen=True)
+class JointBounds:
+    """Both thresholds of a cascade."""
+
+    block: Bound
+    """Flagged above this; the bound counts what the second opinion blocks, too."""
+
+    review: Bound
+    """Above this, and up to ``block``, a second opinion decides."""
+
+
+def joint_thresholds(
+    scores: ArrayLike, blocked: ArrayLike, review: Bound, max_fpr: float
+) -> JointBounds:
+    """Thresholds that keep the false-positive rate of a guard and a second opinion together.
+
+    - The second opinion may block half of the prompts that the rate allows. If it would block more,
+      the review threshold is raised until it does not.
+    - What it leaves of the rate lowers the guard's own threshold.
+
+    Each threshold is the score of a prompt that ends a block of the sample, and each block may be
+    chosen by those before it. So the joint rate of k blocks is Beta(k, n + 1 - k) distributed
+    ("statistically equivalent blocks", Tukey, 1947), and the bound is exact: that of k - 1 flagged
+    prompts. A raised review threshold costs one block.
+
+    Args:
+        scores: Of harmless prompts, [n].
+        blocked: Whether the second opinion would block them, [n]; read above ``review`` only.
+        review: The lowest threshold at which it may be asked, from these scores.
+        max_fpr: Rate that both together are to keep.
+
+    Raises:
+        GuardError: if there are too few prompts.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    n = len(values)
+    require_enough_for_two(n, max_fpr, review.confidence)
+    k = _most_flagged(n, max_fpr, review.confidence)
+    by_second = np.asarray(blocked, dtype=bool) & (values > review.threshold)
+    ranked = np.sort(values)[::-1]
+    second = np.sort(values[by_second])[::-1]
+    first = np.sort(values[~by_second])[::-1]
+    half = k // 2
+    lower = review.threshold
+    remaining = k - len(second)
+    if len(second) > half:
+        lower = _over(ranked, float(second[half]))
+        remaining = k - half - 1
+    own = _over(ranked, float(first[min(remaining, len(first) - 1)]))
+    threshold = max(own, lower)
+    flagged = (values > threshold) | (by_second & (values > lower))
+    upper = clopper_pearson_upper(k, n, review.confidence)
+    block = Bound(threshold, max_fpr, upper, review.confidence, int(flagged.sum()), n)
+    above = int((values > lower).sum())
+    return JointBounds(block, replace(review, threshold=lower, observed=above))
+
+
+def require_enough_for_two(n: int, max_fpr: float, confidence: float = 0.95) -> None:
+    """Check that n harmless prompts can keep a joint rate: one flagged prompt must be allowed.
+
+    Raises:
+        GuardError: if they are too few, saying how many it takes.
+    """
+    require_enough_harmless(n, max_fpr, confidence)
+    if _most_flagged(n, max_fpr, confidence) >= 1:
+        return
+    enough = n
+    while clopper_pearson_upper(1, enough, confidence) > max_fpr:
+        enough += 1
+    raise GuardError(
+        f"{n} harmless prompts are too few for a false-positive rate of {max_fpr:.2%} with a "
+        f"second opinion; give at least {enough}."
+    )
+
+
+def _most_flagged(n: int, max_fpr: float, confidence: float) -> int:
+    """How many of n harmless prompts may be flagged for a rate to be promised; -1 if none may."""
+    uppers = beta.ppf(confidence, np.arange(n) + 1, n - np.arange(n))  # rising
+    return int((uppers <= max_fpr).sum()) - 1
 
 
 def _over(ranked: NDArray[np.float64], score: float) -> float:

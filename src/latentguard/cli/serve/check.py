@@ -10,6 +10,7 @@ from latentguard.cli.serve.parts import (
     read_certificate,
     read_guards,
     read_keys,
+    read_second_opinion,
     read_upstream_key,
 )
 from latentguard.errors import LatentGuardError
@@ -44,7 +45,8 @@ def find_problems(options: ServeOptions) -> list[str]:
 
 
 def _check_guard(options: ServeOptions) -> None:
-    guard, _ = read_guards(options)
+    guard, named_guards = read_guards(options)
+    read_second_opinion(options, [guard, *named_guards.values()])
     require_model(options.model or guard.fingerprint.model)
 
 

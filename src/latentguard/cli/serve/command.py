@@ -28,7 +28,8 @@ def serve(context: typer.Context, **arguments: Any) -> None:
 
     Chats are answered by the guard's own model, or by --upstream. The upstream's key is read from
     LATENTGUARD_UPSTREAM_KEY. A guard that was calibrated with --review-fpr has a third decision,
-    'review'. Options can also be given in a file (--config) or in the environment.
+    'review', which --second-opinion can decide. Options can also be given in a file (--config) or
+    in the environment.
 
     Example: latentguard serve guards/qwen --audit audit.jsonl
     """
@@ -147,14 +148,18 @@ def _run(options: ServeOptions) -> None:
     files = parts.read_files(options)
     if not files.keys and options.host not in LOCAL:
         log.warning("No API keys, and %s can be reached from elsewhere.", options.host)
+    second = parts.read_second_opinion(options, [files.guard, *files.named_guards.values()])
     service = server.create_server(
-        parts.opener(files.guard, options),
+        parts.opener(files.guard, options, second),
         parts.config_of(options, files),
         keys=files.keys,
         audit=parts.open_audit(options),
         reference=files.reference,
         guards=server.GuardSource(
-            files.named_guards, parts.binder(options), partial(parts.read_files, options)
+            files.named_guards,
+            parts.binder(options, second),
+            partial(parts.read_files, options),
+            second,
         ),
         host=options.host,
         port=options.port,

@@ -122,6 +122,15 @@ class ServeOptions:
             rich_help_panel=GUARD,
         ),
     ] = None
+    second_opinion: Annotated[
+        str | None,
+        typer.Option(
+            help="Decides on prompts in the review band: a guard (folder, Hub id), a guard model "
+            "such as Llama Guard, or an OpenAI-compatible URL, which is sent their texts: "
+            "https://HOST/v1/moderations or http://HOST/v1#MODEL.",
+            rich_help_panel=GUARD,
+        ),
+    ] = None
     allow_mismatch: Annotated[
         bool,
         typer.Option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import ssl
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from latentguard.errors import GuardError, LatentGuardError, require_extra
 
 if TYPE_CHECKING:
     from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.guard.second_opinion import SecondOpinion
     from latentguard.models.chat_model import ChatModel
     from latentguard.serve.audit_log import AuditLog
     from latentguard.serve.config import ServeConfig
@@ -49,6 +51,32 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
         if not options.allow_mismatch:
             guard.require_match(named_guards[name].fingerprint)
     return guard, named_guards
+
+
+def read_second_opinion(
+    options: ServeOptions, guards: Sequence[LatentGuard]
+) -> SecondOpinion | None:
+    """The second opinion, not loaded; warns of guards that promise nothing with it.
+
+    Raises:
+        LatentGuardError: if there is none of this name, or a guard has no review band.
+    """
+    if options.second_opinion is None:
+        return None
+    from latentguard.guard.cascade import Cascade, is_promised
+    from latentguard.guard.second_opinion import open_second_opinion
+
+    second = open_second_opinion(options.second_opinion)
+    for guard in guards:
+        Cascade.of(guard, second)  # says what is wrong before anything is loaded
+        if not is_promised(guard, second):
+            log.warning(
+                "Guard %s was not calibrated with the second opinion %s, so nothing is promised of "
+                "both together.",
+                guard.digest[:12],
+                second.name,
+            )
+    return second
 
 
 def read_keys(options: ServeOptions) -> ApiKeys:
@@ -135,8 +163,13 @@ def config_of(options: ServeOptions, files: ServedFiles) -> ServeConfig:
     )
 
 
-def opener(guard: LatentGuard, options: ServeOptions) -> Opener:
-    """What loads the guard's model, on the scoring thread, and lets the guard meet it."""
+def opener(
+    guard: LatentGuard, options: ServeOptions, second: SecondOpinion | None = None
+) -> Opener:
+    """What loads the guard's model, on the scoring thread, and lets the guard meet it.
+
+    The second opinion is loaded there, too, so that the service is not ready before.
+    """
     from transformers.utils import logging as transformers_logging
 
     from latentguard.models.chat_model import ChatModel
@@ -144,7 +177,7 @@ def opener(guard: LatentGuard, options: ServeOptions) -> Opener:
 
     source = options.model or guard.fingerprint.model
     placing = {"device_map": options.device_map} if options.device_map else {}
-    bind = binder(options)
+    bind = binder(options, second)
 
     def load() -> tuple[LatentGuard, ChatModel]:
         transformers_logging.disable_progress_bar()
@@ -152,16 +185,21 @@ def opener(guard: LatentGuard, options: ServeOptions) -> Opener:
         transformers_logging.enable_propagation()
         backend = ChatModel.load(source, dtype=guard.fingerprint.dtype, **placing)
         choose_threads(backend)
+        if second is not None:
+            second.load()
         return bind(guard, backend), backend
 
     return load
 
 
-def binder(options: ServeOptions) -> Binder:
+def binder(options: ServeOptions, second: SecondOpinion | None = None) -> Binder:
     """What lets a guard meet the model.
 
-    Allowed another model, the guard is bound to it: its canaries score from then on as they do now.
+    - Allowed another model, the guard is bound to it: its canaries score from then on as they do
+      now.
+    - Beside a second opinion that it was not calibrated with, it promises nothing.
     """
+    from latentguard.guard.cascade import Cascade
     from latentguard.serve.served_guards import verified
 
     def accept(guard: LatentGuard, model: ChatModel) -> LatentGuard:
@@ -170,7 +208,10 @@ def binder(options: ServeOptions) -> Binder:
             log.warning("%s", guard.shift_to(met))
         return met
 
-    return accept if options.allow_mismatch else verified
+    meet = accept if options.allow_mismatch else verified
+    if second is None:
+        return meet
+    return lambda guard, model: Cascade.of(meet(guard, model), second).guard
 
 
 def open_audit(options: ServeOptions) -> AuditLog | None:

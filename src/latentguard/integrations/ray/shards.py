@@ -47,6 +47,7 @@ COLUMNS = pa.schema(
         ("obfuscations", pa.list_(pa.string())),
         ("calibrated", pa.bool_()),
         ("operating_point", pa.string()),
+        ("second_opinion", pa.string()),
         ("error", pa.string()),
     ]
 )
