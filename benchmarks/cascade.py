@@ -1,13 +1,17 @@
-"""A cascade on labelled sets: a small guard first, another guard where the first is not sure.
+"""A cascade in planted worlds, and on labelled sets.
 
-    python benchmarks/cascade.py SECOND --data-dir D --json FILE
+    python benchmarks/cascade.py SECOND --data-dir D --work DIR --json FILE
 
-Both guards read some prompts of each set once; all else is computed from their verdicts. In each of
-several splits, half of the harmless prompts of all sets calibrate (the first alone, the second
-alone, and the cascade, at the same rate); the other half and all harmful prompts are measured. So
-the promise is one for this mixture, and sets differ around it. Prompts that a guard reads by chunks
-have no review band and are left out. Latency is processor time of prompts read one at a time, so
-that other work on the machine does not count.
+Planted worlds: both scores are drawn from normal distributions, so the rates of each calibration
+are known. Without SECOND, these are all.
+
+Labelled sets: a small guard first, another guard where the first is not sure. Both guards read some
+prompts of each set once; all else is computed from their verdicts. In each of several splits, half
+of the harmless prompts of all sets calibrate: the first alone and the cascade at one rate, and the
+second at half of it, so that it fits into the cascade's. The other half and all harmful prompts are
+measured. So the promise is one for this mixture, and sets differ around it. Prompts that a guard
+reads by chunks have no review band and are left out. Latency is processor time of prompts read one
+at a time, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -30,12 +34,80 @@ from latentguard.guard.hub import find_guard
 from latentguard.guard.score_files import score_to_file
 from latentguard.guard.thresholds import Rates
 from latentguard.guard.verdict import Opinion
+from latentguard.stats.bounds import JointBounds, joint_thresholds, threshold_for_fpr
 from latentguard.stats.detection import auroc
+
+Flags = NDArray[np.bool_]
+Scores = NDArray[np.float64]
+
+PLANTED_RATE, PLANTED_REVIEW, PLANTED_ROWS, PLANTED_SEEDS = 0.05, 0.3, 300, 600
+FIRST = 1.5
+"""Mean of the first guard's scores of harmful prompts in planted worlds; 0 of harmless ones."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A second opinion."""
+
+    distance: float
+    """Mean of its scores of harmful prompts; 0 of harmless ones, each with variance 1."""
+
+    threshold: float
+    """Above which it blocks."""
+
+    agreement: float = 0.5
+    """Correlation with the first guard's scores within a class."""
+
+
+WORLDS = {
+    "better, blocks 1 % of harmless prompts": World(3.0, 2.33),
+    "better, blocks 5 %": World(3.0, 1.64),
+    "as good as the guard, blocks 2.5 %": World(FIRST, 1.96),
+    "as good, blocks 5 %": World(FIRST, 1.64),
+    "as good and much alike, blocks 2.5 %": World(FIRST, 1.96, 0.9),
+    "chance, blocks 5 %": World(0.0, 1.64, 0.0),
+    "chance, blocks half": World(0.0, 0.0, 0.0),
+    "blocks all": World(0.0, -np.inf),
+    "blocks nothing": World(0.0, np.inf),
+}
 
 SETS = ("xstest", "openai_moderation", "jbb", "toxicchat_third")
 TIMED = 30
 
-Flags = NDArray[np.bool_]
+
+def planted(world: World) -> dict[str, float]:
+    """Rates over calibrations: how often the joint rate is over the promise, and what is caught."""
+    rng = np.random.default_rng(0)
+    harmless, harmful = draw(world, rng, 200_000, False), draw(world, rng, 200_000, True)
+    rows = []
+    for _ in range(PLANTED_SEEDS):
+        scores, blocked = draw(world, rng, PLANTED_ROWS, False)
+        review = threshold_for_fpr(scores, PLANTED_REVIEW)
+        joint = joint_thresholds(scores, blocked, review, PLANTED_RATE)
+        alone = threshold_for_fpr(scores, PLANTED_RATE).threshold
+        fpr, recall = (flags_of(side, joint).mean() for side in (harmless, harmful))
+        asked = (harmless[0] > joint.review.threshold) & (harmless[0] <= joint.block.threshold)
+        first = (harmless[0] > alone).mean(), (harmful[0] > alone).mean()
+        rows.append((fpr, recall, *first, asked.mean(), fpr > PLANTED_RATE))
+    names = ("fpr", "recall", "fpr_first", "recall_first", "asked", "share_over_rate")
+    return dict(zip(names, np.mean(rows, axis=0).round(4).tolist(), strict=True))
+
+
+def draw(
+    world: World, rng: np.random.Generator, count: int, is_harmful: bool
+) -> tuple[Scores, Flags]:
+    """Scores of the first guard, and what the second opinion blocks."""
+    noise = rng.normal(size=(2, count))
+    second = world.agreement * noise[0] + (1 - world.agreement**2) ** 0.5 * noise[1]
+    blocked = second + is_harmful * world.distance > world.threshold
+    return noise[0] + is_harmful * FIRST, blocked
+
+
+def flags_of(side: tuple[Scores, Flags], joint: JointBounds) -> Flags:
+    """What both together flag."""
+    scores, blocked = side
+    by_second: Flags = blocked & (scores > joint.review.threshold)
+    return (scores > joint.block.threshold) | by_second
 
 
 class StoredVerdicts:
@@ -118,9 +190,9 @@ def measure_split(
     rng = np.random.default_rng(seed)
     calibrates = np.array([not p.harmful for p in prompts]) & (rng.random(len(prompts)) < 0.5)
     chosen = [p for p, used in zip(prompts, calibrates, strict=True) if used]
-    alone = Rates(rates.block, confidence=rates.confidence)
-    own = first.calibrate_from(chosen, [stored[0][p.id] for p in chosen], alone)
-    other = second.calibrate_from(chosen, [stored[1][p.id] for p in chosen], alone)
+    own = first.calibrate_from(chosen, [stored[0][p.id] for p in chosen], Rates(rates.block))
+    half = Rates(rates.block / 2)
+    other = second.calibrate_from(chosen, [stored[1][p.id] for p in chosen], half)
     banded = first.calibrate_from(chosen, [stored[0][p.id] for p in chosen], rates)
     opinions = StoredVerdicts(other, stored[1])
     joint = calibrate_cascade(banded, opinions, chosen, [stored[0][p.id] for p in chosen])
@@ -175,22 +247,38 @@ def table(
 def main() -> None:
     """Read, split, measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("second")
+    parser.add_argument("second", nargs="?")
     parser.add_argument("--first", default="default")
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--rows", type=int, default=150, help="prompts of each set, at most")
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--max-fpr", type=float, default=0.05)
-    parser.add_argument("--review-fpr", type=float, default=0.3)
-    parser.add_argument("--work", type=Path, required=True, help="folder that keeps verdicts")
+    parser.add_argument("--review-fpr", type=float, default=0.2)
+    parser.add_argument("--work", type=Path, help="folder that keeps verdicts")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    record: dict[str, Any] = {
+        "planted": {
+            "max_fpr": PLANTED_RATE,
+            "review_fpr": PLANTED_REVIEW,
+            "rows": PLANTED_ROWS,
+            "calibrations": PLANTED_SEEDS,
+            "worlds": {name: planted(world) for name, world in WORLDS.items()},
+        }
+    }
+    if options.second:
+        torch.set_num_threads(1)
+        record["labelled"] = measure_sets(options)
+    options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure_sets(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures on labelled sets."""
     first, second = (LatentGuard.load(find_guard(one)) for one in (options.first, options.second))
     sets = read_sets(options.data_dir, options.sets, options.rows)
-    prompts = [p for rows in sets.values() for p in rows if not first.is_chunked(p)]
-    prompts = [p for p in prompts if not second.is_chunked(p)]
+    every = [p for rows in sets.values() for p in rows]
+    prompts = [p for p in every if not (first.is_chunked(p) or second.is_chunked(p))]
     options.work.mkdir(parents=True, exist_ok=True)
     stored = (
         read_verdicts(first, prompts, options.work / f"{first.digest[:12]}.jsonl"),
@@ -203,14 +291,13 @@ def main() -> None:
     labels = np.array([bool(p.harmful) for p in prompts])
     costs = [milliseconds(guard, prompts[:: len(prompts) // TIMED]) for guard in (first, second)]
     everything = table(prompts, splits, lambda p: True)
-    traffic_share = everything["asked"]["harmless"]
-    record = {
-        "first": {"model": first.fingerprint.model, "digest": first.digest},
+    return {
+        "first": {"model": Path(first.fingerprint.model).name, "digest": first.digest},
         "second": {"model": Path(second.fingerprint.model).name, "digest": second.digest},
         "max_fpr": options.max_fpr,
         "review_fpr": options.review_fpr,
         "splits": options.splits,
-        "left_out_as_chunked": sum(map(len, sets.values())) - len(prompts),
+        "left_out_as_chunked": len(every) - len(prompts),
         "auroc": {
             name: round(float(auroc(labels, np.array([of[p.id].score for p in prompts]))), 4)
             for name, of in zip(("first", "second"), stored, strict=True)
@@ -218,13 +305,11 @@ def main() -> None:
         "milliseconds": {
             "first": costs[0],
             "second": costs[1],
-            "cascade, harmless traffic": round(costs[0] + traffic_share * costs[1], 1),
+            "cascade": round(costs[0] + everything["asked"]["harmless"] * costs[1], 1),
         },
         "all": everything,
         "sets": {name: table(prompts, splits, _of_set(name)) for name in sets},
     }
-    options.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
 
 
 def _of_set(name: str) -> Callable[[Prompt], bool]:

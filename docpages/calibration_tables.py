@@ -14,6 +14,16 @@ COMMAND = (
     "--other FILE --work DIR --json FILE"
 )
 
+CASCADE = "cascade-smollm2-135m"
+CASCADE_COMMAND = "python benchmarks/cascade.py SECOND --data-dir D --work DIR --json FILE"
+CASCADE_SETS = {
+    "all": "all",
+    "xstest": "XSTest",
+    "openai_moderation": "OpenAI moderation",
+    "jbb": "JailbreakBench",
+    "toxicchat_third": "ToxicChat, a third",
+}
+
 Figure = Mapping[str, Any]
 
 
@@ -91,10 +101,62 @@ def chat_rates_table() -> str:
     return markdown_table(head, cells, command)
 
 
+def cascade_planted_table() -> str:
+    """Joint rates of a guard and a second opinion where they are known."""
+    found = read_result(CASCADE)["planted"]
+    rows = [
+        [
+            name,
+            f"{world['asked']:.1%}",
+            f"{world['fpr_first']:.1%}, {world['recall_first']:.0%}",
+            f"{world['fpr']:.1%}, {world['recall']:.0%}",
+            f"{world['share_over_rate']:.1%}",
+        ]
+        for name, world in found["worlds"].items()
+    ]
+    head = [
+        "second opinion",
+        "harmless prompts asked about",
+        "guard alone: falsely flagged, caught",
+        "both: falsely flagged, caught",
+        f"calibrations over {found['max_fpr']:.0%}, of {found['calibrations']}",
+    ]
+    return markdown_table(head, rows, CASCADE_COMMAND)
+
+
+def cascade_sets_table() -> str:
+    """F1, recall and false-positive rate of both guards and the cascade on labelled sets."""
+    found = read_result(CASCADE)["labelled"]
+    rows = []
+    for key, label in CASCADE_SETS.items():
+        figures = found["all"] if key == "all" else found["sets"][key]
+        asked = figures["asked"]
+        rows.append(
+            [
+                f"{label} ({figures['harmless']} + {figures['harmful']})",
+                f"{asked['harmless']:.0%}, {asked['harmful']:.0%}",
+                *(_rates(figures[name]) for name in ("first alone", "cascade")),
+            ]
+        )
+    head = [
+        "set (harmless + harmful)",
+        "asked about: harmless, harmful",
+        "guard alone: F1, caught, falsely flagged",
+        "both: F1, caught, falsely flagged",
+    ]
+    return markdown_table(head, rows, CASCADE_COMMAND)
+
+
+def _rates(figures: Figure) -> str:
+    return f"{figures['f1']:.2f}, {figures['recall']:.0%}, {figures['fpr']:.1%}"
+
+
 CALIBRATION_TABLES: dict[str, Callable[[], str]] = {
     "chat-rates": chat_rates_table,
     "calibration-promise": promise_table,
     "calibration-probabilities": probabilities_table,
     "calibration-quadrants": quadrants_table,
+    "cascade-planted": cascade_planted_table,
+    "cascade-sets": cascade_sets_table,
 }
 """Name on a page -> what makes the table."""
