@@ -287,6 +287,9 @@ class Speaker(Backend, Protocol):
         None of a reply that has no thinking, or nothing behind it.
         """
 
+    def capture_replies(self, replies: Sequence[Reply]) -> list[Float[Tensor, "t l d"]]:
+        """States at all layers at t_post, then at each token of each reply but its end."""
+
 
 def digest_prompts(prompts: Iterable[Prompt]) -> str:
     """SHA-256 over what was said and how it was labelled, in order."""

@@ -28,6 +28,7 @@ from latentguard.models.loading import (
 )
 from latentguard.models.prefill import has_only_keys_and_values
 from latentguard.models.reply_loss import reply_losses
+from latentguard.models.reply_states import capture_replies
 from latentguard.models.thinking_places import find_thinking
 from latentguard.models.weights_digest import execution_device, weights_digest
 from latentguard.prompts import Prompt, PromptLike, Reply, as_prompts
@@ -308,6 +309,16 @@ class ChatModel:
             for n, one in zip(rows, states, strict=True):
                 found[n] = one
         return found
+
+    def capture_replies(self, replies: Sequence[Reply]) -> list[Float[Tensor, "t l d"]]:
+        """States along replies at all layers: at t_post, then at each token but the end.
+
+        Each reply is read behind its prompt, whoever wrote it.
+
+        Raises:
+            PromptError: if a prompt is empty, or too long with its reply.
+        """
+        return capture_replies(self, replies)
 
     def _capture_group(
         self,

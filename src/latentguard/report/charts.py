@@ -133,8 +133,8 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
     Where layers are left out, intervals are drawn as bars: nothing is known between them.
 
     Args:
-        curves: Name -> (value, low, high), each as long as ``layers``; a name that begins with
-            ``random`` is a control, drawn grey and dotted.
+        curves: Name -> (value, low, high), each as long as ``layers`` or ending before them; a name
+            that begins with ``random`` is a control, drawn grey and dotted.
         layers: Places on the horizontal axis.
         title: Title of the figure.
         y: Name of the vertical axis.
@@ -155,7 +155,8 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
         for row, name in enumerate(names):
             shift = _dodge(layers, row - (len(names) - 1) / 2)
             label = name.removesuffix(f", {head}")
-            for trace in _traces(label, curves[name], layers, styles[name], shift=shift):
+            places = layers[: len(curves[name][0])]
+            for trace in _traces(label, curves[name], places, styles[name], shift=shift):
                 trace["showlegend"] = trace["showlegend"] and label not in legend
                 plot.add_scatter(**trace, **_on_panel(slot))
             legend.add(label)
@@ -170,7 +171,7 @@ def lines_by_layer(  # noqa: PLR0913 (each is a part of the figure)
     if len(layers) <= MARKED and isinstance(layers[0] if layers else "", int):
         plot.update_xaxes(tickvals=list(layers))  # no halves of layers
     series = tuple(
-        Series(name, tuple(layers), *(tuple(map(float, of)) for of in curve))
+        Series(name, tuple(layers[: len(curve[0])]), *(tuple(map(float, of)) for of in curve))
         for name, curve in curves.items()
     )
     return Figure(title, plot, caption, series, (x, y))

@@ -15,12 +15,17 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
 
 from latentguard.interventions import Ablation, Edit, Intervention, Knockout
 from latentguard.models.thinking_places import CLOSE, OPEN
 from latentguard.prompts import Prompt, Reply
 from latentguard.states import Progress, Speaker, States
+from latentguard.study.belief_weights import weighted_beliefs
 from latentguard.study.judge import Answer, Judge, answer, judge, refused
 from latentguard.study.store import Store, key_of
 
@@ -32,6 +37,9 @@ STATES_AT_ONCE = 128
 
 REPLIES_AT_ONCE = 512
 """Replies that are kept together."""
+
+REPLIES_READ_AT_ONCE = 24
+"""Replies whose beliefs at each token are kept together."""
 
 PROMPTS_AT_ONCE = 8
 """Prompts that are steered together at least; many settings of them are kept bit by bit."""
@@ -251,6 +259,37 @@ class CachedModel:
             advance(len(chunk))
         records = self.store.get(keys.values())
         return [float(json.loads(records[keys[reply]])) for reply in replies]
+
+    def reply_beliefs(
+        self, replies: Sequence[Reply], weights: Float[Tensor, "a l d"], *, what: str = "replies"
+    ) -> list[Float[NDArray[np.float32], "t a"]]:
+        """Beliefs at t_post and at each token of replies but the end; the states are not kept.
+
+        Args:
+            replies: Read behind their prompts, whoever wrote them.
+            weights: ``belief_weights`` of each of some axes.
+            what: What the progress bar says.
+
+        Raises:
+            PromptError: if a prompt is empty, or too long with its reply.
+        """
+        digest = _sha(weights)
+        keys = [
+            key_of("reply beliefs", self.name, _messages_of(one.prompt), one.ids, digest)
+            for one in replies
+        ]
+        there = self.store.has(keys)
+        by_key = dict(zip(keys, replies, strict=True))
+        missing = {key: reply for key, reply in by_key.items() if key not in there}
+        advance = self.step(what, len(by_key))
+        advance(len(by_key) - len(missing))
+        for chunk in _chunks(tuple(missing), REPLIES_READ_AT_ONCE):
+            states = self.uncached.capture_replies([missing[key] for key in chunk])
+            beliefs = [weighted_beliefs(one, weights) for one in states]
+            self.store.put(dict(zip(chunk, map(_to_bytes, beliefs), strict=True)))
+            advance(len(chunk))
+        records = self.store.get(keys)
+        return [np.frombuffer(records[k], np.float32).reshape(-1, len(weights)) for k in keys]
 
     def refused(self, replies: Iterable[Reply]) -> tuple[bool | None, ...]:
         """Whether each reply is a refusal; None where the judge cannot tell (empty or cut)."""

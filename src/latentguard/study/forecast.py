@@ -9,9 +9,11 @@ from time import perf_counter
 from latentguard.prompts import Group, Prompt
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
+from latentguard.study.attacks import TEMPLATES
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.claims import CLAIMS
 from latentguard.study.figures.beyond_knockout import CUTS, WINDOWED
+from latentguard.study.figures.beyond_replies import READINGS
 from latentguard.study.figures.figure_13_positions import BEFORE
 from latentguard.study.labelling import ASKED
 from latentguard.study.prompt_groups import BEHAVING, PromptPools, sample_prompts
@@ -179,6 +181,9 @@ def planned_replies(
         ],
     }
     parts |= _beyond_the_paper(model, settings)
+    has_attacks = not only or "jailbreaks" in only
+    attacks = 0 if has_attacks else settings.attacked * (kinds - 4 + len(TEMPLATES))
+    parts["replies"] = [(attacks, long), (READINGS * settings.test, 1)]
     yield prompts, long
     for name, of in parts.items():
         if not only or name in only:

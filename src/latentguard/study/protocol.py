@@ -46,7 +46,7 @@ SCOPES: Mapping[str, tuple[str, ...]] = {
     "toxicchat": ("guards",),
     "domain": ("guards",),
     "suffix": ("jailbreaks", "guards"),
-    "attacked": ("jailbreaks", "guards"),
+    "attacked": ("jailbreaks", "guards", "replies"),
     "middle": ("positions", "categories"),
     "probed": ("positions", "categories", "patching", "ablation"),
     "layer_step": (

@@ -27,6 +27,7 @@ from latentguard.study.figures import (
     beyond_dose,
     beyond_knockout,
     beyond_patching,
+    beyond_replies,
     confound,
     figure_02_clusters,
     figure_03_beliefs,
@@ -70,6 +71,7 @@ EXPERIMENTS: Mapping[str, Any] = {
     "guards": table_03_guards,
     "finetuning": figure_07_finetuning,
     "confound": confound,
+    "replies": beyond_replies,
     "patching": beyond_patching,
     "knockout": beyond_knockout,
     "ablation": beyond_ablation,
@@ -78,7 +80,7 @@ EXPERIMENTS: Mapping[str, Any] = {
 """Each experiment's module, in the order in which they run."""
 
 BEYOND = ("patching", "knockout", "ablation", "dose")
-"""Experiments that the paper leaves to others; run unless ``settings.interventions`` is 0."""
+"""Interventions that the paper leaves to others; run unless ``settings.interventions`` is 0."""
 
 STORE = "store.sqlite"
 """Under the report's folder: what the model held and said, texts included. Not for publishing."""

@@ -75,6 +75,13 @@ def random_like(vector: Float[Tensor, "d"], draw: int) -> Float[Tensor, "d"]:
     return scaled
 
 
+def random_axis(axis: Axis, draw: int) -> Axis:
+    """The axis about its own middle, along a random direction of equal norm, as one draw has it."""
+    middle = (axis.positive + axis.negative) / 2
+    half = torch.stack([random_like(v, draw) for v in axis.direction]) / 2
+    return replace(axis, positive=middle + half, negative=middle - half)
+
+
 @dataclass(frozen=True)
 class Steering:
     """One curve of a figure: how prompts are steered, one layer at a time."""

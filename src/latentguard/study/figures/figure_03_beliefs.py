@@ -25,7 +25,7 @@ from latentguard.study.cached_model import CachedModel
 from latentguard.study.finding import Finding, cells
 from latentguard.study.prompt_groups import BEHAVING, MISBEHAVING, PromptGroups
 from latentguard.study.settings import Settings
-from latentguard.study.steering import random_like
+from latentguard.study.steering import random_axis
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 CONTROLS = 200
@@ -152,13 +152,7 @@ def _join_names(groups: Sequence[Group]) -> str:
 def _random(harmful: Axis, refuse: Axis) -> Iterator[tuple[Axis, Axis]]:
     """Both axes about their own middles, along random directions of their own."""
     for draw in range(CONTROLS):
-        yield _turned(harmful, 2 * draw), _turned(refuse, 2 * draw + 1)
-
-
-def _turned(axis: Axis, draw: int) -> Axis:
-    middle = (axis.positive + axis.negative) / 2
-    half = torch.stack([random_like(v, draw) for v in axis.direction]) / 2
-    return replace(axis, positive=middle + half, negative=middle - half)
+        yield random_axis(harmful, 2 * draw), random_axis(refuse, 2 * draw + 1)
 
 
 def _halves(harmful: Axis, refuse: Axis, fitted: States) -> Iterator[tuple[Axis, Axis]]:
