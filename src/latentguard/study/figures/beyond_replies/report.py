@@ -91,48 +91,37 @@ def _capitalized(text: str) -> str:
 
 
 def _figures(groups: Mapping[str, ReplyGroup], answers: str) -> Iterator[Figure]:
+    """A figure for each belief, on a scale of its own."""
     control = next(name for name in (*COMPLYING, REFUSED, HARMLESS) if name in groups)
     counts = ", ".join(f"{len(group)} {name}" for name, group in groups.items())
-    ends = (
-        f"n: {counts}. A curve ends where fewer than half of its replies go on. Grey: {DRAWS} "
-        f"random directions of equal norm along {control} replies, mean and 95 % of them."
+    about = (
+        "Mean at t_post (0) and at each token of the model's own reply, as read and less the mean "
+        f"of accepted harmless replies at the same token; 95 % intervals; n: {counts}. A curve "
+        f"ends where fewer than half of its replies go on. Grey: {DRAWS} random directions of "
+        f"equal norm along {control} replies, mean and 95 % of them."
     )
-    caption = (
-        f"{answers} Mean belief at t_post (0) and at each token of the model's own reply, with 95 "
-        f"% intervals; {ends}"
-    )
-    yield _lines(groups, control, None, title="Beliefs along the reply", caption=caption)
-    others = {name: group for name, group in groups.items() if name != HARMLESS}
-    if HARMLESS in groups and control in others:
-        title = "Beliefs along the reply, less those along accepted harmless replies"
-        caption = (
-            "The same less the mean of accepted harmless replies at the same token: what all texts "
-            f"share drops out. 95 % intervals; {ends}"
-        )
-        yield _lines(others, control, groups[HARMLESS], title=title, caption=caption)
-
-
-def _lines(
-    groups: Mapping[str, ReplyGroup],
-    control: str,
-    harmless: ReplyGroup | None,
-    *,
-    title: str,
-    caption: str,
-) -> Figure:
-    """A panel for each belief, less that of harmless replies if they are given."""
-    curves: dict[str, Curve] = {}
-    panels = {}
     for b, belief in enumerate(_beliefs(groups[control])):
-        own = {f"{name}, {belief}": _curve(of, b, harmless) for name, of in groups.items()}
-        own[f"random directions, {belief}"] = _random_curve(groups[control], b, harmless)
-        panels[belief] = tuple(own)
+        caption = f"{answers} {about}" if b == 0 else f"The same of {belief}; n: {counts}."
+        yield _lines(groups, control, b, caption=caption)
+
+
+def _lines(groups: Mapping[str, ReplyGroup], control: str, b: int, *, caption: str) -> Figure:
+    """One belief as it is read, and less that of harmless replies if there are any."""
+    curves: dict[str, Curve] = {}
+    panels: dict[str, tuple[str, ...]] = {}
+    for head, harmless in (("as read", None), (f"less {HARMLESS} replies", groups.get(HARMLESS))):
+        shown = [name for name in groups if name != HARMLESS or harmless is None]
+        if panels and (harmless is None or control not in shown):
+            continue
+        own = {f"{name}, {head}": _curve(groups[name], b, harmless) for name in shown}
+        own[f"random directions, {head}"] = _random_curve(groups[control], b, harmless)
+        panels[head] = tuple(own)
         curves |= own
     return lines_by_layer(
         curves,
         tuple(range(max(len(values) for values, _, _ in curves.values()))),
-        title=title,
-        y="belief" if harmless is None else "difference of beliefs",
+        title=f"Belief of {('harmfulness', 'refusal')[b]} along the reply",
+        y=BELIEFS[b],
         caption=caption,
         x="token of the reply (0: t_post)",
         zero=True,
@@ -227,8 +216,11 @@ def _section(records: Records, parts: list[Table | Figure]) -> Section:
     text = (
         "Both beliefs of Figure 3 are read at each token of the model's own reply. The axes were "
         "fitted at t_inst and t_post, so a change that all groups share is one of place; what "
-        "counts is the change beyond accepted harmless replies and beyond random directions. "
-        "Jailbroken: accepted attacks of Figure 6, given ones and templates of our own. "
+        "counts is the change beyond accepted harmless replies and beyond random directions. A "
+        "belief at one token also depends on which token it is, such as a comma. "
+        "Jailbroken: accepted attacks of Figure 6, given ones and templates of our own. Where a "
+        "harmless prompt's reply raises a belief less, the words of the reply count, by their harm "
+        "or by their form. "
         f"{records.note}."
     )
     return Section("Beyond the paper: beliefs along the reply", text, tuple(parts))
