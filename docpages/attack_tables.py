@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from docpages.markdown_table import markdown_table, read_result
+from latentguard.report.page_table import format_interval
 
 COLUMNS = (
     *(("tiny", "before"), ("tiny", "after"), ("default", "before"), ("default", "after")),
@@ -122,9 +123,39 @@ def _table(rows: Callable[[], tuple[list[str], list[Row]]], command: str) -> str
     return markdown_table(*rows(), command)
 
 
+BUILD_UP = "python benchmarks/build_up.py --guard src/latentguard/guard/default --out FILE"
+
+
+def build_up_rates_table() -> str:
+    """Chats that build up over turns and are blocked, by how they end."""
+    record = read_result("build-up-smollm2-135m")
+    rows = dict[str, list[str]]()
+    for one in record["rates"]:
+        rows.setdefault(one["flagged"], []).append(_estimate(one, "share"))
+    head = ["blocked", *dict.fromkeys(one["ending"] for one in record["rates"])]
+    return markdown_table(head, [[what, *cells] for what, cells in rows.items()], BUILD_UP)
+
+
+def build_up_areas_table() -> str:
+    """How well such chats are told from those that end harmlessly, by what is read."""
+    record = read_result("build-up-smollm2-135m")
+    rows = dict[str, list[str]]()
+    for one in record["areas"]:
+        rows.setdefault(one["read"], []).append(_estimate(one, "auroc"))
+    endings = dict.fromkeys(one["ending"] for one in record["areas"])
+    head = ["read", *(f"AUROC, {ending} against harmless" for ending in endings)]
+    return markdown_table(head, [[what, *cells] for what, cells in rows.items()], BUILD_UP)
+
+
+def _estimate(row: Mapping[str, Any], figure: str) -> str:
+    return format_interval(row[figure], row["low"], row["high"])
+
+
 ATTACK_TABLES: dict[str, Callable[[], str]] = {
     "attacks-hidden": partial(_table, hidden_rows, ATTACKS),
     "attacks-stopping": partial(_table, stopping_rows, ATTACKS),
     "attacks-load": partial(_table, load_rows, LOAD),
+    "build-up-rates": build_up_rates_table,
+    "build-up-areas": build_up_areas_table,
 }
 """Name on a page -> what makes the table."""
