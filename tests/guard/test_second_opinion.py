@@ -108,7 +108,12 @@ class TestEndpoints:
 
     @pytest.mark.parametrize(
         "url",
-        ["http://host/v1", "http:///v1/moderations", "http://user:key@host/v1/moderations"],
+        [
+            "http://host/v1",
+            "http:///v1/moderations",
+            "http://user:key@host/v1/moderations",
+            "http://host/v1/moderations?key=secret",
+        ],
     )
     def test_urls_that_cannot_be_used(self, url):
         with pytest.raises(GuardError, match="should end with /moderations, or with #"):

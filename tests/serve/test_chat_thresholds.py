@@ -100,3 +100,43 @@ def test_an_unknown_segment_has_the_common_thresholds():
         ChatThresholds(guard).decide(scores, [False, True], [s] * 2).threshold for s in (None, "x")
     ]
     assert found[0] == found[1]
+
+
+class TestSecondOpinions:
+    """Of readings in the band that their chat's thresholds leave."""
+
+    def decide(self, guard, opinion, readings):
+        review = guard.thresholds.common.review.threshold
+        inside = (review + guard.threshold) / 2 if readings == 1 else guard.threshold + 1e-6
+        verdicts = [replace(verdict(inside), second_opinion=opinion)] * readings
+        return ChatThresholds(guard).decide(verdicts, [True] * readings, [None] * readings)
+
+    @pytest.mark.parametrize("readings", [1, 2])
+    @pytest.mark.parametrize("opinion", ["allow", "review", "block", "failed"])
+    def test_one_decides(self, opinion, readings):
+        guard = band_guard()
+        decided = self.decide(guard, opinion, readings)
+        expected = "review" if opinion == "failed" else opinion
+        assert decided.verdict.decision == expected
+        assert decided.verdict.flagged is (expected == "block")
+        assert decided.verdict.second_opinion == opinion
+        assert (decided.verdict.score > decided.threshold) is (expected == "block")
+
+    def test_one_of_a_reading_outside_of_the_band_is_left_out(self):
+        guard = band_guard()
+        for score, decision in ((guard.threshold + 9, "block"), (-99.0, "allow")):
+            opinion = replace(verdict(score), second_opinion="allow")
+            decided = ChatThresholds(guard).decide([opinion], [True], [None])
+            assert decided.verdict.decision == decision
+            assert decided.verdict.second_opinion is None
+
+    def test_a_share_never_lowers_a_review_threshold_that_a_calibration_raised(self):
+        guard = band_guard()
+        common = guard.thresholds.common
+        raised = (common.review.threshold + guard.threshold) / 2
+        common = replace(common, review=replace(common.review, max_fpr=0.9, threshold=raised))
+        strict = ChatThresholds(replace(guard, thresholds=replace(guard.thresholds, common=common)))
+        below = [verdict(raised - 1e-6)]
+        for count in (1, 2, 8):
+            decided = strict.decide(below * count, [True] * count, [None] * count)
+            assert decided.verdict.decision == "allow"

@@ -166,7 +166,8 @@ class EndpointOpinion:
         url, self._model = urldefrag(address)
         parts = urlsplit(url)
         self._is_moderation = parts.path.endswith(MODERATIONS)
-        if not parts.hostname or parts.username or not (self._is_moderation or self._model):
+        has_key = parts.username or parts.query  # the address is kept with the guard
+        if not parts.hostname or has_key or not (self._is_moderation or self._model):
             raise GuardError(
                 "The URL of a second opinion should end with /moderations, or with # and the name "
                 "of a guard model, as http://localhost:8000/v1#org/model; it holds no key. Set the "
