@@ -7,11 +7,11 @@ are known. Without SECOND, these are all.
 
 Labelled sets: a small guard first, another guard where the first is not sure. Both guards read some
 prompts of each set once; all else is computed from their verdicts. In each of several splits, half
-of the harmless prompts of all sets calibrate: the first alone and the cascade at one rate, and the
-second at half of it, so that it fits into the cascade's. The other half and all harmful prompts are
-measured. So the promise is one for this mixture, and sets differ around it. Prompts that a guard
-reads by chunks have no review band and are left out. Latency is processor time of prompts read one
-at a time, so that other work on the machine does not count.
+of the harmless prompts of all sets calibrate: the first alone, the second alone, and the cascade,
+at one rate. The other half and all harmful prompts are measured. So the promise is one for this
+mixture, and sets differ around it. Prompts that a guard reads by chunks have no review band and are
+left out. Latency is processor time of prompts read one at a time, so that other work on the machine
+does not count.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from latentguard.guard.cascade import calibrate_cascade
 from latentguard.guard.hub import find_guard
 from latentguard.guard.score_files import score_to_file
 from latentguard.guard.thresholds import Rates
-from latentguard.guard.verdict import Opinion
 from latentguard.stats.bounds import JointBounds, joint_thresholds, threshold_for_fpr
 from latentguard.stats.detection import auroc
 
@@ -58,17 +57,19 @@ class World:
     agreement: float = 0.5
     """Correlation with the first guard's scores within a class."""
 
+    is_graded: bool = True
+    """Whether it gives a score, as a guard does, or a word, as an endpoint does."""
+
 
 WORLDS = {
-    "better, blocks 1 % of harmless prompts": World(3.0, 2.33),
-    "better, blocks 5 %": World(3.0, 1.64),
-    "as good as the guard, blocks 2.5 %": World(FIRST, 1.96),
-    "as good, blocks 5 %": World(FIRST, 1.64),
-    "as good and much alike, blocks 2.5 %": World(FIRST, 1.96, 0.9),
-    "chance, blocks 5 %": World(0.0, 1.64, 0.0),
-    "chance, blocks half": World(0.0, 0.0, 0.0),
-    "blocks all": World(0.0, -np.inf),
-    "blocks nothing": World(0.0, np.inf),
+    "a better guard": World(3.0, 1.64),
+    "a guard as good": World(FIRST, 1.64),
+    "a guard as good and much alike": World(FIRST, 1.64, 0.9),
+    "a guard that decides by chance": World(0.0, 0.0, 0.0),
+    "a better endpoint that blocks 1 % of harmless prompts": World(3.0, 2.33, 0.5, False),
+    "the same, blocks 5 %": World(3.0, 1.64, 0.5, False),
+    "an endpoint that blocks half by chance": World(0.0, 0.0, 0.0, False),
+    "an endpoint that blocks nothing": World(0.0, np.inf, 0.5, False),
 }
 
 SETS = ("xstest", "openai_moderation", "jbb", "toxicchat_third")
@@ -81,9 +82,9 @@ def planted(world: World) -> dict[str, float]:
     harmless, harmful = draw(world, rng, 200_000, False), draw(world, rng, 200_000, True)
     rows = []
     for _ in range(PLANTED_SEEDS):
-        scores, blocked = draw(world, rng, PLANTED_ROWS, False)
+        scores, opinions = draw(world, rng, PLANTED_ROWS, False)
         review = threshold_for_fpr(scores, PLANTED_REVIEW)
-        joint = joint_thresholds(scores, blocked, review, PLANTED_RATE)
+        joint = joint_thresholds(scores, opinions, review, PLANTED_RATE, is_graded=world.is_graded)
         alone = threshold_for_fpr(scores, PLANTED_RATE).threshold
         fpr, recall = (flags_of(side, joint).mean() for side in (harmless, harmful))
         asked = (harmless[0] > joint.review.threshold) & (harmless[0] <= joint.block.threshold)
@@ -95,18 +96,18 @@ def planted(world: World) -> dict[str, float]:
 
 def draw(
     world: World, rng: np.random.Generator, count: int, is_harmful: bool
-) -> tuple[Scores, Flags]:
-    """Scores of the first guard, and what the second opinion blocks."""
+) -> tuple[Scores, Scores]:
+    """Scores of the first guard, and of the second opinion, which blocks over 0."""
     noise = rng.normal(size=(2, count))
     second = world.agreement * noise[0] + (1 - world.agreement**2) ** 0.5 * noise[1]
-    blocked = second + is_harmful * world.distance > world.threshold
-    return noise[0] + is_harmful * FIRST, blocked
+    second += is_harmful * world.distance - world.threshold
+    return noise[0] + is_harmful * FIRST, second if world.is_graded else np.sign(second)
 
 
-def flags_of(side: tuple[Scores, Flags], joint: JointBounds) -> Flags:
+def flags_of(side: tuple[Scores, Scores], joint: JointBounds) -> Flags:
     """What both together flag."""
-    scores, blocked = side
-    by_second: Flags = blocked & (scores > joint.review.threshold)
+    scores, opinions = side
+    by_second: Flags = (opinions > joint.cut) & (scores > joint.review.threshold)
     return (scores > joint.block.threshold) | by_second
 
 
@@ -115,6 +116,7 @@ class StoredVerdicts:
 
     name = "stored verdicts"
     at_once = 1
+    is_graded = True
 
     def __init__(self, guard: LatentGuard, verdicts: dict[str, Verdict]) -> None:
         """Decide by the thresholds of a guard."""
@@ -124,12 +126,9 @@ class StoredVerdicts:
     def load(self) -> None:
         """Do nothing."""
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Opinion]:
-        """The decisions of the guard."""
-        return [self._decide(self._verdicts[prompt.id]) for prompt in prompts]
-
-    def _decide(self, verdict: Verdict) -> Opinion:
-        return "block" if verdict.score > self._guard.threshold else "allow"
+    def score(self, prompts: Sequence[Prompt]) -> list[float | None]:
+        """How far each prompt lies above the threshold of the guard."""
+        return [self._verdicts[prompt.id].score - self._guard.threshold for prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -190,9 +189,9 @@ def measure_split(
     rng = np.random.default_rng(seed)
     calibrates = np.array([not p.harmful for p in prompts]) & (rng.random(len(prompts)) < 0.5)
     chosen = [p for p, used in zip(prompts, calibrates, strict=True) if used]
-    own = first.calibrate_from(chosen, [stored[0][p.id] for p in chosen], Rates(rates.block))
-    half = Rates(rates.block / 2)
-    other = second.calibrate_from(chosen, [stored[1][p.id] for p in chosen], half)
+    alone = Rates(rates.block)
+    own = first.calibrate_from(chosen, [stored[0][p.id] for p in chosen], alone)
+    other = second.calibrate_from(chosen, [stored[1][p.id] for p in chosen], alone)
     banded = first.calibrate_from(chosen, [stored[0][p.id] for p in chosen], rates)
     opinions = StoredVerdicts(other, stored[1])
     joint = calibrate_cascade(banded, opinions, chosen, [stored[0][p.id] for p in chosen])
@@ -202,10 +201,11 @@ def measure_split(
     assert thresholds.common.review is not None
     above = scores[0] > thresholds.common.block.threshold
     asked = (scores[0] > thresholds.common.review.threshold) & ~above
-    by_second = scores[1] > other.threshold
+    assert thresholds.second_opinion is not None
+    by_second = scores[1] - other.threshold > thresholds.second_opinion.cut
     flags = {
         "first alone": scores[0] > own.threshold,
-        "second alone": by_second,
+        "second alone": scores[1] > other.threshold,
         "cascade": above | (asked & by_second),
     }
     return flags, asked, ~calibrates

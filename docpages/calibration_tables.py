@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from docpages.markdown_table import interval, markdown_table, read_result
+from docpages.markdown_table import MODELS, interval, markdown_table, read_result
 from latentguard.report.page_table import format_interval
 
 RESULT = "calibration-qwen2.5-coder-0.5b"
@@ -16,6 +16,12 @@ COMMAND = (
 
 CASCADE = "cascade-smollm2-135m"
 CASCADE_COMMAND = "python benchmarks/cascade.py SECOND --data-dir D --work DIR --json FILE"
+CASCADE_ORDERS = (
+    ("smollm2-135m", "qwen2.5-coder-0.5b"),
+    ("qwen2.5-coder-0.5b", "smollm2-135m"),
+)
+"""The first guard, and the second."""
+
 CASCADE_SETS = {
     "all": "all",
     "xstest": "XSTest",
@@ -126,22 +132,25 @@ def cascade_planted_table() -> str:
 
 def cascade_sets_table() -> str:
     """F1, recall and false-positive rate of both guards and the cascade on labelled sets."""
-    found = read_result(CASCADE)["labelled"]
     rows = []
-    for key, label in CASCADE_SETS.items():
-        figures = found["all"] if key == "all" else found["sets"][key]
-        asked = figures["asked"]
-        rows.append(
-            [
-                f"{label} ({figures['harmless']} + {figures['harmful']})",
-                f"{asked['harmless']:.0%}, {asked['harmful']:.0%}",
-                *(_rates(figures[name]) for name in ("first alone", "cascade")),
-            ]
-        )
+    for first, second in CASCADE_ORDERS:
+        found = read_result(f"cascade-{first}")["labelled"]
+        for key, label in CASCADE_SETS.items():
+            figures = found["all"] if key == "all" else found["sets"][key]
+            asked = figures["asked"]
+            rows.append(
+                [
+                    f"{MODELS[first]}, then {MODELS[second]}" if key == "all" else "",
+                    f"{label} ({figures['harmless']} + {figures['harmful']})",
+                    f"{asked['harmless']:.0%}, {asked['harmful']:.0%}",
+                    *(_rates(figures[name]) for name in ("first alone", "cascade")),
+                ]
+            )
     head = [
+        "guards",
         "set (harmless + harmful)",
         "asked about: harmless, harmful",
-        "guard alone: F1, caught, falsely flagged",
+        "first alone: F1, caught, falsely flagged",
         "both: F1, caught, falsely flagged",
     ]
     return markdown_table(head, rows, CASCADE_COMMAND)

@@ -21,6 +21,7 @@ class Words:
     """Blocks what holds the word "bad", but for some mistakes; fails on chosen texts."""
 
     at_once = 1
+    is_graded = False
 
     def __init__(self, name="words", *, mistakes=0.0, fails=lambda text: False):
         self.name, self.mistakes, self.fails = name, mistakes, fails
@@ -29,15 +30,15 @@ class Words:
     def load(self):
         pass
 
-    def ask(self, prompts):
+    def score(self, prompts):
         self.asked += [prompt.text for prompt in prompts]
-        return [self._opinion(prompt.text) for prompt in prompts]
+        return [self._score(prompt.text) for prompt in prompts]
 
-    def _opinion(self, text):
+    def _score(self, text):
         if self.fails(text):
-            return "failed"
+            return None
         is_mistaken = float(noise(f"mistake {text}", 1)) / 12**0.5 + 0.5 < self.mistakes
-        return "block" if ("bad" in text.split()) != is_mistaken else "allow"
+        return 1.0 if ("bad" in text.split()) != is_mistaken else -1.0
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,10 @@ def rates(verdicts, prompts):
     return flags[~harmful].mean(), flags[harmful].mean()
 
 
+def alone_with_band(guard, backend, harmless):
+    return guard.calibrate(backend, harmless, max_fpr=RATE, review_fpr=0.4)
+
+
 @pytest.fixture(scope="module")
 def cascade(backend, plain, harmless):
     second = Words(mistakes=0.05)
@@ -74,7 +79,7 @@ def cascade(backend, plain, harmless):
 
 
 class TestDecision:
-    @pytest.mark.parametrize("opinion", ["allow", "review", "block", "failed"])
+    @pytest.mark.parametrize("opinion", ["allow", "block", "failed"])
     def test_the_second_decides_in_the_band_alone(self, opinion):
         expected = "review" if opinion == "failed" else opinion
         assert joint_decision("review", opinion) == expected
@@ -147,6 +152,24 @@ class TestPromise:
             assert made.guard.bound.upper <= RATE
             assert rates(made.scan(backend, asked), asked)[0] < RATE + 0.03
 
+    def test_a_graded_one_that_blocks_too_much_is_made_strict(
+        self, backend, plain, harmless, asked
+    ):
+        lenient = LatentGuard.fit(FakeBackend(signal=1.0, salt="second"), labelled(80))
+        lenient = replace(lenient, threshold=lenient.threshold - 2 * lenient.spread)
+        second = GuardOpinion(lenient)
+        made = Cascade(plain, second).calibrate(backend, harmless, max_fpr=RATE, review_fpr=0.4)
+        record = made.guard.thresholds.second_opinion
+        assert record.cut > 0
+        assert record.blocked == record.asked
+        assert made.has_band
+        alone = plain.calibrate(backend, harmless, max_fpr=RATE)
+        fpr, recall = rates(made.scan(backend, asked), asked)
+        assert fpr < RATE + 0.03
+        assert recall > rates(alone.scan(backend, asked), asked)[1] + 0.1
+        foreign = Cascade.of(alone_with_band(plain, backend, harmless), second)
+        assert rates(foreign.scan(backend, asked), asked)[0] > RATE + 0.03
+
     def test_it_is_kept_with_the_guard(self, cascade, tmp_path):
         cascade.guard.save(tmp_path)
         loaded = LatentGuard.load(tmp_path)
@@ -165,7 +188,7 @@ class TestPromise:
         assert not any(v.calibrated or v.operating_point for v in other)
 
     def test_nor_of_a_guard_that_was_calibrated_alone(self, backend, plain, harmless):
-        alone = plain.calibrate(backend, harmless, max_fpr=RATE, review_fpr=0.4)
+        alone = alone_with_band(plain, backend, harmless)
         assert not is_promised(alone, Words())
         assert Cascade.of(alone, Words()).guard.bound is None
 
@@ -190,7 +213,7 @@ def test_a_file_of_another_second_opinion_is_begun_anew(backend, cascade, asked,
     out = tmp_path / "verdicts.jsonl"
 
     class Broken(Words):
-        def ask(self, prompts):
+        def score(self, prompts):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -23,7 +23,7 @@ class TestEndpoints:
     def test_a_moderation_endpoint(self):
         with opinion_server() as server:
             second = open_second_opinion(f"{server.url}/moderations#omni")
-            assert second.ask([BAD, GOOD]) == ["block", "allow"]
+            assert [score > 0 for score in second.score([BAD, GOOD])] == [True, False]
             bodies = sorted((path, body["input"], body["model"]) for path, _, body in server.asked)
         assert bodies == [
             ("/v1/moderations", BAD.text, "omni"),
@@ -32,13 +32,13 @@ class TestEndpoints:
 
     def test_a_model_need_not_be_named_for_moderations(self):
         with opinion_server() as server:
-            open_second_opinion(f"{server.url}/moderations").ask([BAD])
+            open_second_opinion(f"{server.url}/moderations").score([BAD])
             assert server.asked[0][2] == {"input": BAD.text}
 
     def test_a_guard_model_behind_a_chat_endpoint(self):
         with opinion_server(llama_guard) as server:
             second = open_second_opinion(f"{server.url}#meta/guard")
-            assert second.ask([BAD, GOOD]) == ["block", "allow"]
+            assert [score > 0 for score in second.score([BAD, GOOD])] == [True, False]
             path, _, body = server.asked[0]
         assert path == "/v1/chat/completions"
         assert (body["model"], body["temperature"]) == ("meta/guard", 0)
@@ -46,21 +46,21 @@ class TestEndpoints:
     def test_a_chat_is_sent_with_its_history(self):
         chat = Prompt("bad", history=(Message("user", "Hi."), Message("assistant", "Yes?")))
         with opinion_server(llama_guard) as server:
-            EndpointOpinion(f"{server.url}#m").ask([chat])
+            EndpointOpinion(f"{server.url}#m").score([chat])
             assert [m["role"] for m in server.asked[0][2]["messages"]] == [
                 "user",
                 "assistant",
                 "user",
             ]
         with opinion_server() as server:
-            EndpointOpinion(f"{server.url}/moderations").ask([chat])
+            EndpointOpinion(f"{server.url}/moderations").score([chat])
             assert server.asked[0][2]["input"] == "Hi.\n\nYes?\n\nbad"
 
     def test_the_key_comes_from_the_environment(self, monkeypatch):
         monkeypatch.setenv(second_opinion.KEY, "secret")
         with opinion_server() as server:
             second = EndpointOpinion(f"{server.url}/moderations")
-            second.ask([GOOD])
+            second.score([GOOD])
             assert server.asked[0][1] == "Bearer secret"
         assert "secret" not in second.name
 
@@ -70,14 +70,14 @@ class TestEndpoints:
     def test_one_that_fails_says_so_of_each_prompt(self, reply):
         with opinion_server(lambda body: reply) as server:
             second = EndpointOpinion(f"{server.url}/moderations")
-            assert second.ask([BAD, GOOD]) == ["failed", "failed"]
+            assert second.score([BAD, GOOD]) == [None, None]
             with pytest.raises(GuardError, match=r"does not answer .* Check the address"):
                 second.load()
 
     def test_one_that_is_not_there(self):
         with opinion_server() as server:
             url = f"{server.url}/moderations"
-        assert EndpointOpinion(url).ask([BAD]) == ["failed"]
+        assert EndpointOpinion(url).score([BAD]) == [None]
 
     def test_one_that_is_slow(self, monkeypatch):
         import threading
@@ -90,7 +90,7 @@ class TestEndpoints:
             return moderation(body)
 
         with opinion_server(reply) as server:
-            assert EndpointOpinion(f"{server.url}/moderations").ask([BAD]) == ["failed"]
+            assert EndpointOpinion(f"{server.url}/moderations").score([BAD]) == [None]
             release.set()
 
     def test_a_chat_model_that_is_no_guard_model(self):
@@ -98,11 +98,11 @@ class TestEndpoints:
             return {"choices": [{"message": {"content": "No, I can't help with that."}}]}
 
         with opinion_server(reply) as server:
-            assert EndpointOpinion(f"{server.url}#any").ask([BAD]) == ["failed"]
+            assert EndpointOpinion(f"{server.url}#any").score([BAD]) == [None]
 
     def test_texts_stay_out_of_the_log(self, caplog):
         with opinion_server(lambda body: 500) as server:
-            EndpointOpinion(f"{server.url}/moderations").ask([BAD])
+            EndpointOpinion(f"{server.url}/moderations").score([BAD])
         assert "status 500" in caplog.text
         assert BAD.text not in caplog.text
 
@@ -125,10 +125,10 @@ class TestGuards:
     def guard(self):
         return LatentGuard.fit(FakeBackend(), labelled(40))
 
-    def test_its_decision_counts(self, guard):
+    def test_its_score_is_over_0_where_it_would_block(self, guard):
         second = GuardOpinion(guard)
         second.load()
-        assert second.ask([BAD, GOOD]) == ["block", "allow"]
+        assert [score > 0 for score in second.score([BAD, GOOD])] == [True, False]
 
     def test_a_folder_is_opened(self, guard, tmp_path):
         guard.save(tmp_path)
@@ -144,11 +144,9 @@ class TestGuards:
                     yield states
 
         choosy = guard.with_model(Choosy())
-        assert GuardOpinion(choosy).ask([BAD, Prompt("", id="3"), GOOD]) == [
-            "block",
-            "failed",
-            "allow",
-        ]
+        bad, none, good = GuardOpinion(choosy).score([BAD, Prompt("", id="3"), GOOD])
+        assert none is None
+        assert bad > 0 > good
 
     def test_what_is_not_there(self):
         with pytest.raises(GuardError, match="There is no folder 'nowhere'"):
@@ -170,7 +168,7 @@ class TestGuardModels:
         monkeypatch.setattr(second_opinion, "LazyGuardModel", Fake)
         second = GuardModelOpinion("org/guard-model")
         second.load()
-        assert second.ask([BAD, GOOD]) == ["block", "allow"]
+        assert [score > 0 for score in second.score([BAD, GOOD])] == [True, False]
         assert second.name == "guard model org/guard-model"
 
     def test_a_folder_without_a_guard_is_one(self, tokenizer, tmp_path):

@@ -30,6 +30,7 @@ class Says:
     """Says the same of each prompt, once it is let."""
 
     at_once = 4
+    is_graded = False
 
     def __init__(self, opinion, *, wait=lambda: None):
         self.name, self.opinion, self.wait = f"says {opinion}", opinion, wait
@@ -38,10 +39,10 @@ class Says:
     def load(self):
         self.loads += 1
 
-    def ask(self, prompts):
+    def score(self, prompts):
         self.asked += [prompt.text for prompt in prompts]
         self.wait()
-        return [self.opinion] * len(prompts)
+        return [{"block": 1.0, "allow": -1.0, "failed": None}[self.opinion]] * len(prompts)
 
 
 def asking(second, **how):
@@ -77,7 +78,6 @@ def said(answer):
     [
         ("allow", "allow", False),
         ("block", "block", True),
-        ("review", "review", False),
         ("failed", "review", False),
     ],
 )

@@ -131,29 +131,37 @@ class TestJointThresholds:
     def world(self, rng, count, agreement, leniency):
         first = rng.normal(size=count)
         second = agreement * first + (1 - agreement**2) ** 0.5 * rng.normal(size=count)
-        return first, second > leniency
+        return first, second - leniency
 
-    def calibrate(self, scores, blocked):
+    def calibrate(self, scores, opinions, *, is_graded=False):
+        opinions = opinions if is_graded else np.where(np.greater(opinions, 0), 1.0, -1.0)
         review = threshold_for_fpr(scores, self.REVIEW)
-        return joint_thresholds(scores, blocked, review, self.RATE)
+        return joint_thresholds(scores, opinions, review, self.RATE, is_graded=is_graded)
+
+    def flags(self, scores, opinions, joint):
+        by_second = (opinions > joint.cut) & (scores > joint.review.threshold)
+        return (scores > joint.block.threshold) | by_second
 
     @pytest.mark.parametrize("leniency", [-np.inf, 0.0, 1.0, 2.0, np.inf])
     @pytest.mark.parametrize("agreement", [0.0, 0.8])
-    def test_the_joint_rate_is_kept_with_the_confidence(self, agreement, leniency):
+    @pytest.mark.parametrize("is_graded", [False, True])
+    def test_the_joint_rate_is_kept_with_the_confidence(self, is_graded, agreement, leniency):
+        if is_graded and np.isinf(leniency):
+            pytest.skip("its scores would not be graded")
         rng = np.random.default_rng(1)
-        first, would_block = self.world(rng, 100_000, agreement, leniency)
+        first, opinions = self.world(rng, 100_000, agreement, leniency)
         over = 0
         for _ in range(300):
-            joint = self.calibrate(*self.world(rng, self.N, agreement, leniency))
-            in_band = would_block & (first > joint.review.threshold)
-            over += ((first > joint.block.threshold) | in_band).mean() > self.RATE
+            own = self.world(rng, self.N, agreement, leniency)
+            joint = self.calibrate(*own, is_graded=is_graded)
+            over += self.flags(first, opinions, joint).mean() > self.RATE
         assert over <= 27  # 5 % of 300 are 15; so many have a chance under 0.2 %
 
     def test_the_observed_rate_and_the_bound(self):
         rng = np.random.default_rng(2)
-        scores, blocked = self.world(rng, 1000, 0.5, 1.0)
-        joint = self.calibrate(scores, blocked)
-        flagged = (scores > joint.block.threshold) | (blocked & (scores > joint.review.threshold))
+        scores, opinions = self.world(rng, 1000, 0.5, 1.0)
+        joint = self.calibrate(scores, opinions)
+        flagged = self.flags(scores, opinions, joint)
         assert joint.block.observed == flagged.sum()
         assert joint.block.observed / 1000 < joint.block.upper <= self.RATE
         assert joint.review.observed == (scores > joint.review.threshold).sum()
@@ -170,16 +178,27 @@ class TestJointThresholds:
         assert joint.review.threshold > threshold_for_fpr(scores, self.REVIEW).threshold
         assert joint.review.threshold <= joint.block.threshold
 
+    def test_one_that_blocks_too_much_is_made_strict_where_it_is_graded(self):
+        scores, opinions = self.world(np.random.default_rng(4), 1000, 0.5, -1.0)
+        joint = self.calibrate(scores, opinions, is_graded=True)
+        assert joint.cut > 0
+        assert joint.review == threshold_for_fpr(scores, self.REVIEW)
+        assert self.flags(scores, opinions, joint).sum() > 0.9 * 1000 * self.RATE / 2
+        strict = self.calibrate(*self.world(np.random.default_rng(4), 1000, 0.5, 3.0))
+        assert strict.cut == 0
+
     def test_what_is_blocked_below_the_review_threshold_does_not_count(self):
         scores = np.random.default_rng(5).normal(size=500)
         review = threshold_for_fpr(scores, self.REVIEW)
         blocked = scores <= review.threshold
         assert self.calibrate(scores, blocked) == self.calibrate(scores, ~blocked & blocked)
 
-    @given(st.lists(FEW_VALUES, min_size=120, max_size=200), st.integers(0, 2**32 - 1))
-    def test_ties_do_not_break_it(self, scores, seed):
-        blocked = np.random.default_rng(seed).random(len(scores)) < 0.5
-        joint = self.calibrate(scores, blocked)
+    @given(
+        st.lists(FEW_VALUES, min_size=120, max_size=200), st.integers(0, 2**32 - 1), st.booleans()
+    )
+    def test_ties_do_not_break_it(self, scores, seed, is_graded):
+        opinions = np.random.default_rng(seed).integers(-2, 3, len(scores)).astype(float)
+        joint = self.calibrate(scores, opinions, is_graded=is_graded)
         assert joint.block.observed / len(scores) <= joint.block.upper <= self.RATE
 
     def test_one_flagged_prompt_has_to_be_allowed(self):

@@ -114,10 +114,10 @@ class Cascade:
     def decide(self, prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> list[Verdict]:
         """The joint verdicts, from those of the guard alone."""
         band = [n for n, verdict in enumerate(verdicts) if verdict.decision == "review"]
-        opinions = self.second.ask([prompts[n] for n in band]) if band else []
+        scores = self.second.score([prompts[n] for n in band]) if band else []
         joint = list(verdicts)
-        for n, opinion in zip(band, opinions, strict=True):
-            joint[n] = joint_verdict(verdicts[n], opinion)
+        for n, score in zip(band, scores, strict=True):
+            joint[n] = joint_verdict(verdicts[n], opinion_of(score, self.guard))
         return joint
 
     def calibrate(
@@ -152,6 +152,14 @@ def is_promised(guard: LatentGuard, second: SecondOpinion) -> bool:
     """Whether a guard was calibrated with this second opinion."""
     record = guard.thresholds.second_opinion if guard.thresholds else None
     return record is not None and record.name == second.name
+
+
+def opinion_of(score: float | None, guard: LatentGuard) -> Opinion:
+    """What a second opinion's score says, by the cut that a guard was calibrated with."""
+    if score is None:
+        return "failed"
+    record = guard.thresholds.second_opinion if guard.thresholds and guard.bound else None
+    return "block" if score > (record.cut if record else 0.0) else "allow"
 
 
 def joint_decision(decision: Decision, opinion: Opinion | None) -> Decision:
@@ -197,17 +205,19 @@ def calibrate_cascade(
     scores = np.array([verdicts[n].score for n in harmless])
     band = np.flatnonzero(scores > review.threshold)
     asked = [prompts[harmless[n]] for n in band]
-    opinions = _ask_in_batches(second, asked, progress)
-    if failed := opinions.count("failed"):
+    opinions = _score_in_batches(second, asked, progress)
+    if failed := opinions.count(None):
         raise GuardError(
             f"The second opinion {second.name} failed on {failed} of {len(asked)} harmless "
             "prompts, so nothing can be promised. Mend it, or leave out prompts that it cannot "
             "read, and calibrate again."
         )
-    blocked = np.zeros(len(scores), dtype=bool)
-    blocked[band] = [opinion == "block" for opinion in opinions]
-    joint = joint_thresholds(scores, blocked, review, guard.bound.max_fpr)
-    record = SecondOpinionRecord(second.name, asked=len(band), blocked=int(blocked.sum()))
+    second_scores = np.full(len(scores), -np.inf)
+    second_scores[band] = opinions
+    rate = guard.bound.max_fpr
+    joint = joint_thresholds(scores, second_scores, review, rate, is_graded=second.is_graded)
+    blocked = int((second_scores > 0).sum())
+    record = SecondOpinionRecord(second.name, asked=len(band), blocked=blocked, cut=joint.cut)
     moved = replace(
         thresholds,
         common=replace(thresholds.common, block=joint.block, review=joint.review),
@@ -220,12 +230,12 @@ def calibrate_cascade(
     return Cascade(replace(guard, threshold=threshold, bound=joint.block, thresholds=moved), second)
 
 
-def _ask_in_batches(
+def _score_in_batches(
     second: SecondOpinion, prompts: Sequence[Prompt], progress: Progress
-) -> list[Opinion]:
-    opinions: list[Opinion] = []
+) -> list[float | None]:
+    scores: list[float | None] = []
     for start in range(0, len(prompts), AT_ONCE):
         batch = prompts[start : start + AT_ONCE]
-        opinions += second.ask(batch)
+        scores += second.score(batch)
         progress(len(batch))
-    return opinions
+    return scores

@@ -21,7 +21,6 @@ from latentguard.errors import GuardError, LatentGuardError, ModelError
 from latentguard.guard.artifact import JSON_FILE
 from latentguard.guard.hub import find_guard
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.verdict import Opinion
 from latentguard.models.guard_models import LazyGuardModel, is_unsafe_reply
 from latentguard.prompts import Prompt
 from latentguard.states import no_progress
@@ -56,6 +55,9 @@ class SecondOpinion(Protocol):
     at_once: int
     """How many threads may ask at the same time."""
 
+    is_graded: bool
+    """Whether its scores rank prompts; else they are 1 and -1."""
+
     def load(self) -> None:
         """Load its model, or try its endpoint.
 
@@ -63,8 +65,8 @@ class SecondOpinion(Protocol):
             LatentGuardError: if it cannot give opinions.
         """
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Opinion]:
-        """An opinion of each prompt; ``failed`` where it has none."""
+    def score(self, prompts: Sequence[Prompt]) -> list[float | None]:
+        """A score of each prompt, over 0 where it would block; None where it fails."""
 
 
 def open_second_opinion(source: str) -> SecondOpinion:
@@ -90,6 +92,7 @@ class GuardOpinion:
     """Another guard, which loads its own model."""
 
     at_once = 1
+    is_graded = True
 
     def __init__(self, guard: LatentGuard) -> None:
         """Name the guard."""
@@ -100,19 +103,24 @@ class GuardOpinion:
         """Load and verify the model of the guard."""
         _ = self._guard.model
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Opinion]:
-        """The decision of the guard on each prompt, which may be ``review``."""
+    def score(self, prompts: Sequence[Prompt]) -> list[float | None]:
+        """How far the score of each prompt lies above the threshold of the guard."""
         try:
             verdicts = list(self._guard.scan(self._guard.model, prompts, progress=no_progress))
         except LatentGuardError as error:
-            return _ask_each(self, prompts, error)
-        return [verdict.decision for verdict in verdicts]
+            return _score_each(self, prompts, error)
+        return [
+            verdict.score
+            - self._guard.threshold_for(prompt.segment, has_evidence=bool(verdict.evidence))
+            for prompt, verdict in zip(prompts, verdicts, strict=True)
+        ]
 
 
 class GuardModelOpinion:
     """A guard model on this machine, such as Llama Guard."""
 
     at_once = 1
+    is_graded = True
 
     def __init__(self, source: str) -> None:
         """Name the guard model.
@@ -127,29 +135,30 @@ class GuardModelOpinion:
         """Load the model."""
         self._model.load()
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Opinion]:
-        """``block`` where unsafe is the likelier verdict."""
+    def score(self, prompts: Sequence[Prompt]) -> list[float | None]:
+        """P(unsafe) - 0.5 of each prompt."""
         try:
             chances = self._model(prompts)
         except LatentGuardError as error:
-            return _ask_each(self, prompts, error)
-        return ["block" if chance > 0.5 else "allow" for chance in chances]
+            return _score_each(self, prompts, error)
+        return [chance - 0.5 for chance in chances]
 
 
-def _ask_each(
+def _score_each(
     second: SecondOpinion, prompts: Sequence[Prompt], error: LatentGuardError
-) -> list[Opinion]:
-    """Ask of one prompt at a time, so that one that cannot be read does no harm to the others."""
+) -> list[float | None]:
+    """One prompt at a time, so that one that cannot be read does no harm to the others."""
     if len(prompts) > 1:
-        return [opinion for prompt in prompts for opinion in second.ask([prompt])]
+        return [score for prompt in prompts for score in second.score([prompt])]
     log.warning("No second opinion of prompt %s: %s", prompts[0].id, error)
-    return ["failed"]
+    return [None]
 
 
 class EndpointOpinion:
     """A moderation endpoint, or a guard model behind a chat endpoint."""
 
     at_once = CONNECTIONS
+    is_graded = False
 
     def __init__(self, address: str, *, key: str | None = None) -> None:
         """Name the endpoint.
@@ -194,19 +203,19 @@ class EndpointOpinion:
                 f"address, the name of the model, and the key in {KEY}."
             ) from None
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Opinion]:
-        """``block`` where it flags a prompt; each prompt is a request."""
+    def score(self, prompts: Sequence[Prompt]) -> list[float | None]:
+        """1 where it flags a prompt, else -1; each prompt is a request."""
         if len(prompts) < 2:
-            return [self._opinion(prompt) for prompt in prompts]
+            return [self._score_one(prompt) for prompt in prompts]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            return list(pool.map(self._opinion, prompts))
+            return list(pool.map(self._score_one, prompts))
 
-    def _opinion(self, prompt: Prompt) -> Opinion:
+    def _score_one(self, prompt: Prompt) -> float | None:
         try:
-            return "block" if self._is_blocked(prompt) else "allow"
+            return 1.0 if self._is_blocked(prompt) else -1.0
         except (httpx.HTTPError, LookupError, TypeError, ValueError, ModelError) as error:
             log.warning("No second opinion of prompt %s: %s", prompt.id, _reason(error))
-            return "failed"
+            return None
 
     def _is_blocked(self, prompt: Prompt) -> bool:
         if self._is_moderation:

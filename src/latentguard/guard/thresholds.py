@@ -104,13 +104,18 @@ class SecondOpinionRecord:
     """Harmless prompts above the review threshold, of which it was asked."""
 
     blocked: int
-    """How many of these it would block."""
+    """How many of these it would block by itself."""
+
+    cut: float
+    """It blocks above this score of its own (``SecondOpinion.score``); 0 where it would by itself.
+    """
 
     def describe(self, bound: Bound) -> str:
         """A sentence for people."""
         return (
             f"Calibrated with the second opinion `{self.name}`: it was asked of {self.asked} of "
-            f"{bound.n} harmless prompts and would block {self.blocked} of them. The rate is that "
+            f"{bound.n} harmless prompts and would block {self.blocked} of them by itself"
+            f"{f', so it blocks only above {self.cut:.3g}' if self.cut else ''}. The rate is that "
             "of both together, and is not promised with another second opinion."
         )
 

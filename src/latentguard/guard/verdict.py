@@ -12,7 +12,7 @@ Decision = Literal["allow", "review", "block"]
 """What is to be done with a prompt; the later, the more severe."""
 
 
-Opinion = Literal["allow", "review", "block", "failed"]
+Opinion = Literal["allow", "block", "failed"]
 """What a second opinion says of a prompt: its decision, or that it gave none."""
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from latentguard.guard.second_opinion import SecondOpinion
-from latentguard.guard.verdict import Opinion
 from latentguard.prompts import Prompt
 
 log = logging.getLogger("latentguard.serve")
@@ -25,28 +24,25 @@ class OpinionThreads:
 
         Args:
             second: Is asked; loaded before the first request.
-            seconds: After which an opinion counts as failed.
+            seconds: After which it has failed.
         """
         self._second = second
         self._seconds = seconds
         self._threads = ThreadPoolExecutor(second.at_once, thread_name_prefix="second-opinion")
-        self.on_opinion: Callable[[Opinion], None] = lambda opinion: None
-        """Told each opinion."""
 
-    async def ask(self, prompts: Sequence[Prompt]) -> list[Opinion]:
-        """An opinion of each prompt; ``failed`` where none came in time."""
-        return list(await asyncio.gather(*map(self._ask_one, prompts)))
+    async def score(self, prompts: Sequence[Prompt]) -> list[float | None]:
+        """Its score of each prompt; None where it fails, or none came in time."""
+        return list(await asyncio.gather(*map(self._score_one, prompts)))
 
-    async def _ask_one(self, prompt: Prompt) -> Opinion:
+    async def _score_one(self, prompt: Prompt) -> float | None:
         loop = asyncio.get_running_loop()
-        opinion: Opinion = "failed"
         try:
             async with asyncio.timeout(self._seconds):
-                [opinion] = await loop.run_in_executor(self._threads, self._second.ask, [prompt])
+                [score] = await loop.run_in_executor(self._threads, self._second.score, [prompt])
         except TimeoutError:
             log.warning("No second opinion came within %g seconds.", self._seconds)
-        self.on_opinion(opinion)
-        return opinion
+            return None
+        return score
 
     def close(self) -> None:
         """Drop what waits."""

@@ -203,7 +203,6 @@ def create_server(
     service = Service(config, engine, telemetry, keys or ApiKeys(), audit, reference)
     if guards.second_opinion is not None:
         service.second_opinion = OpinionThreads(guards.second_opinion, config.deadline)
-        service.second_opinion.on_opinion = telemetry.opinion
     _add_gauges(service)
     server = Server(uvicorn.Config(build_app(service), **_settings(config), **how))
     server.service = service

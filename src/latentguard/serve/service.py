@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from latentguard.guard.cascade import opinion_of
 from latentguard.guard.explanation import Explainer
 from latentguard.guard.replies import ReplyVerdict
 from latentguard.guard.verdict import Verdict
@@ -291,9 +292,12 @@ class RequestContext:
         if second is None or not band:
             return results
         asked = [prompts[n] for n in band]
-        opinions = await run_while_connected(second.ask(asked), self.request)
-        for n, opinion in zip(band, opinions, strict=True):
-            results[n] = with_opinion(self.served.guard, prompts[n], scored[n], opinion)
+        scores = await run_while_connected(second.score(asked), self.request)
+        guard = self.served.guard
+        for n, score in zip(band, scores, strict=True):
+            opinion = opinion_of(score, guard)
+            self.service.telemetry.opinion(opinion)
+            results[n] = with_opinion(guard, prompts[n], scored[n], opinion)
         return results
 
     async def _score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:

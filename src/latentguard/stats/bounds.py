@@ -111,26 +111,31 @@ class JointBounds:
     review: Bound
     """Above this, and up to ``block``, a second opinion decides."""
 
+    cut: float
+    """The second opinion blocks above this score of its own; 0 is where it would by itself."""
+
 
 def joint_thresholds(
-    scores: ArrayLike, blocked: ArrayLike, review: Bound, max_fpr: float
+    scores: ArrayLike, opinions: ArrayLike, review: Bound, max_fpr: float, *, is_graded: bool
 ) -> JointBounds:
     """Thresholds that keep the false-positive rate of a guard and a second opinion together.
 
     - The second opinion may block half of the prompts that the rate allows. If it would block more,
-      the review threshold is raised until it does not.
+      its cut is raised until it does not; the review threshold, if its scores are not graded.
     - What it leaves of the rate lowers the guard's own threshold.
 
     Each threshold is the score of a prompt that ends a block of the sample, and each block may be
     chosen by those before it. So the joint rate of k blocks is Beta(k, n + 1 - k) distributed
     ("statistically equivalent blocks", Tukey, 1947), and the bound is exact: that of k - 1 flagged
-    prompts. A raised review threshold costs one block.
+    prompts. Raising the cut or the review threshold costs one block.
 
     Args:
         scores: Of harmless prompts, [n].
-        blocked: Whether the second opinion would block them, [n]; read above ``review`` only.
+        opinions: Scores of the second opinion, [n], over 0 where it would block; read above
+            ``review`` only.
         review: The lowest threshold at which it may be asked, from these scores.
         max_fpr: Rate that both together are to keep.
+        is_graded: Whether its scores rank prompts, or only say whether it would block.
 
     Raises:
         GuardError: if there are too few prompts.
@@ -139,23 +144,28 @@ def joint_thresholds(
     n = len(values)
     require_enough_for_two(n, max_fpr, review.confidence)
     k = _most_flagged(n, max_fpr, review.confidence)
-    by_second = np.asarray(blocked, dtype=bool) & (values > review.threshold)
+    second = np.where(values > review.threshold, np.asarray(opinions, dtype=np.float64), -np.inf)
     ranked = np.sort(values)[::-1]
-    second = np.sort(values[by_second])[::-1]
-    first = np.sort(values[~by_second])[::-1]
     half = k // 2
     lower = review.threshold
-    remaining = k - len(second)
-    if len(second) > half:
-        lower = _over(ranked, float(second[half]))
+    cut = 0.0
+    remaining = k - int((second > cut).sum())
+    if k - remaining > half:
         remaining = k - half - 1
+        blocked = np.sort((second if is_graded else values)[second > cut])[::-1]
+        if is_graded:
+            cut = _over(blocked, float(blocked[half]))
+        else:
+            lower = _over(ranked, float(blocked[half]))
+    by_second = second > cut
+    first = np.sort(values[~by_second])[::-1]
     own = _over(ranked, float(first[min(remaining, len(first) - 1)]))
     threshold = max(own, lower)
     flagged = (values > threshold) | (by_second & (values > lower))
     upper = clopper_pearson_upper(k, n, review.confidence)
     block = Bound(threshold, max_fpr, upper, review.confidence, int(flagged.sum()), n)
     above = int((values > lower).sum())
-    return JointBounds(block, replace(review, threshold=lower, observed=above))
+    return JointBounds(block, replace(review, threshold=lower, observed=above), cut)
 
 
 def require_enough_for_two(n: int, max_fpr: float, confidence: float = 0.95) -> None:
