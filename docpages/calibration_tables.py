@@ -143,7 +143,7 @@ def cascade_sets_table() -> str:
                     f"{MODELS[first]}, then {MODELS[second]}" if key == "all" else "",
                     f"{label} ({figures['harmless']} + {figures['harmful']})",
                     f"{asked['harmless']:.0%}, {asked['harmful']:.0%}",
-                    *(_rates(figures[name]) for name in ("first alone", "cascade")),
+                    *(_rates(figures[name]) for name in ("first alone", "second alone", "cascade")),
                 ]
             )
     head = [
@@ -151,7 +151,8 @@ def cascade_sets_table() -> str:
         "set (harmless + harmful)",
         "asked about: harmless, harmful",
         "first alone: F1, caught, falsely flagged",
-        "both: F1, caught, falsely flagged",
+        "second alone",
+        "both",
     ]
     return markdown_table(head, rows, CASCADE_COMMAND)
 
