@@ -16,6 +16,7 @@ COLUMNS = (
 
 ATTACKS = "python benchmarks/attacks.py attacks --before CHECKOUT"
 LOAD = "python benchmarks/attacks.py load"
+COST = "python benchmarks/attacks.py cost --model default --guard src/latentguard/guard/default"
 
 Row = list[str]
 
@@ -123,6 +124,18 @@ def _table(rows: Callable[[], tuple[list[str], list[Row]]], command: str) -> str
     return markdown_table(*rows(), command)
 
 
+def cost_rows() -> tuple[list[str], list[Row]]:
+    """Processor time of a new turn, every message read against the chat in context only."""
+    rows = []
+    for turns, figures in _read()["cost"]["default"]["after"].items():
+        if isinstance(figures, dict):
+            low, high = figures["ratio_interval"]
+            ratio = f"{figures['ratio_to_context_only']:.2f} [{low:.2f}, {high:.2f}]"
+            name = turns.replace("1 turns", "1 turn")
+            rows.append([name, f"{figures['cpu_seconds']:.2f}", ratio, str(figures["n"])])
+    return ["chat of", "seconds of a new turn", "over the context alone", "n"], rows
+
+
 BUILD_UP = "python benchmarks/build_up.py --guard src/latentguard/guard/default --out FILE"
 
 
@@ -155,6 +168,7 @@ ATTACK_TABLES: dict[str, Callable[[], str]] = {
     "attacks-hidden": partial(_table, hidden_rows, ATTACKS),
     "attacks-stopping": partial(_table, stopping_rows, ATTACKS),
     "attacks-load": partial(_table, load_rows, LOAD),
+    "attacks-cost": partial(_table, cost_rows, COST),
     "build-up-rates": build_up_rates_table,
     "build-up-areas": build_up_areas_table,
 }
