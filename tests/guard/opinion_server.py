@@ -21,6 +21,8 @@ def llama_guard(body):
 class OpinionServer(ThreadingHTTPServer):
     """Answers with what ``reply`` makes of the body; a number is a status."""
 
+    request_queue_size = 64
+
     def __init__(self, reply):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply = reply

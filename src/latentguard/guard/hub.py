@@ -160,11 +160,13 @@ def hub_guards(model: str | None = None, *, token: str | None = None) -> list[Li
     Raises:
         GuardError: if the Hub is out of reach; says why.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_session
 
     tags = [LIBRARY, *([f"base_model:{model}"] if model else [])]
-    try:
-        models = list(HfApi(endpoint=_endpoint(), token=token).list_models(filter=tags))
+    api = HfApi(endpoint=_endpoint(), token=token)
+    try:  # a Hub that is out of reach would be tried for 23 seconds
+        get_session().get(f"{api.endpoint}/api/models", params={"limit": 1}, timeout=5)
+        models = list(api.list_models(filter=tags))
     except _hub_errors() as error:
         raise GuardError(
             f"The guards on the Hugging Face Hub could not be listed ({_reason(error)})."
