@@ -46,8 +46,9 @@ def main() -> None:
         )
         report = run_stress(target, plan)
     report.save(options.out)
+    took = f"the call took {time.process_time():.0f} s of processor time"
     text = "\n\n".join(
-        [f"{report.sections[0].text} Processor time of this call: {time.process_time():.0f} s."]
+        [f"Threshold {guard.threshold:.4g}; {took}."]
         + [rows_of(table) for table in report.tables if table.title in SHOWN]
     )
     print(text)
