@@ -52,11 +52,12 @@ from latentguard.stats.bootstrap import bootstrap
 
 TESTS = Path(__file__).parents[1] / "tests"
 LUA = """
-local bodies, n = {}, 0
+local bodies, n, START = {}, 0, os.time()
 for line in io.lines("BODIES") do bodies[#bodies + 1] = line end
-request = function()
-  n = n % #bodies + 1
-  return wrk.format("POST", "/v1/moderations", {["content-type"] = "application/json"}, bodies[n])
+request = function()  -- no text twice: the service keeps verdicts
+  n = n + 1
+  local body = bodies[n % #bodies + 1]:gsub("@@", START .. " " .. n)
+  return wrk.format("POST", "/v1/moderations", {["content-type"] = "application/json"}, body)
 end
 done = function(summary, latency)
   local bad = summary.errors.status + summary.errors.connect + summary.errors.timeout
@@ -225,7 +226,7 @@ def _gflops(size: int = 1024) -> float:
 
 def _script(folder: Path) -> Path:
     bodies = folder / "bodies"
-    bodies.write_text("".join(f"{json.dumps({'input': text})}\n" for text in prompts()))
+    bodies.write_text("".join(f"{json.dumps({'input': f'{text} (@@)'})}\n" for text in prompts()))
     script = folder / "load.lua"
     script.write_text(LUA.replace("BODIES", str(bodies)))
     return script
