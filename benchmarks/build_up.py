@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chat_rates import flagged_by_rate
+
 from latentguard.data.builtin import load_guard_prompts
 from latentguard.data.surface_audit import ngram_scores
 from latentguard.files import write_atomic
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.verdict import Verdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation, Sampling
 from latentguard.prompts import Prompt
-from latentguard.serve.chat_readings import chat_readings
-from latentguard.serve.chat_thresholds import ChatThresholds
+from latentguard.serve.config import RateOf
 from latentguard.serve.messages import ChatMessage, own_model_prompt
 from latentguard.stats.detection import separation
 from latentguard.stats.rates import proportion
@@ -43,7 +45,7 @@ class Judged:
     ending: str
     """Which of ``ENDINGS``."""
 
-    flagged: Mapping[str, bool]
+    flagged: Mapping[RateOf, bool]
     """Whether the service blocks it at its last turn, by what the rate is of."""
 
     was_flagged: bool
@@ -71,11 +73,11 @@ def main() -> None:
 
 def judge(guard: LatentGuard, model: ChatModel, topic: Mapping[str, Any]) -> Iterator[Judged]:
     """The chats of a topic."""
-    chat = list[ChatMessage]()
+    chat, known = list[ChatMessage](), dict[Prompt, Verdict]()
     was_flagged = False
     for text in topic["turns"]:
         chat.append(ChatMessage(role="user", content=text))
-        was_flagged |= is_flagged(guard, model, chat, "chat")
+        was_flagged |= flagged_by_rate(guard, model, chat, known)["chat"]
         chat.append(ChatMessage(role="assistant", content=reply(model, chat)))
     for ending in ENDINGS:
         last = ChatMessage(role="user", content=topic[ending])
@@ -84,19 +86,8 @@ def judge(guard: LatentGuard, model: ChatModel, topic: Mapping[str, Any]) -> Ite
         said = Prompt("\n".join([*topic["turns"], last.text]))
         (words,) = ngram_scores(load_guard_prompts("train"), [said])
         scores = dict(zip(FIGURES, (context.score, alone.score, float(words)), strict=True))
-        flagged = {rate: is_flagged(guard, model, whole, rate) for rate in ("chat", "text")}
+        flagged = flagged_by_rate(guard, model, whole, known)
         yield Judged(ending, flagged, was_flagged, scores)
-
-
-def is_flagged(
-    guard: LatentGuard, model: ChatModel, chat: Sequence[ChatMessage], rate_of: Any
-) -> bool:
-    """Whether the service blocks a chat."""
-    readings = chat_readings(chat, context=own_model_prompt(chat))
-    verdicts = list(guard.scan(model, [one.prompt for one in readings]))
-    newest, segments = [one.is_newest for one in readings], [None] * len(readings)
-    decided = ChatThresholds(guard).decide(verdicts, newest, segments, rate_of=rate_of)
-    return decided.verdict.flagged
 
 
 def reply(model: ChatModel, chat: Sequence[ChatMessage]) -> str:

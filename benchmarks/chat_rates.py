@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from latentguard.data.builtin import load_guard_prompts
 from latentguard.files import write_atomic
@@ -23,6 +24,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import chat_readings
 from latentguard.serve.chat_thresholds import ChatThresholds
+from latentguard.serve.config import RateOf
 from latentguard.serve.messages import ChatMessage, own_model_prompt
 from latentguard.stats.rates import proportion
 
@@ -32,7 +34,7 @@ LENGTHS = (1, 2, 5, 10, 20)
 LONGEST = 300
 """Characters of a message, so that no chat is read by chunks."""
 
-RATES = ("chat", "text")
+RATES: tuple[RateOf, ...] = get_args(RateOf)
 
 
 def main() -> None:
@@ -53,21 +55,37 @@ def main() -> None:
 
 def measure(guard: LatentGuard, model: ChatModel, length: int, count: int) -> list[dict[str, Any]]:
     """The share of harmless chats of a length that is flagged, for both rates."""
-    thresholds, known = ChatThresholds(guard), dict[Prompt, Verdict]()
-    flagged: dict[str, list[bool]] = {rate: [] for rate in RATES}
-    for chat in chats(length, count):
-        readings = chat_readings(chat, context=own_model_prompt(chat))
-        new = [one.prompt for one in readings if one.prompt not in known]
-        known |= zip(new, guard.scan(model, new), strict=True)
-        verdicts = [known[one.prompt] for one in readings]
-        newest, segments = [one.is_newest for one in readings], [None] * len(readings)
-        for rate in RATES:
-            decided = thresholds.decide(verdicts, newest, segments, rate_of=rate)
-            flagged[rate].append(decided.verdict.flagged)
-    return [
-        {"messages": length, "rate_of": rate, "flagged": sum(of), **_interval(of)}
-        for rate, of in flagged.items()
-    ]
+    known = dict[Prompt, Verdict]()
+    judged = [flagged_by_rate(guard, model, chat, known) for chat in chats(length, count)]
+    rows = []
+    for rate in RATES:
+        flags = [one[rate] for one in judged]
+        rows.append(
+            {"messages": length, "rate_of": rate, "flagged": sum(flags), **_interval(flags)}
+        )
+    return rows
+
+
+def flagged_by_rate(
+    guard: LatentGuard, model: ChatModel, chat: Sequence[ChatMessage], known: dict[Prompt, Verdict]
+) -> dict[RateOf, bool]:
+    """Whether the service blocks a chat, by what the rate is of.
+
+    Args:
+        guard: The guard.
+        model: Its model.
+        chat: Ends with a message of the user.
+        known: Verdicts on texts that were read before; those of this chat are added.
+    """
+    readings = chat_readings(chat, context=own_model_prompt(chat))
+    new = [one.prompt for one in readings if one.prompt not in known]
+    known |= zip(new, guard.scan(model, new), strict=True)
+    verdicts = [known[one.prompt] for one in readings]
+    newest, segments = [one.is_newest for one in readings], [None] * len(readings)
+    decide = ChatThresholds(guard).decide
+    return {
+        rate: decide(verdicts, newest, segments, rate_of=rate).verdict.flagged for rate in RATES
+    }
 
 
 def chats(length: int, count: int) -> list[list[ChatMessage]]:

@@ -71,14 +71,14 @@ def first_page(reports: Sequence[StudyReport], names: Sequence[str]) -> str:
 
 
 def paragraph(number: int, reports: Sequence[StudyReport]) -> str:
-    """One claim in plain words: what the paper says, what each report sees, what form says."""
+    """One claim as a list: what the paper says, what each report sees, what form says."""
     claim = CLAIMS[number - 1]
-    lines = [f"**{number}. {claim.name}** The paper ({claim.where}): {claim.paper}."]
+    lines = [f"**{number}. {claim.name}**", "", f"- The paper ({claim.where}): {claim.paper}."]
     for report in reports:
         row = next((one for one in report.claims if one.number == number), None)
         if row is not None:
-            lines.append(f"{report.label}: {_sentence(row)}")
-    return " ".join(lines)
+            lines.append(f"- {report.label}: {_sentence(row)}")
+    return "\n".join(lines)
 
 
 def _sentence(row: ClaimRow) -> str:

@@ -130,6 +130,24 @@ def cascade_planted_table() -> str:
     return markdown_table(head, rows, CASCADE_COMMAND)
 
 
+def cascade_cost_table() -> str:
+    """AUROC of each guard by itself, and what a prompt costs in it and in both."""
+    found = read_result(CASCADE)["labelled"]
+    names = {"first": "SmolLM2-135M (`default`)", "second": "Qwen2.5-Coder-0.5B, 500 rows"}
+    names["cascade"] = "the default, then the 0.5B"
+    rows = [
+        [name, f"{found['auroc'][key]:.2f}" if key in found["auroc"] else "", f"{ms:.0f}"]
+        for key, name in names.items()
+        for ms in [found["milliseconds"][key]]
+    ]
+    head = ["guard", f"AUROC, {_n(found)}", "processor time a prompt, ms"]
+    return markdown_table(head, rows, CASCADE_COMMAND)
+
+
+def _n(found: Figure) -> str:
+    return f"{found['all']['harmless']} harmless + {found['all']['harmful']} harmful"
+
+
 def cascade_sets_table() -> str:
     """F1, recall and false-positive rate of both guards and the cascade on labelled sets."""
     rows = []
@@ -168,5 +186,6 @@ CALIBRATION_TABLES: dict[str, Callable[[], str]] = {
     "calibration-quadrants": quadrants_table,
     "cascade-planted": cascade_planted_table,
     "cascade-sets": cascade_sets_table,
+    "cascade-cost": cascade_cost_table,
 }
 """Name on a page -> what makes the table."""

@@ -41,7 +41,9 @@ def test_each_report_is_published_with_its_figures_and_tables(gallery, folders, 
     first = (out / "index.md").read_text()
     assert "| small, controlled | small, paper |" in first
     assert "[small, paper](small-paper/index.md)" in first
-    assert "**1. Removing the post-instruction tokens weakens refusal.** The paper (3.1" in first
+    assert (
+        "**1. Removing the post-instruction tokens weakens refusal.**\n\n- The paper (3.1" in first
+    )
     assert (
         "replicated (drop without post-instruction tokens > 0: 0.40 [0.15, 0.65], n = 30)" in first
     )
