@@ -3,9 +3,10 @@
 History is the client's to write, so no turn counts as read before. Of a chat are read
 
 - the chat up to its last user or tool message, the last turn in its context;
-- each message by itself, those of trusted roles left out;
+- each message by itself, those of trusted roles left out; its parts however a template joins them;
 - messages that one speaker sends in a row, joined, as a template may join them;
-- calls of tools, reasoning and refusals in messages, descriptions of tools, schemas of replies.
+- calls of tools, reasoning and refusals in messages, descriptions of tools, schemas of replies,
+  and names that hold several words.
 
 Equal texts of one source are read once. The chat is flagged if one of its readings is. An operator
 may choose the sources that are read; a guard calibrated by source has a threshold for each.
@@ -20,6 +21,7 @@ from itertools import groupby
 from latentguard.prompts import Message, Prompt
 from latentguard.serve.config import SOURCES, Source
 from latentguard.serve.errors import BadRequest
+from latentguard.serve.json_texts import joined_words
 from latentguard.serve.messages import ChatMessage
 
 
@@ -64,12 +66,36 @@ def chat_readings(
     turns = _turns(messages)
     newest = _last_user_turn(turns)
     readings = _in_chosen_context(turns[:newest], context, sources)
+    readings += separate_readings(
+        messages, trusted_roles=trusted_roles, sources=sources, other_texts=other_texts
+    )
+    return _distinct(readings)
+
+
+def separate_readings(
+    messages: Sequence[ChatMessage],
+    *,
+    trusted_roles: Iterable[str] = (),
+    sources: Collection[Source] = SOURCES,
+    other_texts: Iterable[OtherText] = (),
+) -> list[ChatReading]:
+    """What is read of a chat without its context, as in ``chat_readings``.
+
+    Raises:
+        BadRequest: if a part of a message is no text.
+    """
+    turns = _turns(messages)
+    newest = _newest_turn(turns)
+    readings = list[ChatReading]()
     trusted = frozenset(trusted_roles)
     for number, turn in enumerate(turns, start=1):
         own = [m for m in turn if m.role not in trusted and source_of(m) in sources]
         for source, text in _texts_of_turn(own):
             readings.append(ChatReading(Prompt(text, id="part"), number >= newest, source))
-    inner = [text for m in messages if m.role not in trusted for text in _inner_texts(m)]
+    untrusted = [message for message in messages if message.role not in trusted]
+    inner = [text for message in untrusted for text in _inner_texts(message)]
+    words = joined_words(word for message in untrusted for word in message.single_words)
+    inner += [("call", text) for text in words]
     for source, text in (*inner, *other_texts):
         if source in sources:
             readings.append(ChatReading(Prompt(text, id="part"), is_newest=False, source=source))
@@ -95,10 +121,16 @@ def source_of(message: ChatMessage) -> Source:
 
 def _last_user_turn(turns: Sequence[Sequence[ChatMessage]]) -> int:
     """The number of the last turn of a user or a tool, from 1."""
-    ends = [n for n, turn in enumerate(turns, start=1) if turn[0].speaker == "user"]
-    if not ends:
+    end = _newest_turn(turns)
+    if not end:
         raise BadRequest("No message of a user has any text.")
-    return ends[-1]
+    return end
+
+
+def _newest_turn(turns: Sequence[Sequence[ChatMessage]]) -> int:
+    """The number of the last turn of a user or a tool; 0 if there is none."""
+    ends = [n for n, turn in enumerate(turns, start=1) if turn[0].speaker == "user"]
+    return max(ends, default=0)
 
 
 def _in_chosen_context(
@@ -144,8 +176,12 @@ def _in_context(turns: Sequence[Sequence[ChatMessage]]) -> Prompt:
 
 
 def _texts_of_turn(turn: Sequence[ChatMessage]) -> list[OtherText]:
-    texts = [(source_of(message), message.text) for message in turn]
-    return [*texts, (_joint_source(turn), _joined(turn))] if len(texts) > 1 else texts
+    texts = [
+        (source_of(message), text)
+        for message in turn
+        for text in (message.text, *message.other_joinings)
+    ]
+    return [*texts, (_joint_source(turn), _joined(turn))] if len(turn) > 1 else texts
 
 
 def _distinct(readings: Iterable[ChatReading]) -> list[ChatReading]:

@@ -12,7 +12,7 @@ from latentguard.serve.config import ServeConfig
 from latentguard.serve.control_tokens import ControlTokens
 from latentguard.serve.errors import BadRequest
 from latentguard.serve.messages import ChatMessage
-from latentguard.serve.parameters import CHAT_CHECKS, require_known, texts_in
+from latentguard.serve.parameters import CHAT_CHECKS, require_known, strings_in, texts_in
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def forwarded_chat(
     allowed = require_known(parameters, CHAT_CHECKS, unread=config.unread_parameters)
     others = texts_in(allowed, config.tools)
     if config.control_tokens != "forward":
-        inner = [text for message in messages for text in message.other_texts]
-        control_tokens.require_none([*inner, *others])
+        inner = [text for message in messages for text in message.side_strings]
+        control_tokens.require_none([*inner, *strings_in(allowed, config.tools)])
     readings = chat_readings(
         messages,
         trusted_roles=config.trusted_roles,
@@ -85,6 +85,6 @@ def sanitized_message(
     if config.control_tokens == "forward":
         return plain
     if config.control_tokens == "escape" and plain.content is not None:
-        return plain.model_copy(update={"content": control_tokens.escape(plain.text)})
+        plain = plain.model_copy(update={"content": control_tokens.escape(plain.text)})
     control_tokens.require_none([plain.text])
     return plain

@@ -92,9 +92,10 @@ async def _own(context: RequestContext, body: ChatRequest) -> Response:
     """Have the guard's own model answer, if the verdict allows it."""
     service = context.service
     _require_plain(body)
+    messages = [message.with_one_text() for message in body.messages]
     readings = chat_readings(
-        body.messages,
-        context=own_model_prompt(body.messages),
+        messages,
+        context=own_model_prompt(messages),
         trusted_roles=service.config.trusted_roles,
         sources=service.config.sources,
     )

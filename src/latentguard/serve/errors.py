@@ -20,7 +20,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, object]:
         """OpenAI's error object."""
-        error = {"message": str(self), "type": self.kind, "param": None, "code": self.code}
+        message = str(self).encode("utf-8", "replace").decode()  # it may quote half a character
+        error = {"message": message, "type": self.kind, "param": None, "code": self.code}
         return {"error": error}
 
     @property

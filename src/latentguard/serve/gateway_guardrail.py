@@ -13,11 +13,16 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
-from latentguard.prompts import Prompt
-from latentguard.serve.chat_readings import ChatReading, OtherText, chat_readings
+from latentguard.serve.chat_readings import (
+    ChatReading,
+    OtherText,
+    chat_readings,
+    separate_readings,
+)
 from latentguard.serve.chat_request import require_few
 from latentguard.serve.decision import is_blocked
 from latentguard.serve.errors import BadRequest
+from latentguard.serve.json_texts import texts_of
 from latentguard.serve.messages import ChatMessage
 from latentguard.serve.parameters import texts_in
 from latentguard.serve.service import RequestContext, Service
@@ -47,6 +52,9 @@ class GuardrailRequest(BaseModel):
 
     tools: list[dict[str, Any]] | None = None
     """Descriptions of tools; their texts are in none of the fields above."""
+
+    tool_calls: list[dict[str, Any]] | None = None
+    """Calls of tools in the request."""
 
 
 class GuardrailResponse(BaseModel):
@@ -92,19 +100,20 @@ def _readings(service: Service, body: GuardrailRequest) -> list[ChatReading]:
     """
     if body.images:
         raise BadRequest("Images cannot be read, so there is no verdict on this request.")
-    messages = body.structured_messages or []
+    messages = [*(body.structured_messages or ())]
     for message in messages:
         message.require_readable()
-    texts = [text for text in body.texts or () if text.strip()]
+    message_texts = {message.text for message in messages}
+    texts = [text for text in body.texts or () if text.strip() and text not in message_texts]
     schemas = texts_in({"tools": body.tools} if body.tools else {}, service.config.tools)
+    calls = texts_of(body.tool_calls)
+    others: list[OtherText] = [("schema", text) for text in schemas]
+    others += [("call", text) for text in calls]
+    how: dict[str, Any] = dict(
+        trusted_roles=service.config.trusted_roles, sources=service.config.sources
+    )
     if any(message.speaker == "user" and message.text.strip() for message in messages):
-        message_texts = {message.text for message in messages}
-        others: list[OtherText] = [("user", text) for text in texts if text not in message_texts]
-        return chat_readings(
-            messages,
-            trusted_roles=service.config.trusted_roles,
-            sources=service.config.sources,
-            other_texts=[*others, *(("schema", text) for text in schemas)],
-        )
-    distinct = dict.fromkeys([*texts, *schemas])
-    return [ChatReading(Prompt(text, id="part"), is_newest=True) for text in distinct]
+        others += [("user", text) for text in texts]
+        return chat_readings(messages, other_texts=others, **how)
+    messages += [ChatMessage(role="user", content=text) for text in texts]
+    return separate_readings(messages, other_texts=others, **how)

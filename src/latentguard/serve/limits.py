@@ -39,7 +39,7 @@ HEADERS = {
 """Sent with every answer."""
 
 OPEN = ("/", "/page.css", "/page.js", "/figures.js", "/favicon.ico", "/healthz", "/readyz")
-"""Paths that need no key."""
+"""Paths that need no key to be read."""
 
 
 class RequestLimits:
@@ -83,7 +83,7 @@ class RequestLimits:
             client = self._client(scope)
             account = client if client != "-" else address
             scope["state"] |= dict(client=client, account=account)
-            admitted = nullcontext() if scope["path"] in OPEN else self.accounts.admit(account)
+            admitted = nullcontext() if _is_open(scope) else self.accounts.admit(account)
             async with admitted:
                 body = await self._body(scope, receive)
                 if scope["method"] == "POST":
@@ -106,7 +106,7 @@ class RequestLimits:
             raise BadRequest("This service does not answer to this Host header.")
 
     def _client(self, scope: Scope) -> str:
-        if scope["path"] in OPEN:
+        if _is_open(scope):
             return "-"
         credentials: bytes = dict(scope["headers"]).get(b"authorization", b"")
         return self.keys.require(credentials.decode("latin-1"))
@@ -137,6 +137,11 @@ class RequestLimits:
         except TimeoutError:
             raise RequestTimeout("The body did not come in time.") from None
         return bytes(body)
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether a request needs no key and is not counted."""
+    return scope["path"] in OPEN and scope["method"] in ("GET", "HEAD")
 
 
 def address_of(scope: Scope) -> str:

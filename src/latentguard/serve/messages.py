@@ -7,21 +7,20 @@ the guard reads and what an upstream is sent.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from latentguard.prompts import Message, Prompt
 from latentguard.serve.errors import BadRequest
-
-NAME = re.compile(r"[\w.:@/-]{1,128}")
-"""Names and ids: one word, too short and too plain for a request."""
-
-PROSE = re.compile(r"\w\W+\w")
-"""More than one word."""
+from latentguard.serve.json_texts import (
+    require_name,
+    single_words,
+    strings_of,
+    text_of_name,
+    texts_of,
+)
 
 READ_FIELDS = ("reasoning_content", "reasoning", "refusal")
 """Further texts of a message."""
@@ -29,20 +28,6 @@ READ_FIELDS = ("reasoning_content", "reasoning", "refusal")
 NAME_FIELDS = ("name", "tool_call_id")
 
 CALL_FIELDS = ("tool_calls", "function_call")
-
-ID_FIELDS = ("id", "call_id", "tool_call_id")
-
-DEPTH = 32
-"""Levels of a value that is read."""
-
-SCHEMA_WORDS = frozenset(
-    "$ref $defs additionalProperties allOf anyOf array arguments auto boolean const custom default "
-    "definitions description enum false format function id index input integer items json_object "
-    "json_schema max maximum maxItems maxLength min minimum minItems minLength name none null "
-    "number object oneOf parameters pattern properties required schema strict string text title "
-    "true type".split()
-)
-"""Words that tools and schemas consist of; alone they say nothing."""
 
 
 class ContentPart(BaseModel):
@@ -85,21 +70,63 @@ class ChatMessage(BaseModel):
         return "system" if self.role == "developer" else "user"
 
     @property
+    def other_joinings(self) -> list[str]:
+        """Its parts as other templates join them; none of a single text."""
+        if isinstance(self.content, str) or len(self.content or []) < 2:
+            return []
+        texts = [part.text or "" for part in self.content or []]
+        return ["".join(texts), " ".join(texts)]
+
+    @property
     def side_texts(self) -> list[str]:
-        """Reasoning and a refusal."""
-        fields = self.model_extra or {}
-        return [fields[name] for name in READ_FIELDS if fields.get(name)]
+        """Reasoning and a refusal, and what a name or an id says."""
+        return [*self._read_fields, *self._name_texts]
 
     @property
     def call_texts(self) -> list[str]:
         """Names and arguments of tools that are called."""
-        fields = self.model_extra or {}
-        return [text for name in CALL_FIELDS for text in texts_of(fields.get(name))]
+        return [text for call in self._calls for text in texts_of(call)]
 
     @property
-    def other_texts(self) -> list[str]:
-        """What the message holds beside its content."""
-        return self.side_texts + self.call_texts
+    def reasoning_texts(self) -> list[str]:
+        """Reasoning and a refusal."""
+        return self._read_fields
+
+    @property
+    def single_words(self) -> list[str]:
+        """Words of calls that say something beside others only."""
+        return [word for call in self._calls for word in single_words(call)]
+
+    @property
+    def side_strings(self) -> list[str]:
+        """All strings beside the content: what control tokens are looked for in."""
+        return [*self._read_fields, *(text for call in self._calls for text in strings_of(call))]
+
+    @property
+    def _read_fields(self) -> list[str]:
+        fields = self.model_extra or {}
+        return [text for name in READ_FIELDS if isinstance(text := fields.get(name), str) and text]
+
+    @property
+    def _calls(self) -> list[Any]:
+        fields = self.model_extra or {}
+        return [fields[name] for name in CALL_FIELDS if fields.get(name)]
+
+    @property
+    def _name_texts(self) -> list[str]:
+        fields = self.model_extra or {}
+        names = [(fields[name], name != "name") for name in NAME_FIELDS if fields.get(name)]
+        texts = [text_of_name(n, is_id=is_id) for n, is_id in names if isinstance(n, str)]
+        return [text for text in texts if text is not None]
+
+    def with_one_text(self) -> ChatMessage:
+        """The message with its parts joined, as it is read.
+
+        Raises:
+            BadRequest: if a part of it is no text.
+        """
+        content = None if self.content is None else self.text
+        return self.model_copy(update={"content": content})
 
     def sanitized(self) -> dict[str, Any]:
         """The message as it is sent on: its parts joined, empty fields left out.
@@ -132,16 +159,6 @@ class ChatMessage(BaseModel):
                 )
 
 
-def require_name(field: str, value: Any) -> None:
-    """Check that a value is a name of one word.
-
-    Raises:
-        BadRequest: if it is not.
-    """
-    if not isinstance(value, str) or not NAME.fullmatch(value):
-        raise BadRequest(f"'{field}' should be one word of at most 128 letters, digits or ._:@/-")
-
-
 def text_of_parts(parts: Sequence[ContentPart]) -> str:
     """The text of parts, joined by line ends.
 
@@ -157,46 +174,6 @@ def text_of_parts(parts: Sequence[ContentPart]) -> str:
                 f"'{unread[0][:40]}' is no field of a text part that this guard reads; leave it out"
             )
     return "\n".join(part.text or "" for part in parts)
-
-
-def texts_of(value: Any) -> list[str]:
-    """What a JSON value says: each string of several words, and all of its strings together.
-
-    Names of fields count as strings, since a request can be spelled out in them as well; ids and
-    the words of JSON Schema do not.
-
-    Raises:
-        BadRequest: if it is nested too deeply.
-    """
-    words = [word for word in _strings(value, DEPTH) if word.strip() and word not in SCHEMA_WORDS]
-    texts = [word for word in [*words, " ".join(words)] if PROSE.search(word)]
-    return list(dict.fromkeys(texts))
-
-
-def _strings(value: Any, depth: int) -> Iterator[str]:
-    if depth == 0:
-        raise BadRequest(f"A field is nested more than {DEPTH} levels deep.")
-    if isinstance(value, str):
-        yield value
-        if value[:1] in ("{", "["):  # the arguments of a call are JSON in a string
-            yield from _strings(_parsed(value), depth - 1)
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield name.replace("_", " ")
-            if not (name in ID_FIELDS and isinstance(inner, str) and NAME.fullmatch(inner)):
-                yield from _strings(inner, depth - 1)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner, depth - 1)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-    except RecursionError:
-        raise BadRequest(f"A field is nested more than {DEPTH} levels deep.") from None
 
 
 def readable_text(messages: Sequence[ChatMessage]) -> Prompt:

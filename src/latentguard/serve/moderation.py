@@ -24,7 +24,7 @@ from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import chat_readings
 from latentguard.serve.chat_request import require_few
 from latentguard.serve.errors import BadRequest
-from latentguard.serve.messages import ChatMessage, ContentPart, text_of_parts
+from latentguard.serve.messages import ChatMessage, ContentPart
 from latentguard.serve.reply_scoring import (
     ReplyFields,
     reply_fields,
@@ -39,6 +39,8 @@ Text = Annotated[str, Field(min_length=1)]
 
 class ModerationRequest(BaseModel):
     """What is asked."""
+
+    model_config = ConfigDict(extra="forbid")
 
     input: (
         Text
@@ -132,11 +134,11 @@ def routes(service: Service) -> APIRouter:
         """Classify texts, in OpenAI's schema."""
         context = RequestContext(service, request, "moderations", model=body.model)
         _require_one_of(body.input, body.messages)
-        if body.messages:
-            _, outcome, reply = await _score_chat(context, body.messages)
+        if messages := body.messages or _message_of(body.input):
+            _, outcome, reply = await _score_chat(context, messages)
             results = [moderation_result(context.served.guard, outcome, reply)]
         else:
-            scored_prompts = await _judged(context, _texts(body.input or ""))
+            scored_prompts = await _judged(context, _texts(body.input))
             results = [moderation_result(context.served.guard, one) for one in scored_prompts]
         label = context.served.label
         return ModerationResponse(id=_id("modr", context), model=label, results=results)
@@ -152,7 +154,7 @@ def routes(service: Service) -> APIRouter:
             prompt, outcome, reply = await _score_chat(context, body.messages)
             prompts, scored = [prompt], [outcome]
         else:
-            prompts = _texts(body.input or "")
+            prompts = _texts(body.input)
             if body.explain and len(prompts) > 1:
                 raise BadRequest("'explain' is for one prompt at a time.")
             scored = await _judged(context, prompts)
@@ -186,6 +188,8 @@ async def _score_chat(
 ) -> tuple[Prompt, ScoredPrompt, ReplyVerdict | None]:
     """The most severe reading of a chat, what is said of it and of its last reply, recorded."""
     config = context.service.config
+    for message in messages:
+        message.require_readable()
     readings = chat_readings(messages, trusted_roles=config.trusted_roles, sources=config.sources)
     if not readings:
         raise BadRequest(
@@ -224,12 +228,16 @@ async def _judged(context: RequestContext, prompts: list[Prompt]) -> list[Scored
     return scored_prompts
 
 
-def _texts(content: str | list[str] | list[ContentPart]) -> list[Prompt]:
-    texts = (
-        [content] if isinstance(content, str) else [one for one in content if isinstance(one, str)]
-    )
-    if not texts:  # parts of one message
-        texts = [text_of_parts([one for one in content if not isinstance(one, str)])]
+def _message_of(content: str | list[str] | list[ContentPart] | None) -> list[ChatMessage]:
+    """Parts as one message, which is read however a template joins them; nothing of texts."""
+    inputs = content if isinstance(content, list) else []
+    parts = [one for one in inputs if isinstance(one, ContentPart)]
+    return [ChatMessage(role="user", content=parts)] if parts else []
+
+
+def _texts(content: str | list[str] | list[ContentPart] | None) -> list[Prompt]:
+    inputs = content if isinstance(content, list) else [content or ""]
+    texts = [one for one in inputs if isinstance(one, str)]
     for number, text in enumerate(texts):
         if not text.strip():
             raise BadRequest(f"Input {number} is empty; there is nothing to judge.")

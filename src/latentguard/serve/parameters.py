@@ -6,12 +6,13 @@ be what its name says: a number, a switch, one word, or a label that no model is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from latentguard.serve.config import ToolPolicy
 from latentguard.serve.errors import BadRequest
-from latentguard.serve.messages import require_name, texts_of
+from latentguard.serve.json_texts import NAME, joined_words, single_words, strings_of, texts_of
 
 NUMBERS = frozenset(
     "best_of frequency_penalty length_penalty logprobs max_completion_tokens max_tokens min_p "
@@ -25,8 +26,13 @@ SWITCHES = frozenset(
     "spaces_between_special_tokens store stream use_beam_search".split()
 )
 
-WORDS = frozenset("model prompt_cache_retention reasoning_effort service_tier verbosity".split())
-"""One word each."""
+WORDS = frozenset("prompt_cache_retention reasoning_effort service_tier verbosity".split())
+"""A setting each, such as ``low``: templates print some of them."""
+
+SETTING = re.compile(r"[A-Za-z0-9]{1,12}(?:[_-][A-Za-z0-9]{1,8})?")
+
+MODEL = re.compile(r"[A-Za-z0-9_.:@/-]{1,128}")
+"""Names a model; no model is shown it."""
 
 LABELS = frozenset({"prompt_cache_key", "safety_identifier", "user"})
 """Short texts that no model is shown."""
@@ -79,18 +85,33 @@ def texts_in(parameters: Mapping[str, Any], tools: ToolPolicy) -> list[str]:
     Raises:
         BadRequest: if tools are there and are refused.
     """
-    texts = list[str]()
+    entries = _read_entries(parameters, tools)
+    texts = [text for entry in entries for text in texts_of(entry)]
+    texts += joined_words(word for entry in entries for word in single_words(entry))
+    content = _predicted(parameters)
+    return [*texts, *([content] if isinstance(content, str) else texts_of(content))]
+
+
+def strings_in(parameters: Mapping[str, Any], tools: ToolPolicy) -> list[str]:
+    """The same, every string of it: what control tokens are looked for in."""
+    return strings_of([*_read_entries(parameters, tools), _predicted(parameters)])
+
+
+def _read_entries(parameters: Mapping[str, Any], tools: ToolPolicy) -> list[Any]:
+    """Tools and schemas one by one; none where a gateway is trusted with them."""
+    entries = list[Any]()
     for name in sorted(TOOLS & parameters.keys()):
         if tools == "refuse" and says_something(parameters[name]):
             raise BadRequest(f"'{name}' is not taken by this service.")
         if tools == "read":
-            entries = parameters[name] if isinstance(parameters[name], list) else [parameters[name]]
-            texts += [text for entry in entries for text in texts_of(entry)]
+            value = parameters[name]
+            entries += value if isinstance(value, list) else [value]
+    return entries
+
+
+def _predicted(parameters: Mapping[str, Any]) -> Any:
     prediction = parameters.get("prediction")
-    if isinstance(prediction, Mapping):
-        content = prediction.get("content")
-        texts += [content] if isinstance(content, str) else texts_of(content)
-    return texts
+    return prediction.get("content") if isinstance(prediction, Mapping) else None
 
 
 def says_something(value: Any) -> bool:
@@ -107,19 +128,23 @@ def _is_switch(value: Any) -> bool:
 
 
 def _is_word(value: Any) -> bool:
-    try:
-        require_name("", value)
-    except BadRequest:
-        return False
-    return True
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, str) and SETTING.fullmatch(value) is not None
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, str) and MODEL.fullmatch(value) is not None
 
 
 def _are_words(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_word, value))
 
 
-def _is_word_or_none(value: Any) -> bool:
-    return value is None or _is_word(value)
+def _is_setting_or_none(value: Any) -> bool:
+    return value is None or _is_setting(value)
 
 
 def _is_false(value: Any) -> bool:
@@ -128,7 +153,7 @@ def _is_false(value: Any) -> bool:
 
 def _is_text_config(value: Any) -> bool:
     has_known_keys = isinstance(value, dict) and value.keys() <= {"format", "verbosity"}
-    return has_known_keys and _is_word_or_none(value.get("verbosity"))
+    return has_known_keys and _is_setting_or_none(value.get("verbosity"))
 
 
 def _is_label(value: Any) -> bool:
@@ -162,13 +187,14 @@ def _is_prediction(value: Any) -> bool:
 CHAT_CHECKS: dict[str, Check] = {
     **dict.fromkeys(SWITCHES, _is_switch),
     **dict.fromkeys(NUMBERS, _is_number),
-    **dict.fromkeys(WORDS, _is_word),
+    **dict.fromkeys(WORDS, _is_setting),
     **dict.fromkeys(LABELS, _is_label),
     **dict.fromkeys(TOOLS, lambda _: True),
     "chat_template_kwargs": _maps(TEMPLATE_SWITCHES.__contains__, _is_number),
     "logit_bias": _maps(_is_word, _is_number),
     "metadata": _maps(_is_label, _is_label),
     "modalities": _is_text_only,
+    "model": _is_model,
     "prediction": _is_prediction,
     "stop": _is_stop,
     "stop_token_ids": _are_numbers,
@@ -181,13 +207,14 @@ RESPONSE_CHECKS: dict[str, Check] = {
     **dict.fromkeys(
         ("max_output_tokens", "max_tool_calls", "temperature", "top_logprobs", "top_p"), _is_number
     ),
-    **dict.fromkeys(("model", "prompt_cache_retention", "service_tier", "truncation"), _is_word),
+    **dict.fromkeys(("prompt_cache_retention", "service_tier", "truncation"), _is_setting),
     **dict.fromkeys(LABELS, _is_label),
     **dict.fromkeys(("tool_choice", "tools"), lambda _: True),
     "background": _is_false,  # its answer would be fetched past the guard
     "include": _are_words,
     "metadata": _maps(_is_label, _is_label),
-    "reasoning": _maps(_is_word, _is_word_or_none),
+    "model": _is_model,
+    "reasoning": _maps(_is_word, _is_setting_or_none),
     "stream_options": _maps(_is_word, _is_switch),
     "text": _is_text_config,
 }

@@ -21,8 +21,15 @@ from latentguard.serve.chat_request import ForwardedChat, require_few, sanitized
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.control_tokens import ControlTokens
 from latentguard.serve.errors import BadRequest
-from latentguard.serve.messages import ChatMessage, readable_text, require_name
-from latentguard.serve.parameters import RESPONSE_CHECKS, require_known, texts_in
+from latentguard.serve.json_texts import require_name
+from latentguard.serve.messages import ChatMessage, readable_text
+from latentguard.serve.parameters import (
+    RESPONSE_CHECKS,
+    SETTING,
+    require_known,
+    strings_in,
+    texts_in,
+)
 from latentguard.serve.request_errors import describe_errors
 
 UNSEEN_HISTORY = ("previous_response_id", "conversation", "prompt")
@@ -68,7 +75,7 @@ class MessageItem(Item):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[dict[str, Any]]
-    phase: Word | None = None
+    phase: Annotated[str, Field(pattern=rf"^(?:{SETTING.pattern})$")] | None = None
 
     def message(self) -> dict[str, Any]:
         """The same."""
@@ -91,7 +98,7 @@ class CallItem(Item):
 
     def message(self) -> dict[str, Any]:
         """An assistant's message with a call."""
-        call = {"name": self.name, "arguments": self.arguments, "input": self.input}
+        call = dict(id=self.call_id, name=self.name, arguments=self.arguments, input=self.input)
         return {"role": "assistant", "content": None, "tool_calls": [_without_none(call)]}
 
     def rebuilt(self, message: ChatMessage) -> dict[str, Any]:
@@ -129,7 +136,7 @@ class ReasoningItem(Item):
 
     def rebuilt(self, message: ChatMessage) -> dict[str, Any]:
         """With one summary."""
-        texts = [{"type": "summary_text", "text": text} for text in message.other_texts]
+        texts = [{"type": "summary_text", "text": text} for text in message.reasoning_texts]
         return {"type": self.type, "summary": texts}
 
 
@@ -207,7 +214,8 @@ def read_request(
     parameters = _known_parameters(request.model_extra or {}, config)
     checked = {"model": request.model, "stream": request.stream}
     parameters |= _without_none(require_known(checked, RESPONSE_CHECKS))
-    others = texts_in(_tools_and_schema(parameters), config.tools)
+    shown = _tools_and_schema(parameters)
+    others = texts_in(shown, config.tools)
     first = [] if request.instructions is None else [_instructions(request.instructions)]
     items = [_item(one) for one in input_items(request.input)]
     messages = [
@@ -216,8 +224,8 @@ def read_request(
     ]
     spoken = messages[len(first) :]
     if config.control_tokens != "forward":
-        inner = [text for message in messages for text in message.other_texts]
-        control_tokens.require_none([*inner, *others])
+        inner = [text for message in messages for text in message.side_strings]
+        control_tokens.require_none([*inner, *strings_in(shown, config.tools)])
     return ReadRequest(
         messages,
         [item.rebuilt(message) for item, message in zip(items, spoken, strict=True)],

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -186,9 +186,9 @@ class UpstreamClient:
     def _request(
         self, method: str, path: str, request: Request, content: str | None = None
     ) -> httpx.Request:
-        headers = self._own_headers() | _traced(request)
-        if self._shows_clients_key and "authorization" in request.headers:
-            headers["authorization"] = request.headers["authorization"]
+        headers = self._own_headers() | _sendable(request, TRACE_HEADERS)
+        if self._shows_clients_key:
+            headers |= _sendable(request, ("authorization",))
         return self._client.build_request(method, self._at(path), content=content, headers=headers)
 
     def _at(self, path: str) -> httpx.URL:
@@ -214,8 +214,10 @@ def _filled(path: str, body: Mapping[str, Any]) -> str:
     return path.replace("{model}", model)
 
 
-def _traced(request: Request) -> dict[str, str]:
-    return {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
+def _sendable(request: Request, names: Sequence[str]) -> dict[str, str]:
+    """Headers of a request that are plain ASCII; no other is sent on."""
+    values = {name: request.headers.get(name, "") for name in names}
+    return {name: value for name, value in values.items() if value and value.isascii()}
 
 
 async def _whole(answer: httpx.Response, how: Forwarding | None) -> Response:
