@@ -259,6 +259,20 @@ class Scoring(Protocol):
         """Yield the guard's ``VariantScore`` of each text, in order."""
 
 
+@runtime_checkable
+class ReplyScoring(Protocol):
+    """A backend that lets no states out but scores the tokens of replies for a guard itself."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of the model."""
+
+    def reply_scores(
+        self, guard: Any, replies: Iterable[Reply]
+    ) -> Iterator[tuple[Reply, Float[Tensor, "t"]]]:
+        """Yield each reply, in order, with the score of each token, the bias not yet added."""
+
+
 class Speaker(Backend, Protocol):
     """A backend that also replies; what the study needs of a model."""
 

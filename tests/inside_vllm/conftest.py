@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from inside_vllm.fake_server import Besides
+from inside_vllm.fake_server import Besides, LastTokens
 from latentguard.integrations.vllm import middleware as module
 from latentguard.integrations.vllm.chat_guard import ChatGuard
 from latentguard.integrations.vllm.middleware import GuardMiddleware
@@ -32,6 +32,7 @@ def served(monkeypatch):
     async def opened(state, rate_of):
         chat_guard = ChatGuard(now["guard"], tiny_model().tokenizer, rate_of=rate_of)
         chat_guard.score = Besides(*now["besides"])
+        chat_guard.score_last_token = LastTokens(now["last"])
         return chat_guard
 
     monkeypatch.setattr(module, "open_chat_guard", opened)
@@ -46,9 +47,10 @@ def served(monkeypatch):
         headers=None,
         guard=None,
         besides=(),
+        last=None,
         state=None,
     ):
-        now.update(guard=guard or tiny_guard(), besides=besides)
+        now.update(guard=guard or tiny_guard(), besides=besides, last=last)
         monkeypatch.setenv("LATENTGUARD_POLICY", policy)
         monkeypatch.setenv("LATENTGUARD_SEGMENT_HEADER", "X-Traffic")
         guarded = GuardMiddleware(server)
@@ -62,6 +64,7 @@ def served(monkeypatch):
                 answer = await client.request(method, path, json=body, headers=headers)
             if guarded._chat_guard is not None:
                 assert guarded._chat_guard._waiting == {}
+                assert guarded._chat_guard._logs == {}
                 guarded._chat_guard.close()
             return answer
 

@@ -11,7 +11,9 @@ from latentguard.guard import packs
 from latentguard.guard.chunking import Chunking
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import ScoredPlan
+from latentguard.guard.replies import ReplyProbe
 from latentguard.integrations.vllm.columns import Columns, variant_score
+from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
 from latentguard.states import States
 
@@ -112,3 +114,21 @@ def test_a_guard_with_packs_decides_on_states_and_is_refused(model, guard):
     packed = packs.with_pack(guard, "deciding", packs.capture(guard, model, ROWS))
     with pytest.raises(GuardError, match="deciding"):
         Columns.of(packed)
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (2, 0)])
+def test_the_last_column_scores_the_tokens_of_replies_at_its_own_layers(model, guard, layers):
+    width = guard.axes[0].positive.shape[-1]
+    weight = torch.randn(len(layers), width, generator=torch.Generator().manual_seed(0))
+    judge = ReplyProbe(Probe("linear", layers, weight, 0.3), (1.0, 0.0), 1.0, {})
+    both = Columns.of(replace(guard, replies=judge))
+    plain = Columns.of(guard)
+    assert set(both.layers) == {*plain.layers, *layers}
+    states = [torch.randn(5, width) * 9 for _ in both.layers]
+    found = both(states)
+    own = torch.stack([states[both.layers.index(k)] for k in layers], 1)
+    assert torch.allclose(found[:, -1], torch.einsum("tld,ld->t", own, weight), atol=1e-4)
+    prompts = plain([states[both.layers.index(k)] for k in plain.layers])
+    assert torch.allclose(found[:, :-1], prompts, atol=1e-5)
+    assert not both.same_as(plain)
+    assert both.positions == plain.positions

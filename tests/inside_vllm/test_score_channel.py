@@ -1,9 +1,10 @@
 """Answers arrive whole, at the right channel, and a lost channel harms nobody."""
 
 import math
+from dataclasses import replace
 
 from latentguard.integrations.vllm.score_channel import ScoreChannel, post
-from latentguard.integrations.vllm.score_request import ScoreRequest
+from latentguard.integrations.vllm.score_request import ScoreRequest, TokenScores
 
 
 def asks(box, count):
@@ -51,4 +52,18 @@ def test_a_mailbox_that_is_gone_loses_its_answers_only(caplog):
 def test_only_this_user_can_enter():
     box = ScoreChannel()
     assert box._folder.stat().st_mode & 0o077 == 0
+    box.close()
+
+
+def test_scores_of_tokens_arrive_in_order_however_many():
+    box = ScoreChannel()
+    ask = asks(box, 1)[0]
+    many = TokenScores(ask.key, 1, 5, tuple(n / 7 for n in range(9000)))
+    with box.reading() as found:
+        post([(ask, [1.0])], [(ask, many), (ask, replace(many, start=9005, values=(0.5,)))])
+    answer, *parts = found
+    assert answer.values == (1.0,)
+    assert [part.start for part in parts[:2]] == [5, 5 + len(parts[0].values)]
+    assert sum((part.values for part in parts), ()) == (*many.values, 0.5)
+    assert {(part.key, part.choice) for part in parts} == {(ask.key, 1)}
     box.close()

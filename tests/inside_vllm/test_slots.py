@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentguard.integrations.vllm.score_request import ScoreRequest, digest_ids
-from latentguard.integrations.vllm.slots import Ledger, SlotScores
+from latentguard.integrations.vllm.slots import Ledger, ReplyDue, SlotScores
 
 BLOCK = 4
 
@@ -171,3 +171,131 @@ def test_a_column_that_averages_reads_every_slot_of_its_span():
     assert scores.read(step.due[0].slots)[0] != scores.read(step.due[0].slots)[0]  # one is unknown
     scores.write(torch.tensor(slots[:1]), torch.tensor([[10.0, 0.0]]))
     assert scores.read(step.due[0].slots) == pytest.approx([(0 + 2 + 4 + 6 + 10) / 5, 9.0])
+
+
+def follow(ids, tail=0):
+    return ScoreRequest("box", "key", digest_ids(ids), (len(ids) - 1,), (), tail)
+
+
+def replied(step):
+    return [(due.choice, due.start, due.slots) for due in step.replies]
+
+
+class TestReplies:
+    """Each token of a reply is read once, in the step that first computes it."""
+
+    def test_tokens_are_read_one_by_one_as_they_are_computed(self):
+        ledger = Ledger(BLOCK)
+        first = ledger.step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, follow(IDS))]))
+        assert (len(first.due), replied(first)) == (1, [])
+        assert replied(ledger.step(scheduled(old=[("a", None, 10, 1)]))) == [(0, 0, (22,))]
+        assert replied(ledger.step(scheduled(old=[("a", None, 11, 1)]))) == [(0, 1, (23,))]
+        assert replied(ledger.step(scheduled(old=[("a", [2], 12, 1)]))) == [(0, 2, (8,))]
+
+    def test_nothing_is_read_of_a_reply_that_nobody_asked_for(self):
+        ledger = Ledger(BLOCK)
+        ledger.step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, ask(IDS, 9))]))
+        assert replied(ledger.step(scheduled(old=[("a", None, 10, 1)]))) == []
+
+    def test_a_prompt_in_chunks_gives_no_token_of_a_reply(self):
+        ledger = Ledger(BLOCK)
+        steps = [
+            ledger.step(scheduled(new=[("a", IDS, [7], 0, 4, follow(IDS))])),
+            ledger.step(scheduled(old=[("a", [3], 4, 4)])),
+            ledger.step(scheduled(old=[("a", [5], 8, 2)])),
+        ]
+        assert [replied(step) for step in steps] == [[], [], []]
+        assert replied(ledger.step(scheduled(old=[("a", None, 10, 1)]))) == [(0, 0, (22,))]
+
+    def test_what_is_computed_again_after_a_preemption_is_not_read_again(self):
+        ledger = Ledger(BLOCK)
+        ledger.step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, follow(IDS))]))
+        ledger.step(scheduled(old=[("a", None, 10, 1)]))
+        ledger.step(scheduled(old=[("a", None, 11, 1)]))
+        back = ledger.step(scheduled(old=[("a", [8, 2, 9], 0, 9, "resumed")]))
+        assert replied(back) == []
+        again = ledger.step(scheduled(old=[("a", [1], 9, 4)]))  # 9 to 12; 12 is new
+        assert replied(again) == [(0, 2, (4,))]
+
+    def test_a_preempted_request_that_comes_as_a_new_one_goes_on(self):
+        ledger = Ledger(BLOCK)
+        ledger.step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, follow(IDS))]))
+        ledger.step(scheduled(old=[("a", None, 10, 1)]))
+        back = ledger.step(scheduled(new=[("a", IDS, [8, 2, 9], 0, 12, follow(IDS))]))
+        assert replied(back) == [(0, 1, (9 * 4 + 3,))]
+
+    def test_a_name_that_is_used_again_begins_anew(self):
+        ledger = Ledger(BLOCK)
+        ledger.step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, follow(IDS))]))
+        ledger.step(scheduled(old=[("a", None, 10, 1)]))
+        ledger.step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, follow(IDS))], done=["a"]))
+        assert replied(ledger.step(scheduled(old=[("a", None, 10, 1)]))) == [(0, 0, (22,))]
+
+    def test_the_last_tokens_of_a_prompt_are_read_as_a_reply_cached_ones_too(self):
+        ledger = Ledger(BLOCK)
+        step = ledger.step(scheduled(new=[("a", IDS, [7, 3, 5], 8, 2, follow(IDS, tail=3))]))
+        assert replied(step) == [(0, 0, (3 * 4 + 3, 20, 21))]
+
+    def test_replies_to_one_prompt_are_told_apart(self):
+        new = [(f"{n}_chatcmpl-x-1", IDS, [7 + 3 * n, 3, 5], 0, 10, follow(IDS)) for n in range(2)]
+        ledger = Ledger(BLOCK)
+        ledger.step(scheduled(new=new))
+        step = ledger.step(scheduled(old=[(row[0], None, 10, 1) for row in new]))
+        assert [choice for choice, _, _ in replied(step)] == [0, 1]
+
+    def test_replies_to_a_prompt_with_other_tokens_are_read_all_the_same(self):
+        ledger = Ledger(BLOCK)
+        asked = ScoreRequest("box", "key", "other", (9,), (), 0)
+        step = ledger.step(scheduled(new=[("a", IDS, [7, 3, 5], 0, 10, asked)]))
+        assert (len(step.refused), step.due) == (1, ())
+        assert replied(ledger.step(scheduled(old=[("a", None, 10, 1)]))) == [(0, 0, (22,))]
+
+    def test_a_token_that_was_never_computed_is_not_a_number(self):
+        scores = SlotScores(12, 2, BLOCK, torch.device("cpu"))
+        scores.write(torch.tensor([4, 5]), torch.tensor([[1.0, 2], [3, 4]]))
+        asked = follow(IDS)
+        read = scores.read_replies([ReplyDue(asked, 1, 3, (4, 5)), ReplyDue(asked, 0, 0, (6,))])
+        assert [(part.choice, part.start) for part in read] == [(1, 3), (0, 0)]
+        assert read[0].values == (2.0, 4.0)
+        assert read[1].values[0] != read[1].values[0]
+
+
+@given(st.data())
+def test_through_preemption_and_chunks_each_token_is_read_once_and_of_its_own_slot(data):
+    """A request over random steps: what is read is the reply, token by token, in order."""
+    ledger, scores = Ledger(BLOCK), SlotScores(64 * BLOCK, 1, BLOCK, torch.device("cpu"))
+    length = data.draw(st.integers(2, 9))
+    asked = follow(list(range(length)))
+    blocks, computed, written, read = [0, 1, 2], 0, length, []
+    next_block = 3
+    for number in range(data.draw(st.integers(2, 14))):
+        known = written - computed
+        count = data.draw(st.integers(1, known))
+        is_preempted = number and computed and data.draw(st.booleans())
+        if is_preempted:
+            blocks, computed = [next_block], 0
+            next_block += 1
+            count = data.draw(st.integers(1, written))
+        need = -(-(computed + count) // BLOCK) - len(blocks)
+        more = list(range(next_block, next_block + max(0, need)))
+        next_block += len(more)
+        blocks += more
+        if not number:
+            row = ("a", list(range(length)), list(blocks), 0, count, asked)
+            step = ledger.step(scheduled(new=[row]))
+        else:
+            given_blocks = list(blocks) if is_preempted else (more or None)
+            row = ("a", given_blocks, computed, count, *(["resumed"] if is_preempted else []))
+            step = ledger.step(scheduled(old=[row]))
+        scores.forget(step.fresh)
+        tokens = range(computed, computed + count)
+        slots = [blocks[i // BLOCK] * BLOCK + i % BLOCK for i in tokens]
+        scores.write(torch.tensor(slots), torch.tensor(tokens).float()[:, None])
+        computed += count
+        if computed == written:  # the last known token was computed: the next is sampled
+            written += 1
+        parts = scores.read_replies(step.replies) if step.replies else []
+        for part in parts:
+            assert part.start == len(read)
+            read += part.values
+    assert read == [float(n) for n in range(length, max(length, written - 1))]

@@ -288,9 +288,13 @@ def _token_bytes(model: ReplyingModel) -> int:
 def end_ids(model: ReplyingModel) -> set[int]:
     """Tokens that end a reply: those of the generation config and that of the tokenizer."""
     config = getattr(model.model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
+    return all_end_ids(getattr(config, "eos_token_id", None), model.tokenizer)
+
+
+def all_end_ids(ends: int | Sequence[int] | None, tokenizer: Any) -> set[int]:
+    """What a generation config names as end of a reply, and the tokenizer's own."""
     several = ends if isinstance(ends, (list, tuple)) else [ends]
-    return {int(i) for i in (*several, model.tokenizer.eos_token_id) if i is not None}
+    return {int(i) for i in (*several, tokenizer.eos_token_id) if i is not None}
 
 
 def first_ids(model: ReplyingModel, word: str) -> list[int]:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentguard.errors import ModelError, PromptError
+from latentguard.models.chat import ChatTokenizer
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
 from latentguard.models.hooks import score_tokens
@@ -35,17 +36,20 @@ def lay_out_reply(model: ChatModel, reply: Reply) -> ReplyLayout:
         PromptError: if the reply has no token but its end, or is too long with its prompt.
         TemplateError: if the template cannot show the prompt.
     """
-    if not reply.ids:
-        layout = model.chat.lay_out_reply(reply.prompt, reply.text)
-    else:
-        [prompt] = model.chat([reply.prompt])
-        has_end = reply.ids[-1] in end_ids(model)
-        ids = reply.ids[:-1] if has_end else reply.ids
-        if not ids:
-            raise PromptError(f"Reply '{reply.prompt.id}' has no token but the one that ends it.")
-        layout = ReplyLayout((*prompt.ids, *ids), len(prompt.ids))
+    layout = reply_layout(model.chat, reply, end_ids(model))
     model.check_length(len(layout.ids), reply.prompt)
     return layout
+
+
+def reply_layout(chat: ChatTokenizer, reply: Reply, ends: set[int]) -> ReplyLayout:
+    """The tokens of a reply of any length behind its prompt, without the one of ``ends``."""
+    if not reply.ids:
+        return chat.lay_out_reply(reply.prompt, reply.text)
+    [prompt] = chat([reply.prompt])
+    ids = reply.ids[:-1] if reply.ids[-1] in ends else reply.ids
+    if not ids:
+        raise PromptError(f"Reply '{reply.prompt.id}' has no token but the one that ends it.")
+    return ReplyLayout((*prompt.ids, *ids), len(prompt.ids))
 
 
 @dataclass(frozen=True, eq=False)

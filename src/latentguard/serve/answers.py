@@ -192,6 +192,6 @@ async def _record_reply(
     """Note the verdict on the reply, if there is one; returns what the answer says of it."""
     if end.verdict is None:
         return {}
-    action = reply_action(context.service.config.on_flagged_reply, end.verdict)
-    await context.record_reply(chat.prompt, end.verdict, action)
-    return reply_note(context, end.verdict)
+    policy = context.service.config.on_flagged_reply
+    await context.record_reply(chat.prompt, end.verdict, reply_action(policy, end.verdict))
+    return reply_note(policy, end.verdict)

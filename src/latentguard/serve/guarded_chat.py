@@ -35,7 +35,7 @@ class ReplyEnd:
     """On the reply; None if the guard does not judge replies, or nothing was said."""
 
 
-ChatEvent = ScoredPrompt | GuardError | ShownText | ReplyEnd | Exception
+ChatEvent = ScoredPrompt | GuardError | ShownText[str] | ReplyEnd | Exception
 """What a chat emits, in this order: its verdict (or why there is none), pieces of text, the end.
 Any other exception ends it at once."""
 
@@ -52,7 +52,7 @@ class GuardedChat:
         guard: LatentGuard,
         scored: ScoredPrompt | None = None,
         account: str = "",
-        gate: ReplyGate | None = None,
+        gate: ReplyGate[str] | None = None,
     ) -> None:
         """Prepare a chat.
 

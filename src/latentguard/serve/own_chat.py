@@ -102,7 +102,7 @@ class OwnChat:
         first = self.context.service.engine.within_deadline(chat.next_event())
         return await run_while_connected(first, self.context.request)
 
-    def _gate(self) -> ReplyGate | None:
+    def _gate(self) -> ReplyGate[str] | None:
         """What lets the reply through; None where the guard judges no replies."""
         judge = self.context.served.guard.replies
         config = self.context.service.config

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from latentguard.guard.replies import ReplyVerdict
+from latentguard.serve.config import ReplyPolicy
 from latentguard.serve.errors import ApiError
 from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.service import RequestContext
@@ -168,9 +169,9 @@ def verdict_note(context: RequestContext, judged: ScoredOrError) -> dict[str, An
     return {"latentguard": fields}
 
 
-def reply_note(context: RequestContext, verdict: ReplyVerdict) -> dict[str, Any]:
+def reply_note(policy: ReplyPolicy, verdict: ReplyVerdict | None) -> dict[str, Any]:
     """What an answer says of the verdict on its reply; a shadow says nothing."""
-    if context.service.config.on_flagged_reply == "shadow":
+    if verdict is None or policy == "shadow":
         return {}
     fields = verdict.to_dict()
     del fields["id"]

@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -21,18 +22,22 @@ ReplyAction = Literal["score", "pass", "cut", "block", "annotate", "shadow"]
 """What was done with a reply: its verdict given; shown; what the policy says of a flagged one."""
 
 
+Piece = TypeVar("Piece", bound=Sized)
+"""What is shown of a reply: text, or the events that hold it."""
+
+
 @dataclass(frozen=True)
-class ShownText:
+class ShownText(Generic[Piece]):
     """A piece of a reply that may be shown."""
 
-    text: str
+    text: Piece
     """Never empty."""
 
     score: float | None = None
     """The running score after it, where the policy is to annotate."""
 
 
-class ReplyGate:
+class ReplyGate(Generic[Piece]):
     """Lets a reply through as its tokens are read."""
 
     def __init__(self, judge: ReplyProbe, policy: ReplyPolicy, hold: int) -> None:
@@ -48,7 +53,7 @@ class ReplyGate:
         self._hold = hold
         self._running = RunningScore()
         self._scores = list[float]()
-        self._held = deque[ShownText]()
+        self._held = deque[ShownText[Piece]]()
         self.is_flagged = False
         """Whether a running score was above the threshold."""
 
@@ -57,7 +62,7 @@ class ReplyGate:
         """Whether the reply ends here."""
         return self.is_flagged and self._policy in ("cut", "block")
 
-    def push(self, text: str, score: float) -> list[ShownText]:
+    def push(self, text: Piece, score: float) -> list[ShownText[Piece]]:
         """Add a token that was read; returns what may be shown now.
 
         Args:
@@ -72,7 +77,7 @@ class ReplyGate:
             return []
         return self._release(0 if self._policy == "shadow" else self._hold)
 
-    def finish(self, text: str) -> list[ShownText]:
+    def finish(self, text: Piece) -> list[ShownText[Piece]]:
         """The reply is over: what is left of it and may be shown.
 
         Args:
@@ -93,11 +98,16 @@ class ReplyGate:
             return None
         return self._judge.decide(id, np.array(self._scores))
 
-    def _release(self, hold: int) -> list[ShownText]:
-        pieces = []
+    def _release(self, hold: int) -> list[ShownText[Piece]]:
+        pieces = list[ShownText[Piece]]()
         while len(self._held) > hold:
             pieces.append(self._held.popleft())
-        return [piece for piece in pieces if piece.text]
+        return [piece for piece in pieces if len(piece.text)]
+
+
+def most_severe(verdicts: Iterable[ReplyVerdict]) -> ReplyVerdict | None:
+    """The verdict that an answer with several replies names; None if there is none."""
+    return max(verdicts, key=lambda one: (one.flagged, one.score), default=None)
 
 
 def reply_action(policy: ReplyPolicy, verdict: ReplyVerdict) -> ReplyAction:

@@ -64,6 +64,11 @@ class StreamEvent:
         others = [line for line in self.lines if not line.startswith(b"data:")]
         return StreamEvent((*others, b"data: " + strict_json(data)))
 
+    def with_reply_score(self, score: float) -> StreamEvent:
+        """The event with the running score of the reply after it."""
+        note = dict(self.data.get("latentguard") or {}) | {"reply_score": score}
+        return self.with_data(self.data | {"latentguard": note})
+
 
 def strict_json(body: Mapping[str, Any]) -> bytes:
     """An answer as strict JSON.

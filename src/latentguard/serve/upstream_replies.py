@@ -21,7 +21,7 @@ from latentguard.models.reply_reading import ReplyReader
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import ApiError, UpstreamError
 from latentguard.serve.replies import reply_note
-from latentguard.serve.reply_reading import reply_action
+from latentguard.serve.reply_reading import most_severe, reply_action
 from latentguard.serve.service import RequestContext
 from latentguard.serve.upstream_formats import AnswerFormat, StreamEvent
 
@@ -223,8 +223,7 @@ class FollowedReply:
         scores = [self._choice(i).score for i, text in self._form.deltas(event.data) if text]
         if not scores or scores[0] is None:
             return event
-        note = dict(event.data.get("latentguard") or {}) | {"reply_score": scores[0]}
-        return event.with_data(event.data | {"latentguard": note})
+        return event.with_reply_score(scores[0])
 
     async def _cut(self) -> list[StreamEvent]:
         """The end of a stream whose reply was flagged."""
@@ -246,7 +245,4 @@ class FollowedReply:
                 verdicts.append(verdict)
                 action = reply_action(self._policy, verdict)
                 await self._context.record_reply(self._prompt, verdict, action)
-        if not verdicts:
-            return {}
-        worst = max(verdicts, key=lambda one: (one.flagged, one.score))
-        return reply_note(self._context, worst)
+        return reply_note(self._policy, most_severe(verdicts))

@@ -15,11 +15,14 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.vllm.backend import TRANSFER
 from latentguard.integrations.vllm.columns import require_columns
 from latentguard.integrations.vllm.middleware import (
+    HOLD_TOKENS,
     POLICIES,
     POLICY,
     RATE_OF,
     RATES,
     REFUSAL,
+    REPLY_POLICIES,
+    REPLY_POLICY,
     SEGMENT_HEADER,
 )
 from latentguard.integrations.vllm.plugin import VARIABLE
@@ -41,6 +44,17 @@ def arguments(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     parser.add_argument("guard", help="folder that 'latentguard fit' wrote, Hub id, or 'default'")
     parser.add_argument("--policy", choices=POLICIES, default="block")
     parser.add_argument("--refusal", default=ServeConfig.refusal, help="a blocked chat's answer")
+    parser.add_argument(
+        "--reply-policy",
+        choices=REPLY_POLICIES,
+        help="what happens to flagged replies; default: cut, or as --policy annotate",
+    )
+    parser.add_argument(
+        "--hold-tokens",
+        type=int,
+        default=ServeConfig.hold_tokens,
+        help="tokens of a reply that are read beyond one until it is shown",
+    )
     parser.add_argument("--model", help="if the model has moved")
     parser.add_argument(
         "--rate-of", choices=RATES, default="chat", help="whose false-positive rate it is"
@@ -57,11 +71,17 @@ def arguments(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     model = resolve(options.model or guard.fingerprint.model)
     own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]
     own += ["--kv-transfer-config", json.dumps(TRANSFER)]
+    if options.hold_tokens < 0:
+        raise GuardError(f"--hold-tokens is {options.hold_tokens}; expected 0 or more.")
     variables = {VARIABLE: str(folder.resolve()), SEGMENT_HEADER: options.segment_header or ""}
+    if options.reply_policy:
+        guard.require_reply_probe()
+        variables[REPLY_POLICY] = options.reply_policy
     return [*own, *rest], variables | {
         POLICY: options.policy,
         REFUSAL: options.refusal,
         RATE_OF: options.rate_of,
+        HOLD_TOKENS: str(options.hold_tokens),
     }
 
 

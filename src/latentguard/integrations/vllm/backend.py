@@ -9,19 +9,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from latentguard.errors import GuardError, ModelError, require_extra
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentguard.errors import GuardError, ModelError, PromptError, require_extra
 from latentguard.guard.hub import find_guard
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import VariantScore, score_plans
 from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.columns import Columns, variant_score
 from latentguard.integrations.vllm.plugin import VARIABLE
-from latentguard.integrations.vllm.score_channel import ScoreChannel
-from latentguard.integrations.vllm.score_request import score_request
+from latentguard.integrations.vllm.reply_tokens import TokenScoreLog
+from latentguard.integrations.vllm.score_channel import Posted, ScoreChannel
+from latentguard.integrations.vllm.score_request import (
+    ScoreRequest,
+    ScoreResponse,
+    TokenScores,
+    reply_request,
+    score_request,
+)
 from latentguard.integrations.vllm.unsupported import CONNECTOR
 from latentguard.models.chat import ChatTokenizer
+from latentguard.models.generate import all_end_ids
+from latentguard.models.layout import ReplyLayout
+from latentguard.models.reply_reading import reply_layout
 from latentguard.models.sources import resolve
-from latentguard.prompts import Prompt
+from latentguard.prompts import Prompt, Reply
 from latentguard.states import Fingerprint, States
 
 WINDOW = 1024
@@ -119,32 +133,68 @@ class VllmModel:
         Raises:
             GuardError: if the guard reads otherwise than the engine, or a score is missing.
         """
-        if not Columns.of(guard).same_as(self.columns):
-            raise GuardError("This engine was started for another guard; start one for this.")
+        self._require_same(guard)
         rest = iter(texts)
         while window := list(islice(rest, WINDOW)):
             for read in self._read(window, max_tokens):
                 yield variant_score(guard, read)
 
-    def _read(self, prompts: Sequence[Prompt], max_tokens: int) -> list[tuple[float, ...]]:
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
+    def reply_scores(
+        self, guard: LatentGuard, replies: Iterable[Reply]
+    ) -> Iterator[tuple[Reply, Float[Tensor, "t"]]]:
+        """Yield each reply with the scores of its tokens, in order; see ``states.ReplyScoring``.
 
+        Raises:
+            GuardError: if the guard reads otherwise than the engine, or a score is missing.
+            PromptError: if a reply is empty, or too long with its prompt.
+        """
+        self._require_same(guard)
+        rest = iter(replies)
+        while window := list(islice(rest, WINDOW)):
+            yield from zip(window, self._read_replies(window), strict=True)
+
+    def _require_same(self, guard: LatentGuard) -> None:
+        if not Columns.of(guard).same_as(self.columns):
+            raise GuardError("This engine was started for another guard; start one for this.")
+
+    def _lay_out_reply(self, reply: Reply) -> ReplyLayout:
+        config = self.engine.model_config
+        ends = (config.try_get_generation_config() or {}).get("eos_token_id")
+        layout = reply_layout(self.chat, reply, all_end_ids(ends, self.engine.get_tokenizer()))
+        if len(layout.ids) >= config.max_model_len:  # the engine always writes one more
+            raise PromptError(
+                f"Reply '{reply.prompt.id}' has {len(layout.ids):,} tokens with its prompt; this "
+                f"engine reads at most {config.max_model_len - 1:,}."
+            )
+        return layout
+
+    def _read_replies(self, replies: Sequence[Reply]) -> list[Float[Tensor, "t"]]:
+        layouts = [self._lay_out_reply(reply) for reply in replies]
+        requests = [
+            reply_request(layout.ids, self._channel, tail=len(layout.reply)) for layout in layouts
+        ]
+        logs = {request.key: TokenScoreLog.of(1) for request in requests}
+        for answer in self._generate([layout.ids for layout in layouts], requests, max_tokens=1):
+            if isinstance(answer, TokenScores) and answer.key in logs:
+                logs[answer.key].add(answer)
+        scores = list[Float[Tensor, "t"]]()
+        for reply, layout, log in zip(replies, layouts, logs.values(), strict=True):
+            own = log.scores[0][: len(layout.reply)]
+            if log.is_lost or len(own) < len(layout.reply):
+                raise GuardError(
+                    f"The engine gave no score for a token of reply '{reply.prompt.id}', so no "
+                    "verdict can be given."
+                )
+            scores.append(torch.tensor(own))
+        return scores
+
+    def _read(self, prompts: Sequence[Prompt], max_tokens: int) -> list[tuple[float, ...]]:
         layouts = self.chat(prompts)
         requests = [score_request(lay, self.columns.positions, self._channel) for lay in layouts]
-        how = [
-            SamplingParams(
-                max_tokens=max_tokens,
-                temperature=0.0,
-                ignore_eos=True,
-                extra_args={"kv_transfer_params": request.params},
-            )
-            for request in requests
-        ]
-        tokens = [TokensPrompt(prompt_token_ids=list(lay.ids)) for lay in layouts]
-        with self._channel.reading() as answers:
-            self.engine.generate(tokens, how, use_tqdm=False)
-        values_by_key = {answer.key: answer.values for answer in answers}
+        answers = self._generate([lay.ids for lay in layouts], requests, max_tokens=max_tokens)
+        values_by_key = {
+            answer.key: answer.values for answer in answers if isinstance(answer, ScoreResponse)
+        }
         missing = [
             p.id
             for p, request in zip(prompts, requests, strict=True)
@@ -156,3 +206,24 @@ class VllmModel:
                 f"'{missing[0]}'), so no verdict can be given."
             )
         return [values_by_key[request.key] or () for request in requests]
+
+    def _generate(
+        self, ids: Sequence[Sequence[int]], requests: Sequence[ScoreRequest], *, max_tokens: int
+    ) -> list[Posted]:
+        """Have the engine read prompts, and what it posted meanwhile."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        how = [
+            SamplingParams(
+                max_tokens=max_tokens,
+                temperature=0.0,
+                ignore_eos=True,
+                extra_args={"kv_transfer_params": request.params},
+            )
+            for request in requests
+        ]
+        tokens = [TokensPrompt(prompt_token_ids=list(own)) for own in ids]
+        with self._channel.reading() as answers:
+            self.engine.generate(tokens, how, use_tqdm=False)
+        return answers

@@ -8,10 +8,11 @@ list, planned and combined as everywhere else (``guard/reading_plan.py``).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,8 +22,14 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import ScoredPlan, Variant
 from latentguard.guard.verdict import Verdict
 from latentguard.integrations.vllm.columns import Columns, variant_score
+from latentguard.integrations.vllm.reply_tokens import ReplyOptions, TokenScoreLog
 from latentguard.integrations.vllm.score_channel import ScoreChannel
-from latentguard.integrations.vllm.score_request import ScoreRequest, score_request
+from latentguard.integrations.vllm.score_request import (
+    ScoreRequest,
+    TokenScores,
+    reply_request,
+    score_request,
+)
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.layout import Layout
 from latentguard.prompts import Prompt
@@ -30,9 +37,13 @@ from latentguard.serve.chat_readings import ChatReading, chat_readings
 from latentguard.serve.chat_request import require_few
 from latentguard.serve.chat_thresholds import ChatThresholds, DecidedReading
 from latentguard.serve.config import RateOf, ServeConfig
-from latentguard.serve.errors import BadRequest
+from latentguard.serve.errors import BadRequest, Unavailable, error_location
 from latentguard.serve.messages import ChatMessage, own_model_prompt
 from latentguard.serve.request_errors import describe_errors
+
+T = TypeVar("T")
+
+log = logging.getLogger("latentguard.vllm")
 
 Values = tuple[float, ...] | None
 """Each column's value; None if the engine's tokens were not those of the request."""
@@ -75,6 +86,17 @@ class PendingScore:
 
 
 @dataclass(frozen=True)
+class PendingReply:
+    """The replies of a chat, which are to be judged."""
+
+    options: ReplyOptions
+    """What was asked of them."""
+
+    log: TokenScoreLog
+    """What was read of them so far."""
+
+
+@dataclass(frozen=True)
 class PendingChat:
     """A chat whose own prefill is under way."""
 
@@ -87,6 +109,9 @@ class PendingChat:
     segment: str | None
     """Of the traffic."""
 
+    reply: PendingReply | None
+    """None if the guard judges no replies."""
+
 
 class ChatGuard:
     """One guard, for one engine; belongs to one event loop."""
@@ -98,6 +123,7 @@ class ChatGuard:
         engine: Any = None,
         *,
         most: int = 1 << 62,
+        usual_reply: int | None = None,
         rate_of: RateOf = "chat",
     ) -> None:
         """Prepare.
@@ -107,6 +133,8 @@ class ChatGuard:
             tokenizer: Of the engine's model.
             engine: Scores what needs a request of its own.
             most: Tokens that the engine reads; a chat of more messages is not even laid out.
+            usual_reply: Tokens of a reply where a request does not say; None for all there is
+                room for.
             rate_of: Whether the texts of a chat share the false-positive rate.
 
         Raises:
@@ -117,6 +145,7 @@ class ChatGuard:
         self.chat = ChatTokenizer(tokenizer, max_tokens=most)
         self._columns = Columns.of(guard)
         self._engine = engine
+        self._most, self._usual_reply = most, usual_reply
         self._thresholds, self._rate_of = ChatThresholds(guard), rate_of
         digests = self.chat.tokenizer_digest, self.chat.template_digest
         if digests != (guard.fingerprint.tokenizer, guard.fingerprint.template):
@@ -126,6 +155,7 @@ class ChatGuard:
             )
         self._channel = ScoreChannel()
         self._waiting = dict[str, asyncio.Future[Values]]()
+        self._logs = dict[str, TokenScoreLog]()
         asyncio.get_running_loop().add_reader(self._channel.socket, self.collect)
 
     async def begin(self, body: dict[str, Any], segment: str | None = None) -> PendingChat:
@@ -147,11 +177,12 @@ class ChatGuard:
             raise BadRequest(describe_errors(error.errors())) from None
         except (PromptError, TemplateError) as error:
             raise BadRequest(str(error)) from None
-        own = self._request(layout)
+        reply = self._expect_reply(body, layout)
+        own = self._request(layout, reply)
         for name in ("ec_transfer_params", "vllm_xargs"):
             body.pop(name, None)
         body["kv_transfer_params"] = own.request.params
-        return PendingChat(own, plans, segment)
+        return PendingChat(own, plans, segment, reply)
 
     async def decide(self, chat: PendingChat, values: tuple[float, ...]) -> DecidedReading:
         """The most severe reading of a chat, once all that needs a request of its own is scored.
@@ -196,25 +227,45 @@ class ChatGuard:
 
     async def score(self, prompt: Prompt) -> Values:
         """What the engine reads of a prompt that nobody else sends it; None if it does not say."""
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-
         pending = self._request((await asyncio.to_thread(self.chat, [prompt]))[0])
-        key = pending.request.key
-        transfer = {"kv_transfer_params": pending.request.params}
-        sampling = SamplingParams(max_tokens=1, extra_args=transfer)
-        tokens = TokensPrompt(prompt_token_ids=list(pending.ids))
         try:
-            async for _ in self._engine.generate(tokens, sampling, request_id=key):
-                pass
-            self.collect()
+            await self._compute(pending.ids, pending.request)
             return pending.response.result() if pending.response.done() else None
         finally:
             self.forget(pending)
 
+    async def score_last_token(self, ids: Sequence[int]) -> float:
+        """The score of the last token of a prompt and its reply; not a number if there is none.
+
+        The prefix cache has all full blocks of them, so at most one block is computed anew.
+        """
+        request = reply_request(ids, self._channel, tail=1)
+        log = self._logs[request.key] = TokenScoreLog.of(1)
+        try:
+            await self._compute(ids, request)
+            return log.scores[0][0] if log.scores[0] else float("nan")
+        finally:
+            del self._logs[request.key]
+
+    async def _compute(self, ids: Sequence[int], request: ScoreRequest) -> None:
+        """Have the engine read a prompt that nobody else sends it; then collect what it posted."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        transfer = {"kv_transfer_params": request.params}
+        sampling = SamplingParams(max_tokens=1, extra_args=transfer)
+        tokens = TokensPrompt(prompt_token_ids=list(ids))
+        async for _ in self._engine.generate(tokens, sampling, request_id=request.key):
+            pass
+        self.collect()
+
     def collect(self) -> None:
         """Hand out the responses that have arrived."""
         for response in self._channel.collect():
+            if isinstance(response, TokenScores):
+                if response.key in self._logs:
+                    self._logs[response.key].add(response)
+                continue
             waiting = self._waiting.get(response.key)
             if waiting is not None and not waiting.done():
                 waiting.set_result(response.values)
@@ -222,6 +273,7 @@ class ChatGuard:
     def forget(self, pending: PendingScore) -> None:
         """Nobody waits for this response any more."""
         self._waiting.pop(pending.request.key, None)
+        self._logs.pop(pending.request.key, None)
 
     async def check(self) -> None:
         """Score the guard's canaries in the running engine.
@@ -253,8 +305,48 @@ class ChatGuard:
         plans = [ReadingPlan(one, tuple(self.guard.plan(one.prompt))) for one in readings]
         return layout, tuple(plans)
 
-    def _request(self, layout: Layout) -> PendingScore:
-        request = score_request(layout, self._columns.positions, self._channel)
+    def _expect_reply(self, body: dict[str, Any], layout: Layout) -> PendingReply | None:
+        """Have the server name the tokens of the replies, if they are judged.
+
+        One token fewer is asked for than there is room for: its place is where the last token of a
+        reply is read.
+
+        Raises:
+            BadRequest: if the replies cannot be judged.
+        """
+        if self.guard.replies is None:
+            return None
+        options = ReplyOptions.of(body)
+        room = self._most - len(layout.ids) - 1
+        if room < 1:
+            raise BadRequest("The chat leaves no room for a reply that can be judged; shorten it.")
+        asked = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
+        longest = next((n for n in (*asked, self._usual_reply) if isinstance(n, int)), room)
+        if longest >= room:
+            body["max_completion_tokens"] = room
+        body["return_token_ids"] = True
+        return PendingReply(options, TokenScoreLog.of(options.count))
+
+    def _request(self, layout: Layout, reply: PendingReply | None = None) -> PendingScore:
+        tail = None if reply is None else 0
+        request = score_request(layout, self._columns.positions, self._channel, tail=tail)
         response = asyncio.get_running_loop().create_future()
         self._waiting[request.key] = response
+        if reply is not None:
+            self._logs[request.key] = reply.log
         return PendingScore(layout.ids, request, response)
+
+
+async def require_answer(work: Awaitable[T]) -> T:
+    """What some work of the engine gives.
+
+    Raises:
+        Unavailable: if there is nothing (fail closed).
+    """
+    try:
+        return await work
+    except Exception as error:  # whatever the engine raises, the chat is not answered
+        log.error(
+            "No verdict: %s", error if isinstance(error, GuardError) else error_location(error)
+        )
+        raise Unavailable("The guard cannot give a verdict on this chat.") from None

@@ -2,15 +2,15 @@
 
 A probe sums over positions and layers, and an axis over layers, so both split into one number for
 each position: ``column_c(token) = sum_l f_c(h_l) . weight_lc``. A guard with p positions and a axes
-has c = p + a columns; no hidden state needs to be kept. What a linear probe makes of a mean over
-tokens is the mean of what it makes of each.
+has c = p + a columns, and one more if it judges replies; no hidden state needs to be kept. What a
+linear probe makes of a mean over tokens is the mean of what it makes of each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,7 +31,7 @@ class Columns:
     """The compiled guard."""
 
     positions: tuple[str, ...]
-    """Where each of the c columns is read: first the probe's positions, then the axes'."""
+    """Where columns are read in a prompt: first the probe's positions, then the axes'."""
 
     layers: tuple[int, ...]
     """The l layers, rising."""
@@ -41,6 +41,9 @@ class Columns:
 
     unit: Bool[Tensor, "c"]
     """Which columns divide states by their norm."""
+
+    has_replies: bool = False
+    """Whether the last column scores the tokens of replies."""
 
     @staticmethod
     def of(guard: GuardSpec) -> Columns:
@@ -56,19 +59,23 @@ class Columns:
             (normalize(a.positive, dim=-1) - normalize(a.negative, dim=-1)) / len(layers)
             for a in guard.axes
         ]
-        weight = torch.stack([*scores, *beliefs], dim=1).float()
         unit = [guard.probe.kind == "centroid"] * len(where) + [True] * len(beliefs)
-        order = sorted(range(len(layers)), key=lambda k: layers[k])
+        parts = [(layers, torch.stack([*scores, *beliefs], dim=1))]
+        if guard.replies is not None:
+            parts.append((guard.replies.probe.layers, guard.replies.probe.weight[:, None]))
+            unit.append(False)
+        read = tuple(sorted({layer for own, _ in parts for layer in own}))
         return Columns(
             (*where, *(a.position for a in guard.axes)),
-            tuple(layers[k] for k in order),
-            weight[order].contiguous(),
+            read,
+            torch.cat([_spread(weight, own, read) for own, weight in parts], dim=1),
             torch.tensor(unit),
+            guard.replies is not None,
         )
 
     def to(self, device: torch.device) -> Columns:
         """The same on a device."""
-        return Columns(self.positions, self.layers, self.weight.to(device), self.unit.to(device))
+        return replace(self, weight=self.weight.to(device), unit=self.unit.to(device))
 
     def __call__(self, states: Sequence[Float[Tensor, "t d"]]) -> Float[Tensor, "t c"]:
         """Every column for every token, from the states of each layer, in float32."""
@@ -86,7 +93,17 @@ class Columns:
             and self.layers == other.layers
             and torch.equal(self.weight, other.weight)
             and torch.equal(self.unit, other.unit)
+            and self.has_replies == other.has_replies
         )
+
+
+def _spread(
+    weight: Float[Tensor, "k c d"], own: Sequence[int], layers: Sequence[int]
+) -> Float[Tensor, "l c d"]:
+    """Weights of some layers among all that are read, in float32; zero at the others."""
+    spread = torch.zeros(len(layers), *weight.shape[1:])
+    spread[[layers.index(layer) for layer in own]] = weight.float()
+    return spread
 
 
 def require_columns(guard: GuardSpec) -> None:

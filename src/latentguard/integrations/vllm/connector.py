@@ -86,9 +86,12 @@ class LatentGuardConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """After the pass, before its tokens leave: read and post."""
         step = self._get_connector_metadata().step
-        if step.due or step.refused:
+        if step.due or step.refused or step.replies:
             read = [(due.request, self._scores.read(due.slots)) for due in step.due]
-            post([*read, *((request, None) for request in step.refused)])
+            replied = self._scores.read_replies(step.replies) if step.replies else []
+            requests = [due.request for due in step.replies]
+            refused = [(request, None) for request in step.refused]
+            post([*read, *refused], zip(requests, replied, strict=True))
 
     def start_load_kv(self, forward_context: Any, **keywords: Any) -> None:
         """Nothing is loaded."""

@@ -43,11 +43,11 @@ class HeldReply:
     async def _pass(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._head = message
-            if not self._note or _kind(message) != "application/json":
+            if not self._note or content_type(message) != "application/json":
                 await self._send(message)
         elif not self._note or self._head is None:
             await self._send(message)
-        elif _kind(self._head) == "application/json":
+        elif content_type(self._head) == "application/json":
             await self._whole(message)
         else:
             await self._event(message)
@@ -59,9 +59,7 @@ class HeldReply:
             return
         assert self._head is not None
         body = json.dumps(_noted(json.loads(self._body), self._note)).encode()
-        length = (b"content-length", str(len(body)).encode())
-        headers = [h for h in self._head["headers"] if h[0].lower() != b"content-length"]
-        await self._send({**self._head, "headers": [*headers, length]})
+        await self._send(with_length(self._head, len(body)))
         await self._send({"type": "http.response.body", "body": body})
 
     async def _event(self, message: Message) -> None:
@@ -85,6 +83,14 @@ def _noted(content: Any, note: dict[str, Any]) -> Any:
     return content | note if isinstance(content, dict) else content
 
 
-def _kind(head: Message) -> str:
+def with_length(head: Any, length: int) -> Any:
+    """The head of a request or an answer whose body has another length."""
+    dropped = (b"content-length", b"transfer-encoding")
+    headers = [header for header in head["headers"] if header[0].lower() not in dropped]
+    return {**head, "headers": [*headers, (b"content-length", str(length).encode())]}
+
+
+def content_type(head: Message) -> str:
+    """Of an answer, without its parameters."""
     headers = dict(head["headers"])
     return bytes(headers.get(b"content-type", b"")).decode("latin-1").split(";")[0]

@@ -19,11 +19,12 @@ from starlette.types import Message, Receive, Send
 
 from latentguard.errors import GuardError, LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.integrations.vllm.chat_guard import ChatGuard, PendingChat
-from latentguard.integrations.vllm.held_reply import HeldReply
+from latentguard.integrations.vllm.chat_guard import ChatGuard, PendingChat, require_answer
+from latentguard.integrations.vllm.held_reply import HeldReply, with_length
+from latentguard.integrations.vllm.judged_reply import JudgedChat, JudgedReply
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.serve.chat_thresholds import DecidedReading
-from latentguard.serve.config import RateOf, ServeConfig
+from latentguard.serve.config import Policy, RateOf, ReplyPolicy, ServeConfig
 from latentguard.serve.disconnects import run_until
 from latentguard.serve.errors import (
     ApiError,
@@ -31,7 +32,6 @@ from latentguard.serve.errors import (
     ClientDisconnected,
     PayloadTooLarge,
     Unavailable,
-    error_location,
 )
 from latentguard.serve.json_limits import require_small_json
 from latentguard.serve.keys import ApiKeys
@@ -43,9 +43,14 @@ POLICY = "LATENTGUARD_POLICY"
 REFUSAL = "LATENTGUARD_REFUSAL"
 SEGMENT_HEADER = "LATENTGUARD_SEGMENT_HEADER"
 RATE_OF = "LATENTGUARD_RATE_OF"
+REPLY_POLICY = "LATENTGUARD_REPLY_POLICY"
+HOLD_TOKENS = "LATENTGUARD_HOLD_TOKENS"
 
-POLICIES = ("block", "annotate")
+POLICIES: tuple[Policy, ...] = ("block", "annotate")
 """What becomes of a flagged chat: refused, or answered with its verdict."""
+
+REPLY_POLICIES: tuple[ReplyPolicy, ...] = get_args(ReplyPolicy)
+"""What becomes of a flagged reply."""
 
 RATES: tuple[RateOf, ...] = get_args(RateOf)
 """What the false-positive rate is of."""
@@ -84,10 +89,8 @@ class GuardMiddleware:
         """Wrap the server."""
         self._app, self._opening = app, asyncio.Lock()
         self._chat_guard: ChatGuard | None = None
-        self._policy = _choice(POLICY, POLICIES)
-        self._rate_of = _choice(RATE_OF, RATES)
-        self._refusal = os.environ.get(REFUSAL, ServeConfig.refusal)
-        self._segment_header = os.environ.get(SEGMENT_HEADER, "")
+        self._config = _config()
+        self._segment_header = self._config.segment_header or ""
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Guard, let through or refuse."""
@@ -115,30 +118,33 @@ class GuardMiddleware:
         chat_guard = await self._opened(scope)
         segment = Headers(scope=scope).get(self._segment_header) or None
         chat = await chat_guard.begin(body, segment)
-        held_reply, stop, disconnect = HeldReply(send), asyncio.Event(), asyncio.Event()
+        stop, disconnect = asyncio.Event(), asyncio.Event()
+        judged = None
+        if chat.reply is not None:
+            judged = JudgedReply(JudgedChat(chat_guard, chat, self._config, stop), send)
+        held_reply = HeldReply(send if judged is None else judged.take)
         content = json.dumps(body).encode()
         inner = asyncio.create_task(
             self._app(
-                _resized(scope, len(content)), _feed(content, stop, disconnect), held_reply.take
+                with_length(scope, len(content)), _feed(content, stop, disconnect), held_reply.take
             )
         )
         client = asyncio.create_task(_watch(receive, disconnect))
         try:
             await asyncio.wait({inner, chat.own.response}, return_when=asyncio.FIRST_COMPLETED)
             chat_guard.collect()
-            if not chat.own.response.done() and held_reply.status != 200:
-                await held_reply.release({})  # an error of the server's own: nothing was generated
-            elif (values := self._read(chat)) is None:
-                await held_reply.release({"latentguard": {"error": OtherTokens.code}})
-            else:
-                decided = await run_until(_decide(chat_guard, chat, values), disconnect.wait())
-                verdict = decided.verdict
+            decided: DecidedReading | None = None
+            note: dict[str, Any] = {}
+            if chat.own.response.done() or held_reply.status == 200:
+                decided = await self._decide(chat_guard, chat, disconnect)
                 note = _note(decided)
-                if self._policy == "block" and (verdict.flagged or verdict.decision == "block"):
-                    stop.set()
-                    await self._refuse(chat, note, body)(scope, receive, send)
-                else:
-                    await held_reply.release(note)
+            if decided is not None and self._is_blocked(decided):
+                stop.set()
+                await self._refuse(chat, note, body)(scope, receive, send)
+            else:
+                await held_reply.release(note)
+                if judged is not None and (answer := await judged.run(inner, note)):
+                    await answer(scope, receive, send)
             await inner
         finally:
             stop.set()
@@ -147,6 +153,20 @@ class GuardMiddleware:
             if not inner.done():
                 await asyncio.wait({inner}, timeout=5)
                 inner.cancel()
+
+    async def _decide(
+        self, chat_guard: ChatGuard, chat: PendingChat, disconnect: asyncio.Event
+    ) -> DecidedReading | None:
+        """The verdict; None if there is none and the chat is answered all the same.
+
+        Raises:
+            ApiError: if the chat is not answered.
+        """
+        values = self._read(chat)
+        if values is None:
+            return None
+        work = require_answer(chat_guard.decide(chat, values))
+        return await run_until(work, disconnect.wait())
 
     def _read(self, chat: PendingChat) -> tuple[float, ...] | None:
         """What the engine read; None if it could not, and the chat is answered all the same.
@@ -158,12 +178,16 @@ class GuardMiddleware:
         if not chat.own.response.done():
             raise Unavailable("The engine gave no score for this chat.")
         values = chat.own.response.result()
-        if values is None and self._policy == "block":
+        if values is None and self._config.policy == "block":
             raise OtherTokens(
                 "The prompt's tokens are not those of its messages in the chat template: control "
                 "tokens in a message, tools, or template options. The guard cannot read it."
             )
         return values
+
+    def _is_blocked(self, decided: DecidedReading) -> bool:
+        verdict = decided.verdict
+        return self._config.policy == "block" and (verdict.flagged or verdict.decision == "block")
 
     def _refuse(self, chat: PendingChat, note: dict[str, Any], body: dict[str, Any]) -> Any:
         """What a blocked chat is answered with, as by ``latentguard serve``."""
@@ -174,7 +198,7 @@ class GuardMiddleware:
             note,
             usage=bool(options.get("include_usage")),
         )
-        return refused_reply(reply, self._refusal, is_stream=bool(body.get("stream")))
+        return refused_reply(reply, self._config.refusal, is_stream=bool(body.get("stream")))
 
     async def _opened(self, scope: Any) -> ChatGuard:
         """The chat_guard; made, and compared with the running engine, when the first chat comes.
@@ -185,11 +209,32 @@ class GuardMiddleware:
         async with self._opening:
             if self._chat_guard is None:
                 try:
-                    self._chat_guard = await open_chat_guard(scope["app"].state, self._rate_of)
+                    self._chat_guard = await open_chat_guard(
+                        scope["app"].state, self._config.rate_of
+                    )
                 except LatentGuardError as error:
                     log.error("Every chat is refused: %s", error)
                     raise Unavailable("The guard does not fit the engine.") from None
         return self._chat_guard
+
+
+def _config() -> ServeConfig:
+    """What the environment says.
+
+    Raises:
+        GuardError: if it says what is not known; the server then does not start.
+    """
+    hold_tokens = os.environ.get(HOLD_TOKENS, str(ServeConfig.hold_tokens))
+    if not hold_tokens.isdecimal():
+        raise GuardError(f"{HOLD_TOKENS} is '{hold_tokens}'; expected a whole number.")
+    return ServeConfig(
+        policy=_choice(POLICY, POLICIES),
+        reply_policy=_choice(REPLY_POLICY, REPLY_POLICIES) if REPLY_POLICY in os.environ else None,
+        hold_tokens=int(hold_tokens),
+        refusal=os.environ.get(REFUSAL, ServeConfig.refusal),
+        rate_of=_choice(RATE_OF, RATES),
+        segment_header=os.environ.get(SEGMENT_HEADER),
+    )
 
 
 def _choice(variable: str, choices: Sequence[Choice]) -> Choice:
@@ -224,7 +269,12 @@ async def open_chat_guard(state: Any, rate_of: RateOf) -> ChatGuard:
     guard = LatentGuard.load(os.environ[VARIABLE])
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
     chat_guard = ChatGuard(
-        guard, tokenizer, state.engine_client, most=config.max_model_len, rate_of=rate_of
+        guard,
+        tokenizer,
+        state.engine_client,
+        most=config.max_model_len,
+        usual_reply=config.get_diff_sampling_param().get("max_tokens"),
+        rate_of=rate_of,
     )
     try:
         await chat_guard.check()
@@ -234,24 +284,9 @@ async def open_chat_guard(state: Any, rate_of: RateOf) -> ChatGuard:
     return chat_guard
 
 
-async def _decide(
-    chat_guard: ChatGuard, chat: PendingChat, values: tuple[float, ...]
-) -> DecidedReading:
-    """The verdict, once all is read; only a prompt that the engine took brings more passes.
-
-    Raises:
-        Unavailable: if there is none (fail closed).
-    """
-    try:
-        return await chat_guard.decide(chat, values)
-    except Exception as error:  # whatever the engine raises, the chat is not answered
-        log.error(
-            "No verdict: %s", error if isinstance(error, GuardError) else error_location(error)
-        )
-        raise Unavailable("The guard cannot give a verdict on this chat.") from None
-
-
-def _note(decided: DecidedReading) -> dict[str, Any]:
+def _note(decided: DecidedReading | None) -> dict[str, Any]:
+    if decided is None:
+        return {"latentguard": {"error": OtherTokens.code}}
     return {"latentguard": decided.verdict.to_dict() | {"threshold": decided.threshold}}
 
 
@@ -269,13 +304,6 @@ async def _read(receive: Receive) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest("The body is no JSON object.")
     return body
-
-
-def _resized(scope: Any, length: int) -> Any:
-    """The request with a body of this length: what was parsed is sent on, not what came."""
-    dropped = (b"content-length", b"transfer-encoding")
-    headers = [h for h in scope["headers"] if h[0].lower() not in dropped]
-    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 
 async def _watch(receive: Receive, disconnect: asyncio.Event) -> None:

@@ -94,7 +94,7 @@ class Guarded:
                 "use --load-format auto."
             )
         self._columns = self._columns.to(device)
-        self._scores = SlotScores(blocks * block, len(self._columns.positions), block, device)
+        self._scores = SlotScores(blocks * block, len(self._columns.unit), block, device)
         return self._scores
 
     def _fingerprint(self, digest: WeightsDigest) -> Fingerprint:

@@ -39,6 +39,10 @@ class ScoreRequest:
     starts: tuple[int, ...] = ()
     """Index of the first token that each column averages; none: ``at``."""
 
+    tail: int | None = None
+    """How many of the prompt's last tokens are scored as a reply, and with them all tokens that are
+    generated; None scores no reply."""
+
     @property
     def spans(self) -> list[range]:
         """The tokens of each column."""
@@ -69,12 +73,35 @@ class ScoreResponse:
     """Each column; None if the prompt's tokens are not those that were asked about."""
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """What the engine read of some tokens of a reply."""
+
+    key: str
+    choice: int
+    """Which of the replies to one prompt."""
+
+    start: int
+    """Index of the first of these tokens among those that are scored."""
+
+    values: tuple[float, ...]
+    """Of each token, the bias of the probe not yet added."""
+
+
 def digest_ids(ids: Sequence[int]) -> str:
     """SHA-256 of token ids."""
     return hashlib.sha256(array("q", ids).tobytes()).hexdigest()
 
 
-def score_request(layout: Layout, positions: Sequence[str], channel: Any) -> ScoreRequest:
+def score_request(
+    layout: Layout, positions: Sequence[str], channel: Any, *, tail: int | None = None
+) -> ScoreRequest:
     """The score request for a prompt: each column at its position."""
     starts, at = zip(*position_spans(layout, positions), strict=True)
-    return ScoreRequest(channel.path, channel.key(), digest_ids(layout.ids), at, starts)
+    ids = digest_ids(layout.ids)
+    return ScoreRequest(channel.path, channel.key(), ids, at, starts, tail)
+
+
+def reply_request(ids: Sequence[int], channel: Any, *, tail: int) -> ScoreRequest:
+    """The score request for the last tokens of a prompt, read as a reply."""
+    return ScoreRequest(channel.path, channel.key(), digest_ids(ids), (), (), tail)

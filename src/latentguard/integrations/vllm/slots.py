@@ -7,6 +7,7 @@ read is always of the token that the engine's own cache holds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -16,10 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latentguard.integrations.vllm.score_request import ScoreRequest, digest_ids
+from latentguard.integrations.vllm.score_request import ScoreRequest, TokenScores, digest_ids
 
 Copy = tuple[int, int]
 """From a block to a block."""
+
+CHILD = re.compile(r"(\d+)_chatcmpl-")
+"""How vLLM names the requests of a chat with several replies: the index of the reply, its name."""
 
 
 class SlotScores:
@@ -52,6 +56,17 @@ class SlotScores:
         rows, ends = self._rows[flat].cpu(), [0, *accumulate(len(own) for own in slots)]
         return [float(rows[a:b, column].mean()) for column, (a, b) in enumerate(pairwise(ends))]
 
+    def read_replies(self, replies: Sequence[ReplyDue]) -> list[TokenScores]:
+        """The last column at each token of some replies; NaN where one was not written."""
+        flat = [slot for due in replies for slot in due.slots]
+        where = torch.tensor(flat, device=self._rows.device)
+        values = self._rows[where, -1].tolist()  # one transfer for all of a step
+        ends = [0, *accumulate(len(due.slots) for due in replies)]
+        return [
+            TokenScores(due.request.key, due.choice, due.start, tuple(values[a:b]))
+            for due, (a, b) in zip(replies, pairwise(ends), strict=True)
+        ]
+
     def _whole(self) -> Float[Tensor, "blocks slots c"]:
         return self._rows[:-1].view(-1, self.block, self._rows.shape[1])
 
@@ -63,6 +78,21 @@ class Due:
     request: ScoreRequest
     slots: tuple[tuple[int, ...], ...]
     """Where each column is read; several are averaged."""
+
+
+@dataclass(frozen=True)
+class ReplyDue:
+    """Tokens of a reply that are computed in this step and were not read before."""
+
+    request: ScoreRequest
+    choice: int
+    """Which of the replies to one prompt."""
+
+    start: int
+    """Index of the first of these tokens among those that are scored."""
+
+    slots: tuple[int, ...]
+    """Of each token."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +109,33 @@ class Step:
     refused: tuple[ScoreRequest, ...] = ()
     """Prompts whose tokens are not those that were asked about."""
 
+    replies: tuple[ReplyDue, ...] = ()
+    """To be read after the step."""
+
 
 @dataclass
 class _Request:
     length: int
+    """Tokens of the prompt."""
+
     scores: ScoreRequest | None
+    """What is read of the prompt."""
+
+    reply: ScoreRequest | None
+    """What the tokens of the reply are read for."""
+
+    choice: int
+    """Which of the replies to one prompt."""
+
+    unread: int = 0
+    """Index of the first token of the reply that was not read, counted from the prompt's first."""
+
     blocks: list[int] = field(default_factory=list)
+
+    @property
+    def reply_start(self) -> int:
+        """Index of the first token that is scored as a reply."""
+        return self.length - (self.reply.tail or 0 if self.reply else 0)
 
 
 class Ledger:
@@ -100,10 +151,13 @@ class Ledger:
         for name in scheduled.finished_req_ids:
             self._requests.pop(name, None)
         fresh, due, refused = list[int](), list[Due](), list[ScoreRequest]()
+        replies = list[ReplyDue]()
         for new in scheduled.scheduled_new_reqs:
             request = self._opened(new, refused)
             fresh += self._taken(request, new.block_ids, new.num_computed_tokens)
-            due += self._finished(request, new.req_id, new.num_computed_tokens, scheduled)
+            count = scheduled.num_scheduled_tokens[new.req_id]
+            due += self._finished(request, new.num_computed_tokens, count)
+            replies += self._replied(request, new.num_computed_tokens + count)
         old = scheduled.scheduled_cached_reqs
         for name, blocks, computed in zip(
             old.req_ids, old.new_block_ids, old.num_computed_tokens, strict=True
@@ -115,17 +169,23 @@ class Ledger:
             elif blocks is not None:
                 request.blocks += blocks[0]
                 fresh += blocks[0]
-            due += self._finished(request, name, computed, scheduled)
+            count = scheduled.num_scheduled_tokens[name]
+            due += self._finished(request, computed, count)
+            replies += self._replied(request, computed + count)
         copies = tuple((c.src_block_id, c.dst_block_id) for c in self._copied(scheduled))
-        return Step(tuple(fresh), copies, tuple(due), tuple(refused))
+        return Step(tuple(fresh), copies, tuple(due), tuple(refused), tuple(replies))
 
     def _opened(self, new: Any, refused: list[ScoreRequest]) -> _Request:
         ids = new.prompt_token_ids
         scores = ScoreRequest.from_sampling(new.sampling_params)
+        reply = scores if scores is not None and scores.tail is not None else None
         if scores is not None and (ids is None or digest_ids(ids) != scores.ids):
             refused.append(scores)
             scores = None
-        request = _Request(len(ids or ()), scores)
+        child = CHILD.match(new.req_id)
+        request = _Request(len(ids or ()), scores, reply, int(child[1]) if child else 0)
+        before = self._requests.get(new.req_id)  # preempted: what was read is not read again
+        request.unread = before.unread if before else request.reply_start
         self._requests[new.req_id] = request
         return request
 
@@ -136,17 +196,31 @@ class Ledger:
         request.blocks += blocks[0] if blocks else []
         return request.blocks[computed // self._block :]
 
-    def _finished(self, request: _Request, name: str, computed: int, scheduled: Any) -> list[Due]:
+    def _finished(self, request: _Request, computed: int, count: int) -> list[Due]:
         """The request, if this step computes the last token of its prompt."""
-        after = computed + scheduled.num_scheduled_tokens[name]
-        if request.scores is None or not computed < request.length <= after:
+        if request.scores is None or not computed < request.length <= computed + count:
             return []
+        spans = request.scores.spans
+        if not spans:
+            return []
+        return [Due(request.scores, tuple(self._slots(request, span) for span in spans))]
+
+    def _replied(self, request: _Request, after: int) -> list[ReplyDue]:
+        """The tokens of its reply that are in the cache after this step and were not read.
+
+        What a cache hit brings counts, since its slots hold its scores. What is computed again
+        after a preemption does not.
+        """
+        if request.reply is None or after <= request.unread:
+            return []
+        start = request.unread - request.reply_start
+        slots = self._slots(request, range(request.unread, after))
+        request.unread = after
+        return [ReplyDue(request.reply, request.choice, start, slots)]
+
+    def _slots(self, request: _Request, tokens: range) -> tuple[int, ...]:
         size = self._block
-        slots = (
-            tuple(request.blocks[i // size] * size + i % size for i in span)
-            for span in request.scores.spans
-        )
-        return [Due(request.scores, tuple(slots))]
+        return tuple(request.blocks[i // size] * size + i % size for i in tokens)
 
     @staticmethod
     def _copied(scheduled: Any) -> Sequence[Any]:
