@@ -1,12 +1,5 @@
 """The official client through the real server, plain and streaming."""
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import httpx
@@ -33,29 +26,8 @@ def served(tmp_path_factory):
     guard.save(folder / "guard")
     texts = [*tiny.TEXTS, *tiny.LONG, HIDDEN]
     verdicts = dict(zip(texts, guard.scan(model, texts), strict=True))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = "--enforce-eager --block-size 32 --max-num-seqs 16 --max-model-len 1024"
-    command = [sys.executable, "-m", "latentguard.integrations.vllm", str(folder / "guard")]
-    options += f" --api-key {KEY}"
-    more = f"{options} --gpu-memory-utilization 0.1 --host 127.0.0.1 --port {port}".split()
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, *more], stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-    try:
-        for _ in range(1200):
-            assert process.poll() is None, (folder / "log").read_text()[-4000:]
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}", verdicts
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+    with tiny.serving(folder, key=KEY) as url:
+        yield url, verdicts
 
 
 @pytest.fixture

@@ -1,15 +1,27 @@
 """Tiny random models on disk, in sizes that vLLM's CPU attention knows, and guards of them."""
 
+import contextlib
 import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
+import httpx
+import numpy as np
 import torch
 import transformers
 
 from latentguard.data.builtin import load_contrast
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.reply_fitting import fit_replies
 from latentguard.integrations.vllm import parity
 from latentguard.integrations.vllm.backend import VllmModel
 from latentguard.models.chat_model import ChatModel
+from latentguard.prompts import Prompt, Reply
 from models.families import FAMILIES
 
 SIZES = dict(
@@ -25,6 +37,7 @@ SIZES = dict(
     eos_token_id=None,
 )
 MEMORY = dict(gpu_memory_utilization=0.1, max_model_len=1024)
+WORDS = "river garden window teacher engine letter school winter music paper city doctor".split()
 KINDS = {"llama": "LlamaConfig", "qwen2": "Qwen2Config"}
 
 
@@ -46,8 +59,6 @@ def save_model(kind, folder, *, dtype=torch.float32, seed=0, tied=True, scale=1.
 
 def fit(folder, out, *, reading="span", probe="linear", dtype="float32"):
     """Fit and save a guard of a saved model, with both axes."""
-    from dataclasses import replace
-
     rows = [replace(p, refused=p.harmful) for p in load_contrast("train") if p.pair][:80]
     model = ChatModel.load(folder, dtype=dtype)
     guard = LatentGuard.fit(model, rows, reading=reading, probe=probe)
@@ -55,6 +66,50 @@ def fit(folder, out, *, reading="span", probe="linear", dtype="float32"):
     middle = len(scores) // 2
     replace(guard, threshold=(scores[middle - 1] + scores[middle]) / 2).save(out)
     return LatentGuard.load(out), model
+
+
+def fit_both(folder, out):
+    """Fit and save a guard that also judges replies."""
+    guard, model = fit(folder, out)
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in range(60):
+        words = list(rng.choice(WORDS, size=12))
+        text = (" bad " if n % 2 else " and ").join(words)
+        rows.append(Reply(Prompt(f"Question {n // 2}?"), text, harmful=bool(n % 2)))
+    fit_replies(model, guard, rows).save(out)
+    return LatentGuard.load(out), model
+
+
+@contextlib.contextmanager
+def serving(folder, *options, key):
+    """A real server of the guard in a folder, in processes of its own, as its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fixed = "--enforce-eager --block-size 32 --max-num-seqs 16 --max-model-len 1024"
+    fixed += f" --api-key {key} --gpu-memory-utilization 0.1 --host 127.0.0.1 --port {port}"
+    command = [sys.executable, "-m", "latentguard.integrations.vllm", str(folder / "guard")]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, *options, *fixed.split()],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(1200):
+            assert process.poll() is None, (folder / "log").read_text()[-4000:]
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
 
 
 TEXTS = [p.text for p in load_contrast("test")[:40]]
