@@ -82,7 +82,7 @@ def reply_overhead_table() -> str:
         [
             "decoding, each token read",
             f"{found['read_ms']:.1f}",
-            f"{more['value']:+.1%} [{more['low']:+.1%}, {more['high']:+.1%}]",
+            _percent(more),
         ],
     ]
     for chunk, cost in found["followed_ms"].items():
@@ -96,9 +96,38 @@ def reply_overhead_table() -> str:
     )
 
 
+def vllm_reply_overhead_table() -> str:
+    """Milliseconds a token inside vLLM, and what the middleware adds."""
+    found = read_result("vllm-reply-overhead-smollm2-135m")
+    rows = []
+    for batch, record in found["found"].items():
+        spent = record["ms"]
+        rows.append(
+            [
+                f"{batch} at once",
+                str(record["groups"]),
+                *(f"{spent[arm]:.1f}" for arm in ("plain", "prompts", "replies")),
+                *(_percent(record[name]) for name in ("over_prompts", "over_plain")),
+            ]
+        )
+    return markdown_table(
+        [
+            *("replies", "n", "ms a token, no guard", "prompts judged", "replies judged, too"),
+            *("more than prompts judged", "more than no guard"),
+        ],
+        rows,
+        "python benchmarks/vllm_reply_overhead.py --guard DIR",
+    )
+
+
+def _percent(more: dict[str, float]) -> str:
+    return f"{more['value']:+.1%} [{more['low']:+.1%}, {more['high']:+.1%}]"
+
+
 REPLY_TABLES = {
     "replies": replies_table,
     "reply-stream": reply_stream_table,
     "reply-overhead": reply_overhead_table,
+    "vllm-reply-overhead": vllm_reply_overhead_table,
 }
 """Name on a page -> what makes the table."""

@@ -246,6 +246,14 @@ def test_a_server_that_breaks_off_ends_in_an_error(ask):
     assert objects(events)[-1]["error"]["message"] == "it broke"
 
 
+def test_an_answer_that_the_server_gave_up_is_an_error(ask):
+    class GaveUp(Replies):
+        def whole(self, asked):
+            return None
+
+    assert ask(GaveUp(0, 0), stream=False)["error"]["code"] == "unavailable"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

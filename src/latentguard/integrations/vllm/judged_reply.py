@@ -284,8 +284,14 @@ class JudgedReply:
             await self._show((shown,))
 
     def _take_answer(self) -> None:
-        """An answer in one; its ids are left out of what is shown."""
+        """An answer in one; its ids are left out of what is shown.
+
+        Raises:
+            Unavailable: if there is none, as once the client has left.
+        """
         answer = json.loads(self._body)
+        if not isinstance(answer, dict):
+            raise Unavailable(BROKEN_OFF)
         self._prompt_ids = answer.get("prompt_token_ids") or self._prompt_ids
         for choice in answer["choices"]:
             self._add(choice)
