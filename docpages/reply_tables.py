@@ -128,6 +128,5 @@ REPLY_TABLES = {
     "replies": replies_table,
     "reply-stream": reply_stream_table,
     "reply-overhead": reply_overhead_table,
-    "vllm-reply-overhead": vllm_reply_overhead_table,
 }
 """Name on a page -> what makes the table."""
