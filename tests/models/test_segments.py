@@ -5,7 +5,7 @@ import torch
 
 from latentguard.models import segments
 from latentguard.models.layout import CaptureRow
-from latentguard.models.segments import can_be_segmented, capture_in_segments
+from latentguard.models.segments import Segments, can_be_segmented, prefill
 from latentguard.prompts import Prompt
 from models.architectures import ARCHITECTURES, chat_model
 from models.families import FAMILIES
@@ -27,7 +27,7 @@ def test_states_are_those_of_one_pass_though_the_model_works_in_between(architec
     def between():
         calls.append(list(model.capture([Prompt("Something else")], layers=(1,))))
 
-    found = capture_in_segments(model, row, layers, size=size, between=between)
+    found, _ = prefill(model, row, layers, Segments(size, between), stop=True)
     (states,) = model.capture([PROMPT], positions=POSITIONS, layers=layers)
     torch.testing.assert_close(found, states.values[0], rtol=1e-4, atol=1e-5)
     assert len(calls) == (row.length - 1) // size
@@ -46,5 +46,5 @@ def test_the_cache_has_the_name_that_the_model_gives_it(monkeypatch):
 
     monkeypatch.setattr(model.model, "forward", renamed)
     row = CaptureRow.of(model.chat([PROMPT])[0], POSITIONS)
-    capture_in_segments(model, row, (1,), size=7, between=lambda: None)
+    prefill(model, row, (1,), Segments(7, lambda: None), stop=True)
     assert len(given) > 1

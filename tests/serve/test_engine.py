@@ -12,7 +12,9 @@ import httpx
 import pytest
 
 from latentguard.errors import ModelMismatch
+from latentguard.models import conversation, shared_model
 from latentguard.models.conversation import ReplyPiece
+from latentguard.models.segments import Segments
 from serve.faulty import Faulty
 from serve.running import (
     PROMPTS,
@@ -167,43 +169,67 @@ def test_a_verdict_does_not_wait_for_a_place_among_the_chats(monkeypatch):
     assert len(begun) == 1
 
 
-def test_a_short_prompt_is_read_between_the_segments_of_anothers_long_one(monkeypatch):
-    """The long one is held between two segments until the other client has its verdict."""
-    from latentguard.models import shared_model
+class Held:
+    """Keeps the first prompt that is read in segments waiting until somebody else was answered."""
 
-    answered, held = threading.Event(), []
-    inner = shared_model.capture_in_segments
+    def __init__(self, monkeypatch, module):
+        self.answered, self.began = threading.Event(), threading.Event()
+        inner = module.prefill
 
-    def segments(model, row, layers, *, size, between):
-        def patient():
-            until = time.monotonic() + 30
-            while not answered.is_set() and time.monotonic() < until:
-                held.append(row)
-                between()
-                time.sleep(0.01)
+        def prefill(model, row, layers, segments, *, stop):
+            if self.began.is_set():
+                return inner(model, row, layers, segments, stop=stop)
+            self.began.set()
 
-        return inner(model, row, layers, size=size, between=patient)
+            def patient():
+                until = time.monotonic() + 60
+                while not self.answered.is_set() and time.monotonic() < until:
+                    segments.between()
+                    time.sleep(0.01)
 
-    monkeypatch.setattr(shared_model, "capture_in_segments", segments)
+            how = Segments(segments.size, patient)
+            return inner(model, row, layers, how, stop=stop)
 
-    def ask(url, key, text):
-        headers = {"authorization": f"Bearer {key}"}
-        body = {"input": text}
-        return post(f"{url}/v1/moderations", json=body, headers=headers, timeout=60).json()
+        monkeypatch.setattr(module, "prefill", prefill)
 
-    long = " ".join(PROMPTS[:5])
+
+def asked(url, key, text, path="moderations", **body):
+    headers = {"authorization": f"Bearer {key}"}
+    body = body or {"input": text}
+    return post(f"{url}/v1/{path}", json=body, headers=headers, timeout=120).json()
+
+
+@pytest.mark.parametrize("sentences", [1, 4])
+def test_a_prompt_is_read_between_the_segments_of_anothers_long_one(monkeypatch, sentences):
+    """The long one waits between two segments until the other client has its verdict."""
+    held = Held(monkeypatch, shared_model)
+    long, other = " ".join(PROMPTS[:5]), " ".join([flagged()] * sentences)
     with running(keys=["a", "b"], segment_tokens=64) as url, ThreadPoolExecutor() as pool:
-        ask(url, "b", passed())
-        slow = pool.submit(ask, url, "a", long)
-        while not held:
-            time.sleep(0.01)
-        quick = ask(url, "b", flagged())
-        answered.set()
+        slow = pool.submit(asked, url, "a", long)
+        held.began.wait(60)
+        quick = asked(url, "b", other)["results"][0]
+        held.answered.set()
         found = slow.result()["results"][0]
-    assert quick["results"][0]["flagged"]
     guard, model = opener()
-    (expected,) = guard.scan(model, [long])
-    assert found["latentguard"]["score"] == pytest.approx(expected.score, abs=1e-4)
+    expected = [verdict.score for verdict in guard.scan(model, [long, other])]
+    scores = [one["latentguard"]["score"] for one in (found, quick)]
+    assert scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_is_read_between_the_segments_of_anothers_chat(monkeypatch):
+    held = Held(monkeypatch, conversation)
+    long = dict(messages=[{"role": "user", "content": passed()}], max_tokens=2)
+    with running(keys=["a", "b"], segment_tokens=16) as url, ThreadPoolExecutor() as pool:
+        slow = pool.submit(asked, url, "a", "", "chat/completions", **long)
+        held.began.wait(60)
+        quick = asked(url, "b", flagged())["results"][0]
+        assert not slow.done()
+        held.answered.set()
+        answer = slow.result()
+    assert quick["flagged"]
+    expected = offline()[passed()].score
+    assert answer["latentguard"]["score"] == pytest.approx(expected, abs=1e-4)
+    assert answer["usage"]["completion_tokens"] > 0
 
 
 def test_one_client_who_fills_the_queue_does_not_keep_another_out():

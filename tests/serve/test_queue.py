@@ -123,3 +123,31 @@ def test_what_nobody_waits_for_is_dropped(item):
     queue.add(items)
     items[1].future.cancel()
     assert len(queue.take(100)) == 2
+
+
+def test_only_accounts_that_were_served_less_go_before_one_that_is_being_served(item):
+    queue = FairQueue(100)
+    queue.add([item("a", 50), item("a", 5)])
+    assert names(queue.take(100)) == "aa"
+    queue.add([item("a", 5)])
+    queue.add([item("b", 30)])
+    assert names(queue.take(100, before="a")) == "b"
+    assert queue.take(100, before="a") == []
+    assert names(queue.take(100)) == "a"
+
+
+def test_what_was_read_for_an_account_elsewhere_counts(item):
+    queue = FairQueue(100)
+    queue.add([item("b", 50)])
+    queue.charge("a", 10)
+    queue.add([item("a", 5)])
+    assert names(queue.take(1) + queue.take(1)) == "ba"
+
+
+def test_what_was_read_while_nobody_waited_is_no_debt(item):
+    queue = FairQueue(100)
+    for _ in range(100):
+        queue.charge("a", 10)
+    queue.add([item("b", 20) for _ in range(10)])
+    queue.add([item("a", 10)])
+    assert "a" in "".join(names(queue.take(1)) for _ in range(3))

@@ -15,8 +15,9 @@ from latentguard.errors import ModelError
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
 from latentguard.models.hooks import contiguous_head, keep_states, read_positions
-from latentguard.models.layout import Layout, min_token_count
+from latentguard.models.layout import CaptureRow, Layout, min_token_count
 from latentguard.models.loading import cache_argument
+from latentguard.models.segments import Segments, can_be_segmented, prefill
 from latentguard.prompts import Prompt
 from latentguard.states import States
 
@@ -80,6 +81,7 @@ class Conversation:
         positions: Sequence[str],
         layers: Sequence[int],
         probe: TokenProbe | None = None,
+        segments: Segments | None = None,
     ) -> None:
         """Read the prompt.
 
@@ -89,6 +91,7 @@ class Conversation:
             positions: Where states are captured; none is captured if empty.
             layers: At which layers.
             probe: Scores each token of the reply, in the pass that reads it to go on.
+            segments: How a long prompt is read while others wait; None reads it in one pass.
 
         Raises:
             PromptError: if the prompt is empty, too long, or has no such position.
@@ -100,7 +103,11 @@ class Conversation:
         model.check_length(len(layout.ids) + 1, prompt)
         columns = [layout.index(position) for position in positions]
         starts = [layout.start(position) for position in positions]
-        values, output = _read(model, layout, columns, layers, starts=starts, stop=False)
+        row = CaptureRow(layout.ids, tuple(zip(starts, columns, strict=True)))
+        if segments and row.length > segments.size and can_be_segmented(model, row):
+            values, output = prefill(model, row, layers, segments, stop=False)
+        else:
+            values, output = _read(model, layout, columns, layers, starts=starts, stop=False)
         self.states = (
             States(values[None], (prompt,), tuple(positions), tuple(layers), model.fingerprint)
             if columns

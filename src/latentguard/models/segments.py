@@ -1,4 +1,4 @@
-"""Capture of one long prompt in segments, so that other work can be done in between.
+"""Reading of one long prompt in segments, so that other work can be done in between.
 
 The keys and values of earlier segments are cached, so the states are those of a single pass.
 """
@@ -6,19 +6,32 @@ The keys and values of earlier segments are cached, so the states are those of a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentguard.models.hooks import read_positions
+from latentguard.models.hooks import contiguous_head, read_positions
 from latentguard.models.layout import CaptureRow
 from latentguard.models.loading import cache_argument, is_sharded, unscaled_length
 from latentguard.models.prefill import has_only_keys_and_values
 
 if TYPE_CHECKING:
     from latentguard.models.chat_model import ChatModel
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How long prompts are read while others wait."""
+
+    size: int
+    """Tokens that are read at once."""
+
+    between: Callable[[], None]
+    """Called between two segments, while no hook is on the model; it may use the model."""
 
 
 def can_be_segmented(model: ChatModel, row: CaptureRow) -> bool:
@@ -30,35 +43,33 @@ def can_be_segmented(model: ChatModel, row: CaptureRow) -> bool:
     return fits and has_only_keys_and_values(cache) and not is_sharded(model.model)
 
 
-def capture_in_segments(
-    model: ChatModel,
-    row: CaptureRow,
-    layers: Sequence[int],
-    *,
-    size: int,
-    between: Callable[[], None],
-) -> Float[Tensor, "p l d"]:
-    """The states of one prompt, read by ``size`` tokens at a time.
+def prefill(
+    model: ChatModel, row: CaptureRow, layers: Sequence[int], segments: Segments, *, stop: bool
+) -> tuple[Float[Tensor, "p l d"], Any]:
+    """The states of one prompt, and what the last pass gave: a reply goes on from its cache.
 
     Args:
         model: The model.
         row: The prompt's tokens and positions.
         layers: Layer indices.
-        size: Tokens of a segment.
-        between: Called between two segments, while no hook is on the model; it may use the model.
+        segments: How many tokens are read at once, and what is done in between.
+        stop: Leave each pass after the last layer; nothing is given back then.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.model.config)
     shape = (len(row.spans), len(layers), model.width)
     sums = torch.zeros(shape, dtype=torch.float32, device=model.device)
-    for begin in range(0, row.length, size):
-        end = min(begin + size, row.length)
+    output = None
+    for begin in range(0, row.length, segments.size):
+        end = min(begin + segments.size, row.length)
         if begin:
-            between()
-        sums += _read_segment(model, row, layers, (begin, end), cache)
-    lengths = torch.tensor([last - first + 1 for first, last in row.spans], device=model.device)
-    return (sums / lengths[:, None, None]).to(model.model.dtype).cpu()
+            segments.between()
+        added, output = _read_segment(model, row, layers, (begin, end), cache, stop=stop)
+        sums += added
+    lengths = [last - first + 1 for first, last in row.spans]
+    means = sums / torch.tensor(lengths, device=model.device).view(-1, 1, 1)
+    return means.to(model.model.dtype).cpu(), output
 
 
 @torch.inference_mode()
@@ -68,8 +79,10 @@ def _read_segment(
     layers: Sequence[int],
     segment: tuple[int, int],
     cache: Any,
-) -> Float[Tensor, "p l d"]:
-    """For each position the sum of the states of its tokens in a segment."""
+    *,
+    stop: bool,
+) -> tuple[Float[Tensor, "p l d"], Any]:
+    """For each position the sum of the states of its tokens in a segment; what the pass gave."""
     begin, end = segment
     inside = [(max(first, begin), min(last, end - 1)) for first, last in row.spans]
     counts = [max(last - first + 1, 0) for first, last in inside]
@@ -77,13 +90,16 @@ def _read_segment(
         (first - begin, last - begin) if count else (0, 0)
         for (first, last), count in zip(inside, counts, strict=True)
     ]
-    starts, columns = torch.tensor([spans], device=model.device).unbind(-1)
+    places = torch.tensor(spans, dtype=torch.long, device=model.device).view(1, -1, 2)
+    starts, columns = places.unbind(-1)
     shape = (1, len(spans), len(layers), model.width)
     buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
     ids = torch.tensor([row.ids[begin:end]], device=model.device)
     hooks = read_positions(
-        model.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer
+        model.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer, stop=stop
     )
-    with hooks:
-        model.model(ids, use_cache=True, **{cache_argument(model.model): cache})
-    return buffer[0].float() * torch.tensor(counts, device=model.device)[:, None, None]
+    how = {cache_argument(model.model): cache}
+    output = None
+    with hooks if spans else nullcontext(), contiguous_head(model.model):
+        output = model.model(ids, use_cache=True, logits_to_keep=1, **how)
+    return buffer[0].float() * torch.tensor(counts, device=model.device).view(-1, 1, 1), output

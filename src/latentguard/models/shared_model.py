@@ -1,35 +1,40 @@
-"""A model whose long prompts are read in segments, with short work of others in between."""
+"""A model that is read in small units, with the work of others in between."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.layout import CaptureRow
-from latentguard.models.segments import can_be_segmented, capture_in_segments
+from latentguard.models.segments import Segments, can_be_segmented, prefill
 from latentguard.prompts import Prompt
-from latentguard.states import Progress, States
+from latentguard.states import Progress, States, no_progress
 
 GROUP = 256
-"""Prompts that are sorted into short and long ones together."""
+"""Prompts that are sorted by length together."""
 
 
 class SharedModel:
-    """Hands everything to a model, but reads long prompts one by one, in segments."""
+    """Hands everything to a model, but reads prompts in units of so many tokens.
 
-    def __init__(self, model: ChatModel, *, segment: int, between: Callable[[], None]) -> None:
+    Short prompts are read in batches that fit into a unit, long ones by themselves, in segments.
+    """
+
+    def __init__(self, model: ChatModel, segments: Segments) -> None:
         """Wrap a model.
 
         Args:
             model: The model.
-            segment: Tokens that are read at once; a longer prompt is read in several segments.
-            between: Called between two segments; it may use the model.
+            segments: The size of a unit, and what is done between two of them.
         """
-        self._model, self._segment, self._between = model, segment, between
+        self._model = model
+        self._segments = segments
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -43,29 +48,47 @@ class SharedModel:
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield states in the order of the prompts, as ``ChatModel.capture`` does."""
-        where = dict(positions=positions, layers=layers, progress=progress)
+        axes = tuple(positions), tuple(layers)
         rest = iter(prompts)
+        is_first = True
         while group := tuple(islice(rest, GROUP)):
             rows = [CaptureRow.of(layout, positions) for layout in self._model.chat(group)]
-            long = [n for n, row in enumerate(rows) if self._is_long(row)]
-            if not long:
-                yield from self._model.capture(group, **where)  # type: ignore[arg-type]
-                continue
             values: list[Any] = [None] * len(group)
-            short = [n for n in range(len(group)) if n not in long]
-            texts = [group[n] for n in short]
-            states = list(self._model.capture(texts, **where))  # type: ignore[arg-type]
-            for n, value in zip(short, (v for one in states for v in one.values), strict=True):
-                values[n] = value
-            for n in long:
-                self._model.check_length(rows[n].length, group[n])
-                values[n] = capture_in_segments(
-                    self._model, rows[n], layers, size=self._segment, between=self._between
-                )
+            for unit in self._units(rows):
+                if not is_first:
+                    self._segments.between()
+                is_first = False
+                texts = [group[n] for n in unit]
+                states = self._read(texts, [rows[n] for n in unit], *axes)
+                for n, value in zip(unit, states, strict=True):
+                    values[n] = value
                 if progress is not None:
-                    progress(1)
-            axes = tuple(positions), tuple(layers)
+                    progress(len(unit))
             yield States(torch.stack(values), group, *axes, self._model.fingerprint)
 
-    def _is_long(self, row: CaptureRow) -> bool:
-        return row.length > self._segment and can_be_segmented(self._model, row)
+    def _units(self, rows: Sequence[CaptureRow]) -> Iterator[list[int]]:
+        """Prompts that are read together: of like length, padded no longer than a unit."""
+        batch: list[int] = []
+        for n in sorted(range(len(rows)), key=lambda n: rows[n].length):
+            if batch and rows[n].length * (len(batch) + 1) > self._segments.size:
+                yield batch
+                batch = []
+            batch.append(n)
+        if batch:
+            yield batch
+
+    def _read(
+        self,
+        texts: Sequence[Prompt],
+        rows: Sequence[CaptureRow],
+        positions: tuple[str, ...],
+        layers: tuple[int, ...],
+    ) -> list[Float[Tensor, "p l d"]]:
+        row = rows[0]
+        if row.length > self._segments.size and can_be_segmented(self._model, row):
+            self._model.check_length(row.length, texts[0])
+            return [prefill(self._model, row, layers, self._segments, stop=True)[0]]
+        captured = self._model.capture(
+            texts, positions=positions, layers=layers, progress=no_progress
+        )
+        return [value for states in captured for value in states.values]

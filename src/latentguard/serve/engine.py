@@ -16,6 +16,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import VariantScore
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import count_tokens
+from latentguard.models.segments import Segments
 from latentguard.models.shared_model import SharedModel
 from latentguard.prompts import Prompt
 from latentguard.serve.config import ServeConfig
@@ -47,11 +48,21 @@ T = TypeVar("T")
 State = Literal["loading", "ready", "draining", "dead"]
 Opener = Callable[[], tuple[LatentGuard, ChatModel]]
 
-SEGMENT_TOKENS = {"cpu": 128, "cuda": 4096}
-"""Tokens that are read at once while several accounts share the model: a tenth of a second."""
+SEGMENT_TOKENS = {"cpu": 64, "cuda": 4096}
+"""Tokens that are read at once while several accounts share the model: about a short prompt, so
+that one waits no longer than its own reading takes."""
 
-SHARED_SECONDS = 10.0
+ALONE_TOKENS = {"cpu": 512, "cuda": 4096}
+"""The same while there is one account: half a second on a slow machine for whoever comes then."""
+
+SHARED_SECONDS = 60.0
 """So long after its last request an account still counts as sharing the model."""
+
+MOST_INTERRUPTED = 3
+"""Long prompts that wait, each for the next; every one of them keeps its cache of what was read."""
+
+STEP_TOKENS = 16
+"""What a token of a reply counts for: a pass over it takes about as long as over so many."""
 
 CRASHES = 5
 """The thread gives up when it has crashed so often within a minute."""
@@ -87,14 +98,17 @@ class ScoringEngine:
         self._named_guards, self._bind = named_guards or {}, bind
         self._lock, self._stopping = threading.Condition(), False
         self._queue, self._in_flight = FairQueue(config.queue), list[WorkItem]()
-        self._last_seen = dict[str, float]()
-        """When each account last asked for something."""
+        self._newest, self._second_newest = ("", -SHARED_SECONDS), ("", -SHARED_SECONDS)
+        """The two accounts that last asked for something, and when."""
 
         self._waiting_chats, self._chats = deque[GuardedChat](), list[GuardedChat]()
+        self._stepping = list[GuardedChat]()
+        """Chats that take a step now: several if the prompt of one is read in segments."""
+
         self._busy_since: float | None = None
         self._cache = TextCache[VariantScore]()
-        self._is_between = False
-        """Whether the thread is between two segments of a long prompt."""
+        self._interrupted = 0
+        """How many long prompts wait until others were served."""
 
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.guards: ServedGuards
@@ -241,7 +255,7 @@ class ScoringEngine:
             self._drop_abandoned()
             if len(self._queue) + len(self._waiting_chats) >= self.config.queue:
                 raise QueueFull(FULL)
-            self._last_seen[chat.account] = monotonic()
+            self._note_account(chat.account)
             self._waiting_chats.append(chat)
             self._lock.notify()
 
@@ -283,7 +297,7 @@ class ScoringEngine:
             self._drop_abandoned()
             evicted = self._queue.add(items, others=len(self._waiting_chats))
             if items:
-                self._last_seen[items[0].account] = monotonic()
+                self._note_account(items[0].account)
             self._lock.notify()
         settle((item, QueueFull(FULL)) for item in evicted)
 
@@ -360,22 +374,26 @@ class ScoringEngine:
     @property
     def _segment(self) -> int:
         """Tokens after which others have their turn."""
-        default = SEGMENT_TOKENS.get(self.model.device.type, 4096)
-        return self.config.segment_tokens or default
+        tokens = SEGMENT_TOKENS if self._is_shared else ALONE_TOKENS
+        return self.config.segment_tokens or tokens.get(self.model.device.type, 4096)
 
     @property
     def _is_shared(self) -> bool:
         """Whether several accounts have asked for something lately."""
-        since = monotonic() - SHARED_SECONDS
-        with self._lock:  # the event loop adds accounts
-            self._last_seen = {name: at for name, at in self._last_seen.items() if at > since}
-            return len(self._last_seen) > 1
+        return self._second_newest[1] > monotonic() - SHARED_SECONDS
+
+    def _note_account(self, name: str) -> None:
+        """Note that an account asks for something; for whoever holds the lock."""
+        if self._newest[0] != name:
+            self._second_newest = self._newest
+        self._newest = (name, monotonic())
 
     def _serve(self, items: list[WorkItem]) -> None:
         now = monotonic()
         model: Any = self.model
-        if self._is_shared and not self._is_between:
-            model = SharedModel(self.model, segment=self._segment, between=self._serve_others)
+        segments = self._segments(min(item.account for item in items))
+        if segments is not None:
+            model = SharedModel(self.model, segments)
         try:
             is_alone = items[0].work is not None
             results = self._alone(items[0]) if is_alone else self._score(items, model)
@@ -386,23 +404,40 @@ class ScoringEngine:
         self._on_batch([now - item.arrived for item in items])
         self._settle(items, results)
 
-    def _serve_others(self) -> None:
-        """Between two segments of a long prompt: a batch of short ones, and a step of each chat."""
+    def _segments(self, account: str) -> Segments | None:
+        """How the prompts of an account are read; None reads them whole, as they are short."""
+        if self._interrupted >= MOST_INTERRUPTED:
+            return None
+        return Segments(self._segment, lambda: self._serve_others(account))
+
+    def _serve_others(self, account: str) -> None:
+        """Between two units of an account's prompts: a batch of those who were served less.
+
+        All chats take a step, too. The last that may interrupt are short.
+        """
         self._busy_since = monotonic()
-        if self._is_between:
-            return
-        self._is_between = True
-        outer = self._in_flight
+        self._interrupted += 1
         try:
-            with self._lock:
-                items = self._queue.take(self._segment, max_size=self._segment)
-            if items:
-                self._in_flight = [*outer, *items]
-                self._serve(items)
-            self._advance_chats()
+            self._serve_before(account)
+            if self._interrupted == 1:
+                self._advance_chats()
+        finally:
+            self._interrupted -= 1
+
+    def _serve_before(self, account: str) -> None:
+        """Serve a batch of accounts that were served less than this one."""
+        is_last = self._interrupted >= MOST_INTERRUPTED
+        outer = self._in_flight
+        with self._lock:
+            max_size = self._segment if is_last else None
+            items = self._queue.take(self._segment, max_size=max_size, before=account)
+        if not items:
+            return
+        self._in_flight = [*outer, *items]
+        try:
+            self._serve(items)
         finally:
             self._in_flight = outer
-            self._is_between = False
 
     def _score(self, items: Sequence[WorkItem], model: Any) -> list[ScoredPrompt | ApiError]:
         """Each guard reads what it is to judge."""
@@ -431,7 +466,15 @@ class ScoringEngine:
             self._drop_abandoned()
             while self._waiting_chats and len(self._chats) < self.config.chats:
                 self._chats.append(self._next_chat())
-        self._chats = [chat for chat in self._chats if self._step(chat)]
+        for chat in [*self._chats]:
+            if chat in self._stepping or chat not in self._chats:
+                continue  # its prompt is being read, or it ended while another's was
+            self._stepping.append(chat)
+            goes_on = self._step(chat)
+            self._stepping.remove(chat)
+            if not goes_on:
+                self._chats.remove(chat)
+            self._serve_before(chat.account)
 
     def _next_chat(self) -> GuardedChat:
         """The chat that has waited longest, of the account with the fewest that are answered."""
@@ -447,8 +490,10 @@ class ScoringEngine:
 
     def _step(self, chat: GuardedChat) -> bool:
         """Whether the chat goes on."""
+        with self._lock:
+            self._queue.charge(chat.account, STEP_TOKENS)
         try:
-            return chat.step(self.model)
+            return chat.step(self.model, self._segments(chat.account))
         except LatentGuardError as error:
             chat.emit(to_api_error(error))
         except Exception as error:  # nor for this chat

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
@@ -13,6 +14,8 @@ from latentguard.guard.reading_plan import ScoredPlan
 from latentguard.guard.replies import ReplyVerdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation, ReplyPiece, Sampling, TokenProbe
+from latentguard.models.segments import Segments
+from latentguard.models.shared_model import SharedModel
 from latentguard.prompts import Prompt
 from latentguard.serve.reply_reading import ReplyGate, ShownText
 from latentguard.serve.scoring import ScoredPrompt, score_prompts, scored_prompt
@@ -96,8 +99,12 @@ class GuardedChat:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    def step(self, model: ChatModel) -> bool:
+    def step(self, model: ChatModel, segments: Segments | None = None) -> bool:
         """First read and judge the prompt, both in one pass; then draw a token each time.
+
+        Args:
+            model: The model.
+            segments: How a long prompt is read while others wait.
 
         Returns:
             Whether there is more to come.
@@ -105,7 +112,7 @@ class GuardedChat:
         if self.cancelled:
             return False
         if self._conversation is None:
-            verdict = self._read(self._guard, model)
+            verdict = self._read(self._guard, model, segments)
             # never set to False: the listener may have left meanwhile
             self.cancelled = self._must_refuse(verdict) or self.cancelled
             self.emit(verdict)
@@ -135,7 +142,9 @@ class GuardedChat:
         verdict = self._gate.verdict(self.prompt.id) if self._gate else None
         self.emit(ReplyEnd(finish, conversation.prompt_tokens, conversation.reply_tokens, verdict))
 
-    def _read(self, guard: LatentGuard, model: ChatModel) -> ScoredPrompt | GuardError:
+    def _read(
+        self, guard: LatentGuard, model: ChatModel, segments: Segments | None
+    ) -> ScoredPrompt | GuardError:
         """Judge the prompt in the pass that serves it, if that is all that its guard reads.
 
         Another text (``sealed``), what is obfuscated and what is long need passes of their own.
@@ -149,14 +158,20 @@ class GuardedChat:
             own = guard.replies.probe
             probe = TokenProbe(own.layers, own.weight.to(model.device))
         conversation = Conversation(
-            model, self.prompt, positions=positions, layers=guard.probe.layers, probe=probe
+            model,
+            self.prompt,
+            positions=positions,
+            layers=guard.probe.layers,
+            probe=probe,
+            segments=segments,
         )
         self._conversation, self._pieces = conversation, conversation.pieces(self.sampling)
         if self._scored is not None:
             return self._scored
         try:
             if conversation.states is None:
-                return score_prompts(guard, model, [self.prompt])[0]
+                reader: Any = SharedModel(model, segments) if segments else model
+                return score_prompts(guard, reader, [self.prompt])[0]
             scored = ScoredPlan(self.prompt, variants, guard.measure(conversation.states))
             return scored_prompt(guard, self.prompt, guard.combine(scored))
         except GuardError as error:

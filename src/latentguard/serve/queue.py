@@ -3,7 +3,8 @@
 An account is an API key, or an address where there are no keys. Each has a queue of its own and a
 count of the tokens that were read for it; the next batch begins with the oldest prompt of the
 account that has been served least. One that was idle starts level with the others, so that it
-neither saves up nor loses time. If the queue is full, the account with the most prompts in it makes
+neither saves up nor loses time. While a long prompt is read, prompts of accounts that were served
+less go before the rest of it. If the queue is full, the account with the most prompts in it makes
 room for one with fewer.
 """
 
@@ -145,16 +146,19 @@ class FairQueue:
         for item in items:
             self._account(item.account).items.append(item)
 
-    def take(self, budget: int, *, max_size: int | None = None) -> list[WorkItem]:
+    def take(
+        self, budget: int, *, max_size: int | None = None, before: str | None = None
+    ) -> list[WorkItem]:
         """The next batch: work that is done alone, or prompts that fit together.
 
         Args:
             budget: Tokens of a batch, its prompts padded to the longest; the first always fits.
             max_size: Tokens of the longest prompt.
+            before: Only of accounts that were served less than this one, which is being served.
         """
         self.drop_abandoned()
         first = self._least_served(max_size)
-        if first is None:
+        if first is None or (before is not None and first.served >= self._served(before)):
             return []
         self._clock = max(self._clock, first.served)
         item = next(one for one in first.items if max_size is None or one.size <= max_size)
@@ -163,7 +167,7 @@ class FairQueue:
         longest = item.size
         while item.prompt is not None:
             largest = budget // (len(batch) + 1)
-            following = self._nearest(longest, min(largest, max_size or largest))
+            following = self._nearest(longest, min(largest, max_size or largest), before)
             if following is None:
                 break
             longest = max(longest, following.size)
@@ -171,7 +175,23 @@ class FairQueue:
             self._charge(self._accounts[following.account], following)
         return batch
 
-    def _nearest(self, longest: int, largest: int) -> WorkItem | None:
+    def charge(self, name: str, tokens: int) -> None:
+        """Count tokens that were read for an account outside of the queue."""
+        least = self._least_served()
+        if least is None or self._served(name) <= least.served:
+            self._clock = self._served(name)  # its turn: it owes nothing to those who come later
+        if name in self._accounts:
+            self._accounts[name].served += tokens
+        else:
+            self._behind[name] = self._served(name) + tokens
+
+    def _served(self, name: str) -> float:
+        """The tokens that an account counts as served with, whether it waits or not."""
+        if name in self._accounts:
+            return self._accounts[name].served
+        return max(self._behind.get(name, 0.0), self._clock)
+
+    def _nearest(self, longest: int, largest: int, before: str | None) -> WorkItem | None:
         """The next prompt of a batch: of the account that was served least, nearest in length.
 
         Like lengths waste little on padding.
@@ -179,6 +199,8 @@ class FairQueue:
         if longest > largest:
             return None
         for account in sorted(self._accounts.values(), key=lambda one: one.served):
+            if before is not None and account.served >= self._served(before):
+                return None
             fitting = [i for i in account.items if i.prompt is not None and i.size <= largest]
             if fitting:
                 return min(fitting, key=lambda item: abs(item.size - longest))
