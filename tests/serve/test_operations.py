@@ -13,8 +13,9 @@ import pytest
 from latentguard.errors import LatentGuardError
 from latentguard.serve import upstream as upstream_module
 from latentguard.serve.audit_log import AuditLog
-from latentguard.serve.connections import SPARE_FILES, require_file_descriptors
-from serve.running import get, passed, post, running
+from latentguard.serve.connections import SPARE_FILES, address_group, require_file_descriptors
+from latentguard.serve.server import HEALTH_CONNECTIONS
+from serve.running import get, passed, post, running, wait_ready
 from serve.test_upstream import answers, chat, upstream
 
 
@@ -72,18 +73,32 @@ class TestHealthPort:
 class TestConnections:
     def test_one_address_has_so_many(self):
         with running(max_connections_per_address=5) as url, idle_sockets(url, 8) as sockets:
-            deadline = time.monotonic() + 10
-            closed = []
-            while len(closed) < 3 and time.monotonic() < deadline:
-                closed = [one for one in sockets if _is_closed(one)]
-                time.sleep(0.02)
-            assert len(closed) == 3
+            wait_closed(sockets, 3)
 
     def test_places_are_free_again_once_connections_end(self):
         with running(max_connections_per_address=3) as url:
             for _ in range(4):
                 with idle_sockets(url, 2):
-                    assert get(f"{url}/healthz").text == "ok"
+                    wait_ready(url, seconds=20)
+
+    def test_of_one_ipv6_customer_count_together(self):
+        groups = map(address_group, ("2001:db8:1:2::1", "2001:db8:1:2:a::b", "2001:db8:1:3::1"))
+        assert list(groups) == ["2001:db8:1:2::/64"] * 2 + ["2001:db8:1:3::/64"]
+        assert address_group("::ffff:10.0.0.1") == address_group("10.0.0.1") == "10.0.0.1"
+        assert address_group("fe80::1%eth0") == "fe80::/64"
+
+    def test_to_the_health_port_are_counted_too(self):
+        how = dict(health_port=free_port(), read_seconds=60.0)
+        with running(**how):
+            health = f"http://127.0.0.1:{how['health_port']}"
+            with idle_sockets(health, HEALTH_CONNECTIONS) as sockets:
+                wait_closed(sockets, HEALTH_CONNECTIONS // 2)
+            wait_ready(health, seconds=20)
+
+    def test_that_say_nothing_to_the_health_port_are_cut(self):
+        how = dict(health_port=free_port(), read_seconds=0.2)
+        with running(**how), idle_sockets(f"http://127.0.0.1:{how['health_port']}", 2) as sockets:
+            wait_closed(sockets, 2)
 
     def test_too_few_file_descriptors_are_said(self, monkeypatch):
         monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 512))
@@ -96,6 +111,16 @@ class TestConnections:
         monkeypatch.setattr(resource, "setrlimit", lambda _, limits: changed.append(limits))
         require_file_descriptors(1024, has_upstream=True)
         assert changed == [(2 * 1024 + SPARE_FILES, 10_000)]
+
+
+def wait_closed(sockets, count):
+    """Wait until so many connections are closed, and no more."""
+    deadline = time.monotonic() + 20
+    closed = []
+    while len(closed) < count and time.monotonic() < deadline:
+        closed = [one for one in sockets if _is_closed(one)]
+        time.sleep(0.02)
+    assert len(closed) == count
 
 
 def _is_closed(one):

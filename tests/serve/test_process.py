@@ -1,6 +1,9 @@
 """The command in a process of its own: signals, crashes, exit codes, restarts."""
 
+import asyncio
+import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -20,6 +23,7 @@ from serve.running import (
     flagged,
     get,
     offline,
+    opener,
     passed,
     post,
     reviewed,
@@ -87,7 +91,7 @@ def test_kill_9_under_load_and_restart(nursery, folder, url, tmp_path):
                 time.sleep(0.01)
             stop.set()
             child.kill(signal.SIGTERM)
-            assert child.wait() == 0
+            assert child.wait() == 0, child.stderr
     finally:
         stop.set()
         for thread in clients:
@@ -114,6 +118,54 @@ def test_sigterm_lets_requests_finish(nursery, folder, url):
         ask.join()
         assert child.wait() == 0
     assert answers[0].status_code == 200
+
+
+@pytest.fixture
+def keys_that_are_long_in_coming(tmp_path):
+    """A pipe as file of keys, and what waits until it is being read."""
+    fifo = tmp_path / "keys"
+    os.mkfifo(fifo)
+    writers = []
+
+    def wait():
+        until = time.monotonic() + 60
+        while not writers and time.monotonic() < until:
+            with contextlib.suppress(OSError):  # nobody reads it yet
+                writers.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+            time.sleep(0.01)
+        assert writers
+
+    yield fifo, wait
+    for writer in writers:
+        os.close(writer)
+
+
+def test_sigterm_ends_it_before_it_serves(nursery, folder, url, keys_that_are_long_in_coming):
+    fifo, wait = keys_that_are_long_in_coming
+    with nursery.process(folder, *port(url), "--api-keys", fifo) as child:
+        wait()
+        child.kill(signal.SIGHUP)
+        time.sleep(0.1)
+        child.kill(signal.SIGTERM)
+        assert child.wait() == 0, child.stderr
+
+
+def test_signals_do_nothing_once_it_has_ended():
+    """Between the last request and the exit code they would kill."""
+    made = server.create_server(opener, ServeConfig())
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    async def serve_nobody():
+        with made.capture_signals():
+            assert all(callable(signal.getsignal(number)) for number in numbers)
+
+    try:
+        asyncio.run(serve_nobody())
+        assert {signal.getsignal(number) for number in numbers} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_dead_thread_ends_the_process_with_a_failure(nursery, folder, url):

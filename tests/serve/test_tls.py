@@ -4,13 +4,16 @@ import datetime
 import ipaddress
 import signal
 import ssl
+import threading
 import time
 
 import httpx
 import pytest
 
-from serve.running import Nursery, tiny_guard, wait_ready
-from serve.test_operations import free_port
+from latentguard.serve import server
+from latentguard.serve.config import ServeConfig
+from serve.running import Nursery, opener, tiny_guard, wait_ready
+from serve.test_operations import free_port, idle_sockets, wait_closed
 
 x509 = pytest.importorskip("cryptography.x509")
 
@@ -79,3 +82,20 @@ def test_it_serves_https_and_nothing_else(tmp_path):
             assert child.wait() == 0
     finally:
         nursery.close()
+
+
+def test_connections_that_never_finish_tls_are_counted(tmp_path):
+    write_certificate(tmp_path)
+    how = dict(ssl_certfile=str(tmp_path / "cert.pem"), ssl_keyfile=str(tmp_path / "key.pem"))
+    config = ServeConfig(max_connections_per_address=3)
+    made = server.create_server(opener, config, host="127.0.0.1", port=0, **how)
+    port = made.listen().getsockname()[1]
+    thread = threading.Thread(target=made.run, daemon=True)
+    thread.start()
+    try:
+        with idle_sockets(f"http://127.0.0.1:{port}", 5) as sockets:
+            wait_closed(sockets, 2)
+        wait_ready(f"https://127.0.0.1:{port}")
+    finally:
+        made.should_exit = True
+        thread.join(20)

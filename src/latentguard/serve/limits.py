@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from latentguard.serve.accounts import ClientLimits
 from latentguard.serve.config import ServeConfig
-from latentguard.serve.connections import Connections
+from latentguard.serve.connections import address_group
 from latentguard.serve.errors import (
     ApiError,
     BadRequest,
@@ -76,7 +76,7 @@ class RequestLimits:
             return
         answer, began, ending = _Answer(send), perf_counter(), AsyncExitStack()
         try:
-            address = address_of(scope)
+            address = address_group(address_of(scope))
             state = dict(request=answer.request, client="-", account=address, ending=ending)
             scope["state"] = scope.get("state", {}) | state
             self._require_host(scope)
@@ -195,17 +195,12 @@ class TimedProtocol(H11Protocol):
     """HTTP that cuts clients who send their headers, or read their answers, too slowly."""
 
     read_seconds, write_seconds = 10.0, 30.0
-    open_connections: Connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for headers; a connection too many is cut."""
+        """Wait for headers."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
         super().connection_made(transport)
-        self._address = self.client[0] if self.client else "-"
-        if self.open_connections.open(self._address):
-            self._wait("headers", self.read_seconds)
-        else:
-            transport.abort()
+        self._wait("headers", self.read_seconds)
 
     def data_received(self, data: bytes) -> None:
         """Stop waiting once the headers are whole; later bytes do not prolong the wait."""
@@ -227,7 +222,6 @@ class TimedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
-        self.open_connections.close(self._address)
         for what in list(self._timers):
             self._stop_waiting(what)
         super().connection_lost(exc)

@@ -23,7 +23,7 @@ from latentguard.guard.second_opinion import SecondOpinion
 from latentguard.serve.app import build_app, build_health_app
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.config import ServeConfig
-from latentguard.serve.connections import Connections, require_file_descriptors
+from latentguard.serve.connections import Connections, listen, require_file_descriptors
 from latentguard.serve.drift import DriftReference
 from latentguard.serve.engine import Opener, ScoringEngine
 from latentguard.serve.errors import ReloadFailed
@@ -37,6 +37,10 @@ from latentguard.serve.telemetry import Telemetry
 
 if TYPE_CHECKING:  # an extra
     from latentguard.serve.open_telemetry import OpenTelemetry
+
+
+HEALTH_CONNECTIONS = 48
+"""Open connections of the health port; half as many from one address."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,16 @@ class ListeningServer(uvicorn.Server):
 
     _socket: socket.socket | None = None
 
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        """Prepare.
+
+        Args:
+            config: What is served, and where.
+            connections: How many there may be.
+        """
+        super().__init__(config)
+        self._connections = connections
+
     def listen(self) -> socket.socket:
         """Take the port, once.
 
@@ -68,8 +82,12 @@ class ListeningServer(uvicorn.Server):
             LatentGuardError: if it cannot be had.
         """
         if self._socket is None:
-            self._socket = _listen(self.config.host, self.config.port)
+            self._socket = listen(self.config.host, self.config.port, self._connections)
         return self._socket
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve on the port."""
+        await super().serve(sockets or [self.listen()])
 
 
 class Server(ListeningServer):
@@ -90,7 +108,7 @@ class Server(ListeningServer):
         if self.health is None:
             await super().serve(sockets)
             return
-        health = asyncio.create_task(self.health.serve([self.health.listen()]))
+        health = asyncio.create_task(self.health.serve())
         try:
             await super().serve(sockets)
         finally:
@@ -99,7 +117,10 @@ class Server(ListeningServer):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Drain on SIGTERM and SIGINT, reload on SIGHUP; do not raise a signal again."""
+        """Drain on SIGTERM and SIGINT, reload on SIGHUP; do not raise a signal again.
+
+        Afterwards they are ignored: the process is about to end by its own exit code.
+        """
         loop = asyncio.get_running_loop()
         handlers: dict[signal.Signals, Callable[[], object]] = {
             signal.SIGTERM: self._close_soon,
@@ -109,12 +130,13 @@ class Server(ListeningServer):
         if threading.current_thread() is not threading.main_thread():
             handlers = {}
         for number, handler in handlers.items():
-            loop.add_signal_handler(number, handler)
+            # by asyncio's own handlers a signal would kill for a moment, once they are removed
+            signal.signal(number, partial(_call_soon, loop, handler))
         try:
             yield
         finally:
             for number in handlers:
-                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
 
     def _close_soon(self) -> None:
         """Be not ready at once, and take no more connections a while later.
@@ -152,6 +174,12 @@ class Server(ListeningServer):
         self.failure, self.should_exit = error, True
 
 
+def _call_soon(
+    loop: asyncio.AbstractEventLoop, handler: Callable[[], object], _number: int, _frame: object
+) -> None:
+    loop.call_soon_threadsafe(handler)
+
+
 class HealthServer(ListeningServer):
     """Serves health and metrics; it leaves signals to the other."""
 
@@ -159,17 +187,6 @@ class HealthServer(ListeningServer):
     def capture_signals(self) -> Iterator[None]:
         """Do nothing."""
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = str(error.strerror).split(" (")[0]  # Python says the address once more
-        raise LatentGuardError(
-            f"Cannot listen on {host}, port {port} ({reason}); free it, or give another."
-        ) from None
 
 
 def create_server(
@@ -204,14 +221,17 @@ def create_server(
     if guards.second_opinion is not None:
         service.second_opinion = OpinionThreads(guards.second_opinion, config.deadline)
     _add_gauges(service)
-    server = Server(uvicorn.Config(build_app(service), **_settings(config), **how))
+    connections = Connections(config.max_connections, config.max_connections_per_address)
+    server = Server(uvicorn.Config(build_app(service), **_settings(config), **how), connections)
     server.service = service
     if guards.read is not None:
         server.use_reloader(Reloader(service, guards.read))
     if config.health_port is not None:
         address: dict[str, Any] = dict(host=config.health_host, port=config.health_port)
         health = build_health_app(service, server.reloader)
-        server.health = HealthServer(uvicorn.Config(health, lifespan="off", **_COMMON, **address))
+        settings = _settings(config) | dict(lifespan="off") | address
+        connections = Connections(HEALTH_CONNECTIONS, HEALTH_CONNECTIONS // 2)
+        server.health = HealthServer(uvicorn.Config(health, **settings), connections)
     engine.on_death = server.fail
     return server
 
@@ -228,14 +248,38 @@ def _add_gauges(service: Service) -> None:
     gauge("audit_lost_lines", lost, lambda: audit.lost if audit else 0)
 
 
+@contextmanager
+def signals_before_serving() -> Iterator[None]:
+    """End with exit code 0 on SIGTERM, as nobody is served yet; ignore SIGHUP: all is read anyway.
+
+    By default SIGHUP would kill, and the first process of a container would not heed SIGTERM.
+    """
+    handlers: dict[signal.Signals, Any] = {
+        signal.SIGTERM: lambda *_: exit_process(0),
+        signal.SIGHUP: signal.SIG_IGN,
+    }
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(server: Server) -> int:
-    """Serve until a signal comes or the guard fails; 0 or 1, for the exit code."""
+    """Serve until a signal comes or the guard fails; 0 or 1, for the exit code.
+
+    Signals are ignored afterwards: the process is to end.
+    """
     config = server.service.config
     try:
         require_file_descriptors(config.max_connections, has_upstream=config.upstream is not None)
         if server.health is not None:
             server.health.listen()
-        server.run([server.listen()])
+        server.listen()
+        server.run()
     except LatentGuardError as error:
         server.failure = error
     if server.failure is None and server.started:
@@ -252,23 +296,18 @@ def exit_process(code: int) -> None:
     os._exit(code)
 
 
-_COMMON: dict[str, Any] = dict(
-    ws="none",
-    loop="asyncio",
-    access_log=False,
-    server_header=False,
-    proxy_headers=False,
-    log_level="warning",
-    log_config=None,  # logs.py says where lines go
-)
-
-
 def _settings(config: ServeConfig) -> dict[str, Any]:
     class Protocol(TimedProtocol):
         read_seconds, write_seconds = config.read_seconds, config.write_seconds
-        open_connections = Connections(config.max_connections, config.max_connections_per_address)
 
-    return _COMMON | dict(
+    return dict(
+        ws="none",
+        loop="asyncio",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        log_level="warning",
+        log_config=None,  # logs.py says where lines go
         http=Protocol,
         h11_max_incomplete_event_size=config.max_header,
         timeout_graceful_shutdown=int(config.drain),

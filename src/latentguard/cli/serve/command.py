@@ -7,7 +7,7 @@ import logging
 import re
 from dataclasses import fields
 from functools import partial
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import typer
 
@@ -15,6 +15,9 @@ from latentguard.cli.console import echo_err
 from latentguard.cli.serve.options import ServeOptions
 from latentguard.cli.serve.settings import read_settings
 from latentguard.errors import require_extra
+
+if TYPE_CHECKING:
+    from latentguard.serve.server import Server
 
 log = logging.getLogger("latentguard.serve")
 
@@ -140,6 +143,14 @@ def _refuse(reason: str, option: str) -> None:
 
 def _run(options: ServeOptions) -> None:
     """Serve until a signal comes, then end the process."""
+    from latentguard.serve import server
+
+    with server.signals_before_serving():
+        server.exit_process(server.run(_made_server(options)))
+
+
+def _made_server(options: ServeOptions) -> Server:
+    """A server that has its port."""
     from latentguard.cli.serve import parts
     from latentguard.serve import server
     from latentguard.serve.logs import configure_logs
@@ -170,4 +181,4 @@ def _run(options: ServeOptions) -> None:
     scheme = "https" if options.tls_cert else "http"
     address = f"{scheme}://{options.host}:{port}"
     log.info("Serving %s on %s (see /readyz).", options.guard, address)
-    server.exit_process(server.run(service))
+    return service
