@@ -13,7 +13,7 @@ import time
 import pytest
 
 from latentguard.prompts import Message, Prompt
-from latentguard.serve import audit_sinks
+from latentguard.serve import audit_log, audit_sinks
 from latentguard.serve.audit_log import AuditLog
 from latentguard.serve.errors import AuditUnavailable
 from serve.running import flagged, get, offline, passed, post, running
@@ -225,6 +225,45 @@ class TestStreams:
             for _ in range(1000):
                 log.write([{"text": "a" * 1000}])
         assert log.is_failing
+        os.close(reader)
+        log.close()
+
+    def test_a_line_that_a_pipe_took_in_part_is_finished_before_the_next(
+        self, tmp_path, monkeypatch
+    ):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        monkeypatch.setattr(audit_sinks, "PIPE_SECONDS", 0.05)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        sink = audit_sinks.StreamSink(pipe)
+        long = b"a" * (3 << 15) + b"\n"
+        with pytest.raises(TimeoutError):
+            sink.append(long + b"never begun\n")
+        content = os.read(reader, 1 << 20)
+        sink.append(b"next\n")
+        content += os.read(reader, 1 << 20)
+        assert content == long + b"next\n"
+        sink.close()
+        os.close(reader)
+
+    def test_nobody_waits_for_a_pipe_that_just_took_no_line(self, tmp_path, monkeypatch):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        monkeypatch.setattr(audit_sinks, "PIPE_SECONDS", 0.05)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        log = AuditLog(pipe)
+        with pytest.raises(AuditUnavailable, match="nobody reads"):
+            log.write([{"text": "a" * (1 << 17)}])
+        tries = []
+        monkeypatch.setattr(log.sink, "append", tries.append)
+        with pytest.raises(AuditUnavailable, match="not taken"):
+            log.write([{"n": 1}])
+        log.reject({"n": 2})
+        assert tries == []
+        monkeypatch.setattr(audit_log, "monotonic", lambda: time.monotonic() + 60)
+        log.write([{"n": 3}])
+        assert len(tries) == 1
+        assert not log.is_failing
         os.close(reader)
         log.close()
 

@@ -11,6 +11,7 @@ what the kernel had not written), ``interval`` (at most a second of lines; a thr
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import hmac
@@ -21,6 +22,7 @@ import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from latentguard.prompts import Prompt
@@ -32,6 +34,10 @@ log = logging.getLogger("latentguard.serve")
 
 INTERVAL = 1.0
 """Seconds between two fsyncs of policy ``interval``."""
+
+REST_SECONDS = 1.0
+"""So long nothing is tried after a pipe or a collector took no line: who waits for one keeps all
+others waiting."""
 
 REJECTED_SHARE = 8
 """The log of refused requests is rotated at this part of the size of the other."""
@@ -81,6 +87,7 @@ class AuditLog:
             rejected = f"{target}.rejected"
             self._rejected = sink_of(rejected, max_bytes=max_bytes // REJECTED_SHARE, keep=1)
         self._lock, self._closed, self._is_dirty = threading.Lock(), threading.Event(), False
+        self._rests_until = -REST_SECONDS
         if fsync == "interval" and is_file:
             threading.Thread(target=self._keep_synced, name="audit", daemon=True).start()
 
@@ -107,6 +114,7 @@ class AuditLog:
             except OSError as error:
                 self.lost += len(records)
                 self.is_failing = True
+                self._rest()
                 raise AuditUnavailable(
                     f"The audit log cannot be written ({error.strerror})."
                 ) from error
@@ -119,6 +127,7 @@ class AuditLog:
                 self._append(self._rejected, [record])
             except OSError:
                 self.lost += 1
+                self._rest()
 
     def reopen(self) -> None:
         """Begin anew at the same places, as after a rotation by others.
@@ -127,6 +136,7 @@ class AuditLog:
             OSError: if they cannot be opened; the old ones go on.
         """
         with self._lock:
+            self._rests_until = -REST_SECONDS
             self.sink.reopen()
             if self._rejected is not self.sink:
                 self._rejected.reopen()
@@ -142,11 +152,17 @@ class AuditLog:
                 os.close(self._owner)
 
     def _append(self, sink: Sink, records: Sequence[Mapping[str, Any]]) -> None:
+        if monotonic() < self._rests_until:
+            raise OSError(errno.EAGAIN, "the last line was not taken")
         data = "".join(f"{json.dumps(record)}\n" for record in records).encode()
         sink.append(data)
         if self.fsync == "always":
             sink.sync()
         self._is_dirty = True
+
+    def _rest(self) -> None:
+        if self.sink.may_block:
+            self._rests_until = monotonic() + REST_SECONDS
 
     def _keep_synced(self) -> None:
         """Force lines to the disk now and then."""

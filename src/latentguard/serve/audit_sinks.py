@@ -148,16 +148,24 @@ class StreamSink:
         """
         self._path = path
         self._file = self._open()
+        self._begun = b""
+        """What is left of a line that was begun; it goes before the next."""
 
     def append(self, data: bytes) -> None:
-        """See ``Sink``; a line that was begun is finished, or the stream is of no use."""
+        """See ``Sink``; a line that was begun is finished later, or the stream is of no use."""
         deadline = monotonic() + PIPE_SECONDS
+        data = self._begun + data
+        is_begun = bool(self._begun)
         while data:
             _, ready, _ = select.select([], [self._file], [], max(deadline - monotonic(), 0))
             if not ready:
+                self._begun = data[: data.index(b"\n") + 1] if is_begun else b""
                 raise TimeoutError(110, "nobody reads the pipe")
             with contextlib.suppress(BlockingIOError):
-                data = data[os.write(self._file, data[: select.PIPE_BUF]) :]
+                size = os.write(self._file, data[: select.PIPE_BUF])
+                is_begun = data[size - 1 : size] != b"\n"
+                data = data[size:]
+        self._begun = b""
 
     def sync(self) -> None:
         """See ``Sink``; there is nothing to force."""
@@ -167,6 +175,7 @@ class StreamSink:
         fresh = self._open()
         os.close(self._file)
         self._file = fresh
+        self._begun = b""
 
     def close(self) -> None:
         """See ``Sink``."""

@@ -150,13 +150,13 @@ class Server(ListeningServer):
 
     def _reload(self) -> None:
         """Open the audit log anew, then read guards and keys anew."""
-        self.service.reopen_audit()
-        if self.reloader is not None:
-            self._reloading = asyncio.create_task(self._reload_or_log(self.reloader))
+        self._reloading = asyncio.create_task(self._reopen_and_reload())
 
-    async def _reload_or_log(self, reloader: Reloader) -> None:
-        with suppress(ReloadFailed):  # the reason is in the log
-            await reloader.reload()
+    async def _reopen_and_reload(self) -> None:
+        await asyncio.to_thread(self.service.reopen_audit)  # it waits for a line on its way
+        if self.reloader is not None:
+            with suppress(ReloadFailed):  # the reason is in the log
+                await self.reloader.reload()
 
     def _renew_certificate(self) -> None:
         assert self.config.ssl is not None
