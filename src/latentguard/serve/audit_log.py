@@ -36,8 +36,8 @@ INTERVAL = 1.0
 """Seconds between two fsyncs of policy ``interval``."""
 
 REST_SECONDS = 1.0
-"""So long nothing is tried after a pipe or a collector took no line: who waits for one keeps all
-others waiting."""
+"""So long nothing is tried after a pipe or a collector took no line in time: who waits for one
+keeps all others waiting."""
 
 REJECTED_SHARE = 8
 """The log of refused requests is rotated at this part of the size of the other."""
@@ -114,7 +114,7 @@ class AuditLog:
             except OSError as error:
                 self.lost += len(records)
                 self.is_failing = True
-                self._rest()
+                self._rest_after(error)
                 raise AuditUnavailable(
                     f"The audit log cannot be written ({error.strerror})."
                 ) from error
@@ -125,9 +125,9 @@ class AuditLog:
         with self._lock:
             try:
                 self._append(self._rejected, [record])
-            except OSError:
+            except OSError as error:
                 self.lost += 1
-                self._rest()
+                self._rest_after(error)
 
     def reopen(self) -> None:
         """Begin anew at the same places, as after a rotation by others.
@@ -160,8 +160,8 @@ class AuditLog:
             sink.sync()
         self._is_dirty = True
 
-    def _rest(self) -> None:
-        if self.sink.may_block:
+    def _rest_after(self, error: OSError) -> None:
+        if isinstance(error, TimeoutError):
             self._rests_until = monotonic() + REST_SECONDS
 
     def _keep_synced(self) -> None:

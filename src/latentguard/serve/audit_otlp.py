@@ -56,6 +56,8 @@ class OtlpSink:
     def _post(self, resources: list[dict[str, Any]]) -> None:
         try:
             answer = self._client.post(self._url, json={"resourceLogs": resources})
+        except httpx.TimeoutException:
+            raise TimeoutError(110, "the collector takes too long") from None
         except (httpx.HTTPError, httpx.InvalidURL):
             raise OSError(111, "the collector cannot be reached") from None
         if not answer.is_success:
