@@ -53,7 +53,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if not options.guard.exists():
         fit(options.model, options.guard)
-    record: dict[str, Any] = dict(model=options.model, tokens=options.tokens, found={})
+    record: dict[str, Any] = dict(model=options.model, found={})
+    if options.out and options.out.exists():  # other batches of an earlier run
+        record = json.loads(options.out.read_text(encoding="utf-8"))
     record["middleware"] = measure_middleware(LatentGuard.load(options.guard), options.streams)
     model = start(options.guard, options.model)
     harmless = [p for p in load_guard_prompts("test") if not p.harmful and len(p.text) < 200]
@@ -103,6 +105,7 @@ def measure_batch(model: Any, groups: Sequence[Sequence[Prompt]], tokens: int) -
             seconds[arm].append(write(model, group, tokens, arm) / tokens / len(group))
     return dict(
         groups=len(groups),
+        tokens=tokens,
         ms={arm: 1000 * float(np.mean(own)) for arm, own in seconds.items()},
         over_plain=asdict(ratio(seconds["plain"], seconds["replies"])),
         over_prompts=asdict(ratio(seconds["prompts"], seconds["replies"])),

@@ -220,15 +220,17 @@ def test_a_number_that_comes_twice_ends_the_reply(ask):
     assert "error" in objects(ask(Twice(0, 0, 0, 0)))[-1]
 
 
-def test_text_without_its_token_ids_is_not_shown(ask):
+@pytest.mark.parametrize("field", ["content", "reasoning", "tool_calls", "unheard_of"])
+def test_text_without_its_token_ids_is_not_shown(ask, field):
     class Hiding(Replies):
         async def event(self, send, data):
             for choice in data["choices"]:
-                choice.pop("token_ids", None)
+                if choice.pop("token_ids", None):
+                    choice["delta"] = {field: choice["delta"]["content"]}
             await super().event(send, data)
 
     events = ask(Hiding(0, 0, 0))
-    assert text_of(events) == ""
+    assert "<0>" not in "".join(events)
     assert "error" in objects(events)[-1]
 
 

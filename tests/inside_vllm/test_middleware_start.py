@@ -63,6 +63,8 @@ def test_canaries_that_moved_stop_the_gate(monkeypatch):
     [
         *(("LATENTGUARD_POLICY", value, "block or annotate") for value in ("Block", "shadow", "")),
         *(("LATENTGUARD_RATE_OF", value, "chat or text") for value in ("Text", "message", "")),
+        *(("LATENTGUARD_REPLY_POLICY", value, "cut or block or") for value in ("Cut", "")),
+        *(("LATENTGUARD_HOLD_TOKENS", value, "a whole number") for value in ("-1", "some", "")),
     ],
 )
 def test_an_unknown_choice_stops_the_start(monkeypatch, variable, value, expected):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from inside_vllm.test_judged_replies import judging_guard
 from latentguard.errors import GuardError, ModelError
 from latentguard.integrations.vllm.__main__ import arguments
 from latentguard.integrations.vllm.plugin import register, require_tested
@@ -89,6 +90,24 @@ def test_the_arguments_of_the_server(folder):
     assert "GuardMiddleware" in " ".join(words)
     assert variables["LATENTGUARD_GUARD"] == folder
     assert variables["LATENTGUARD_POLICY"] == "annotate"
+
+
+def test_options_for_replies_reach_the_middleware(tmp_path):
+    judging_guard().save(tmp_path)
+    words = [str(tmp_path), "--model", str(tmp_path)]
+    _, variables = arguments([*words, "--reply-policy", "block", "--hold-tokens", "3"])
+    assert variables["LATENTGUARD_REPLY_POLICY"] == "block"
+    assert variables["LATENTGUARD_HOLD_TOKENS"] == "3"
+    _, variables = arguments(words)
+    assert "LATENTGUARD_REPLY_POLICY" not in variables
+    assert variables["LATENTGUARD_HOLD_TOKENS"] == "8"
+    with pytest.raises(GuardError, match="expected 0 or more"):
+        arguments([*words, "--hold-tokens", "-1"])
+
+
+def test_a_reply_policy_without_a_reply_part_is_refused(folder):
+    with pytest.raises(GuardError, match="does not judge replies"):
+        arguments([folder, "--reply-policy", "cut"])
 
 
 @pytest.mark.parametrize(

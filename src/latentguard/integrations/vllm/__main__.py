@@ -68,14 +68,15 @@ def arguments(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     require_columns(guard)
     if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
         raise GuardError("This guard has no segments; calibrate it with --segment-column.")
+    if options.reply_policy:
+        guard.require_reply_probe()
+    if options.hold_tokens < 0:
+        raise GuardError(f"--hold-tokens is {options.hold_tokens}; expected 0 or more.")
     model = resolve(options.model or guard.fingerprint.model)
     own = ["--model", model, "--dtype", guard.fingerprint.dtype, "--middleware", MIDDLEWARE]
     own += ["--kv-transfer-config", json.dumps(TRANSFER)]
-    if options.hold_tokens < 0:
-        raise GuardError(f"--hold-tokens is {options.hold_tokens}; expected 0 or more.")
     variables = {VARIABLE: str(folder.resolve()), SEGMENT_HEADER: options.segment_header or ""}
     if options.reply_policy:
-        guard.require_reply_probe()
         variables[REPLY_POLICY] = options.reply_policy
     return [*own, *rest], variables | {
         POLICY: options.policy,

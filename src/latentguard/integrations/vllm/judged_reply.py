@@ -28,7 +28,7 @@ from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import ApiError, Unavailable
 from latentguard.serve.replies import ChatWriter, reply_note, sse_event, token_usage
 from latentguard.serve.reply_reading import ReplyGate, ShownText, most_severe
-from latentguard.serve.upstream_formats import ChatFormat, StreamEvent, message_text, strict_json
+from latentguard.serve.upstream_formats import ChatFormat, StreamEvent, strict_json
 
 log = logging.getLogger("latentguard.vllm")
 
@@ -276,9 +276,9 @@ class JudgedReply:
             self._tail += (shown,)
             return
         for choice in choices:
-            if choice.get("token_ids") is not None or message_text(choice.get("delta") or {}):
+            if not _is_only_role(choice):
                 self._add(choice, (shown,))
-            elif not self._is_shadow:  # the role, which begins a reply
+            elif not self._is_shadow:
                 await self._show((shown,))
         if not choices and not self._is_shadow:  # a comment, which keeps the connection alive
             await self._show((shown,))
@@ -459,6 +459,12 @@ def _annotated(piece: ShownText[Events]) -> Events:
     if piece.score is None:
         return piece.text
     return (*piece.text[:-1], piece.text[-1].with_reply_score(piece.score))
+
+
+def _is_only_role(choice: Mapping[str, Any]) -> bool:
+    """Whether a choice of an event begins a reply and shows nothing of it."""
+    delta = dict(choice.get("delta") or {}) | {"role": None}
+    return choice.get("token_ids") is None and not any(delta.values())
 
 
 def _is_event_stream(head: Message) -> bool:
