@@ -11,8 +11,10 @@ with an empty prefix cache each time:
 * prompts: prompts are scored, as with a guard without a reply part;
 * replies: each token is scored, too, and its score is brought to the server's process.
 
-Then the middleware alone: events of a stream sent straight on, and judged. Printed for each: the
-ratio of processor time, less one, with a 95 % bootstrap interval over prompts.
+Then what is done for a token by itself, without a model: in the engine's process (which tokens are
+due, reading their scores, sending them) and in the server's (a stream judged over one that is sent
+straight on). Printed: ratios of processor time, less one, and microseconds, with 95 % bootstrap
+intervals. ``--batches`` without a number measures these alone.
 """
 
 from __future__ import annotations
@@ -56,8 +58,9 @@ def main() -> None:
     record: dict[str, Any] = dict(model=options.model, found={})
     if options.out and options.out.exists():  # other batches of an earlier run
         record = json.loads(options.out.read_text(encoding="utf-8"))
+    record["engine"] = measure_engine_part(options.streams)
     record["middleware"] = measure_middleware(LatentGuard.load(options.guard), options.streams)
-    model = start(options.guard, options.model)
+    model = start(options.guard, options.model) if options.batches else None
     harmless = [p for p in load_guard_prompts("test") if not p.harmful and len(p.text) < 200]
     for batch in options.batches:
         count = max(batch, options.prompts // batch * batch)
@@ -144,6 +147,61 @@ def write(model: Any, prompts: Sequence[Prompt], tokens: int, arm: str) -> float
     return spent
 
 
+def measure_engine_part(streams: int) -> dict[str, Any]:
+    """Microseconds a token in the engine's process, for one reply at a time."""
+    from latentguard.integrations.vllm.score_channel import ScoreChannel, post
+    from latentguard.integrations.vllm.score_request import ScoreRequest, digest_ids
+    from latentguard.integrations.vllm.slots import Ledger, SlotScores
+
+    channel = ScoreChannel()
+    ids = list(range(40))
+    request = ScoreRequest(channel.path, channel.key(), digest_ids(ids), (39,), (), 0)
+    scores = SlotScores(128 * 32, 12, 32, torch.device("cpu"))
+    seconds = list[float]()
+    for number in range(streams + 1):
+        ledger = Ledger(32)
+        ledger.step(scheduler_output(ids, request))
+        began = process_time()
+        for token in range(EVENTS):
+            step = ledger.step(scheduler_output(None, request, len(ids) + token))
+            read = scores.read_replies(step.replies)
+            post([], zip([request], read, strict=True))
+            assert len(channel.collect()) == 1
+        if number:
+            seconds.append((process_time() - began) / EVENTS)
+    channel.close()
+    more = bootstrap(np.mean, 1e6 * np.array(seconds))
+    return dict(streams=streams, tokens=EVENTS, microseconds_a_token=asdict(more))
+
+
+def scheduler_output(ids: list[int] | None, request: Any, computed: int = 0) -> Any:
+    """What vLLM's scheduler says of a prompt's pass, or of one that decodes a token."""
+    extra = {"kv_transfer_params": request.params}
+    new = SimpleNamespace(
+        req_id="a",
+        prompt_token_ids=ids,
+        block_ids=([*range(64)],),
+        num_computed_tokens=0,
+        sampling_params=SimpleNamespace(extra_args=extra),
+    )
+    old = SimpleNamespace(
+        req_ids=[] if ids else ["a"],
+        new_block_ids=[None],
+        num_computed_tokens=[computed],
+        resumed_req_ids=set(),
+    )
+    if ids:
+        old.new_block_ids = []
+        old.num_computed_tokens = []
+    return SimpleNamespace(
+        finished_req_ids=set(),
+        scheduled_new_reqs=[new] if ids else [],
+        scheduled_cached_reqs=old,
+        num_scheduled_tokens={"a": len(ids) if ids else 1},
+        kv_cache_block_copies=None,
+    )
+
+
 def measure_middleware(guard: LatentGuard, streams: int) -> dict[str, Any]:
     """Microseconds a token of a stream that is sent straight on, and of one that is judged."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -226,7 +284,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--guard", type=Path, required=True)
     parser.add_argument("--model", default="default")
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--streams", type=int, default=40)
     parser.add_argument("--out", type=Path)

@@ -110,6 +110,13 @@ def vllm_reply_overhead_table() -> str:
                 *(_percent(record[name]) for name in ("over_prompts", "over_plain")),
             ]
         )
+    for name, part in (("engine", "in the engine's process"), ("middleware", "in the server's")):
+        more = found[name]["microseconds_a_token"]
+        low, value, high = (more[end] / 1000 for end in ("low", "value", "high"))
+        own = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        rows.append(
+            [f"code for a token alone, {part}", str(found[name]["streams"]), *["", "", own, "", ""]]
+        )
     return markdown_table(
         [
             *("replies", "n", "ms a token, no guard", "prompts judged", "replies judged, too"),
@@ -128,5 +135,6 @@ REPLY_TABLES = {
     "replies": replies_table,
     "reply-stream": reply_stream_table,
     "reply-overhead": reply_overhead_table,
+    "vllm-reply-overhead": vllm_reply_overhead_table,
 }
 """Name on a page -> what makes the table."""
