@@ -1,11 +1,14 @@
 """Chat templates that loop, print or grow without end are cut at load."""
 
+import sys
+
 import pytest
 
 from latentguard.errors import TemplateError
-from latentguard.models import template_trial
+from latentguard.models import template_limits, template_trial
 from latentguard.models.chat import ChatTokenizer
 from latentguard.models.template_trial import require_bounded
+from latentguard.prompts import Message, Prompt
 from models.tokenizers import byte_level, special
 
 MARKS = special("<u>", "<a>")
@@ -78,3 +81,27 @@ def test_a_trial_that_cannot_be_done_is_an_error(monkeypatch):
     monkeypatch.setattr(template_trial, "SCRIPT", "raise SystemExit('no room')")
     with pytest.raises(TemplateError, match=r"could not be tried .* no room"):
         require_bounded("{{ messages }}{# not done #}", {}, ["a"])
+
+
+LATER = "{% for m in messages %}{{ '<u>' + m.content }}{% endfor %}{% if messages | length > 4 %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (ENDLESS.replace("%s", ""), "takes more than 0.2 seconds"),
+        (ENDLESS.replace("%s", "word " * 1000), "writes more than 1,000,000 characters"),
+        ("{% macro f() %}" + ENDLESS.replace("%s", "") + "{% endmacro %}{{ f() }}", "takes more"),
+    ],
+    ids=["loops", "prints", "loops in a macro"],
+)
+def test_what_has_no_end_for_later_chats_is_stopped(monkeypatch, template, reason):
+    monkeypatch.setattr(template_limits, "CPU_SECONDS", 0.2)
+    monkeypatch.setattr(template_limits, "MAX_OUTPUT", 1_000_000)
+    chat = ChatTokenizer(byte_level(LATER + template + "{% endif %}{{ '<a>' }}", MARKS))
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    assert chat([Prompt("c", history=turns)])
+    before = sys.gettrace()
+    with pytest.raises(TemplateError, match=reason):
+        chat([Prompt("c", history=turns * 2)])
+    assert sys.gettrace() is before

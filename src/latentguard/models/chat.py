@@ -34,6 +34,7 @@ from latentguard.models.layout import (
     min_token_count,
     too_long_error,
 )
+from latentguard.models.template_limits import template_limits
 from latentguard.models.template_trial import require_bounded
 from latentguard.models.thinking_places import CLOSE, OPEN
 from latentguard.prompts import Message, Prompt
@@ -275,14 +276,17 @@ class ChatTokenizer:
     def _render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
         chat = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    chat,
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=True,
+            with template_limits():
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        chat,
+                        chat_template=self.template,
+                        tokenize=False,
+                        add_generation_prompt=True,
+                    )
                 )
-            )
+        except TemplateError:  # it was stopped
+            raise
         except Exception as error:  # a template may raise anything
             reason = str(error).split("\n")[0]
             raise TemplateError(
