@@ -60,8 +60,10 @@ def main() -> None:
         record = json.loads(options.out.read_text(encoding="utf-8"))
     record["engine"] = measure_engine_part(options.streams)
     record["middleware"] = measure_middleware(LatentGuard.load(options.guard), options.streams)
-    model = start(options.guard, options.model) if options.batches else None
+    model = start(options.guard, options.model) if options.batches or options.last else None
     harmless = [p for p in load_guard_prompts("test") if not p.harmful and len(p.text) < 200]
+    if options.last:
+        record["last"] = measure_last_token(model, harmless[: options.prompts], options.tokens)
     for batch in options.batches:
         count = max(batch, options.prompts // batch * batch)
         groups = [harmless[n : n + batch] for n in range(0, count, batch)]
@@ -145,6 +147,36 @@ def write(model: Any, prompts: Sequence[Prompt], tokens: int, arm: str) -> float
     read = sum(len(part.values) for part in posted if isinstance(part, TokenScores))
     assert read == (len(prompts) * (tokens - 1) if arm == "replies" else 0)
     return spent
+
+
+def measure_last_token(model: Any, prompts: Sequence[Prompt], tokens: int) -> dict[str, Any]:
+    """Milliseconds of the pass that reads the last token of a reply of so many tokens."""
+    from latentguard.integrations.vllm.score_request import reply_request
+
+    write(model, prompts[:1], 4, "replies")
+    seconds, lengths = list[float](), list[int]()
+    for prompt in prompts:
+        [ids] = write_ids(model, prompt, tokens)
+        request = reply_request(ids, model._channel, tail=1)
+        began = process_time()
+        [posted] = model._generate([ids], [request], max_tokens=1)
+        seconds.append(process_time() - began)
+        lengths.append(len(ids))
+        assert len(posted.values) == 1
+    more = bootstrap(np.mean, 1000 * np.array(seconds))
+    return dict(prompts=len(prompts), mean_tokens=float(np.mean(lengths)), ms=asdict(more))
+
+
+def write_ids(model: Any, prompt: Prompt, tokens: int) -> list[list[int]]:
+    """A prompt and its greedy reply as token ids."""
+    from vllm import SamplingParams
+
+    ids = [list(layout.ids) for layout in model.chat([prompt])]
+    how = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    outputs = model.engine.generate(
+        [{"prompt_token_ids": own} for own in ids], [how] * len(ids), use_tqdm=False
+    )
+    return [[*own, *output.outputs[0].token_ids] for own, output in zip(ids, outputs, strict=True)]
 
 
 def measure_engine_part(streams: int) -> dict[str, Any]:
@@ -286,6 +318,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--last", action="store_true", help="time the pass of the last token")
     parser.add_argument("--streams", type=int, default=40)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()

@@ -161,6 +161,22 @@ def test_an_answer_in_one_is_never_stopped_for_what_a_stop_text_cuts_off(ask):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("policy", ["cut", "block", "annotate"])
+def test_the_end_token_is_not_judged_where_the_engine_has_read_it(ask, stream, policy):
+    """An engine that schedules ahead computes it before it knows that the reply is over."""
+
+    class Ahead(Replies):
+        def tell(self, asked, n, choice=0):
+            super().tell(asked, n)
+            if n == len(self.scores) - 2:
+                super().tell(asked, n + 1)
+
+    found = ask(Ahead(0, 0, 0, HARMFUL), stream=stream, policy=policy)
+    note = objects(found)[-1]["latentguard"] if stream else found["latentguard"]
+    assert (note["reply"]["tokens"], note["reply"]["flagged"]) == (3, False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "how", [dict(finish="length"), dict(stop_reason="<2>"), dict(finish="tool_calls")]
 )
