@@ -110,13 +110,19 @@ def vllm_reply_overhead_table() -> str:
                 *(_percent(record[name]) for name in ("over_prompts", "over_plain")),
             ]
         )
-    for name, part in (("engine", "in the engine's process"), ("middleware", "in the server's")):
-        more = found[name]["microseconds_a_token"]
+    parts = [
+        ("the code for a token, in the engine's process", found["engine"]["microseconds_a_token"]),
+        ("the code for a token, in the server's", found["middleware"]["microseconds_a_token"]),
+    ]
+    for name, more in parts:
         low, value, high = (more[end] / 1000 for end in ("low", "value", "high"))
-        own = f"{value:.3f} [{low:.3f}, {high:.3f}]"
-        rows.append(
-            [f"code for a token alone, {part}", str(found[name]["streams"]), *["", "", own, "", ""]]
-        )
+        n = str(found["engine"]["streams"])
+        rows.append([name, n, "", "", f"{value:.3f} [{low:.3f}, {high:.3f}]", "", ""])
+    last = found["last"]
+    name = f"the pass of the last token of {last['mean_tokens']:.0f}, once a reply"
+    own = last["ms"]
+    cell = f"{own['value']:.0f} [{own['low']:.0f}, {own['high']:.0f}]"
+    rows.append([name, str(last["prompts"]), "", "", cell, "", ""])
     return markdown_table(
         [
             *("replies", "n", "ms a token, no guard", "prompts judged", "replies judged, too"),
