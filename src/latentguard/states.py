@@ -261,16 +261,16 @@ class Scoring(Protocol):
 
 @runtime_checkable
 class ReplyScoring(Protocol):
-    """A backend that lets no states out but scores the tokens of replies for a guard itself."""
+    """A backend that lets no states out but scores the tokens of replies itself, such as vLLM."""
 
     @property
     def fingerprint(self) -> Fingerprint:
         """Of the model."""
 
     def reply_scores(
-        self, guard: Any, replies: Iterable[Reply]
+        self, replies: Iterable[Reply], layers: Sequence[int], weight: Float[Tensor, "l d"]
     ) -> Iterator[tuple[Reply, Float[Tensor, "t"]]]:
-        """Yield each reply, in order, with the score of each token, the bias not yet added."""
+        """Yield each reply, in order, with what its tokens score."""
 
 
 class Speaker(Backend, Protocol):

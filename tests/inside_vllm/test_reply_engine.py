@@ -1,9 +1,12 @@
 """Tokens that a real engine generates score as they do on transformers, each of them once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from inside_vllm import tiny
+from latentguard.errors import GuardError
 from latentguard.guard.reply_fitting import calibrate_replies
 from latentguard.integrations.vllm import parity
 from latentguard.integrations.vllm.reply_tokens import TokenScoreLog
@@ -68,7 +71,7 @@ def generate(model, prompts, length=LENGTH, **how):
 def require_equal(guard, hf, model, replies, logs):
     probe = guard.require_reply_probe().probe
     there = [scores for _, scores in score_reply_tokens(hf, replies, probe.layers, probe.weight)]
-    here = [scores for _, scores in model.reply_scores(guard, replies)]
+    here = [scores for _, scores in model.reply_scores(replies, probe.layers, probe.weight)]
     for reply, log, on_hf, in_vllm in zip(replies, logs, there, here, strict=True):
         own = torch.tensor(log.scores[0])
         assert not log.is_lost
@@ -106,6 +109,10 @@ def test_a_guard_judges_and_calibrates_replies_inside(engine):
         assert (one.flagged_at, one.tokens) == (other.flagged_at, other.tokens)
     new = calibrate_replies(model, guard, replies, max_fpr=0.2)
     assert new.replies.bound is not None
+    probe = replace(guard.replies.probe, weight=guard.replies.probe.weight * 2)
+    other = replace(guard, replies=replace(guard.replies, probe=probe))
+    with pytest.raises(GuardError, match="another guard"):
+        list(other.scan_replies(model, replies))
 
 
 def test_with_scoring_off_no_token_has_a_score(engine):

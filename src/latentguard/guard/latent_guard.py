@@ -36,8 +36,7 @@ from latentguard.guard.signature import VerifyKey
 from latentguard.guard.spec import GuardSpec
 from latentguard.guard.thresholds import Rates
 from latentguard.guard.verdict import Verdict
-from latentguard.models.chat_model import ChatModel
-from latentguard.models.reply_reading import score_reply_tokens
+from latentguard.models.reply_reading import ReplyBackend, score_reply_tokens
 from latentguard.probes import fitting
 from latentguard.probes.capture_cache import CaptureCache
 from latentguard.probes.probe import Kind, layers_of, require_kind
@@ -48,7 +47,6 @@ from latentguard.states import (
     Fingerprint,
     Progress,
     Reading,
-    ReplyScoring,
     Scoring,
     States,
     no_progress,
@@ -268,27 +266,16 @@ class LatentGuard(GuardSpec):
             yield from self.measure(states)
 
     def scan_replies(
-        self,
-        backend: ChatModel | ReplyScoring,
-        replies: Iterable[Reply],
-        *,
-        progress: Progress | None = None,
+        self, backend: ReplyBackend, replies: Iterable[Reply], *, progress: Progress | None = None
     ) -> Iterator[ReplyVerdict]:
         """Yield a verdict for each reply, in order, lazily; as ``scan``, if it judges replies."""
         self.require_match(backend.fingerprint)
         judge = self.require_reply_probe()
+        where = judge.probe.layers, judge.probe.weight
         with progress_bar("scan", replies, progress) as advance:
-            for reply, token_scores in self._reply_scores(backend, replies):
+            for reply, token_scores in score_reply_tokens(backend, replies, *where):
                 advance(1)
                 yield judge.verdict(reply.prompt.id, token_scores)
-
-    def _reply_scores(
-        self, backend: ChatModel | ReplyScoring, replies: Iterable[Reply]
-    ) -> Iterator[tuple[Reply, Float[torch.Tensor, "t"]]]:
-        if isinstance(backend, ReplyScoring):
-            return backend.reply_scores(self, replies)
-        probe = self.require_reply_probe().probe
-        return score_reply_tokens(backend, replies, probe.layers, probe.weight)
 
     # ---- the model that it is bound to
 

@@ -24,10 +24,10 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.probabilities import fit_platt
 from latentguard.guard.replies import WINDOW, ReplyProbe, reply_digest
 from latentguard.models.chat_model import ChatModel
-from latentguard.models.reply_reading import ReplyWindows, capture_reply_windows
+from latentguard.models.reply_reading import ReplyBackend, ReplyWindows, capture_reply_windows
 from latentguard.probes.probe import Fit, fit_linear, layers_of, require_both_classes
 from latentguard.prompts import Reply
-from latentguard.states import Progress, ReplyScoring
+from latentguard.states import Progress
 from latentguard.stats.bounds import require_enough_harmless
 
 MAX_WINDOWS = 4
@@ -66,7 +66,7 @@ def fit_replies(
 
 
 def calibrate_replies(
-    model: ChatModel | ReplyScoring,
+    model: ReplyBackend,
     guard: LatentGuard,
     replies: Sequence[Reply],
     *,

@@ -23,7 +23,10 @@ from latentguard.models.layout import CaptureRow, ReplyLayout, common_prefix_len
 from latentguard.models.loading import cache_argument
 from latentguard.models.prefill import build_cache, has_only_keys_and_values
 from latentguard.prompts import Prompt, Reply
-from latentguard.states import Progress
+from latentguard.states import Progress, ReplyScoring
+
+ReplyBackend = ChatModel | ReplyScoring
+"""What reads replies: a model on transformers, or an engine that scores their tokens itself."""
 
 REPLIES_AT_ONCE = 256
 """Replies that are sorted by length and read together."""
@@ -114,7 +117,7 @@ def _windows(layout: ReplyLayout, size: int, count: int) -> list[tuple[int, int]
 
 
 def score_reply_tokens(
-    model: ChatModel,
+    model: ReplyBackend,
     replies: Iterable[Reply],
     layers: Sequence[int],
     weight: Float[Tensor, "l d"],
@@ -128,12 +131,15 @@ def score_reply_tokens(
         weight: One row a layer.
 
     Raises:
-        ModelError: if the model does not run on transformers.
+        ModelError: if the model can do neither.
         PromptError: if a reply is empty or too long.
     """
+    if isinstance(model, ReplyScoring):
+        yield from model.reply_scores(replies, layers, weight)
+        return
     if not isinstance(model, ChatModel):
         raise ModelError(
-            f"Replies are read by a model on transformers (ChatModel); found a "
+            f"Replies are read by a ChatModel, or inside vLLM by a VllmModel; found a "
             f"{type(model).__name__}."
         )
     for group in _groups(replies):

@@ -41,6 +41,8 @@ from latentguard.states import Fingerprint, States
 WINDOW = 1024
 """Prompts that are handed to the engine together."""
 
+OTHER_GUARD = "This engine was started for another guard; start one for this."
+
 TRANSFER = dict(
     kv_connector=CONNECTOR,
     kv_connector_module_path="latentguard.integrations.vllm.connector",
@@ -133,14 +135,15 @@ class VllmModel:
         Raises:
             GuardError: if the guard reads otherwise than the engine, or a score is missing.
         """
-        self._require_same(guard)
+        if not Columns.of(guard).same_as(self.columns):
+            raise GuardError(OTHER_GUARD)
         rest = iter(texts)
         while window := list(islice(rest, WINDOW)):
             for read in self._read(window, max_tokens):
                 yield variant_score(guard, read)
 
     def reply_scores(
-        self, guard: LatentGuard, replies: Iterable[Reply]
+        self, replies: Iterable[Reply], layers: Sequence[int], weight: Float[Tensor, "l d"]
     ) -> Iterator[tuple[Reply, Float[Tensor, "t"]]]:
         """Yield each reply with the scores of its tokens, in order; see ``states.ReplyScoring``.
 
@@ -148,14 +151,12 @@ class VllmModel:
             GuardError: if the guard reads otherwise than the engine, or a score is missing.
             PromptError: if a reply is empty, or too long with its prompt.
         """
-        self._require_same(guard)
+        own = self._guard.require_reply_probe().probe
+        if own.layers != tuple(layers) or not torch.equal(own.weight, weight):
+            raise GuardError(OTHER_GUARD)
         rest = iter(replies)
         while window := list(islice(rest, WINDOW)):
             yield from zip(window, self._read_replies(window), strict=True)
-
-    def _require_same(self, guard: LatentGuard) -> None:
-        if not Columns.of(guard).same_as(self.columns):
-            raise GuardError("This engine was started for another guard; start one for this.")
 
     def _lay_out_reply(self, reply: Reply) -> ReplyLayout:
         config = self.engine.model_config
