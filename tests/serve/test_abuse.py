@@ -1,6 +1,7 @@
 """Hostile and careless clients: bodies, headers, keys, and connections that dawdle."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -74,6 +75,15 @@ class TestBodies:
         answer = post(f"{service}{path}", content=body, headers=JSON)
         assert answer.status_code == 400
         assert reason in answer.json()["error"]["message"]
+
+    @pytest.mark.parametrize("count", [1, 50])
+    def test_values_in_strings_that_are_json_count_too(self, service, count):
+        arguments = f" [{'0,' * (500_000 // count)}0]"
+        call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
+        messages = [{"role": "assistant", "content": None, "tool_calls": [call] * count}]
+        answer = post(f"{service}/v1/score", json={"messages": messages})
+        assert answer.status_code == 400
+        assert "more than 20,000 values" in answer.json()["error"]["message"]
 
     @pytest.mark.parametrize("field", ["input", "messages"])
     def test_the_first_value_that_is_wrong_ends_validation(self, service, field, monkeypatch):
@@ -255,6 +265,41 @@ class TestKeys:
         for beside in (None, file):
             with pytest.raises(LatentGuardError, match="LATENTGUARD_API_KEYS holds no API key"):
                 load_keys(beside, environment)
+
+
+class TestConnections:
+    HEAD = "POST /v1/score HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+
+    def requests(self, *headers):
+        """One request after the other on one connection, without waiting for an answer."""
+        body = json.dumps({"input": passed()})
+        end = f"content-length: {len(body)}\r\n\r\n{body}"
+        return "".join(f"{self.HEAD}{header}\r\n{end}" for header in headers).encode()
+
+    def test_a_key_lets_in_its_own_request_alone(self):
+        with running(keys=["good", "better"]) as url:
+            keys = ["good", "bad", "better"]
+            seen, _ = raw(url, [self.requests(*(f"authorization: Bearer {k}" for k in keys))])
+        assert re.findall(rb"HTTP/1\.1 (\d+)", seen) == [b"200", b"401"]
+
+    def test_nobody_makes_up_an_address(self):
+        with running(rate=0.001, burst=1) as url:
+            statuses = [
+                post(
+                    f"{url}/v1/score",
+                    json={"input": passed()},
+                    headers={name: f"10.0.0.{n}" for name in ("x-forwarded-for", "x-real-ip")},
+                ).status_code
+                for n in range(3)
+            ]
+        assert statuses == [200, 429, 429]
+
+    @pytest.mark.parametrize("expect", ["100-continue", "100-Continue, x", "200-ok", "\t"])
+    def test_what_is_expected_changes_nothing(self, service, expect):
+        data = self.requests(f"expect: {expect}\r\nconnection: close")
+        seen, _ = raw(service, [data])
+        assert b"HTTP/1.1 200" in seen or b"HTTP/1.1 400" in seen
+        assert get(f"{service}/healthz").text == "ok"
 
 
 class TestAnswers:

@@ -41,6 +41,9 @@ SPELLED = 8
 WORDS_AT_ONCE = 200
 """Single words that are read as one text."""
 
+JSON_BEGINS = ("{", "[", '"')
+"""How a string begins that is JSON itself."""
+
 ID_FIELDS = ("id", "call_id", "tool_call_id")
 
 DEPTH = 32
@@ -151,7 +154,7 @@ def _strings(value: Any, depth: int, *, plain_names: bool) -> Iterator[str]:
     inner: list[Any] = []
     if isinstance(value, str):
         yield value
-        if value.lstrip()[:1] in ("{", "[", '"'):  # the arguments of a call are JSON in a string
+        if value.lstrip()[:1] in JSON_BEGINS:  # the arguments of a call are JSON in a string
             inner = [_parsed(value)]
     elif isinstance(value, Mapping):
         for name, content in value.items():
