@@ -232,6 +232,34 @@ def test_a_prompt_is_read_between_the_segments_of_anothers_chat(monkeypatch):
     assert answer["usage"]["completion_tokens"] > 0
 
 
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_what_nobody_waits_for_any_more_is_not_read_to_its_end(monkeypatch, is_chat):
+    ends = []
+    module = conversation if is_chat else shared_model
+    inner = module.prefill
+
+    def prefill(model, row, layers, segments, *, stop):
+        try:
+            for _ in range(6000):
+                segments.between()
+                time.sleep(0.01)
+        except Exception as error:
+            ends.append(type(error).__name__)
+            raise
+        return inner(model, row, layers, segments, stop=stop)
+
+    with running(keys=["a"], segment_tokens=16, deadline=0.5) as url:
+        monkeypatch.setattr(module, "prefill", prefill)
+        chat = dict(messages=[{"role": "user", "content": passed()}], max_tokens=2)
+        path = "chat/completions" if is_chat else "moderations"
+        assert "error" in asked(url, "a", passed(), path, **(chat if is_chat else {}))
+        monkeypatch.setattr(module, "prefill", inner)
+        assert asked(url, "a", flagged())["results"][0]["flagged"]
+        headers = {"authorization": "Bearer a"}
+        assert "latentguard_crashes 0.0" in get(f"{url}/metrics", headers=headers).text
+    assert ends == ["Abandoned"]
+
+
 def test_one_client_who_fills_the_queue_does_not_keep_another_out():
     over, entered = threading.Event(), threading.Event()
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Literal, TypeVar
@@ -19,6 +19,7 @@ from latentguard.models.conversation import count_tokens
 from latentguard.models.segments import Segments
 from latentguard.models.shared_model import SharedModel
 from latentguard.prompts import Prompt
+from latentguard.serve.chat_turns import STEP_TOKENS, ChatTurns
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.errors import (
     ApiError,
@@ -39,6 +40,7 @@ from latentguard.serve.queue import (
 )
 from latentguard.serve.scoring import PromptScorer, ScoredPrompt, to_api_error
 from latentguard.serve.served_guards import Binder, ServedGuard, ServedGuards, verified
+from latentguard.serve.sharing import MOST_INTERRUPTED, Abandoned, Sharing
 from latentguard.serve.text_cache import TextCache
 
 log = logging.getLogger("latentguard.serve")
@@ -47,22 +49,6 @@ T = TypeVar("T")
 
 State = Literal["loading", "ready", "draining", "dead"]
 Opener = Callable[[], tuple[LatentGuard, ChatModel]]
-
-SEGMENT_TOKENS = {"cpu": 64, "cuda": 4096}
-"""Tokens that are read at once while several accounts share the model: about a short prompt, so
-that one waits no longer than its own reading takes."""
-
-ALONE_TOKENS = {"cpu": 512, "cuda": 4096}
-"""The same while there is one account: half a second on a slow machine for whoever comes then."""
-
-SHARED_SECONDS = 60.0
-"""So long after its last request an account still counts as sharing the model."""
-
-MOST_INTERRUPTED = 3
-"""Long prompts that wait, each for the next; every one of them keeps its cache of what was read."""
-
-STEP_TOKENS = 16
-"""What a token of a reply counts for: a pass over it takes about as long as over so many."""
 
 CRASHES = 5
 """The thread gives up when it has crashed so often within a minute."""
@@ -98,13 +84,9 @@ class ScoringEngine:
         self._named_guards, self._bind = named_guards or {}, bind
         self._lock, self._stopping = threading.Condition(), False
         self._queue, self._in_flight = FairQueue(config.queue), list[WorkItem]()
-        self._newest, self._second_newest = ("", -SHARED_SECONDS), ("", -SHARED_SECONDS)
-        """The two accounts that last asked for something, and when."""
+        self._sharing = Sharing(config)
 
-        self._waiting_chats, self._chats = deque[GuardedChat](), list[GuardedChat]()
-        self._stepping = list[GuardedChat]()
-        """Chats that take a step now: several if the prompt of one is read in segments."""
-
+        self._chats = ChatTurns(config.chats)
         self._busy_since: float | None = None
         self._cache = TextCache[VariantScore]()
         self._interrupted = 0
@@ -146,17 +128,17 @@ class ScoringEngine:
         """How many prompts and chats wait."""
         with self._lock:
             self._drop_abandoned()
-            return len(self._queue) + len(self._waiting_chats)
+            return len(self._queue) + len(self._chats.waiting)
 
     @property
     def active_chats(self) -> int:
         """How many chats are being answered."""
-        return len(self._chats)
+        return len(self._chats.active)
 
     @property
     def has_free_chat(self) -> bool:
         """Whether a chat that comes now is begun at once."""
-        return len(self._chats) + len(self._waiting_chats) < self.config.chats
+        return self._chats.has_room
 
     async def replace_guards(
         self, guard: LatentGuard, named_guards: Mapping[str, LatentGuard]
@@ -253,10 +235,10 @@ class ScoringEngine:
         with self._lock:
             self._require_ready(1)
             self._drop_abandoned()
-            if len(self._queue) + len(self._waiting_chats) >= self.config.queue:
+            if len(self._queue) + len(self._chats.waiting) >= self.config.queue:
                 raise QueueFull(FULL)
-            self._note_account(chat.account)
-            self._waiting_chats.append(chat)
+            self._sharing.note(chat.account)
+            self._chats.waiting.append(chat)
             self._lock.notify()
 
     def _require_ready(self, count: int) -> None:
@@ -295,9 +277,9 @@ class ScoringEngine:
         with self._lock:
             self._require_ready(len(items))  # again: counting tokens may have taken a while
             self._drop_abandoned()
-            evicted = self._queue.add(items, others=len(self._waiting_chats))
+            evicted = self._queue.add(items, others=len(self._chats.waiting))
             if items:
-                self._note_account(items[0].account)
+                self._sharing.note(items[0].account)
             self._lock.notify()
         settle((item, QueueFull(FULL)) for item in evicted)
 
@@ -347,56 +329,41 @@ class ScoringEngine:
     def _next(self) -> list[WorkItem] | None:
         """The next batch, empty if only chats go on, None at the end."""
         with self._lock:
-            while not (self._queue or self._chats or self._waiting_chats):
+            while not (self._queue or self._chats):
                 if self._stopping:
                     return None
                 self._lock.wait()
             first = self._queue.next_item
-            if first is not None and not (self._chats or self._waiting_chats):
+            if first is not None and not self._chats:
                 self._gather(first.arrived + self.config.wait)
             self._drop_abandoned()
-            return self._queue.take(self._budget)
+            return self._queue.take(self._sharing.batch_tokens(self.model))
 
     def _gather(self, until: float) -> None:
         """Wait a moment for more prompts, as long as they fit into one batch."""
-        while (first := self._queue.next_item) and not (self._stopping or self._waiting_chats):
+        while (first := self._queue.next_item) and not (self._stopping or self._chats.waiting):
             seconds = until - monotonic()
-            if first.work or seconds <= 0 or self._queue.tokens >= self._budget:
+            if (
+                first.work
+                or seconds <= 0
+                or self._queue.tokens >= self._sharing.batch_tokens(self.model)
+            ):
                 return
             self._lock.wait(seconds)
-
-    @property
-    def _budget(self) -> int:
-        """Tokens of a batch: less while several accounts share the model."""
-        whole = self.config.batch_tokens or self.model.tokens_per_batch
-        return min(whole, self._segment) if self._is_shared else whole
-
-    @property
-    def _segment(self) -> int:
-        """Tokens after which others have their turn."""
-        tokens = SEGMENT_TOKENS if self._is_shared else ALONE_TOKENS
-        return self.config.segment_tokens or tokens.get(self.model.device.type, 4096)
-
-    @property
-    def _is_shared(self) -> bool:
-        """Whether several accounts have asked for something lately."""
-        return self._second_newest[1] > monotonic() - SHARED_SECONDS
-
-    def _note_account(self, name: str) -> None:
-        """Note that an account asks for something; for whoever holds the lock."""
-        if self._newest[0] != name:
-            self._second_newest = self._newest
-        self._newest = (name, monotonic())
 
     def _serve(self, items: list[WorkItem]) -> None:
         now = monotonic()
         model: Any = self.model
-        segments = self._segments(min(item.account for item in items))
+        segments = self._segments(
+            items[0].account, lambda: not all(item.future.done() for item in items)
+        )
         if segments is not None:
             model = SharedModel(self.model, segments)
         try:
             is_alone = items[0].work is not None
             results = self._alone(items[0]) if is_alone else self._score(items, model)
+        except Abandoned:
+            return
         except Exception as error:  # whatever it is, nobody may wait for this batch
             self._settle(items, [Unavailable("The guard failed on this batch.")] * len(items))
             self._recover(error)
@@ -404,11 +371,22 @@ class ScoringEngine:
         self._on_batch([now - item.arrived for item in items])
         self._settle(items, results)
 
-    def _segments(self, account: str) -> Segments | None:
-        """How the prompts of an account are read; None reads them whole, as they are short."""
+    def _segments(self, account: str, is_wanted: Callable[[], bool]) -> Segments | None:
+        """How the prompts of an account are read; None reads them whole, as they are short.
+
+        Args:
+            account: Whose they are.
+            is_wanted: Whether somebody still waits for them; else they are not read to their end.
+        """
         if self._interrupted >= MOST_INTERRUPTED:
             return None
-        return Segments(self._segment, lambda: self._serve_others(account))
+
+        def between() -> None:
+            self._serve_others(account)
+            if not is_wanted():
+                raise Abandoned
+
+        return Segments(self._sharing.unit_tokens(self.model), between)
 
     def _serve_others(self, account: str) -> None:
         """Between two units of an account's prompts: a batch of those who were served less.
@@ -429,8 +407,8 @@ class ScoringEngine:
         is_last = self._interrupted >= MOST_INTERRUPTED
         outer = self._in_flight
         with self._lock:
-            max_size = self._segment if is_last else None
-            items = self._queue.take(self._segment, max_size=max_size, before=account)
+            unit = self._sharing.unit_tokens(self.model)
+            items = self._queue.take(unit, max_size=unit if is_last else None, before=account)
         if not items:
             return
         self._in_flight = [*outer, *items]
@@ -464,36 +442,29 @@ class ScoringEngine:
         """Let each chat take a step, and begin those that wait as others end."""
         with self._lock:
             self._drop_abandoned()
-            while self._waiting_chats and len(self._chats) < self.config.chats:
-                self._chats.append(self._next_chat())
-        for chat in [*self._chats]:
-            if chat in self._stepping or chat not in self._chats:
-                continue  # its prompt is being read, or it ended while another's was
-            self._stepping.append(chat)
-            goes_on = self._step(chat)
-            self._stepping.remove(chat)
-            if not goes_on:
-                self._chats.remove(chat)
-            self._serve_before(chat.account)
-
-    def _next_chat(self) -> GuardedChat:
-        """The chat that has waited longest, of the account with the fewest that are answered."""
-        active = Counter(chat.account for chat in self._chats)
-        chat = min(self._waiting_chats, key=lambda one: active[one.account])
-        self._waiting_chats.remove(chat)
-        return chat
+            self._chats.begin_waiting()
+        self._chats.step_each(self._step_and_serve)
 
     def _drop_abandoned(self) -> None:
         """Drop what nobody waits for any more; for whoever holds the lock."""
         self._queue.drop_abandoned()
-        self._waiting_chats = deque(chat for chat in self._waiting_chats if not chat.cancelled)
+        self._chats.drop_cancelled()
+
+    def _step_and_serve(self, chat: GuardedChat) -> bool:
+        """Whether the chat goes on; then others have their turn."""
+        goes_on = self._step(chat)
+        self._serve_before(chat.account)
+        return goes_on
 
     def _step(self, chat: GuardedChat) -> bool:
         """Whether the chat goes on."""
         with self._lock:
             self._queue.charge(chat.account, STEP_TOKENS)
         try:
-            return chat.step(self.model, self._segments(chat.account))
+            segments = self._segments(chat.account, lambda: not chat.cancelled)
+            return chat.step(self.model, segments)
+        except Abandoned:
+            return False
         except LatentGuardError as error:
             chat.emit(to_api_error(error))
         except Exception as error:  # nor for this chat
@@ -521,8 +492,7 @@ class ScoringEngine:
                 return
             self.state = "dead"
             items = [*self._in_flight, *self._queue.clear()]
-            chats = [*self._waiting_chats, *self._chats]
-            self._waiting_chats.clear()
+            chats = self._chats.clear()
         log.error("The scoring thread ended: %s", error)
         failure = Unavailable("The guard has failed.")
         self._settle(items, [failure] * len(items))
