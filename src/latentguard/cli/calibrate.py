@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentguard.cli.console import count_each, echo_changes, echo_err, progress
+from latentguard.cli.early_exit import calibrate_guard_exit
 from latentguard.cli.inputs import read_side, read_source, require_distinct
 from latentguard.cli.loading import load_guard_model, read_guard, save_guard
 from latentguard.cli.options import (
@@ -20,8 +22,8 @@ from latentguard.cli.options import (
     SecondOpinionSource,
     TextColumn,
 )
-from latentguard.cli.outputs import changed_guard
-from latentguard.cli.reply_calibration import ReplySource, calibrate_guard_replies
+from latentguard.cli.outputs import GuardChange, changed_guard
+from latentguard.cli.reply_calibration import calibrate_guard_replies
 from latentguard.data.builtin import load_guard_prompts
 from latentguard.data.prompt_files import Columns
 from latentguard.errors import GuardError, PromptError
@@ -52,6 +54,12 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     replies: Annotated[
         list[str] | None,
         typer.Option(help="Harmless replies (prompt, reply): sets the threshold for replies."),
+    ] = None,
+    early_exit: Annotated[
+        float | None,
+        typer.Option(
+            help="Let harmless prompts leave early: share of flagged ones that this may lose."
+        ),
     ] = None,
     max_fpr: Annotated[
         float | None,
@@ -116,6 +124,10 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     With --second-opinion the rate is that of the guard and the second opinion together. It is asked
     of harmless prompts between the thresholds; --review-fpr is their share (default: 0.2).
 
+    With --early-exit 0.02 surely harmless prompts of files and corpora leave the pass at a third of
+    the depth; of the prompts that the guard flags or sends to review, at most 2 % are lost by it.
+    The thresholds stay; calibrate them first. --harmless and --harmful should be like your traffic.
+
     With --replies it sets the threshold for replies and leaves the other one: at most MAX_FPR of
     harmless replies are flagged at any of their tokens. The guard must be fitted with --replies.
 
@@ -123,14 +135,24 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     """
     from latentguard.guard.evaluation import compare
 
-    if replies:
-        if harmless or harmful or second_opinion:
-            reason = "replies are calibrated by themselves; call it once for each"
-            raise typer.BadParameter(reason, param_hint="--replies")
-        source = ReplySource(guard, out, model, device_map, allow_mismatch=allow_mismatch)
-        calibrate_guard_replies(source, replies, 0.01 if max_fpr is None else max_fpr, confidence)
-        return
+    change = GuardChange(guard, out, model, device_map, allow_mismatch=allow_mismatch)
     columns = Columns(text=text_column, segment=segment_column or "")
+    if replies:
+        _require_alone("--replies", harmless, harmful, second_opinion, early_exit)
+        calibrate_guard_replies(change, replies, 0.01 if max_fpr is None else max_fpr, confidence)
+        return
+    if early_exit is not None:
+        rate_options = (max_fpr, balanced or None, cost_ratio, harmful_share, review_fpr)
+        _require_alone("--early-exit", *rate_options, traffic, second_opinion)
+        read = partial(
+            _calibration_prompts,
+            harmless=harmless,
+            harmful=harmful,
+            columns=columns,
+            needs_harmful=True,
+        )
+        calibrate_guard_exit(change, read, early_exit, confidence)
+        return
     rates = _rates(
         max_fpr,
         review_fpr,
@@ -163,14 +185,24 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
         after = [calibrated.combine(one).verdict for one in scored]
         calibrated = _calibrate_long(calibrated, backend, prompts, rates, has_own=bool(harmless))
         save_guard(calibrated, target, report=bool(harmful))
-    if loaded.bound is not None:
-        echo_err(f"Replaced: threshold {loaded.threshold:.6g}, {loaded.promise}.")
-    typer.echo(f"Threshold {calibrated.threshold:.6g}: {calibrated.promise}.")
+    _echo_threshold(loaded, calibrated)
     if any(prompt.harmful for prompt in used):
         after = cascade.decide(used, after) if cascade else after
         echo_changes(compare(used, before, after), IN_SAMPLE)
     for paragraph in calibrated.notes:
         typer.echo(f"\n{paragraph}")
+
+
+def _echo_threshold(before: LatentGuard, after: LatentGuard) -> None:
+    if before.bound is not None:
+        echo_err(f"Replaced: threshold {before.threshold:.6g}, {before.promise}.")
+    typer.echo(f"Threshold {after.threshold:.6g}: {after.promise}.")
+
+
+def _require_alone(option: str, *others: object) -> None:
+    """Say that an option calibrates a part of the guard by itself."""
+    if any(other not in (None, []) for other in others):
+        raise typer.BadParameter("it is calibrated by itself", param_hint=option)
 
 
 def _goal(balanced: bool, cost_ratio: float | None, harmful_share: float | None) -> Goal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,26 @@ def output_file(file: Path) -> Iterator[None]:
         raise LatentGuardError(f"--out should name a file; {file} is a folder.")
     with _make_folder(file.parent, file), exclusive_lock(f"{file}{LOCK}", output=file):
         yield
+
+
+@dataclass(frozen=True)
+class GuardChange:
+    """Which guard is calibrated, and where it goes."""
+
+    guard: str
+    """A folder, a Hub id, or ``default``."""
+
+    out: Path | None
+    """Where the changed guard is written; None changes it in place."""
+
+    model: str | None
+    """Where its model is, if it has moved."""
+
+    device_map: str | None
+    """How its model is placed."""
+
+    allow_mismatch: bool
+    """Go on with another model."""
 
 
 @contextmanager

@@ -33,7 +33,8 @@ LIBRARY = "latentguard"
 
 KEYS = frozenset(
     "schema tensors_sha256 content_sha256 fingerprint reading probe axes threshold bound platt "
-    "spread canaries fitted deobfuscation chunking thresholds quadrants categories replies".split()
+    "spread canaries fitted deobfuscation chunking thresholds quadrants categories replies "
+    "early_exit".split()
 )
 """What the JSON of this schema may hold: what a newer version wrote would be dropped unseen."""
 

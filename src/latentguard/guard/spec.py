@@ -25,6 +25,7 @@ from latentguard.guard.calibrate import fit_calibration, require_enough
 from latentguard.guard.categories import Categories, nearest_category
 from latentguard.guard.chunking import Chunking
 from latentguard.guard.compatibility import Canary
+from latentguard.guard.early_exit import EarlyExit
 from latentguard.guard.leakage import (
     TrainingPrompts,
     exclude_training_prompts,
@@ -119,6 +120,9 @@ class GuardSpec:
 
     replies: ReplyProbe | None = None
     """How it judges what the model says; None judges prompts only."""
+
+    early_exit: EarlyExit | None = None
+    """When prompts of files leave the pass early; None reads each whole."""
 
     # ---- what it reads
 
@@ -241,6 +245,17 @@ class GuardSpec:
         slope, intercept = self.platt
         return float(expit(slope * score + intercept))
 
+    @property
+    def lowest_threshold(self) -> float:
+        """Scores that are not above it are allowed, whatever the segment."""
+        return self.thresholds.lowest if self.thresholds else self.threshold
+
+    @property
+    def usable_early_exit(self) -> EarlyExit | None:
+        """Its early exit, unless the guard was changed since that was calibrated."""
+        early = self.early_exit
+        return early if early and replace(self, early_exit=None).digest == early.guard else None
+
     def require_reply_probe(self) -> ReplyProbe:
         """How it judges replies.
 
@@ -353,8 +368,9 @@ class GuardSpec:
                 f"Text that looks obfuscated ({', '.join(OBFUSCATIONS)}) is read as it stands and "
                 "decoded; the most severe reading counts, and the verdict names what was decoded."
             )
+        early = self.usable_early_exit
         parts = (self.chunking, self.thresholds, self.quadrants, self.categories, self.replies)
-        for part in parts:
+        for part in (*parts, early):
             notes += part.notes() if part else []
         return notes
 
@@ -418,9 +434,11 @@ class GuardSpec:
             "quadrants": self.quadrants.to_dict() if self.quadrants else None,
             **parts,
         }
-        if self.replies is not None:  # others stay what versions before replies read and digest
-            record["replies"], own = self.replies.to_dict()
-            tensors |= {f"replies.{key}": tensor for key, tensor in own.items()}
+        later = {"replies": self.replies, "early_exit": self.early_exit}
+        for name, later_part in later.items():
+            if later_part is not None:  # guards without stay what versions before read and digest
+                record[name], own = later_part.to_dict()
+                tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
         return record, tensors
 
     @classmethod
@@ -437,6 +455,7 @@ class GuardSpec:
         thresholds = _own("thresholds", tensors)
         categories = _own("categories", tensors)
         replies = _own("replies", tensors)
+        early_exit = _own("early_exit", tensors)
         return cls(
             reading=Reading(record["reading"]["name"], tuple(record["reading"]["positions"])),
             probe=Probe(probe["kind"], layers, tensors["weight"], float(probe["bias"])),
@@ -455,6 +474,7 @@ class GuardSpec:
             quadrants=_optional(record["quadrants"], Quadrants.from_dict),
             categories=_optional(record["categories"], Categories.from_dict, categories),
             replies=_optional(record.get("replies"), ReplyProbe.from_dict, replies),
+            early_exit=_optional(record.get("early_exit"), EarlyExit.from_dict, early_exit),
         )
 
 

@@ -231,6 +231,12 @@ class Thresholds:
         """The thresholds of a segment; the common ones if it has none of its own."""
         return self.segments.get(segment or "", self.common)
 
+    @property
+    def lowest(self) -> float:
+        """Scores that are not above it are allowed, whatever the segment."""
+        every = [self.common, *self.segments.values()]
+        return min((one.review or one.block).threshold for one in every)
+
     def decide(self, segment: str | None, score: float) -> Decision:
         """What is to be done with a prompt of a segment and a score."""
         own = self.for_segment(segment)

@@ -87,6 +87,9 @@ class Verdict:
     """What a second opinion said; None if it was not asked. After ``failed`` the decision stays
     ``review``."""
 
+    left_early: bool = False
+    """Whether the prompt left the pass early, so that the score is an estimate (``early_exit``)."""
+
     def is_more_severe_than(self, other: Verdict, *, tie: float = 0.0) -> bool:
         """Whether it flags where the other does not, or decides or scores higher.
 

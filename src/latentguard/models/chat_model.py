@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -29,10 +30,13 @@ from latentguard.models.loading import (
 from latentguard.models.prefill import has_only_keys_and_values
 from latentguard.models.reply_loss import reply_losses
 from latentguard.models.reply_states import capture_replies
+from latentguard.models.shared_prompt import pad_tokens
 from latentguard.models.thinking_places import find_thinking
 from latentguard.models.weights_digest import execution_device, weights_digest
 from latentguard.prompts import Prompt, PromptLike, Reply, as_prompts
 from latentguard.states import Fingerprint, Progress, States, progress_bar
+
+T = TypeVar("T")
 
 PROMPTS_PER_STATES = 256
 """Prompts that are sorted by length and yielded together; bounds memory, whatever their number."""
@@ -400,19 +404,38 @@ class ChatModel:
         self, rows: Sequence[CaptureRow], layers: tuple[int, ...]
     ) -> Float[Tensor, "b p l d"]:
         """The states of rows that have as many positions each, in one pass."""
-        prefix = self._shared_prefix(rows, max(layers))
+        shape = (len(rows), len(rows[0].spans), len(layers), self.width)
+        buffer = torch.empty(shape, dtype=self.model.dtype, device=self.device)
+
+        def read(starts: Tensor, columns: Tensor) -> AbstractContextManager[None]:
+            return read_positions(
+                self.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer
+            )
+
+        self.run_rows(rows, max(layers), read)
+        return buffer.cpu()
+
+    @torch.inference_mode()
+    def run_rows(
+        self,
+        rows: Sequence[CaptureRow],
+        last_layer: int,
+        hooks: Callable[[Int[Tensor, "b p"], Int[Tensor, "b p"]], AbstractContextManager[T]],
+    ) -> T:
+        """Run rows that have as many positions each in one pass; returns what the hooks yielded.
+
+        Args:
+            rows: What is read.
+            last_layer: The last that is needed.
+            hooks: What the pass runs in, from the first and the last token of each position, as
+                the pass counts them.
+        """
+        prefix = self._shared_prefix(rows, last_layer)
         skip = len(prefix.ids) if prefix else 0
         spans = torch.tensor([row.spans for row in rows], device=self.device) - skip
-        starts, columns = spans.unbind(-1)
-        buffer = torch.empty(
-            (*columns.shape, len(layers), self.width), dtype=self.model.dtype, device=self.device
-        )
-        hooks = read_positions(
-            self.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer
-        )
-        with hooks:
-            self._run(_right_padded(rows, skip), prefix)
-        return buffer.cpu()
+        with hooks(*spans.unbind(-1)) as yielded:
+            self._run(pad_tokens([row.ids[skip:] for row in rows]), prefix)
+        return yielded
 
     @torch.inference_mode()
     def score_batch(
@@ -421,7 +444,7 @@ class ChatModel:
         """For each token of each row's first span the inner product of states and weights."""
         prefix = self._shared_prefix(rows, max(layers))
         skip = len(prefix.ids) if prefix else 0
-        ids = _right_padded(rows, skip)
+        ids = pad_tokens([row.ids[skip:] for row in rows])
         totals = torch.zeros(ids.shape, device=self.device)
         hooks = score_tokens(self.blocks, layers=layers, weight=weight, totals=totals)
         with hooks:
@@ -463,15 +486,6 @@ class ChatModel:
             self._run(torch.tensor([ids]), None, cache)
         is_full = all(layer.get_seq_length() == len(ids) for layer in cache.layers[:last_layer])
         return _Prefix(ids if is_full else (), cache, last_layer)
-
-
-def _right_padded(rows: Sequence[CaptureRow], skip: int) -> Int[Tensor, "b s"]:
-    """Token ids without the first ``skip``; causal attention never sees the padding."""
-    length = max(row.length for row in rows) - skip
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : row.length - skip] = torch.tensor(row.ids[skip:])
-    return ids
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

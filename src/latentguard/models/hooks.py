@@ -1,4 +1,5 @@
-"""Reading and changing the residual stream and attention: the only module that alters a run.
+"""Reading and changing the residual stream and attention: with ``early_exit`` the only module
+that alters a run.
 
 Hooks are registered, and blocks skipped, in a ``with`` that puts everything back.
 """
@@ -72,17 +73,32 @@ def read_positions(
         starts: Where one lies before its column, the mean of the tokens between is kept.
         stop: Leave the pass after the last layer.
     """
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
-    means = None if starts is None else _Means(starts, columns)
-
-    def store(slot: int, hidden: Tensor) -> None:
-        device = hidden.device
-        buffer[:, :, slot] = hidden[rows.to(device), columns.to(device)].to(buffer.device)
-        if means is not None:
-            buffer[:, means.slots, slot] = means(hidden).to(buffer)
-
-    with _visit_layers(blocks, layers, store, stop=stop):
+    with visit_layers(blocks, layers, StoreStates(columns, starts, buffer), stop=stop):
         yield
+
+
+class StoreStates:
+    """Copies the residual stream at some tokens, layer by layer; see ``read_positions``."""
+
+    def __init__(
+        self,
+        columns: Int[Tensor, "b p"],
+        starts: Int[Tensor, "b p"] | None,
+        buffer: Float[Tensor, "b p l d"],
+    ) -> None:
+        """Copy states at ``columns``, or means from ``starts`` on, into ``buffer``."""
+        self._rows = torch.arange(len(columns), device=columns.device)[:, None]
+        self._columns = columns
+        self._buffer = buffer
+        self._means = None if starts is None else _Means(starts, columns)
+
+    def __call__(self, slot: int, hidden: Float[Tensor, "b s d"]) -> None:
+        """Copy the residual stream of the layer with this number."""
+        device, buffer = hidden.device, self._buffer
+        wanted = hidden[self._rows.to(device), self._columns.to(device)]
+        buffer[:, :, slot] = wanted.to(buffer.device)
+        if self._means is not None:
+            buffer[:, self._means.slots, slot] = self._means(hidden).to(buffer)
 
 
 @contextmanager
@@ -110,7 +126,7 @@ def score_tokens(
     def add(slot: int, hidden: Tensor) -> None:
         totals.add_((hidden.float() @ rows[slot].to(hidden.device)).to(totals.device))
 
-    with _visit_layers(blocks, layers, add, stop=stop):
+    with visit_layers(blocks, layers, add, stop=stop):
         yield
 
 
@@ -125,12 +141,12 @@ def keep_states(
         layers: Which layers.
         states: Where they go, as the model has them.
     """
-    with _visit_layers(blocks, layers, states.__setitem__, stop=False):
+    with visit_layers(blocks, layers, states.__setitem__, stop=False):
         yield
 
 
 @contextmanager
-def _visit_layers(
+def visit_layers(
     blocks: Sequence[nn.Module],
     layers: Sequence[int],
     visit: Callable[[int, Tensor], None],
@@ -150,7 +166,7 @@ def _visit_layers(
 
     with suppress(StopForward), ExitStack() as stack:
         for slot, layer in enumerate(layers):
-            stack.callback(_register(blocks, layer, partial(see, slot)).remove)
+            stack.callback(hook_layer(blocks, layer, partial(see, slot)).remove)
         yield
 
 
@@ -178,7 +194,7 @@ class _Means:
         return ((token >= starts) & (token <= columns)) / (columns - starts + 1).float()
 
 
-def _register(
+def hook_layer(
     blocks: Sequence[nn.Module], layer: int, visit: Callable[[Tensor], Tensor | None]
 ) -> Any:
     """Call ``visit`` with the residual stream at a layer; a tensor that it returns replaces it."""
@@ -231,7 +247,7 @@ def add_vector(
         return hidden + step.to(hidden)
 
     with ExitStack() as stack:
-        stack.callback(_register(blocks, layer, shift).remove)
+        stack.callback(hook_layer(blocks, layer, shift).remove)
         yield
 
 
@@ -259,7 +275,7 @@ def replace_states(
         return new
 
     with ExitStack() as stack:
-        stack.callback(_register(blocks, layer, put).remove)
+        stack.callback(hook_layer(blocks, layer, put).remove)
         yield
 
 
@@ -288,7 +304,7 @@ def project_out(
 
     with ExitStack() as stack:
         for layer in range(len(blocks) + 1):
-            stack.callback(_register(blocks, layer, project).remove)
+            stack.callback(hook_layer(blocks, layer, project).remove)
         yield
 
 

@@ -48,6 +48,7 @@ COLUMNS = pa.schema(
         ("calibrated", pa.bool_()),
         ("operating_point", pa.string()),
         ("second_opinion", pa.string()),
+        ("left_early", pa.bool_()),
         ("error", pa.string()),
     ]
 )
