@@ -26,12 +26,12 @@ import torch
 from latentguard.data.builtin import load_guard_prompts, load_training_rows
 from latentguard.data.prompt_files import read_prompts
 from latentguard.guard.early_exit import EarlyExit, bound_lost
-from latentguard.guard.early_reading import calibrate_early_exit, read_first_layer
+from latentguard.guard.early_reading import calibrate_early_exit, read_first_layer, scan_corpus
 from latentguard.guard.latent_guard import LatentGuard, load_guard
 from latentguard.models.chat_model import ChatModel
 from latentguard.prompts import Prompt
 from latentguard.states import no_progress
-from latentguard.stats.intervals import proportion
+from latentguard.stats.rates import proportion
 
 SETS = ("alpaca_harmless", "toxicchat_third", "openai_moderation", "xstest")
 SHARES = (0.02, 0.05, 0.1)
@@ -117,7 +117,7 @@ def speed_of(
     for turn in range(ROUNDS + 1):  # the first is not counted
         for name, arm in arms.items():
             start = time.process_time()
-            for _ in arm.scan(model, prompts, progress=no_progress):
+            for _ in scan_corpus(arm, model, prompts, progress=no_progress):
                 pass
             if turn:
                 seconds[name].append(time.process_time() - start)

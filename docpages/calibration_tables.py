@@ -179,6 +179,48 @@ def _rates(figures: Figure) -> str:
     return f"{figures['f1']:.2f}, {figures['recall']:.0%}, {figures['fpr']:.1%}"
 
 
+EXIT_SETS = {
+    "validation": "built-in guard prompts, validation",
+    "alpaca_harmless": "Alpaca",
+    "toxicchat_third": "ToxicChat, a third",
+    "openai_moderation": "OpenAI moderation",
+    "xstest": "XSTest",
+}
+
+
+def early_exit_table() -> str:
+    """What leaves, what is lost and how much faster it is, by the share that may be lost."""
+    found = read_result("early-exit-smollm2-135m")
+    rows = [
+        [
+            f"{float(share):.0%}",
+            f"{EXIT_SETS[key]} ({sum(one['left']['n'])})",
+            f"{one['left']['value']:.0%}",
+            _lost(one["lost"]),
+            _ratio(found["speed"][share].get(key)),
+        ]
+        for share, sets in found["shares"].items()
+        for key, one in sets.items()
+    ]
+    head = [
+        "may be lost",
+        "prompts (n)",
+        f"left after layer {found['layer']}",
+        "flagged prompts lost",
+        "prompts per second, over the whole pass",
+    ]
+    command = "python benchmarks/early_exit.py default --data-dir D --json FILE"
+    return markdown_table(head, rows, command)
+
+
+def _lost(figure: Figure | None) -> str:
+    return f"{figure['n'][0]} of {sum(figure['n'])}" if figure else "none is flagged"
+
+
+def _ratio(speed: Figure | None) -> str:
+    return "{:.2f} ({:.2f}, {:.2f})".format(*speed["ratio"]) if speed else ""
+
+
 CALIBRATION_TABLES: dict[str, Callable[[], str]] = {
     "chat-rates": chat_rates_table,
     "calibration-promise": promise_table,
@@ -187,5 +229,6 @@ CALIBRATION_TABLES: dict[str, Callable[[], str]] = {
     "cascade-planted": cascade_planted_table,
     "cascade-sets": cascade_sets_table,
     "cascade-cost": cascade_cost_table,
+    "early-exit": early_exit_table,
 }
 """Name on a page -> what makes the table."""

@@ -11,7 +11,7 @@ from fake_backend import FakeBackend, labelled, texts
 from latentguard.errors import GuardError
 from latentguard.guard.chunking import Chunking
 from latentguard.guard.early_exit import bound_lost
-from latentguard.guard.early_reading import calibrate_early_exit
+from latentguard.guard.early_reading import calibrate_early_exit, scan_corpus
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Message, Prompt
 from models.architectures import chat_model
@@ -61,7 +61,7 @@ class TestScan:
     def test_harmless_prompts_leave_and_the_others_have_the_verdict_of_the_whole_pass(
         self, deep, whole, guard, rows
     ):
-        before, after = (list(one.scan(deep, rows)) for one in (whole, guard))
+        before, after = (list(scan_corpus(one, deep, rows)) for one in (whole, guard))
         assert [v.id for v in after] == [v.id for v in before]
         left = [v for v in after if v.left_early]
         assert len(left) > len(rows) / 4
@@ -73,19 +73,21 @@ class TestScan:
 
     def test_it_flags_nothing_that_the_whole_pass_allows(self, deep, whole, guard, rows):
         before, after = (
-            {v.id for v in one.scan(deep, rows) if v.flagged} for one in (whole, guard)
+            {v.id for v in scan_corpus(one, deep, rows) if v.flagged} for one in (whole, guard)
         )
         assert after <= before
         assert len(after) >= 0.9 * len(before)
 
     def test_layers_behind_the_exit_compute_the_prompts_that_stay(self, deep, guard, rows):
         verdicts = []
-        counts = last_rows(deep, lambda: verdicts.extend(guard.scan(deep, rows)))
+        counts = last_rows(deep, lambda: verdicts.extend(scan_corpus(guard, deep, rows)))
         assert sum(counts) == sum(not v.left_early for v in verdicts) < len(rows)
 
     def test_an_estimate_is_in_the_unit_of_the_score(self, deep, whole, guard, rows):
         scores = {v.id: v.score for v in whole.scan(deep, rows)}
-        errors = [abs(v.score - scores[v.id]) for v in guard.scan(deep, rows) if v.left_early]
+        errors = [
+            abs(v.score - scores[v.id]) for v in scan_corpus(guard, deep, rows) if v.left_early
+        ]
         assert max(errors) < 2 * whole.spread
 
     def test_prompts_of_several_texts_are_read_whole(self, deep, guard):
@@ -96,11 +98,17 @@ class TestScan:
         part = replace(guard.early_exit, guard=replace(chunked, early_exit=None).digest)
         several = replace(chunked, early_exit=part)
         assert [len(several.plan(prompt)) > 1 for prompt in prompts] == [True, False, True]
-        left = [v.left_early for v in several.scan(deep, prompts)]
+        left = [v.left_early for v in scan_corpus(several, deep, prompts)]
         assert left == [False, True, False]
 
+    def test_all_prompts_may_leave(self, deep, guard):
+        everything = replace(guard.early_exit.bound, threshold=-1e9)
+        all_leave = replace(guard, early_exit=replace(guard.early_exit, bound=everything))
+        verdicts = list(scan_corpus(all_leave, deep, texts(5, bad=True)))
+        assert [v.left_early for v in verdicts] == [True] * 5
+
     def test_nothing_to_scan_gives_nothing(self, deep, guard):
-        assert list(guard.scan(deep, [])) == []
+        assert list(scan_corpus(guard, deep, [])) == []
 
     def test_other_backends_read_whole(self, guard):
         backend = FakeBackend()
@@ -108,7 +116,7 @@ class TestScan:
         part = replace(guard.early_exit, guard=plain.digest)
         fake = replace(plain, early_exit=part)
         assert fake.usable_early_exit is part
-        assert [v.left_early for v in fake.scan(backend, ["Hello."])] == [False]
+        assert [v.left_early for v in scan_corpus(fake, backend, ["Hello."])] == [False]
 
 
 def share_lost(seed, noise):
@@ -184,7 +192,7 @@ class TestChangedGuard:
     def test_a_new_threshold_voids_it(self, deep, guard, rows):
         other = replace(guard, threshold=guard.threshold + 0.1)
         assert other.usable_early_exit is None
-        assert not any(v.left_early for v in other.scan(deep, rows))
+        assert not any(v.left_early for v in scan_corpus(other, deep, rows))
         assert not any("leave the pass" in note for note in other.notes)
 
     def test_canaries_are_read_whole(self, deep, guard):
@@ -194,8 +202,8 @@ class TestChangedGuard:
         guard.save(tmp_path / "guard")
         loaded = LatentGuard.load(tmp_path / "guard", deep)
         assert loaded.digest == guard.digest
-        kept = [v.left_early for v in loaded.scan(deep, rows)]
-        assert kept == [v.left_early for v in guard.scan(deep, rows)]
+        kept = [v.left_early for v in scan_corpus(loaded, deep, rows)]
+        assert kept == [v.left_early for v in scan_corpus(guard, deep, rows)]
         assert "leave the pass after layer 3" in (tmp_path / "guard" / "README.md").read_text()
 
     def test_damaged_weights_are_refused(self, guard):

@@ -77,8 +77,9 @@ def test_chats_and_short_prompts_are_batched_alike(model):
     torch.testing.assert_close(got.values, states.values, atol=1e-4, rtol=1e-4)
 
 
-def test_an_undefined_estimate_stays(model):
-    undefined = lambda states: torch.full((len(states),), torch.nan)  # noqa: E731
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_estimate_that_is_not_finite_stays(value, model):
+    undefined = lambda states: torch.full((len(states),), value)  # noqa: E731
     got = capture_staying(
         model, [Prompt("Hello.")], undefined, cut=0.0, positions=POSITIONS, layers=LAYERS
     )

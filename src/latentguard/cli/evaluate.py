@@ -42,6 +42,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 (each is an option)
     Example: latentguard evaluate guards/qwen labelled.jsonl
     """
     from latentguard.guard import evaluation
+    from latentguard.guard.early_reading import scan_corpus
 
     with explain_interrupt("Nothing is kept: evaluate reads all prompts or none."):
         loaded = read_guard(guard)
@@ -56,7 +57,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 (each is an option)
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
         with progress("evaluate", len(rows)) as view:
-            verdicts = list(loaded.scan(backend, rows, progress=view.advance))
+            verdicts = list(scan_corpus(loaded, backend, rows, progress=view.advance))
     result = evaluation.evaluate(rows, verdicts)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))

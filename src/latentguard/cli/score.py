@@ -129,10 +129,11 @@ def _score_rows(
     out: Path | None,
     view: ProgressView,
 ) -> None:
+    from latentguard.guard.early_reading import scan_corpus
     from latentguard.guard.score_files import score_to_file
 
     if out is None:
-        for verdict in guard.scan(backend, rows, progress=view.advance):
+        for verdict in scan_corpus(guard, backend, rows, progress=view.advance):
             typer.echo(json.dumps(verdict.to_dict()))
         return
     _echo_verdicts_in(out, score_to_file(guard, backend, rows, out, progress=view.advance))

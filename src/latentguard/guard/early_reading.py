@@ -8,25 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from latentguard.errors import GuardError
+from latentguard.guard.cascade import Cascade
 from latentguard.guard.early_exit import EarlyExit, bound_lost
+from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.leakage import prompt_digest, require_unseen
 from latentguard.guard.verdict import Verdict
 from latentguard.models.chat_model import PROMPTS_PER_STATES, ChatModel
 from latentguard.models.early_exit import capture_staying
 from latentguard.probes.probe import Probe
 from latentguard.probes.ridge import Design, Ridge, folds_of
-from latentguard.prompts import Prompt
-from latentguard.states import Backend, Progress, States, no_progress
-
-if TYPE_CHECKING:
-    from latentguard.guard.latent_guard import LatentGuard
+from latentguard.prompts import Prompt, PromptLike, as_prompts
+from latentguard.states import Backend, Progress, States, no_progress, progress_bar
 
 STRENGTHS = (0.1, 0.3, 1.0)
 """Ridge penalties tried, in units of the mean eigenvalue of the Gram matrix."""
@@ -110,30 +108,44 @@ def _fit_estimate(layer: int, states: Float[Tensor, "n p d"], scores: Float[Tens
     return Probe("linear", (layer,), weight[0], float(bias[0]))
 
 
-def scan_prompts(
-    guard: LatentGuard, backend: Backend, prompts: Iterable[Prompt]
+def scan_corpus(
+    guard: LatentGuard | Cascade,
+    backend: Backend,
+    prompts: Iterable[PromptLike],
+    *,
+    progress: Progress | None = None,
 ) -> Iterator[Verdict]:
-    """Yield a verdict for each prompt, in order; some leave the pass early, if that was calibrated.
+    """As ``guard.scan``, but some prompts leave the pass early, if that was calibrated.
 
-    Several texts are read of a long prompt, a chat and what looks obfuscated: these never leave.
+    - Several texts are read of a long prompt, a chat and what looks obfuscated: these never leave.
+    - A guard with a second opinion reads each prompt whole.
 
     Raises:
         PromptError: if a prompt is empty or too long.
         GuardError: if a number is not finite (fail closed).
     """
-    early = guard.usable_early_exit
-    if early is None or not isinstance(backend, ChatModel):
-        yield from (outcome.verdict for outcome in guard.read(backend, prompts))
+    early = None if isinstance(guard, Cascade) else guard.usable_early_exit
+    if isinstance(guard, Cascade) or early is None or not isinstance(backend, ChatModel):
+        yield from guard.scan(backend, prompts, progress=progress)
         return
     guard.require_match(backend.fingerprint)
+    with progress_bar("scan", prompts, progress) as advance:
+        for verdict in _scan_groups(guard, early, backend, as_prompts(prompts)):
+            advance(1)
+            yield verdict
+
+
+def _scan_groups(
+    guard: LatentGuard, early: EarlyExit, model: ChatModel, prompts: Iterable[Prompt]
+) -> Iterator[Verdict]:
     source = iter(prompts)
     while group := list(islice(source, PROMPTS_PER_STATES)):
         plans = [guard.plan(prompt) for prompt in group]
         short = [n for n, variants in enumerate(plans) if len(variants) == 1]
-        brief = _short_verdicts(guard, early, backend, [group[n] for n in short])
+        brief = _short_verdicts(guard, early, model, [group[n] for n in short])
         verdicts = dict(zip(short, brief, strict=True))
         several = [n for n in range(len(group)) if n not in verdicts]
-        whole = guard.score_prompts(backend, [group[n] for n in several])
+        whole = guard.score_prompts(model, [group[n] for n in several])
         verdicts |= zip(several, (guard.combine(one).verdict for one in whole), strict=True)
         for n in range(len(group)):
             yield verdicts[n]

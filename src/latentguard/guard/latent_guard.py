@@ -25,7 +25,6 @@ from latentguard.guard.compatibility import (
     require_readable,
 )
 from latentguard.guard.display import facts_table
-from latentguard.guard.early_reading import scan_prompts
 from latentguard.guard.hub import find_guard, upload_guard
 from latentguard.guard.leakage import prompt_digest
 from latentguard.guard.own_model import OwnModel
@@ -133,7 +132,7 @@ class LatentGuard(GuardSpec):
     def with_canaries(self, backend: Backend, texts: Sequence[str] = ()) -> LatentGuard:
         """The same guard, these canaries or its own scored as it scores now."""
         texts = texts or [canary.text for canary in self.canaries]
-        scores = [outcome.verdict.score for outcome in self.read(backend, texts)]
+        scores = [verdict.score for verdict in self.scan(backend, texts, progress=no_progress)]
         return replace(self, canaries=tuple(map(Canary, texts, scores)))
 
     def calibrate(
@@ -150,7 +149,8 @@ class LatentGuard(GuardSpec):
         """A new guard whose thresholds keep false-positive rates.
 
         - Prompts that packs were trained on are left out.
-        - Long prompts and chats are left out if the guard has a chunking (``chunk_calibration``).
+        - Long prompts and chats are left out if the guard has a chunking, which has a threshold of
+          its own (``chunk_calibration``).
 
         Args:
             backend: The model.
@@ -236,9 +236,9 @@ class LatentGuard(GuardSpec):
             ['1', '2']
         """
         with progress_bar("scan", prompts, progress) as advance:
-            for verdict in scan_prompts(self, backend, as_prompts(prompts)):
+            for outcome in self.read(backend, prompts):
                 advance(1)
-                yield verdict
+                yield outcome.verdict
 
     def read(self, backend: Backend, prompts: Iterable[PromptLike]) -> Iterator[Outcome]:
         """As ``scan``, with what was measured on the version of each prompt that decided."""

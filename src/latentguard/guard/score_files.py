@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic, TextIO, TypeVar
 from latentguard.errors import PromptError
 from latentguard.files import append_line, exclusive_lock, read_whole_lines, write_atomic
 from latentguard.guard.cascade import Cascade
+from latentguard.guard.early_reading import scan_corpus
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.replies import ReplyVerdict, reply_digest
 from latentguard.guard.verdict import Verdict
@@ -46,7 +47,7 @@ def score_to_file(
             folder.
         LatentGuardError: if another run is writing ``out``.
     """
-    scan = partial(guard.scan, backend, progress=progress)
+    scan = partial(scan_corpus, guard, backend, progress=progress)
     return _write_verdicts(_Scan(guard.digest, scan, _prompt_line), prompts, out, progress)
 
 

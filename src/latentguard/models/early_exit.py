@@ -80,8 +80,8 @@ def capture_staying(
         buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
 
         def stay(first: Tensor) -> Tensor:
-            estimates[batch] = estimate(first.cpu())
-            return ~(estimates[batch] < cut)  # what is not a number stays, and is found at the end
+            own = estimates[batch] = estimate(first.cpu())
+            return ~((own < cut) & own.isfinite())  # what is not finite is found at the end
 
         def hooks(starts: Tensor, columns: Tensor) -> AbstractContextManager[list[Tensor]]:
             return read_staying(model.blocks, (starts, columns), layers, buffer, stay)

@@ -13,6 +13,7 @@ import torch
 
 from latentguard.data.prompt_files import Columns
 from latentguard.errors import GuardError, LatentGuardError, PromptError, TemplateError
+from latentguard.guard.early_reading import scan_corpus
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.integrations.ray import corpora, shards
 from latentguard.integrations.ray.corpora import Block, Row
@@ -78,7 +79,8 @@ class Scorer(Worker):
         """A prompt that cannot be read, or has no score, costs no verdict but its own."""
         try:
             prompts = [row.prompt for row in rows if row.prompt is not None]
-            return list(map(shards.record, rows, self.guard.scan(self.backend, prompts)))
+            verdicts = scan_corpus(self.guard, self.backend, prompts)
+            return list(map(shards.record, rows, verdicts))
         except (PromptError, TemplateError, GuardError) as error:
             if len(rows) == 1:
                 return [shards.record(rows[0], None, str(error))]
