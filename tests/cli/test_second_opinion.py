@@ -135,3 +135,17 @@ class TestScore:
             code, _, err = lg("score", ready, files["plain"], "--second-opinion", url, *more)
             assert code == 2
             assert "--second-opinion" in err
+
+
+class TestEvaluate:
+    def test_shares_are_those_of_both_together(self, lg, ready, files, url, tmp_path):
+        """All of the band is asked about, and the second opinion tells the kinds apart."""
+        mixed = rows(40, "sly", "harmful", start=50) + rows(40, "kind", "harmless", start=900)
+        labelled = written(tmp_path / "labelled.jsonl", mixed)
+        words = ["evaluate", ready, labelled, "--json"]
+        alone = json.loads(lg(*words)[1])["total"]
+        code, out, err = lg(*words, "--second-opinion", url)
+        both = json.loads(out)["total"]
+        assert code == 0, err
+        assert both["caught"]["value"] > alone["caught"]["value"]
+        assert both["falsely_flagged"]["value"] <= alone["falsely_flagged"]["value"]

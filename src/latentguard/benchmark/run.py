@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,7 @@ def run_benchmark(
         step: Called with the name and size of each step.
     """
     begin = step or (lambda name, total: no_progress)
+    guard = replace(guard, early_exit=None)  # the paper's rule needs the beliefs of every prompt
     training, basis = ngram_training(guard)
     results = []
     for one in sets:

@@ -12,8 +12,21 @@ import typer
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.inputs import guard_columns
 from latentguard.cli.interrupts import explain_interrupt
-from latentguard.cli.loading import load_guard_model, read_guard, warn_if_uncalibrated
-from latentguard.cli.options import AllowMismatch, DeviceMap, GuardSource, MovedModel, TextColumn
+from latentguard.cli.loading import (
+    load_cascade,
+    load_guard_model,
+    read_cascade,
+    read_guard,
+    warn_if_uncalibrated,
+)
+from latentguard.cli.options import (
+    AllowMismatch,
+    DeviceMap,
+    GuardSource,
+    MovedModel,
+    SecondOpinionSource,
+    TextColumn,
+)
 from latentguard.data.prompt_files import read_prompts
 from latentguard.prompts import Prompt
 
@@ -28,6 +41,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 (each is an option)
     segment_column: Annotated[
         str | None, typer.Option(help="Column with the traffic segment; default: the guard's.")
     ] = None,
+    second_opinion: SecondOpinionSource = None,
     text_column: TextColumn = "text",
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
@@ -37,7 +51,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 (each is an option)
 
     Shares are at the guard's own threshold: of all rows, by category and by segment. Each row needs
     a label, 'harmful' or 'harmless'. A warning counts prompts that the guard was fitted on, since
-    it does better on them than on others.
+    it does better on them than on others. With --second-opinion, shares are those of both together.
 
     Example: latentguard evaluate guards/qwen labelled.jsonl
     """
@@ -53,11 +67,13 @@ def evaluate(  # noqa: PLR0913, PLR0917 (each is an option)
         rows = read_prompts(prompts, columns=columns)
         evaluation.require_labels(rows)
         _warn_of_training_prompts(loaded, rows)
+        cascade = read_cascade(loaded, guard, second_opinion) if second_opinion else None
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
+        asked = load_cascade(cascade, loaded) if cascade else loaded
         with progress("evaluate", len(rows)) as view:
-            verdicts = list(scan_corpus(loaded, backend, rows, progress=view.advance))
+            verdicts = list(scan_corpus(asked, backend, rows, progress=view.advance))
     result = evaluation.evaluate(rows, verdicts)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
