@@ -2,11 +2,11 @@
 
     python benchmarks/early_exit.py GUARD --data-dir D --json FILE
 
-The estimate is fitted on built-in training prompts and the cut is set on the built-in validation
-prompts, for several shares of flagged prompts that may be lost. Then sets of other people's
-prompts are read: DIR holds alpaca_harmless, toxicchat_third, openai_moderation and xstest .jsonl.
-Speed is processor time of one thread, whole and with the exit in turn over the same prompts.
-Prompts that are read by chunks are left out.
+The estimate is fitted on built-in training prompts. The cut is set on the built-in validation
+prompts, for several shares of flagged prompts that may be lost. Then sets of other people's prompts
+are read: DIR holds alpaca_harmless, toxicchat_third, openai_moderation and xstest .jsonl. Speed is
+that of the first share: processor time of one thread, whole and with the exit in turn over the same
+prompts. Prompts that are read by chunks are left out.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ import torch
 from latentguard.data.builtin import load_guard_prompts, load_training_rows
 from latentguard.data.prompt_files import read_prompts
 from latentguard.guard.early_exit import EarlyExit, bound_lost
-from latentguard.guard.early_reading import calibrate_early_exit, read_first_layer, scan_corpus
-from latentguard.guard.latent_guard import LatentGuard, load_guard
+from latentguard.guard.early_reading import fit_estimate, read_first_layer, scan_corpus
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.loading import load_guard
 from latentguard.models.chat_model import ChatModel
+from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
 from latentguard.states import no_progress
 from latentguard.stats.rates import proportion
@@ -36,7 +38,7 @@ from latentguard.stats.rates import proportion
 SETS = ("alpaca_harmless", "toxicchat_third", "openai_moderation", "xstest")
 SHARES = (0.02, 0.05, 0.1)
 TRAINING_ROWS = 2000
-ROUNDS = 3
+ROUNDS = 2
 
 
 def main() -> None:
@@ -44,8 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("guard")
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=300, help="of each set, drawn with a seed")
-    parser.add_argument("--timed", type=int, default=100, help="of these, that are timed")
+    parser.add_argument("--rows", type=int, default=250, help="of each set, drawn with a seed")
+    parser.add_argument("--timed", type=int, default=60, help="of these, that are timed")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -53,28 +55,25 @@ def main() -> None:
     model = guard.model
     assert isinstance(model, ChatModel)
     validation = short_ones(guard, load_guard_prompts("validation"))
-    training = load_training_rows(TRAINING_ROWS)
-    early = calibrate_early_exit(guard, model, training, validation, max_lost=SHARES[0])
-    known = estimates_of(guard, model, early, validation)
+    training = read_first_layer(guard, model, load_training_rows(TRAINING_ROWS), progress=print)
+    probe = fit_estimate(guard.probe.layers[0], *training)
     prompts = {name: rows_of(guard, options, name) for name in SETS}
-    read = {name: estimates_of(guard, model, early, rows) for name, rows in prompts.items()}
-    record: dict[str, Any] = {
-        "layer": early.probe.layers[0],
-        "last_layer": guard.probe.layers[-1],
-        "shares": {},
-        "speed": {},
+    sets = {"validation": validation, **prompts}
+    read = {name: estimates_of(guard, model, probe, rows) for name, rows in sets.items()}
+    record: dict[str, Any] = {"layer": probe.layers[0], "last_layer": guard.probe.layers[-1]}
+    bounds = {
+        share: bound_lost(*read["validation"], guard.lowest_threshold, share, 0.95)
+        for share in SHARES
     }
-    for share in SHARES:
-        bound = bound_lost(*known, guard.lowest_threshold, share, 0.95)
-        sets = {"validation": known, **read}
-        rows = {name: what_left(guard, -bound.threshold, *pair) for name, pair in sets.items()}
-        record["shares"][str(share)] = rows
-        part = replace(early, bound=bound)
-        quick = replace(guard, early_exit=part)
-        timed = {name: rows[: options.timed] for name, rows in prompts.items()}
-        record["speed"][str(share)] = {
-            name: speed_of(guard, quick, model, some) for name, some in timed.items()
-        }
+    record["shares"] = {
+        str(share): {name: what_left(guard, -bound.threshold, *pair) for name, pair in read.items()}
+        for share, bound in bounds.items()
+    }
+    part = EarlyExit(probe, bounds[SHARES[0]], left=0, n=len(validation), guard=guard.digest)
+    quick = replace(guard, early_exit=part)
+    record["speed"] = {
+        name: speed_of(guard, quick, model, rows[: options.timed]) for name, rows in prompts.items()
+    }
     options.json.write_text(json.dumps(record, indent=1))
     print(json.dumps(record, indent=1))
 
@@ -91,11 +90,11 @@ def rows_of(guard: LatentGuard, options: argparse.Namespace, name: str) -> list[
 
 
 def estimates_of(
-    guard: LatentGuard, model: ChatModel, early: EarlyExit, prompts: Sequence[Prompt]
+    guard: LatentGuard, model: ChatModel, probe: Probe, prompts: Sequence[Prompt]
 ) -> tuple[Any, Any]:
     """Estimates at the first layer, and scores of the whole pass."""
     states, scores = read_first_layer(guard, model, prompts, progress=no_progress)
-    return early.probe(states).double().numpy(), scores.numpy()
+    return probe(states).double().numpy(), scores.numpy()
 
 
 def what_left(guard: LatentGuard, cut: float, estimates: Any, scores: Any) -> dict[str, Any]:

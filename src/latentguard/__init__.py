@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from latentguard.data.prompt_files import read_prompts
     from latentguard.errors import LatentGuardError
     from latentguard.guard.cascade import Cascade
-    from latentguard.guard.latent_guard import LatentGuard, load_guard
+    from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.guard.loading import load_guard
     from latentguard.guard.verdict import Verdict
     from latentguard.integrations.ray import score_corpus
     from latentguard.integrations.vllm.backend import VllmModel
@@ -61,7 +62,7 @@ _MODULES = {
     "Verdict": "latentguard.guard.verdict",
     "VllmModel": "latentguard.integrations.vllm.backend",
     "load_contrast": "latentguard.data.builtin",
-    "load_guard": "latentguard.guard.latent_guard",
+    "load_guard": "latentguard.guard.loading",
     "load_guard_prompts": "latentguard.data.builtin",
     "read_prompts": "latentguard.data.prompt_files",
     "score_corpus": "latentguard.integrations.ray",

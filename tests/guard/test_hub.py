@@ -6,7 +6,8 @@ from huggingface_hub import constants
 from fake_backend import FakeBackend, labelled, texts
 from guard.hub_server import SHA, hub
 from latentguard.errors import GuardError
-from latentguard.guard.latent_guard import LatentGuard, load_guard
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.loading import load_guard
 
 
 @pytest.fixture(scope="module")

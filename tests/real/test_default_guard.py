@@ -8,8 +8,8 @@ import pytest
 from latentguard.data.builtin import load_contrast, load_guard_prompts
 from latentguard.errors import ModelError
 from latentguard.guard.hub import DEFAULT_GUARD
-from latentguard.guard.latent_guard import load_guard
 from latentguard.guard.leakage import prompt_digest
+from latentguard.guard.loading import load_guard
 from latentguard.stats.detection import auroc
 
 pytestmark = pytest.mark.model

@@ -17,7 +17,8 @@ from itertools import islice
 import numpy as np
 
 from latentguard.errors import GuardError
-from latentguard.guard.latent_guard import LatentGuard, load_guard
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.loading import load_guard
 from latentguard.guard.second_opinion import SecondOpinion, open_second_opinion
 from latentguard.guard.thresholds import Rates, SecondOpinionRecord
 from latentguard.guard.verdict import Decision, Opinion, Verdict

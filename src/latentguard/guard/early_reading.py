@@ -59,7 +59,7 @@ def calibrate_early_exit(
     seen = {prompt_digest(prompt) for prompt in training}
     require_unseen(prompts, [*guard.all_training_digests, *seen])
     read = partial(read_first_layer, guard, model, progress=progress)
-    probe = _fit_estimate(guard.probe.layers[0], *read(training))
+    probe = fit_estimate(guard.probe.layers[0], *read(training))
     short = [prompt for prompt in prompts if len(guard.plan(prompt)) == 1]
     states, scores = read(short)
     estimates = probe(states).double().numpy()
@@ -98,7 +98,7 @@ def read_first_layer(
     return torch.cat(parts), torch.tensor(scores)
 
 
-def _fit_estimate(layer: int, states: Float[Tensor, "n p d"], scores: Float[Tensor, "n"]) -> Probe:
+def fit_estimate(layer: int, states: Float[Tensor, "n p d"], scores: Float[Tensor, "n"]) -> Probe:
     """The ridge of the penalty with the least error on scores of other folds."""
     design = Design(states, scores[:, None], torch.ones(len(scores)))
     folds = folds_of([str(n) for n in range(len(scores))])
