@@ -5,8 +5,8 @@
 The estimate is fitted on built-in training prompts. The cut is set on the built-in validation
 prompts, for several shares of flagged prompts that may be lost. Then sets of other people's prompts
 are read: DIR holds alpaca_harmless, toxicchat_third, openai_moderation and xstest .jsonl. Speed is
-that of the first share: processor time of one thread, whole and with the exit in turn over the same
-prompts. Prompts that are read by chunks are left out.
+processor time of one thread, whole and with the exit in turn over the same prompts. Prompts that
+are read by chunks are left out.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from latentguard.stats.rates import proportion
 
 SETS = ("alpaca_harmless", "toxicchat_third", "openai_moderation", "xstest")
 SHARES = (0.02, 0.05, 0.1)
+TIMED_SHARES = SHARES[:2]
 TRAINING_ROWS = 2000
 ROUNDS = 2
 
@@ -55,7 +56,9 @@ def main() -> None:
     model = guard.model
     assert isinstance(model, ChatModel)
     validation = short_ones(guard, load_guard_prompts("validation"))
-    training = read_first_layer(guard, model, load_training_rows(TRAINING_ROWS), progress=print)
+    training = read_first_layer(
+        guard, model, load_training_rows(TRAINING_ROWS), progress=no_progress
+    )
     probe = fit_estimate(guard.probe.layers[0], *training)
     prompts = {name: rows_of(guard, options, name) for name in SETS}
     sets = {"validation": validation, **prompts}
@@ -69,11 +72,13 @@ def main() -> None:
         str(share): {name: what_left(guard, -bound.threshold, *pair) for name, pair in read.items()}
         for share, bound in bounds.items()
     }
-    part = EarlyExit(probe, bounds[SHARES[0]], left=0, n=len(validation), guard=guard.digest)
-    quick = replace(guard, early_exit=part)
-    record["speed"] = {
-        name: speed_of(guard, quick, model, rows[: options.timed]) for name, rows in prompts.items()
-    }
+    record["speed"] = {str(share): {} for share in TIMED_SHARES}
+    for share in TIMED_SHARES:
+        part = EarlyExit(probe, bounds[share], left=0, n=len(validation), guard=guard.digest)
+        quick = replace(guard, early_exit=part)
+        for name, rows in prompts.items():
+            some = rows[: options.timed]
+            record["speed"][str(share)][name] = speed_of(guard, quick, model, some)
     options.json.write_text(json.dumps(record, indent=1))
     print(json.dumps(record, indent=1))
 

@@ -197,9 +197,9 @@ def early_exit_table() -> str:
             f"{EXIT_SETS[key]} ({sum(one['left']['n'])})",
             f"{one['left']['value']:.0%}",
             _lost(one["lost"]),
-            _ratio(found["speed"].get(key)) if number == 0 else "",
+            _ratio(found["speed"].get(share, {}).get(key)),
         ]
-        for number, (share, sets) in enumerate(found["shares"].items())
+        for share, sets in found["shares"].items()
         for key, one in sets.items()
     ]
     head = [
