@@ -126,8 +126,9 @@ class TestGate:
         assert self.texts(gate, 0.9, 0.9) == ["<0>", "<1>"]
         assert gate.verdict("").flagged
 
-    def test_an_undefined_score_ends_the_reply_and_has_no_verdict(self):
-        gate = self.gate()
+    @pytest.mark.parametrize("policy", ["cut", "block", "annotate"])
+    def test_an_undefined_score_ends_the_reply_and_has_no_verdict(self, policy):
+        gate = self.gate(policy)
         assert gate.push("x", float("nan")) == []
         assert gate.must_end
         with pytest.raises(GuardError, match="not a finite number"):

@@ -113,6 +113,21 @@ def test_blocked_nothing_of_a_flagged_stream_is_sent():
     assert whole["choices"][0]["finish_reason"] == "content_filter"
 
 
+@pytest.mark.parametrize("policy", ["cut", "block", "annotate"])
+def test_a_score_that_is_not_finite_ends_the_stream_and_nothing_unread_is_sent(policy, monkeypatch):
+    undefined = lambda self, text, *, is_whole: [float("nan")] * 40  # noqa: E731
+    monkeypatch.setattr("latentguard.serve.upstream_replies.ReplyReader.read", undefined)
+    with (
+        upstream(streams) as (_, where),
+        serve(flagging(), upstream=where, reply_policy=policy, hold_tokens=2) as url,
+    ):
+        found = events(url)
+        whole = post(f"{url}{CHAT}", json=chat(passed()))
+    assert text_of(found) == ""
+    assert "not a finite number" in found[-1]["error"]["message"]
+    assert whole.status_code == 503
+
+
 def test_annotated_events_have_the_running_score():
     with (
         upstream(streams) as (_, where),

@@ -57,10 +57,15 @@ class ReplyGate(Generic[Piece]):
         self.is_flagged = False
         """Whether a running score was above the threshold."""
 
+        self._is_undefined = False
+        """Whether one is not finite; there is no verdict then."""
+
     @property
     def must_end(self) -> bool:
-        """Whether the reply ends here."""
-        return self.is_flagged and self._policy in ("cut", "block")
+        """Whether the reply ends here: it is flagged, or nobody knows whether it is."""
+        if self._policy == "shadow":
+            return False
+        return self._is_undefined or (self.is_flagged and self._policy != "annotate")
 
     def push(self, text: Piece, score: float) -> list[ShownText[Piece]]:
         """Add a token that was read; returns what may be shown now.
@@ -71,7 +76,8 @@ class ReplyGate(Generic[Piece]):
         """
         running = self._running.push(score + self._judge.probe.bias)
         self._scores.append(running)
-        self.is_flagged |= not running <= self._judge.threshold  # what is undefined, too
+        self.is_flagged |= not running <= self._judge.threshold
+        self._is_undefined |= not np.isfinite(running)
         self._held.append(ShownText(text, running if self._policy == "annotate" else None))
         if self.must_end or self._policy == "block":
             return []

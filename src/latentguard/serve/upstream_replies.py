@@ -19,7 +19,7 @@ from latentguard.guard.replies import ReplyProbe, ReplyVerdict, running_scores
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.reply_reading import ReplyReader
 from latentguard.prompts import Prompt
-from latentguard.serve.errors import ApiError, UpstreamError
+from latentguard.serve.errors import ApiError, Unavailable
 from latentguard.serve.replies import reply_note
 from latentguard.serve.reply_reading import most_severe, reply_action
 from latentguard.serve.service import RequestContext
@@ -200,6 +200,10 @@ class FollowedReply:
         try:
             for choice in self._choices.values():
                 await choice.read(is_whole=is_whole)
+                choice.verdict()
+        except GuardError as error:
+            if self._policy != "shadow":
+                raise Unavailable(str(error)) from None
         except ApiError:
             if self._policy != "shadow":
                 raise
@@ -237,9 +241,7 @@ class FollowedReply:
         for choice in self._choices.values():
             try:
                 verdict = choice.verdict()
-            except GuardError as error:
-                if self._policy != "shadow":
-                    raise UpstreamError(str(error)) from None
+            except GuardError:  # a shadow, which has no verdict then
                 continue
             if verdict is not None:
                 verdicts.append(verdict)
