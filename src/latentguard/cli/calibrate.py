@@ -124,9 +124,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     With --second-opinion the rate is that of the guard and the second opinion together. It is asked
     of harmless prompts between the thresholds; --review-fpr is their share (default: 0.2).
 
-    With --early-exit 0.02 surely harmless prompts of files and corpora leave the pass at a third of
-    the depth; of the prompts that the guard flags or sends to review, at most 2 % are lost by it.
-    The thresholds stay; calibrate them first. --harmless and --harmful should be like your traffic.
+    With --early-exit 0.05 surely harmless prompts of files and corpora leave the pass at a third of
+    the depth. Of the prompts that the guard flags or sends to review, at most 5 % are lost by it.
+    Set the thresholds first. Give --harmless and --harmful prompts like your traffic.
 
     With --replies it sets the threshold for replies and leaves the other one: at most MAX_FPR of
     harmless replies are flagged at any of their tokens. The guard must be fitted with --replies.
