@@ -106,8 +106,6 @@ class ScoringEngine:
         """Whether guards and model are there."""
         return self.state in ("ready", "draining")
 
-    # ---- the event loop's side
-
     def start(self) -> None:
         """Start the thread, and watch it; needs a running event loop."""
         self._loop = asyncio.get_running_loop()
