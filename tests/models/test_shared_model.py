@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentguard.models.conversation import Conversation, Sampling
+from latentguard.models.conversation import Conversation, Sampling, capture_tokens
 from latentguard.models.segments import Segments
 from latentguard.models.shared_model import SharedModel
 from latentguard.prompts import Prompt
@@ -61,3 +61,13 @@ def test_a_reply_is_the_same_if_its_prompt_is_read_in_segments(model):
     texts = [[p.text for p in chat.pieces(sampling)] for chat in (whole, parts)]
     assert texts[0] == texts[1]
     assert Conversation(model, prompt, positions=(), layers=(1,), segments=segments).states is None
+
+
+def test_the_states_of_all_tokens_are_the_same_in_segments(model):
+    prompt = Prompt(TEXTS[1])
+    layout, whole = capture_tokens(model, prompt, (1, 2))
+    calls = []
+    segments = Segments(16, lambda: calls.append(1))
+    _, parts = capture_tokens(model, prompt, (1, 2), segments)
+    assert len(calls) == (len(layout.ids) - 1) // 16
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)

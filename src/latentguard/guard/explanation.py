@@ -15,6 +15,7 @@ from latentguard.guard.verdict import Verdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import capture_tokens
 from latentguard.models.layout import Layout, position_spans
+from latentguard.models.segments import Segments
 from latentguard.probes.contributions import Contributions, explain_score, slot_terms
 from latentguard.probes.fitting import slots
 from latentguard.prompts import Prompt
@@ -64,7 +65,13 @@ class Explainer:
         self._references = WeakKeyDictionary[LatentGuard, Float[Tensor, "s"]]()
 
     def explain(
-        self, guard: LatentGuard, model: ChatModel, prompt: Prompt, verdict: Verdict
+        self,
+        guard: LatentGuard,
+        model: ChatModel,
+        prompt: Prompt,
+        verdict: Verdict,
+        *,
+        segments: Segments | None = None,
     ) -> Explanation:
         """Read the text that decided once more, each of its tokens.
 
@@ -73,10 +80,11 @@ class Explainer:
             model: Its model.
             prompt: What was asked; of a chat, the reading that decided.
             verdict: What the guard says of it.
+            segments: How a long text is read while others wait; None reads it in one pass.
         """
         variant = deciding_variant(guard.plan(prompt), verdict)
         layers = guard.probe.layers
-        layout, states = capture_tokens(model, variant.prompt, layers)
+        layout, states = capture_tokens(model, variant.prompt, layers, segments)
         first = layout.instruction.start
         positions = guard.reading.positions
         spans = [(a - first, b - first) for a, b in position_spans(layout, positions)]

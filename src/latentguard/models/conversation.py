@@ -189,9 +189,15 @@ def count_tokens(model: ChatModel, prompt: Prompt, limit: int) -> int:
 
 
 def capture_tokens(
-    model: ChatModel, prompt: Prompt, layers: Sequence[int]
+    model: ChatModel, prompt: Prompt, layers: Sequence[int], segments: Segments | None = None
 ) -> tuple[Layout, Float[Tensor, "t l d"]]:
     """The states of each token from the instruction on, and the layout that names the tokens.
+
+    Args:
+        model: The model.
+        prompt: The prompt.
+        layers: At which layers.
+        segments: How a long prompt is read while others wait; None reads it in one pass.
 
     Raises:
         PromptError: if the prompt is empty or too long.
@@ -199,6 +205,9 @@ def capture_tokens(
     layout = model.chat([prompt])[0]
     model.check_length(len(layout.ids), prompt)
     columns = range(layout.instruction.start, len(layout.ids))
+    row = CaptureRow(layout.ids, tuple((column, column) for column in columns))
+    if segments and row.length > segments.size and can_be_segmented(model, row):
+        return layout, prefill(model, row, layers, segments, stop=True)[0]
     return layout, _read(model, layout, columns, layers, stop=True)[0]
 
 

@@ -152,7 +152,7 @@ class ScoringEngine:
             ApiError: if there was no time for it.
         """
 
-        def meet(_: LatentGuard, model: ChatModel) -> ServedGuards | str:
+        def meet(_: LatentGuard, model: ChatModel, __: Segments | None) -> ServedGuards | str:
             try:
                 return ServedGuards.meet(self._bind(guard, model), named_guards, model, self._bind)
             except LatentGuardError as error:
@@ -207,7 +207,7 @@ class ScoringEngine:
 
         Args:
             prompt: What it reads.
-            work: Given a guard and its model.
+            work: Given a guard, its model, and how it may be read in segments.
             account: Whose it is.
             served: The guard; the default one if None.
             seconds: That it may take; the deadline of verdicts if None.
@@ -359,7 +359,7 @@ class ScoringEngine:
             model = SharedModel(self.model, segments)
         try:
             is_alone = items[0].work is not None
-            results = self._alone(items[0]) if is_alone else self._score(items, model)
+            results = self._alone(items[0], segments) if is_alone else self._score(items, model)
         except Abandoned:
             return
         except Exception as error:  # whatever it is, nobody may wait for this batch
@@ -428,11 +428,11 @@ class ScoringEngine:
             results |= zip(own, scored, strict=True)
         return [results[n] for n in range(len(items))]
 
-    def _alone(self, item: WorkItem) -> list[Any]:
+    def _alone(self, item: WorkItem, segments: Segments | None) -> list[Any]:
         assert item.work is not None
         served = item.served or self.guards.default
         try:
-            return [item.work(served.guard, self.model)]
+            return [item.work(served.guard, self.model, segments)]
         except LatentGuardError as error:
             return [to_api_error(error)]
 

@@ -211,7 +211,9 @@ async def _explain(context: RequestContext, prompt: Prompt, scored: ScoredPrompt
     explainer = context.service.explainer
     explanation: Explanation = await context.service.engine.run_alone(
         prompt,
-        lambda guard, model: explainer.explain(guard, model, prompt, scored.verdict),
+        lambda guard, model, segments: explainer.explain(
+            guard, model, prompt, scored.verdict, segments=segments
+        ),
         account=context.account,
         served=context.served,
     )

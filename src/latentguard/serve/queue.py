@@ -19,11 +19,12 @@ from typing import Any
 
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.models.chat_model import ChatModel
+from latentguard.models.segments import Segments
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import QueueFull
 from latentguard.serve.served_guards import ServedGuard
 
-Work = Callable[[LatentGuard, ChatModel], Any]
+Work = Callable[[LatentGuard, ChatModel, Segments | None], Any]
 """Something to do on the thread."""
 
 FULL = "Too many prompts are waiting; try again in a second."

@@ -10,6 +10,7 @@ from pydantic import create_model
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.replies import ReplyProbe, ReplyVerdict
 from latentguard.models.chat_model import ChatModel
+from latentguard.models.segments import Segments
 from latentguard.prompts import Message, Prompt, Reply
 from latentguard.serve.errors import ApiError
 from latentguard.serve.messages import ChatMessage
@@ -56,7 +57,7 @@ async def score_last_reply(
         return None
     whole = Prompt(reply.text, history=(*prompt.history, Message("user", prompt.text)))
 
-    def scan(guard: LatentGuard, model: ChatModel) -> ReplyVerdict:
+    def scan(guard: LatentGuard, model: ChatModel, _: Segments | None) -> ReplyVerdict:
         [verdict] = guard.scan_replies(model, [reply], progress=lambda count: None)
         return verdict
 

@@ -18,6 +18,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.replies import ReplyProbe, ReplyVerdict, running_scores
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.reply_reading import ReplyReader
+from latentguard.models.segments import Segments
 from latentguard.prompts import Prompt
 from latentguard.serve.errors import ApiError, Unavailable
 from latentguard.serve.replies import reply_note
@@ -62,7 +63,7 @@ class FollowedChoice:
         text = self.text
         judge = self._judge
 
-        def work(guard: LatentGuard, model: ChatModel) -> list[float]:
+        def work(guard: LatentGuard, model: ChatModel, _: Segments | None) -> list[float]:
             if self._reader is None:
                 probe = guard.require_reply_probe().probe
                 self._reader = ReplyReader(model, self._prompt, probe.layers, probe.weight)

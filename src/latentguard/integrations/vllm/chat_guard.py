@@ -298,6 +298,7 @@ class ChatGuard:
 
     def _plan(self, messages: Sequence[ChatMessage]) -> tuple[Layout, tuple[ReadingPlan, ...]]:
         """The chat's tokens and all that is read of it; a long chat takes a while."""
+        messages = [message.with_one_text() for message in messages]  # as vLLM joins parts
         context = own_model_prompt(messages)
         layout = self.chat([context])[0]  # first: it refuses what is too long
         readings = chat_readings(messages, context=context)
