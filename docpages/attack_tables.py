@@ -26,10 +26,11 @@ def hidden_rows() -> tuple[list[str], list[Row]]:
     attacks = _read()["attacks"]
     head = ["where the request is hidden", "answered by", *(f"{m}, {s}" for m, s in COLUMNS)]
     rows = []
-    for part in ("own model", "upstream"):
+    parts = {"own model": "own model", "upstream": "upstream", "hidden words": "upstream"}
+    for part, answered_by in parts.items():
         for name in attacks["tiny"]["after"][part]:
             cells = [_share(attacks, column, part, name) for column in COLUMNS]
-            rows.append([name, part, *cells])
+            rows.append([name, answered_by, *cells])
     cells = [_share(attacks, column, "allowed on error") for column in COLUMNS]
     rows.append(["nowhere, but the guard is made late (`--on-error allow`)", "upstream", *cells])
     return head, rows

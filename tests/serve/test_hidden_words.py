@@ -125,7 +125,11 @@ class TestSingleWords:
             for word in SENTENCE.split()
             for one in (message("assistant", tool_calls=[call(name=word)]), message("tool", "b c"))
         ]
-        assert any(SENTENCE in text.replace(" {}", "") for text in texts_read(*calls))
+        assert f"f {SENTENCE}" in texts_read(message("assistant", tool_calls=[call()]), *calls)
+
+    def test_that_come_twice_are_read_twice(self):
+        words = "how to do what to do".split()
+        assert "how to do what to do" in texts_read(tools=[tool(name=word) for word in words])
 
     def test_of_a_common_tool_cost_no_reading_of_their_own(self):
         city = tool(name="get_weather", parameters={"properties": {"city": {"type": "string"}}})

@@ -80,14 +80,16 @@ def texts_of(value: Any) -> list[str]:
 def single_words(value: Any) -> list[str]:
     """The strings of a JSON value that ``texts_of`` does not read by themselves."""
     words = map(_plain, _spoken_strings(value))
-    return [word for word in words if word.strip() and not is_text(word)]
+    return [word for word in words if WORD.search(word) and not is_text(word)]
 
 
 def joined_words(words: Iterable[str]) -> list[str]:
     """Single words as texts, if they are enough to say something."""
-    distinct = list(dict.fromkeys(words))
-    starts = range(0, len(distinct), WORDS_AT_ONCE)
-    texts = [" ".join(distinct[start : start + WORDS_AT_ONCE]) for start in starts]
+    chosen = list(words)
+    if len(chosen) > WORDS_AT_ONCE:  # names that come again and again
+        chosen = list(dict.fromkeys(chosen))
+    starts = range(0, len(chosen), WORDS_AT_ONCE)
+    texts = [" ".join(chosen[start : start + WORDS_AT_ONCE]) for start in starts]
     return [text for text in texts if _counts(text.split())]
 
 
