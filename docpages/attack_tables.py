@@ -71,6 +71,10 @@ def stopping_rows() -> tuple[list[str], list[Row]]:
         ("ratio", "ratio of both"),
     ):
         rows.append([words, _plain(before["neighbour"][key]), _plain(after["neighbour"][key])])
+    default = _read()["attacks"]["default"]["after"]["neighbour"]
+    rows.append(
+        [f"the ratio with the default guard (n = {default['n']})", "", _plain(default["ratio"])]
+    )
     idle = [side["idle connections"]["health_port_answers"] for side in (before, after)]
     rows.append(["health answers beside 1,030 idle connections", *map(_yes, idle)])
     for name in after["odd upstream replies"]:
