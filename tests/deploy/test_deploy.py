@@ -1,10 +1,11 @@
 """The files in ``deploy``: their options exist, their metrics are served, the linters are content.
 
-Linters that are not installed are skipped: promtool (Debian's prometheus), systemd-analyze, helm,
-hadolint. Nothing here builds an image or starts a cluster.
+Linters that are not installed are skipped: promtool (Debian's prometheus), systemd-analyze,
+hadolint. Helm comes with ``make clients``. Nothing here builds an image or starts a cluster.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ CHART = DEPLOY / "helm" / "latentguard"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 UNIT = (DEPLOY / "systemd" / "latentguard.service").read_text()
 DEPLOYMENT = (CHART / "templates" / "deployment.yaml").read_text()
+TOOLS = os.pathsep.join([str(ROOT / ".venv-clients" / "bin"), os.environ.get("PATH", "")])
 OPTIONS = {field.name for field in fields(ServeOptions)}
 METRIC = re.compile(r"latentguard_\w+")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -34,10 +36,11 @@ def read_yaml(path):
 
 
 def run(*command, cwd=DEPLOY):
-    if not shutil.which(command[0]):
+    program = shutil.which(command[0], path=TOOLS)
+    if program is None:
         pytest.skip(f"{command[0]} is not installed")
     done = subprocess.run(
-        command, check=False, cwd=cwd, capture_output=True, text=True, timeout=120
+        [program, *command[1:]], check=False, cwd=cwd, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
