@@ -13,6 +13,7 @@ from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import ScoredPlan
 from latentguard.guard.replies import ReplyProbe
 from latentguard.integrations.vllm.columns import Columns, variant_score
+from latentguard.integrations.vllm.slots import SlotScores
 from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
 from latentguard.states import States
@@ -54,6 +55,22 @@ def test_columns_add_up_to_the_guards_verdicts(model, guard):
         assert ours.score == pytest.approx(theirs.score, abs=2e-6 * guard.spread + 1e-6)
         assert ours.beliefs == pytest.approx(theirs.beliefs, abs=1e-6)
         assert (ours.flagged, ours.decision) == (theirs.flagged, theirs.decision)
+
+
+def test_they_are_in_float32_where_the_engine_loads_in_bfloat16(guard):
+    """vLLM sets the default dtype while it loads a model."""
+    before = Columns.of(guard)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        columns, slots = Columns.of(guard), SlotScores(8, 2, 4, torch.device("cpu"))
+        states = [torch.ones(3, columns.weight.shape[-1], dtype=torch.bfloat16)] * len(
+            columns.layers
+        )
+        read = columns(states)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert columns.same_as(before)
+    assert {columns.weight.dtype, read.dtype, slots._rows.dtype} == {torch.float32}
 
 
 def test_unsorted_layers_are_read_in_rising_order(guard):

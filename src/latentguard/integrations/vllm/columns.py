@@ -79,7 +79,8 @@ class Columns:
 
     def __call__(self, states: Sequence[Float[Tensor, "t d"]]) -> Float[Tensor, "t c"]:
         """Every column for every token, from the states of each layer, in float32."""
-        total = torch.zeros(len(self.unit), len(states[0]), device=states[0].device)
+        shape = (len(self.unit), len(states[0]))
+        total = torch.zeros(shape, dtype=torch.float32, device=states[0].device)
         for h, weight in zip(states, self.weight, strict=True):
             h = h.float()  # noqa: PLW2901
             norm = h.norm(dim=-1).clamp_min(SMALLEST)
@@ -101,7 +102,7 @@ def _spread(
     weight: Float[Tensor, "k c d"], own: Sequence[int], layers: Sequence[int]
 ) -> Float[Tensor, "l c d"]:
     """Weights of some layers among all that are read, in float32; zero at the others."""
-    spread = torch.zeros(len(layers), *weight.shape[1:])
+    spread = torch.zeros(len(layers), *weight.shape[1:], dtype=torch.float32)
     spread[[layers.index(layer) for layer in own]] = weight.float()
     return spread
 

@@ -32,7 +32,8 @@ class SlotScores:
     def __init__(self, slots: int, columns: int, block: int, device: torch.device) -> None:
         """Room for so many slots, all unknown."""
         self.block = block
-        self._rows = torch.full((slots + 1, columns), torch.nan, device=device)
+        shape = (slots + 1, columns)
+        self._rows = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
 
     def forget(self, blocks: Sequence[int]) -> None:
         """Blocks that were handed out anew hold nothing yet."""
