@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from latentguard.cli.early_exit import TRAINING_ROWS
 from latentguard.data.builtin import load_guard_prompts, load_training_rows
 from latentguard.data.prompt_files import read_prompts
 from latentguard.guard.early_exit import EarlyExit, bound_lost
@@ -38,7 +39,6 @@ from latentguard.stats.rates import proportion
 SETS = ("alpaca_harmless", "toxicchat_third", "openai_moderation", "xstest")
 SHARES = (0.02, 0.05, 0.1)
 TIMED_SHARES = SHARES[:2]
-TRAINING_ROWS = 2000
 ROUNDS = 2
 
 
