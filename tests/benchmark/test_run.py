@@ -14,6 +14,7 @@ from latentguard.benchmark.figures import Readings, SetFigures, f1_of, measure
 from latentguard.benchmark.report import benchmark_report, markdown, save_benchmark
 from latentguard.benchmark.run import GUARD, NGRAMS, PAPER, load_suite, run_benchmark
 from latentguard.errors import PromptError
+from latentguard.guard.cascade import Cascade
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.prompts import Prompt
 
@@ -164,6 +165,63 @@ class TestRun:
         prompts, basis = run.ngram_training(guard)
         assert "rows of another source" in basis
         assert len(prompts) == 18
+
+
+class EvenLengths:
+    """A second opinion that blocks texts of even length, and fails on a 5."""
+
+    name, at_once, is_graded = "even lengths", 1, False
+
+    def load(self):
+        pass
+
+    def score(self, prompts):
+        return [self._score(prompt.text) for prompt in prompts]
+
+    def _score(self, text):
+        if "5" in text:
+            return None
+        return 1.0 if len(text) % 2 == 0 else -1.0
+
+
+class TestSecondOpinion:
+    @pytest.fixture
+    def cascade(self, guard, model):
+        harmless = [Prompt(row["text"], harmful=False) for row in rows(60, "kind", start=500)]
+        calibrated = guard.calibrate(model, harmless, max_fpr=0.1, review_fpr=0.9)
+        return Cascade.of(calibrated, EvenLengths())
+
+    def test_decisions_are_joint_and_scores_those_of_the_guard(
+        self, cascade, model, folder, tmp_path
+    ):
+        sets, _ = load_suite(folder)
+        out = tmp_path / "out"
+        result = run_benchmark(cascade, model, sets, out)
+        verdicts = list(cascade.scan(model, sets[0].prompts))
+        labels = [p.harmful for p in sets[0].prompts]
+        toxic = result.sets[0]
+        own = toxic.figures[GUARD]
+        assert own.f1.value == pytest.approx(f1_score(labels, [v.flagged for v in verdicts]))
+        assert own.auroc.value == pytest.approx(roc_auc_score(labels, [v.score for v in verdicts]))
+        opinions = [v.second_opinion for v in verdicts]
+        assert {"block", "allow", "failed"} <= set(opinions)
+        assert toxic.asked.failed == opinions.count("failed")
+        asked = [one is not None for one, harmful in zip(opinions, labels, strict=True) if harmful]
+        assert toxic.asked.harmful.value == pytest.approx(np.mean(asked))
+        assert result.sets[1].asked.harmful is None
+        save_benchmark(result, out)
+        text = (out / "report.md").read_text()
+        assert "with the second opinion even lengths" in text
+        assert "How often it was asked" in text
+
+    def test_it_is_not_answered_from_verdicts_of_the_guard_alone(
+        self, cascade, model, folder, tmp_path
+    ):
+        sets, _ = load_suite(folder)
+        alone = run_benchmark(cascade.guard, model, sets, tmp_path / "out")
+        joint = run_benchmark(cascade, model, sets, tmp_path / "out")
+        assert alone.sets[0].asked is None
+        assert joint.sets[0].figures[GUARD].f1 != alone.sets[0].figures[GUARD].f1
 
 
 class TestFolder:

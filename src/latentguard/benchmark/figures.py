@@ -109,9 +109,6 @@ def measure(harmful: Flags, readings: Readings) -> SetFigures:
             return None
         return estimate_metric(metric, harmful, scores)
 
-    def share(flags: Flags) -> Estimate | None:
-        return proportion(flags) if len(flags) else None
-
     return SetFigures(
         harmful=int(harmful.sum()),
         harmless=int((~harmful).sum()),
@@ -126,6 +123,11 @@ def measure(harmful: Flags, readings: Readings) -> SetFigures:
         fpr=share(readings.flagged[~harmful]),
         fpr_at_half=share(readings.probable[~harmful]),
     )
+
+
+def share(flags: Flags) -> Estimate | None:
+    """Share of flags [n] that are set; None of no flags."""
+    return proportion(flags) if len(flags) else None
 
 
 def f1_of(harmful: Flags, flagged: Flags) -> Estimate | None:

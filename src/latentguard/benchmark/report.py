@@ -38,6 +38,8 @@ def benchmark_report(result: BenchmarkResult) -> Report:
         Section("Speed", "", (speed_table(result),)),
         Section("Sources", "", (source_table(published),)),
     ]
+    if result.meta["second_opinion"]:
+        sections.insert(-1, Section("Second opinion", "", (asked_table(result),)))
     if result.missing:
         sections.insert(1, Section("Missing sets", "", (missing_table(result),)))
     title = f"Benchmark of the guard for {result.meta['model']}"
@@ -149,6 +151,18 @@ def speed_table(result: BenchmarkResult) -> Table:
     return Table("Speed", columns, tuple(rows), note)
 
 
+def asked_table(result: BenchmarkResult) -> Table:
+    """How often the second opinion was asked, and how often it failed."""
+    rows = tuple(
+        (one.title, _cell(one.asked.harmful), _cell(one.asked.harmless), one.asked.failed)
+        for one in result.sets
+        if one.asked is not None
+    )
+    columns = ("set", "asked of harmful", "asked of harmless", "failed")
+    note = "Shares of prompts, 95 % Wilson intervals. A prompt is not flagged where it failed."
+    return Table("How often it was asked", columns, rows, note)
+
+
 def missing_table(result: BenchmarkResult) -> Table:
     """Sets without figures, and how to get them."""
     rows = tuple((one.title, one.reason) for one in result.missing)
@@ -162,10 +176,15 @@ def source_table(published: list[PublishedFigure]) -> Table:
 
 
 def _summary(result: BenchmarkResult) -> str:
-    n_grams = result.meta["n_grams_fitted_on"]
+    n_grams, second = result.meta["n_grams_fitted_on"], result.meta["second_opinion"]
+    joint = (
+        f"Decisions at the own threshold are those of this guard with the second opinion {second}; "
+        "areas and other thresholds are of this guard's scores alone. "
+    )
     return (
-        f"Threshold {result.meta['threshold']:.6g}: {result.meta['promise']}. N-grams were fitted "
-        f"on {n_grams}. The paper's rule is the belief of the guard's own layers."
+        f"Threshold {result.meta['threshold']:.6g}: {result.meta['promise']}. "
+        f"{joint if second else ''}N-grams were fitted on {n_grams}. The paper's rule is the "
+        "belief of the guard's own layers."
     )
 
 

@@ -15,18 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from latentguard.benchmark.figures import Readings, SetFigures, measure
+from latentguard.benchmark.figures import Readings, SetFigures, measure, share
 from latentguard.benchmark.suite import SUITE, LoadedSet, SuiteSet, load_set
 from latentguard.data.builtin import load_guard_prompts, load_training_rows
 from latentguard.data.surface_audit import ngram_scores
 from latentguard.errors import PromptError
 from latentguard.files import read_whole_lines, write_atomic
+from latentguard.guard.cascade import Cascade
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.leakage import prompt_digest
 from latentguard.guard.score_files import score_to_file
 from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, digest_prompts, no_progress
+from latentguard.stats.estimate import Estimate
 
 VERDICTS = "verdicts"
 """In the output folder."""
@@ -62,6 +64,20 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Of which prompts of a set a second opinion was asked."""
+
+    harmful: Estimate | None
+    """Share of the harmful prompts; None without any."""
+
+    harmless: Estimate | None
+    """Share of the harmless prompts; None without any."""
+
+    failed: int
+    """How often it gave no opinion; the guard does not flag these."""
+
+
+@dataclass(frozen=True)
 class SetResult:
     """One set of the suite, measured."""
 
@@ -79,6 +95,9 @@ class SetResult:
 
     prompts_per_second: float
     """While the set was scored in batches; 0 if that is unknown."""
+
+    asked: Asked | None = None
+    """None without a second opinion."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +168,7 @@ def load_suite(
 
 
 def run_benchmark(
-    guard: LatentGuard,
+    guard: LatentGuard | Cascade,
     backend: Backend,
     sets: Sequence[LoadedSet],
     out: Path,
@@ -160,27 +179,32 @@ def run_benchmark(
     """Score every set and measure; goes on where a killed run of the same guard stopped.
 
     Args:
-        guard: The guard.
-        backend: Its model.
+        guard: The guard; with a second opinion, its decisions are those of both together.
+        backend: The model of the guard.
         sets: Of the suite.
         out: Folder for the verdicts.
         missing: Sets that could not be loaded; they are named in the result.
         step: Called with the name and size of each step.
     """
     begin = step or (lambda name, total: no_progress)
-    guard = replace(guard, early_exit=None)  # the paper's rule needs the beliefs of every prompt
-    training, basis = ngram_training(guard)
+    first = guard.guard if isinstance(guard, Cascade) else guard
+    first = replace(first, early_exit=None)  # the paper's rule needs the beliefs of every prompt
+    asked = replace(guard, guard=first) if isinstance(guard, Cascade) else first
+    training, basis = ngram_training(first)
     results = []
     for one in sets:
         advance = begin(one.suite_set.title, len(one.prompts))
-        verdicts, speed = score_set(guard, backend, one, out / VERDICTS, advance)
-        results.append(_result(one, verdicts, training, speed))
-    latency = measure_latency(guard, backend, sets[0], out / VERDICTS)
+        verdicts, speed = score_set(asked, backend, one, out / VERDICTS, advance)
+        result = _result(one, verdicts, training, speed)
+        is_joint = isinstance(asked, Cascade)
+        results.append(replace(result, asked=count_asked(one, verdicts)) if is_joint else result)
+    latency = measure_latency(asked, backend, sets[0], out / VERDICTS)
     meta = {
-        "guard": guard.digest,
-        "model": guard.fingerprint.model,
-        "threshold": guard.threshold,
-        "promise": guard.promise,
+        "guard": first.digest,
+        "model": first.fingerprint.model,
+        "threshold": first.threshold,
+        "promise": first.promise,
+        "second_opinion": asked.second.name if isinstance(asked, Cascade) else None,
         "n_grams_fitted_on": basis,
         "sets": {one.suite_set.name: digest_prompts(one.prompts) for one in sets},
     }
@@ -188,7 +212,7 @@ def run_benchmark(
 
 
 def score_set(
-    guard: LatentGuard, backend: Backend, one: LoadedSet, folder: Path, advance: Progress
+    guard: LatentGuard | Cascade, backend: Backend, one: LoadedSet, folder: Path, advance: Progress
 ) -> tuple[list[Verdict], float]:
     """The verdicts on a set, out of the folder if they are there, and prompts per second."""
     verdicts = folder / f"{one.suite_set.name}.jsonl"
@@ -209,7 +233,9 @@ def score_set(
     return [Verdict.from_dict(json.loads(line)) for line in lines], speed
 
 
-def measure_latency(guard: LatentGuard, backend: Backend, one: LoadedSet, folder: Path) -> Latency:
+def measure_latency(
+    guard: LatentGuard | Cascade, backend: Backend, one: LoadedSet, folder: Path
+) -> Latency:
     """Milliseconds of single prompts, evenly spaced over a set; measured once for each guard."""
     path = folder / "latency.json"
     noted = _read_note(path)
@@ -257,6 +283,14 @@ def _result(
     return SetResult(one.suite_set.name, title, one.note, figures, speed)
 
 
+def count_asked(one: LoadedSet, verdicts: Sequence[Verdict]) -> Asked:
+    """Of which prompts of a set a second opinion was asked."""
+    harmful = np.array([bool(p.harmful) for p in one.prompts], dtype=bool)
+    asked = np.array([verdict.second_opinion is not None for verdict in verdicts], dtype=bool)
+    failed = sum(verdict.second_opinion == "failed" for verdict in verdicts)
+    return Asked(share(asked[harmful]), share(asked[~harmful]), failed)
+
+
 def guard_readings(verdicts: Iterable[Verdict]) -> Readings:
     """Scores, decisions and probabilities of verdicts."""
     rows = [(one.score, one.flagged, one.probability > 0.5) for one in verdicts]
@@ -269,7 +303,9 @@ def _signed(scores: np.ndarray[Any, np.dtype[np.float64]]) -> Readings:
     return Readings(scores, scores > 0, scores > 0)
 
 
-def _times(guard: LatentGuard, backend: Backend, prompts: Sequence[Prompt]) -> Iterator[float]:
+def _times(
+    guard: LatentGuard | Cascade, backend: Backend, prompts: Sequence[Prompt]
+) -> Iterator[float]:
     for prompt in prompts:
         start = time.perf_counter()
         list(guard.scan(backend, [prompt], progress=no_progress))

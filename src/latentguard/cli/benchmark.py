@@ -9,8 +9,20 @@ import typer
 
 from latentguard.cli.console import echo_err, progress
 from latentguard.cli.interrupts import explain_interrupt
-from latentguard.cli.loading import load_guard_model, read_guard, warn_if_uncalibrated
-from latentguard.cli.options import AllowMismatch, DeviceMap, GuardSource, MovedModel
+from latentguard.cli.loading import (
+    load_cascade,
+    load_guard_model,
+    read_cascade,
+    read_guard,
+    warn_if_uncalibrated,
+)
+from latentguard.cli.options import (
+    AllowMismatch,
+    DeviceMap,
+    GuardSource,
+    MovedModel,
+    SecondOpinionSource,
+)
 from latentguard.cli.outputs import output_folder, warn_of_replacement
 
 
@@ -27,6 +39,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 (each is an option)
         list[str] | None, typer.Option(help="Only this set, such as 'toxicchat'; repeatable.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each set, at most.")] = None,
+    second_opinion: SecondOpinionSource = None,
     model: MovedModel = None,
     allow_mismatch: AllowMismatch = False,
     device_map: DeviceMap = None,
@@ -36,7 +49,8 @@ def benchmark(  # noqa: PLR0913, PLR0917 (each is an option)
     Sets: ToxicChat, OpenAI moderation, Aegis, Aegis 2, SimpleSafetyTests, HarmBench, WildGuardTest,
     XSTest, OR-Bench. Get them with 'latentguard data fetch'. Missing sets are
     named, and the others are measured. OUT gets report.html, report.md, report.json and
-    figures.json; no prompt text is written.
+    figures.json; no prompt text is written. With --second-opinion, decisions are those of both
+    together.
 
     Example: latentguard benchmark guards/qwen --data-dir data --out reports/benchmark
     """
@@ -51,11 +65,13 @@ def benchmark(  # noqa: PLR0913, PLR0917 (each is an option)
         warn_of_replacement(out)
         loaded = read_guard(guard)
         warn_if_uncalibrated(loaded, guard)
+        cascade = read_cascade(loaded, guard, second_opinion) if second_opinion else None
         loaded, backend = load_guard_model(
             loaded, model, allow_mismatch=allow_mismatch, device_map=device_map
         )
+        asked = load_cascade(cascade, loaded) if cascade else loaded
         with progress("benchmark") as view:
-            result = run_benchmark(loaded, backend, sets, out, missing=missing, step=view.step)
+            result = run_benchmark(asked, backend, sets, out, missing=missing, step=view.step)
         page = save_benchmark(result, out)
     typer.echo(markdown(benchmark_report(result)))
     echo_err(f"Report: {page}")
