@@ -1,4 +1,4 @@
-"""``--second-opinion`` of score and calibrate, on a tiny random model."""
+"""``--second-opinion`` of the verbs, on a tiny random model."""
 
 import json
 
@@ -6,7 +6,9 @@ import pytest
 
 from cli.tiny_files import rows, written
 from guard.opinion_server import opinion_server
+from latentguard.benchmark import run
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.prompts import Prompt
 
 
 def sly(body):
@@ -64,7 +66,7 @@ class TestCalibrate:
         words = ["--harmless", files["plain"], "--harmful", harmful, *RATES]
         code, out, err = lg("calibrate", guard, *words, "--second-opinion", url)
         assert code == 0, err
-        assert "| all | caught" in out or "caught" in out
+        assert "caught" in out
         assert "worse" not in err
 
     def test_one_that_blocks_too_much_is_reported(self, lg, guard, files):
@@ -149,3 +151,24 @@ class TestEvaluate:
         assert code == 0, err
         assert both["caught"]["value"] > alone["caught"]["value"]
         assert both["falsely_flagged"]["value"] <= alone["falsely_flagged"]["value"]
+
+
+class TestBenchmark:
+    def test_decisions_are_those_of_both_together(
+        self, lg, ready, url, server, tmp_path, monkeypatch
+    ):
+        few = [Prompt(f"{w} {n}", harmful=w == "sly") for n in range(9) for w in ("sly", "ok")]
+        monkeypatch.setattr(run, "load_training_rows", lambda: few)
+        mixed = rows(20, "sly", "harmful", start=700) + rows(20, "kind", "harmless", start=700)
+        written(tmp_path / "xstest.jsonl", mixed)
+        out = tmp_path / "report"
+        server.asked.clear()
+        words = ["benchmark", ready, "--data-dir", tmp_path, "--out", out]
+        code, said, err = lg(*words, "--second-opinion", url)
+        assert code == 0, err
+        assert f"with the second opinion {url}" in said
+        asked = {body["input"] for _, _, body in server.asked if "sly" in body["input"]}
+        assert asked
+        [found] = json.loads((out / "figures.json").read_text())["sets"]
+        assert found["asked"]["harmful"]["value"] == len(asked) / 20
+        assert found["figures"]["this guard"]["recall"]["value"] >= len(asked) / 20
