@@ -519,20 +519,22 @@ def load_training(pattern: str | None, layers: Sequence[int]) -> States | None:
 def main() -> None:
     """Compare, print the means, write everything."""
     options = arguments()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     model = ChatModel.load(options.model)
     layers = layers_of("linear", model.depth)
     sets = load_sets(model, options)
     training = load_training(options.training_states, layers)
     one, other = (sets[name] for name in SETS)
     directions = [compare(a, b, training, layers) for a, b in ((one, other), (other, one))]
+    name = Path(model.source).name
     record = dict(
-        model=model.source,
+        model=name,
         dtype=model.fingerprint.dtype,
         layers=list(layers),
         tokens=options.tokens,
         max_rows=options.rows,
-        fingerprint=asdict(model.fingerprint),
+        training_prompts=len(training.prompts) if training else 0,
+        fingerprint=asdict(model.fingerprint) | {"model": name},
         directions=directions,
     )
     if options.out:
@@ -566,6 +568,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--training-states", help="files of states of the training prompts")
     parser.add_argument("--rows", type=int, default=1500, help="most replies of a set")
     parser.add_argument("--tokens", type=int, default=96, help="most tokens of a reply")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out")
     return parser.parse_args()
 

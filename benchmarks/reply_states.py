@@ -138,7 +138,7 @@ def _shards(
 def main() -> None:
     """Capture all that ``replies.py`` reads."""
     options = arguments()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     model = ChatModel.load(options.model)
     sets = dict[str, list[Reply]]()
     for name in SETS:
@@ -160,6 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, required=True, help="folder for captured states")
     parser.add_argument("--rows", type=int, default=1500, help="most replies of a set")
     parser.add_argument("--tokens", type=int, default=96, help="most tokens of a reply")
+    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 

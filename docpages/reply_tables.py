@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from docpages.markdown_table import interval, markdown_table, read_result
+from typing import Any
+
+from docpages.markdown_table import MODELS, RESULTS, interval, markdown_table, read_result
+
+COMMAND = "python benchmarks/replies.py --model MODEL"
 
 REPLY_RULES = {
     "reply probe (windows): highest moving mean of 16": "**shipped**: highest mean of 16",
@@ -31,46 +35,96 @@ REPLY_RULES = {
 """Rule in the results -> name on pages."""
 
 
+SHORT_RULES = (
+    "reply probe (windows): highest moving mean of 16",
+    "prompt probe transferred: highest moving mean of 16",
+    "prompt score alone",
+    "second pass, fitted on prompt + reply",
+    "second pass, the prompt guard",
+    "the paper's rule on replies: mean of all tokens",
+    "n-grams on reply",
+    "n-grams on prompt + reply",
+    "length",
+)
+"""The rule that ships and its baselines, shown for each model."""
+
+HOLDS = (0, 8, 16, 32)
+"""Tokens that are held back."""
+
+Directions = list[dict[str, Any]]
+"""Fitted on one set and judged on the other, both ways."""
+
+
 def replies_table() -> str:
-    """A row a rule, the two directions beside each other."""
+    """A row a rule of the default model, the two directions beside each other."""
     directions = read_result("replies-smollm2-135m")["directions"]
+    rows = [[name, *cells] for name, cells in _rule_rows(directions, tuple(REPLY_RULES))]
+    return markdown_table(["rule", *_direction_head(directions)], rows, COMMAND)
+
+
+def reply_models_table() -> str:
+    """A row a model and rule: the one that ships beside its baselines, and random directions."""
     rows = []
-    for rule, name in REPLY_RULES.items():
-        cells = [one["figures"].get(rule) for one in directions]
-        if not all(cells):
-            continue
-        row = [name]
-        for cell in cells:
-            row.append(interval(cell, "auroc"))
-            row.append(f"{cell['tpr_at_0.01']:.2f}, {cell['tpr_at_0.05']:.2f}")
-        row.append(f"{cells[0]['within_prompts']:.2f}")
-        rows.append(row)
-    head = ["rule"]
-    for one in directions:
-        head += [f"{one['train']} -> {one['test']}", "TPR at 1, 5 % FPR"]
-    head.append("within prompts, saferlhf")
-    return markdown_table(head, rows, "python benchmarks/replies.py --model default")
+    for name, directions in _directions_of_models():
+        own = [[rule, *cells] for rule, cells in _rule_rows(directions, SHORT_RULES)]
+        draws = [f"{sorted(one['random_direction'])[2]:.2f}" for one in directions]
+        own.append(["random direction, median of five", draws[0], "", draws[1], "", ""])
+        rows += [[name if n == 0 else "", *row] for n, row in enumerate(own)]
+    return markdown_table(["model", "rule", *_direction_head(directions)], rows, COMMAND)
 
 
 def reply_stream_table() -> str:
-    """A row a direction: what a stream at the shipped threshold catches, and what was out."""
+    """A row a model and direction: what a stream at the shipped threshold catches and lets out."""
     rows = []
-    for one in read_result("replies-smollm2-135m")["directions"]:
-        own = one["stream"]
-        out = own["tokens_out_before_the_cut"]
-        rows.append(
-            [
-                f"{one['train']} ({one['training_rows']}) -> {one['test']}",
-                f"{one['harmful']}, {one['harmless']}",
-                f"{own['recall']:.2f}",
-                f"{own['false_positive_rate']:.3f}",
-                f"{own['f1']:.2f}",
-                *(f"{out[f'held back {hold}'].get('median', 0):.0f}" for hold in (0, 8, 16, 32)),
-            ]
-        )
-    head = ["fitted on (rows) -> judged", "harmful, harmless", "recall", "FPR (asked: 0.05)", "F1"]
-    head += [f"tokens out, {hold} held back" for hold in (0, 8, 16, 32)]
-    return markdown_table(head, rows, "python benchmarks/replies.py --model default")
+    for name, directions in _directions_of_models():
+        for one in directions:
+            own = one["stream"]
+            out = own["tokens_out_before_the_cut"]
+            rows.append(
+                [
+                    name,
+                    f"{one['train']} ({one['training_rows']}) -> {one['test']}",
+                    f"{one['harmful']}, {one['harmless']}",
+                    f"{own['recall']:.2f}",
+                    f"{own['false_positive_rate']:.3f}",
+                    f"{own['f1']:.2f}",
+                    *(f"{out[f'held back {hold}'].get('median', 0):.0f}" for hold in HOLDS),
+                ]
+            )
+    head = ["model", "fitted on (rows) -> judged", "harmful, harmless", "recall"]
+    head += ["FPR (asked: 0.05)", "F1", *(f"tokens out, {hold} held back" for hold in HOLDS)]
+    return markdown_table(head, rows, COMMAND)
+
+
+def _directions_of_models() -> list[tuple[str, Directions]]:
+    """The name of each model that was measured, and its directions."""
+    names = {f"replies-{key}": name for key, name in MODELS.items()}
+    return [
+        (name, read_result(file)["directions"])
+        for file, name in names.items()
+        if (RESULTS / f"{file}.json").exists()
+    ]
+
+
+def _rule_rows(directions: Directions, rules: tuple[str, ...]) -> list[tuple[str, list[str]]]:
+    """The name and cells of each rule that both directions have."""
+    rows = []
+    for rule in rules:
+        found = [one["figures"].get(rule) for one in directions]
+        if not all(found):
+            continue
+        cells = []
+        for one in found:
+            cells += [interval(one, "auroc"), f"{one['tpr_at_0.01']:.2f}, {one['tpr_at_0.05']:.2f}"]
+        rows.append((REPLY_RULES[rule], [*cells, f"{found[0]['within_prompts']:.2f}"]))
+    return rows
+
+
+def _direction_head(directions: Directions) -> list[str]:
+    head = []
+    for one in directions:
+        head += [f"{one['train']} -> {one['test']}", "TPR at 1, 5 % FPR"]
+    return [*head, "within prompts, saferlhf"]
 
 
 def reply_overhead_table() -> str:
@@ -139,6 +193,7 @@ def _percent(more: dict[str, float]) -> str:
 
 REPLY_TABLES = {
     "replies": replies_table,
+    "reply-models": reply_models_table,
     "reply-stream": reply_stream_table,
     "reply-overhead": reply_overhead_table,
     "vllm-reply-overhead": vllm_reply_overhead_table,
