@@ -7,43 +7,63 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from docpages.markdown_table import ROOT, interval, markdown_table, read_result
+from docpages.markdown_table import (
+    MODELS,
+    RESULTS,
+    ROOT,
+    interval,
+    markdown_table,
+    read_result,
+)
 
 PUBLISHED = ROOT / "src" / "latentguard" / "benchmark" / "published.jsonl"
 
-BENCHMARK = "latentguard benchmark default --data-dir DATA"
+BENCHMARK = "latentguard benchmark GUARD --data-dir DATA"
 DECISIONS = "python benchmarks/decisions.py default --data-dir DATA --report DIR --json FILE"
 
 SETS = ("toxicchat", "openai_moderation")
 """Sets of which most guards publish an F1."""
 
 OURS = {
-    "this guard": ("this guard, own threshold", "f1"),
-    "this guard, p > 0.5": ("this guard, probability above 0.5", "f1_at_half"),
-    "n-grams": ("n-grams", "f1"),
-    "the paper's rule": ("the paper's rule", "f1"),
+    ("this guard", "f1"): "own threshold",
+    ("this guard", "f1_at_half"): "probability above 0.5",
+    ("the paper's rule", "f1"): "the paper's rule",
 }
-"""Row -> its name on pages, and the figure."""
+"""Row of a guard and its figure -> its name on pages."""
 
 README_GUARDS = ("Llama Guard 3 8B", "Qwen3Guard-Gen 0.6B, strict", "Qwen3Guard-Gen 0.6B, loose")
 """Published guards on the README; the page has all."""
 
 
 def published_table(only: tuple[str, ...] = ()) -> str:
-    """F1 of ours and of published guards, on two sets."""
-    measured = read_result("field-smollm2-135m")
+    """F1 of our guards and of published ones, on two sets; only the default's beside ``only``."""
     rows = []
-    for row, (label, metric) in OURS.items():
-        guard = row.partition(",")[0]
-        cells = [interval(measured[name]["figures"][guard][metric]) for name in SETS]
-        rows.append([f"**{label}**", *cells])
+    for model, measured in _field_results()[: 1 if only else None]:
+        for (guard, metric), label in OURS.items():
+            rows.append([f"**{model}, {label}**", *_f1_cells(measured, guard, metric)])
+    default = read_result("field-smollm2-135m")
+    rows.append(["**n-grams**", *_f1_cells(default, "n-grams", "f1")])
     for guard, values in _published().items():
         if not only or guard in only:
             rows.append([guard, *(values.get(name, "") for name in SETS)])
-    counts = [measured[name]["figures"]["this guard"] for name in SETS]
+    counts = [default[name]["figures"]["this guard"] for name in SETS]
     n = [f"{one['harmful']} + {one['harmless']}" for one in counts]
     head = ["guard", f"ToxicChat (ours: {n[0]})", f"OpenAI moderation (ours: {n[1]})"]
     return markdown_table(head, rows, BENCHMARK)
+
+
+def _field_results() -> list[tuple[str, Mapping[str, Any]]]:
+    """The name of each model whose guard was measured, and its record."""
+    files = {f"field-{key}": name for key, name in MODELS.items()}
+    return [
+        (name, read_result(file))
+        for file, name in files.items()
+        if (RESULTS / f"{file}.json").exists()
+    ]
+
+
+def _f1_cells(measured: Mapping[str, Any], guard: str, metric: str) -> list[str]:
+    return [interval(measured[name]["figures"][guard][metric]) for name in SETS]
 
 
 def _published() -> dict[str, dict[str, str]]:
@@ -71,13 +91,19 @@ FIGURES = {
 
 
 def field_set_table(name: str) -> str:
-    """Every figure of the guard and its baselines on one set."""
-    figures = read_result("field-smollm2-135m")[name]["figures"]
-    rows = [
-        [guard, *(interval(figures[guard][key]) for key in FIGURES)]
-        for guard in ("this guard", "the paper's rule", "n-grams")
-    ]
+    """Every figure of each guard and its baselines on one set."""
+    rows = []
+    for model, measured in _field_results():
+        figures = measured[name]["figures"]
+        rows.append([model, *_figure_cells(figures["this guard"])])
+        rows.append(["the paper's rule on it", *_figure_cells(figures["the paper's rule"])])
+    words = read_result("field-smollm2-135m")[name]["figures"]["n-grams"]
+    rows.append(["n-grams", *_figure_cells(words)])
     return markdown_table(["guard", *FIGURES.values()], rows, BENCHMARK)
+
+
+def _figure_cells(figures: Mapping[str, Any]) -> list[str]:
+    return [interval(figures[key]) for key in FIGURES]
 
 
 RATES = {
