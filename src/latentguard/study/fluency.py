@@ -38,9 +38,10 @@ def measure_replies(
     model: CachedModel, replies: Sequence[Sequence[Reply]], *, what: str
 ) -> MeasuredReplies:
     """Refusals and fluency of the replies under each intervention, [e n]."""
+    losses = model.reply_losses([reply for of in replies for reply in of], what=what)
     return MeasuredReplies(
         np.array([model.refused(of) for of in replies], dtype=float),
-        np.array([model.reply_losses(of, what=what) for of in replies]),
+        np.array(losses).reshape(len(replies), -1),
         np.array([[repetition(reply.text) for reply in of] for of in replies]),
     )
 
