@@ -93,21 +93,16 @@ def _figure(records: Records) -> Iterator[Figure]:
     """Accuracy of each guard on each group, and its false positives."""
     if not records.groups or records.harmless is None:
         return
-    names = list(records.groups[0].scores)
-    values = [
-        [
-            *(group.right(rule).mean() for group in records.groups),
-            records.harmless.flags(rule).mean(),
-        ]
-        for rule in names
-    ]
-    heads = [*(group.name for group in records.groups), "FALSE POSITIVES"]
+    rules = list(records.groups[0].scores)
+    values = [[float(group.right(rule).mean()) for rule in rules] for group in records.groups]
+    values.append([float(records.harmless.flags(rule).mean()) for rule in rules])
+    groups = [*(group.name for group in records.groups), "FALSE POSITIVES"]
     counts = [f"{g.name} {len(g.prompts)}" for g in (*records.groups, records.harmless)]
     caption = (
-        "Accuracy of each guard (rows) on each group (columns); in the last column, the share of "
+        "Accuracy of each guard (columns) on each group (rows); in the last row, the share of "
         f"accepted harmless and over-refusal prompts that it flags. n: {', '.join(counts)}."
     )
-    yield heat_map(values, names, heads, title="What each guard gets right", caption=caption)
+    yield heat_map(values, groups, rules, title="What each guard gets right", caption=caption)
 
 
 def _effects(records: Records, enough: int) -> dict[str, Estimate]:
