@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +32,7 @@ from latentguard.probes.axis import Axis
 from latentguard.probes.probe import Probe, centroid, fit_linear, random_probes
 from latentguard.probes.ridge import folds_of
 from latentguard.prompts import Prompt
+from latentguard.states import digest_prompts
 from latentguard.stats.detection import auroc
 
 
@@ -128,9 +131,16 @@ class Training:
         self.fit = fit_linear(rows.slots, self.labels.tolist(), self.groups, slots)
         self.probe: Probe = self.fit.probe
 
-    def quality(self, scores: Array) -> float:
-        """Cross-validated AUROC."""
-        return auroc(self.labels.numpy(), scores)
+    def key_of(self, name: str) -> str:
+        """The name of a file for the scores of some arms; other inputs give another name."""
+        inputs: dict[str, Any] = {
+            "teacher": sorted(self.teacher.items()),
+            "surroundings": [digest_prompts(v.prompts) for v in self.rows.variants.values()],
+        }
+        prompts = digest_prompts(self.rows.prompts)
+        text = json.dumps([name, prompts, self.layers, inputs.get(name)])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return f"{name.replace(' ', '-')}-{digest[:16]}"
 
     def default(self) -> Iterator[Arm]:
         """The present default rule."""

@@ -191,7 +191,7 @@ def score_arms(
     """Scores of the named arms; those that are in the folder are not computed again."""
     scored = []
     for name in names:
-        path = folder / f"{name.replace(' ', '-')}.json"
+        path = folder / f"{training.key_of(name)}.json"
         if not path.exists():
             start = time.process_time()
             arms = [score_sets(arm, sets) for arm in ARMS[name](training)]
@@ -321,8 +321,8 @@ def main() -> None:
     training = Training(rows, reader.layers, read_teacher(options.teacher))
     if options.write_scores:
         write_scores(options.write_scores, training)
-    key = [model.fingerprint.digest, digest_prompts(rows.prompts), options.variants]
-    folder = options.cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    tested = [model.fingerprint.digest, *(digest_prompts(one.prompts) for one in sets.values())]
+    folder = options.cache / hashlib.sha256(json.dumps(tested).encode()).hexdigest()[:24]
     record = {
         "model": options.name or Path(options.model).name,
         "dtype": model.fingerprint.dtype,
