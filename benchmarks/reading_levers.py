@@ -7,9 +7,9 @@ and each arm's scores are kept in the cache, so a killed run goes on. Every arm 
 ``load_training_rows()``; what it has to choose is chosen by cross-validation on these rows alone.
 
 Arms: probes over the instruction's tokens (mean, attention, maximum), of low rank, with more weight
-on hard rows, on prompts read in several surroundings, and on the scores of a teacher. A teacher's
-scores are JSON lines with ``id`` and ``score``; ``--write-scores`` writes those of this model's
-default rule, each by a probe that did not see the row.
+on hard rows, on prompts read in several surroundings, and on the scores of a teacher.
+``--write-scores`` writes a teacher's file and does no more: JSON lines of ``id`` and ``score``, by
+the default rule of that model, each score by a probe that did not see the row.
 """
 
 from __future__ import annotations
@@ -302,8 +302,9 @@ def read_everything(
     return with_variants(plain, few), sets
 
 
-def write_scores(path: Path, training: Training) -> None:
-    """The default rule's held-out scores of the training rows, for a smaller model to learn."""
+def write_scores(path: Path, reader: Reader, count: int) -> None:
+    """Held-out scores of training rows by the default rule, for a smaller model to learn."""
+    training = Training(reader.read(load_training_rows(count)), reader.layers)
     rows = zip(training.rows.prompts, training.fit.held_out, strict=True)
     lines = [json.dumps({"id": p.id, "score": round(float(score), 5)}) for p, score in rows]
     write_atomic(path, "\n".join(lines) + "\n")
@@ -315,12 +316,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = ChatModel.load(options.model, dtype=options.dtype, device="cpu")
     reader = Reader(model, options.cache / "states")
+    if options.write_scores:
+        write_scores(options.write_scores, reader, options.rows)
+        return
     rows, sets = read_everything(reader, options)
     if options.capture_only:
         return
     training = Training(rows, reader.layers, read_teacher(options.teacher))
-    if options.write_scores:
-        write_scores(options.write_scores, training)
     tested = [model.fingerprint.digest, *(digest_prompts(one.prompts) for one in sets.values())]
     folder = options.cache / hashlib.sha256(json.dumps(tested).encode()).hexdigest()[:24]
     record = {
@@ -331,7 +333,8 @@ def main() -> None:
         "variants": options.variants,
         **measure(training, sets, options.arms.split(","), folder),
     }
-    write_atomic(options.out, json.dumps(record, indent=1) + "\n")
+    if options.out:
+        write_atomic(options.out, json.dumps(record, indent=1) + "\n")
     for name, figures in record["arms"].items():
         print(name, figures["mean"])
 
@@ -342,15 +345,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="default")
     parser.add_argument("--name", help="of the model in the record")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--data-dir", type=Path, help="of the public sets")
     parser.add_argument("--cache", type=Path, required=True, help="folder for states and scores")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", type=int, default=4000, help="training rows")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--variant-rows", type=int, default=4000, help="read in each variant")
     parser.add_argument("--arms", default=",".join(name for name in ARMS if name != "default"))
     parser.add_argument("--teacher", type=Path, help="JSON lines of id and score")
-    parser.add_argument("--write-scores", type=Path, help="default rule's scores, for a student")
+    parser.add_argument("--write-scores", type=Path, help="write a teacher's scores, no more")
     parser.add_argument("--capture-only", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

@@ -160,6 +160,14 @@ def test_tokens_and_positions_come_from_one_reading(script, model, tmp_path):
     )
 
 
+def test_a_teacher_scores_the_rows_that_it_did_not_see(script, model, tmp_path):
+    path = tmp_path / "scores.jsonl"
+    script.write_scores(path, script.Reader(model, tmp_path / "states"), 100)
+    scores = script.read_teacher(path)
+    assert scores.keys() == {p.id for p in script.load_training_rows(100)}
+    assert script.read_teacher(None) == {}
+
+
 def test_variants_keep_the_request(script):
     prompt = Prompt("Go on?")
     texts = {name: change(prompt).text for name, change in script.VARIANTS.items()}
