@@ -191,7 +191,9 @@ class Training:
 
     def hard_rows(self) -> Iterator[Arm]:
         """More weight on rows that the default rule gets wrong or nearly wrong."""
-        one = select_hard_rows(self.rows.slots, self.labels, self.folds, self.fit.held_out)
+        strength = float(self.fit.choices["strength"])
+        states, held_out = self.rows.slots, self.fit.held_out
+        one = select_hard_rows(states, self.labels, self.folds, held_out, strength)
         yield self.ridge_arm("hard rows", one)
 
     def surroundings(self) -> Iterator[Arm]:

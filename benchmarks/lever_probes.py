@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -189,7 +190,7 @@ def select_trained(
     folds: Sequence[Tensor],
     settings: Sequence[Setting],
 ) -> tuple[Setting, Selection]:
-    """Cross-validate settings and epochs, and train the best on all rows.
+    """Choose a setting on the first fold and epochs on all folds, and train on all rows.
 
     Args:
         make: A new probe.
@@ -198,26 +199,41 @@ def select_trained(
         folds: Rows of each fold.
         settings: What is tried, each after every number of epochs in ``EPOCHS``.
     """
-    held_out: dict[tuple[Setting, int], Array] = {}
-    for setting in settings:
-        inputs = read(setting)
-        for epochs in EPOCHS:
-            held_out[setting, epochs] = np.zeros(len(labels))
-        for fold in folds:
-            rest = rows_without(fold, len(labels))
-            for epochs, probe in train(make, setting, inputs, labels, rest):
-                held_out[setting, epochs][fold.numpy()] = score_rows(probe, inputs, fold)
-    figures = {choice: auroc(labels.numpy(), scores) for choice, scores in held_out.items()}
-    setting, epochs = max(figures, key=lambda choice: figures[choice])
+    first = folds[0]
+
+    def screen(setting: Setting) -> float:
+        scores = hold_out(make, setting, read(setting), labels, [first])
+        return max(auroc(labels[first].numpy(), one[first]) for one in scores.values())
+
+    setting = max(settings, key=screen)
+    held_out = hold_out(make, setting, read(setting), labels, folds)
+    figures = {count: auroc(labels.numpy(), scores) for count, scores in held_out.items()}
+    epochs = max(figures, key=lambda count: figures[count])
     passes = train(make, setting, read(setting), labels, torch.arange(len(labels)))
     probe = next(one for count, one in passes if count == epochs)
-    choices = {**vars(setting), "epochs": epochs, "tried": len(figures)}
-    choices["cross_validated_auroc"] = round(figures[setting, epochs], 4)
+    choices = {**vars(setting), "epochs": epochs, "tried": len(settings) * len(EPOCHS)}
+    choices["cross_validated_auroc"] = round(figures[epochs], 4)
 
     def score(inputs: Inputs) -> Array:
         return score_rows(probe, inputs, torch.arange(len(inputs)))
 
-    return setting, Selection(score, held_out[setting, epochs], choices)
+    return setting, Selection(score, held_out[epochs], choices)
+
+
+def hold_out(
+    make: Callable[[Setting], nn.Module],
+    setting: Setting,
+    inputs: Inputs,
+    labels: Bool[Tensor, "n"],
+    folds: Sequence[Tensor],
+) -> dict[int, Array]:
+    """Epochs -> scores of the rows of some folds by probes that did not see the row's fold, [n]."""
+    scores = {epochs: np.full(len(labels), np.nan) for epochs in EPOCHS}
+    for fold in folds:
+        rest = rows_without(fold, len(labels))
+        for epochs, probe in train(make, setting, inputs, labels, rest):
+            scores[epochs][fold.numpy()] = score_rows(probe, inputs, fold)
+    return scores
 
 
 def train(
@@ -280,6 +296,8 @@ def select_ridge(
     weights: Float[Tensor, "n"],
     folds: Sequence[Tensor],
     quality: Callable[[Array], float],
+    *,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> Selection:
     """Ridge regression on any targets, its penalty chosen as that of the default rule is.
 
@@ -289,11 +307,12 @@ def select_ridge(
         weights: Of the rows.
         folds: Rows of each fold.
         quality: Figure of held-out scores, between 0 and 1.
+        strengths: Penalties that are tried.
     """
     design = Design(states, targets[:, None], weights / weights.mean())
     held_out: dict[float, Array] = {}
     solutions: dict[float, tuple[Tensor, Tensor]] = {}
-    for strength in STRENGTHS:
+    for strength in strengths:
         ridge = Ridge(design, strength)
         held_out[strength] = ridge.held_out(folds)[:, 0].numpy()
         solutions[strength] = ridge.solve()
@@ -325,6 +344,7 @@ def select_hard_rows(
     labels: Bool[Tensor, "n"],
     folds: Sequence[Tensor],
     held_out: Array,
+    strength: float,
 ) -> Selection:
     """Fit again with more weight on the rows that the default rule gets wrong or nearly wrong.
 
@@ -333,19 +353,26 @@ def select_hard_rows(
         labels: True for harmful.
         folds: Rows of each fold.
         held_out: Scores of the default rule, which is fitted on +1 and -1.
+        strength: Its penalty.
     """
     signs = labels.float() * 2 - 1
     margin = torch.from_numpy(held_out).float() * signs
+    quality = partial(auroc, labels.numpy())
     figures: dict[tuple[float, float], Selection] = {}
     for edge in MARGINS:
         for factor in FACTORS:
             weights = class_weights(labels) * torch.where(margin < edge, factor, 1.0)
             figures[edge, factor] = select_ridge(
-                states, signs, weights, folds, lambda scores: auroc(labels.numpy(), scores)
+                states, signs, weights, folds, quality, strengths=[strength]
             )
     edge, factor = max(figures, key=lambda key: figures[key].choices["quality"])
     best = figures[edge, factor]
-    tried = len(figures) * len(STRENGTHS)
     share = round(float((margin < edge).float().mean()), 4)
-    choices = {**best.choices, "margin": edge, "factor": factor, "hard": share, "tried": tried}
+    choices = {
+        **best.choices,
+        "margin": edge,
+        "factor": factor,
+        "hard": share,
+        "tried": len(figures),
+    }
     return Selection(best.score, best.held_out, choices)
