@@ -70,7 +70,11 @@ def levers_table() -> str:
         f"{label} ({' + '.join(map(str, sizes[one]))})" if one in sizes else label
         for one, label in SETS.items()
     ]
-    return markdown_table(["model", "changed", "choices tried", "reads", *sets], rows, COMMAND)
+    return markdown_table(
+        ["model", "arm (below the first: gain over it)", "choices tried", "reads", *sets],
+        rows,
+        COMMAND,
+    )
 
 
 def _figure(values: Sequence[float], sign: str) -> str:

@@ -18,6 +18,7 @@ from docpages.attack_tables import ATTACK_TABLES
 from docpages.calibration_tables import CALIBRATION_TABLES
 from docpages.field_tables import FIELD_TABLES
 from docpages.garak_tables import GARAK_TABLES
+from docpages.lever_tables import LEVER_TABLES
 from docpages.library_tables import LIBRARY_TABLES
 from docpages.markdown_table import (
     MODELS,
@@ -297,6 +298,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **ATTACK_TABLES,
     **CALIBRATION_TABLES,
     **FIELD_TABLES,
+    **LEVER_TABLES,
     **LIBRARY_TABLES,
     "throughput": throughput_table,
     "upstream": upstream_table,
