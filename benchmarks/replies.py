@@ -520,7 +520,7 @@ def main() -> None:
     """Compare, print the means, write everything."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    model = ChatModel.load(options.model)
+    model = ChatModel.load(options.model, dtype=options.dtype)
     layers = layers_of("linear", model.depth)
     sets = load_sets(model, options)
     training = load_training(options.training_states, layers)
@@ -568,6 +568,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--training-states", help="files of states of the training prompts")
     parser.add_argument("--rows", type=int, default=1500, help="most replies of a set")
     parser.add_argument("--tokens", type=int, default=96, help="most tokens of a reply")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out")
     return parser.parse_args()

@@ -139,7 +139,7 @@ def main() -> None:
     """Capture all that ``replies.py`` reads."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    model = ChatModel.load(options.model)
+    model = ChatModel.load(options.model, dtype=options.dtype)
     sets = dict[str, list[Reply]]()
     for name in SETS:
         replies = read_replies(options.data_dir, name, options.rows)
@@ -160,6 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, required=True, help="folder for captured states")
     parser.add_argument("--rows", type=int, default=1500, help="most replies of a set")
     parser.add_argument("--tokens", type=int, default=96, help="most tokens of a reply")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
