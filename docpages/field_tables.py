@@ -7,14 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from docpages.markdown_table import (
-    MODELS,
-    RESULTS,
-    ROOT,
-    interval,
-    markdown_table,
-    read_result,
-)
+from docpages.markdown_table import ROOT, interval, markdown_table, read_result, read_results
 
 PUBLISHED = ROOT / "src" / "latentguard" / "benchmark" / "published.jsonl"
 
@@ -38,7 +31,7 @@ README_GUARDS = ("Llama Guard 3 8B", "Qwen3Guard-Gen 0.6B, strict", "Qwen3Guard-
 def published_table(only: tuple[str, ...] = ()) -> str:
     """F1 of our guards and of published ones, on two sets; only the default's beside ``only``."""
     rows = []
-    for model, measured in _field_results()[: 1 if only else None]:
+    for model, measured in read_results("field")[: 1 if only else None]:
         for (guard, metric), label in OURS.items():
             rows.append([f"**{model}, {label}**", *_f1_cells(measured, guard, metric)])
     default = read_result("field-smollm2-135m")
@@ -50,16 +43,6 @@ def published_table(only: tuple[str, ...] = ()) -> str:
     n = [f"{one['harmful']} + {one['harmless']}" for one in counts]
     head = ["guard", f"ToxicChat (ours: {n[0]})", f"OpenAI moderation (ours: {n[1]})"]
     return markdown_table(head, rows, BENCHMARK)
-
-
-def _field_results() -> list[tuple[str, Mapping[str, Any]]]:
-    """The name of each model whose guard was measured, and its record."""
-    files = {f"field-{key}": name for key, name in MODELS.items()}
-    return [
-        (name, read_result(file))
-        for file, name in files.items()
-        if (RESULTS / f"{file}.json").exists()
-    ]
 
 
 def _f1_cells(measured: Mapping[str, Any], guard: str, metric: str) -> list[str]:
@@ -93,7 +76,7 @@ FIGURES = {
 def field_set_table(name: str) -> str:
     """Every figure of each guard and its baselines on one set."""
     rows = []
-    for model, measured in _field_results():
+    for model, measured in read_results("field"):
         figures = measured[name]["figures"]
         rows.append([model, *_figure_cells(figures["this guard"])])
         rows.append(["the paper's rule on it", *_figure_cells(figures["the paper's rule"])])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from docpages.markdown_table import MODELS, RESULTS, markdown_table, read_result
+from docpages.markdown_table import markdown_table, read_results
 
 ARMS = {
     "default": "**the default rule: AUROC**",
@@ -47,10 +47,8 @@ COMMAND = "python benchmarks/reading_levers.py --model MODEL --data-dir DATA --c
 def levers_table() -> str:
     """AUROC of the default rule on each set, and what each lever changes, a block a model."""
     rows = []
-    for model, name in MODELS.items():
-        if not (RESULTS / f"reading-levers-{model}.json").exists():
-            continue
-        record = read_result(f"reading-levers-{model}")
+    measured = read_results("reading-levers")
+    for name, record in measured:
         for arm, label in ARMS.items():
             if arm not in record["arms"]:
                 continue
@@ -65,7 +63,7 @@ def levers_table() -> str:
             rows.append(
                 ["" if arm != "default" else name, label, tried, str(figures["reads"]), *shown]
             )
-    sizes = read_result(f"reading-levers-{next(iter(MODELS))}")["n"]
+    sizes = measured[0][1]["n"]
     sets = [
         f"{label} ({' + '.join(map(str, sizes[one]))})" if one in sizes else label
         for one, label in SETS.items()

@@ -31,6 +31,15 @@ def read_result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
+def read_results(kind: str) -> list[tuple[str, Any]]:
+    """The name of each model that was measured, and its result file ``KIND-MODEL``."""
+    return [
+        (name, read_result(f"{kind}-{model}"))
+        for model, name in MODELS.items()
+        if (RESULTS / f"{kind}-{model}.json").exists()
+    ]
+
+
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]

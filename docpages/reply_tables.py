@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from docpages.markdown_table import MODELS, RESULTS, interval, markdown_table, read_result
+from docpages.markdown_table import interval, markdown_table, read_result, read_results
 
 COMMAND = "python benchmarks/replies.py --model MODEL"
 
@@ -65,7 +65,8 @@ def replies_table() -> str:
 def reply_models_table() -> str:
     """A row a model and rule: the one that ships beside its baselines, and random directions."""
     rows = []
-    for name, directions in _directions_of_models():
+    for name, record in read_results("replies"):
+        directions = record["directions"]
         own = [[rule, *cells] for rule, cells in _rule_rows(directions, SHORT_RULES)]
         draws = [f"{sorted(one['random_direction'])[2]:.2f}" for one in directions]
         own.append(["random direction, median of five", draws[0], "", draws[1], "", ""])
@@ -76,8 +77,8 @@ def reply_models_table() -> str:
 def reply_stream_table() -> str:
     """A row a model and direction: what a stream at the shipped threshold catches and lets out."""
     rows = []
-    for name, directions in _directions_of_models():
-        for one in directions:
+    for name, record in read_results("replies"):
+        for one in record["directions"]:
             own = one["stream"]
             out = own["tokens_out_before_the_cut"]
             rows.append(
@@ -94,16 +95,6 @@ def reply_stream_table() -> str:
     head = ["model", "fitted on (rows) -> judged", "harmful, harmless", "recall"]
     head += ["FPR (asked: 0.05)", "F1", *(f"tokens out, {hold} held back" for hold in HOLDS)]
     return markdown_table(head, rows, COMMAND)
-
-
-def _directions_of_models() -> list[tuple[str, Directions]]:
-    """The name of each model that was measured, and its directions."""
-    names = {f"replies-{key}": name for key, name in MODELS.items()}
-    return [
-        (name, read_result(file)["directions"])
-        for file, name in names.items()
-        if (RESULTS / f"{file}.json").exists()
-    ]
 
 
 def _rule_rows(directions: Directions, rules: tuple[str, ...]) -> list[tuple[str, list[str]]]:
