@@ -281,6 +281,7 @@ class PlantedModel:
         *,
         positions: Sequence[str] = ("t_inst", "t_post"),
         layers: Sequence[int] | None = None,
+        attention: Any = None,
         progress: Any = None,
     ) -> Iterator[States]:
         """States of the prompts, in one batch."""

@@ -78,7 +78,8 @@ def judging(
     """
     states, found = {}, {name: list[float]() for name in guards}
     for name, guard in guards.items():
-        read = backend.capture(prompts, positions=guard.positions, layers=guard.probe.layers)
+        where = dict(layers=guard.probe.layers, attention=guard.reading.attention)
+        read = backend.capture(prompts, positions=guard.positions, **where)
         states[name] = States.collect(read)
     for _ in range(rounds):
         for name, guard in guards.items():

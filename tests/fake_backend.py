@@ -47,7 +47,15 @@ class FakeBackend:
         self._shift, self._dtype = shift, dtype
         self._drawn = {}
 
-    def capture(self, prompts, *, positions=("t_inst", "t_post"), layers=None, progress=None):
+    def capture(
+        self,
+        prompts,
+        *,
+        positions=("t_inst", "t_post"),
+        layers=None,
+        attention=None,
+        progress=None,
+    ):
         layers = tuple(range(self.depth + 1) if layers is None else layers)
         rest = iter(prompts)
         while batch := tuple(islice(rest, self._batch)):

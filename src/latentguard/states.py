@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentguard.attention import Attention
 from latentguard.errors import GuardError
 from latentguard.files import atomic_path
 from latentguard.interventions import Edit
@@ -246,9 +247,13 @@ class Backend(Protocol):
         *,
         positions: Sequence[str] = ("t_inst", "t_post"),
         layers: Sequence[int] | None = None,
+        attention: Attention | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
-        """Yield the states of the prompts, in order, in batches; all layers if None."""
+        """Yield the states of the prompts, in order, in batches; all layers if None.
+
+        ``attention`` has the queries of positions such as ``attended+1``.
+        """
 
 
 @runtime_checkable
@@ -314,8 +319,10 @@ def digest_prompts(prompts: Iterable[Prompt]) -> str:
     return digest.hexdigest()
 
 
-READING_NAMES = "t_inst, t_post, post+1, post+2, ..., sealed, span or pooled"
+READING_NAMES = "t_inst, t_post, post+1, post+2, ..., sealed, span, pooled or attended"
 DEFAULT_READING = "pooled"
+
+POOLED = ("t_inst", "post", "t_post", "mean")
 
 MEAN_POSITIONS = ("mean", "post")
 """Positions that are means over tokens."""
@@ -331,9 +338,14 @@ class Reading:
     positions: tuple[str, ...]
     """The positions to capture."""
 
+    attention: Attention | None = None
+    """The queries of its attended positions; None if it has none, or they are not fitted yet."""
+
     @staticmethod
     def of(name: str, post: int) -> Reading:
         """The reading of that name on a template with ``post`` post-instruction tokens.
+
+        ``attended`` is ``pooled`` until its queries are fitted (``with_attention``).
 
         Raises:
             GuardError: if there is no such reading.
@@ -343,7 +355,8 @@ class Reading:
             "t_post": ("t_post",),
             "sealed": ("t_inst",),
             "span": ("t_inst", *(f"post+{k}" for k in range(1, post)), "t_post"),
-            "pooled": ("t_inst", "post", "t_post", "mean"),
+            "pooled": POOLED,
+            "attended": POOLED,
             **{f"post+{k}": (f"post+{k}",) for k in range(1, post + 1)},
         }
         if name not in positions:
@@ -351,6 +364,10 @@ class Reading:
                 f"There is no reading '{name}' here: expected {READING_NAMES}, with k up to {post}."
             )
         return Reading(name, positions[name])
+
+    def with_attention(self, attention: Attention) -> Reading:
+        """The same with the positions where queries look."""
+        return replace(self, positions=(*self.positions, *attention.positions), attention=attention)
 
     def prepare(self, prompt: Prompt) -> Prompt:
         """The prompt as it is read: its ending made uniform if the reading is sealed."""

@@ -22,11 +22,23 @@ ROWS = [replace(p, refused=p.harmful) for p in load_contrast("train") if p.pair]
 
 
 @pytest.fixture(
-    scope="module", params=[("pooled", "linear"), ("span", "linear"), ("t_inst", "centroid")]
+    scope="module",
+    params=[
+        ("pooled", "linear"),
+        ("attended", "linear"),
+        ("span", "linear"),
+        ("t_inst", "centroid"),
+    ],
 )
 def guard(model, request):
     reading, probe = request.param
     return LatentGuard.fit(model, ROWS, reading=reading, probe=probe)
+
+
+def where(guard):
+    """What is captured for a guard."""
+    attention = guard.reading.attention
+    return dict(positions=guard.positions, layers=guard.probe.layers, attention=attention)
 
 
 def read_columns(guard, states):
@@ -46,9 +58,7 @@ def verdict_of(guard, prompt, read):
 
 
 def test_columns_add_up_to_the_guards_verdicts(model, guard):
-    states = States.collect(
-        model.capture(ROWS[:12], positions=guard.positions, layers=guard.probe.layers)
-    )
+    states = States.collect(model.capture(ROWS[:12], **where(guard)))
     read = read_columns(guard, states).tolist()
     for prompt, values, theirs in zip(states.prompts, read, guard.judge(states), strict=True):
         ours = verdict_of(guard, prompt, [values])
@@ -111,9 +121,7 @@ def test_long_prompts_are_read_by_chunks_as_elsewhere(model, guard):
     long = Prompt(" ".join(p.text for p in ROWS[:5]), id="long")
     for prompt in (ROWS[0], long):
         texts = [variant.prompt for variant in guard.plan(prompt)]
-        states = States.collect(
-            model.capture(texts, positions=guard.positions, layers=guard.probe.layers)
-        )
+        states = States.collect(model.capture(texts, **where(guard)))
         ours = verdict_of(guard, prompt, read_columns(guard, states).tolist())
         (theirs,) = guard.scan(model, [prompt])
         assert len(texts) > 5 if prompt is long else len(texts) == 1
@@ -122,7 +130,7 @@ def test_long_prompts_are_read_by_chunks_as_elsewhere(model, guard):
 
 
 def test_categories_that_only_name_stay_outside(model, guard):
-    states = next(model.capture(ROWS[:1], positions=guard.positions, layers=guard.probe.layers))
+    states = next(model.capture(ROWS[:1], **where(guard)))
     verdict = verdict_of(guard, ROWS[0], read_columns(guard, states).tolist())
     assert (verdict.category, verdict.category_scores) == (None, {})
 

@@ -1,5 +1,6 @@
 """Which slots are read, which are forgotten; with a scheduler's output made by hand."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -171,6 +172,16 @@ def test_a_column_that_averages_reads_every_slot_of_its_span():
     assert scores.read(step.due[0].slots)[0] != scores.read(step.due[0].slots)[0]  # one is unknown
     scores.write(torch.tensor(slots[:1]), torch.tensor([[10.0, 0.0]]))
     assert scores.read(step.due[0].slots) == pytest.approx([(0 + 2 + 4 + 6 + 10) / 5, 9.0])
+
+
+def test_a_column_of_an_attended_position_is_weighted_by_that_of_its_query():
+    scores = SlotScores(12, 3, BLOCK, torch.device("cpu"), {1: 2})
+    values = torch.tensor([[1.0, 10.0, 0.0], [2.0, 20.0, 0.0], [3.0, 40.0, 0.0]])
+    values[:, 2] = torch.tensor([1.0, 2.0, 5.0]).log()
+    scores.write(torch.tensor([4, 9, 2]), values)
+    weighted = (1 * 10 + 2 * 20 + 5 * 40) / 8
+    assert scores.read([(4, 9, 2), (4, 9, 2)]) == pytest.approx([2.0, weighted])
+    assert math.isnan(scores.read([(4,), (4, 5)])[1])
 
 
 def follow(ids, tail=0):

@@ -12,6 +12,14 @@ SPANS = ((3, 3), (4, 6), (6, 6), (0, 3))
 """Of the reading ``pooled``: t_inst, the mean after it, t_post, the mean of the instruction."""
 
 
+def shares_of(spans, tokens):
+    """What each token weighs in the mean of each span."""
+    shares = torch.zeros(len(spans), tokens)
+    for share, (first, last) in zip(shares, spans, strict=True):
+        share[first : last + 1] = 1 / (last + 1 - first)
+    return shares
+
+
 def planted(kind):
     """A probe of four positions at two layers, and seven tokens."""
     torch.manual_seed(3)
@@ -27,7 +35,7 @@ def slots_of(states):
 @pytest.mark.parametrize("kind", ["linear", "centroid"])
 def test_they_add_up_to_the_score(kind):
     probe, states = planted(kind)
-    parts = explain_score(probe, states, SPANS, torch.randn(8))
+    parts = explain_score(probe, states, shares_of(SPANS, 7), torch.randn(8))
     score = float(probe(slots_of(states)))
     assert parts.score == pytest.approx(score, abs=1e-5)
     assert parts.baseline + float(parts.by_layer.sum()) == pytest.approx(score, abs=1e-5)
@@ -38,7 +46,7 @@ def test_a_prompt_like_the_reference_has_none(kind):
     probe, states = planted(kind)
     states = states[:1].expand(7, -1, -1)
     terms = slot_terms(probe, slots_of(states))[0]
-    parts = explain_score(probe, states, SPANS, terms)
+    parts = explain_score(probe, states, shares_of(SPANS, 7), terms)
     assert parts.by_token.abs().max() < 1e-6
     assert parts.baseline == pytest.approx(float(probe(slots_of(states))), abs=1e-5)
 
@@ -50,7 +58,7 @@ def test_each_is_what_the_score_loses_when_its_state_is_the_references():
     spans, usual = ((1, 1), (2, 2)), torch.randn(2, 2, 16)
     states = torch.randn(3, 2, 16)
     reference = slot_terms(probe, usual.flatten(0, 1)[None])[0]
-    parts = explain_score(probe, states, spans, reference)
+    parts = explain_score(probe, states, shares_of(spans, 3), reference)
     score = float(probe(states[1:].flatten(0, 1)[None]))
     lost = torch.zeros(3, 2)
     for token, layer in product((1, 2), (0, 1)):

@@ -6,7 +6,7 @@ import pytest
 
 from serve.running import flagged, offline, opener, passed, post, running
 
-READINGS = ("span", "pooled", "t_inst", "t_post", "sealed")
+READINGS = ("span", "pooled", "attended", "t_inst", "t_post", "sealed")
 
 
 def explain(url, **given):

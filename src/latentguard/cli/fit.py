@@ -57,7 +57,7 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
     reading: Annotated[
         str,
         typer.Option(
-            help="Token positions to read: pooled, t_inst, t_post, post+K, sealed or span."
+            help="Positions to read: pooled, attended, t_inst, t_post, post+K, sealed or span."
         ),
     ] = "pooled",
     probe: Annotated[
@@ -134,11 +134,13 @@ def _check_training(prompts: list[Prompt], reading: str, probe: Kind) -> None:
 
 
 def _fit_guard(backend: ChatModel, prompts: list[Prompt], reading: str, probe: Kind) -> LatentGuard:
+    from latentguard.guard.attention_fitting import split_rows
     from latentguard.guard.latent_guard import LatentGuard
     from latentguard.probes.capture_cache import CaptureCache
 
     cache = CaptureCache(cache_folder() / CAPTURES)
-    with cache, progress("capture", len(prompts)) as view:
+    again = len(split_rows(prompts)[0]) if reading == "attended" else 0
+    with cache, progress("capture", len(prompts) + again) as view:
         return LatentGuard.fit(
             backend,
             prompts,

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from latentguard.errors import GuardError
 from latentguard.files import write_all_atomic
@@ -34,9 +34,14 @@ LIBRARY = "latentguard"
 KEYS = frozenset(
     "schema tensors_sha256 content_sha256 fingerprint reading probe axes threshold bound platt "
     "spread canaries fitted deobfuscation chunking thresholds quadrants categories replies "
-    "early_exit".split()
+    "early_exit attention".split()
 )
 """What the JSON of this schema may hold: what a newer version wrote would be dropped unseen."""
+
+LATER = ("attention", "replies", "early_exit")
+"""Parts whose key is left out where there are none: guards of before have no such key."""
+
+T = TypeVar("T")
 
 SCORE_RANGE = 20.0
 """Scores lie within so many standard deviations of the canaries' scores."""
@@ -154,6 +159,26 @@ def _read_checked(
             "latentguard does not know: it was written by a newer one. Use that."
         )
     return record, packed
+
+
+def read_optional(record: Any, read: Callable[[Any], T]) -> T | None:
+    """What is read of a record; None if there is none."""
+    return None if record is None else read(record)
+
+
+def read_part(
+    name: str,
+    read: Callable[[Any, dict[str, Tensor]], T],
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> T | None:
+    """One part, from its record and its tensors; None if there is none."""
+    own_record = record.get(name) if name in LATER else record[name]
+    if own_record is None:
+        return None
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    return read(own_record, own)
 
 
 def require_sound(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

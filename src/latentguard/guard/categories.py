@@ -171,14 +171,14 @@ class Categories:
 
     @staticmethod
     def fit(
-        states: States, positions: tuple[str, ...], held_out: NDArray[np.float64]
+        states: States, positions: tuple[str, ...], harmless: NDArray[np.float64]
     ) -> Categories:
         """Fit a direction for every category that has enough harmful prompts.
 
         Args:
             states: Labelled, at the layers of the guard's probe.
             positions: Those of the guard's probe.
-            held_out: The guard's own score of each prompt, cross-fitted, [n].
+            harmless: The guard's own scores of harmless prompts, cross-fitted.
         """
         prompts = states.prompts
         values = slots(states, positions)
@@ -191,7 +191,6 @@ class Categories:
             members = {name: [own == name for own in category] for name in names}
             groups = [p.fold_group for p in prompts]
             directions = fit_directions(values, members, groups).directions
-        harmless = held_out[[not p.harmful for p in prompts]]
         return Categories(positions, directions, ScoreScale.of(harmless), {}, none)
 
     def with_pack(self, pack: Pack, direction: Directions) -> Categories:

@@ -93,8 +93,14 @@ def read_first_layer(
     """States at the guard's first layer, and scores of the whole pass."""
     texts = [guard.reading.prepare(prompt) for prompt in prompts]
     parts, scores = list[Tensor](), list[float]()
-    layers = guard.probe.layers
-    for states in model.capture(texts, positions=guard.positions, layers=layers, progress=progress):
+    batches = model.capture(
+        texts,
+        positions=guard.positions,
+        layers=guard.probe.layers,
+        attention=guard.reading.attention,
+        progress=progress,
+    )
+    for states in batches:
         parts.append(states.values[:, :, 0].clone())  # a view would keep all layers
         scores += [one.score for one in guard.measure(states)]
     return torch.cat(parts), torch.tensor(scores)
@@ -162,6 +168,7 @@ def _short_verdicts(
         cut=early.cut,
         positions=guard.positions,
         layers=guard.probe.layers,
+        attention=guard.reading.attention,
     )
     states = States(
         read.values,

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentguard.attention import attended_slots
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import Variant
 from latentguard.guard.verdict import Verdict
@@ -85,10 +87,8 @@ class Explainer:
         variant = deciding_variant(guard.plan(prompt), verdict)
         layers = guard.probe.layers
         layout, states = capture_tokens(model, variant.prompt, layers, segments)
-        first = layout.instruction.start
-        positions = guard.reading.positions
-        spans = [(a - first, b - first) for a, b in position_spans(layout, positions)]
-        parts = explain_score(guard.probe, states, spans, self._reference(guard, model))
+        shares = token_shares(guard, layout, states)
+        parts = explain_score(guard.probe, states, shares, self._reference(guard, model))
         return Explanation(
             score=parts.score,
             baseline=parts.baseline,
@@ -105,11 +105,35 @@ class Explainer:
                 texts,
                 positions=guard.reading.positions,
                 layers=guard.probe.layers,
+                attention=guard.reading.attention,
                 progress=no_progress,
             )
             values = slots(States.collect(batches), guard.reading.positions)
             self._references[guard] = slot_terms(guard.probe, values).mean(0)
         return self._references[guard]
+
+
+def token_shares(
+    guard: LatentGuard, layout: Layout, states: Float[Tensor, "t l d"]
+) -> Float[Tensor, "p t"]:
+    """What each token weighs in each of the guard's positions; a position's shares sum to 1.
+
+    Args:
+        guard: The guard.
+        layout: Of the text.
+        states: Of each token from the instruction on, at the probe's layers.
+    """
+    first, positions = layout.instruction.start, guard.reading.positions
+    shares = torch.zeros(len(positions), len(states), dtype=torch.float64)
+    for share, (start, last) in zip(shares, position_spans(layout, positions), strict=True):
+        share[start - first : last + 1 - first] = 1 / (last + 1 - start)
+    layers, attention = guard.probe.layers, guard.reading.attention
+    attended = attended_slots(positions, layers, attention)
+    if attended is not None and attention is not None:
+        instruction = states[: len(layout.instruction), layers.index(attention.layer)]
+        logits = attended.queries @ instruction.float().T
+        shares[list(attended.slots), : len(instruction)] = logits.softmax(-1).double()
+    return shares
 
 
 def deciding_variant(variants: Sequence[Variant], verdict: Verdict) -> Variant:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.guard.artifact import read_folder, write_folder
+from latentguard.guard.attention_fitting import fit_attention
 from latentguard.guard.categories import Categories
 from latentguard.guard.compatibility import (
     Canary,
@@ -86,9 +87,11 @@ class LatentGuard(GuardSpec):
         Args:
             backend: The model.
             prompts: Labelled harmful or harmless.
-            reading: ``t_inst``, ``t_post``, ``post+k``, ``sealed``, ``span`` or ``pooled``.
+            reading: ``t_inst``, ``t_post``, ``post+k``, ``sealed``, ``span``, ``pooled``, or
+                ``attended``, for which queries are fitted (``attention_fitting``).
             probe: ``centroid`` (the paper) or ``linear``.
-            progress: Called with the number of prompts captured.
+            progress: Called with the number of prompts captured; those that queries are fitted on
+                are captured twice.
             cache: Keeps the states while they are captured, so that a killed fit goes on from them.
 
         Raises:
@@ -98,33 +101,51 @@ class LatentGuard(GuardSpec):
         require_kind(probe)
         rows = fitting.require_labels(prompts)
         layers = layers_of(probe, backend.depth)
+        judged = None
+        if reading == "attended":
+            where, judged = fit_attention(backend, where, rows, layers, progress=progress)
         states = fitting.capture(
             backend, where, rows, layers=layers, progress=progress, cache=cache
         )
-        return LatentGuard.from_states(backend, states, where, probe)
+        return LatentGuard.from_states(backend, states, where, probe, judged=judged)
 
     @staticmethod
     def from_states(
-        backend: Backend, states: States, reading: Reading, probe: Kind = "linear"
+        backend: Backend,
+        states: States,
+        reading: Reading,
+        probe: Kind = "linear",
+        *,
+        judged: Sequence[int] | None = None,
     ) -> LatentGuard:
-        """Fit a guard on states that were captured already (``fitting.fit_probe``)."""
-        fit = fitting.fit_probe(states, reading, probe, backend.depth)
+        """Fit a guard on states that were captured already (``fitting.fit_probe``).
+
+        Args:
+            backend: The model.
+            states: Labelled.
+            reading: Where it reads.
+            probe: ``centroid`` or ``linear``.
+            judged: Rows on which no query was fitted: what is said of scores comes from these.
+        """
+        fit = fitting.fit_probe(states, reading, probe, backend.depth, judged=judged)
         axes = fitting.fit_axes(states, fit.probe.layers)
-        labels = np.array([bool(p.harmful) for p in states.prompts])
+        kept = np.arange(len(states)) if judged is None else np.array(judged)
+        labels = np.array([bool(p.harmful) for p in states.prompts])[kept]
+        held_out = fit.held_out[kept]
         guard = LatentGuard(
             reading=reading,
             probe=fit.probe,
             axes=axes,
             fingerprint=backend.fingerprint,
-            platt=fit_platt(fit.held_out, labels),
-            spread=float(fit.held_out.std()),
+            platt=fit_platt(held_out, labels),
+            spread=float(held_out.std()),
             fitted=fitting.provenance(states, fit),
             training_digests=torch.tensor([prompt_digest(p) for p in states.prompts]),
             own_model=OwnModel(backend),
             deobfuscate=probe == "linear",  # the paper's rule reads what is served, only
             quadrants=Quadrants() if len(axes) > 1 else None,
             categories=Categories.fit(
-                states.select(fit.probe.layers), reading.positions, fit.held_out
+                states.select(fit.probe.layers), reading.positions, held_out[~labels]
             ),
         )
         return guard.with_canaries(backend, [p.text for p in canary_prompts()])
@@ -260,7 +281,11 @@ class LatentGuard(GuardSpec):
             yield from backend.scores(self, texts)
             return
         batches = backend.capture(
-            texts, positions=self.positions, layers=self.probe.layers, progress=no_progress
+            texts,
+            positions=self.positions,
+            layers=self.probe.layers,
+            attention=self.reading.attention,
+            progress=no_progress,
         )
         for states in batches:
             yield from self.measure(states)

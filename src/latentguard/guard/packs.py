@@ -189,6 +189,7 @@ def capture(
         map(guard.reading.prepare, prompts),
         positions=guard.reading.positions,
         layers=guard.probe.layers,
+        attention=guard.reading.attention,
         progress=progress,
     )
     return States.collect(batches)

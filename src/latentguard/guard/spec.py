@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,17 @@ from jaxtyping import Int
 from scipy.special import expit
 from torch import Tensor
 
+from latentguard.attention import Attention, attended_slots
 from latentguard.errors import GuardError
-from latentguard.guard.artifact import POLES, card_head, model_card, require_sound
+from latentguard.guard.artifact import (
+    LATER,
+    POLES,
+    card_head,
+    model_card,
+    read_optional,
+    read_part,
+    require_sound,
+)
 from latentguard.guard.calibrate import fit_calibration, require_enough
 from latentguard.guard.categories import Categories, nearest_category
 from latentguard.guard.chunking import Chunking
@@ -52,8 +61,6 @@ from latentguard.prompts import Prompt
 from latentguard.states import Fingerprint, Reading, States, digest_prompts
 from latentguard.stats.bounds import Bound, smallest_n
 from latentguard.text.deobfuscation import OBFUSCATIONS, RULES
-
-T = TypeVar("T")
 
 TIE = 1e-4
 """Versions of a prompt whose scores differ by less, in standard deviations, are alike."""
@@ -368,9 +375,8 @@ class GuardSpec:
                 f"Text that looks obfuscated ({', '.join(OBFUSCATIONS)}) is read as it stands and "
                 "decoded; the most severe reading counts, and the verdict names what was decoded."
             )
-        early = self.usable_early_exit
         parts = (self.chunking, self.thresholds, self.quadrants, self.categories, self.replies)
-        for part in (*parts, early):
+        for part in (*parts, self.usable_early_exit):
             notes += part.notes() if part else []
         return notes
 
@@ -403,19 +409,10 @@ class GuardSpec:
         tensors = {"weight": self.probe.weight, "training_digests": self.training_digests}
         for axis in self.axes:
             tensors |= {f"{axis.name}.{pole}": getattr(axis, pole) for pole in POLES}
-        parts = dict[str, dict[str, Any] | None](thresholds=None, categories=None)
-        for name, part in (("thresholds", self.thresholds), ("categories", self.categories)):
-            if part is not None:
-                parts[name], own = part.to_dict()
-                tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
         record = {
             "fingerprint": asdict(self.fingerprint),
-            "reading": asdict(self.reading),
-            "probe": {
-                "kind": self.probe.kind,
-                "layers": self.probe.layers,
-                "bias": self.probe.bias,
-            },
+            "reading": {"name": self.reading.name, "positions": self.reading.positions},
+            "probe": {name: getattr(self.probe, name) for name in ("kind", "layers", "bias")},
             "axes": [
                 {"name": axis.name, "position": axis.position, "counts": axis.counts}
                 for axis in self.axes
@@ -432,13 +429,20 @@ class GuardSpec:
             "deobfuscation": {"rules": RULES} if self.deobfuscate else None,
             "chunking": self.chunking.to_dict() if self.chunking else None,
             "quadrants": self.quadrants.to_dict() if self.quadrants else None,
-            **parts,
         }
-        later = {"replies": self.replies, "early_exit": self.early_exit}
-        for name, later_part in later.items():
-            if later_part is not None:  # guards without stay what versions before read and digest
-                record[name], own = later_part.to_dict()
+        parts = {
+            "thresholds": self.thresholds,
+            "categories": self.categories,
+            "attention": self.reading.attention,
+            "replies": self.replies,
+            "early_exit": self.early_exit,
+        }
+        for name, part in parts.items():
+            if part is not None:
+                record[name], own = part.to_dict()
                 tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+            elif name not in LATER:
+                record[name] = None
         return record, tensors
 
     @classmethod
@@ -449,15 +453,14 @@ class GuardSpec:
             LookupError, TypeError, ValueError, AttributeError, GuardError: if it is damaged.
         """
         require_sound(record, tensors)
-        probe = record["probe"]
+        name, probe = record["reading"]["name"], record["probe"]
         slope, intercept = record["platt"]
         layers = tuple(probe["layers"])
-        thresholds = _own("thresholds", tensors)
-        categories = _own("categories", tensors)
-        replies = _own("replies", tensors)
-        early_exit = _own("early_exit", tensors)
+        positions = tuple(record["reading"]["positions"])
+        attention = read_part("attention", Attention.from_dict, record, tensors)
+        attended_slots(positions, layers, attention)
         return cls(
-            reading=Reading(record["reading"]["name"], tuple(record["reading"]["positions"])),
+            reading=Reading(name, positions, attention),
             probe=Probe(probe["kind"], layers, tensors["weight"], float(probe["bias"])),
             axes=tuple(_axis(axis, layers, tensors) for axis in record["axes"]),
             fingerprint=Fingerprint(**record["fingerprint"]),
@@ -465,16 +468,16 @@ class GuardSpec:
             spread=float(record["spread"]),
             canaries=tuple(Canary(one["text"], one["score"]) for one in record["canaries"]),
             threshold=float(record["threshold"]),
-            bound=_optional(record["bound"], Bound.from_dict),
+            bound=read_optional(record["bound"], Bound.from_dict),
             fitted=record["fitted"],
             training_digests=tensors["training_digests"],
             deobfuscate=record["deobfuscation"] is not None,
-            chunking=_optional(record["chunking"], Chunking.from_dict),
-            thresholds=_optional(record["thresholds"], Thresholds.from_dict, thresholds),
-            quadrants=_optional(record["quadrants"], Quadrants.from_dict),
-            categories=_optional(record["categories"], Categories.from_dict, categories),
-            replies=_optional(record.get("replies"), ReplyProbe.from_dict, replies),
-            early_exit=_optional(record.get("early_exit"), EarlyExit.from_dict, early_exit),
+            chunking=read_optional(record["chunking"], Chunking.from_dict),
+            thresholds=read_part("thresholds", Thresholds.from_dict, record, tensors),
+            quadrants=read_optional(record["quadrants"], Quadrants.from_dict),
+            categories=read_part("categories", Categories.from_dict, record, tensors),
+            replies=read_part("replies", ReplyProbe.from_dict, record, tensors),
+            early_exit=read_part("early_exit", EarlyExit.from_dict, record, tensors),
         )
 
 
@@ -484,17 +487,3 @@ def _axis(
     positive, negative = (tensors[f"{record['name']}.{pole}"] for pole in POLES)
     counts = tuple(record["counts"])
     return Axis(record["name"], record["position"], layers, positive, negative, counts)
-
-
-def _optional(record: Any, read: Callable[..., T], *tensors: Mapping[str, Tensor]) -> T | None:
-    return None if record is None else read(record, *tensors)
-
-
-def _own(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one part, by their names in it."""
-    prefix = f"{name}."
-    return {
-        key.removeprefix(prefix): tensor
-        for key, tensor in tensors.items()
-        if key.startswith(prefix)
-    }

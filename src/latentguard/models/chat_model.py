@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from latentguard.attention import AttendedSlots, Attention, attended_slots
 from latentguard.errors import ModelError, PromptError
 from latentguard.interventions import Edit
 from latentguard.models.chat import ChatTokenizer
@@ -29,9 +30,8 @@ from latentguard.models.loading import (
 )
 from latentguard.models.prefill import has_only_keys_and_values
 from latentguard.models.reply_loss import reply_losses
-from latentguard.models.reply_states import capture_replies
+from latentguard.models.reply_states import capture_replies, capture_thinking
 from latentguard.models.shared_prompt import pad_tokens
-from latentguard.models.thinking_places import find_thinking
 from latentguard.models.weights_digest import execution_device, weights_digest
 from latentguard.prompts import Prompt, PromptLike, Reply, as_prompts
 from latentguard.states import Fingerprint, Progress, States, progress_bar
@@ -214,6 +214,7 @@ class ChatModel:
         *,
         positions: Sequence[str] = ("t_inst", "t_post"),
         layers: Sequence[int] | None = None,
+        attention: Attention | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield states in the order of the prompts, ``PROMPTS_PER_STATES`` at a time.
@@ -221,8 +222,9 @@ class ChatModel:
         Args:
             prompts: What to read: texts, prompts or chats; consumed lazily.
             positions: ``t_inst``, ``t_post``, ``post+k``, ``mean`` (over the instruction's tokens)
-                or ``post`` (over those after it).
+                or ``post`` (over those after it), ``attended+k`` (a weighted ``mean``).
             layers: Layer indices; all, from 0 (embedding output) to L, if None.
+            attention: The queries of the attended positions.
             progress: Called after each batch with its number of prompts; a bar is shown if there
                 is none and a person is at an interactive prompt or in a notebook.
 
@@ -238,9 +240,11 @@ class ChatModel:
             raise ModelError(f"Layers run from 0 to {self.depth}; found {layers}.")
         if not positions:
             raise PromptError("At least one position is needed, such as 't_inst'; found none.")
+        attended = attended_slots(positions, layers, attention)
         with progress_bar("capture", prompts, progress) as advance:
             for group in _groups(as_prompts(prompts)):
-                values = self._capture_group(group, tuple(positions), layers, advance)
+                rows = self.lay_out(group, positions)
+                values = self.capture_rows(rows, layers, attended=attended, progress=advance)
                 yield States(values, group, tuple(positions), layers, self.fingerprint)
 
     def generate(self, prompts: Iterable[PromptLike], **options: Any) -> list[Reply]:
@@ -299,20 +303,7 @@ class ChatModel:
         Raises:
             PromptError: if a prompt is empty, or too long with its reply.
         """
-        found: list[Float[Tensor, "2 l d"] | None] = [None] * len(replies)
-        rows: dict[int, CaptureRow] = {}
-        for n, reply in enumerate(replies):
-            places = find_thinking(self.tokenizer.decode, reply.ids)
-            if places is not None:
-                (layout,) = self.chat([reply.prompt])
-                spans = [(len(layout.ids) + at,) * 2 for at in (places.last_thought, places.after)]
-                rows[n] = CaptureRow.of_spans((*layout.ids, *reply.ids), spans)
-                self.check_length(rows[n].length, reply.prompt)
-        if rows:
-            states = self.capture_rows(list(rows.values()), tuple(range(self.depth + 1)))
-            for n, one in zip(rows, states, strict=True):
-                found[n] = one
-        return found
+        return capture_thinking(self, replies)
 
     def capture_replies(self, replies: Sequence[Reply]) -> list[Float[Tensor, "t l d"]]:
         """States along replies at all layers: at t_post, then at each token but the end.
@@ -324,23 +315,23 @@ class ChatModel:
         """
         return capture_replies(self, replies)
 
-    def _capture_group(
-        self,
-        prompts: Sequence[Prompt],
-        positions: tuple[str, ...],
-        layers: tuple[int, ...],
-        progress: Progress | None,
-    ) -> Float[Tensor, "n p l d"]:
+    def lay_out(self, prompts: Sequence[Prompt], positions: Sequence[str]) -> list[CaptureRow]:
+        """What is read of prompts.
+
+        Raises:
+            PromptError: if a prompt is empty, too long, or has no such position.
+        """
         rows = [CaptureRow.of(layout, positions) for layout in self.chat(prompts)]
         for row, prompt in zip(rows, prompts, strict=True):
             self.check_length(row.length, prompt)
-        return self.capture_rows(rows, layers, progress=progress)
+        return rows
 
     def capture_rows(
         self,
         rows: Sequence[CaptureRow],
         layers: tuple[int, ...],
         *,
+        attended: AttendedSlots | None = None,
         progress: Progress | None = None,
     ) -> Float[Tensor, "n p l d"]:
         """The states of rows that have as many positions each."""
@@ -348,7 +339,7 @@ class ChatModel:
         values = torch.empty(shape, dtype=self.model.dtype)
 
         def read(batch: list[int]) -> None:
-            values[batch] = self.read_batch([rows[i] for i in batch], layers)
+            values[batch] = self.read_batch([rows[i] for i in batch], layers, attended)
 
         self.run_in_batches([row.length for row in rows], read, progress=progress)
         return values
@@ -401,15 +392,23 @@ class ChatModel:
 
     @torch.inference_mode()
     def read_batch(
-        self, rows: Sequence[CaptureRow], layers: tuple[int, ...]
+        self,
+        rows: Sequence[CaptureRow],
+        layers: tuple[int, ...],
+        attended: AttendedSlots | None = None,
     ) -> Float[Tensor, "b p l d"]:
         """The states of rows that have as many positions each, in one pass."""
         shape = (len(rows), len(rows[0].spans), len(layers), self.width)
         buffer = torch.empty(shape, dtype=self.model.dtype, device=self.device)
 
-        def read(starts: Tensor, columns: Tensor) -> AbstractContextManager[None]:
+        def read(starts: Tensor, columns: Tensor) -> AbstractContextManager[Any]:
             return read_positions(
-                self.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer
+                self.blocks,
+                columns=columns,
+                starts=starts,
+                layers=layers,
+                buffer=buffer,
+                attended=attended,
             )
 
         self.run_rows(rows, max(layers), read)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentguard.attention import AttendedSlots, Attention, attended_slots
 from latentguard.errors import ModelError
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
@@ -80,6 +81,7 @@ class Conversation:
         *,
         positions: Sequence[str],
         layers: Sequence[int],
+        attention: Attention | None = None,
         probe: TokenProbe | None = None,
         segments: Segments | None = None,
     ) -> None:
@@ -90,6 +92,7 @@ class Conversation:
             prompt: The prompt, with its history.
             positions: Where states are captured; none is captured if empty.
             layers: At which layers.
+            attention: The queries of the attended positions.
             probe: Scores each token of the reply, in the pass that reads it to go on.
             segments: How a long prompt is read while others wait; None reads it in one pass.
 
@@ -104,10 +107,11 @@ class Conversation:
         columns = [layout.index(position) for position in positions]
         starts = [layout.start(position) for position in positions]
         row = CaptureRow(layout.ids, tuple(zip(starts, columns, strict=True)))
+        attended = attended_slots(positions, layers, attention)
         if segments and row.length > segments.size and can_be_segmented(model, row):
-            values, output = prefill(model, row, layers, segments, stop=False)
+            values, output = prefill(model, row, layers, segments, attended=attended, stop=False)
         else:
-            values, output = _read(model, layout, columns, layers, starts=starts, stop=False)
+            values, output = _read(model, row, layers, attended=attended, stop=False)
         self.states = (
             States(values[None], (prompt,), tuple(positions), tuple(layers), model.fingerprint)
             if columns
@@ -208,32 +212,35 @@ def capture_tokens(
     row = CaptureRow(layout.ids, tuple((column, column) for column in columns))
     if segments and row.length > segments.size and can_be_segmented(model, row):
         return layout, prefill(model, row, layers, segments, stop=True)[0]
-    return layout, _read(model, layout, columns, layers, stop=True)[0]
+    return layout, _read(model, row, layers, stop=True)[0]
 
 
 @torch.inference_mode()
 def _read(
     model: ChatModel,
-    layout: Layout,
-    columns: Sequence[int],
+    row: CaptureRow,
     layers: Sequence[int],
     *,
-    starts: Sequence[int] | None = None,
+    attended: AttendedSlots | None = None,
     stop: bool,
 ) -> tuple[Float[Tensor, "p l d"], Any]:
     """States at some tokens, on the CPU, and what the model gave back (None if stopped)."""
-    last, first = (
-        torch.tensor([list(tokens)], dtype=torch.long, device=model.device)
-        for tokens in (columns, columns if starts is None else starts)
-    )
-    shape = (1, len(columns), len(layers), model.width)
+    places = torch.tensor(row.spans, dtype=torch.long, device=model.device).view(1, -1, 2)
+    starts, columns = places.unbind(-1)
+    shape = (1, len(row.spans), len(layers), model.width)
     buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
     hooks = read_positions(
-        model.blocks, columns=last, starts=first, layers=layers, buffer=buffer, stop=stop
+        model.blocks,
+        columns=columns,
+        starts=starts,
+        layers=layers,
+        buffer=buffer,
+        attended=attended,
+        stop=stop,
     )
-    ids = torch.tensor([layout.ids], device=model.device)
+    ids = torch.tensor([row.ids], device=model.device)
     output = None
-    with hooks if columns else nullcontext(), contiguous_head(model.model):
+    with hooks if row.spans else nullcontext(), contiguous_head(model.model):
         output = model.model(ids, use_cache=not stop, logits_to_keep=1)
     return buffer[0].cpu(), output
 

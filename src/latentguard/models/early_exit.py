@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from latentguard.attention import AttendedSlots, Attention, attended_slots
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.hooks import StopForward, StoreStates, hook_layer, visit_layers
-from latentguard.models.layout import CaptureRow
 from latentguard.prompts import Prompt
 
 Spans = tuple[Int[Tensor, "b p"], Int[Tensor, "b p"]]
@@ -55,6 +55,7 @@ def capture_staying(
     cut: float,
     positions: Sequence[str],
     layers: Sequence[int],
+    attention: Attention | None = None,
 ) -> Staying:
     """Read prompts; those whose estimate lies under ``cut`` leave after the first layer.
 
@@ -65,13 +66,13 @@ def capture_staying(
         cut: Which prompts leave.
         positions: As in ``ChatModel.capture``.
         layers: In order; not the embeddings.
+        attention: The queries of the attended positions.
 
     Raises:
         PromptError: if a prompt is empty, too long, or has no such position.
     """
-    rows = [CaptureRow.of(layout, positions) for layout in model.chat(prompts)]
-    for row, prompt in zip(rows, prompts, strict=True):
-        model.check_length(row.length, prompt)
+    attended = attended_slots(positions, layers, attention)
+    rows = model.lay_out(prompts, positions)
     estimates = torch.empty(len(rows))
     states = dict[int, Tensor]()
 
@@ -84,7 +85,7 @@ def capture_staying(
             return ~((own < cut) & own.isfinite())  # what is not finite is found at the end
 
         def hooks(starts: Tensor, columns: Tensor) -> AbstractContextManager[list[Tensor]]:
-            return read_staying(model.blocks, (starts, columns), layers, buffer, stay)
+            return read_staying(model.blocks, (starts, columns), layers, buffer, stay, attended)
 
         kept = model.run_rows([rows[n] for n in batch], layers[-1], hooks)
         staying = [batch[n] for n in kept[0].tolist()] if kept else []
@@ -104,6 +105,7 @@ def read_staying(
     layers: Sequence[int],
     buffer: Float[Tensor, "b p l d"],
     stay: Stay,
+    attended: AttendedSlots | None = None,
 ) -> Iterator[list[Int[Tensor, "k"]]]:
     """Copy the residual stream into ``buffer`` while a pass runs that some rows leave.
 
@@ -113,6 +115,7 @@ def read_staying(
         layers: Which layers, in order; rows leave after the first.
         buffer: Where states go: its first rows, in the order of the batch.
         stay: Which rows stay; if none does, the pass is left.
+        attended: Which positions are weighted means.
 
     Yields:
         A list that holds, after the pass, the numbers of the rows that stayed, unless none did.
@@ -120,7 +123,7 @@ def read_staying(
     starts, columns = spans
     first = torch.empty_like(buffer[:, :, :1])
     kept = list[Tensor]()
-    stores = [StoreStates(columns, starts, first)]
+    stores = [StoreStates(columns, starts, first, attended)]
 
     def choose(hidden: Tensor) -> Tensor | None:
         stores[0](0, hidden)
@@ -129,7 +132,7 @@ def read_staying(
             raise StopForward
         kept.append(rows)
         own = rows.to(columns.device)
-        stores.append(StoreStates(columns[own], starts[own], buffer[: len(rows)]))
+        stores.append(StoreStates(columns[own], starts[own], buffer[: len(rows)], attended))
         return None if len(rows) == len(hidden) else hidden[rows.to(hidden.device)]
 
     def store(slot: int, hidden: Tensor) -> None:

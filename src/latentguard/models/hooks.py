@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from latentguard.attention import AttendedSlots
 from latentguard.errors import ModelError
 
 
@@ -57,8 +58,9 @@ def read_positions(
     layers: Sequence[int],
     buffer: Float[Tensor, "b p l d"],
     starts: Int[Tensor, "b p"] | None = None,
+    attended: AttendedSlots | None = None,
     stop: bool = True,
-) -> Iterator[None]:
+) -> Iterator[StoreStates]:
     """Copy the residual stream at ``columns`` into ``buffer`` while a forward pass runs.
 
     Only the wanted tokens are gathered, inside the hook; no sequence outlives its layer. After the
@@ -71,10 +73,12 @@ def read_positions(
         layers: Which layers (0 is the input of the first block).
         buffer: Where the states go.
         starts: Where one lies before its column, the mean of the tokens between is kept.
+        attended: Which of these means are weighted, by queries at the lowest layer.
         stop: Leave the pass after the last layer.
     """
-    with visit_layers(blocks, layers, StoreStates(columns, starts, buffer), stop=stop):
-        yield
+    store = StoreStates(columns, starts, buffer, attended)
+    with visit_layers(blocks, layers, store, stop=stop):
+        yield store
 
 
 class StoreStates:
@@ -85,12 +89,20 @@ class StoreStates:
         columns: Int[Tensor, "b p"],
         starts: Int[Tensor, "b p"] | None,
         buffer: Float[Tensor, "b p l d"],
+        attended: AttendedSlots | None = None,
     ) -> None:
         """Copy states at ``columns``, or means from ``starts`` on, into ``buffer``."""
         self._rows = torch.arange(len(columns), device=columns.device)[:, None]
         self._columns = columns
         self._buffer = buffer
-        self._means = None if starts is None else _Means(starts, columns)
+        self._means = None if starts is None else _Means(starts, columns, attended)
+
+    @property
+    def log_weights(self) -> Float[Tensor, "b a"]:
+        """Of each attended position: the log of what its tokens' weights add up to."""
+        if self._means is None or self._means.log_weights is None:
+            return torch.zeros(len(self._columns), 0)
+        return self._means.log_weights
 
     def __call__(self, slot: int, hidden: Float[Tensor, "b s d"]) -> None:
         """Copy the residual stream of the layer with this number."""
@@ -173,25 +185,44 @@ def visit_layers(
 class _Means:
     """Means over the tokens from a start to a column, both included.
 
-    In shapes, w is the number of positions that average several tokens in some row.
+    In shapes, w is the number of positions that average several tokens in some row, and a that of
+    those whose tokens are weighted by queries.
     """
 
-    def __init__(self, starts: Int[Tensor, "b p"], columns: Int[Tensor, "b p"]) -> None:
-        self.slots = (starts < columns).any(0).nonzero()[:, 0]
+    def __init__(
+        self,
+        starts: Int[Tensor, "b p"],
+        columns: Int[Tensor, "b p"],
+        attended: AttendedSlots | None = None,
+    ) -> None:
+        self._attended = attended
+        is_mean = (starts < columns).any(0)
+        if attended is not None:
+            is_mean[list(attended.slots)] = True
+        self.slots = is_mean.nonzero()[:, 0]
         self._starts = starts[:, self.slots]
         self._columns = columns[:, self.slots]
-        self._weights: dict[tuple[int, torch.device], Float[Tensor, "b w s"]] = {}
+        self._weights: Float[Tensor, "b w s"] | None = None
+        self.log_weights: Float[Tensor, "b a"] | None = None
 
     def __call__(self, hidden: Float[Tensor, "b s d"]) -> Float[Tensor, "b w d"]:
-        key = hidden.shape[1], hidden.device
-        if key not in self._weights:  # all layers of a device share it
-            self._weights[key] = self._token_weights(*key)
-        return self._weights[key] @ hidden.float()
+        if self._weights is None:  # all layers share those of the first
+            self._weights = self._token_weights(hidden)
+        self._weights = self._weights.to(hidden.device)
+        return self._weights @ hidden.float()
 
-    def _token_weights(self, length: int, device: torch.device) -> Float[Tensor, "b w s"]:
-        token = torch.arange(length, device=device)
-        starts, columns = (x.to(device)[..., None] for x in (self._starts, self._columns))
-        return ((token >= starts) & (token <= columns)) / (columns - starts + 1).float()
+    def _token_weights(self, hidden: Float[Tensor, "b s d"]) -> Float[Tensor, "b w s"]:
+        token = torch.arange(hidden.shape[1], device=hidden.device)
+        starts, columns = (x.to(hidden.device)[..., None] for x in (self._starts, self._columns))
+        is_inside = (token >= starts) & (token <= columns)
+        weights = is_inside / (columns - starts + 1).float()
+        if self._attended is not None:
+            own = torch.isin(self.slots, torch.tensor(self._attended.slots).to(self.slots))
+            logits = self._attended.queries.to(hidden.device) @ hidden.float().mT
+            logits = logits.masked_fill(~is_inside[:, own], -torch.inf)
+            self.log_weights = logits.logsumexp(-1)
+            weights[:, own] = logits.softmax(-1)
+        return weights
 
 
 def hook_layer(

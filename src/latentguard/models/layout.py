@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
+from latentguard.attention import ATTENDED
 from latentguard.errors import PromptError, TemplateError
 from latentguard.prompts import Message, Prompt
-from latentguard.states import MEAN_POSITIONS
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,16 @@ class Layout:
     def index(self, position: str) -> int:
         """Absolute index of ``t_inst``, ``t_post``, ``post+k`` or ``inst-k`` (k after, k before).
 
-        Two positions are means over tokens, of which this is the last: ``mean`` over those of the
-        instruction up to t_inst, ``post`` over those after it.
+        Some positions are means over tokens, of which this is the last: ``mean`` and ``attended+k``
+        over those of the instruction up to t_inst, ``post`` over those after it.
 
         Raises:
             PromptError: if there is no such position.
         """
-        if position in MEAN_POSITIONS:
-            return self.t_inst if position == "mean" else self.t_post
+        if position == "mean" or position.startswith(ATTENDED):
+            return self.t_inst
+        if position == "post":
+            return self.t_post
         if position in ("t_inst", "t_post"):
             return int(getattr(self, position))
         before = re.fullmatch(r"inst-(\d+)", position)
@@ -69,7 +71,8 @@ class Layout:
         """Absolute index of the first token that a position averages; ``index`` is the last."""
         if position == "post":
             return min(self.t_inst + 1, self.t_post)
-        return self.instruction.start if position == "mean" else self.index(position)
+        is_mean = position == "mean" or position.startswith(ATTENDED)
+        return self.instruction.start if is_mean else self.index(position)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentguard.attention import AttendedSlots
 from latentguard.models.hooks import contiguous_head, read_positions
 from latentguard.models.layout import CaptureRow
 from latentguard.models.loading import cache_argument, is_sharded, unscaled_length
@@ -44,7 +45,13 @@ def can_be_segmented(model: ChatModel, row: CaptureRow) -> bool:
 
 
 def prefill(
-    model: ChatModel, row: CaptureRow, layers: Sequence[int], segments: Segments, *, stop: bool
+    model: ChatModel,
+    row: CaptureRow,
+    layers: Sequence[int],
+    segments: Segments,
+    *,
+    attended: AttendedSlots | None = None,
+    stop: bool,
 ) -> tuple[Float[Tensor, "p l d"], Any]:
     """The states of one prompt, and what the last pass gave: a reply goes on from its cache.
 
@@ -53,23 +60,37 @@ def prefill(
         row: The prompt's tokens and positions.
         layers: Layer indices.
         segments: How many tokens are read at once, and what is done in between.
+        attended: Which positions are weighted means.
         stop: Leave each pass after the last layer; nothing is given back then.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.model.config)
     shape = (len(row.spans), len(layers), model.width)
-    sums = torch.zeros(shape, dtype=torch.float32, device=model.device)
+    means = torch.zeros(shape, dtype=torch.float32, device=model.device)
+    weights = torch.full(shape[:1], -torch.inf, device=model.device)
     output = None
     for begin in range(0, row.length, segments.size):
         end = min(begin + segments.size, row.length)
         if begin:
             segments.between()
-        added, output = _read_segment(model, row, layers, (begin, end), cache, stop=stop)
-        sums += added
-    lengths = [last - first + 1 for first, last in row.spans]
-    means = sums / torch.tensor(lengths, device=model.device).view(-1, 1, 1)
+        part, output = _read_segment(model, row, layers, (begin, end), cache, attended, stop=stop)
+        share = torch.sigmoid(part.log_weights - weights)
+        share[part.log_weights.isneginf()] = 0.0  # no token of the position is in this segment
+        means += share.view(-1, 1, 1) * (part.means - means)
+        weights = torch.logaddexp(weights, part.log_weights)
     return means.to(model.model.dtype).cpu(), output
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What a segment adds to each position."""
+
+    means: Float[Tensor, "p l d"]
+    """The mean of its tokens in the segment, float32; anything where there are none."""
+
+    log_weights: Float[Tensor, "p"]
+    """The log of what these tokens weigh together: of their number, or that of their softmax."""
 
 
 @torch.inference_mode()
@@ -79,10 +100,11 @@ def _read_segment(
     layers: Sequence[int],
     segment: tuple[int, int],
     cache: Any,
+    attended: AttendedSlots | None,
     *,
     stop: bool,
-) -> tuple[Float[Tensor, "p l d"], Any]:
-    """For each position the sum of the states of its tokens in a segment; what the pass gave."""
+) -> tuple[_Part, Any]:
+    """What a segment adds to each position, and what the pass gave."""
     begin, end = segment
     inside = [(max(first, begin), min(last, end - 1)) for first, last in row.spans]
     counts = [max(last - first + 1, 0) for first, last in inside]
@@ -96,10 +118,21 @@ def _read_segment(
     buffer = torch.empty(shape, dtype=model.model.dtype, device=model.device)
     ids = torch.tensor([row.ids[begin:end]], device=model.device)
     hooks = read_positions(
-        model.blocks, columns=columns, starts=starts, layers=layers, buffer=buffer, stop=stop
+        model.blocks,
+        columns=columns,
+        starts=starts,
+        layers=layers,
+        buffer=buffer,
+        attended=attended,
+        stop=stop,
     )
     how = {cache_argument(model.model): cache}
     output = None
-    with hooks if spans else nullcontext(), contiguous_head(model.model):
+    with hooks if spans else nullcontext() as store, contiguous_head(model.model):
         output = model.model(ids, use_cache=True, logits_to_keep=1, **how)
-    return buffer[0].float() * torch.tensor(counts, device=model.device).view(-1, 1, 1), output
+    log_weights = torch.tensor(counts, device=model.device).float().log()
+    if attended is not None and store is not None:
+        is_inside = log_weights[list(attended.slots)].isfinite()
+        own = store.log_weights[0].to(model.device).where(is_inside, -torch.inf)
+        log_weights[list(attended.slots)] = own
+    return _Part(buffer[0].float(), log_weights), output

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentguard.attention import AttendedSlots, Attention, attended_slots
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.layout import CaptureRow
 from latentguard.models.segments import Segments, can_be_segmented, prefill
 from latentguard.prompts import Prompt
-from latentguard.states import Progress, States, no_progress
+from latentguard.states import Progress, States
 
 GROUP = 256
 """Prompts that are sorted by length together."""
@@ -45,21 +46,22 @@ class SharedModel:
         *,
         positions: Sequence[str],
         layers: Sequence[int],
+        attention: Attention | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield states in the order of the prompts, as ``ChatModel.capture`` does."""
         axes = tuple(positions), tuple(layers)
+        attended = attended_slots(positions, layers, attention)
         rest = iter(prompts)
         is_first = True
         while group := tuple(islice(rest, GROUP)):
-            rows = [CaptureRow.of(layout, positions) for layout in self._model.chat(group)]
+            rows = self._model.lay_out(group, positions)
             values: list[Any] = [None] * len(group)
             for unit in self._units(rows):
                 if not is_first:
                     self._segments.between()
                 is_first = False
-                texts = [group[n] for n in unit]
-                states = self._read(texts, [rows[n] for n in unit], *axes)
+                states = self._read([rows[n] for n in unit], axes[1], attended)
                 for n, value in zip(unit, states, strict=True):
                     values[n] = value
                 if progress is not None:
@@ -79,16 +81,12 @@ class SharedModel:
 
     def _read(
         self,
-        texts: Sequence[Prompt],
         rows: Sequence[CaptureRow],
-        positions: tuple[str, ...],
         layers: tuple[int, ...],
+        attended: AttendedSlots | None,
     ) -> list[Float[Tensor, "p l d"]]:
-        row = rows[0]
-        if row.length > self._segments.size and can_be_segmented(self._model, row):
-            self._model.check_length(row.length, texts[0])
-            return [prefill(self._model, row, layers, self._segments, stop=True)[0]]
-        captured = self._model.capture(
-            texts, positions=positions, layers=layers, progress=no_progress
-        )
-        return [value for states in captured for value in states.values]
+        row, segments = rows[0], self._segments
+        if row.length > segments.size and can_be_segmented(self._model, row):
+            states, _ = prefill(self._model, row, layers, segments, attended=attended, stop=True)
+            return [states]
+        return list(self._model.capture_rows(rows, layers, attended=attended))

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from latentguard.attention import Attention
 from latentguard.files import write_atomic
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, States, digest_prompts
@@ -75,6 +76,7 @@ class CaptureCache:
         *,
         positions: Sequence[str],
         layers: Sequence[int],
+        attention: Attention | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield states in order; what a killed run captured of the same is read from the disk.
@@ -87,9 +89,10 @@ class CaptureCache:
             prompts: What to read.
             positions: Where.
             layers: At which layers.
+            attention: The queries of the attended positions.
             progress: Called with the number of prompts just done, or found on the disk.
         """
-        entry = self.folder / entry_name(backend, prompts, positions, layers)
+        entry = self.folder / entry_name(backend, prompts, positions, layers, attention)
         self._used.append(entry)
         self._remove_old_entries()
         start = 0
@@ -99,8 +102,13 @@ class CaptureCache:
             start += len(values)
             if progress is not None:
                 progress(len(values))
-        rest = prompts[start:]
-        for states in backend.capture(rest, positions=positions, layers=layers, progress=progress):
+        for states in backend.capture(
+            prompts[start:],
+            positions=positions,
+            layers=layers,
+            attention=attention,
+            progress=progress,
+        ):
             self._write_shard(entry, start, states, len(prompts))
             start += len(states)
             yield states
@@ -145,11 +153,16 @@ class CaptureCache:
 
 
 def entry_name(
-    backend: Backend, prompts: Sequence[Prompt], positions: Sequence[str], layers: Sequence[int]
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    positions: Sequence[str],
+    layers: Sequence[int],
+    attention: Attention | None = None,
 ) -> str:
-    """The folder of an entry: a digest of the model, the prompts, the positions and the layers."""
+    """The folder of an entry: a digest of the model, the prompts and what is read of them."""
     model, rows = backend.fingerprint.digest, digest_prompts(prompts)
-    key = json.dumps([FORMAT, model, rows, list(positions), list(layers)])
+    queries = attention.digest if attention else None
+    key = json.dumps([FORMAT, model, rows, list(positions), list(layers), queries])
     return f"states-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 

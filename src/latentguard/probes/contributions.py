@@ -7,7 +7,6 @@ that say nothing of a prompt; each slot is therefore compared with its value on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,24 +45,24 @@ def slot_terms(probe: Probe, slots: Float[Tensor, "n s d"]) -> Float[Tensor, "n 
 def explain_score(
     probe: Probe,
     states: Float[Tensor, "t l d"],
-    spans: Sequence[tuple[int, int]],
+    shares: Float[Tensor, "p t"],
     reference: Float[Tensor, "s"],
 ) -> Contributions:
     """What each token and layer adds to the score of one text.
 
     Args:
-        probe: Reads ``spans`` in turn, each at the probe's layers.
+        probe: Reads p positions in turn, each at the probe's layers.
         states: Of each token, at the probe's layers.
-        spans: The first and the last token of each position.
+        shares: What each token weighs in the mean that a position is; each row sums to 1.
         reference: The mean of ``slot_terms`` on the reference prompts.
     """
-    weight = probe.weight.double().reshape(len(spans), *states.shape[1:])
-    usual = reference.double().reshape(len(spans), -1)
+    weight = probe.weight.double().reshape(len(shares), *states.shape[1:])
+    usual = reference.double().reshape(len(shares), -1)
+    values = states.double()
     terms = torch.zeros(states.shape[:2], dtype=torch.float64)
-    for (first, last), own_weight, own_usual in zip(spans, weight, usual, strict=True):
-        values = states[first : last + 1].double()
-        scale = 1 / values.mean(0).norm(dim=-1) if probe.kind == "centroid" else 1.0
-        raw = (values * own_weight).sum(-1) * scale
-        terms[first : last + 1] += (raw - own_usual) / len(values)
+    for share, own_weight, own_usual in zip(shares.double(), weight, usual, strict=True):
+        mean = torch.einsum("t,tld->ld", share, values)
+        scale = 1 / mean.norm(dim=-1) if probe.kind == "centroid" else 1.0
+        terms += share[:, None] * ((values * own_weight).sum(-1) * scale - own_usual)
     baseline = probe.bias + float(usual.sum())
     return Contributions(baseline, terms.sum(1), terms.sum(0))

@@ -50,11 +50,24 @@ def capture(
     at_layers = tuple(range(backend.depth + 1)) if layers is None else tuple(layers)
     prepared = [reading.prepare(prompt) for prompt in prompts]
     read = backend.capture if cache is None else partial(cache.capture, backend)
-    batches = read(prepared, positions=positions, layers=at_layers, progress=progress)
+    batches = read(
+        prepared,
+        positions=positions,
+        layers=at_layers,
+        attention=reading.attention,
+        progress=progress,
+    )
     return States.collect(batches)
 
 
-def fit_probe(states: States, reading: Reading, kind: Kind, depth: int) -> Fit:
+def fit_probe(
+    states: States,
+    reading: Reading,
+    kind: Kind,
+    depth: int,
+    *,
+    judged: Sequence[int] | None = None,
+) -> Fit:
     """Fit a probe on labelled states at the reading's positions.
 
     Args:
@@ -62,16 +75,22 @@ def fit_probe(states: States, reading: Reading, kind: Kind, depth: int) -> Fit:
         reading: Which positions.
         kind: Which probe.
         depth: Of the model, in blocks.
+        judged: Rows that choose between fits (``fit_linear``); all if None.
 
     Raises:
         GuardError: if a prompt has no label, a class is missing, the kind is unknown, or a state
             is not finite.
     """
     require_kind(kind)
+    if reading.name == "attended" and reading.attention is None:
+        raise GuardError(
+            "The reading 'attended' needs queries: fit them with LatentGuard.fit, which reads each "
+            "token of the training prompts."
+        )
     require_labels(states.prompts)
     _require_finite(states, reading)
     part = states.select(layers_of(kind, depth))
-    return (_fit_linear if kind == "linear" else _fit_centroid)(part, reading)
+    return _fit_linear(part, reading, judged) if kind == "linear" else _fit_centroid(part, reading)
 
 
 def slots(states: States, positions: Sequence[str]) -> Float[Tensor, "n s d"]:
@@ -156,11 +175,12 @@ def _require_finite(states: States, reading: Reading) -> None:
             )
 
 
-def _fit_linear(states: States, reading: Reading) -> Fit:
+def _fit_linear(states: States, reading: Reading, judged: Sequence[int] | None) -> Fit:
     labels = [bool(p.harmful) for p in states.prompts]
     groups = [p.fold_group for p in states.prompts]
     layers = states.layers * len(reading.positions)
-    return fit_linear(slots(states, reading.positions), labels, groups, layers)
+    values = slots(states, reading.positions)
+    return fit_linear(values, labels, groups, layers, judged=judged)
 
 
 def _fit_centroid(states: States, reading: Reading) -> Fit:

@@ -162,6 +162,7 @@ class GuardedChat:
             self.prompt,
             positions=positions,
             layers=guard.probe.layers,
+            attention=guard.reading.attention,
             probe=probe,
             segments=segments,
         )

@@ -2,21 +2,23 @@
 
 A probe sums over positions and layers, and an axis over layers, so both split into one number for
 each position: ``column_c(token) = sum_l f_c(h_l) . weight_lc``. A guard with p positions and a axes
-has c = p + a columns, and one more if it judges replies; no hidden state needs to be kept. What a
-linear probe makes of a mean over tokens is the mean of what it makes of each.
+has p + a columns, then one for each of its queries, and one more if it judges replies; no hidden
+state needs to be kept. What a linear probe makes of a mean over tokens is the mean of what it makes
+of each, with the weights of the softmax of a query's column where a query looks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from latentguard.attention import attended_slots
 from latentguard.errors import GuardError
 from latentguard.guard.reading_plan import VariantScore
 from latentguard.guard.spec import NOT_FINITE, GuardSpec
@@ -42,6 +44,9 @@ class Columns:
     unit: Bool[Tensor, "c"]
     """Which columns divide states by their norm."""
 
+    queries: Mapping[int, int] = field(default_factory=dict)
+    """Column of an attended position -> column of its query."""
+
     has_replies: bool = False
     """Whether the last column scores the tokens of replies."""
 
@@ -61,6 +66,12 @@ class Columns:
         ]
         unit = [guard.probe.kind == "centroid"] * len(where) + [True] * len(beliefs)
         parts = [(layers, torch.stack([*scores, *beliefs], dim=1))]
+        attended = attended_slots(where, layers, guard.reading.attention)
+        queries = dict[int, int]()
+        if attended is not None:
+            queries = {slot: len(unit) + n for n, slot in enumerate(attended.slots)}
+            parts.append(((min(layers),), attended.queries[None]))
+            unit += [False] * len(queries)
         if guard.replies is not None:
             parts.append((guard.replies.probe.layers, guard.replies.probe.weight[:, None]))
             unit.append(False)
@@ -70,6 +81,7 @@ class Columns:
             read,
             torch.cat([_spread(weight, own, read) for own, weight in parts], dim=1),
             torch.tensor(unit),
+            queries,
             guard.replies is not None,
         )
 
@@ -94,6 +106,7 @@ class Columns:
             and self.layers == other.layers
             and torch.equal(self.weight, other.weight)
             and torch.equal(self.unit, other.unit)
+            and self.queries == other.queries
             and self.has_replies == other.has_replies
         )
 
@@ -115,12 +128,14 @@ def require_columns(guard: GuardSpec) -> None:
             reads the cosines of a mean, which are no mean of cosines; or if it has packs, which
             decide on whole states.
     """
-    if guard.probe.kind == "centroid" and set(MEAN_POSITIONS) & set(guard.reading.positions):
+    reading = guard.reading
+    has_means = reading.attention is not None or set(MEAN_POSITIONS) & set(reading.positions)
+    if guard.probe.kind == "centroid" and has_means:
         raise GuardError(
             "A centroid probe of a mean over tokens cannot be put together from what each "
             "token adds; fit a linear one, or with --reading span."
         )
-    if guard.reading.name == "sealed":
+    if reading.name == "sealed":
         raise GuardError(
             "A guard that reads 'sealed' changes the prompt and needs a pass of its own, so it "
             "cannot run inside vLLM; fit one with --reading span."

@@ -94,7 +94,9 @@ class Guarded:
                 "use --load-format auto."
             )
         self._columns = self._columns.to(device)
-        self._scores = SlotScores(blocks * block, len(self._columns.unit), block, device)
+        columns = self._columns
+        count, queries = len(columns.unit), columns.queries
+        self._scores = SlotScores(blocks * block, count, block, device, queries)
         return self._scores
 
     def _fingerprint(self, digest: WeightsDigest) -> Fingerprint:

@@ -8,7 +8,7 @@ read is always of the token that the engine's own cache holds.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -29,9 +29,25 @@ CHILD = re.compile(r"(\d+)_chatcmpl-")
 class SlotScores:
     """The worker's buffer, a row for each KV slot and one for padding."""
 
-    def __init__(self, slots: int, columns: int, block: int, device: torch.device) -> None:
-        """Room for so many slots, all unknown."""
+    def __init__(
+        self,
+        slots: int,
+        columns: int,
+        block: int,
+        device: torch.device,
+        queries: Mapping[int, int] | None = None,
+    ) -> None:
+        """Room for so many slots, all unknown.
+
+        Args:
+            slots: How many.
+            columns: How many numbers each has.
+            block: Slots of a block.
+            device: Where they lie.
+            queries: Column of an attended position -> column of its query.
+        """
         self.block = block
+        self._queries = queries or {}
         shape = (slots + 1, columns)
         self._rows = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
 
@@ -52,10 +68,20 @@ class SlotScores:
         self._rows.index_copy_(0, where, values[: len(where)])
 
     def read(self, slots: Sequence[Sequence[int]]) -> list[float]:
-        """The mean of each column over its slots; NaN where one was not written."""
+        """The mean of each column over its slots; NaN where one was not written.
+
+        That of an attended position has the weights of the softmax of its query's column.
+        """
         flat = torch.tensor([slot for own in slots for slot in own], device=self._rows.device)
         rows, ends = self._rows[flat].cpu(), [0, *accumulate(len(own) for own in slots)]
-        return [float(rows[a:b, column].mean()) for column, (a, b) in enumerate(pairwise(ends))]
+        parts = [rows[a:b] for a, b in pairwise(ends)]
+        return [self._mean(column, own) for column, own in enumerate(parts)]
+
+    def _mean(self, column: int, rows: Float[Tensor, "t c"]) -> float:
+        query = self._queries.get(column)
+        if query is None:
+            return float(rows[:, column].mean())
+        return float(rows[:, query].softmax(0) @ rows[:, column])
 
     def read_replies(self, replies: Sequence[ReplyDue]) -> list[TokenScores]:
         """The last column at each token of some replies; NaN where one was not written."""

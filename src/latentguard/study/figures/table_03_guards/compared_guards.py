@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentguard.attention import Attention
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt
@@ -189,6 +190,7 @@ class _Remembered:
         *,
         positions: Sequence[str] = ("t_inst", "t_post"),
         layers: Sequence[int] | None = None,
+        attention: Attention | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """The states of the prompts, in one batch."""

@@ -1,0 +1,130 @@
+"""Guards that read where fitted queries look."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fake_backend import FakeBackend, labelled
+from latentguard.data.builtin import load_contrast
+from latentguard.errors import GuardError
+from latentguard.guard import packs
+from latentguard.guard.attention_fitting import split_rows
+from latentguard.guard.latent_guard import LatentGuard
+from latentguard.probes.capture_cache import CaptureCache
+from latentguard.probes.fitting import fit_probe
+from latentguard.states import Reading
+from latentguard.stats.detection import auroc
+
+ROWS = [replace(p, refused=p.harmful) for p in load_contrast("train") if p.pair][:80]
+OTHERS = load_contrast("test")[:40]
+
+
+@pytest.fixture(scope="module")
+def guard(model):
+    return LatentGuard.fit(model, ROWS, reading="attended")
+
+
+def scores(guard, model, prompts):
+    return [verdict.score for verdict in guard.scan(model, prompts)]
+
+
+def test_it_reads_eight_more_positions(guard):
+    more = tuple(f"attended+{k}" for k in range(1, 9))
+    assert guard.reading.positions == ("t_inst", "post", "t_post", "mean", *more)
+    assert guard.reading.attention.layer == guard.probe.layers[0]
+
+
+def test_it_is_the_same_guard_once_it_was_saved(guard, model, tmp_path):
+    guard.save(tmp_path)
+    again = LatentGuard.load(tmp_path, model)
+    assert again.digest == guard.digest
+    assert scores(again, model, OTHERS) == scores(guard, model, OTHERS)
+
+
+def test_a_guard_without_queries_is_written_as_ever(model, tmp_path):
+    LatentGuard.fit(model, ROWS).save(tmp_path)
+    assert "attention" not in (tmp_path / "guard.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record, tensors: tensors.update({"attention.queries": torch.zeros(3, 32)}),
+        lambda record, tensors: tensors["attention.queries"].fill_(torch.nan),
+        lambda record, tensors: tensors.pop("attention.queries"),
+        lambda record, tensors: record.update(attention={"layer": 9}),
+        lambda record, tensors: record.update(attention=None),
+    ],
+)
+def test_damaged_queries_are_no_guard(guard, change):
+    record, tensors = guard.to_dict()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(record, tensors)
+    with pytest.raises((LookupError, ValueError, GuardError)):
+        LatentGuard.from_dict(record, tensors)
+
+
+def test_other_queries_are_another_guard(guard):
+    attention = guard.reading.attention
+    other = replace(attention, queries=attention.queries + 1e-3)
+    changed = replace(guard, reading=replace(guard.reading, attention=other))
+    assert changed.digest != guard.digest
+
+
+def test_pairs_stay_together_and_half_are_not_seen_by_the_queries():
+    seen, unseen = split_rows(ROWS)
+    assert sorted([*seen, *unseen]) == list(range(len(ROWS)))
+    assert 0.4 * len(ROWS) < len(seen) <= 0.5 * len(ROWS)
+    assert not {ROWS[n].pair for n in seen} & {ROWS[n].pair for n in unseen}
+
+
+def test_what_is_said_of_scores_comes_from_rows_that_the_queries_did_not_see(guard, model):
+    """Labels that mean nothing: the rows that the queries saw look separable, the others do not."""
+    drawn = np.random.default_rng(1).permutation([True, False] * (len(ROWS) // 2))
+    rows = [replace(p, harmful=bool(h), pair=None) for p, h in zip(ROWS, drawn, strict=True)]
+    found = LatentGuard.fit(model, rows, reading="attended")
+    assert 0.2 < found.fitted["cross_validated_auroc"] < 0.75
+    fresh = [replace(p, harmful=bool(n % 2), pair=None) for n, p in enumerate(OTHERS)]
+    labels = np.array([p.harmful for p in fresh])
+    assert abs(auroc(labels, np.array(scores(found, model, fresh))) - 0.5) < 0.25
+
+
+def test_progress_counts_what_is_read_twice(model):
+    counts = []
+    LatentGuard.fit(model, ROWS, reading="attended", progress=counts.append)
+    assert sum(counts) == len(ROWS) + len(split_rows(ROWS)[0])
+
+
+def test_a_killed_fit_goes_on_from_its_states(model, tmp_path, monkeypatch):
+    first = LatentGuard.fit(model, ROWS, reading="attended", cache=CaptureCache(tmp_path))
+    captured = model.capture
+
+    def none(prompts, **how):
+        assert not isinstance(prompts, list) or not prompts  # the canaries come one by one
+        return captured(prompts, **how)
+
+    monkeypatch.setattr(model, "capture", none)
+    again = LatentGuard.fit(model, ROWS, reading="attended", cache=CaptureCache(tmp_path))
+    assert torch.equal(again.probe.weight, first.probe.weight)
+
+
+def test_a_pack_is_fitted_on_what_it_reads(guard, model):
+    packed = packs.with_pack(guard, "own", packs.capture(guard, model, ROWS))
+    assert all(np.isfinite(scores(packed, model, OTHERS)))
+
+
+def test_too_few_prompts_are_refused(model):
+    with pytest.raises(GuardError, match="at least 40 prompts"):
+        LatentGuard.fit(model, ROWS[:30], reading="attended")
+
+
+def test_a_backend_that_lets_no_tokens_out_is_refused():
+    with pytest.raises(GuardError, match="expected a ChatModel, found FakeBackend"):
+        LatentGuard.fit(FakeBackend(), labelled(80), reading="attended")
+
+
+def test_without_queries_nothing_is_fitted(model):
+    with pytest.raises(GuardError, match="needs queries"):
+        fit_probe(None, Reading.of("attended", 2), "linear", 4)
