@@ -1,13 +1,15 @@
-"""The table of levers of reading that the default rule does not use."""
+"""Tables of levers of reading that the default rule does not use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from docpages.markdown_table import markdown_table, read_results
 
 ARMS = {
     "default": "**the default rule: AUROC**",
+    "attended": "`--reading attended`",
     "tokens: mean": "instruction's tokens: mean",
     "tokens: attention": "instruction's tokens: attention, 4 heads",
     "tokens: max": "instruction's tokens: maximum, 4 heads",
@@ -41,13 +43,18 @@ SETS = {
 }
 """Set in the results -> name on the page."""
 
-COMMAND = "python benchmarks/reading_levers.py --model MODEL --data-dir DATA --cache DIR --out FILE"
+COMMAND = "python benchmarks/{}.py --model MODEL --data-dir DATA --cache DIR --out FILE"
 
 
-def levers_table() -> str:
-    """AUROC of the default rule on each set, and what each lever changes, a block a model."""
+def gains_table(kind: str, script: str) -> str:
+    """AUROC of the default rule on each set, and what each lever changes, a block a model.
+
+    Args:
+        kind: Of the records.
+        script: That makes them.
+    """
     rows = []
-    measured = read_results("reading-levers")
+    measured = read_results(kind)
     for name, record in measured:
         for arm, label in ARMS.items():
             if arm not in record["arms"]:
@@ -71,7 +78,7 @@ def levers_table() -> str:
     return markdown_table(
         ["model", "arm (below the first: gain over it)", "choices tried", "reads", *sets],
         rows,
-        COMMAND,
+        COMMAND.format(script),
     )
 
 
@@ -81,5 +88,8 @@ def _figure(values: Sequence[float], sign: str) -> str:
     return f"{value} [{low}, {high}]"
 
 
-LEVER_TABLES: dict[str, Callable[[], str]] = {"reading-levers": levers_table}
+LEVER_TABLES: dict[str, Callable[[], str]] = {
+    "reading-levers": partial(gains_table, "reading-levers", "reading_levers"),
+    "attended": partial(gains_table, "attended", "attended"),
+}
 """Name on a page -> what makes the table."""

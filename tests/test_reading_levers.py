@@ -182,3 +182,17 @@ def test_rows_are_drawn_by_class_and_short(script):
     drawn = script.draw(prompts, 8)
     assert [sum(p.harmful is side for p in drawn) for side in (True, False)] == [8, 8]
     assert max(len(p.text) for p in drawn) <= script.LONGEST
+
+
+def test_both_readings_are_scored_from_one_capture(script, model, tmp_path):
+    import attended
+
+    rows = [p for p in load_contrast("train") if p.pair][:60]
+    guards = attended.open_guards(model, rows, tmp_path)
+    sets = {"own": load_contrast("test")[:20]}
+    scores = attended.score_sets(model, guards, sets, tmp_path)
+    for name, guard in guards.items():
+        expected = [verdict.score for verdict in guard.scan(model, sets["own"])]
+        assert scores["own"][name] == pytest.approx(expected, abs=1e-5)
+    assert attended.score_sets(None, guards, sets, tmp_path) == scores
+    assert attended.open_guards(model, [], tmp_path)["attended"].digest == guards["attended"].digest
