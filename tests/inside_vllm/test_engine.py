@@ -27,7 +27,7 @@ def in_this_process(monkeypatch):
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", "pooled", "linear", True), ("qwen2", "span", "centroid", False)],
+    params=[("llama", "attended", "linear", True), ("qwen2", "span", "centroid", False)],
     ids=lambda p: "-".join(map(str, p)),
 )
 def fitted(request, tmp_path_factory):
