@@ -133,11 +133,11 @@ class TestMemory:
     def test_running_out_of_it_halves_the_batch(self, error, fresh, monkeypatch):
         whole, forward, sizes = captured(fresh).values, fresh.read_batch, []
 
-        def tight(rows, layers):
+        def tight(rows, layers, attended):
             sizes.append(len(rows))
             if len(rows) > 2:
                 raise error
-            return forward(rows, layers)
+            return forward(rows, layers, attended)
 
         monkeypatch.setattr(fresh, "read_batch", tight)
         assert_same(captured(fresh).values, whole)
@@ -149,7 +149,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
     def test_a_lone_prompt_that_does_not_fit_is_an_error(self, error, fresh, monkeypatch):
-        def never(rows, layers):
+        def never(rows, layers, attended):
             raise error
 
         monkeypatch.setattr(fresh, "read_batch", never)
@@ -160,7 +160,7 @@ class TestMemory:
     def test_any_other_error_is_raised_unchanged_and_at_once(self, fresh, monkeypatch):
         error, calls = RuntimeError("mat1 and mat2 shapes cannot be multiplied"), []
 
-        def broken(rows, layers):
+        def broken(rows, layers, attended):
             calls.append(len(rows))
             raise error
 
@@ -173,9 +173,9 @@ class TestMemory:
     def test_a_batch_holds_no_more_padded_tokens_than_allowed(self, fresh, monkeypatch):
         forward, seen = fresh.read_batch, []
 
-        def watched(rows, layers):
+        def watched(rows, layers, attended):
             seen.append((len(rows), max(row.length for row in rows)))
-            return forward(rows, layers)
+            return forward(rows, layers, attended)
 
         monkeypatch.setattr(fresh, "read_batch", watched)
         fresh.tokens_per_batch = 100
