@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from lever_arms import DEFAULT
 from reading_levers import ArmScores, compare, read_sets
@@ -28,7 +30,11 @@ from latentguard.probes.capture_cache import CaptureCache
 from latentguard.probes.fitting import capture
 from latentguard.probes.probe import layers_of
 from latentguard.prompts import Prompt
-from latentguard.states import Reading, digest_prompts
+from latentguard.states import Reading, digest_prompts, no_progress
+from latentguard.stats.bootstrap import bootstrap
+
+ROUNDS, COST_PROMPTS = 10, 64
+"""Paired rounds, and prompts in each, in which the cost is measured."""
 
 
 def fit_guards(
@@ -63,6 +69,22 @@ def score_sets(
         scores[name] = json.loads(path.read_text())
         print(f"{name}: {len(prompts)} prompts", flush=True)
     return scores
+
+
+def measure_cost(
+    model: ChatModel, guards: Mapping[str, LatentGuard], prompts: Sequence[Prompt]
+) -> list[float]:
+    """Processor time of ``attended`` over that of ``pooled``: median of paired rounds, interval."""
+    ratios = list[float]()
+    for number in range(ROUNDS + 1):
+        spent = {}
+        for name in list(guards)[:: 1 if number % 2 == 0 else -1]:
+            start = time.process_time()
+            list(guards[name].scan(model, prompts, progress=no_progress))
+            spent[name] = time.process_time() - start
+        ratios.append(spent["attended"] / spent[DEFAULT])
+    one = bootstrap(np.median, ratios[1:], method="percentile")  # the first round warms up
+    return [round(value, 4) for value in (one.value, one.low, one.high)]
 
 
 def open_guards(
@@ -103,6 +125,8 @@ def main() -> None:
         "training_rows": len(rows),
         "n": {one: [int(y.sum()), int((~y).sum())] for one, y in labels.items()},
         "arms": compare(arms, labels),
+        "cost": measure_cost(model, guards, sets["xstest"][:COST_PROMPTS]),
+        "cost_rounds": ROUNDS,
     }
     write_atomic(options.out, json.dumps(record, indent=1) + "\n")
     for name, figures in record["arms"].items():
