@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from latentguard.attention import Attention, attended_slots
 from latentguard.errors import GuardError
 from latentguard.models.conversation import Conversation, capture_tokens
 from latentguard.models.early_exit import capture_staying
@@ -12,7 +11,7 @@ from latentguard.models.layout import CaptureRow
 from latentguard.models.segments import Segments, prefill
 from latentguard.models.shared_model import SharedModel
 from latentguard.prompts import Message, Prompt
-from latentguard.states import States
+from latentguard.states import Attention, States, attended_slots
 from models.architectures import ARCHITECTURES, chat_model
 
 LAYERS = (1, 2, 4)

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentguard.attention import attended_slots
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import Variant
 from latentguard.guard.verdict import Verdict
@@ -21,7 +20,7 @@ from latentguard.models.segments import Segments
 from latentguard.probes.contributions import Contributions, explain_score, slot_terms
 from latentguard.probes.fitting import slots
 from latentguard.prompts import Prompt
-from latentguard.states import States, no_progress
+from latentguard.states import States, attended_slots, no_progress
 
 
 @dataclass(frozen=True)

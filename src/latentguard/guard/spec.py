@@ -19,7 +19,6 @@ from jaxtyping import Int
 from scipy.special import expit
 from torch import Tensor
 
-from latentguard.attention import Attention, attended_slots
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import (
     LATER,
@@ -58,7 +57,14 @@ from latentguard.probes.axis import Axis
 from latentguard.probes.fitting import slots
 from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
-from latentguard.states import Fingerprint, Reading, States, digest_prompts
+from latentguard.states import (
+    Attention,
+    Fingerprint,
+    Reading,
+    States,
+    attended_slots,
+    digest_prompts,
+)
 from latentguard.stats.bounds import Bound, smallest_n
 from latentguard.text.deobfuscation import OBFUSCATIONS, RULES
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from latentguard.attention import AttendedSlots, Attention, attended_slots
 from latentguard.errors import ModelError, PromptError
 from latentguard.interventions import Edit
 from latentguard.models.chat import ChatTokenizer
@@ -34,7 +33,15 @@ from latentguard.models.reply_states import capture_replies, capture_thinking
 from latentguard.models.shared_prompt import pad_tokens
 from latentguard.models.weights_digest import execution_device, weights_digest
 from latentguard.prompts import Prompt, PromptLike, Reply, as_prompts
-from latentguard.states import Fingerprint, Progress, States, progress_bar
+from latentguard.states import (
+    AttendedSlots,
+    Attention,
+    Fingerprint,
+    Progress,
+    States,
+    attended_slots,
+    progress_bar,
+)
 
 T = TypeVar("T")
 
@@ -199,12 +206,13 @@ class ChatModel:
     def fingerprint(self) -> Fingerprint:
         """What a guard of this model is bound to; computed once."""
         if self._fingerprint is None:
+            dtype = str(self.model.dtype).removeprefix("torch.")
             self._fingerprint = Fingerprint(
                 model=self.source,
                 weights=weights_digest(self.model),
                 tokenizer=self.chat.tokenizer_digest,
                 template=self.chat.template_digest,
-                dtype="/".join(filter(None, (_dtype_name(self.model.dtype), self.quantized))),
+                dtype="/".join(filter(None, (dtype, self.quantized))),
             )
         return self._fingerprint
 
@@ -445,8 +453,7 @@ class ChatModel:
         skip = len(prefix.ids) if prefix else 0
         ids = pad_tokens([row.ids[skip:] for row in rows])
         totals = torch.zeros(ids.shape, device=self.device)
-        hooks = score_tokens(self.blocks, layers=layers, weight=weight, totals=totals)
-        with hooks:
+        with score_tokens(self.blocks, layers=layers, weight=weight, totals=totals):
             self._run(ids, prefix)
         spans = [row.spans[0] for row in rows]
         return [
@@ -485,10 +492,6 @@ class ChatModel:
             self._run(torch.tensor([ids]), None, cache)
         is_full = all(layer.get_seq_length() == len(ids) for layer in cache.layers[:last_layer])
         return _Prefix(ids if is_full else (), cache, last_layer)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _groups(prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, ...]]:

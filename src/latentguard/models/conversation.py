@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentguard.attention import AttendedSlots, Attention, attended_slots
 from latentguard.errors import ModelError
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
@@ -20,7 +19,7 @@ from latentguard.models.layout import CaptureRow, Layout, min_token_count
 from latentguard.models.loading import cache_argument
 from latentguard.models.segments import Segments, can_be_segmented, prefill
 from latentguard.prompts import Prompt
-from latentguard.states import States
+from latentguard.states import AttendedSlots, Attention, States, attended_slots
 
 GREEDY_BELOW = 1e-4
 """Below this temperature a reply is greedy: logits divided by less overflow float32."""

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from latentguard.attention import AttendedSlots, Attention, attended_slots
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.hooks import StopForward, StoreStates, hook_layer, visit_layers
 from latentguard.prompts import Prompt
+from latentguard.states import AttendedSlots, Attention, attended_slots
 
 Spans = tuple[Int[Tensor, "b p"], Int[Tensor, "b p"]]
 """The first and the last token of each position, as the pass counts them."""

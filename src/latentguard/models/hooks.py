@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from latentguard.attention import AttendedSlots
 from latentguard.errors import ModelError
+from latentguard.states import AttendedSlots
 
 
 class StopForward(Exception):

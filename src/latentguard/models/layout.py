@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
-from latentguard.attention import ATTENDED
 from latentguard.errors import PromptError, TemplateError
 from latentguard.prompts import Message, Prompt
+from latentguard.states import ATTENDED
 
 
 @dataclass(frozen=True)

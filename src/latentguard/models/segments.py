@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentguard.attention import AttendedSlots
 from latentguard.models.hooks import contiguous_head, read_positions
 from latentguard.models.layout import CaptureRow
 from latentguard.models.loading import cache_argument, is_sharded, unscaled_length
 from latentguard.models.prefill import has_only_keys_and_values
+from latentguard.states import AttendedSlots
 
 if TYPE_CHECKING:
     from latentguard.models.chat_model import ChatModel

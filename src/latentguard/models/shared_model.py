@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentguard.attention import AttendedSlots, Attention, attended_slots
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.layout import CaptureRow
 from latentguard.models.segments import Segments, can_be_segmented, prefill
 from latentguard.prompts import Prompt
-from latentguard.states import Progress, States
+from latentguard.states import AttendedSlots, Attention, Progress, States, attended_slots
 
 GROUP = 256
 """Prompts that are sorted by length together."""

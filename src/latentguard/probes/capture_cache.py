@@ -21,10 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from latentguard.attention import Attention
 from latentguard.files import write_atomic
 from latentguard.prompts import Prompt
-from latentguard.states import Backend, Progress, States, digest_prompts
+from latentguard.states import Attention, Backend, Progress, States, digest_prompts
 
 log = logging.getLogger("latentguard.capture_cache")
 

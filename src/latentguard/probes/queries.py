@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
-from latentguard.attention import Attention
+from latentguard.states import Attention
 
 HEADS = 8
 """Queries; with ``EPOCHS`` and ``RATE`` chosen on SmolLM2-135M (docs/results/lab-notes.md)."""

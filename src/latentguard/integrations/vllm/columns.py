@@ -18,11 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from latentguard.attention import attended_slots
 from latentguard.errors import GuardError
 from latentguard.guard.reading_plan import VariantScore
 from latentguard.guard.spec import NOT_FINITE, GuardSpec
-from latentguard.states import MEAN_POSITIONS
+from latentguard.states import MEAN_POSITIONS, attended_slots
 
 SMALLEST = 1e-12
 """The least norm that is divided by, as in ``normalize``."""

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentguard.attention import Attention
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt
-from latentguard.states import Progress, Reading, States, digest_prompts
+from latentguard.states import Attention, Progress, Reading, States, digest_prompts
 from latentguard.stats.bounds import smallest_n
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.detectors import Detector, Scores, belief_detector, control_detectors
