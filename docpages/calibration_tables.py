@@ -16,11 +16,15 @@ COMMAND = (
 
 CASCADE = "cascade-smollm2-135m"
 CASCADE_COMMAND = "python benchmarks/cascade.py SECOND --data-dir D --work DIR --json FILE"
-CASCADE_ORDERS = (
-    ("smollm2-135m", "qwen2.5-coder-0.5b"),
-    ("qwen2.5-coder-0.5b", "smollm2-135m"),
-)
-"""The first guard, and the second."""
+CASCADES = {
+    "cascade-smollm2-135m": ("smollm2-135m", "qwen2.5-coder-0.5b"),
+    "cascade-qwen2.5-coder-0.5b": ("qwen2.5-coder-0.5b", "smollm2-135m"),
+    "cascade-qwen2.5-coder-1.5b": ("smollm2-135m", "qwen2.5-coder-1.5b"),
+}
+"""Result file -> the first guard, and the second."""
+
+CASCADE_COSTS = {"cascade-smollm2-135m": "0.5B, 500 rows", "cascade-qwen2.5-coder-1.5b": "1.5B"}
+"""Result file -> the second guard, where the default is the first."""
 
 CASCADE_SETS = {
     "all": "all",
@@ -132,14 +136,17 @@ def cascade_planted_table() -> str:
 
 def cascade_cost_table() -> str:
     """AUROC of each guard by itself, and what a prompt costs in it and in both."""
-    found = read_result(CASCADE)["labelled"]
-    names = {"first": "SmolLM2-135M (`default`)", "second": "Qwen2.5-Coder-0.5B, 500 rows"}
-    names["cascade"] = "the default, then the 0.5B"
-    rows = [
-        [name, f"{found['auroc'][key]:.2f}" if key in found["auroc"] else "", f"{ms:.0f}"]
-        for key, name in names.items()
-        for ms in [found["milliseconds"][key]]
-    ]
+    rows = []
+    for record, second in CASCADE_COSTS.items():
+        found = read_result(record)["labelled"]
+        names = {
+            "first": "SmolLM2-135M (`default`)",
+            "second": f"Qwen2.5-Coder-{second}",
+            "cascade": f"the default, then the {second.split(',')[0]}",
+        }
+        for key, name in names.items():
+            area = f"{found['auroc'][key]:.2f}" if key in found["auroc"] else ""
+            rows.append([name, area, f"{found['milliseconds'][key]:.0f}"])
     head = ["guard", f"AUROC, {_n(found)}", "processor time a prompt, ms"]
     return markdown_table(head, rows, CASCADE_COMMAND)
 
@@ -151,8 +158,8 @@ def _n(found: Figure) -> str:
 def cascade_sets_table() -> str:
     """F1, recall and false-positive rate of both guards and the cascade on labelled sets."""
     rows = []
-    for first, second in CASCADE_ORDERS:
-        found = read_result(f"cascade-{first}")["labelled"]
+    for record, (first, second) in CASCADES.items():
+        found = read_result(record)["labelled"]
         for key, label in CASCADE_SETS.items():
             figures = found["all"] if key == "all" else found["sets"][key]
             asked = figures["asked"]
