@@ -23,8 +23,8 @@ from reading_levers import ArmScores, compare, read_sets
 from latentguard.data.builtin import load_training_rows
 from latentguard.data.surface_audit import ngram_scores
 from latentguard.files import write_atomic
-from latentguard.guard.attention_fitting import fit_attention
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.query_fitting import fit_reading_queries
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.capture_cache import CaptureCache
 from latentguard.probes.fitting import capture
@@ -42,12 +42,13 @@ def fit_guards(
 ) -> dict[str, LatentGuard]:
     """Both guards, by the name of their arm, from one capture."""
     layers = layers_of("linear", model.depth)
-    reading, judged = fit_attention(model, Reading.of("attended", model.post), prompts, layers)
+    attended = Reading.of("attended", model.post)
+    reading, unseen_rows = fit_reading_queries(model, attended, prompts, layers)
     states = capture(model, reading, prompts, layers=layers, cache=cache)
     pooled = Reading.of("pooled", model.post)
     return {
         DEFAULT: LatentGuard.from_states(model, states, pooled),
-        "attended": LatentGuard.from_states(model, states, reading, judged=judged),
+        "attended": LatentGuard.from_states(model, states, reading, unseen_rows=unseen_rows),
     }
 
 

@@ -281,10 +281,11 @@ class PlantedModel:
         *,
         positions: Sequence[str] = ("t_inst", "t_post"),
         layers: Sequence[int] | None = None,
-        attention: Any = None,
+        queries: Any = None,
         progress: Any = None,
     ) -> Iterator[States]:
         """States of the prompts, in one batch."""
+        assert queries is None, "A planted model has no attended positions."
         rows = [np.stack([self._state(p, at) for at in positions]) for p in prompts]
         values = torch.tensor(np.stack(rows), dtype=torch.float32)
         if progress:

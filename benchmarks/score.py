@@ -78,7 +78,7 @@ def judging(
     """
     states, found = {}, {name: list[float]() for name in guards}
     for name, guard in guards.items():
-        where = dict(layers=guard.probe.layers, attention=guard.reading.attention)
+        where = dict(layers=guard.probe.layers, queries=guard.reading.queries)
         read = backend.capture(prompts, positions=guard.positions, **where)
         states[name] = States.collect(read)
     for _ in range(rounds):

@@ -111,9 +111,11 @@ class Plain:
         *,
         positions: Sequence[str],
         layers: Sequence[int],
+        queries: Any = None,
         **_: Any,
     ) -> Iterator[States]:
         """States by ``output_hidden_states``."""
+        assert queries is None, "Plain reading has no attended positions."
         for prompt in prompts:
             layout = self.chat([prompt])[0]
             ids = torch.tensor([layout.ids])
@@ -312,7 +314,13 @@ def first_token(asked: argparse.Namespace) -> dict[str, Any]:
     guard, model = opened(asked)()
 
     def guarded(prompt: Prompt) -> None:
-        said = Conversation(model, prompt, positions=guard.positions, layers=guard.probe.layers)
+        said = Conversation(
+            model,
+            prompt,
+            positions=guard.positions,
+            layers=guard.probe.layers,
+            queries=guard.reading.queries,
+        )
         assert said.states is not None
         guard.judge(said.states)
         int(said._logits.argmax())

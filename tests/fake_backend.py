@@ -53,7 +53,7 @@ class FakeBackend:
         *,
         positions=("t_inst", "t_post"),
         layers=None,
-        attention=None,
+        queries=None,
         progress=None,
     ):
         layers = tuple(range(self.depth + 1) if layers is None else layers)

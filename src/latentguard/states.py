@@ -246,12 +246,12 @@ class Backend(Protocol):
         *,
         positions: Sequence[str] = ("t_inst", "t_post"),
         layers: Sequence[int] | None = None,
-        attention: Attention | None = None,
+        queries: TokenQueries | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield the states of the prompts, in order, in batches; all layers if None.
 
-        ``attention`` has the queries of positions such as ``attended+1``.
+        ``queries`` are those of positions such as ``attended+1``.
         """
 
 
@@ -323,44 +323,45 @@ ATTENDED = "attended+"
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
-    """Weights of tokens: the softmax, over the instruction, of states times a query.
+class TokenQueries:
+    """Fitted queries: a token weighs the more in a mean, the more its state is like a query.
 
     The state at the position ``attended+k`` of a layer is the mean of the states of the
-    instruction's tokens there, with the weights of query k.
+    instruction's tokens there, with the weights of query k: the softmax, over these tokens, of
+    states times the query.
     """
 
     layer: int
-    """Of the states that queries are compared with; weights hold for it and for those above."""
+    """Of the states that queries are compared with; the weights hold for it and all above."""
 
-    queries: Float[Tensor, "h d"]
+    vectors: Float[Tensor, "h d"]
     """Float32."""
 
     @property
     def positions(self) -> tuple[str, ...]:
         """The name of each query's position."""
-        return tuple(f"{ATTENDED}{k + 1}" for k in range(len(self.queries)))
+        return tuple(f"{ATTENDED}{k + 1}" for k in range(len(self.vectors)))
 
     def to_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What JSON can hold, and tensors."""
-        return {"layer": self.layer}, {"queries": self.queries}
+        return {"layer": self.layer}, {"vectors": self.vectors}
 
     @staticmethod
-    def from_dict(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Attention:
+    def from_dict(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TokenQueries:
         """What ``to_dict`` wrote.
 
         Raises:
             LookupError, TypeError, ValueError: if it is damaged.
         """
-        queries = tensors["queries"]
-        if queries.ndim != 2 or not len(queries) or not torch.isfinite(queries).all():
+        vectors = tensors["vectors"]
+        if vectors.ndim != 2 or not len(vectors) or not torch.isfinite(vectors).all():
             raise ValueError("the queries are not finite numbers, a row for each")
-        return Attention(int(record["layer"]), queries)
+        return TokenQueries(int(record["layer"]), vectors)
 
     @property
     def digest(self) -> str:
         """SHA-256 of all of it."""
-        content = self.queries.contiguous().numpy().tobytes()
+        content = self.vectors.contiguous().numpy().tobytes()
         return hashlib.sha256(f"{self.layer}:".encode() + content).hexdigest()
 
 
@@ -371,12 +372,12 @@ class AttendedSlots:
     slots: tuple[int, ...]
     """Numbers of the positions."""
 
-    queries: Float[Tensor, "a d"]
+    vectors: Float[Tensor, "a d"]
     """A query for each of them."""
 
 
 def attended_slots(
-    positions: Sequence[str], layers: Sequence[int], attention: Attention | None
+    positions: Sequence[str], layers: Sequence[int], queries: TokenQueries | None
 ) -> AttendedSlots | None:
     """The attended ones of some positions; None if there are none.
 
@@ -386,29 +387,30 @@ def attended_slots(
     slots = tuple(n for n, position in enumerate(positions) if position.startswith(ATTENDED))
     if not slots:
         return None
-    if attention is None:
+    if queries is None:
         raise GuardError(
             f"The position '{positions[slots[0]]}' is where a guard's query looks; found no "
-            "queries. Capture it with the guard's own: attention=guard.reading.attention."
+            "queries. Capture it with the guard's own: queries=guard.reading.queries."
         )
-    names = attention.positions
+    names = queries.positions
     if unknown := [positions[slot] for slot in slots if positions[slot] not in names]:
         raise GuardError(
             f"There is no position '{unknown[0]}': expected one of {', '.join(names)}."
         )
-    if min(layers) != attention.layer:
+    if min(layers) != queries.layer:
         raise GuardError(
-            f"Queries look at layer {attention.layer}, so it has to be the lowest that is read; "
+            f"Queries look at layer {queries.layer}, so it has to be the lowest that is read; "
             f"found layer {min(layers)}."
         )
     wanted = [names.index(positions[slot]) for slot in slots]
-    return AttendedSlots(slots, attention.queries[torch.tensor(wanted)])
+    return AttendedSlots(slots, queries.vectors[torch.tensor(wanted)])
 
 
 READING_NAMES = "t_inst, t_post, post+1, post+2, ..., sealed, span, pooled or attended"
 DEFAULT_READING = "pooled"
 
 POOLED = ("t_inst", "post", "t_post", "mean")
+"""Positions of the reading ``pooled``, and the first ones of ``attended``."""
 
 MEAN_POSITIONS = ("mean", "post")
 """Positions that are means over tokens."""
@@ -424,14 +426,14 @@ class Reading:
     positions: tuple[str, ...]
     """The positions to capture."""
 
-    attention: Attention | None = None
+    queries: TokenQueries | None = None
     """The queries of its attended positions; None if it has none, or they are not fitted yet."""
 
     @staticmethod
     def of(name: str, post: int) -> Reading:
         """The reading of that name on a template with ``post`` post-instruction tokens.
 
-        ``attended`` is ``pooled`` until its queries are fitted (``with_attention``).
+        ``attended`` is ``pooled`` until its queries are fitted (``with_queries``).
 
         Raises:
             GuardError: if there is no such reading.
@@ -451,9 +453,9 @@ class Reading:
             )
         return Reading(name, positions[name])
 
-    def with_attention(self, attention: Attention) -> Reading:
+    def with_queries(self, queries: TokenQueries) -> Reading:
         """The same with the positions where queries look."""
-        return replace(self, positions=(*self.positions, *attention.positions), attention=attention)
+        return replace(self, positions=(*self.positions, *queries.positions), queries=queries)
 
     def prepare(self, prompt: Prompt) -> Prompt:
         """The prompt as it is read: its ending made uniform if the reading is sealed."""

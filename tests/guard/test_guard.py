@@ -207,7 +207,7 @@ class TestScan:
         wanted = []
 
         class Watched(FakeBackend):
-            def capture(self, prompts, *, positions, layers, attention=None, progress=None):
+            def capture(self, prompts, *, positions, layers, queries=None, progress=None):
                 wanted.append((positions, layers))
                 return super().capture(prompts, positions=positions, layers=layers)
 

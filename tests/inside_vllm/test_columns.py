@@ -37,8 +37,8 @@ def guard(model, request):
 
 def where(guard):
     """What is captured for a guard."""
-    attention = guard.reading.attention
-    return dict(positions=guard.positions, layers=guard.probe.layers, attention=attention)
+    queries = guard.reading.queries
+    return dict(positions=guard.positions, layers=guard.probe.layers, queries=queries)
 
 
 def read_columns(guard, states):

@@ -11,7 +11,7 @@ from latentguard.models.layout import CaptureRow
 from latentguard.models.segments import Segments, prefill
 from latentguard.models.shared_model import SharedModel
 from latentguard.prompts import Message, Prompt
-from latentguard.states import Attention, States, attended_slots
+from latentguard.states import States, TokenQueries, attended_slots
 from models.architectures import ARCHITECTURES, chat_model
 
 LAYERS = (1, 2, 4)
@@ -21,16 +21,16 @@ PROMPTS = [
     Prompt("And the sea? " * 12, history=(Message("system", "Be brief."),)),
     Prompt("Now?", history=(Message("user", "Hi."), Message("assistant", "Hello."))),
 ]
-ATTENTION = Attention(1, 3 * torch.randn(2, 32, generator=torch.Generator().manual_seed(1)))
+QUERIES = TokenQueries(1, 3 * torch.randn(2, 32, generator=torch.Generator().manual_seed(1)))
 POSITIONS = ("attended+2", "t_inst", "mean", "attended+1")
-WHERE = dict(positions=POSITIONS, layers=LAYERS, attention=ATTENTION)
+WHERE = dict(positions=POSITIONS, layers=LAYERS, queries=QUERIES)
 
 
 def expected(model, prompt):
     """From the states of each token, one prompt at a time."""
     layout, states = capture_tokens(model, prompt, LAYERS)
     own = states[: len(layout.instruction)].float()
-    weights = (own[:, 0] @ ATTENTION.queries.T).softmax(0)
+    weights = (own[:, 0] @ QUERIES.vectors.T).softmax(0)
     means = torch.einsum("th,tld->hld", weights, own)
     return torch.stack([means[1], own[-1], own.mean(0), means[0]])
 
@@ -69,7 +69,7 @@ def test_a_number_that_is_not_finite_is_not_lost_between_segments(model):
             (output[0] if isinstance(output, tuple) else output)[:] = torch.nan
 
     handle = model.blocks[0].register_forward_hook(spoil)
-    attended = attended_slots(("attended+1",), LAYERS, ATTENTION)
+    attended = attended_slots(("attended+1",), LAYERS, QUERIES)
     segments = Segments(size, lambda: None)
     try:
         values, _ = prefill(model, row, LAYERS, segments, attended=attended, stop=True)
@@ -116,7 +116,7 @@ def test_states_of_each_token_are_those_of_a_single_prompt(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(attention=None), "found no queries"),
+        (dict(queries=None), "found no queries"),
         (dict(positions=("attended+3",)), "no position 'attended\\+3'"),
         (dict(layers=(2, 4)), "look at layer 1"),
     ],

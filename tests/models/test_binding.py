@@ -157,6 +157,6 @@ class FakeWidth:
         self.fingerprint = chat_model("llama", model.tokenizer, seed=5).fingerprint
         self._model = model
 
-    def capture(self, prompts, *, positions, layers=None, attention=None, progress=None):
+    def capture(self, prompts, *, positions, layers=None, queries=None, progress=None):
         for states in self._model.capture(prompts, positions=positions, layers=layers):
             yield replace(states, values=states.values[..., :16])

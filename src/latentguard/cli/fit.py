@@ -124,23 +124,26 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
 def _check_training(prompts: list[Prompt], reading: str, probe: Kind) -> None:
     """Say what cannot be fitted, and warn of form that tells the label apart."""
     from latentguard.data.surface_audit import surface_warnings
+    from latentguard.guard.query_fitting import query_rows
     from latentguard.probes.probe import require_both_classes
     from latentguard.states import require_reading_name
 
     require_reading_name(reading)
     require_both_classes([bool(p.harmful) for p in prompts], probe)
+    if reading == "attended":
+        query_rows(prompts)
     for warning in surface_warnings(prompts):
         echo_err(f"Warning: {warning}")
 
 
 def _fit_guard(backend: ChatModel, prompts: list[Prompt], reading: str, probe: Kind) -> LatentGuard:
-    from latentguard.guard.attention_fitting import split_rows
     from latentguard.guard.latent_guard import LatentGuard
+    from latentguard.guard.query_fitting import query_rows
     from latentguard.probes.capture_cache import CaptureCache
 
     cache = CaptureCache(cache_folder() / CAPTURES)
-    again = len(split_rows(prompts)[0]) if reading == "attended" else 0
-    with cache, progress("capture", len(prompts) + again) as view:
+    read_twice = len(query_rows(prompts)) if reading == "attended" else 0
+    with cache, progress("capture", len(prompts) + read_twice) as view:
         return LatentGuard.fit(
             backend,
             prompts,

@@ -34,12 +34,12 @@ LIBRARY = "latentguard"
 KEYS = frozenset(
     "schema tensors_sha256 content_sha256 fingerprint reading probe axes threshold bound platt "
     "spread canaries fitted deobfuscation chunking thresholds quadrants categories replies "
-    "early_exit attention".split()
+    "early_exit queries".split()
 )
 """What the JSON of this schema may hold: what a newer version wrote would be dropped unseen."""
 
-LATER = ("attention", "replies", "early_exit")
-"""Parts whose key is left out where there are none: guards of before have no such key."""
+OPTIONAL_KEYS = ("queries", "replies", "early_exit")
+"""Keys that are left out where there is nothing: older guards have none of them."""
 
 T = TypeVar("T")
 
@@ -166,14 +166,14 @@ def read_optional(record: Any, read: Callable[[Any], T]) -> T | None:
     return None if record is None else read(record)
 
 
-def read_part(
+def read_field(
     name: str,
     read: Callable[[Any, dict[str, Tensor]], T],
     record: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> T | None:
     """One part, from its record and its tensors; None if there is none."""
-    own_record = record.get(name) if name in LATER else record[name]
+    own_record = record.get(name) if name in OPTIONAL_KEYS else record[name]
     if own_record is None:
         return None
     prefix = f"{name}."

@@ -97,7 +97,7 @@ def read_first_layer(
         texts,
         positions=guard.positions,
         layers=guard.probe.layers,
-        attention=guard.reading.attention,
+        queries=guard.reading.queries,
         progress=progress,
     )
     for states in batches:
@@ -168,7 +168,7 @@ def _short_verdicts(
         cut=early.cut,
         positions=guard.positions,
         layers=guard.probe.layers,
-        attention=guard.reading.attention,
+        queries=guard.reading.queries,
     )
     states = States(
         read.values,

@@ -104,7 +104,7 @@ class Explainer:
                 texts,
                 positions=guard.reading.positions,
                 layers=guard.probe.layers,
-                attention=guard.reading.attention,
+                queries=guard.reading.queries,
                 progress=no_progress,
             )
             values = slots(States.collect(batches), guard.reading.positions)
@@ -126,11 +126,11 @@ def token_shares(
     shares = torch.zeros(len(positions), len(states), dtype=torch.float64)
     for share, (start, last) in zip(shares, position_spans(layout, positions), strict=True):
         share[start - first : last + 1 - first] = 1 / (last + 1 - start)
-    layers, attention = guard.probe.layers, guard.reading.attention
-    attended = attended_slots(positions, layers, attention)
-    if attended is not None and attention is not None:
-        instruction = states[: len(layout.instruction), layers.index(attention.layer)]
-        logits = attended.queries @ instruction.float().T
+    layers = guard.probe.layers
+    attended = attended_slots(positions, layers, guard.reading.queries)
+    if attended is not None:
+        instruction = states[: len(layout.instruction), layers.index(min(layers))]
+        logits = attended.vectors @ instruction.float().T
         shares[list(attended.slots), : len(instruction)] = logits.softmax(-1).double()
     return shares
 

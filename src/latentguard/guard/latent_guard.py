@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from latentguard.errors import GuardError, ModelMismatch
 from latentguard.guard.artifact import read_folder, write_folder
-from latentguard.guard.attention_fitting import fit_attention
 from latentguard.guard.categories import Categories
 from latentguard.guard.compatibility import (
     Canary,
@@ -31,6 +30,7 @@ from latentguard.guard.leakage import prompt_digest
 from latentguard.guard.own_model import OwnModel
 from latentguard.guard.probabilities import fit_platt
 from latentguard.guard.quadrants import Quadrants
+from latentguard.guard.query_fitting import fit_reading_queries
 from latentguard.guard.reading_plan import Outcome, ScoredPlan, VariantScore, score_plans
 from latentguard.guard.replies import ReplyVerdict
 from latentguard.guard.signature import VerifyKey
@@ -88,7 +88,7 @@ class LatentGuard(GuardSpec):
             backend: The model.
             prompts: Labelled harmful or harmless.
             reading: ``t_inst``, ``t_post``, ``post+k``, ``sealed``, ``span``, ``pooled``, or
-                ``attended``, for which queries are fitted (``attention_fitting``).
+                ``attended``, for which queries are fitted (``query_fitting``).
             probe: ``centroid`` (the paper) or ``linear``.
             progress: Called with the number of prompts captured; those that queries are fitted on
                 are captured twice.
@@ -101,13 +101,15 @@ class LatentGuard(GuardSpec):
         require_kind(probe)
         rows = fitting.require_labels(prompts)
         layers = layers_of(probe, backend.depth)
-        judged = None
+        unseen_rows = None
         if reading == "attended":
-            where, judged = fit_attention(backend, where, rows, layers, progress=progress)
+            where, unseen_rows = fit_reading_queries(
+                backend, where, rows, layers, progress=progress
+            )
         states = fitting.capture(
             backend, where, rows, layers=layers, progress=progress, cache=cache
         )
-        return LatentGuard.from_states(backend, states, where, probe, judged=judged)
+        return LatentGuard.from_states(backend, states, where, probe, unseen_rows=unseen_rows)
 
     @staticmethod
     def from_states(
@@ -116,7 +118,7 @@ class LatentGuard(GuardSpec):
         reading: Reading,
         probe: Kind = "linear",
         *,
-        judged: Sequence[int] | None = None,
+        unseen_rows: Sequence[int] | None = None,
     ) -> LatentGuard:
         """Fit a guard on states that were captured already (``fitting.fit_probe``).
 
@@ -125,11 +127,15 @@ class LatentGuard(GuardSpec):
             states: Labelled.
             reading: Where it reads.
             probe: ``centroid`` or ``linear``.
-            judged: Rows on which no query was fitted: what is said of scores comes from these.
+            unseen_rows: Those on which no query of the reading was fitted: the penalty, the
+                probabilities and the spread come from them. All if the reading has no queries.
+
+        Raises:
+            GuardError: as ``fit``, or if the reading has queries and ``unseen_rows`` is missing.
         """
-        fit = fitting.fit_probe(states, reading, probe, backend.depth, judged=judged)
+        kept = fitting.require_unseen_rows(states, reading, unseen_rows)
+        fit = fitting.fit_probe(states, reading, probe, backend.depth, unseen_rows=kept)
         axes = fitting.fit_axes(states, fit.probe.layers)
-        kept = np.arange(len(states)) if judged is None else np.array(judged)
         labels = np.array([bool(p.harmful) for p in states.prompts])[kept]
         held_out = fit.held_out[kept]
         guard = LatentGuard(
@@ -284,7 +290,7 @@ class LatentGuard(GuardSpec):
             texts,
             positions=self.positions,
             layers=self.probe.layers,
-            attention=self.reading.attention,
+            queries=self.reading.queries,
             progress=no_progress,
         )
         for states in batches:

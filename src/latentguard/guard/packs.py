@@ -189,7 +189,7 @@ def capture(
         map(guard.reading.prepare, prompts),
         positions=guard.reading.positions,
         layers=guard.probe.layers,
-        attention=guard.reading.attention,
+        queries=guard.reading.queries,
         progress=progress,
     )
     return States.collect(batches)

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from latentguard.errors import GuardError
 from latentguard.guard.artifact import (
-    LATER,
+    OPTIONAL_KEYS,
     POLES,
     card_head,
     model_card,
+    read_field,
     read_optional,
-    read_part,
     require_sound,
 )
 from latentguard.guard.calibrate import fit_calibration, require_enough
@@ -58,10 +58,10 @@ from latentguard.probes.fitting import slots
 from latentguard.probes.probe import Probe
 from latentguard.prompts import Prompt
 from latentguard.states import (
-    Attention,
     Fingerprint,
     Reading,
     States,
+    TokenQueries,
     attended_slots,
     digest_prompts,
 )
@@ -439,7 +439,7 @@ class GuardSpec:
         parts = {
             "thresholds": self.thresholds,
             "categories": self.categories,
-            "attention": self.reading.attention,
+            "queries": self.reading.queries,
             "replies": self.replies,
             "early_exit": self.early_exit,
         }
@@ -447,7 +447,7 @@ class GuardSpec:
             if part is not None:
                 record[name], own = part.to_dict()
                 tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
-            elif name not in LATER:
+            elif name not in OPTIONAL_KEYS:
                 record[name] = None
         return record, tensors
 
@@ -463,10 +463,15 @@ class GuardSpec:
         slope, intercept = record["platt"]
         layers = tuple(probe["layers"])
         positions = tuple(record["reading"]["positions"])
-        attention = read_part("attention", Attention.from_dict, record, tensors)
-        attended_slots(positions, layers, attention)
+        queries = read_field("queries", TokenQueries.from_dict, record, tensors)
+        attended_slots(positions, layers, queries)
+        if queries is not None and (
+            queries.vectors.shape[1] != tensors["weight"].shape[1]
+            or not set(queries.positions) <= set(positions)
+        ):
+            raise ValueError("the queries are not those of the positions, or of another width")
         return cls(
-            reading=Reading(name, positions, attention),
+            reading=Reading(name, positions, queries),
             probe=Probe(probe["kind"], layers, tensors["weight"], float(probe["bias"])),
             axes=tuple(_axis(axis, layers, tensors) for axis in record["axes"]),
             fingerprint=Fingerprint(**record["fingerprint"]),
@@ -479,11 +484,11 @@ class GuardSpec:
             training_digests=tensors["training_digests"],
             deobfuscate=record["deobfuscation"] is not None,
             chunking=read_optional(record["chunking"], Chunking.from_dict),
-            thresholds=read_part("thresholds", Thresholds.from_dict, record, tensors),
+            thresholds=read_field("thresholds", Thresholds.from_dict, record, tensors),
             quadrants=read_optional(record["quadrants"], Quadrants.from_dict),
-            categories=read_part("categories", Categories.from_dict, record, tensors),
-            replies=read_part("replies", ReplyProbe.from_dict, record, tensors),
-            early_exit=read_part("early_exit", EarlyExit.from_dict, record, tensors),
+            categories=read_field("categories", Categories.from_dict, record, tensors),
+            replies=read_field("replies", ReplyProbe.from_dict, record, tensors),
+            early_exit=read_field("early_exit", EarlyExit.from_dict, record, tensors),
         )
 
 

@@ -35,10 +35,10 @@ from latentguard.models.weights_digest import execution_device, weights_digest
 from latentguard.prompts import Prompt, PromptLike, Reply, as_prompts
 from latentguard.states import (
     AttendedSlots,
-    Attention,
     Fingerprint,
     Progress,
     States,
+    TokenQueries,
     attended_slots,
     progress_bar,
 )
@@ -222,7 +222,7 @@ class ChatModel:
         *,
         positions: Sequence[str] = ("t_inst", "t_post"),
         layers: Sequence[int] | None = None,
-        attention: Attention | None = None,
+        queries: TokenQueries | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield states in the order of the prompts, ``PROMPTS_PER_STATES`` at a time.
@@ -232,7 +232,7 @@ class ChatModel:
             positions: ``t_inst``, ``t_post``, ``post+k``, ``mean`` (over the instruction's tokens)
                 or ``post`` (over those after it), ``attended+k`` (a weighted ``mean``).
             layers: Layer indices; all, from 0 (embedding output) to L, if None.
-            attention: The queries of the attended positions.
+            queries: The queries of the attended positions.
             progress: Called after each batch with its number of prompts; a bar is shown if there
                 is none and a person is at an interactive prompt or in a notebook.
 
@@ -248,7 +248,7 @@ class ChatModel:
             raise ModelError(f"Layers run from 0 to {self.depth}; found {layers}.")
         if not positions:
             raise PromptError("At least one position is needed, such as 't_inst'; found none.")
-        attended = attended_slots(positions, layers, attention)
+        attended = attended_slots(positions, layers, queries)
         with progress_bar("capture", prompts, progress) as advance:
             for group in _groups(as_prompts(prompts)):
                 rows = self.lay_out(group, positions)

@@ -15,11 +15,11 @@ from latentguard.errors import ModelError
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.generate import end_ids
 from latentguard.models.hooks import contiguous_head, keep_states, read_positions
-from latentguard.models.layout import CaptureRow, Layout, min_token_count
+from latentguard.models.layout import CaptureRow, Layout, min_token_count, position_spans
 from latentguard.models.loading import cache_argument
 from latentguard.models.segments import Segments, can_be_segmented, prefill
 from latentguard.prompts import Prompt
-from latentguard.states import AttendedSlots, Attention, States, attended_slots
+from latentguard.states import AttendedSlots, States, TokenQueries, attended_slots
 
 GREEDY_BELOW = 1e-4
 """Below this temperature a reply is greedy: logits divided by less overflow float32."""
@@ -80,7 +80,7 @@ class Conversation:
         *,
         positions: Sequence[str],
         layers: Sequence[int],
-        attention: Attention | None = None,
+        queries: TokenQueries | None = None,
         probe: TokenProbe | None = None,
         segments: Segments | None = None,
     ) -> None:
@@ -91,7 +91,7 @@ class Conversation:
             prompt: The prompt, with its history.
             positions: Where states are captured; none is captured if empty.
             layers: At which layers.
-            attention: The queries of the attended positions.
+            queries: The queries of the attended positions.
             probe: Scores each token of the reply, in the pass that reads it to go on.
             segments: How a long prompt is read while others wait; None reads it in one pass.
 
@@ -103,17 +103,15 @@ class Conversation:
         self.model = model
         layout = model.chat([prompt])[0]
         model.check_length(len(layout.ids) + 1, prompt)
-        columns = [layout.index(position) for position in positions]
-        starts = [layout.start(position) for position in positions]
-        row = CaptureRow(layout.ids, tuple(zip(starts, columns, strict=True)))
-        attended = attended_slots(positions, layers, attention)
+        row = CaptureRow(layout.ids, tuple(position_spans(layout, positions)))
+        attended = attended_slots(positions, layers, queries)
         if segments and row.length > segments.size and can_be_segmented(model, row):
             values, output = prefill(model, row, layers, segments, attended=attended, stop=False)
         else:
             values, output = _read(model, row, layers, attended=attended, stop=False)
         self.states = (
             States(values[None], (prompt,), tuple(positions), tuple(layers), model.fingerprint)
-            if columns
+            if positions
             else None
         )
         """The captured states, [1 p l d]; None if no position was asked for."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.hooks import StopForward, StoreStates, hook_layer, visit_layers
 from latentguard.prompts import Prompt
-from latentguard.states import AttendedSlots, Attention, attended_slots
+from latentguard.states import AttendedSlots, TokenQueries, attended_slots
 
 Spans = tuple[Int[Tensor, "b p"], Int[Tensor, "b p"]]
 """The first and the last token of each position, as the pass counts them."""
@@ -55,7 +55,7 @@ def capture_staying(
     cut: float,
     positions: Sequence[str],
     layers: Sequence[int],
-    attention: Attention | None = None,
+    queries: TokenQueries | None = None,
 ) -> Staying:
     """Read prompts; those whose estimate lies under ``cut`` leave after the first layer.
 
@@ -66,12 +66,12 @@ def capture_staying(
         cut: Which prompts leave.
         positions: As in ``ChatModel.capture``.
         layers: In order; not the embeddings.
-        attention: The queries of the attended positions.
+        queries: The queries of the attended positions.
 
     Raises:
         PromptError: if a prompt is empty, too long, or has no such position.
     """
-    attended = attended_slots(positions, layers, attention)
+    attended = attended_slots(positions, layers, queries)
     rows = model.lay_out(prompts, positions)
     estimates = torch.empty(len(rows))
     states = dict[int, Tensor]()

@@ -98,11 +98,9 @@ class StoreStates:
         self._means = None if starts is None else _Means(starts, columns, attended)
 
     @property
-    def log_weights(self) -> Float[Tensor, "b a"]:
-        """Of each attended position: the log of what its tokens' weights add up to."""
-        if self._means is None or self._means.log_weights is None:
-            return torch.zeros(len(self._columns), 0)
-        return self._means.log_weights
+    def log_weights(self) -> Float[Tensor, "b a"] | None:
+        """The logsumexp of each attended position's logits; None before the first layer."""
+        return None if self._means is None else self._means.log_weights
 
     def __call__(self, slot: int, hidden: Float[Tensor, "b s d"]) -> None:
         """Copy the residual stream of the layer with this number."""
@@ -218,7 +216,8 @@ class _Means:
         weights = is_inside / (columns - starts + 1).float()
         if self._attended is not None:
             own = torch.isin(self.slots, torch.tensor(self._attended.slots).to(self.slots))
-            logits = self._attended.queries.to(hidden.device) @ hidden.float().mT
+            own = own.to(hidden.device)
+            logits = self._attended.vectors.to(hidden.device) @ hidden.float().mT
             logits = logits.masked_fill(~is_inside[:, own], -torch.inf)
             self.log_weights = logits.logsumexp(-1)
             weights[:, own] = logits.softmax(-1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from latentguard.models.layout import CaptureRow
+from latentguard.models.layout import CaptureRow, Layout
 from latentguard.prompts import Prompt
 from latentguard.states import Progress
 
@@ -37,21 +37,24 @@ def capture_instructions(
     Raises:
         PromptError: if a prompt is empty or too long.
     """
-    rows = model.lay_out(prompts, ("t_inst",))
-    tokens = [list(layout.instruction) for layout in model.chat(prompts)]
+    layouts = model.chat(prompts)
+    for layout, prompt in zip(layouts, prompts, strict=True):
+        model.check_length(layout.t_inst + 1, prompt)
     states: dict[int, Float[Tensor, "t l d"]] = {}
 
     def read(batch: list[int]) -> None:
-        most = max(len(tokens[n]) for n in batch)
-        padded = [_row(rows[n], tokens[n], most) for n in batch]
-        for n, values in zip(batch, model.read_batch(padded, layers), strict=True):
-            states[n] = values[: len(tokens[n])].clone()  # a view would keep the whole batch
+        most = max(len(layouts[n].instruction) for n in batch)
+        rows = [_row(layouts[n], most) for n in batch]
+        for n, values in zip(batch, model.read_batch(rows, layers), strict=True):
+            count = len(layouts[n].instruction)
+            states[n] = values[:count].clone()  # a view would keep the whole batch
 
-    model.run_in_batches([row.length for row in rows], read, progress=progress)
-    return [states[n] for n in range(len(rows))]
+    model.run_in_batches([layout.t_inst + 1 for layout in layouts], read, progress=progress)
+    return [states[n] for n in range(len(layouts))]
 
 
-def _row(row: CaptureRow, tokens: list[int], most: int) -> CaptureRow:
-    """A row that reads each of some tokens; the last is repeated, so that all rows read as many."""
-    places = [*tokens, *tokens[-1:] * (most - len(tokens))]
-    return CaptureRow(row.ids, tuple((at, at) for at in places))
+def _row(layout: Layout, most: int) -> CaptureRow:
+    """A row that reads each token of the instruction, and the last again up to ``most`` times."""
+    tokens = [*layout.instruction]
+    tokens += tokens[-1:] * (most - len(tokens))
+    return CaptureRow.of_spans(layout.ids, [(at, at) for at in tokens])

@@ -49,7 +49,7 @@ class Layout:
         Raises:
             PromptError: if there is no such position.
         """
-        if position == "mean" or position.startswith(ATTENDED):
+        if is_instruction_mean(position):
             return self.t_inst
         if position == "post":
             return self.t_post
@@ -71,8 +71,12 @@ class Layout:
         """Absolute index of the first token that a position averages; ``index`` is the last."""
         if position == "post":
             return min(self.t_inst + 1, self.t_post)
-        is_mean = position == "mean" or position.startswith(ATTENDED)
-        return self.instruction.start if is_mean else self.index(position)
+        return self.instruction.start if is_instruction_mean(position) else self.index(position)
+
+
+def is_instruction_mean(position: str) -> bool:
+    """Whether a position is a mean, weighted or not, over the instruction's tokens."""
+    return position == "mean" or position.startswith(ATTENDED)
 
 
 @dataclass(frozen=True)

@@ -83,14 +83,14 @@ def prefill(
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _SegmentMeans:
     """What a segment adds to each position."""
 
     means: Float[Tensor, "p l d"]
     """The mean of its tokens in the segment, float32; anything where there are none."""
 
     log_weights: Float[Tensor, "p"]
-    """The log of what these tokens weigh together: of their number, or that of their softmax."""
+    """The log of what these tokens weigh: their number, or the sum of exponentials of logits."""
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def _read_segment(
     attended: AttendedSlots | None,
     *,
     stop: bool,
-) -> tuple[_Part, Any]:
+) -> tuple[_SegmentMeans, Any]:
     """What a segment adds to each position, and what the pass gave."""
     begin, end = segment
     inside = [(max(first, begin), min(last, end - 1)) for first, last in row.spans]
@@ -131,8 +131,8 @@ def _read_segment(
     with hooks if spans else nullcontext() as store, contiguous_head(model.model):
         output = model.model(ids, use_cache=True, logits_to_keep=1, **how)
     log_weights = torch.tensor(counts, device=model.device).float().log()
-    if attended is not None and store is not None:
+    if attended is not None and store is not None and store.log_weights is not None:
         is_inside = log_weights[list(attended.slots)].isfinite()
         own = store.log_weights[0].to(model.device).where(is_inside, -torch.inf)
         log_weights[list(attended.slots)] = own
-    return _Part(buffer[0].float(), log_weights), output
+    return _SegmentMeans(buffer[0].float(), log_weights), output

@@ -14,7 +14,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.layout import CaptureRow
 from latentguard.models.segments import Segments, can_be_segmented, prefill
 from latentguard.prompts import Prompt
-from latentguard.states import AttendedSlots, Attention, Progress, States, attended_slots
+from latentguard.states import AttendedSlots, Progress, States, TokenQueries, attended_slots
 
 GROUP = 256
 """Prompts that are sorted by length together."""
@@ -45,12 +45,12 @@ class SharedModel:
         *,
         positions: Sequence[str],
         layers: Sequence[int],
-        attention: Attention | None = None,
+        queries: TokenQueries | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield states in the order of the prompts, as ``ChatModel.capture`` does."""
         axes = tuple(positions), tuple(layers)
-        attended = attended_slots(positions, layers, attention)
+        attended = attended_slots(positions, layers, queries)
         rest = iter(prompts)
         is_first = True
         while group := tuple(islice(rest, GROUP)):

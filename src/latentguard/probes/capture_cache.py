@@ -23,7 +23,7 @@ from torch import Tensor
 
 from latentguard.files import write_atomic
 from latentguard.prompts import Prompt
-from latentguard.states import Attention, Backend, Progress, States, digest_prompts
+from latentguard.states import Backend, Progress, States, TokenQueries, digest_prompts
 
 log = logging.getLogger("latentguard.capture_cache")
 
@@ -75,7 +75,7 @@ class CaptureCache:
         *,
         positions: Sequence[str],
         layers: Sequence[int],
-        attention: Attention | None = None,
+        queries: TokenQueries | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """Yield states in order; what a killed run captured of the same is read from the disk.
@@ -88,10 +88,10 @@ class CaptureCache:
             prompts: What to read.
             positions: Where.
             layers: At which layers.
-            attention: The queries of the attended positions.
+            queries: The queries of the attended positions.
             progress: Called with the number of prompts just done, or found on the disk.
         """
-        entry = self.folder / entry_name(backend, prompts, positions, layers, attention)
+        entry = self.folder / entry_name(backend, prompts, positions, layers, queries)
         self._used.append(entry)
         self._remove_old_entries()
         start = 0
@@ -105,7 +105,7 @@ class CaptureCache:
             prompts[start:],
             positions=positions,
             layers=layers,
-            attention=attention,
+            queries=queries,
             progress=progress,
         ):
             self._write_shard(entry, start, states, len(prompts))
@@ -156,12 +156,12 @@ def entry_name(
     prompts: Sequence[Prompt],
     positions: Sequence[str],
     layers: Sequence[int],
-    attention: Attention | None = None,
+    queries: TokenQueries | None = None,
 ) -> str:
     """The folder of an entry: a digest of the model, the prompts and what is read of them."""
     model, rows = backend.fingerprint.digest, digest_prompts(prompts)
-    queries = attention.digest if attention else None
-    key = json.dumps([FORMAT, model, rows, list(positions), list(layers), queries])
+    digest = queries.digest if queries else None
+    key = json.dumps([FORMAT, model, rows, list(positions), list(layers), digest])
     return f"states-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 

@@ -54,7 +54,7 @@ def capture(
         prepared,
         positions=positions,
         layers=at_layers,
-        attention=reading.attention,
+        queries=reading.queries,
         progress=progress,
     )
     return States.collect(batches)
@@ -66,7 +66,7 @@ def fit_probe(
     kind: Kind,
     depth: int,
     *,
-    judged: Sequence[int] | None = None,
+    unseen_rows: Sequence[int] | None = None,
 ) -> Fit:
     """Fit a probe on labelled states at the reading's positions.
 
@@ -75,22 +75,41 @@ def fit_probe(
         reading: Which positions.
         kind: Which probe.
         depth: Of the model, in blocks.
-        judged: Rows that choose between fits (``fit_linear``); all if None.
+        unseen_rows: As in ``LatentGuard.from_states``.
 
     Raises:
         GuardError: if a prompt has no label, a class is missing, the kind is unknown, or a state
             is not finite.
     """
     require_kind(kind)
-    if reading.name == "attended" and reading.attention is None:
+    rows = require_unseen_rows(states, reading, unseen_rows)
+    require_labels(states.prompts)
+    _require_finite(states, reading)
+    part = states.select(layers_of(kind, depth))
+    return _fit_linear(part, reading, rows) if kind == "linear" else _fit_centroid(part, reading)
+
+
+def require_unseen_rows(
+    states: States, reading: Reading, unseen_rows: Sequence[int] | None
+) -> list[int]:
+    """The rows that no query of the reading has seen; all if it has none.
+
+    Raises:
+        GuardError: if it has queries and the rows are not named, or it should have queries.
+    """
+    if reading.name == "attended" and reading.queries is None:
         raise GuardError(
             "The reading 'attended' needs queries: fit them with LatentGuard.fit, which reads each "
             "token of the training prompts."
         )
-    require_labels(states.prompts)
-    _require_finite(states, reading)
-    part = states.select(layers_of(kind, depth))
-    return _fit_linear(part, reading, judged) if kind == "linear" else _fit_centroid(part, reading)
+    if unseen_rows is not None:
+        return list(unseen_rows)
+    if reading.queries is not None:
+        raise GuardError(
+            "The queries of this reading have seen labels; expected unseen_rows, the rows that "
+            "they have not seen, found none."
+        )
+    return list(range(len(states)))
 
 
 def slots(states: States, positions: Sequence[str]) -> Float[Tensor, "n s d"]:
@@ -175,12 +194,12 @@ def _require_finite(states: States, reading: Reading) -> None:
             )
 
 
-def _fit_linear(states: States, reading: Reading, judged: Sequence[int] | None) -> Fit:
+def _fit_linear(states: States, reading: Reading, judged_rows: Sequence[int]) -> Fit:
     labels = [bool(p.harmful) for p in states.prompts]
     groups = [p.fold_group for p in states.prompts]
     layers = states.layers * len(reading.positions)
     values = slots(states, reading.positions)
-    return fit_linear(values, labels, groups, layers, judged=judged)
+    return fit_linear(values, labels, groups, layers, judged_rows=judged_rows)
 
 
 def _fit_centroid(states: States, reading: Reading) -> Fit:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
-from latentguard.states import Attention
+from latentguard.states import TokenQueries
 
 HEADS = 8
 """Queries; with ``EPOCHS`` and ``RATE`` chosen on SmolLM2-135M (docs/results/lab-notes.md)."""
@@ -61,7 +61,7 @@ class AttendedScore(nn.Module):
 
 def fit_queries(
     states: Sequence[Float[Tensor, "t l d"]], labels: Sequence[bool], layers: Sequence[int]
-) -> Attention:
+) -> TokenQueries:
     """Fit queries that look at the first of the layers. The same input gives the same queries.
 
     Args:
@@ -70,10 +70,10 @@ def fit_queries(
         layers: Layer indices, rising.
     """
     mean, spread = token_moments(states)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs, too
         network = _train(states, torch.tensor(labels), mean, spread)
-    return Attention(layers[0], network.query.weight.detach() / spread[0])
+    return TokenQueries(layers[0], network.query.weight.detach() / spread[0])
 
 
 def token_moments(

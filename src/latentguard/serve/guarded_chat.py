@@ -162,7 +162,7 @@ class GuardedChat:
             self.prompt,
             positions=positions,
             layers=guard.probe.layers,
-            attention=guard.reading.attention,
+            queries=guard.reading.queries,
             probe=probe,
             segments=segments,
         )

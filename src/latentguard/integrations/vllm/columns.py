@@ -65,11 +65,11 @@ class Columns:
         ]
         unit = [guard.probe.kind == "centroid"] * len(where) + [True] * len(beliefs)
         parts = [(layers, torch.stack([*scores, *beliefs], dim=1))]
-        attended = attended_slots(where, layers, guard.reading.attention)
+        attended = attended_slots(where, layers, guard.reading.queries)
         queries = dict[int, int]()
         if attended is not None:
             queries = {slot: len(unit) + n for n, slot in enumerate(attended.slots)}
-            parts.append(((min(layers),), attended.queries[None]))
+            parts.append(((min(layers),), attended.vectors[None]))
             unit += [False] * len(queries)
         if guard.replies is not None:
             parts.append((guard.replies.probe.layers, guard.replies.probe.weight[:, None]))
@@ -128,7 +128,7 @@ def require_columns(guard: GuardSpec) -> None:
             decide on whole states.
     """
     reading = guard.reading
-    has_means = reading.attention is not None or set(MEAN_POSITIONS) & set(reading.positions)
+    has_means = reading.queries is not None or set(MEAN_POSITIONS) & set(reading.positions)
     if guard.probe.kind == "centroid" and has_means:
         raise GuardError(
             "A centroid probe of a mean over tokens cannot be put together from what each "

@@ -72,10 +72,11 @@ class SlotScores:
 
         That of an attended position has the weights of the softmax of its query's column.
         """
-        flat = torch.tensor([slot for own in slots for slot in own], device=self._rows.device)
-        rows, ends = self._rows[flat].cpu(), [0, *accumulate(len(own) for own in slots)]
-        parts = [rows[a:b] for a, b in pairwise(ends)]
-        return [self._mean(column, own) for column, own in enumerate(parts)]
+        spans = list(dict.fromkeys(map(tuple, slots)))  # several columns read the same span
+        flat = torch.tensor([slot for own in spans for slot in own], device=self._rows.device)
+        rows, ends = self._rows[flat].cpu(), [0, *accumulate(len(own) for own in spans)]
+        parts = {own: rows[a:b] for own, (a, b) in zip(spans, pairwise(ends), strict=True)}
+        return [self._mean(column, parts[tuple(own)]) for column, own in enumerate(slots)]
 
     def _mean(self, column: int, rows: Float[Tensor, "t c"]) -> float:
         query = self._queries.get(column)

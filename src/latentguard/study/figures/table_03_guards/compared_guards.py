@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.probes.axis import Axis
 from latentguard.prompts import Prompt
-from latentguard.states import Attention, Progress, Reading, States, digest_prompts
+from latentguard.states import Progress, Reading, States, TokenQueries, digest_prompts
 from latentguard.stats.bounds import smallest_n
 from latentguard.study.cached_model import CachedModel
 from latentguard.study.detectors import Detector, Scores, belief_detector, control_detectors
@@ -189,7 +189,7 @@ class _Remembered:
         *,
         positions: Sequence[str] = ("t_inst", "t_post"),
         layers: Sequence[int] | None = None,
-        attention: Attention | None = None,
+        queries: TokenQueries | None = None,
         progress: Progress | None = None,
     ) -> Iterator[States]:
         """The states of the prompts, in one batch."""
