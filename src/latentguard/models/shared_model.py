@@ -14,7 +14,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.layout import CaptureRow
 from latentguard.models.segments import Segments, can_be_segmented, prefill
 from latentguard.prompts import Prompt
-from latentguard.states import AttendedSlots, Progress, States, TokenQueries, attended_slots
+from latentguard.states import Progress, States, TokenQueries, attended_slots, no_progress
 
 GROUP = 256
 """Prompts that are sorted by length together."""
@@ -50,17 +50,17 @@ class SharedModel:
     ) -> Iterator[States]:
         """Yield states in the order of the prompts, as ``ChatModel.capture`` does."""
         axes = tuple(positions), tuple(layers)
-        attended = attended_slots(positions, layers, queries)
         rest = iter(prompts)
         is_first = True
         while group := tuple(islice(rest, GROUP)):
-            rows = self._model.lay_out(group, positions)
+            rows = [CaptureRow.of(layout, positions) for layout in self._model.chat(group)]
             values: list[Any] = [None] * len(group)
             for unit in self._units(rows):
                 if not is_first:
                     self._segments.between()
                 is_first = False
-                states = self._read([rows[n] for n in unit], axes[1], attended)
+                texts = [group[n] for n in unit]
+                states = self._read(texts, [rows[n] for n in unit], *axes, queries)
                 for n, value in zip(unit, states, strict=True):
                     values[n] = value
                 if progress is not None:
@@ -80,12 +80,19 @@ class SharedModel:
 
     def _read(
         self,
+        texts: Sequence[Prompt],
         rows: Sequence[CaptureRow],
+        positions: tuple[str, ...],
         layers: tuple[int, ...],
-        attended: AttendedSlots | None,
+        queries: TokenQueries | None,
     ) -> list[Float[Tensor, "p l d"]]:
         row, segments = rows[0], self._segments
         if row.length > segments.size and can_be_segmented(self._model, row):
-            states, _ = prefill(self._model, row, layers, segments, attended=attended, stop=True)
-            return [states]
-        return list(self._model.capture_rows(rows, layers, attended=attended))
+            self._model.check_length(row.length, texts[0])
+            attended = attended_slots(positions, layers, queries)
+            values, _ = prefill(self._model, row, layers, segments, attended=attended, stop=True)
+            return [values]
+        captured = self._model.capture(
+            texts, positions=positions, layers=layers, queries=queries, progress=no_progress
+        )
+        return [value for states in captured for value in states.values]
