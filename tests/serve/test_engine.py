@@ -176,9 +176,9 @@ class Held:
         self.answered, self.began = threading.Event(), threading.Event()
         inner = module.prefill
 
-        def prefill(model, row, layers, segments, *, stop):
+        def prefill(model, row, layers, segments, **how):
             if self.began.is_set():
-                return inner(model, row, layers, segments, stop=stop)
+                return inner(model, row, layers, segments, **how)
             self.began.set()
 
             def patient():
@@ -187,8 +187,7 @@ class Held:
                     segments.between()
                     time.sleep(0.01)
 
-            how = Segments(segments.size, patient)
-            return inner(model, row, layers, how, stop=stop)
+            return inner(model, row, layers, Segments(segments.size, patient), **how)
 
         monkeypatch.setattr(module, "prefill", prefill)
 
@@ -238,7 +237,7 @@ def test_what_nobody_waits_for_any_more_is_not_read_to_its_end(monkeypatch, is_c
     module = conversation if is_chat else shared_model
     inner = module.prefill
 
-    def prefill(model, row, layers, segments, *, stop):
+    def prefill(model, row, layers, segments, **how):
         try:
             for _ in range(6000):
                 segments.between()
@@ -246,7 +245,7 @@ def test_what_nobody_waits_for_any_more_is_not_read_to_its_end(monkeypatch, is_c
         except Exception as error:
             ends.append(type(error).__name__)
             raise
-        return inner(model, row, layers, segments, stop=stop)
+        return inner(model, row, layers, segments, **how)
 
     with running(keys=["a"], segment_tokens=16, deadline=0.5) as url:
         monkeypatch.setattr(module, "prefill", prefill)
