@@ -94,6 +94,7 @@ def test_rows_and_tokens_are_bounded(model, monkeypatch):
     monkeypatch.setattr(query_fitting, "MAX_ROWS", 30)
     assert len(query_rows(ROWS)) == 30
     monkeypatch.setattr(query_fitting, "MAX_TOKENS", 100)
+    monkeypatch.setattr(query_fitting, "FEWEST", 1)
     kept = within_tokens(model, ROWS, query_rows(ROWS))
     assert kept == query_rows(ROWS)[: len(kept)]
     assert 0 < sum(len(layout.instruction) for layout in model.chat([ROWS[n] for n in kept])) <= 100
@@ -132,6 +133,21 @@ def test_a_killed_fit_goes_on_from_its_states(model, tmp_path, monkeypatch):
 def test_a_pack_is_fitted_on_what_it_reads(guard, model):
     packed = packs.with_pack(guard, "own", packs.capture(guard, model, ROWS))
     assert all(np.isfinite(scores(packed, model, OTHERS)))
+
+
+def test_prompts_that_are_too_long_are_refused_in_a_sentence(model, monkeypatch):
+    monkeypatch.setattr(query_fitting, "MAX_TOKENS", 20)
+    with pytest.raises(GuardError, match=r"within 20 tokens.*Give shorter"):
+        LatentGuard.fit(model, ROWS, reading="attended")
+
+
+@pytest.mark.parametrize("name", ["pooled", "attended"])
+def test_a_name_without_its_queries_is_no_guard(guard, model, name):
+    other = guard if name == "pooled" else LatentGuard.fit(model, ROWS)
+    record, tensors = other.to_dict()
+    record["reading"] = {**record["reading"], "name": name}
+    with pytest.raises(ValueError, match="that the reading needs"):
+        LatentGuard.from_dict(record, tensors)
 
 
 def test_too_few_prompts_are_refused(model):

@@ -131,7 +131,7 @@ def _check_training(prompts: list[Prompt], reading: str, probe: Kind) -> None:
     require_reading_name(reading)
     require_both_classes([bool(p.harmful) for p in prompts], probe)
     if reading == "attended":
-        query_rows(prompts)
+        query_rows(prompts)  # raises if they are too few, before the model is loaded
     for warning in surface_warnings(prompts):
         echo_err(f"Warning: {warning}")
 

@@ -91,7 +91,19 @@ def query_rows(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def within_tokens(model: ChatModel, prompts: Sequence[Prompt], rows: Sequence[int]) -> list[int]:
-    """The first of some rows, with ``MAX_TOKENS`` tokens together at most."""
+    """The first of some rows, with ``MAX_TOKENS`` tokens together at most.
+
+    Raises:
+        GuardError: if these have too few prompts of a class.
+    """
     layouts = model.chat([prompts[n] for n in rows])
     ends = np.cumsum([len(layout.instruction) for layout in layouts])
-    return [n for n, end in zip(rows, ends, strict=True) if end <= MAX_TOKENS]
+    kept = [n for n, end in zip(rows, ends, strict=True) if end <= MAX_TOKENS]
+    harmful = sum(bool(prompts[n].harmful) for n in kept)
+    if min(harmful, len(kept) - harmful) < FEWEST:
+        raise GuardError(
+            f"The queries of 'attended' need {FEWEST} prompts of each class within {MAX_TOKENS:,} "
+            f"tokens; found {harmful} harmful and {len(kept) - harmful} harmless. Give shorter "
+            "prompts, or use 'pooled'."
+        )
+    return kept

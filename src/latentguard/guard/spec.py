@@ -465,11 +465,10 @@ class GuardSpec:
         positions = tuple(record["reading"]["positions"])
         queries = read_field("queries", TokenQueries.from_dict, record, tensors)
         attended_slots(positions, layers, queries)
-        if queries is not None and (
-            queries.vectors.shape[1] != tensors["weight"].shape[1]
-            or not set(queries.positions) <= set(positions)
-        ):
-            raise ValueError("the queries are not those of the positions, or of another width")
+        own = queries.positions if queries else ()
+        has_width = queries is None or queries.vectors.shape[1] == tensors["weight"].shape[1]
+        if bool(own) != (name == "attended") or not has_width or not set(own) <= set(positions):
+            raise ValueError("the queries are not those that the reading needs")
         return cls(
             reading=Reading(name, positions, queries),
             probe=Probe(probe["kind"], layers, tensors["weight"], float(probe["bias"])),
