@@ -2,13 +2,15 @@
 
     python benchmarks/gallery.py reports/a reports/b --out docs/gallery --data-dir DATA
 
-Each folder is a report of 'latentguard study'. The first page compares all of them, claim by claim.
+Each folder is a report of 'latentguard study', or one that is published already, whose files stay
+as they are. The first page compares all of them, claim by claim.
 Nothing is written if a text of the prompt pools, or a reply in a store, is in one of the pages.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sqlite3
@@ -21,8 +23,8 @@ from typing import Any
 from latentguard.report.document import Table, file_names
 from latentguard.report.page_table import format_interval
 from latentguard.study.claims import CLAIMS
-from latentguard.study.claims_report import COLUMNS
-from latentguard.study.compare import ClaimRow, StudyReport, compare, read_reports
+from latentguard.study.claims_report import COLUMNS, TITLE
+from latentguard.study.compare import ClaimRow, StudyReport, compare, read_record, reports_of
 from latentguard.study.prompt_groups import PromptPools, contrast_pools, read_pools
 from latentguard.study.run import STORE
 
@@ -35,17 +37,52 @@ LONGEST = 50
 OMITTED = ("in the paper", "deviations (protocol)")
 """Columns of the claims that make rows high; the first page and a table of their own have them."""
 
+CLAIMS_FILE, PROVENANCE = "claims.csv", "provenance.json"
+"""Files of a published report; a report that is not published has no such."""
+
 Pages = Mapping[str, str]
 """Path below the gallery -> content."""
 
 
-def pages_of(folders: Sequence[Path], reports: Sequence[StudyReport]) -> dict[str, str]:
+def pages_of(folders: Sequence[Path]) -> dict[str, str]:
     """All files of the gallery."""
+    is_out = [(folder / PROVENANCE).exists() for folder in folders]
+    records = [
+        published_record(folder) if done else read_record(folder)
+        for folder, done in zip(folders, is_out, strict=True)
+    ]
+    reports = reports_of(folders, records)
     names = file_names([one.label for one in reports])
     pages = {"index.md": first_page(reports, names)}
-    for name, folder, report in zip(names, folders, reports, strict=True):
-        pages |= {f"{name}/{path}": text for path, text in report_pages(folder, report).items()}
+    for name, folder, done, record in zip(names, folders, is_out, records, strict=True):
+        files = published_files(folder) if done else report_pages(folder, record)
+        pages |= {f"{name}/{path}": text for path, text in files.items()}
     return pages
+
+
+def published_record(folder: Path) -> dict[str, Any]:
+    """What the first page needs of a published report."""
+    with (folder / CLAIMS_FILE).open(encoding="utf-8", newline="") as file:
+        columns, *rows = csv.reader(file)
+    cells = [list(map(_cell, row)) for row in rows]
+    meta = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    return {"meta": meta, "tables": [dict(title=TITLE, columns=columns, rows=cells)], "curves": []}
+
+
+def _cell(text: str) -> str | float | None:
+    """A cell as it was before it was written to CSV."""
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text or None
+
+
+def published_files(folder: Path) -> dict[str, str]:
+    """The files of a published report."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in paths}
 
 
 def first_page(reports: Sequence[StudyReport], names: Sequence[str]) -> str:
@@ -96,9 +133,8 @@ def _number(*cells: object) -> str:
     return format_interval(*cells)  # type: ignore[arg-type]
 
 
-def report_pages(folder: Path, report: StudyReport) -> dict[str, str]:
+def report_pages(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
     """One report: each table as Markdown, each figure as SVG."""
-    record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     pages, shown = {}, []
     for title, name in zip(record["figures"], file_names(record["figures"]), strict=True):
         path = folder / "figures" / f"{name}.svg"
@@ -122,8 +158,8 @@ def report_pages(folder: Path, report: StudyReport) -> dict[str, str]:
         [*heads, bodies[0], "## Figures", *shown, "## Tables", *bodies[1:]]
     )
     pages["index.md"] += "\n"
-    pages["claims.csv"] = tables[0].csv()
-    pages["provenance.json"] = json.dumps(_published(report.meta), indent=1) + "\n"
+    pages[CLAIMS_FILE] = tables[0].csv()
+    pages[PROVENANCE] = json.dumps(_published(record["meta"]), indent=1) + "\n"
     return pages
 
 
@@ -188,7 +224,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/gallery"))
     parser.add_argument("--data-dir", type=Path, default=None)
     given = parser.parse_args(words)
-    pages = pages_of(given.reports, read_reports(given.reports))
+    pages = pages_of(given.reports)
     texts = pool_texts(contrast_pools())
     if given.data_dir is not None:
         texts |= pool_texts(read_pools(given.data_dir))

@@ -55,6 +55,16 @@ def test_each_report_is_published_with_its_figures_and_tables(gallery, folders, 
     assert "![Clusters at t_inst](clusters-at-t-inst.svg)" in page and "**Conditions.**" in page
 
 
+def test_a_published_report_stands_for_the_report_that_is_gone(gallery, folders, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert gallery.main([*map(str, folders), "--out", str(whole)]) == 0
+    published = whole / "small-controlled"
+    assert gallery.main([str(published), str(folders[1]), "--out", str(again)]) == 0
+    files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
+    assert all((whole / path).read_text() == (again / path).read_text() for path in files)
+
+
 @pytest.mark.parametrize("place", ["table", "figure"])
 def test_nothing_is_published_if_a_prompt_is_in_it(gallery, folders, tmp_path, place, capsys):
     text = max(contrast_pools().harmful, key=lambda p: len(p.text)).text.upper()

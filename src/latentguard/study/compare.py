@@ -80,7 +80,17 @@ def read_reports(folders: Sequence[str | Path]) -> list[StudyReport]:
     Raises:
         StudyError: if a folder holds no report of a study, or one of an earlier version.
     """
-    records = [_record(Path(folder)) for folder in folders]
+    return reports_of(folders, [read_record(Path(folder)) for folder in folders])
+
+
+def reports_of(
+    folders: Sequence[str | Path], records: Sequence[Mapping[str, Any]]
+) -> list[StudyReport]:
+    """Reports from their records: ``meta``, ``tables`` and ``curves`` of ``report.json``.
+
+    Raises:
+        StudyError: if two of them cannot be told apart.
+    """
     names = [f"{one['meta']['name']}, {one['meta']['settings']['protocol']}" for one in records]
     again = {name for name, count in Counter(names).items() if count > 1}
     labels = [
@@ -109,7 +119,12 @@ def compare(reports: Sequence[StudyReport]) -> Report:
     return Report(f"{len(reports)} studies of {_listed(models)}", sections, meta)
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """The ``report.json`` of a folder, checked.
+
+    Raises:
+        StudyError: if the folder holds no report of a study, or one of an earlier version.
+    """
     path = folder / "report.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
