@@ -43,12 +43,12 @@ def fit_guards(
     """Both guards, by the name of their arm, from one capture."""
     layers = layers_of("linear", model.depth)
     attended = Reading.of("attended", model.post)
-    reading, unseen_rows = fit_reading_queries(model, attended, prompts, layers)
+    reading, attended_fit = fit_reading_queries(model, attended, prompts, layers)
     states = capture(model, reading, prompts, layers=layers, cache=cache)
     pooled = Reading.of("pooled", model.post)
     return {
         DEFAULT: LatentGuard.from_states(model, states, pooled),
-        "attended": LatentGuard.from_states(model, states, reading, unseen_rows=unseen_rows),
+        "attended": LatentGuard.from_states(model, states, reading, attended=attended_fit),
     }
 
 

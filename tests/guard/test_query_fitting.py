@@ -11,9 +11,11 @@ from latentguard.data.builtin import load_contrast
 from latentguard.errors import GuardError
 from latentguard.guard import packs, query_fitting
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.query_fitting import query_rows, within_tokens
+from latentguard.guard.query_fitting import fit_reading_queries, query_rows
+from latentguard.probes import fitting
 from latentguard.probes.capture_cache import CaptureCache
 from latentguard.probes.fitting import fit_probe
+from latentguard.probes.probe import layers_of
 from latentguard.states import Reading
 from latentguard.stats.detection import auroc
 
@@ -75,33 +77,41 @@ def test_other_queries_are_another_guard(guard):
     assert changed.digest != guard.digest
 
 
-def test_pairs_stay_together_and_half_are_not_seen_by_the_queries():
-    seen = query_rows(ROWS)
-    unseen = set(range(len(ROWS))) - set(seen)
-    assert 0.4 * len(ROWS) < len(seen) == len(set(seen)) <= 0.5 * len(ROWS)
-    assert not {ROWS[n].pair for n in seen} & {ROWS[n].pair for n in unseen}
+def test_the_score_is_the_mean_of_that_of_pooled_and_that_of_the_queries(guard, model):
+    states = packs.capture(guard, model, ROWS)
+    pooled = fit_probe(states, Reading.of("pooled", model.post), "linear", model.depth).probe
+    own = guard.probe.weight.unflatten(0, (12, -1)) * 2
+    torch.testing.assert_close(own[:4].flatten(0, 1), pooled.weight)
+    layers = guard.probe.layers
+    read = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    is_read = torch.tensor([layer in read for layer in layers])
+    assert (own[4:, ~is_read] == 0).all()
+    assert (own[4:, is_read] != 0).all()
 
 
-def test_twenty_of_each_class_suffice_and_nineteen_do_not(model):
-    rows = labelled(20)
-    harmful = [bool(rows[n].harmful) for n in query_rows(rows)]
-    assert (harmful.count(True), harmful.count(False)) == (10, 10)
-    with pytest.raises(GuardError, match=r"at least 20 prompts of each class.*found 19 harmful"):
-        query_rows([p for p in rows if p.harmful][1:] + [p for p in rows if not p.harmful])
+def test_pairs_stay_together_and_tokens_are_bounded(model, monkeypatch):
+    assert query_rows(model, ROWS) == list(range(len(ROWS)))
+    monkeypatch.setattr(query_fitting, "MAX_TOKENS", 1000)
+    seen = query_rows(model, ROWS)
+    others = set(range(len(ROWS))) - set(seen)
+    lengths = [len(layout.instruction) for layout in model.chat(ROWS)]
+    assert 900 < sum(lengths[n] for n in seen) <= 1000
+    assert not {ROWS[n].pair for n in seen} & {ROWS[n].pair for n in others}
 
 
-def test_rows_and_tokens_are_bounded(model, monkeypatch):
-    monkeypatch.setattr(query_fitting, "MAX_ROWS", 30)
-    assert len(query_rows(ROWS)) == 30
-    monkeypatch.setattr(query_fitting, "MAX_TOKENS", 100)
-    monkeypatch.setattr(query_fitting, "FEWEST", 1)
-    kept = within_tokens(model, ROWS, query_rows(ROWS))
-    assert kept == query_rows(ROWS)[: len(kept)]
-    assert 0 < sum(len(layout.instruction) for layout in model.chat([ROWS[n] for n in kept])) <= 100
+def test_rows_without_room_are_scored_by_the_network_that_never_saw_them(model, monkeypatch):
+    monkeypatch.setattr(query_fitting, "MAX_TOKENS", 1000)
+    where, layers = Reading.of("attended", model.post), layers_of("linear", model.depth)
+    reading, attended = fit_reading_queries(model, where, ROWS, layers)
+    is_new = np.isnan(attended.held_out)
+    assert 0 < is_new.sum() < len(ROWS)
+    states = fitting.capture(model, reading, ROWS, layers=layers)
+    fit = fit_probe(states, reading, "linear", model.depth, attended=attended)
+    assert np.isfinite(fit.held_out).all()
 
 
-def test_what_is_said_of_scores_comes_from_rows_that_the_queries_did_not_see(guard, model):
-    """Labels that mean nothing: the rows that the queries saw look separable, the others do not."""
+def test_what_is_said_of_scores_comes_from_networks_that_did_not_see_the_rows(guard, model):
+    """Labels that mean nothing: rows that were trained on look separable, others do not."""
     drawn = np.random.default_rng(1).permutation([True, False] * (len(ROWS) // 2))
     rows = [replace(p, harmful=bool(h), pair=None) for p, h in zip(ROWS, drawn, strict=True)]
     found = LatentGuard.fit(model, rows, reading="attended")
@@ -114,7 +124,7 @@ def test_what_is_said_of_scores_comes_from_rows_that_the_queries_did_not_see(gua
 def test_progress_counts_what_is_read_twice(model):
     counts = []
     LatentGuard.fit(model, ROWS, reading="attended", progress=counts.append)
-    assert sum(counts) == len(ROWS) + len(query_rows(ROWS))
+    assert sum(counts) == 2 * len(ROWS)
 
 
 def test_a_killed_fit_goes_on_from_its_states(model, tmp_path, monkeypatch):
@@ -137,7 +147,7 @@ def test_a_pack_is_fitted_on_what_it_reads(guard, model):
 
 def test_prompts_that_are_too_long_are_refused_in_a_sentence(model, monkeypatch):
     monkeypatch.setattr(query_fitting, "MAX_TOKENS", 20)
-    with pytest.raises(GuardError, match=r"within 20 tokens.*Give shorter"):
+    with pytest.raises(GuardError, match=r"within 20 tokens.*Give more or shorter"):
         LatentGuard.fit(model, ROWS, reading="attended")
 
 
@@ -151,8 +161,13 @@ def test_a_name_without_its_queries_is_no_guard(guard, model, name):
 
 
 def test_too_few_prompts_are_refused(model):
-    with pytest.raises(GuardError, match="at least 20 prompts of each class"):
-        LatentGuard.fit(model, ROWS[:30], reading="attended")
+    with pytest.raises(GuardError, match="need 10 prompts of each class"):
+        LatentGuard.fit(model, labelled(9), reading="attended")
+
+
+def test_the_papers_rule_has_no_such_reading(model):
+    with pytest.raises(GuardError, match="has a linear probe; found 'centroid'"):
+        LatentGuard.fit(model, ROWS, reading="attended", probe="centroid")
 
 
 def test_a_backend_that_lets_no_tokens_out_is_refused():
@@ -165,7 +180,7 @@ def test_without_queries_nothing_is_fitted(model):
         fit_probe(None, Reading.of("attended", 2), "linear", 4)
 
 
-def test_the_rows_that_queries_have_not_seen_must_be_named(guard, model):
+def test_the_probe_of_the_queries_must_be_given(guard, model):
     states = packs.capture(guard, model, ROWS)
-    with pytest.raises(GuardError, match="expected unseen_rows"):
+    with pytest.raises(GuardError, match="needs queries and their probe"):
         LatentGuard.from_states(model, states, guard.reading)

@@ -124,14 +124,13 @@ def fit(  # noqa: PLR0913, PLR0917 (each is an option)
 def _check_training(prompts: list[Prompt], reading: str, probe: Kind) -> None:
     """Say what cannot be fitted, and warn of form that tells the label apart."""
     from latentguard.data.surface_audit import surface_warnings
-    from latentguard.guard.query_fitting import query_rows
+    from latentguard.probes.fitting import require_kind_for
     from latentguard.probes.probe import require_both_classes
-    from latentguard.states import require_reading_name
+    from latentguard.states import Reading, require_reading_name
 
     require_reading_name(reading)
+    require_kind_for(Reading(reading, ()), probe)
     require_both_classes([bool(p.harmful) for p in prompts], probe)
-    if reading == "attended":
-        query_rows(prompts)  # raises if they are too few, before the model is loaded
     for warning in surface_warnings(prompts):
         echo_err(f"Warning: {warning}")
 
@@ -142,7 +141,7 @@ def _fit_guard(backend: ChatModel, prompts: list[Prompt], reading: str, probe: K
     from latentguard.probes.capture_cache import CaptureCache
 
     cache = CaptureCache(cache_folder() / CAPTURES)
-    read_twice = len(query_rows(prompts)) if reading == "attended" else 0
+    read_twice = len(query_rows(backend, prompts)) if reading == "attended" else 0
     with cache, progress("capture", len(prompts) + read_twice) as view:
         return LatentGuard.fit(
             backend,

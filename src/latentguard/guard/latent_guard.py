@@ -40,7 +40,8 @@ from latentguard.guard.verdict import Verdict
 from latentguard.models.reply_reading import ReplyBackend, score_reply_tokens
 from latentguard.probes import fitting
 from latentguard.probes.capture_cache import CaptureCache
-from latentguard.probes.probe import Kind, layers_of, require_kind
+from latentguard.probes.probe import Kind, layers_of
+from latentguard.probes.queries import AttendedFit
 from latentguard.prompts import Prompt, PromptLike, Reply, Turn, as_prompts, is_one_prompt
 from latentguard.states import (
     DEFAULT_READING,
@@ -98,18 +99,16 @@ class LatentGuard(GuardSpec):
             GuardError: if a prompt has no label, a class is missing, or a state is not finite.
         """
         where = Reading.of(reading, backend.post)
-        require_kind(probe)
+        fitting.require_kind_for(where, probe)
         rows = fitting.require_labels(prompts)
         layers = layers_of(probe, backend.depth)
-        unseen_rows = None
+        attended = None
         if reading == "attended":
-            where, unseen_rows = fit_reading_queries(
-                backend, where, rows, layers, progress=progress
-            )
+            where, attended = fit_reading_queries(backend, where, rows, layers, progress=progress)
         states = fitting.capture(
             backend, where, rows, layers=layers, progress=progress, cache=cache
         )
-        return LatentGuard.from_states(backend, states, where, probe, unseen_rows=unseen_rows)
+        return LatentGuard.from_states(backend, states, where, probe, attended=attended)
 
     @staticmethod
     def from_states(
@@ -118,7 +117,7 @@ class LatentGuard(GuardSpec):
         reading: Reading,
         probe: Kind = "linear",
         *,
-        unseen_rows: Sequence[int] | None = None,
+        attended: AttendedFit | None = None,
     ) -> LatentGuard:
         """Fit a guard on states that were captured already (``fitting.fit_probe``).
 
@@ -127,17 +126,16 @@ class LatentGuard(GuardSpec):
             states: Labelled.
             reading: Where it reads.
             probe: ``centroid`` or ``linear``.
-            unseen_rows: Those on which no query of the reading was fitted: the penalty, the
-                probabilities and the spread come from them. All if the reading has no queries.
+            attended: What the reading ``attended`` adds (``fit_reading_queries``); None for other
+                readings.
 
         Raises:
-            GuardError: as ``fit``, or if the reading has queries and ``unseen_rows`` is missing.
+            GuardError: as ``fit``, or if the reading is ``attended`` and ``attended`` is missing.
         """
-        kept = fitting.require_unseen_rows(states, reading, unseen_rows)
-        fit = fitting.fit_probe(states, reading, probe, backend.depth, unseen_rows=kept)
+        fit = fitting.fit_probe(states, reading, probe, backend.depth, attended=attended)
         axes = fitting.fit_axes(states, fit.probe.layers)
-        labels = np.array([bool(p.harmful) for p in states.prompts])[kept]
-        held_out = fit.held_out[kept]
+        labels = np.array([bool(p.harmful) for p in states.prompts])
+        held_out = fit.held_out
         guard = LatentGuard(
             reading=reading,
             probe=fit.probe,

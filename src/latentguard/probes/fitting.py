@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,13 +19,16 @@ from latentguard.probes.capture_cache import CaptureCache
 from latentguard.probes.probe import (
     Fit,
     Kind,
+    Probe,
     fit_centroid,
     fit_linear,
     layers_of,
     require_kind,
 )
+from latentguard.probes.queries import AttendedFit
 from latentguard.prompts import Prompt
 from latentguard.states import Backend, Progress, Reading, States, digest_prompts
+from latentguard.stats.detection import auroc
 
 
 def capture(
@@ -66,7 +70,7 @@ def fit_probe(
     kind: Kind,
     depth: int,
     *,
-    unseen_rows: Sequence[int] | None = None,
+    attended: AttendedFit | None = None,
 ) -> Fit:
     """Fit a probe on labelled states at the reading's positions.
 
@@ -75,47 +79,44 @@ def fit_probe(
         reading: Which positions.
         kind: Which probe.
         depth: Of the model, in blocks.
-        unseen_rows: As in ``LatentGuard.from_states``.
+        attended: What the reading ``attended`` adds; None for other readings.
 
     Raises:
-        GuardError: if a prompt has no label, a class is missing, the kind is unknown, or a state
-            is not finite.
+        GuardError: if a prompt has no label, a class is missing, the kind is unknown or not for
+            this reading, or a state is not finite.
     """
-    require_kind(kind)
-    rows = require_unseen_rows(states, reading, unseen_rows)
+    require_kind_for(reading, kind)
+    if reading.name == "attended" and (reading.queries is None or attended is None):
+        raise GuardError(
+            "The reading 'attended' needs queries and their probe: fit them with LatentGuard.fit, "
+            "which reads each token of the training prompts."
+        )
     require_labels(states.prompts)
     _require_finite(states, reading)
     part = states.select(layers_of(kind, depth))
-    return _fit_linear(part, reading, rows) if kind == "linear" else _fit_centroid(part, reading)
+    if attended is not None:
+        return _fit_attended(part, reading, attended)
+    if kind == "linear":
+        return _fit_linear(part, reading.positions)
+    return _fit_centroid(part, reading)
 
 
-def require_unseen_rows(
-    states: States, reading: Reading, unseen_rows: Sequence[int] | None
-) -> list[int]:
-    """The rows that no query of the reading has seen; all if it has none.
-
-    Raises:
-        GuardError: if it has queries and the rows are not named, or it should have queries.
-    """
-    if reading.name == "attended" and reading.queries is None:
+def require_kind_for(reading: Reading, kind: Kind) -> None:
+    """Raise a GuardError unless there is such a probe for a reading."""
+    require_kind(kind)
+    if reading.name == "attended" and kind != "linear":
         raise GuardError(
-            "The reading 'attended' needs queries: fit them with LatentGuard.fit, which reads each "
-            "token of the training prompts."
+            f"The reading 'attended' has a linear probe; found '{kind}'. Use 'pooled' for others."
         )
-    if unseen_rows is not None:
-        return list(unseen_rows)
-    if reading.queries is not None:
-        raise GuardError(
-            "The queries of this reading have seen labels; expected unseen_rows, the rows that "
-            "they have not seen, found none."
-        )
-    return list(range(len(states)))
 
 
 def slots(states: States, positions: Sequence[str]) -> Float[Tensor, "n s d"]:
     """Each position in turn, each layer in turn."""
     return torch.cat([states.at(position) for position in positions], dim=1)
 
+
+SMALLEST_SPREAD = 1e-9
+"""The least standard deviation that scores are divided by."""
 
 AXES = (
     ("harmful", "t_inst", "harmful", "harmless"),
@@ -194,12 +195,36 @@ def _require_finite(states: States, reading: Reading) -> None:
             )
 
 
-def _fit_linear(states: States, reading: Reading, judged_rows: Sequence[int]) -> Fit:
+def _fit_linear(states: States, positions: Sequence[str]) -> Fit:
     labels = [bool(p.harmful) for p in states.prompts]
     groups = [p.fold_group for p in states.prompts]
-    layers = states.layers * len(reading.positions)
-    values = slots(states, reading.positions)
-    return fit_linear(values, labels, groups, layers, judged_rows=judged_rows)
+    return fit_linear(slots(states, positions), labels, groups, states.layers * len(positions))
+
+
+def _fit_attended(states: States, reading: Reading, attended: AttendedFit) -> Fit:
+    """The mean of two scores: the ridge's over the other positions, and the queries' own.
+
+    The queries' score is brought to the spread of the ridge's. One ridge over all positions gains
+    less (docs/results/lab-notes.md).
+    """
+    own_positions = attended.queries.positions
+    ridge = _fit_linear(states, [p for p in reading.positions if p not in own_positions])
+    weight = torch.zeros(len(own_positions), len(states.layers), states.values.shape[-1])
+    weight[:, [states.layers.index(layer) for layer in attended.layers]] = attended.weight
+    own = Probe("linear", states.layers, weight.flatten(0, 1), attended.bias)
+    is_new = np.isnan(attended.held_out)
+    scores = own(slots(states, own_positions)).double().numpy()
+    scores = np.where(is_new, scores, attended.held_out)
+    factor = float(ridge.held_out.std() / max(scores.std(), SMALLEST_SPREAD))
+    probe = replace(
+        ridge.probe,
+        weight=torch.cat([ridge.probe.weight, own.weight * factor]) / 2,
+        bias=(ridge.probe.bias + own.bias * factor) / 2,
+    )
+    held_out = (ridge.held_out + scores * factor) / 2
+    labels = np.array([bool(p.harmful) for p in states.prompts])
+    figure = round(auroc(labels, held_out), 4)
+    return Fit(probe, held_out, {**ridge.choices, "cross_validated_auroc": figure})
 
 
 def _fit_centroid(states: States, reading: Reading) -> Fit:

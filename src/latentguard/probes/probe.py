@@ -116,7 +116,6 @@ def fit_linear(
     groups: Sequence[str],
     layers: Sequence[int],
     *,
-    judged_rows: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Fit:
     """Fit the linear probe.
@@ -126,7 +125,6 @@ def fit_linear(
         labels: True for harmful.
         groups: Rows with the same group fall into the same fold (pairs).
         layers: Layer index of each slot of ``states`` (several positions repeat the layers).
-        judged_rows: Those whose held-out scores choose the penalty; all if None.
         seed: Of the folds.
 
     Raises:
@@ -136,8 +134,7 @@ def fit_linear(
     y = torch.tensor(labels, dtype=torch.bool)
     design, folds = balanced(states, y), folds_of(groups, seed)
     solutions = {strength: _solved(design, strength, folds) for strength in STRENGTHS}
-    rows = np.arange(len(y)) if judged_rows is None else np.array(judged_rows)
-    figures = {s: auroc(y.numpy()[rows], solution[0][rows]) for s, solution in solutions.items()}
+    figures = {s: auroc(y.numpy(), held_out) for s, (held_out, *_) in solutions.items()}
     strength = choose(figures)
     held_out, weight, bias = solutions[strength]
     band = tuple(dict.fromkeys(layers))

@@ -1,9 +1,8 @@
-"""Fitting queries: which tokens of an instruction tell harmful from harmless.
+"""Attention over an instruction's tokens: which of them tell harmful from harmless.
 
-A small network is trained, and its queries are kept. Each of its heads has a query, which weighs
-the tokens of an instruction at one layer, and a value, a linear probe of the tokens at some layers;
-the score is the sum over heads of the weighted mean of values. What the guard reads where the
-queries look is fitted anew, by the ridge of ``probe.fit_linear``.
+A small network is trained. Each of its heads has a query, which weighs the tokens of an instruction
+at one layer, and a value, a linear probe of the tokens at some layers. The score is the sum over
+heads of the weighted mean of values: a linear probe of the states at the attended positions.
 
 Axis names in shapes: n prompts, t tokens of a prompt, s tokens of several prompts, l layers,
 d width, h heads.
@@ -12,13 +11,17 @@ d width, h heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
+from latentguard.probes.ridge import folds_of
 from latentguard.states import TokenQueries
 
 HEADS = 8
@@ -59,21 +62,72 @@ class AttendedScore(nn.Module):
         return (logits.softmax(1) * values).sum((1, 2))
 
 
-def fit_queries(
-    states: Sequence[Float[Tensor, "t l d"]], labels: Sequence[bool], layers: Sequence[int]
-) -> TokenQueries:
-    """Fit queries that look at the first of the layers. The same input gives the same queries.
+@dataclass(frozen=True, eq=False)
+class AttendedFit:
+    """The network, as queries and a linear probe of what they attend to."""
+
+    queries: TokenQueries
+    """They look at the first of the layers."""
+
+    layers: tuple[int, ...]
+    """The layers that are read."""
+
+    weight: Float[Tensor, "h l d"]
+    """Of the state at each attended position and layer, float32."""
+
+    bias: float
+    """Added to the sum."""
+
+    held_out: NDArray[np.float64]
+    """Score of each prompt by a network that did not see its fold, [n]; NaN for prompts that no
+    network was trained on."""
+
+
+def fit_attended(
+    states: Sequence[Float[Tensor, "t l d"]],
+    labels: Sequence[bool],
+    groups: Sequence[str],
+    layers: Sequence[int],
+) -> AttendedFit:
+    """Train the network on all prompts, and once without each fold. The same input, the same fit.
 
     Args:
         states: Of the tokens of each instruction.
         labels: True for harmful.
+        groups: Rows with the same group fall into the same fold (pairs).
         layers: Layer indices, rising.
     """
+    y = torch.tensor(labels)
+    held_out = np.empty(len(y))
+    for fold in folds_of(groups):
+        rest = np.setdiff1d(np.arange(len(y)), fold.numpy()).tolist()
+        trained = _fit([states[n] for n in rest], y[rest], layers)
+        held_out[fold.numpy()] = [_score(trained, states[n]) for n in fold.tolist()]
+    queries, weight, bias = _fit(states, y, layers)
+    return AttendedFit(queries, tuple(layers), weight, bias, held_out)
+
+
+Trained = tuple[TokenQueries, Float[Tensor, "h l d"], float]
+"""Queries, weights and bias, in the units of raw states."""
+
+
+def _fit(
+    states: Sequence[Float[Tensor, "t l d"]], labels: Bool[Tensor, "n"], layers: Sequence[int]
+) -> Trained:
     mean, spread = token_moments(states)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs, too
-        network = _train(states, torch.tensor(labels), mean, spread)
-    return TokenQueries(layers[0], network.query.weight.detach() / spread[0])
+        network = _train(states, labels, mean, spread)
+    weight = network.value.weight.detach().view(-1, *mean.shape) / spread
+    bias = network.value.bias.detach().sum() - (weight * mean).sum()
+    return TokenQueries(layers[0], network.query.weight.detach() / spread[0]), weight, float(bias)
+
+
+def _score(trained: Trained, tokens: Float[Tensor, "t l d"]) -> float:
+    queries, weight, bias = trained
+    tokens = tokens.float()
+    shares = (queries.vectors @ tokens[:, 0].T).softmax(1)
+    return float(torch.einsum("ht,tld,hld->", shares, tokens, weight)) + bias
 
 
 def token_moments(
