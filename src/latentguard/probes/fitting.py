@@ -115,9 +115,6 @@ def slots(states: States, positions: Sequence[str]) -> Float[Tensor, "n s d"]:
     return torch.cat([states.at(position) for position in positions], dim=1)
 
 
-SMALLEST_SPREAD = 1e-9
-"""The least standard deviation that scores are divided by."""
-
 AXES = (
     ("harmful", "t_inst", "harmful", "harmless"),
     ("refuse", "t_post", "refused_harmful", "accepted_harmless"),
@@ -215,7 +212,7 @@ def _fit_attended(states: States, reading: Reading, attended: AttendedFit) -> Fi
     is_new = np.isnan(attended.held_out)
     scores = own(slots(states, own_positions)).double().numpy()
     scores = np.where(is_new, scores, attended.held_out)
-    factor = float(ridge.held_out.std() / max(scores.std(), SMALLEST_SPREAD))
+    factor = float(ridge.held_out.std() / scores.std()) if scores.std() > 0 else 0.0
     probe = replace(
         ridge.probe,
         weight=torch.cat([ridge.probe.weight, own.weight * factor]) / 2,
