@@ -10,6 +10,7 @@ from latentguard.errors import GuardError
 from latentguard.stats.bootstrap import (
     bootstrap,
     bootstrap_mean,
+    crossed_mean,
     mean_curve,
     mean_difference,
 )
@@ -161,3 +162,24 @@ class TestMeanDifference:
     def test_no_row(self):
         with pytest.raises(GuardError, match="at least one row"):
             mean_difference([], [])
+
+
+class TestCrossedMean:
+    VALUES = np.random.default_rng(0).normal(size=30)
+
+    def test_requests_in_one_wrapper_are_drawn_alone(self):
+        requests = [str(n) for n in range(30)]
+        found = crossed_mean(self.VALUES, requests, ["the only one"] * 30)
+        plain = bootstrap_mean(self.VALUES, requests)
+        ends = (plain.value, plain.low, plain.high)
+        assert (found.value, found.low, found.high) == pytest.approx(ends)
+        assert found.low < found.value < found.high
+
+    def test_of_two_owners_with_one_value_for_each_pair_both_are_drawn(self):
+        """Between wrappers values differ by much more than between requests."""
+        requests, wrappers = np.divmod(np.arange(30), 3)
+        values = self.VALUES + 10.0 * wrappers
+        found = crossed_mean(values, requests.tolist(), wrappers.tolist())
+        assert found.high - found.low > 8
+        alone = crossed_mean(values, requests.tolist(), [0] * 30)
+        assert alone.high - alone.low < 8

@@ -180,7 +180,8 @@ def crossed_mean(
     """The mean of values that have two owners each, such as a request and a template.
 
     Both are drawn again, each on its own (Owen 2007, the pigeonhole bootstrap); an owner that
-    never has two values is not drawn beside the other.
+    never has two values is not drawn beside the other. If one owner has all values, the other alone
+    is drawn, and the interval is about that owner.
 
     Args:
         values: [n].
@@ -253,9 +254,16 @@ def mean_difference(first: ArrayLike, second: ArrayLike, *, seed: Seed = 0) -> E
 
 
 def _crossed(first: Sequence[object], second: Sequence[object]) -> list[Sequence[object]]:
-    """The owners to draw: both, or the coarser one where the other lies within it."""
+    """The owners to draw: both, or the coarser one where the other lies within it.
+
+    Where all values have the same owner it is not drawn, as nothing is known of others like it.
+    """
     one = _owner_numbers(first)[0]
     other = _owner_numbers(second)[0]
+    if not other.max():
+        return [first]
+    if not one.max():
+        return [second]
     cells = len(set(zip(one.tolist(), other.tolist(), strict=True)))
     if cells == one.max() + 1:  # each of the first has a single one of the second
         return [second]

@@ -231,8 +231,8 @@ def _believed(records: Records, groups: Mapping[str, Beliefs]) -> Table:
         "Accepted attacks, unless it says otherwise; all attempts where none is accepted. Accepted "
         "attacks are picked by what the model does, so compare them with those refused. AUROC: of "
         "\u0394 harmful against accepted harmless prompts without a wrapper. Intervals: 95 % "
-        "bootstrap over requests and wrappers, each drawn on its own. The paper gives no numbers "
-        "here."
+        "bootstrap over requests and wrappers, each drawn on its own; of a single wrapper, over "
+        "requests. The paper gives no numbers here."
     )
     return Table("Beliefs under attack", ("prompts", "figure", *CELLS), tuple(rows), note)
 
