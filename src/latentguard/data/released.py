@@ -9,6 +9,7 @@ is called by it. This is the one module of the package that imports ``pickle``.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import pickle
 import zipfile
@@ -231,7 +232,8 @@ class _Unpickler(pickle.Unpickler):
             raise PromptError(f"{path} has no 'data.pkl', as 'torch.save' writes it.")
         self._archive = archive
         self._folder = pickles[0].removesuffix("data.pkl")
-        super().__init__(archive.open(self._stored(pickles[0])))
+        # An open member would keep the file open for as long as an error holds this object.
+        super().__init__(io.BytesIO(archive.read(self._stored(pickles[0]))))
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name stands for.
