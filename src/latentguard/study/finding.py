@@ -32,5 +32,8 @@ def too_few(what: str, count: int, noun: str, enough: int) -> list[str]:
 
 
 def cells(estimate: Estimate) -> tuple[Cell, ...]:
-    """Value, ends of the 95 % interval, n."""
-    return (estimate.value, estimate.low, estimate.high, sum(estimate.n))
+    """Value, ends of the 95 % interval, n; the mean of a single value has no interval."""
+    count = sum(estimate.n)
+    if count == 1 and estimate.low == estimate.high:
+        return (estimate.value, None, None, count)
+    return (estimate.value, estimate.low, estimate.high, count)
