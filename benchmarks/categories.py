@@ -2,11 +2,11 @@
 
     python benchmarks/categories.py --model M --data-dir DIR --states DIR [--out F.json] [--dtype D]
 
-The guard is the default one, fitted on the training split of the guard prompts. Measured on its
-test split, and on two development sets from ``--data-dir``: catqa.jsonl (harmful questions,
-categories mapped by ``CATQA``) and openai_moderation.jsonl (labelled texts, categories mapped by
-``MODERATED``). Baseline: TF-IDF n-grams and a logistic regression, fitted on the same rows. States
-are kept in ``--states``, so that a killed run goes on and ``packs.py`` need not capture them again.
+The guard is as ``fit --all-rows`` makes it. Measured on the test split of the guard prompts, and on
+two development sets from ``--data-dir``: catqa.jsonl (harmful questions, categories mapped by
+``CATQA``) and openai_moderation.jsonl (labelled texts, categories mapped by ``MODERATED``).
+Baseline: TF-IDF n-grams and a logistic regression, fitted on the same rows. States are kept in
+``--states``, so that a killed run goes on and ``packs.py`` need not capture them again.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def prompt_sets(folder: Path, harmless: int, longest: int) -> dict[str, list[Pro
 
 
 def kept(model: ChatModel, prompts: Sequence[Prompt], folder: Path) -> States:
-    """What the default guard is fitted on, captured once."""
+    """What the guard is fitted on, captured once."""
     reading, parts = Reading.of(DEFAULT_READING, model.post), []
     positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
     how = dict(positions=positions, layers=layers_of("linear", model.depth))
@@ -113,7 +113,7 @@ def kept(model: ChatModel, prompts: Sequence[Prompt], folder: Path) -> States:
 
 
 def fitted(model: ChatModel, train: States, folder: Path) -> LatentGuard:
-    """The default guard, fitted once."""
+    """The guard, fitted once."""
     made = folder / f"{model.fingerprint.weights[:8]}-{digest_prompts(train.prompts)[:16]}"
     if not made.exists():
         reading = Reading.of(DEFAULT_READING, model.post)

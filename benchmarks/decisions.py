@@ -1,32 +1,33 @@
 """Decisions that travel: thresholds in planted worlds, and across public sets, leave-one-out.
 
-    latentguard benchmark GUARD --data-dir D --out REPORT
-    python benchmarks/decisions.py GUARD --data-dir D --report REPORT --work DIR --json FILE
+    python benchmarks/decisions.py GUARD --data-dir D --work DIR --json FILE
 
 Planted worlds: scores are drawn from normal distributions whose shares and shifts are known, so
 rates are exact. Public sets: the built-in validation traffic calibrates, as it does by default; one
 half of a set, its labels hidden, is the traffic, and the other half is measured. No set calibrates
-itself, or another. ``--scores`` adds sets that were scored elsewhere: a JSON object of names, each
-with ``scores`` and ``labels``.
+itself, or another. Prompts that the guard reads by chunks are left out, as these have a threshold
+of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detection import drawn
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import norm
 
-from latentguard import ChatModel, LatentGuard, Verdict
-from latentguard.benchmark.run import VERDICTS, load_suite
-from latentguard.data.builtin import load_guard_prompts
+from latentguard import LatentGuard
+from latentguard.data.builtin import load_contrast, load_guard_prompts
+from latentguard.data.prompt_files import read_prompts
+from latentguard.guard.loading import load_guard
 from latentguard.guard.operating_point import Goal
 from latentguard.guard.reliability import errors_by_chance, expected_error
 from latentguard.guard.score_files import score_to_file
@@ -36,6 +37,25 @@ from latentguard.prompts import Prompt
 from latentguard.stats.detection import f1_at, threshold_at
 
 MAX_FPR, HALVES, DRAWS = 0.05, 3, 3
+
+SETS = {
+    "toxicchat_third": "ToxicChat",
+    "openai_moderation": "OpenAI moderation",
+    "xstest": "XSTest",
+    "jbb": "JailbreakBench",
+}
+"""File of the data folder -> name on the page."""
+
+HARMFUL_SETS = {
+    "advbench": "AdvBench",
+    "catqa": "CatQA",
+    "sorry_bench": "SORRY-Bench",
+    "jailbreaks": "jailbreaks",
+}
+"""The same of sets of harmful prompts alone."""
+
+MOST, HARMLESS = 500, 250
+"""Prompts of a set, and of either side where harmful ones stand beside Alpaca, at most."""
 
 Scores = NDArray[np.float64]
 
@@ -159,46 +179,37 @@ def figures(
     return found
 
 
-def read_sets(data: Path, report: Path) -> Iterator[tuple[str, NDArray[np.bool_], Scores]]:
-    """The sets that the benchmark scored: labels and scores of the prompts that are read whole."""
-    for one in load_suite(data)[0]:
-        path = report / VERDICTS / f"{one.suite_set.name}.jsonl"
-        if not path.exists():
-            continue
-        verdicts = [Verdict.from_dict(json.loads(line)) for line in path.read_text().splitlines()]
-        labels = {prompt.id: bool(prompt.harmful) for prompt in one.prompts}
-        whole = [verdict for verdict in verdicts if not verdict.evidence]
-        harmful = np.array([labels[verdict.id] for verdict in whole])
-        if harmful.any() and not harmful.all():
-            yield one.suite_set.title, harmful, np.array([verdict.score for verdict in whole])
+def labelled_sets(folder: Path) -> dict[str, list[Prompt]]:
+    """Prompts by the name of their set; sets of harmful prompts alone stand beside Alpaca."""
+    files = {
+        title: drawn(read_prompts(folder / f"{name}.jsonl"), MOST) for name, title in SETS.items()
+    }
+    calm = drawn(read_prompts(folder / "alpaca_harmless.jsonl"), HARMLESS)
+    for name, title in HARMFUL_SETS.items():
+        rows = drawn(read_prompts(folder / f"{name}.jsonl"), HARMLESS)
+        files[f"{title} + Alpaca"] = [*rows, *calm]
+    files["built-in pairs, test"] = load_contrast("test")
+    files["built-in guard prompts, test"] = drawn(load_guard_prompts("test"), MOST)
+    return files
 
 
-def read_scores(path: Path | None) -> Iterator[tuple[str, NDArray[np.bool_], Scores]]:
-    """Sets that were scored elsewhere; none without a file."""
-    for name, one in json.loads(path.read_text()).items() if path else ():
-        yield name, np.array(one["labels"], dtype=bool), np.array(one["scores"])
-
-
-def read_calibration(guard: LatentGuard, model: str, work: Path) -> tuple[Scores, Scores]:
-    """Harmless and harmful scores of the built-in validation traffic; scored if they were not."""
-    prompts = [p for p in load_guard_prompts("validation") if not guard.is_chunked(p)]
-    out = work / "validation.jsonl"
+def score_set(
+    guard: LatentGuard, prompts: Sequence[Prompt], out: Path
+) -> tuple[NDArray[np.bool_], Scores]:
+    """Labels and scores of the prompts that are read whole; scored if they were not."""
+    whole = [prompt for prompt in prompts if not guard.is_chunked(prompt)]
     if not out.exists():
-        score_to_file(guard, ChatModel.load(model, dtype=guard.fingerprint.dtype), prompts, out)
+        score_to_file(guard, guard.model, whole, out)
     scores = np.array([json.loads(line)["score"] for line in out.read_text().splitlines()])
-    harmful = np.array([bool(p.harmful) for p in prompts])
-    return scores[~harmful], scores[harmful]
+    return np.array([bool(prompt.harmful) for prompt in whole]), scores
 
 
 def main() -> None:
     """Planted worlds first; public sets if a guard is given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("guard", nargs="?", type=Path)
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--report", type=Path)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--scores", type=Path)
+    parser.add_argument("guard", nargs="?", help="folder, Hub id or 'default'")
+    parser.add_argument("--data-dir", type=Path, help="of the public sets")
+    parser.add_argument("--work", type=Path, help="folder that keeps the scores")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     record: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
@@ -214,17 +225,20 @@ def main() -> None:
         }
         save()
     if options.guard:
-        guard = LatentGuard.load(options.guard)
-        known = read_calibration(guard, options.model, options.work)
+        guard = replace(load_guard(options.guard), early_exit=None)
+        folder = options.work / guard.digest[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        validation = load_guard_prompts("validation")
+        labels, scores = score_set(guard, validation, folder / "validation.jsonl")
+        known = scores[~labels], scores[labels]
         record["guard"] = {"digest": guard.digest, "model": guard.fingerprint.model}
         record["calibration"] = [len(side) for side in known]
-        record["sets"] = {
-            name: {"n": len(scores), **travelled(labels, scores, *known, guard.platt)}
-            for name, labels, scores in (
-                *read_sets(options.data_dir, options.report),
-                *read_scores(options.scores),
-            )
-        }
+        record["sets"] = {}
+        for name, prompts in labelled_sets(options.data_dir).items():
+            labels, scores = score_set(guard, prompts, folder / f"{name}.jsonl")
+            moved = travelled(labels, scores, *known, guard.platt)
+            record["sets"][name] = {"n": len(scores), **moved}
+            print(f"{name}: {len(scores)} prompts", flush=True)
         save()
 
 

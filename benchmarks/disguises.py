@@ -2,7 +2,7 @@
 
     python benchmarks/disguises.py --model M --guard G --data-dir DIR [--dtype D] [--out F.json]
 
-G is the default guard, fitted if it is not there. Of each set of DIR (JSON Lines) and of the
+G is as ``fit`` makes it, and fitted if it is not there. Of each set of DIR (JSON Lines) and of the
 guard prompts' held-out splits: how many prompts are read more than once, by which disguise, and
 how many of these are flagged with and without it. Cost: microseconds of ``deobfuscate``,
 and ``scan`` with the part over ``scan`` without it, in turns.

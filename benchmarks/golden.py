@@ -118,7 +118,7 @@ def fit_paper(model: ChatModel, train: Sequence[Prompt]) -> LatentGuard:
 
 
 def fit_default(model: ChatModel, train: Sequence[Prompt]) -> LatentGuard:
-    """The default guard; half of the rows count as refused, so that it has a refusal axis."""
+    """A guard as ``fit`` makes it; half of the rows count as refused, for a refusal axis."""
     asked = [replace(p, refused=crc32(p.text.encode()) % 2 == 1) for p in train]
     return LatentGuard.fit(model, asked, reading="pooled", probe="linear")
 
@@ -247,7 +247,7 @@ def collect(name: str, *, quick: bool = False) -> Record:
 def fitted(
     model: ChatModel, rows: Mapping[str, Sequence[Prompt]]
 ) -> Iterator[tuple[str, LatentGuard]]:
-    """The paper's rule, the default guard, and that with a pack, as each is wanted."""
+    """The paper's rule, the guard of ``fit``, and that with a pack, as each is wanted."""
     yield "paper", fit_paper(model, rows["train"])
     guard = calibrate(fit_default(model, rows["train"]), model, rows["calibration"])
     with few_texts():

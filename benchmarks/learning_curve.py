@@ -1,4 +1,4 @@
-"""Learning curve of the default guard: rows of the built-in guard prompts against held-out AUROC.
+"""Learning curve of ``pooled``: rows of the built-in guard prompts against held-out AUROC.
 
     python benchmarks/learning_curve.py --data-dir DIR --cache DIR --out F.json [--capture-only]
 
@@ -187,7 +187,7 @@ def mixed(sets: Sets) -> Sets:
 
 
 def read(model: ChatModel, name: str, rows: Sequence[Prompt], cache: Path) -> States:
-    """The states that the default guard reads, shard by shard, from the cache where they are."""
+    """The states that ``pooled`` reads, shard by shard, from the cache where they are."""
     parts = [shard(model, name, rows, at, cache) for at in range(0, len(rows), SHARD)]
     return States.collect(parts)
 

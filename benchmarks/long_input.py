@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def fitted(model: ChatModel, work: Path) -> LatentGuard:
-    """The default guard with windows, kept in the work folder."""
+    """A guard as ``fit`` makes it, with windows, kept in the work folder."""
     if (work / "guard" / "guard.json").exists():
         return LatentGuard.load(work / "guard")
     began = time.process_time()

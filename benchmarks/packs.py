@@ -2,8 +2,8 @@
 
     python benchmarks/packs.py --model M --data-dir DIR --states DIR [--out F.json] [--dtype D]
 
-The default guard, calibrated for 5 %, without packs and with one pack for each category of the set,
-made of k in-domain examples (at most half of the category; the rest is tested). Packs are held
+A guard as ``fit`` makes it, calibrated for 5 %, without packs and with one for each category of the
+set, made of k in-domain examples (at most half of the category; the rest is tested). Packs are held
 against, and the guard is calibrated on, either built-in harmless prompts alone, or half of the
 in-domain harmless texts as well, as ``latentguard pack add --harmless`` does it; the other half is
 tested. "calibrated in the domain" without packs is what those harmless texts give by themselves.

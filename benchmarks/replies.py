@@ -69,7 +69,7 @@ class ReplySet:
     """States at their tokens."""
 
     prompts: States | None
-    """States of their prompts, where the default guard reads."""
+    """States of their prompts, where ``pooled`` reads."""
 
     one_text: States | None
     """States of prompt and reply as one message."""
@@ -509,7 +509,7 @@ def _captured(model: ChatModel, prompts: list[Prompt], folder: Path) -> States |
 
 
 def load_training(pattern: str | None, layers: Sequence[int]) -> States | None:
-    """States of the built-in training prompts, where the default guard reads."""
+    """States of the built-in training prompts, where ``pooled`` reads."""
     paths = sorted(glob.glob(pattern)) if pattern else []
     if not paths:
         return None

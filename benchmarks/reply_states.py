@@ -100,7 +100,7 @@ def token_states(model: ChatModel, replies: Sequence[Reply], folder: Path) -> To
 
 
 def pooled_states(model: ChatModel, prompts: Sequence[Prompt], folder: Path) -> States:
-    """States of prompts where the default guard reads."""
+    """States of prompts where ``pooled`` reads."""
     layers = layers_of("linear", model.depth)
     positions = Reading.of("pooled", model.post).positions
 

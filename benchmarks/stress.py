@@ -1,9 +1,9 @@
-"""The tables of docs/results/stress.md: the default guard of a model under every attack.
+"""The tables of docs/results/stress.md: a guard as ``fit`` makes it under every attack.
 
     python benchmarks/stress.py MODEL --name NAME [--dtype D] [--budget B]
         [--docs docs/results/stress.md]
 
-Fits and calibrates the default guard (reused if it is in OUT/guard), runs ``latentguard stress`` on
+Fits and calibrates it (reused if it is in OUT/guard), runs ``latentguard stress`` on
 it, and puts the tables between the marks of NAME in the document.
 A killed run goes on where it stopped. One thread is used: results do not depend on the machine's
 number of cores.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from docpages.markdown_table import MODELS, interval, markdown_table, read_result
+from docpages.markdown_table import DEFAULT_GUARD, GUARDS, interval, markdown_table, read_result
 from latentguard.report.page_table import format_interval
 
 RESULT = "calibration-qwen2.5-coder-0.5b"
@@ -140,7 +140,7 @@ def cascade_cost_table() -> str:
     for record, second in CASCADE_COSTS.items():
         found = read_result(record)["labelled"]
         names = {
-            "first": "SmolLM2-135M (`default`)",
+            "first": DEFAULT_GUARD,
             "second": f"Qwen2.5-Coder-{second}",
             "cascade": f"the default, then the {second.split(',')[0]}",
         }
@@ -165,7 +165,7 @@ def cascade_sets_table() -> str:
             asked = figures["asked"]
             rows.append(
                 [
-                    f"{MODELS[first]}, then {MODELS[second]}" if key == "all" else "",
+                    f"{GUARDS[first]}, then {GUARDS[second]}" if key == "all" else "",
                     f"{label} ({figures['harmless']} + {figures['harmful']})",
                     f"{asked['harmless']:.0%}, {asked['harmful']:.0%}",
                     *(_rates(figures[name]) for name in ("first alone", "second alone", "cascade")),

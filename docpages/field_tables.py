@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from docpages.markdown_table import ROOT, interval, markdown_table, read_result, read_results
+from docpages.markdown_table import (
+    GUARDS,
+    ROOT,
+    interval,
+    markdown_table,
+    read_result,
+    read_results,
+)
 
 PUBLISHED = ROOT / "src" / "latentguard" / "benchmark" / "published.jsonl"
 
@@ -31,7 +38,7 @@ README_GUARDS = ("Llama Guard 3 8B", "Qwen3Guard-Gen 0.6B, strict", "Qwen3Guard-
 def published_table(only: tuple[str, ...] = ()) -> str:
     """F1 of our guards and of published ones, on two sets; only the default's beside ``only``."""
     rows = []
-    for model, measured in read_results("field")[: 1 if only else None]:
+    for model, measured in read_results("field", GUARDS)[: 1 if only else None]:
         for (guard, metric), label in OURS.items():
             rows.append([f"**{model}, {label}**", *_f1_cells(measured, guard, metric)])
     default = read_result("field-smollm2-135m")
@@ -76,7 +83,7 @@ FIGURES = {
 def field_set_table(name: str) -> str:
     """Every figure of each guard and its baselines on one set."""
     rows = []
-    for model, measured in read_results("field"):
+    for model, measured in read_results("field", GUARDS):
         figures = measured[name]["figures"]
         rows.append([model, *_figure_cells(figures["this guard"])])
         rows.append(["the paper's rule on it", *_figure_cells(figures["the paper's rule"])])

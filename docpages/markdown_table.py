@@ -13,11 +13,17 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 MODELS = {
-    "smollm2-135m": "SmolLM2-135M (`default`)",
+    "smollm2-135m": "SmolLM2-135M",
     "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B",
     "qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B",
 }
 """Name in the results' file names -> name on pages."""
+
+DEFAULT_GUARD = "SmolLM2-135M (`default`)"
+"""The guard that comes with the package."""
+
+GUARDS = {**MODELS, "smollm2-135m": DEFAULT_GUARD}
+"""The same of guards, where that of SmolLM2-135M is the one that comes with the package."""
 
 TIMED_MODELS = {
     "smollm2-135m": "SmolLM2-135M, float32",
@@ -31,11 +37,11 @@ def read_result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def read_results(kind: str) -> list[tuple[str, Any]]:
+def read_results(kind: str, names: Mapping[str, str] = MODELS) -> list[tuple[str, Any]]:
     """The name of each model that was measured, and its result file ``KIND-MODEL``."""
     return [
         (name, read_result(f"{kind}-{model}"))
-        for model, name in MODELS.items()
+        for model, name in names.items()
         if (RESULTS / f"{kind}-{model}.json").exists()
     ]
 
