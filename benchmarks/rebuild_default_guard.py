@@ -31,7 +31,7 @@ def build(model: ChatModel, cache: Path) -> LatentGuard:
     train = load_guard_prompts("train")
     harmless = [prompt for prompt in load_guard_prompts("validation") if not prompt.harmful]
     with CaptureCache(cache) as states, tqdm(total=len(train)) as bar:
-        guard = LatentGuard.fit(model, train, progress=bar.update, cache=states)
+        guard = LatentGuard.fit(model, train, reading="attended", progress=bar.update, cache=states)
     guard = fit_chunking(model, guard, max_fpr=MAX_FPR)
     return guard.calibrate(model, harmless, max_fpr=MAX_FPR)
 
