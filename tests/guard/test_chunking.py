@@ -198,6 +198,20 @@ class TestScan:
             len(CHAT.text),
         )
 
+    def test_evidence_is_a_chunks_own_score_but_for_a_shift(self):
+        """So long prompts rank among short ones, and a probability means the same of both."""
+        norm = LengthNorm(mean=-0.5, slope=0.2, spread=0.3)
+        chunking = replace(CHUNKING, chunk_norm=norm, whole_norm=LengthNorm(100.0), threshold=3.0)
+        pieces = chunking.chunks(LONG)
+
+        def score(top):
+            found = chunking.find_evidence(pieces, 0.0, [top, *[-9.0] * (len(pieces) - 1)])
+            return chunking.in_guard_units(found, 0.4)[0].score
+
+        assert score(1.3) - score(0.2) == pytest.approx(1.3 - 0.2)
+        at_threshold = -0.5 + 0.2 * math.log(len(pieces)) + 3.0 * 0.3
+        assert score(at_threshold) == pytest.approx(0.4)
+
     def test_a_score_that_is_no_number_gives_no_verdict(self):
         with pytest.raises(GuardError, match="not a finite number"):
             CHUNKING.find_evidence(CHUNKING.chunks(CHAT), 0.0, [math.nan, 0.0])

@@ -158,16 +158,15 @@ class Chunking:
             best[last.message] = Evidence(last.message, first.start, last.end, normed)
         return list(best.values())
 
-    def in_guard_units(
-        self, evidence: Sequence[Evidence], *, threshold: float, spread: float
-    ) -> list[Evidence]:
-        """Evidence in the unit of a guard with this threshold and spread.
+    def in_guard_units(self, evidence: Sequence[Evidence], threshold: float) -> list[Evidence]:
+        """Evidence in the unit of the guard's scores, moved so that this threshold is its own.
 
-        It is over the guard's threshold exactly if it is over the threshold here.
+        So a chunk's evidence is its own score but for a shift, and ranks among scores of short
+        prompts; it is over the guard's threshold exactly if it is over the threshold here.
         """
+        unit = self.chunk_norm.spread
         return [
-            replace(one, score=threshold + spread * (one.score - self.threshold))
-            for one in evidence
+            replace(one, score=threshold + unit * (one.score - self.threshold)) for one in evidence
         ]
 
     def without_promise(self) -> Chunking:

@@ -201,8 +201,7 @@ class GuardSpec:
         evidence = version.evidence
         score = version.whole.score
         if evidence and self.chunking:
-            units = dict(threshold=self.threshold, spread=self.spread)
-            evidence = self.chunking.in_guard_units(evidence, **units)
+            evidence = self.chunking.in_guard_units(evidence, self.threshold)
             score = max(one.score for one in evidence)
         if not all(map(math.isfinite, (score, *version.whole.beliefs.values()))):
             raise GuardError(NOT_FINITE)
