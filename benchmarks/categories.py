@@ -1,10 +1,11 @@
 """Categories: how often the nearest one is the right one, and how well each is told from the rest.
 
-    python benchmarks/categories.py --model M --data-dir DIR --states DIR [--out F.json] [--dtype D]
+    python benchmarks/categories.py --model M --data-dir DIR --states DIR [--guard G] [--out F.json]
+        [--dtype D]
 
-The guard is as ``fit --all-rows`` makes it. Measured on the test split of the guard prompts, and on
-two development sets from ``--data-dir``: catqa.jsonl (harmful questions, categories mapped by
-``CATQA``) and openai_moderation.jsonl (labelled texts, categories mapped by ``MODERATED``).
+The guard is G, or as ``fit --all-rows`` makes it. Measured on the test split of the guard prompts,
+and on two development sets from ``--data-dir``: catqa.jsonl (harmful questions, categories mapped
+by ``CATQA``) and openai_moderation.jsonl (labelled texts, categories mapped by ``MODERATED``).
 Baseline: TF-IDF n-grams and a logistic regression, fitted on the same rows. States are kept in
 ``--states``, so that a killed run goes on and ``packs.py`` need not capture them again.
 """
@@ -27,6 +28,7 @@ from latentguard.data.builtin import load_guard_prompts
 from latentguard.data.prompt_files import read_prompts
 from latentguard.data.surface_audit import ngram_model
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.loading import load_guard
 from latentguard.models.chat_model import ChatModel
 from latentguard.probes.probe import layers_of
 from latentguard.prompts import Prompt
@@ -66,8 +68,11 @@ def main() -> None:
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
     sets = prompt_sets(options.data_dir, options.harmless, options.longest)
-    states = {name: kept(model, prompts, options.states) for name, prompts in sets.items()}
-    guard = fitted(model, states["train"], options.states)
+    guard = opened(options, model, sets["train"])
+    states = {
+        name: kept(model, sets[name], options.states, guard)
+        for name in ("test", "moderation", "catqa")
+    }
     words = ngram_model()
     words.fit([p.text for p in sets["train"]], [of(p) for p in sets["train"]])
     record = dict(model=Path(options.model).name, dtype=options.dtype, fitted=guard.fitted)
@@ -98,26 +103,39 @@ def prompt_sets(folder: Path, harmless: int, longest: int) -> dict[str, list[Pro
     }
 
 
-def kept(model: ChatModel, prompts: Sequence[Prompt], folder: Path) -> States:
-    """What the guard is fitted on, captured once."""
-    reading, parts = Reading.of(DEFAULT_READING, model.post), []
+def kept(
+    model: ChatModel, prompts: Sequence[Prompt], folder: Path, guard: LatentGuard | None = None
+) -> States:
+    """What the guard reads, or is fitted on, captured once."""
+    reading = guard.reading if guard else Reading.of(DEFAULT_READING, model.post)
+    parts = []
     positions = tuple(dict.fromkeys([*reading.positions, "t_inst", "t_post"]))
-    how = dict(positions=positions, layers=layers_of("linear", model.depth))
+    layers = layers_of("linear", model.depth)
+    how = dict(positions=positions, layers=layers, queries=reading.queries)
+    key = model.fingerprint.weights[:8] + (
+        f"-{guard.digest[:8]}" if guard and reading.queries else ""
+    )
     for start in range(0, len(prompts), CHUNK):
         rows = prompts[start : start + CHUNK]
-        name = f"{model.fingerprint.weights[:8]}-{digest_prompts(rows)[:16]}.safetensors"
+        name = f"{key}-{digest_prompts(rows)[:16]}.safetensors"
         if not (folder / name).exists():
             States.collect(model.capture(rows, **how)).save(folder / name)
         parts.append(replace(States.load(folder / name), prompts=tuple(rows)))
     return States.collect(parts)
 
 
-def fitted(model: ChatModel, train: States, folder: Path) -> LatentGuard:
-    """The guard, fitted once."""
-    made = folder / f"{model.fingerprint.weights[:8]}-{digest_prompts(train.prompts)[:16]}"
+def opened(
+    options: argparse.Namespace, model: ChatModel, training_rows: Sequence[Prompt]
+) -> LatentGuard:
+    """The guard that was asked for, or one that is fitted once."""
+    if options.guard:
+        return load_guard(options.guard, model)
+    made = options.states / f"{model.fingerprint.weights[:8]}-{digest_prompts(training_rows)[:16]}"
     if not made.exists():
         reading = Reading.of(DEFAULT_READING, model.post)
-        LatentGuard.from_states(model, train, reading).save(made)
+        LatentGuard.from_states(model, kept(model, training_rows, options.states), reading).save(
+            made
+        )
     return LatentGuard.load(made)
 
 
@@ -200,6 +218,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--states", type=Path, required=True)
+    parser.add_argument("--guard", help="of the model: folder, Hub id or 'default'")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--harmless", type=int, default=300, help="texts of the moderation set")
     parser.add_argument("--longest", type=int, default=500, help="characters of such a text")

@@ -1,12 +1,13 @@
 """Category packs on the OpenAI moderation set: Table 9 with a false-positive column.
 
-    python benchmarks/packs.py --model M --data-dir DIR --states DIR [--out F.json] [--dtype D]
+    python benchmarks/packs.py --model M --data-dir DIR --states DIR [--guard G] [--out F.json]
+        [--dtype D]
 
-A guard as ``fit`` makes it, calibrated for 5 %, without packs and with one for each category of the
-set, made of k in-domain examples (at most half of the category; the rest is tested). Packs are held
-against, and the guard is calibrated on, either built-in harmless prompts alone, or half of the
-in-domain harmless texts as well, as ``latentguard pack add --harmless`` does it; the other half is
-tested. "calibrated in the domain" without packs is what those harmless texts give by themselves.
+G, or a guard as ``fit`` makes it, calibrated for 5 %, without packs and with one for each category
+of the set, made of k in-domain examples (at most half of the category; the rest is tested). Packs
+are held against, and the guard is calibrated on, either built-in harmless prompts alone, or half of
+the in-domain harmless texts as well, as ``latentguard pack add --harmless`` does it; the other half
+is tested. "calibrated in the domain" without packs is what those harmless texts give by themselves.
 The mean of three draws. The paper's way, examples added to one probe, is Table 9 of the study
 (``study/figures/table_03_guards``), whose draws and table these are. Baseline: n-grams, trained and
 calibrated on the same prompts.
@@ -20,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from categories import arguments, fitted, kept, prompt_sets
+from categories import arguments, kept, opened, prompt_sets
 from numpy.typing import NDArray
 
 from latentguard.data.surface_audit import ngram_scores
@@ -49,12 +50,11 @@ def main() -> None:
     options = arguments()
     model = ChatModel.load(options.model, dtype=options.dtype)
     sets = prompt_sets(options.data_dir, options.harmless, options.longest)
+    guard = opened(options, model, sets["train"])
     states = {
-        name: kept(model, sets[name], options.states)
+        name: kept(model, sets[name], options.states, guard).select(guard.probe.layers)
         for name in ("train", "validation", "moderation")
     }
-    guard = fitted(model, states["train"], options.states)
-    states = {name: part.select(guard.probe.layers) for name, part in states.items()}
     trials = list(tried(guard, states))
     table = domain_table(states["moderation"].prompts, trials)
     named = {f"k = {k}, {added}": named_right(guard, states, k, added) for k, added in runs()}

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from docpages.markdown_table import (
+    DEFAULT_GUARD,
     MODELS,
     TIMED_MODELS,
     interval,
@@ -86,10 +87,13 @@ def long_cost_table() -> str:
 
 # ---- categories
 
+CATEGORY_GUARDS = {"default": DEFAULT_GUARD, **MODELS}
+"""Name in the results' file names -> guard: that of the package, and those that ``fit`` makes."""
+
 
 def naming_table() -> str:
     """How often the nearest category is the right one."""
-    results = {model: read_result(f"categories-{model}")["naming"] for model in MODELS}
+    results = {model: read_result(f"categories-{model}")["naming"] for model in CATEGORY_GUARDS}
     first = next(iter(results.values()))
     sets = {
         "test split": "test split of the guard prompts, 17 categories",
@@ -98,14 +102,14 @@ def naming_table() -> str:
     rows = [
         [
             f"{label} (n = {_count(first[key]['guard'])})",
-            *(_without_n(results[model][key]["guard"]) for model in MODELS),
+            *(_without_n(one[key]["guard"]) for one in results.values()),
             _without_n(first[key]["n-grams"]),
             first[key]["always the most frequent"],
             first[key]["chance among all"],
         ]
         for key, label in sets.items()
     ]
-    head = ["set", *MODELS.values(), "n-grams", "always the most frequent", "chance"]
+    head = ["set", *CATEGORY_GUARDS.values(), "n-grams", "always the most frequent", "chance"]
     return markdown_table(head, rows, "python benchmarks/categories.py MODEL")
 
 
@@ -113,19 +117,20 @@ def moderation_table() -> str:
     """AUROC of one category against the rest, on OpenAI's moderation set."""
     key = "OpenAI moderation set"
     results = {
-        model: read_result(f"categories-{model}")["one against the rest"][key] for model in MODELS
+        model: read_result(f"categories-{model}")["one against the rest"][key]
+        for model in CATEGORY_GUARDS
     }
     first = next(iter(results.values()))
     rows = [
         [
             category,
-            *(_without_n(results[model][category]["guard"]) for model in MODELS),
+            *(_without_n(one[category]["guard"]) for one in results.values()),
             _without_n(first[category]["n-grams"]),
             first[category]["guard"].partition(" n = ")[2],
         ]
         for category in first
     ]
-    head = ["category -> ours", *MODELS.values(), "n-grams", "n"]
+    head = ["category -> ours", *CATEGORY_GUARDS.values(), "n-grams", "n"]
     return markdown_table(head, rows, "python benchmarks/categories.py MODEL")
 
 
