@@ -19,7 +19,7 @@ from docpages.markdown_table import (
 PUBLISHED = ROOT / "src" / "latentguard" / "benchmark" / "published.jsonl"
 
 BENCHMARK = "latentguard benchmark GUARD --data-dir DATA"
-DECISIONS = "python benchmarks/decisions.py default --data-dir DATA --report DIR --json FILE"
+DECISIONS = "python benchmarks/decisions.py default --data-dir DATA --work DIR --json FILE"
 
 SETS = ("toxicchat", "openai_moderation")
 """Sets of which most guards publish an F1."""
