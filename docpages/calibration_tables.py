@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from docpages.markdown_table import DEFAULT_GUARD, GUARDS, interval, markdown_table, read_result
+from docpages.markdown_table import DEFAULT_GUARD, interval, markdown_table, read_result
 from latentguard.report.page_table import format_interval
 
 RESULT = "calibration-qwen2.5-coder-0.5b"
@@ -17,14 +17,14 @@ COMMAND = (
 CASCADE = "cascade-smollm2-135m"
 CASCADE_COMMAND = "python benchmarks/cascade.py SECOND --data-dir D --work DIR --json FILE"
 CASCADES = {
-    "cascade-smollm2-135m": ("smollm2-135m", "qwen2.5-coder-0.5b"),
-    "cascade-qwen2.5-coder-0.5b": ("qwen2.5-coder-0.5b", "smollm2-135m"),
-    "cascade-qwen2.5-coder-1.5b": ("smollm2-135m", "qwen2.5-coder-1.5b"),
+    "cascade-smollm2-135m": (DEFAULT_GUARD, "Qwen2.5-Coder-0.5B"),
+    "cascade-qwen2.5-coder-0.5b": ("Qwen2.5-Coder-0.5B", DEFAULT_GUARD),
+    "cascade-qwen2.5-coder-1.5b": ("SmolLM2-135M (`pooled`)", "Qwen2.5-Coder-1.5B"),
 }
 """Result file -> the first guard, and the second."""
 
-CASCADE_COSTS = {"cascade-smollm2-135m": "0.5B, 500 rows", "cascade-qwen2.5-coder-1.5b": "1.5B"}
-"""Result file -> the second guard, where the default is the first."""
+CASCADE_COSTS = ("cascade-smollm2-135m", "cascade-qwen2.5-coder-1.5b")
+"""Result files of those where the smaller guard is the first."""
 
 CASCADE_SETS = {
     "all": "all",
@@ -137,13 +137,10 @@ def cascade_planted_table() -> str:
 def cascade_cost_table() -> str:
     """AUROC of each guard by itself, and what a prompt costs in it and in both."""
     rows = []
-    for record, second in CASCADE_COSTS.items():
+    for record in CASCADE_COSTS:
         found = read_result(record)["labelled"]
-        names = {
-            "first": DEFAULT_GUARD,
-            "second": f"Qwen2.5-Coder-{second}",
-            "cascade": f"the default, then the {second.split(',')[0]}",
-        }
+        first, second = CASCADES[record]
+        names = {"first": first, "second": second, "cascade": f"{first}, then {second}"}
         for key, name in names.items():
             area = f"{found['auroc'][key]:.2f}" if key in found["auroc"] else ""
             rows.append([name, area, f"{found['milliseconds'][key]:.0f}"])
@@ -165,7 +162,7 @@ def cascade_sets_table() -> str:
             asked = figures["asked"]
             rows.append(
                 [
-                    f"{GUARDS[first]}, then {GUARDS[second]}" if key == "all" else "",
+                    f"{first}, then {second}" if key == "all" else "",
                     f"{label} ({figures['harmless']} + {figures['harmful']})",
                     f"{asked['harmless']:.0%}, {asked['harmful']:.0%}",
                     *(_rates(figures[name]) for name in ("first alone", "second alone", "cascade")),

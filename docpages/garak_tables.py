@@ -9,7 +9,7 @@ import numpy as np
 from docpages.markdown_table import markdown_table, read_result
 from latentguard.stats.rates import proportion
 
-GARAK = "python benchmarks/garak_probes.py --garak PYTHON"
+GARAK = "python benchmarks/garak_probes.py --garak PYTHON --cap 40 --harmless 100"
 
 
 def garak_table() -> str:

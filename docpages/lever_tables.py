@@ -43,7 +43,7 @@ SETS = {
 }
 """Set in the results -> name on the page."""
 
-MEASURED = {**MODELS, "default": f"{DEFAULT_GUARD}, 9,755 rows"}
+MEASURED = {"default": f"{DEFAULT_GUARD}, 9,755 rows", **MODELS}
 """The end of a record's name -> name on the page."""
 
 COMMAND = "python benchmarks/{}.py --model MODEL --data-dir DATA --cache DIR --out FILE"

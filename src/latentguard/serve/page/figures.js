@@ -72,8 +72,8 @@ export function layerSteps(parts, layers, threshold) {
   const y = scale(...padded([...sums, threshold]), BOTTOM, 14);
   const half = Math.min(14, (x(1) - x(0)) * 0.38);
   svg.append(shape("line", { x1: LEFT, x2: RIGHT, y1: y(threshold), y2: y(threshold), class: "cut" }));
-  const above = parts.score > threshold ? 14 : -5;
-  svg.append(shape("text", { x: LEFT + 4, y: y(threshold) + above }, "threshold"));
+  const away = parts.score > threshold ? 14 : -5; // on the side that the last bars have left
+  svg.append(shape("text", { x: RIGHT, y: y(threshold) + away, "text-anchor": "end" }, "threshold"));
   parts.layers.forEach((value, index) => {
     const [from, to] = [y(sums[index]), y(sums[index + 1])];
     const middle = x(layers[index]);
