@@ -10,6 +10,7 @@ from typing import Any
 from docpages.markdown_table import (
     DEFAULT_GUARD,
     MODELS,
+    RESULTS,
     TIMED_MODELS,
     interval,
     markdown_table,
@@ -189,11 +190,13 @@ def _pack_cells(model: str) -> dict[tuple[str, str, str, int], str]:
 # ---- inside vLLM
 
 
-def overhead_table() -> str:
+def overhead_table(kind: str = "vllm-overhead") -> str:
     """Time to the first token with scoring over without, in per cent."""
     rows = []
     for model, name in TIMED_MODELS.items():
-        for load, record in read_result(f"vllm-overhead-{model}")["found"].items():
+        if not (RESULTS / f"{kind}-{model}.json").exists():
+            continue
+        for load, record in read_result(f"{kind}-{model}")["found"].items():
             pairs = str(record["pairs"])
             seconds = f"{record['processor_off_s']:.2f}"
             shares = [_share(record[clock]) for clock in ("processor", "wall")]
@@ -204,7 +207,7 @@ def overhead_table() -> str:
 
 
 def default_overhead_table() -> str:
-    """The same for the reading of today, in two runs."""
+    """The same for the reading that ``fit`` takes, in two runs."""
     rows = []
     for model, name in TIMED_MODELS.items():
         runs = [run["found"] for run in read_result(f"vllm-overhead-default-{model}")["runs"]]
@@ -249,6 +252,7 @@ READING_TABLES: dict[str, Callable[[], str]] = {
     "categories-moderation": moderation_table,
     "packs": packs_table,
     "vllm-overhead": overhead_table,
+    "vllm-overhead-attended": partial(overhead_table, "vllm-overhead-attended"),
     "vllm-overhead-default": default_overhead_table,
     "reading-speed": reading_speed_table,
 }
