@@ -41,7 +41,7 @@ def published_table(only: tuple[str, ...] = ()) -> str:
     for model, measured in read_results("field", GUARDS)[: 1 if only else None]:
         for (guard, metric), label in OURS.items():
             rows.append([f"**{model}, {label}**", *_f1_cells(measured, guard, metric)])
-    default = read_result("field-smollm2-135m")
+    default = read_result("field-default")
     rows.append(["**n-grams**", *_f1_cells(default, "n-grams", "f1")])
     for guard, values in _published().items():
         if not only or guard in only:
@@ -87,7 +87,7 @@ def field_set_table(name: str) -> str:
         figures = measured[name]["figures"]
         rows.append([model, *_figure_cells(figures["this guard"])])
         rows.append(["the paper's rule on it", *_figure_cells(figures["the paper's rule"])])
-    words = read_result("field-smollm2-135m")[name]["figures"]["n-grams"]
+    words = read_result("field-default")[name]["figures"]["n-grams"]
     rows.append(["n-grams", *_figure_cells(words)])
     return markdown_table(["guard", *FIGURES.values()], rows, BENCHMARK)
 

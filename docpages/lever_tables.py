@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from docpages.markdown_table import DEFAULT_GUARD, MODELS, markdown_table, read_results
+from docpages.markdown_table import GUARDS, markdown_table, read_results
 
 ARMS = {
     "default": "**the default rule: AUROC**",
@@ -43,9 +43,6 @@ SETS = {
 }
 """Set in the results -> name on the page."""
 
-MEASURED = {"default": f"{DEFAULT_GUARD}, 9,755 rows", **MODELS}
-"""The end of a record's name -> name on the page."""
-
 COMMAND = "python benchmarks/{}.py --model MODEL --data-dir DATA --cache DIR --out FILE"
 
 
@@ -57,7 +54,7 @@ def gains_table(kind: str, script: str) -> str:
         script: That makes them.
     """
     rows = []
-    measured = read_results(kind, MEASURED)
+    measured = read_results(kind, GUARDS)
     for name, record in measured:
         for arm, label in ARMS.items():
             if arm not in record["arms"]:

@@ -22,8 +22,8 @@ MODELS = {
 DEFAULT_GUARD = "SmolLM2-135M (`default`)"
 """The guard that comes with the package."""
 
-GUARDS = {**MODELS, "smollm2-135m": DEFAULT_GUARD}
-"""The same of guards, where that of SmolLM2-135M is the one that comes with the package."""
+GUARDS = {"default": DEFAULT_GUARD, **MODELS}
+"""Name in the results' file names -> guard: that of the package, and those that ``fit`` makes."""
 
 TIMED_MODELS = {
     "smollm2-135m": "SmolLM2-135M, float32",

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from docpages.markdown_table import (
-    DEFAULT_GUARD,
+    GUARDS,
     MODELS,
     RESULTS,
     TIMED_MODELS,
@@ -88,13 +88,10 @@ def long_cost_table() -> str:
 
 # ---- categories
 
-CATEGORY_GUARDS = {"default": DEFAULT_GUARD, **MODELS}
-"""Name in the results' file names -> guard: that of the package, and those that ``fit`` makes."""
-
 
 def naming_table() -> str:
     """How often the nearest category is the right one."""
-    results = {model: read_result(f"categories-{model}")["naming"] for model in CATEGORY_GUARDS}
+    results = {model: read_result(f"categories-{model}")["naming"] for model in GUARDS}
     first = next(iter(results.values()))
     sets = {
         "test split": "test split of the guard prompts, 17 categories",
@@ -110,7 +107,7 @@ def naming_table() -> str:
         ]
         for key, label in sets.items()
     ]
-    head = ["set", *CATEGORY_GUARDS.values(), "n-grams", "always the most frequent", "chance"]
+    head = ["set", *GUARDS.values(), "n-grams", "always the most frequent", "chance"]
     return markdown_table(head, rows, "python benchmarks/categories.py MODEL")
 
 
@@ -118,8 +115,7 @@ def moderation_table() -> str:
     """AUROC of one category against the rest, on OpenAI's moderation set."""
     key = "OpenAI moderation set"
     results = {
-        model: read_result(f"categories-{model}")["one against the rest"][key]
-        for model in CATEGORY_GUARDS
+        model: read_result(f"categories-{model}")["one against the rest"][key] for model in GUARDS
     }
     first = next(iter(results.values()))
     rows = [
@@ -131,7 +127,7 @@ def moderation_table() -> str:
         ]
         for category in first
     ]
-    head = ["category -> ours", *CATEGORY_GUARDS.values(), "n-grams", "n"]
+    head = ["category -> ours", *GUARDS.values(), "n-grams", "n"]
     return markdown_table(head, rows, "python benchmarks/categories.py MODEL")
 
 
