@@ -280,6 +280,10 @@ class ReplyScoring(Protocol):
 class Speaker(Backend, Protocol):
     """A backend that also replies; what the study needs of a model."""
 
+    @property
+    def width(self) -> int:
+        """Width d of the residual stream."""
+
     def sweep(
         self,
         prompts: Iterable[Prompt],

@@ -61,13 +61,17 @@ def test_the_replies_are_taken_from_the_store_by_labelling(cached_model, pools, 
 
 
 def test_the_time_is_of_the_whole_study(cached_model, pools, settings):
-    ticks = iter((0.0, 1.0))
+    ticks = iter((0.0, 6.0, 10.0, 22.0))  # the sweep of replies, then that of answers
     found = forecast(planted(cached_model, refuses={True}), pools, settings, clock=ticks.__next__)
     planned = list(planned_replies(cached_model, pools, settings))
-    per_token = 1.0 / (module.TIMED * (settings.reply_tokens + module.READING))
-    tokens = sum(count * (length + module.READING) for count, length in planned)
-    assert found.seconds == pytest.approx(per_token * tokens)
-    assert found.replies == sum(count for count, _ in planned)
+    timed = 2 * module.TIMED * module.TIMED_LAYERS
+    seconds = {
+        False: 6 / timed / (settings.reply_tokens + module.READING),
+        True: 12 / timed / (settings.inversion_tokens + module.READING),
+    }
+    expected = sum(n * (length + module.READING) * seconds[kind] for n, length, kind in planned)
+    assert found.seconds == pytest.approx(expected)
+    assert found.replies == sum(one.replies for one in planned)
     assert "in all on this machine" in list(found.lines())[-1]
 
 
@@ -86,7 +90,7 @@ def test_planned_replies_are_about_those_that_are_made(
     cached_model.uncached = Counting(cached_model.uncached, cached_model.uncached.sweep, asked)
     experiment.collect(cached_model, prompt_groups, settings)
     _, *rest = planned_replies(cached_model, prompt_groups.pools, settings, only=[name])
-    planned = sum(count for count, _ in rest)
+    planned = sum(one.replies for one in rest)
     assert 0.5 < planned / sum(asked) < 2
 
 

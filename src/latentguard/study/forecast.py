@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
+import torch
+
+from latentguard.interventions import Intervention
 from latentguard.prompts import Group, Prompt
 from latentguard.stats.estimate import Estimate
 from latentguard.stats.rates import proportion
@@ -16,15 +20,23 @@ from latentguard.study.figures.beyond_knockout import CUTS, WINDOWED
 from latentguard.study.figures.beyond_replies import READINGS
 from latentguard.study.figures.figure_13_positions import BEFORE
 from latentguard.study.labelling import ASKED
-from latentguard.study.prompt_groups import BEHAVING, PromptPools, sample_prompts
+from latentguard.study.prompt_groups import (
+    BEHAVING,
+    PromptPools,
+    inversion_prompt,
+    sample_prompts,
+)
 from latentguard.study.refusal_odds import JUDGED
 from latentguard.study.settings import Settings
 
 SAMPLE = 12
 """Prompts of each pool that are asked; labelling takes their replies from the store."""
 
-TIMED = 8
-"""Of these, how many are asked without the store, to measure the time of a reply."""
+TIMED = 3
+"""Of these, how many of each label are asked without the store, to measure the time of a reply."""
+
+TIMED_LAYERS = 4
+"""At how many layers these are read anew, as steered prompts are."""
 
 READING = 8
 """A prompt's own tokens take about as long as so many tokens of a reply."""
@@ -49,6 +61,19 @@ LABELS: Mapping[str, tuple[Group, Group]] = {
     "over_refusal": ("refused_harmless", "accepted_harmless"),
 }
 """Pool -> what its prompts are, refused or accepted."""
+
+
+class Planned(NamedTuple):
+    """Some replies that a study will make."""
+
+    replies: int
+    """How many."""
+
+    tokens: int
+    """The longest that they may be."""
+
+    is_answer: bool = False
+    """Whether they answer an inversion question, mostly in one word."""
 
 
 @dataclass(frozen=True)
@@ -138,18 +163,17 @@ def forecast(
             ):
                 sizes[group] = sizes.get(group, 0) + share * len(prompts)
     planned = list(planned_replies(model, pools, settings, only=only))
-    tokens = sum(count * (length + READING) for count, length in planned)
-    timed = counts["harmful"][:TIMED]
-    seconds = _seconds_per_token(model, timed, settings, clock)
+    timed = [prompt for name in ("harmful", "harmless") for prompt in counts[name][:TIMED]]
+    seconds = _seconds(model, timed, planned, settings, clock)
     groups = {group: round(sizes.get(group, 0)) for of in LABELS.values() for group in of}
-    replies = sum(count for count, _ in planned)
-    return Forecast(refused, groups, settings.enough, seconds * tokens, replies)
+    replies = sum(one.replies for one in planned)
+    return Forecast(refused, groups, settings.enough, seconds, replies)
 
 
 def planned_replies(
     model: CachedModel, pools: PromptPools, settings: Settings, *, only: Collection[str] = ()
-) -> Iterator[tuple[int, int]]:
-    """About how many replies of which length each part of a study takes."""
+) -> Iterator[Planned]:
+    """About how many replies, of which length and kind, each part of a study takes."""
     layers, draws = len(settings.layers(model.depth)), settings.random_draws
     short, long = settings.inversion_tokens, settings.reply_tokens
     prompts = sum(min(len(getattr(pools, name)), settings.asked) for name in ASKED)
@@ -159,19 +183,21 @@ def planned_replies(
     kinds = 4 + len({p.category for p in pools.jailbreaks})
     finetuned = len(settings.finetune_sizes) * settings.finetune_seeds + settings.finetune_controls
     questions = 4 + layers * (4 * settings.inversion_templates + 2 + 2 * draws)
-    parts: dict[str, Sequence[tuple[int, int]]] = {
+    parts: dict[str, Sequence[tuple[int, int] | Planned]] = {
         "template": [(settings.test, long)],
         "steering": [
             (settings.steered * layers * len(settings.coefficients) * (4 + 2 * draws), long)
         ],
         "inversion": [
-            (2 * settings.inverted * questions, short),
+            Planned(2 * settings.inverted * questions, short, is_answer=True),
             (2 * settings.inverted * layers * (1 + draws), long),
         ],
-        "positions": [(settings.inverted * probed * (positions + draws), short)],
+        "positions": [
+            Planned(settings.inverted * probed * (positions + draws), short, is_answer=True)
+        ],
         "categories": [
             (min(tested, len(pools.categories)), long),
-            (tested // 2 * (settings.categories + 1 + draws), short),
+            Planned(tested // 2 * (settings.categories + 1 + draws), short, is_answer=True),
         ],
         "jailbreaks": [(2 * settings.attacked * kinds, long)],
         "guards": [(settings.test, long)],
@@ -184,10 +210,10 @@ def planned_replies(
     has_attacks = not only or "jailbreaks" in only
     attacks = 0 if has_attacks else settings.attacked * (kinds - 4 + len(TEMPLATES))
     parts["replies"] = [(attacks, long), (READINGS * settings.test, 1)]
-    yield prompts, long
+    yield Planned(prompts, long)
     for name, of in parts.items():
         if not only or name in only:
-            yield from of
+            yield from (Planned(*one) for one in of)
 
 
 def _beyond_the_paper(
@@ -229,12 +255,35 @@ def _refused(model: CachedModel, prompts: Sequence[Prompt], settings: Settings) 
     return [flag for flag in model.refused(replies) if flag is not None]
 
 
-def _seconds_per_token(
+def _seconds(
     model: CachedModel,
     prompts: Sequence[Prompt],
+    planned: Sequence[Planned],
     settings: Settings,
     clock: Callable[[], float],
 ) -> float:
+    """Time some replies and some answers of these prompts; what all planned ones take."""
+    asked = {False: prompts, True: [inversion_prompt(prompt) for prompt in prompts]}
+    longest = {False: settings.reply_tokens, True: settings.inversion_tokens}
+    total = 0.0
+    for is_answer in {one.is_answer for one in planned}:
+        limit = longest[is_answer]
+        each = _seconds_each(model, asked[is_answer], limit, clock) / (limit + READING)
+        of_kind = (one for one in planned if one.is_answer is is_answer)
+        total += each * sum(one.replies * (one.tokens + READING) for one in of_kind)
+    return total
+
+
+def _seconds_each(
+    model: CachedModel, prompts: Sequence[Prompt], tokens: int, clock: Callable[[], float]
+) -> float:
+    """Seconds that a reply takes among steered ones; no vector of any length is added."""
+    zero = torch.zeros(model.uncached.width)
+    layers = [n * model.depth // TIMED_LAYERS for n in range(TIMED_LAYERS)]
     start = clock()
-    model.uncached.sweep(tuple(prompts), (None,), max_new_tokens=settings.reply_tokens)
-    return (clock() - start) / (len(prompts) * (settings.reply_tokens + READING))
+    model.uncached.sweep(
+        tuple(prompts),
+        [Intervention(layer, zero, tokens="all") for layer in layers],
+        max_new_tokens=tokens,
+    )
+    return (clock() - start) / (len(prompts) * TIMED_LAYERS)

@@ -259,9 +259,9 @@ def test_the_forecast_counts_what_is_read_and_asked(cached_model, prompt_groups,
     counting = cached_model.uncached = Counting(cached_model.uncached)
     beyond_replies.collect(cached_model, prompt_groups, settings)
     _, asked, read = planned_replies(cached_model, prompt_groups.pools, settings, only=["replies"])
-    assert read == (READINGS * settings.test, 1) and 0.5 < read[0] / counting.read < 2
+    assert read == (READINGS * settings.test, 1, False) and 0.5 < read[0] / counting.read < 2
     plain = 3 * settings.test  # these are asked by the labelling
-    assert asked == (counting.made - plain, settings.reply_tokens)
+    assert asked == (counting.made - plain, settings.reply_tokens, False)
     both = ["jailbreaks", "replies"]  # Figure 6 asks the attacks
     *_, asked, _ = planned_replies(cached_model, prompt_groups.pools, settings, only=both)
-    assert asked == (0, settings.reply_tokens)
+    assert asked == (0, settings.reply_tokens, False)
