@@ -15,12 +15,8 @@ from guard_files import edit_guard
 from latentguard.data.builtin import load_guard_prompts
 from latentguard.data.documents import build_document
 from latentguard.errors import GuardError, PromptError
-from latentguard.guard.chunk_calibration import (
-    CALIBRATION_TEXTS,
-    calibrate_chunking,
-    fit_chunking,
-    harmless_texts,
-)
+from latentguard.guard.chunk_calibration import calibrate_chunking, fit_chunking
+from latentguard.guard.chunk_texts import CALIBRATION_TEXTS, harmless_texts
 from latentguard.guard.chunking import MIN_CHARS, Chunking, LengthNorm, cut
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.reading_plan import decoded_variants

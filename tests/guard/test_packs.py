@@ -10,7 +10,8 @@ from guard.kinds import KINDS, Kinds, harmless, kinds, kinds_of, novel
 from latentguard.data.builtin import load_contrast, load_guard_prompts
 from latentguard.errors import GuardError
 from latentguard.guard import packs
-from latentguard.guard.chunk_calibration import calibrate_chunking, fit_chunking, harmless_texts
+from latentguard.guard.chunk_calibration import calibrate_chunking, fit_chunking
+from latentguard.guard.chunk_texts import harmless_texts
 from latentguard.guard.chunking import Chunking
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.leakage import TrainingPrompts, exclude_training_prompts, prompt_digest

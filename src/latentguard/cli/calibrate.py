@@ -374,11 +374,8 @@ def _calibrate_long(
     - Built-in texts move it to a rate that was chosen.
     - Else it stays as fit picked it: built-in prompts are no traffic.
     """
-    from latentguard.guard.chunk_calibration import (
-        CALIBRATION_TEXTS,
-        calibrate_chunking,
-        harmless_texts,
-    )
+    from latentguard.guard.chunk_calibration import calibrate_chunking
+    from latentguard.guard.chunk_texts import CALIBRATION_TEXTS, harmless_texts
     from latentguard.stats.bounds import smallest_n
 
     if guard.chunking is None or guard.bound is None:

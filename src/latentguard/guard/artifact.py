@@ -34,11 +34,11 @@ LIBRARY = "latentguard"
 KEYS = frozenset(
     "schema tensors_sha256 content_sha256 fingerprint reading probe axes threshold bound platt "
     "spread canaries fitted deobfuscation chunking thresholds quadrants categories replies "
-    "early_exit queries".split()
+    "early_exit queries reference adaptation".split()
 )
 """What the JSON of this schema may hold: what a newer version wrote would be dropped unseen."""
 
-OPTIONAL_KEYS = ("queries", "replies", "early_exit")
+OPTIONAL_KEYS = ("queries", "replies", "early_exit", "reference", "adaptation")
 """Keys that are left out where there is nothing: older guards have none of them."""
 
 T = TypeVar("T")

@@ -24,7 +24,12 @@ NEGLIGIBLE_SHARE = 0.05
 def prompt_digest(prompt: Prompt) -> int:
     """A digest of what was said, in 63 bits."""
     texts = [prompt.text, *(part for m in prompt.history for part in (m.role, m.content))]
-    return int.from_bytes(hashlib.sha256("\0".join(texts).encode()).digest()[:8]) >> 1
+    return text_digest("\0".join(texts))
+
+
+def text_digest(text: str) -> int:
+    """A digest of a text, in 63 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,8 @@ from dataclasses import dataclass, replace
 from latentguard.data.builtin import load_contrast, load_guard_prompts
 from latentguard.errors import GuardError
 from latentguard.guard.categories import MIN_PROMPTS, Categories, Pack, fit_directions
-from latentguard.guard.chunk_calibration import (
-    CALIBRATION_TEXTS,
-    calibrate_chunking,
-    harmless_texts,
-    require_chunking,
-)
+from latentguard.guard.chunk_calibration import calibrate_chunking, require_chunking
+from latentguard.guard.chunk_texts import CALIBRATION_TEXTS, harmless_texts
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.leakage import TrainingPrompts, exclude_training_prompts, prompt_digest
 from latentguard.guard.score_scale import ScoreScale

@@ -20,6 +20,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from latentguard.errors import GuardError
+from latentguard.guard.adaptation import Adaptation, Reference
 from latentguard.guard.artifact import (
     OPTIONAL_KEYS,
     POLES,
@@ -136,6 +137,12 @@ class GuardSpec:
 
     early_exit: EarlyExit | None = None
     """When prompts of files leave the pass early; None reads each whole."""
+
+    reference: Reference | None = None
+    """Built-in prompts as it reads them, so that it learns from labels without reading them."""
+
+    adaptation: Adaptation | None = None
+    """What it has learned from labels; None if it has learned nothing."""
 
     # ---- what it reads
 
@@ -381,7 +388,7 @@ class GuardSpec:
                 "decoded; the most severe reading counts, and the verdict names what was decoded."
             )
         parts = (self.chunking, self.thresholds, self.quadrants, self.categories, self.replies)
-        for part in (*parts, self.usable_early_exit):
+        for part in (self.adaptation, *parts, self.usable_early_exit):
             notes += part.notes() if part else []
         return notes
 
@@ -403,7 +410,7 @@ class GuardSpec:
     @property
     def digest(self) -> str:
         """SHA-256 of everything that makes its verdicts."""
-        record, tensors = self.to_dict()
+        record, tensors = replace(self, reference=None, adaptation=None).to_dict()
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
         for name in sorted(tensors):
             digest.update(tensors[name].contiguous().numpy().tobytes())
@@ -441,6 +448,8 @@ class GuardSpec:
             "queries": self.reading.queries,
             "replies": self.replies,
             "early_exit": self.early_exit,
+            "reference": self.reference,
+            "adaptation": self.adaptation,
         }
         for name, part in parts.items():
             if part is not None:
@@ -487,6 +496,8 @@ class GuardSpec:
             categories=read_field("categories", Categories.from_dict, record, tensors),
             replies=read_field("replies", ReplyProbe.from_dict, record, tensors),
             early_exit=read_field("early_exit", EarlyExit.from_dict, record, tensors),
+            reference=read_field("reference", Reference.from_dict, record, tensors),
+            adaptation=read_field("adaptation", Adaptation.from_dict, record, tensors),
         )
 
 

@@ -59,10 +59,16 @@ class Probe:
 
     def __call__(self, states: Float[Tensor, "n l d"]) -> Float[Tensor, "n"]:
         """Score states, in float32."""
+        return self.score_inputs(self.inputs(states))
+
+    def inputs(self, states: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+        """What the weight is applied to, float32."""
         h = states.float()
-        if self.kind == "centroid":
-            h = normalize(h, dim=-1)
-        return torch.einsum("nld,ld->n", h, self.weight) + self.bias
+        return normalize(h, dim=-1) if self.kind == "centroid" else h
+
+    def score_inputs(self, inputs: Float[Tensor, "n l d"]) -> Float[Tensor, "n"]:
+        """Score ``inputs`` of states."""
+        return torch.einsum("nld,ld->n", inputs, self.weight) + self.bias
 
 
 def require_kind(kind: str) -> None:
