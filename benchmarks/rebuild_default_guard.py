@@ -10,12 +10,14 @@ spread.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from latentguard.data.builtin import load_guard_prompts, load_samples
+from latentguard.guard.adaptation import Reference
 from latentguard.guard.chunk_calibration import fit_chunking
 from latentguard.guard.hub import DEFAULT_GUARD
 from latentguard.guard.latent_guard import LatentGuard
@@ -27,13 +29,16 @@ MAX_FPR = 0.05
 
 
 def build(model: ChatModel, cache: Path) -> LatentGuard:
-    """Fit on all training rows, then long texts, then calibrate on the harmless validation rows."""
+    """Fit on all training rows, then long texts; calibrate on the harmless validation rows; read
+    the reference against which labels are learned.
+    """
     train = load_guard_prompts("train")
     harmless = [prompt for prompt in load_guard_prompts("validation") if not prompt.harmful]
     with CaptureCache(cache) as states, tqdm(total=len(train)) as bar:
         guard = LatentGuard.fit(model, train, reading="attended", progress=bar.update, cache=states)
     guard = fit_chunking(model, guard, max_fpr=MAX_FPR)
-    return guard.calibrate(model, harmless, max_fpr=MAX_FPR)
+    guard = guard.calibrate(model, harmless, max_fpr=MAX_FPR)
+    return replace(guard, reference=Reference.read(guard, model))
 
 
 def compare(old: LatentGuard, new: LatentGuard, model: ChatModel) -> None:

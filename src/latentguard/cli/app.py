@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
+from latentguard.cli.adapt import adapt
 from latentguard.cli.audit import audit
 from latentguard.cli.benchmark import benchmark
 from latentguard.cli.calibrate import calibrate
@@ -34,6 +35,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "demo": demo,
         "fit": fit,
         "calibrate": calibrate,
+        "adapt": adapt,
         "score": score,
         "evaluate": evaluate,
         "benchmark": benchmark,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from latentguard.guard.adaptation import Labels, Reference
 from latentguard.guard.evaluation import Comparison, compare
-from latentguard.guard.refit import ALIGNED_RATE, FEWEST_TO_CHOOSE, PENALTIES, Refit, held_out_rows
+from latentguard.guard.refit import FEWEST_TO_CHOOSE, PENALTIES, Refit, held_out_rows
 from latentguard.guard.verdict import Verdict
 from latentguard.probes.correction import Rows, fit_corrections
 from latentguard.report.document import Cell, Table
@@ -123,12 +123,11 @@ class AdaptationReport:
     """The labels that contradict their neighbours most."""
 
     forgotten: float
-    """Share of the built-in harmful prompts that is caught no more, where as many built-in harmless
-    ones are flagged as before: what the probe forgot."""
+    """AUROC on the built-in prompts that is lost: what the probe forgot."""
 
     raised: float
-    """Share that is caught no more as the labels put the threshold higher than the built-in
-    harmless prompts would."""
+    """Share of the built-in harmful prompts that is caught no more as the harmless labels put the
+    threshold higher; 0 where they do not set it."""
 
     def tables(self) -> list[Table]:
         """Before and after; by category and segment; suspects."""
@@ -212,7 +211,7 @@ def measure_adaptation(
             *_figures(BUILTIN, harmful, *sides),
         ),
         forgotten=_forgotten(harmful, *sides),
-        raised=_raised(harmful, sides[1]),
+        raised=0.0 if after.missing else _raised(harmful, *sides),
         comparisons=tuple(compare(own.prompts, _verdicts(was), _verdicts(now))),
         newly_flagged=int(fresh.sum()),
         builtin_harmless=int((~reference.harmful).sum()),
@@ -281,14 +280,17 @@ def _figures(
 def _forgotten(
     harmful: Bool[NDArray[np.bool_], "n"], before: ScoredSide, after: ScoredSide
 ) -> float:
-    rate = float(before.flagged[~harmful].mean())
-    recalls = [tpr_at(rate)(harmful, side.scores) for side in (before, after)]
-    return recalls[0] - recalls[1]
+    if harmful.all() or not harmful.any():
+        return 0.0
+    return auroc(harmful, before.scores) - auroc(harmful, after.scores)
 
 
-def _raised(harmful: Bool[NDArray[np.bool_], "n"], after: ScoredSide) -> float:
-    recall = tpr_at(ALIGNED_RATE)(harmful, after.scores)
-    return max(recall - float(after.flagged[harmful].mean()), 0.0) if harmful.any() else 0.0
+def _raised(harmful: Bool[NDArray[np.bool_], "n"], before: ScoredSide, after: ScoredSide) -> float:
+    """Recall that is lost by the threshold: against one that flags as many harmless as before."""
+    if harmful.all() or not harmful.any():
+        return 0.0
+    possible = tpr_at(float(before.flagged[~harmful].mean()))(harmful, after.scores)
+    return max(possible - float(after.flagged[harmful].mean()), 0.0)
 
 
 def _verdicts(side: ScoredSide) -> list[Verdict]:

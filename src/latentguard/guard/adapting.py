@@ -18,10 +18,10 @@ from latentguard.report.document import Table
 from latentguard.states import Backend, Progress, digest_prompts
 
 ALLOWED_LOSS = 0.03
-"""Share of the built-in harmful prompts that a batch may make the probe forget without force."""
+"""AUROC on built-in prompts that a batch may cost without force."""
 
 ALLOWED_RAISE = 0.1
-"""Share that it may cost by a higher threshold."""
+"""Share of the built-in harmful prompts that it may cost by a higher threshold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,7 @@ def adapt(  # noqa: PLR0913 (each is asked for by itself)
         name: Of the batch; it can be forgotten by it.
         date: Noted with the batch.
         max_fpr: False-positive rate to keep; None for the guard's own.
-        force: Take the batch though it costs more than ``ALLOWED_LOSS`` or ``ALLOWED_RAISE`` of the
-            built-in harmful prompts that the guard catches.
+        force: Take the batch though it costs more than ``ALLOWED_LOSS`` or ``ALLOWED_RAISE``.
         progress: Called with the number of prompts read.
 
     Raises:
@@ -149,8 +148,8 @@ def _require_harmless_change(report: AdaptationReport, name: str) -> None:
     advice = "Look at its labels for mistakes, or take it all the same with --force (force=True)."
     if report.forgotten > ALLOWED_LOSS:
         raise GuardError(
-            f"With the batch '{name}' the guard would catch {report.forgotten:.1%} less of the "
-            f"built-in harmful prompts, allowed {ALLOWED_LOSS:.0%}. {advice}"
+            f"With the batch '{name}' the guard would tell built-in prompts apart less well: its "
+            f"AUROC falls by {report.forgotten:.3f}, allowed {ALLOWED_LOSS}. {advice}"
         )
     if report.raised > ALLOWED_RAISE:
         raise GuardError(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -55,6 +55,9 @@ from latentguard.states import (
     progress_bar,
     show_numbers,
 )
+
+if TYPE_CHECKING:
+    from latentguard.guard.adapting import Adapted
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +198,24 @@ class LatentGuard(GuardSpec):
         used = self.calibration_prompts(as_prompts(prompts), rates)
         verdicts = list(self.scan(backend, used, progress=progress))
         return self.calibrate_from(used, verdicts, rates, column=segment_column)
+
+    def adapt(self, prompts: Iterable[PromptLike], *, name: str, force: bool = False) -> Adapted:
+        """Teach the guard a batch of labelled prompts (``adapting.adapt``).
+
+        Args:
+            prompts: Labelled harmful or harmless.
+            name: Of the batch, by which it can be forgotten.
+            force: Take it though it costs much of what the guard knew.
+
+        Raises:
+            GuardError: as ``adapting.adapt``.
+
+        Examples:
+            >>> guard.adapt(labelled, name="july").guard.save("mine")  # doctest: +SKIP
+        """
+        from latentguard.guard.adapting import adapt  # it makes guards of this class
+
+        return adapt(self, self.model, as_prompts(prompts), name=name, force=force)
 
     # ---- asking: with its own model
 
