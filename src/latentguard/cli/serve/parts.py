@@ -36,8 +36,11 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
     """The default guard and the others, without their model; signatures are checked.
 
     Raises:
-        GuardError: if one is not there, damaged, not signed, or not of the same model.
+        GuardError: if one is not there, damaged, not signed, not of the same model, or cannot judge
+            chats.
     """
+    from latentguard.serve.chat_thresholds import ChatThresholds
+
     assert options.guard is not None
     guard = read_guard(options.guard, verify_key=options.verify_key)
     if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
@@ -50,6 +53,8 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
         named_guards[name] = read_guard(source, verify_key=options.verify_key)
         if not options.allow_mismatch:
             guard.require_match(named_guards[name].fingerprint)
+    for one in (guard, *named_guards.values()):
+        ChatThresholds(one)  # says what is wrong before the model is loaded
     return guard, named_guards
 
 
