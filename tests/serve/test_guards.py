@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from latentguard.errors import GuardError
+from latentguard.errors import GuardError, LatentGuardError
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.reload import ServedFiles
 from latentguard.serve.server import GuardSource
@@ -209,6 +209,19 @@ class TestReload:
         assert self.judge(service, passed()).json()["model"] == before
         assert 'outcome="failed"} 1.0' in get(f"{service.health}/metrics").text
 
+    def test_a_certificate_that_cannot_be_loaded_replaces_no_guard(self, service, files):
+        """The file may change after it was checked."""
+
+        def renew():
+            raise OSError("no certificate")
+
+        before = self.judge(service, passed()).json()["model"]
+        service.server.reloader.renew_certificate = renew
+        files.now = dict(guard=with_threshold("strict"), keys=ApiKeys(["new"]))
+        answer = self.reload(service)
+        assert (answer.status_code, "no certificate" in answer.text) == (409, True)
+        assert self.judge(service, passed()).json()["model"] == before
+
     def test_only_the_admin_may(self, service):
         for key in ("old", "x", "admi"):
             assert self.reload(service, key).status_code == 401
@@ -220,6 +233,11 @@ class TestReload:
         with running(guards=GuardSource(read=files.read), **how):
             answer = post(f"http://127.0.0.1:{how['health_port']}/reload")
         assert answer.status_code == 404
+
+    def test_an_empty_key_of_the_admin_starts_no_service(self, files):
+        how = dict(health_port=free_port(), admin_key="")
+        with pytest.raises(LatentGuardError, match="key is empty"):
+            running(guards=GuardSource(read=files.read), **how).__enter__()
 
     def test_no_request_is_dropped_or_judged_by_a_mixture(self, service, files):
         """Each verdict is the one of the guard that the answer names."""

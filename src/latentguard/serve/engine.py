@@ -138,17 +138,17 @@ class ScoringEngine:
         """Whether a chat that comes now is begun at once."""
         return self._chats.has_room
 
-    async def replace_guards(
+    async def meet_guards(
         self, guard: LatentGuard, named_guards: Mapping[str, LatentGuard]
-    ) -> None:
-        """Serve other guards of the same model; requests that are under way keep theirs.
+    ) -> ServedGuards:
+        """Let other guards meet the model; they are served once they are set as ``guards``.
 
         Args:
             guard: The default one.
             named_guards: The others.
 
         Raises:
-            LatentGuardError: if one is not of this model; the old ones go on.
+            LatentGuardError: if one is not of this model.
             ApiError: if there was no time for it.
         """
 
@@ -161,7 +161,8 @@ class ScoringEngine:
         outcome = await self.run_alone(Prompt("-"), meet, seconds=self.config.stall)
         if isinstance(outcome, str):
             raise LatentGuardError(outcome)
-        self.guards = outcome
+        assert isinstance(outcome, ServedGuards)
+        return outcome
 
     async def score(
         self, prompts: Sequence[Prompt], *, account: str = "", served: ServedGuard | None = None

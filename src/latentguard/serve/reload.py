@@ -51,7 +51,7 @@ class Reloader:
         self._read = read
         self._lock = asyncio.Lock()
         self.renew_certificate: Callable[[], None] | None = None
-        """Reads the certificate anew; None without one."""
+        """Reads the certificate anew, or raises an OSError and leaves it; None without one."""
 
     async def reload(self) -> None:
         """Read anew, let the guards meet the model, then replace all at once.
@@ -73,11 +73,13 @@ class Reloader:
         log.warning("Guards and keys were read anew: %s.", names)
 
     async def _replace(self) -> None:
+        """First all that can fail, then what cannot."""
         service = self._service
         files = await asyncio.to_thread(self._read)
-        await service.engine.replace_guards(files.guard, files.named_guards)
+        guards = await service.engine.meet_guards(files.guard, files.named_guards)
         if self.renew_certificate is not None:
             self.renew_certificate()
+        service.engine.guards = guards
         service.keys.replace(files.keys)
         service.use_reference(files.reference)
         if service.use_upstream_key is not None:

@@ -77,11 +77,17 @@ class ServedGuards:
             named_guards: Still have to meet it.
             model: The model.
             bind: Lets a guard meet it.
+
+        Raises:
+            LatentGuardError: if one is of another model, or has no thresholds for chats.
         """
         others = {
             name: ServedGuard(bind(guard, model), name) for name, guard in named_guards.items()
         }
-        return ServedGuards(ServedGuard(default), others)
+        served = ServedGuards(ServedGuard(default), others)
+        for one in served:
+            _ = one.chat_thresholds  # now, and not at the first chat
+        return served
 
     def __iter__(self) -> Iterator[ServedGuard]:
         yield self.default
