@@ -34,6 +34,12 @@ since the upstream is known to take them for text."""
 class ServeConfig:
     """Policies and limits of a service."""
 
+    guard: str | None = None
+    """Where the guard is read from; the audit log names its folder."""
+
+    shadow: str | None = None
+    """Where the shadow guard is read from, if there is one."""
+
     policy: Policy = "block"
     """What happens to a flagged chat: refused; answered with its scores; answered, only logged."""
 
