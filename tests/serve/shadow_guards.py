@@ -1,11 +1,13 @@
-"""Guards of the tiny model whose differences from it are known."""
+"""Guards whose differences from the tiny one are known, and services with one as a shadow."""
 
 import functools
+import json
 from dataclasses import dataclass, replace
 
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.serve.server import GuardSource
-from serve.running import tiny_guard, tiny_model
+from serve.running import get, opener, running, tiny_guard, tiny_model
+from serve.test_operations import free_port
 
 
 def weighted(factor, reading="span"):
@@ -68,3 +70,26 @@ class CountingModel:
         self.read += len(prompts)
         self.passes += 1
         yield from self.inner.capture(prompts, **how)
+
+
+ADMIN = {"authorization": "Bearer admin"}
+
+
+def with_shadow(shadow, open_guard=opener, **how):
+    """A service with a shadow guard and a health port for admins."""
+    how = dict(health_port=free_port(), admin_key="admin", guards=GuardSource(shadow=shadow)) | how
+    source = how["guards"]
+    if source.read is None:
+        how["guards"] = replace(source, read=lambda: None)
+    return running(open_guard, guard="guards/mine", shadow="guards/new", **how)
+
+
+def compared(url):
+    """What the service says of both guards."""
+    port = url.server.service.config.health_port
+    return get(f"http://127.0.0.1:{port}/shadow", headers=ADMIN).json()
+
+
+def audited(url):
+    """The lines of its audit log."""
+    return [json.loads(line) for line in url.audit.read_text().splitlines()]

@@ -17,7 +17,6 @@ from serve.running import (
     flagged,
     get,
     offline,
-    opener,
     passed,
     post,
     running,
@@ -27,32 +26,16 @@ from serve.running import (
 from serve.shadow_guards import (
     CountingModel,
     agreeing,
+    audited,
     broken,
+    compared,
     contrary,
     elsewhere,
     unchecked,
     weighted,
 )
 from serve.test_guards import NAMED, with_threshold
-from serve.test_operations import free_port
 from serve.test_upstream import answers, chat, upstream
-
-ADMIN = {"authorization": "Bearer admin"}
-
-
-def with_shadow(shadow, open_guard=opener, **how):
-    """A service with a shadow guard and a health port for admins."""
-    how = dict(health_port=free_port(), admin_key="admin", guards=GuardSource(shadow=shadow)) | how
-    source = how["guards"]
-    if source.read is None:
-        how["guards"] = replace(source, read=lambda: None)
-    return running(open_guard, guard="guards/mine", shadow="guards/new", **how)
-
-
-def compared(url):
-    """What the service says of both guards."""
-    port = url.server.service.config.health_port
-    return get(f"http://127.0.0.1:{port}/shadow", headers=ADMIN).json()
 
 
 def outcomes(url):
@@ -60,30 +43,10 @@ def outcomes(url):
     return {(one["endpoint"], one["outcome"]): one["count"] for one in compared(url)["counts"]}
 
 
-def audited(url):
-    return [json.loads(line) for line in url.audit.read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def plain():
     with running() as url:
         yield url
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Starts a service with a shadow and an audit log."""
-    import contextlib
-
-    with contextlib.ExitStack() as stack:
-
-        def begin(shadow, open_guard=opener, **how):
-            audit = tmp_path / "audit.jsonl"
-            url = stack.enter_context(with_shadow(shadow, open_guard, audit=audit, **how))
-            url.audit = audit
-            return url
-
-        yield begin
 
 
 def without_id(answer):
@@ -283,7 +246,7 @@ class TestFaults:
         answer = post(f"{url}/v1/score", json={"input": passed()})
         assert answer.json()["results"][0]["flagged"] is False
 
-    def test_not_finite_weights_are_refused_before_anything_is_served(self, tmp_path):
+    def test_not_finite_weights_are_refused_before_anything_is_served(self):
         guard = contrary()
         guard = replace(guard, probe=replace(guard.probe, weight=guard.probe.weight * torch.nan))
         self.refused(guard, "The shadow guard cannot be used: A score or a belief is not a finite")
