@@ -8,9 +8,12 @@ from fake_backend import FakeBackend
 from guard.kinds import labelled
 from latentguard.errors import GuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.operating_point import Goal
+from latentguard.guard.operating_point import RATES, Goal
 from latentguard.guard.thresholds import Rates
 from latentguard.guard.traffic import ScoreMixture, _density, adapt_to_traffic
+from latentguard.guard.verdict import Verdict
+from latentguard.serve.chat_thresholds import ChatThresholds
+from latentguard.stats.bounds import smallest_n
 
 MAX_FPR = 0.05
 
@@ -148,6 +151,29 @@ class TestAdapt:
         moved = adapt_to_traffic(guard, *known, world.traffic, Rates(MAX_FPR, 0.2))
         own = moved.thresholds.common
         assert own.review.threshold < own.block.threshold
+
+    @pytest.mark.parametrize("goal", [Goal("balanced", None, 0.002), Goal("cost-ratio", 1.0)])
+    def test_an_estimated_rate_is_no_bound(self, guard, goal):
+        """Little harm makes a high threshold; the rate of the guard is one that it can promise."""
+        world = World(low=-1.0, share=0.01)
+        rates = Rates(0.5, goal=goal)
+        moved = adapt_to_traffic(guard, world.harmless, world.harmful, world.traffic, rates)
+        estimate = moved.thresholds.point.traffic.fpr
+        scores = moved.thresholds.common.scores
+        assert smallest_n(estimate.value) > len(scores) >= smallest_n(moved.bound.max_fpr)
+        assert moved.bound.max_fpr == moved.thresholds.point.max_fpr
+        assert moved.bound.max_fpr in RATES
+        decided = ChatThresholds(moved).decide(
+            [Verdict("a", 9.0, 0.5, False, {})] * 2, [False, True], [None] * 2
+        )
+        assert decided.verdict.flagged
+
+    def test_the_table_of_thresholds_states_no_bound(self, guard):
+        world = World()
+        moved = adapt_to_traffic(
+            guard, world.harmless, world.harmful, world.traffic, Rates(MAX_FPR)
+        )
+        assert "no bound" in moved.thresholds.tables()[0].note
 
     def test_few_prompts_are_refused(self, guard):
         world = World()

@@ -266,6 +266,14 @@ class TestKeys:
             with pytest.raises(LatentGuardError, match="LATENTGUARD_API_KEYS holds no API key"):
                 load_keys(beside, environment)
 
+    @pytest.mark.parametrize("keys", [[""], ["one", " "]])
+    def test_no_key_is_empty(self, keys):
+        from latentguard.errors import LatentGuardError
+        from latentguard.serve.keys import ApiKeys
+
+        with pytest.raises(LatentGuardError, match="An API key is empty"):
+            ApiKeys(keys)
+
 
 class TestConnections:
     HEAD = "POST /v1/score HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"

@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from latentguard.guard.thresholds import Rates, SegmentThresholds
+from latentguard.errors import GuardError
+from latentguard.guard.thresholds import MAX_SCORES, Rates, SegmentThresholds, thin_scores
 from latentguard.guard.verdict import Verdict
 from latentguard.serve.chat_thresholds import ChatThresholds, shares_of, threshold_at
+from latentguard.serve.served_guards import ServedGuards
 from serve.running import band_guard, tiny_guard
 
 DISTRIBUTIONS = {
@@ -140,3 +142,28 @@ class TestSecondOpinions:
         for count in (1, 2, 8):
             decided = strict.decide(below * count, [True] * count, [None] * count)
             assert decided.verdict.decision == "allow"
+
+
+def with_rate(guard, rate):
+    """A guard whose rate was written over."""
+    common = guard.thresholds.common
+    common = replace(common, block=replace(common.block, max_fpr=rate))
+    return replace(guard, thresholds=replace(guard.thresholds, common=common))
+
+
+@pytest.mark.parametrize("rate", [1e-6, 0.0])
+def test_a_threshold_that_cannot_be_had_is_found_at_load(rate):
+    """Not at the first chat, which would be answered 500."""
+    guard = with_rate(band_guard(), rate)
+    with pytest.raises(GuardError, match=r"cannot judge chats.* Calibrate it again"):
+        ServedGuards.meet(guard, {}, None, lambda one, _: one)
+    with pytest.raises(GuardError, match="cannot judge chats"):
+        ServedGuards.meet(tiny_guard(), {"strict": guard}, None, lambda one, _: one)
+
+
+def test_thinned_scores_do_for_a_rate_that_all_of_them_promised():
+    scores = np.random.default_rng(0).normal(size=4 * MAX_SCORES)
+    known = SegmentThresholds.of(scores, Rates(1e-4))
+    thinned = replace(known, scores=thin_scores(scores, MAX_SCORES))
+    half = threshold_at(thinned.scores, thinned.block, 0.5)
+    assert half > threshold_at(thinned.scores, thinned.block, 1.0)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from latentguard.errors import GuardError
+from latentguard.errors import GuardError, LatentGuardError
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.reload import ServedFiles
 from latentguard.serve.server import GuardSource
@@ -220,6 +220,11 @@ class TestReload:
         with running(guards=GuardSource(read=files.read), **how):
             answer = post(f"http://127.0.0.1:{how['health_port']}/reload")
         assert answer.status_code == 404
+
+    def test_an_empty_key_of_the_admin_starts_no_service(self, files):
+        how = dict(health_port=free_port(), admin_key="")
+        with pytest.raises(LatentGuardError, match="key is empty"):
+            running(guards=GuardSource(read=files.read), **how).__enter__()
 
     def test_no_request_is_dropped_or_judged_by_a_mixture(self, service, files):
         """Each verdict is the one of the guard that the answer names."""

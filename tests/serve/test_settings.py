@@ -163,6 +163,16 @@ class TestCheck:
         assert code == 2
         assert reason in said
 
+    @pytest.mark.parametrize("name", ["ADMIN_KEY", "UPSTREAM_KEY", "SECOND_OPINION_KEY"])
+    @pytest.mark.parametrize("value", ["", " "])
+    def test_a_variable_without_a_key(self, folder, monkeypatch, name, value):
+        monkeypatch.setenv(f"LATENTGUARD_{name}", value)
+        url = "http://127.0.0.1:9/v1/moderations"
+        options = ["--second-opinion", url] if name == "SECOND_OPINION_KEY" else []
+        code, said = run(folder, *options, "--check")
+        assert code == 2
+        assert f"LATENTGUARD_{name} holds no key" in said
+
     def test_every_problem_is_said(self, folder, tmp_path):
         edit_guard(folder, lambda record: record["fingerprint"].update(model="/no/where"))
         (tmp_path / "keys").write_text("# none\n")

@@ -157,7 +157,11 @@ def test_a_shadow_changes_nothing_and_logs(tmp_path):
     "delta",
     [
         dict(tool_calls=[dict(index=0, function=dict(arguments=TEXT))]),
+        dict(tool_calls=[dict(index=0, type="custom", custom=dict(name="sh", input=TEXT))]),
+        dict(tool_calls=[dict(index=0, function=dict(name=TEXT))]),
         dict(reasoning=TEXT),
+        dict(reasoning_details=[dict(type="reasoning.text", text=TEXT)]),
+        dict(a_field_of_tomorrow=dict(note=TEXT)),
         dict(content=[dict(type="text", text=TEXT)]),
         dict(content=[dict(type="thinking", thinking=[dict(type="text", text=TEXT)])]),
     ],
@@ -174,6 +178,58 @@ def test_text_that_hides_beside_the_content_is_read(delta):
     with upstream(hidden) as (_, where), serve(flagging(), upstream=where) as url:
         found = events(url)
     assert found[-2]["choices"][0]["finish_reason"] == "content_filter"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        dict(text=TEXT),
+        dict(delta=dict(role="assistant"), message=dict(content=TEXT)),
+        dict(message=dict(tool_calls=[dict(type="custom", custom=dict(name="sh", input=TEXT))])),
+    ],
+)
+def test_all_text_of_a_choice_is_read_wherever_it_stands(choice):
+    def hidden(handler, _):
+        handler.say(json.dumps(dict(id="up", choices=[dict(index=0, **choice)])).encode())
+
+    with upstream(hidden) as (_, where), serve(flagging(), upstream=where) as url:
+        [answered] = post(f"{url}{CHAT}", json=chat(passed())).json()["choices"]
+    assert answered["finish_reason"] == "content_filter"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        dict(tool_calls=[dict(index=0, type="song", song=dict(words="la"))]),
+        dict(content=[dict(type="song", words="la")]),
+        dict(audio=dict(id="a", data="UklGRg==")),
+        dict(images=[dict(type="image_url", image_url=dict(url="data:image/png;base64,iVBO"))]),
+    ],
+)
+@pytest.mark.parametrize("policy", ["block", "shadow"])
+def test_kinds_that_are_not_known_are_not_sent_on(part, policy):
+    """They may be no plain text; a shadow sends everything on."""
+
+    def odd(handler, body):
+        name = "delta" if body.get("stream") else "message"
+        choice = {"index": 0, name: part}
+        answer = json.dumps(dict(id="up", choices=[choice])).encode()
+        if not body.get("stream"):
+            return handler.say(answer)
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(event("", choices=[choice]) + b"data: [DONE]\n\n")
+        return None
+
+    how = dict(reply_policy=policy)
+    with upstream(odd) as (_, where), serve(with_threshold(1e6), upstream=where, **how) as url:
+        whole, streamed = post(f"{url}{CHAT}", json=chat(passed())), events(url)
+    is_shadow = policy == "shadow"
+    assert whole.status_code == (200 if is_shadow else 502)
+    assert [any("error" in one for one in streamed if one != "[DONE]")] == [not is_shadow]
+    assert (part in [c["delta"] for one in streamed[:1] for c in one.get("choices", ())]) == (
+        is_shadow
+    )
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ class EndpointOpinion:
                 None.
 
         Raises:
-            GuardError: if it is no such URL.
+            GuardError: if it is no such URL, or the key is empty.
         """
         url, self._model = urldefrag(address)
         parts = urlsplit(url)
@@ -184,7 +184,9 @@ class EndpointOpinion:
             )
         self._url = url if self._is_moderation else f"{url.rstrip('/')}/chat/completions"
         self.name = address
-        key = key if key is not None else os.environ.get(KEY, "")
+        key = key if key is not None else os.environ.get(KEY)
+        if key is not None and not key.strip():
+            raise GuardError(f"{KEY} holds no key; expected one, or no variable.")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=CONNECTIONS)
         self._client = httpx.Client(headers=headers, timeout=SECONDS, limits=limits)

@@ -264,6 +264,8 @@ class Thresholds:
             "Shares of harmless prompts like these, at the most, with "
             f"{100 * self.common.block.confidence:g}% confidence for each bound."
         )
+        if self.point is not None and self.point.traffic is not None:
+            note = "Estimated from unlabelled traffic, with 95% credible intervals; no bound."
         if self.is_rebound:
             note = "Of the model that the guard was calibrated on; of this one nothing is promised."
         if self.small:

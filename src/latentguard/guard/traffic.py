@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentguard.errors import GuardError
-from latentguard.guard.operating_point import Goal, OperatingPoint, TrafficFit
+from latentguard.guard.operating_point import Goal, OperatingPoint, TrafficFit, candidate_rates
 from latentguard.guard.probabilities import MIN_PROMPTS, fit_platt
 from latentguard.guard.spec import GuardSpec
 from latentguard.guard.thresholds import MAX_SCORES, Rates, SegmentThresholds, thin_scores
@@ -173,6 +173,23 @@ class ScoreMixture:
 
         return float(max(allowed, key=value))
 
+    def kept_rate(self, threshold: float, ceiling: float, confidence: float) -> float:
+        """The lowest rate that a threshold keeps, of those that the labelled prompts can promise.
+
+        The estimated rate itself is no bound, and may be lower than any rate that so many prompts
+        can promise. Shares of it are computed from these prompts later.
+
+        Args:
+            threshold: Of the guard.
+            ceiling: The highest rate allowed.
+            confidence: Of a bound.
+
+        Raises:
+            GuardError: if there are too few prompts for the ceiling.
+        """
+        rates = candidate_rates(len(self.harmless), ceiling, confidence)
+        return next((rate for rate in rates if self.keeps(threshold, rate)), ceiling)
+
     def platt(self) -> tuple[float, float]:
         """Slope and intercept of probabilities in the traffic, both classes as frequent."""
         scores = np.concatenate(self.shifted_scores())
@@ -269,7 +286,9 @@ def _point(
     low, high = mixture.shifts()
     recall = mixture.recall(threshold)
     fit = TrafficFit(len(traffic), mixture.share(), fpr, recall, low, high)
-    rate = fpr.value if rates.goal.needs_harmful else max_fpr
+    rate = max_fpr
+    if rates.goal.needs_harmful:
+        rate = mixture.kept_rate(threshold, max_fpr, rates.confidence)
     flagged = int((traffic > threshold).sum())
     return fit, Bound(threshold, rate, fpr.high, rates.confidence, flagged, len(traffic))
 

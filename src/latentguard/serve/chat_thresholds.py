@@ -32,9 +32,15 @@ from scipy.stats import chi2
 from latentguard.errors import GuardError
 from latentguard.guard.cascade import joint_decision
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.guard.thresholds import MAX_SCORES, Thresholds
 from latentguard.guard.verdict import Decision, Verdict
 from latentguard.serve.config import RateOf
-from latentguard.stats.bounds import Bound, smallest_n, threshold_for_fpr
+from latentguard.stats.bounds import (
+    Bound,
+    clopper_pearson_upper,
+    smallest_n,
+    threshold_for_fpr,
+)
 
 TAIL = 0.1
 """Share of the highest calibration scores that show how the tail falls."""
@@ -62,7 +68,13 @@ class ChatThresholds:
     """The thresholds of one guard by share of its rate."""
 
     def __init__(self, guard: LatentGuard) -> None:
-        """Read the calibration of a guard; without one, every share has the guard's threshold."""
+        """Read the calibration of a guard; without one, every share has the guard's threshold.
+
+        Raises:
+            GuardError: if its calibration scores are too few for one of its rates.
+        """
+        if guard.thresholds is not None:
+            _require_scores(guard.thresholds)
         self.guard = guard
         self._shifts = lru_cache(maxsize=4096)(self._shift)
 
@@ -151,6 +163,20 @@ def shares_of(newest: Sequence[bool]) -> list[float]:
     return [_floor(parts[0] / recent if new else parts[1] / older) for new in newest]
 
 
+def _require_scores(thresholds: Thresholds) -> None:
+    """Check at load what every chat needs: a threshold for each rate of a guard."""
+    for own in (thresholds.common, *thresholds.segments.values()):
+        for bound in filter(None, (own.block, own.review)):
+            try:
+                threshold_at(own.scores.astype(np.float64), bound, 1.0)
+            except GuardError as error:
+                raise GuardError(
+                    f"This guard cannot judge chats, since its calibration does not fit its rate "
+                    f"of {bound.max_fpr:.2%} ({error}) Calibrate it again with 'latentguard "
+                    "calibrate'."
+                ) from None
+
+
 def threshold_at(scores: NDArray[np.float64], bound: Bound, share: float) -> float:
     """The threshold that keeps a share of a bound's rate.
 
@@ -158,19 +184,24 @@ def threshold_at(scores: NDArray[np.float64], bound: Bound, share: float) -> flo
         scores: Of harmless prompts, [n].
         bound: The rate and its confidence.
         share: Of the rate, in (0, 1].
+
+    Raises:
+        GuardError: if there are too few scores for the rate itself.
     """
     rate = bound.max_fpr * share
     try:
         return float(threshold_for_fpr(scores, rate, bound.confidence).threshold)
     except GuardError:
+        if len(scores) < MAX_SCORES:  # else they are thinned: the bound had more prompts
+            threshold_for_fpr(scores, bound.max_fpr, bound.confidence)
         safe = _lowest_safe_rate(len(scores), bound)
     start = threshold_for_fpr(scores, safe, bound.confidence).threshold
     return float(start + _mean_excess(scores, bound.confidence) * math.log(safe / rate))
 
 
 def _lowest_safe_rate(n: int, bound: Bound) -> float:
-    """The lowest rate for which n prompts are enough; at most the bound's own."""
-    rate = bound.max_fpr
+    """The lowest rate for which n prompts are enough; the bound's own or lower, if n allows it."""
+    rate = max(bound.max_fpr, 1.001 * clopper_pearson_upper(0, n, bound.confidence))
     while smallest_n(rate / 1.1, bound.confidence) <= n:
         rate /= 1.1
     return rate

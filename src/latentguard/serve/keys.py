@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,13 @@ class ApiKeys:
     """The keys that clients may show; with none, everybody may come in."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
-        """Keep digests of the keys only."""
+        """Keep digests of the keys only.
+
+        Raises:
+            LatentGuardError: if a key is empty, since ``Bearer`` alone would show it.
+        """
+        if not all(key.strip() for key in keys):
+            raise LatentGuardError("An API key is empty; expected at least one character.")
         self._digests = [_digest(key) for key in keys]
 
     def __bool__(self) -> bool:
@@ -65,6 +72,20 @@ def load_keys(file: Path | None, environment: str | None) -> ApiKeys:
         lack = f"{VARIABLE} holds no API key; expected keys with commas between, or no variable."
         keys += _clean(environment.replace(",", "\n"), lack)
     return ApiKeys(keys)
+
+
+def key_of_environment(variable: str) -> str | None:
+    """The key that an environment variable holds; None without the variable.
+
+    Raises:
+        LatentGuardError: if the variable is there and empty.
+    """
+    value = os.environ.get(variable)
+    if value is None:
+        return None
+    if not value.strip():
+        raise LatentGuardError(f"{variable} holds no key; expected one, or no variable.")
+    return value.strip()
 
 
 def _clean(text: str, lack: str) -> list[str]:

@@ -120,22 +120,25 @@ class ServedGuards:
             sources: Where the default guard and its shadow were read from.
 
         Raises:
-            LatentGuardError: if a guard is not of this model.
+            LatentGuardError: if one is of another model, or has no thresholds for chats.
         """
         others = {
             name: ServedGuard(bind(guard, model), name)
             for name, guard in (named_guards or {}).items()
         }
-        decides = ServedGuard(default, folder=_folder(sources[0]))
+        served = ServedGuards(ServedGuard(default, folder=_folder(sources[0])), others)
+        for one in served:
+            _ = one.chat_thresholds  # now, and not at the first chat
         if shadow is None:
-            return ServedGuards(decides, others)
+            return served
         try:
             beside = ServedGuard(bind(shadow, model), folder=_folder(sources[1]))
+            _ = beside.chat_thresholds
         except LatentGuardError as error:
             raise GuardError(f"The shadow guard cannot be used: {error}") from None
-        _warn(decides.guard, beside.guard)
-        pair, swapped = replace(decides, shadow=beside), replace(beside, shadow=decides)
-        return ServedGuards(pair, others, swapped)
+        _warn(default, beside.guard)
+        decides = replace(served.default, shadow=beside)
+        return replace(served, default=decides, other_roles=replace(beside, shadow=served.default))
 
     def with_swapped_roles(self) -> ServedGuards:
         """The same guards; the shadow decides, and the guard that decided is its shadow."""

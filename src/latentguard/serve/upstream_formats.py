@@ -6,25 +6,19 @@ One format for ``/v1/chat/completions`` and one for ``/v1/responses``; each foll
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from latentguard.serve.errors import UpstreamError
-from latentguard.serve.messages import READ_FIELDS
 from latentguard.serve.replies import sse_event
+from latentguard.serve.reply_texts import choice_text, shown_strings
 
 END = b"data: [DONE]"
 
 ENDS = ("response.completed", "response.incomplete", "response.failed", "error")
 """Types of the last event of a response."""
-
-UNSHOWN_FIELDS = frozenset(
-    "type id item_id call_id status role phase name namespace model object logprobs latentguard "
-    "encrypted_content obfuscation".split()
-)
-"""Fields of events and items that hold no text of the reply."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +150,11 @@ class ChatFormat:
 
     def deltas(self, data: Mapping[str, Any]) -> list[tuple[int, str]]:
         """Of each choice's delta."""
-        return _texts_of_choices(data, "delta")
+        return _texts_of_choices(data)
 
     def texts(self, body: Mapping[str, Any]) -> list[tuple[int, str]]:
         """Of each choice's message."""
-        return _texts_of_choices(body, "message")
+        return _texts_of_choices(body)
 
     def is_last(self, event: StreamEvent) -> bool:
         """Whether it says that the stream is done."""
@@ -216,19 +210,23 @@ class ResponsesFormat:
         self._number = 0
 
     def new_texts(self, data: Mapping[str, Any]) -> list[tuple[int, str]]:
-        """Deltas, and whatever else an event says that no delta said."""
+        """Deltas, and whatever else an event says that was not said before."""
         if isinstance(data.get("response"), dict):
             self._response = data["response"]
         if isinstance(data.get("sequence_number"), int):
             self._number = data["sequence_number"]
-        if deltas := self.deltas(data):
-            self._text += deltas[0][1]
-            return deltas
+        _require_text(data)
+        added = list(shown_strings(data.get("delta")))
+        self._text += "".join(added)
         response = data.get("response")
-        source = data if not isinstance(response, dict) else response.get("output")
-        fresh = [text for text in _shown_strings(source) if text not in self._text]
+        source = {name: value for name, value in data.items() if name != "delta"}
+        if isinstance(response, dict):
+            source = {"output": response.get("output")}
+        elif data.get("type") == "error":  # the upstream's own words
+            source = {}
+        fresh = [text for text in shown_strings(source) if text not in self._text]
         self._text += "".join(fresh)
-        return [(0, text) for text in fresh]
+        return [(0, text) for text in (*added, *fresh)]
 
     def deltas(self, data: Mapping[str, Any]) -> list[tuple[int, str]]:
         """The one text of an event that adds some."""
@@ -237,7 +235,7 @@ class ResponsesFormat:
 
     def texts(self, body: Mapping[str, Any]) -> list[tuple[int, str]]:
         """Of all items."""
-        return [(0, text) for text in _shown_strings(body.get("output"))]
+        return [(0, text) for text in shown_strings({"output": body.get("output")})]
 
     def is_last(self, event: StreamEvent) -> bool:
         """Whether its type ends a response."""
@@ -309,48 +307,27 @@ def _event_of(text: str) -> StreamEvent:
     return StreamEvent(tuple(text.encode().strip().split(b"\n")))
 
 
-def _texts_of_choices(
-    answer: Mapping[str, Any], part: Literal["message", "delta"]
-) -> list[tuple[int, str]]:
-    """The index of each choice, and the text of its message or delta.
+def _texts_of_choices(answer: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """The index of each choice, and all of its text.
 
     Raises:
-        UpstreamError: if the choices are of another shape than OpenAI's.
+        UpstreamError: if the choices are of another shape than OpenAI's, or cannot be read.
     """
     try:
         return [
-            (int(choice.get("index", 0)), message_text(choice.get(part) or {}))
+            (int(choice.get("index", 0)), choice_text(choice))
             for choice in answer.get("choices") or ()
         ]
     except (AttributeError, TypeError, ValueError):
         raise UpstreamError("The upstream's choices cannot be read.") from None
 
 
-def message_text(message: Mapping[str, Any]) -> str:
-    """All text of a message or a delta: reasoning, content, refusal, arguments of calls."""
-    texts = [message.get(name) for name in (*READ_FIELDS, "content")]
-    calls = [*(message.get("tool_calls") or ()), {"function": message.get("function_call")}]
-    texts += [(call.get("function") or {}).get("arguments") for call in calls]
-    return "".join(_strings(texts))
+def _require_text(event: Mapping[str, Any]) -> None:
+    """Check that an event does not add sound; what is said in it comes as another event.
 
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings of a value but the types of parts: some services send content in parts."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
-    elif isinstance(value, dict):
-        yield from _strings([inner for name, inner in value.items() if name != "type"])
-
-
-def _shown_strings(value: Any) -> Iterator[str]:
-    """The strings of a response, an item or an event that a client is shown."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _shown_strings(inner)
-    elif isinstance(value, dict) and value.get("type") != "error":
-        yield from _shown_strings([value[name] for name in value if name not in UNSHOWN_FIELDS])
+    Raises:
+        UpstreamError: if it does.
+    """
+    kind = event.get("type")
+    if isinstance(kind, str) and kind.endswith("audio.delta"):
+        raise UpstreamError("The upstream's reply holds sound, which this guard cannot read.")

@@ -20,7 +20,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.models.reply_reading import ReplyReader
 from latentguard.models.segments import Segments
 from latentguard.prompts import Prompt
-from latentguard.serve.errors import ApiError, Unavailable
+from latentguard.serve.errors import ApiError, Unavailable, UpstreamError
 from latentguard.serve.replies import reply_note
 from latentguard.serve.reply_reading import most_severe, reply_action
 from latentguard.serve.service import RequestContext
@@ -173,7 +173,13 @@ class FollowedReply:
         Raises:
             ApiError: if a reply cannot be read.
         """
-        for index, text in self._form.texts(body):
+        try:
+            texts = self._form.texts(body)
+        except UpstreamError:
+            if self._policy != "shadow":
+                raise
+            texts = []
+        for index, text in texts:
             self._choice(index).text += text
         await self._read(is_whole=True)
         notes = await self._record()
@@ -191,8 +197,17 @@ class FollowedReply:
         return self._choices[index]
 
     def _add(self, event: StreamEvent) -> int:
-        """Take up the text of an event; returns how many pieces of text it holds."""
-        texts = self._form.new_texts(event.data)
+        """Take up the text of an event; returns how many pieces of text it holds.
+
+        Raises:
+            UpstreamError: if something in it cannot be read; a shadow leaves it unread.
+        """
+        try:
+            texts = self._form.new_texts(event.data)
+        except UpstreamError:
+            if self._policy != "shadow":
+                raise
+            texts = []
         for index, text in texts:
             self._choice(index).text += text
         return sum(bool(text) for _, text in texts)

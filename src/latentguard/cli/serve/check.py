@@ -7,6 +7,7 @@ from collections.abc import Callable
 from latentguard.cli.loading import require_model
 from latentguard.cli.serve.options import ServeOptions
 from latentguard.cli.serve.parts import (
+    read_admin_key,
     read_certificate,
     read_guards,
     read_keys,
@@ -29,6 +30,7 @@ def find_problems(options: ServeOptions) -> list[str]:
         lambda: _check_guard(options),
         lambda: read_keys(options),
         lambda: read_upstream_key(options),
+        read_admin_key,
         lambda: read_certificate(options),
         lambda: DriftReference.read(options.reference),
         lambda: _check_audit(options),

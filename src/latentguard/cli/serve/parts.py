@@ -36,8 +36,11 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
     """The default guard and the others, without their model; signatures are checked.
 
     Raises:
-        GuardError: if one is not there, damaged, not signed, or not of the same model.
+        GuardError: if one is not there, damaged, not signed, not of the same model, or cannot judge
+            chats.
     """
+    from latentguard.serve.chat_thresholds import ChatThresholds
+
     assert options.guard is not None
     guard = read_guard(options.guard, verify_key=options.verify_key)
     _require_segments(options, guard)
@@ -47,6 +50,8 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
         named_guards[name] = read_guard(source, verify_key=options.verify_key)
         if not options.allow_mismatch:
             guard.require_match(named_guards[name].fingerprint)
+    for one in (guard, *named_guards.values()):
+        ChatThresholds(one)  # says what is wrong before the model is loaded
     return guard, named_guards
 
 
@@ -117,14 +122,27 @@ def read_upstream_key(options: ServeOptions) -> str | None:
     """The upstream's key: of the file, or of the environment.
 
     Raises:
-        LatentGuardError: if the file holds none.
+        LatentGuardError: if the file or the variable holds none.
     """
+    from latentguard.serve.keys import key_of_environment
+
     if options.upstream_key_file is None:
-        return os.environ.get(UPSTREAM_KEY)
+        return key_of_environment(UPSTREAM_KEY)
     key = options.upstream_key_file.read_text("utf-8").strip()
     if not key or len(key.splitlines()) > 1:
         raise LatentGuardError(f"{options.upstream_key_file} holds no key; expected one line.")
     return key
+
+
+def read_admin_key() -> str | None:
+    """The key of whoever may reload; None lets nobody.
+
+    Raises:
+        LatentGuardError: if the variable is there and empty.
+    """
+    from latentguard.serve.keys import key_of_environment
+
+    return key_of_environment(ADMIN_KEY)
 
 
 def read_certificate(options: ServeOptions) -> dict[str, Any]:
@@ -182,7 +200,7 @@ def config_of(options: ServeOptions, files: ServedFiles) -> ServeConfig:
         unread_parameters=tuple(options.allow_parameter),
         name=Path(files.guard.fingerprint.model).name or "latentguard",
         upstream_key=files.upstream_key,
-        admin_key=os.environ.get(ADMIN_KEY),
+        admin_key=read_admin_key(),
         wait=options.wait_ms / 1000,
     )
 

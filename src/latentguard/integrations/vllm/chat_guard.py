@@ -139,7 +139,7 @@ class ChatGuard:
 
         Raises:
             ModelMismatch: if tokenizer or template are not the guard's own.
-            GuardError: if the guard cannot run inside vLLM.
+            GuardError: if the guard cannot run inside vLLM, or has no thresholds for chats.
         """
         self.guard = guard
         self.chat = ChatTokenizer(tokenizer, max_tokens=most)
