@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from latentguard.guard.cascade import Cascade
 from latentguard.guard.thresholds import Thresholds
 from latentguard.serve.gateway_guardrail import PATH as GUARDRAIL
 from latentguard.serve.server import GuardSource
@@ -19,6 +20,7 @@ from serve.running import (
     offline,
     passed,
     post,
+    reviewed,
     running,
     tiny_guard,
     tiny_model,
@@ -35,6 +37,7 @@ from serve.shadow_guards import (
     weighted,
 )
 from serve.test_guards import NAMED, with_threshold
+from serve.test_second_opinion import Says
 from serve.test_upstream import answers, chat, upstream
 
 
@@ -279,6 +282,40 @@ class TestChats:
         turns = [dict(role="user", content=text) for text in (passed(), flagged())]
         post(f"{url}/v1/score", json={"messages": turns})
         assert outcomes(url) == {("score", "only_shadow_blocks"): 1}
+
+
+class TestSecondOpinion:
+    def asking(self, start, opinion, shadow):
+        second = Says(opinion)
+        source = GuardSource(
+            shadow=shadow,
+            bind=lambda guard, model: Cascade.of(guard, second).guard,
+            second_opinion=second,
+        )
+        guard = Cascade.of(band_guard(), second).guard
+        return start(None, lambda: (guard, tiny_model()), guards=source), second
+
+    @pytest.mark.parametrize(
+        ("opinion", "outcome"),
+        [("block", "both_block"), ("allow", "both_allow"), ("failed", "both_review")],
+    )
+    def test_is_of_both_if_both_review(self, start, opinion, outcome):
+        shadow = replace(band_guard(), spread=band_guard().spread * 1.01)
+        url, second = self.asking(start, opinion, shadow)
+        post(f"{url}/v1/score", json={"input": reviewed()})
+        post(f"{url}/v1/score", json=chat(reviewed()) | {"model": "default"})
+        assert outcomes(url) == {("score", outcome): 2}
+        assert second.asked == [reviewed()] * 2  # once a request, not for each guard
+
+    def test_is_not_asked_for_a_shadow_alone(self, start):
+        guard = band_guard()
+        common = guard.thresholds.common
+        low = replace(common.review, threshold=common.review.threshold - 1e3)
+        thresholds = replace(guard.thresholds, common=replace(common, review=low))
+        url, second = self.asking(start, "block", replace(guard, thresholds=thresholds))
+        post(f"{url}/v1/score", json={"input": passed()})
+        assert outcomes(url) == {("score", "only_shadow_reviews"): 1}
+        assert second.asked == []
 
 
 @pytest.mark.parametrize(

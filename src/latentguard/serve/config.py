@@ -87,7 +87,8 @@ class ServeConfig:
     answers them with the guard's own model."""
 
     admin_key: str | None = None
-    """What lets a client reload guards and keys, at the health port; None lets nobody."""
+    """What lets a client reload guards and keys, and promote a shadow guard, at the health port;
+    None lets nobody."""
 
     upstream_key: str | None = None
     """What the upstream is shown instead of the client's own key."""
