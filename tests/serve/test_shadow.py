@@ -198,6 +198,7 @@ class TestPasses:
         assert "read twice" not in caplog.text
         assert self.read(start, elsewhere()) == tuple(2 * number for number in alone)
         assert "each prompt is read twice" in caplog.text
+        assert "The shadow guard failed" not in caplog.text
 
     def test_its_verdicts_are_those_of_a_scan(self, start):
         for shadow in (contrary(), elsewhere()):
