@@ -112,6 +112,8 @@ class TestEndpoints:
             "http://host/v1",
             "http:///v1/moderations",
             "http://user:key@host/v1/moderations",
+            "http://:key@host/v1/moderations",
+            "http://:key@host/v1#org/model",
             "http://host/v1/moderations?key=secret",
         ],
     )

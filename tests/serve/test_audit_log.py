@@ -284,6 +284,19 @@ class TestStreams:
             log.close()
         assert found[0] == b'<134>latentguard: {"n": 1}'
 
+    def test_a_line_that_is_too_long_for_the_syslog_is_not_cut(self, tmp_path, monkeypatch):
+        """Nor are the lines before it written."""
+        address = str(tmp_path / "log")
+        monkeypatch.setattr(audit_sinks.SyslogSink.__init__, "__defaults__", (address,))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+            server.bind(address)
+            log = AuditLog("syslog")
+            with pytest.raises(AuditUnavailable, match="too long for the syslog"):
+                log.write([{"n": 1}, {"text": "a" * 9000}])
+            log.write([{"n": 2}])
+            assert server.recv(1000) == b'<134>latentguard: {"n": 2}'
+            log.close()
+
     def test_a_syslog_that_was_started_anew_gets_the_next_line(self, tmp_path):
         address = str(tmp_path / "log")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:

@@ -60,6 +60,30 @@ class TestDecision:
         with running(policy="shadow") as url:
             assert ask(url, texts=[flagged()]).json()["action"] == "NONE"
 
+    @pytest.mark.parametrize(
+        ("limits", "fields", "code"),
+        [
+            ({}, dict(images=["data:image/png;base64,AA=="]), "invalid_request"),
+            ({}, dict(structured_messages=[user([{"type": "image_url"}])]), "invalid_request"),
+            (dict(max_readings=1), dict(texts=[passed(), flagged()]), "invalid_request"),
+            (dict(queue=1), dict(texts=[passed(), flagged()]), "too_large"),
+            (dict(deadline=1e-6), {}, "unavailable"),
+        ],
+        ids=["image", "part", "many texts", "full queue", "timeout"],
+    )
+    def test_a_shadow_blocks_nothing_that_it_cannot_judge(self, limits, fields, code, tmp_path):
+        log = tmp_path / "audit.jsonl"
+        with running(policy="shadow", audit=log, **limits) as url:
+            answer = ask(url, **dict(texts=[passed()]) | fields)
+        assert (answer.status_code, answer.json()["action"]) == (200, "NONE")
+        (line,) = map(json.loads, log.read_text().splitlines())
+        assert (line["action"], line["error"]) == ("unjudged", code)
+
+    @pytest.mark.parametrize("policy", ["block", "annotate"])
+    def test_others_go_on_after_a_verdict_only(self, policy):
+        with running(policy=policy, deadline=1e-6) as url:
+            assert ask(url, texts=[passed()]).status_code == 503
+
 
 class TestService:
     def test_a_key_is_needed_where_the_service_has_keys(self):

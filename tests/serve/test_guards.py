@@ -209,6 +209,19 @@ class TestReload:
         assert self.judge(service, passed()).json()["model"] == before
         assert 'outcome="failed"} 1.0' in get(f"{service.health}/metrics").text
 
+    def test_a_certificate_that_cannot_be_loaded_replaces_no_guard(self, service, files):
+        """The file may change after it was checked."""
+
+        def renew():
+            raise OSError("no certificate")
+
+        before = self.judge(service, passed()).json()["model"]
+        service.server.reloader.renew_certificate = renew
+        files.now = dict(guard=with_threshold("strict"), keys=ApiKeys(["new"]))
+        answer = self.reload(service)
+        assert (answer.status_code, "no certificate" in answer.text) == (409, True)
+        assert self.judge(service, passed()).json()["model"] == before
+
     def test_only_the_admin_may(self, service):
         for key in ("old", "x", "admi"):
             assert self.reload(service, key).status_code == 401

@@ -84,6 +84,28 @@ def test_it_serves_https_and_nothing_else(tmp_path):
         nursery.close()
 
 
+def test_a_certificate_that_cannot_be_used_leaves_the_one_before(tmp_path):
+    """A certificate of another key would be loaded before its key is refused."""
+    first = write_certificate(tmp_path)
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    how = dict(ssl_certfile=str(cert), ssl_keyfile=str(key))
+    made = server.create_server(opener, ServeConfig(), host="127.0.0.1", port=0, **how)
+    port = made.listen().getsockname()[1]
+    thread = threading.Thread(target=made.run, daemon=True)
+    thread.start()
+    try:
+        wait_ready(f"https://127.0.0.1:{port}")
+        old = key.read_bytes()
+        write_certificate(tmp_path)
+        key.write_bytes(old)
+        with pytest.raises(OSError, match="KEY_VALUES_MISMATCH"):
+            made._renew_certificate()
+        assert served_serial(port) == first
+    finally:
+        made.should_exit = True
+        thread.join(20)
+
+
 def test_connections_that_never_finish_tls_are_counted(tmp_path):
     write_certificate(tmp_path)
     how = dict(ssl_certfile=str(tmp_path / "cert.pem"), ssl_keyfile=str(tmp_path / "key.pem"))

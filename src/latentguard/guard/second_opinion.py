@@ -175,7 +175,7 @@ class EndpointOpinion:
         url, self._model = urldefrag(address)
         parts = urlsplit(url)
         self._is_moderation = parts.path.endswith(MODERATIONS)
-        has_key = parts.username or parts.query  # the address is kept with the guard
+        has_key = "@" in parts.netloc or parts.query  # the address is kept with the guard
         if not parts.hostname or has_key or not (self._is_moderation or self._model):
             raise GuardError(
                 "The URL of a second opinion should end with /moderations, or with # and the name "

@@ -7,6 +7,7 @@ copy and truncate it. A pipe whose reader is slow makes writers wait, and then f
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -25,7 +26,7 @@ PIPE_SECONDS = 5.0
 SYSLOG = "/dev/log"
 
 SYSLOG_BYTES = 8192
-"""Of one message; longer lines are cut, as most syslogs would."""
+"""Of one message; longer ones are refused, since most syslogs would cut them."""
 
 PRIORITY = b"<134>latentguard: "
 """Facility local0, severity informational."""
@@ -205,8 +206,15 @@ class SyslogSink:
 
     def append(self, data: bytes) -> None:
         """See ``Sink``."""
-        for line in data.splitlines():
-            self._socket.sendto(PRIORITY + line[:SYSLOG_BYTES], self._address)
+        messages = [PRIORITY + line for line in data.splitlines()]
+        if longest := max((len(m) for m in messages if len(m) > SYSLOG_BYTES), default=0):
+            raise OSError(
+                errno.EMSGSIZE,
+                f"a line of {longest:,} bytes is too long for the syslog, which takes "
+                f"{SYSLOG_BYTES:,}; leave --audit-texts out, or write to a file",
+            )
+        for message in messages:
+            self._socket.sendto(message, self._address)
 
     def sync(self) -> None:
         """See ``Sink``; there is nothing to force."""

@@ -134,16 +134,14 @@ class ScoringEngine:
         """Whether a chat that comes now is begun at once."""
         return self._chats.has_room
 
-    async def replace_guards(self, make: Callable[[ChatModel], ServedGuards]) -> None:
-        """Serve other guards of the same model; requests that are under way keep theirs.
-
-        If the shadow guard decided, the new one decides.
+    async def meet_guards(self, make: Callable[[ChatModel], ServedGuards]) -> ServedGuards:
+        """Let other guards meet the model; they are served once they are set as ``guards``.
 
         Args:
             make: Lets them meet the model.
 
         Raises:
-            LatentGuardError: if one is not of this model; the old ones go on.
+            LatentGuardError: if one is not of this model.
             ApiError: if there was no time for it.
         """
 
@@ -156,7 +154,8 @@ class ScoringEngine:
         outcome = await self.run_alone(Prompt("-"), meet, seconds=self.config.stall)
         if isinstance(outcome, str):
             raise LatentGuardError(outcome)
-        self.guards = outcome.with_swapped_roles() if self.guards.is_promoted else outcome
+        assert isinstance(outcome, ServedGuards)
+        return outcome
 
     async def score(
         self, prompts: Sequence[Prompt], *, account: str = "", served: ServedGuard | None = None

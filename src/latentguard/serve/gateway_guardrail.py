@@ -3,7 +3,7 @@
 The gateway sends the texts of a request and its messages; the answer is ``NONE`` or ``BLOCKED``.
 Everything is read as in ``/v1/chat/completions``: each message by itself and the last in context.
 Texts of replies pass unread, as the guard reads what is asked. An image cannot be read, which is an
-error, and so the gateway blocks it unless it was told to go on after errors.
+error, and so the gateway blocks it unless it was told to go on after errors. A shadow passes it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
+from latentguard.prompts import Prompt
 from latentguard.serve.chat_readings import (
     ChatReading,
     OtherText,
@@ -21,10 +22,11 @@ from latentguard.serve.chat_readings import (
 )
 from latentguard.serve.chat_request import require_few
 from latentguard.serve.decision import is_blocked
-from latentguard.serve.errors import BadRequest
+from latentguard.serve.errors import ApiError, BadRequest
 from latentguard.serve.json_texts import texts_of
-from latentguard.serve.messages import ChatMessage
+from latentguard.serve.messages import ChatMessage, readable_text
 from latentguard.serve.parameters import texts_in
+from latentguard.serve.scoring import ScoredPrompt
 from latentguard.serve.service import RequestContext, Service
 
 PATH = "/beta/litellm_basic_guardrail_api"
@@ -77,19 +79,41 @@ def routes(service: Service) -> APIRouter:
         context = RequestContext(service, request, ENDPOINT)
         if body.input_type == "response":
             return GuardrailResponse(action="NONE")
-        readings = _readings(service, body)
-        if not readings:
+        outcome = await _judge(context, body)
+        if outcome is None or not is_blocked(service.config, outcome):
             return GuardrailResponse(action="NONE")
-        require_few(readings, service.config)
-        outcome = await context.judge_chat(readings)
         verdict = outcome.verdict
-        if not is_blocked(service.config, outcome):
-            return GuardrailResponse(action="NONE")
         category = f", category {verdict.category}" if verdict.category else ""
         reason = f"The guard blocks this request (probability {verdict.probability:.2f}{category})."
         return GuardrailResponse(action="BLOCKED", blocked_reason=reason)
 
     return router
+
+
+async def _judge(context: RequestContext, body: GuardrailRequest) -> ScoredPrompt | None:
+    """The recorded verdict; None if there is nothing to read, or none for a shadow.
+
+    Raises:
+        ApiError: if there is no verdict, unless the gateway goes on all the same.
+    """
+    readings: list[ChatReading] = []
+    try:
+        readings = _readings(context.service, body)
+        if not readings:
+            return None
+        require_few(readings, context.service.config)
+        scored = await context.score_readings(readings)
+    except ApiError as error:
+        prompt = readings[0].prompt if readings else _readable_text(body)
+        await context.go_on_without_verdict(prompt, error)
+        return None
+    return await context.record_chat(readings, scored)
+
+
+def _readable_text(body: GuardrailRequest) -> Prompt:
+    """What of a request is text, for the log of one that cannot be judged."""
+    messages = body.structured_messages
+    return readable_text(messages) if messages else Prompt("\n".join(body.texts or ()), id="chat")
 
 
 def _readings(service: Service, body: GuardrailRequest) -> list[ChatReading]:

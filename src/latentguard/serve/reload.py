@@ -80,7 +80,7 @@ class Reloader:
 
         self._lock = asyncio.Lock()
         self.renew_certificate: Callable[[], None] | None = None
-        """Reads the certificate anew; None without one."""
+        """Reads the certificate anew, or raises an OSError and leaves it; None without one."""
 
     async def reload(self) -> None:
         """Read anew, let the guards meet the model, then replace all at once.
@@ -101,11 +101,14 @@ class Reloader:
         log.warning("Guards and keys were read anew: %s.", self._service.guards.names)
 
     async def _replace(self) -> None:
+        """First all that can fail, then what cannot."""
         service = self._service
         files = await asyncio.to_thread(self._read)
-        await service.engine.replace_guards(partial(self._meet, files))
+        guards = await service.engine.meet_guards(partial(self._meet, files))
         if self.renew_certificate is not None:
             self.renew_certificate()
+        is_promoted = service.guards.is_promoted
+        service.engine.guards = guards.with_swapped_roles() if is_promoted else guards
         service.keys.replace(files.keys)
         self._use_reference(files.reference)
         if service.use_upstream_key is not None:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -162,9 +163,11 @@ class Server(ListeningServer):
                 await self.reloader.reload()
 
     def _renew_certificate(self) -> None:
+        """Load the certificate; one that cannot be used would leave the context with half of it."""
         assert self.config.ssl is not None
         assert self.config.ssl_certfile is not None
-        self.config.ssl.load_cert_chain(self.config.ssl_certfile, self.config.ssl_keyfile)
+        for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.config.ssl):
+            context.load_cert_chain(self.config.ssl_certfile, self.config.ssl_keyfile, password="")
 
     def use_reloader(self, reloader: Reloader) -> None:
         """Let guards, keys and the certificate be read anew."""
