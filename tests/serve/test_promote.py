@@ -1,6 +1,7 @@
 """The shadow guard is promoted and taken back while requests go on."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -181,22 +182,27 @@ class TestUnderLoad:
         strict, lax = with_threshold("strict"), with_threshold("lax")
         url = start(lax, lambda: (strict, tiny_model()))
         sides = {name(strict): (True, strict.threshold), name(lax): (False, lax.threshold)}
-        stop = threading.Event()
+        stop, answers = threading.Event(), []
 
         def ask(number):
-            answers = []
+            turns = [dict(role="user", content=text) for text in PROMPTS[number : number + 3]]
+            body = {"input": PROMPTS[:3]} if number % 2 else {"messages": turns}
             while not stop.is_set():
-                turns = [dict(role="user", content=text) for text in PROMPTS[number : number + 3]]
-                body = {"input": PROMPTS[:3]} if number % 2 else {"messages": turns}
                 answers.append(post(f"{url}/v1/score", json=body))
-            return answers
 
         with ThreadPoolExecutor(4) as pool:
-            asked = pool.map(ask, range(4))
-            for verb in ("promote", "rollback") * 5:
-                assert admin(url, verb).status_code == 200
-            stop.set()
-            answers = [one for several in asked for one in several]
+            asked = [pool.submit(ask, number) for number in range(4)]
+            try:
+                for verb in ("promote", "rollback") * 4:
+                    assert admin(url, verb).status_code == 200
+                    enough = len(answers) + 5  # one at least was begun after that
+                    until = time.monotonic() + 60
+                    while len(answers) < enough and time.monotonic() < until:
+                        time.sleep(0.01)
+            finally:
+                stop.set()
+            for one in asked:
+                one.result()
         assert {one.status_code for one in answers} == {200}
         seen = set()
         for body in (one.json() for one in answers):
