@@ -9,7 +9,8 @@ from latentguard.errors import GuardError, ModelError
 from latentguard.integrations.vllm.__main__ import arguments
 from latentguard.integrations.vllm.plugin import register, require_tested
 from latentguard.integrations.vllm.unsupported import require_supported
-from serve.running import tiny_guard
+from serve.running import band_guard, tiny_guard
+from serve.test_chat_thresholds import with_rate
 
 
 def config(*, model=None, parallel=None, **more):
@@ -116,3 +117,9 @@ def test_a_reply_policy_without_a_reply_part_is_refused(folder):
 def test_options_that_the_guard_sets_are_refused(folder, word):
     with pytest.raises(GuardError, match="set by the guard"):
         arguments([folder, word])
+
+
+def test_a_guard_without_thresholds_for_chats_starts_no_server(tmp_path):
+    with_rate(band_guard(), 1e-6).save(tmp_path / "guard")
+    with pytest.raises(GuardError, match="cannot judge chats"):
+        arguments([str(tmp_path / "guard")])

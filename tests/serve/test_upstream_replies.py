@@ -162,6 +162,7 @@ def test_a_shadow_changes_nothing_and_logs(tmp_path):
         dict(reasoning=TEXT),
         dict(reasoning_details=[dict(type="reasoning.text", text=TEXT)]),
         dict(a_field_of_tomorrow=dict(note=TEXT)),
+        dict(tool_calls=[dict(index=0, type="song", song=dict(words=TEXT))]),
         dict(content=[dict(type="text", text=TEXT)]),
         dict(content=[dict(type="thinking", thinking=[dict(type="text", text=TEXT)])]),
     ],

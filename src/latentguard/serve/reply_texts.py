@@ -1,9 +1,9 @@
 """Texts of an upstream's reply: every string that a client may be shown, whatever field it is in.
 
 Fields are not listed by what holds text, but by what holds none: a new field is read from the day
-on which an upstream sends it. Where that cannot be, the reply is refused:
+on which an upstream sends it. Where that may not do, the reply is refused, flagged or not:
 
-- a part, an item or a call of an unknown type that holds text, since it may not be plain text;
+- a part, an item or a call of an unknown type, whose strings may be no plain text;
 - images and sound, which the guard cannot read.
 """
 
@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from latentguard.serve.errors import UpstreamError
 from latentguard.serve.messages import READ_FIELDS
 
 LABEL_FIELDS = frozenset(
     "type id item_id call_id container_id response_id status role phase name namespace model "
-    "object format index finish_reason native_finish_reason stop_reason matched_stop service_tier".split()
+    "object format index finish_reason native_finish_reason stop_reason matched_stop "
+    "service_tier".split()
 )
 """Fields that hold one word; more than that is read."""
 
@@ -62,7 +62,6 @@ def choice_text(choice: Mapping[str, Any]) -> str:
     """All text of a choice: its message or delta, and whatever stands beside it.
 
     Raises:
-        UpstreamError: if something in it cannot be read.
         AttributeError: if it is of another shape than OpenAI's.
     """
     texts = list[str]()
@@ -77,43 +76,45 @@ def choice_text(choice: Mapping[str, Any]) -> str:
     return "".join([*texts, *shown_strings(rest)])
 
 
-def shown_strings(value: Any, *, is_typed: bool = False) -> Iterator[str]:
-    """The strings of a reply, an item or an event that a client may be shown, in their order.
-
-    Args:
-        value: JSON.
-        is_typed: Whether an object in it has the type of a part, an item or a call.
-
-    Raises:
-        UpstreamError: if something in it cannot be read.
-    """
+def shown_strings(value: Any) -> Iterator[str]:
+    """The strings of a reply, an item or an event that a client may be shown, in their order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for inner in value:
-            yield from shown_strings(inner, is_typed=is_typed)
+            yield from shown_strings(inner)
     elif isinstance(value, Mapping):
-        texts = [text for name, inner in value.items() for text in _of_field(name, inner)]
-        kind = value.get("type")
-        if is_typed and any(texts) and kind is not None and kind not in READ_TYPES:
-            raise UpstreamError(
-                f"The upstream's reply holds '{str(kind)[:40]}', which this guard cannot read."
-            )
-        yield from texts
+        for name, inner in value.items():
+            if not (_is_unshown(name, inner) or name in MEDIA_FIELDS):
+                yield from shown_strings(inner)
 
 
-def _of_field(name: str, value: Any) -> Iterator[str]:
-    """The strings of one field.
+def unreadable_kinds(value: Any, *, is_typed: bool = False) -> Iterator[str]:
+    """Names of what in a reply may be no plain text, though a client is shown it.
 
-    Raises:
-        UpstreamError: if they cannot be read.
+    Args:
+        value: JSON.
+        is_typed: Whether an object in it has the type of a part, an item or a call.
     """
-    if name in MEDIA_FIELDS and value:
-        raise UpstreamError(f"The upstream's reply holds '{name}', which this guard cannot read.")
-    if name in UNSHOWN_FIELDS or (name in LABEL_FIELDS and _is(LABEL, value)):
-        return
-    if not (name in OPAQUE_FIELDS and _is(OPAQUE, value)):
-        yield from shown_strings(value, is_typed=name in TYPED_FIELDS)
+    if isinstance(value, list):
+        for inner in value:
+            yield from unreadable_kinds(inner, is_typed=is_typed)
+    elif isinstance(value, Mapping):
+        kind = value.get("type")
+        if is_typed and kind is not None and kind not in READ_TYPES and any(shown_strings(value)):
+            yield str(kind)[:40]
+        for name, inner in value.items():
+            if name in MEDIA_FIELDS and inner:
+                yield name
+            elif not _is_unshown(name, inner):
+                yield from unreadable_kinds(inner, is_typed=name in TYPED_FIELDS)
+
+
+def _is_unshown(name: str, value: Any) -> bool:
+    """Whether a field holds nothing to read."""
+    is_label = name in LABEL_FIELDS and _is(LABEL, value)
+    is_opaque = name in OPAQUE_FIELDS and _is(OPAQUE, value)
+    return name in UNSHOWN_FIELDS or is_label or is_opaque
 
 
 def _is(pattern: re.Pattern[str], value: Any) -> bool:

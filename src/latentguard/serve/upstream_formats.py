@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from latentguard.serve.errors import UpstreamError
 from latentguard.serve.replies import sse_event
-from latentguard.serve.reply_texts import choice_text, shown_strings
+from latentguard.serve.reply_texts import choice_text, shown_strings, unreadable_kinds
 
 END = b"data: [DONE]"
 
@@ -104,6 +104,10 @@ class AnswerFormat(Protocol):
         """All texts of an answer in one, each with the choice it belongs to."""
         ...
 
+    def unreadable(self, data: Mapping[str, Any]) -> list[str]:
+        """Names of what in an event or an answer may be no plain text."""
+        ...
+
     def is_last(self, event: StreamEvent) -> bool:
         """Whether an event ends the answer."""
         ...
@@ -155,6 +159,10 @@ class ChatFormat:
     def texts(self, body: Mapping[str, Any]) -> list[tuple[int, str]]:
         """Of each choice's message."""
         return _texts_of_choices(body)
+
+    def unreadable(self, data: Mapping[str, Any]) -> list[str]:
+        """In its choices."""
+        return list(unreadable_kinds(data.get("choices")))
 
     def is_last(self, event: StreamEvent) -> bool:
         """Whether it says that the stream is done."""
@@ -215,7 +223,6 @@ class ResponsesFormat:
             self._response = data["response"]
         if isinstance(data.get("sequence_number"), int):
             self._number = data["sequence_number"]
-        _require_text(data)
         added = list(shown_strings(data.get("delta")))
         self._text += "".join(added)
         response = data.get("response")
@@ -236,6 +243,17 @@ class ResponsesFormat:
     def texts(self, body: Mapping[str, Any]) -> list[tuple[int, str]]:
         """Of all items."""
         return [(0, text) for text in shown_strings({"output": body.get("output")})]
+
+    def unreadable(self, data: Mapping[str, Any]) -> list[str]:
+        """In an event, or in the items of a response."""
+        kind = data.get("type")
+        sound = [kind] if isinstance(kind, str) and kind.endswith("audio.delta") else []
+        response = data.get("response")
+        if isinstance(response, dict):
+            data = {"output": response.get("output")}
+        elif "output" in data:  # a response in one, beside its request's tools
+            data = {"output": data["output"]}
+        return [*sound, *unreadable_kinds(data)]
 
     def is_last(self, event: StreamEvent) -> bool:
         """Whether its type ends a response."""
@@ -320,14 +338,3 @@ def _texts_of_choices(answer: Mapping[str, Any]) -> list[tuple[int, str]]:
         ]
     except (AttributeError, TypeError, ValueError):
         raise UpstreamError("The upstream's choices cannot be read.") from None
-
-
-def _require_text(event: Mapping[str, Any]) -> None:
-    """Check that an event does not add sound; what is said in it comes as another event.
-
-    Raises:
-        UpstreamError: if it does.
-    """
-    kind = event.get("type")
-    if isinstance(kind, str) and kind.endswith("audio.delta"):
-        raise UpstreamError("The upstream's reply holds sound, which this guard cannot read.")

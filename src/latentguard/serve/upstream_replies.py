@@ -123,6 +123,7 @@ class FollowedReply:
         self._policy = context.service.config.on_flagged_reply
         self._size = max(1, context.service.config.hold_tokens)
         self._choices: dict[int, FollowedChoice] = {}
+        self._unreadable: list[str] = []
 
     async def stream(self, events: AsyncIterator[StreamEvent]) -> AsyncIterator[StreamEvent]:
         """The events of a stream, each once its text was read.
@@ -137,6 +138,7 @@ class FollowedReply:
             buffer += chunk.events
             if chunk.is_due:
                 await self._read(is_whole=chunk.is_whole)
+                self._require_readable()
             if self._must_end:
                 buffer = await self._cut()
             elif self._policy == "block" and not is_over:
@@ -159,7 +161,7 @@ class FollowedReply:
             buffer.append(event)
             is_whole = self._form.is_last(event) and not is_over
             is_over |= is_whole
-            is_due = is_whole or unread >= self._size
+            is_due = is_whole or unread >= self._size or bool(self._unreadable)
             if is_due or is_over or self._policy == "shadow":
                 yield _Chunk(buffer, is_due, is_whole)
                 buffer = []
@@ -173,15 +175,11 @@ class FollowedReply:
         Raises:
             ApiError: if a reply cannot be read.
         """
-        try:
-            texts = self._form.texts(body)
-        except UpstreamError:
-            if self._policy != "shadow":
-                raise
-            texts = []
-        for index, text in texts:
+        for index, text in self._form.texts(body):
             self._choice(index).text += text
+        self._unreadable += self._form.unreadable(body)
         await self._read(is_whole=True)
+        self._require_readable()
         notes = await self._record()
         if self._must_end:
             flagged = [index for index, choice in self._choices.items() if choice.is_flagged]
@@ -197,17 +195,9 @@ class FollowedReply:
         return self._choices[index]
 
     def _add(self, event: StreamEvent) -> int:
-        """Take up the text of an event; returns how many pieces of text it holds.
-
-        Raises:
-            UpstreamError: if something in it cannot be read; a shadow leaves it unread.
-        """
-        try:
-            texts = self._form.new_texts(event.data)
-        except UpstreamError:
-            if self._policy != "shadow":
-                raise
-            texts = []
+        """Take up the text of an event; returns how many pieces of text it holds."""
+        texts = self._form.new_texts(event.data)
+        self._unreadable += self._form.unreadable(event.data)
         for index, text in texts:
             self._choice(index).text += text
         return sum(bool(text) for _, text in texts)
@@ -223,6 +213,17 @@ class FollowedReply:
         except ApiError:
             if self._policy != "shadow":
                 raise
+
+    def _require_readable(self) -> None:
+        """Check that a reply that is not cut holds nothing that may be no plain text.
+
+        Raises:
+            UpstreamError: if it does; a shadow goes on.
+        """
+        if self._unreadable and not self._must_end and self._policy != "shadow":
+            raise UpstreamError(
+                f"The upstream's reply holds '{self._unreadable[0]}', which this guard cannot read."
+            )
 
     @property
     def _must_end(self) -> bool:

@@ -27,6 +27,7 @@ from latentguard.integrations.vllm.middleware import (
 )
 from latentguard.integrations.vllm.plugin import VARIABLE
 from latentguard.models.sources import resolve
+from latentguard.serve.chat_thresholds import ChatThresholds
 from latentguard.serve.config import ServeConfig
 
 MIDDLEWARE = "latentguard.integrations.vllm.middleware.GuardMiddleware"
@@ -66,6 +67,7 @@ def arguments(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     folder = find_guard(options.guard)
     guard = LatentGuard.load(folder)
     require_columns(guard)
+    ChatThresholds(guard)  # says what is wrong now, and not at the first chat
     if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
         raise GuardError("This guard has no segments; calibrate it with --segment-column.")
     if options.reply_policy:
