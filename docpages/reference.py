@@ -21,7 +21,7 @@ from latentguard.serve.server import create_server
 
 VARIABLES = {
     "LATENTGUARD_API_KEYS": "API keys of `serve`, with commas between; instead of `--api-keys`.",
-    "LATENTGUARD_ADMIN_KEY": "Key for `POST /reload` on the health port; without it there is none.",
+    "LATENTGUARD_ADMIN_KEY": "For `/reload`, `/promote`, `/rollback`, `/shadow` (health port).",
     "LATENTGUARD_SERVE_OPTION": "Any option of `serve` by its name, as LATENTGUARD_SERVE_QUEUE.",
     "LATENTGUARD_UPSTREAM_KEY": "Key that `serve` shows the upstream.",
     "HF_HOME": "Cache of the Hugging Face Hub.",

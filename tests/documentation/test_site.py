@@ -53,4 +53,4 @@ def test_the_page_of_the_audit_log_names_every_field(tmp_path):
     fields = set(re.findall(r"^\| `(\w+)` \|", text.split("## Actions")[0], re.MULTILINE))
     written = set(json.loads(log.read_text("utf-8").splitlines()[0]))
     assert written - fields == set()
-    assert fields - written <= {"segment", "source", "text", "reply"}
+    assert fields - written <= {"segment", "source", "text", "reply", "shadow"}

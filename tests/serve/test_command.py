@@ -1,5 +1,6 @@
 """The verb ``serve`` as the command line registers it."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -52,6 +53,59 @@ def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
 def test_a_segment_header_needs_a_guard_with_slices(folder):
     with pytest.raises(GuardError, match="calibrate it with --segment-column"):
         raise run(folder / "guard", "--segment-header", "X-Traffic").exception
+
+
+class TestShadow:
+    def refused(self, folder, reason):
+        """At the start and by ``--check``."""
+        arguments = (folder / "guard", "--shadow", folder / "new")
+        with pytest.raises(GuardError, match=reason):
+            raise run(*arguments).exception
+        checked = run(*arguments, "--check")
+        assert checked.exit_code == 2
+        assert re.search(reason, checked.stderr)
+
+    def test_one_of_another_model_is_refused_in_a_sentence(self, folder):
+        guard = tiny_guard()
+        other = replace(guard, fingerprint=replace(guard.fingerprint, weights="0" * 64))
+        other.save(folder / "new")
+        reason = "--shadow .*: expected a guard of the model of .*; found other weights 0000"
+        self.refused(folder, reason)
+
+    def test_weights_that_are_not_finite_are_refused(self, folder):
+        guard = tiny_guard()
+        weight = guard.probe.weight * float("nan")
+        replace(guard, probe=replace(guard.probe, weight=weight)).save(folder / "new")
+        self.refused(folder, "new holds a damaged guard .*finite numbers")
+
+    def test_what_is_no_guard_is_refused(self, folder):
+        self.refused(folder, "new")
+
+    def test_one_without_segments_is_refused_with_a_segment_header(self, folder):
+        part = band_guard().thresholds
+        with_segments = replace(part, segments={"app": part.common})
+        replace(band_guard(), thresholds=with_segments).save(folder / "guard")
+        band_guard().save(folder / "new")
+        checked = run(
+            folder / "guard", "--shadow", folder / "new", "--segment-header", "x", "--check"
+        )
+        assert checked.exit_code == 2
+        assert "has no segments" in checked.stderr
+
+    def test_one_without_a_band_is_refused_with_a_second_opinion(self, folder):
+        band_guard().save(folder / "guard")
+        tiny_guard().save(folder / "new")
+        with opinion_server() as server:
+            options = ("--shadow", folder / "new", "--second-opinion", f"{server.url}/moderations")
+            checked = run(folder / "guard", "--check", *options)
+        assert checked.exit_code == 2
+        assert "no review band" in checked.stderr
+
+    def test_a_guard_of_the_same_model_is_fine(self, folder):
+        band_guard().save(folder / "new")
+        options = ("--shadow", folder / "new", "--model", folder, "--check")
+        checked = run(folder / "guard", *options)
+        assert checked.exit_code == 0, checked.stderr
 
 
 def test_help_says_what_there_is():

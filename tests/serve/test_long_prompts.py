@@ -7,6 +7,7 @@ import pytest
 from latentguard.guard.chunking import Chunking
 from latentguard.prompts import Message, Prompt
 from latentguard.serve.scoring import score_prompts
+from latentguard.serve.served_guards import ServedGuard
 from serve.running import PROMPTS, post, running, tiny_guard, tiny_model
 
 TURNS = [PROMPTS[0], "Sure.", PROMPTS[1], "Well.", PROMPTS[2]]
@@ -32,7 +33,7 @@ def url():
 def test_verdicts_are_those_of_scan_in_order():
     guard, model = opener()
     mixed = [Prompt(PROMPTS[3]), chat(), Prompt(" ".join(PROMPTS[:8])), Prompt(PROMPTS[4])]
-    found = [judgement.verdict for judgement in score_prompts(guard, model, mixed)]
+    found = [judgement.verdict for judgement in score_prompts(ServedGuard(guard), model, mixed)]
     offline = list(guard.scan(model, mixed))
     assert [len(v.evidence) for v in found] == [0, 3, 1, 0]
     for one, other in zip(found, offline, strict=True):

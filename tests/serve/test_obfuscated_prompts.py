@@ -6,6 +6,7 @@ import pytest
 
 from latentguard.prompts import Prompt
 from latentguard.serve.scoring import score_prompts
+from latentguard.serve.served_guards import ServedGuard
 from serve.running import PROMPTS, flagged, passed, post, running, tiny_guard, tiny_model
 
 
@@ -33,7 +34,7 @@ def served(tmp_path_factory):
 def test_verdicts_are_those_of_scan_in_order():
     guard, model = tiny_guard(), tiny_model()
     mixed = [Prompt(passed()), Prompt(hidden(flagged())), Prompt(hidden(passed()))]
-    found = [judgement.verdict for judgement in score_prompts(guard, model, mixed)]
+    found = [judgement.verdict for judgement in score_prompts(ServedGuard(guard), model, mixed)]
     for one, other in zip(found, guard.scan(model, mixed), strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-4)
         assert one.obfuscations == other.obfuscations

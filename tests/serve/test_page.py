@@ -13,6 +13,7 @@ import pytest
 
 from latentguard.prompts import Prompt
 from latentguard.serve.drift import DriftReference
+from latentguard.serve.server import GuardSource
 from serve.running import (
     PROMPTS,
     band_guard,
@@ -21,11 +22,13 @@ from serve.running import (
     offline,
     opener,
     passed,
+    post,
     reviewed,
     running,
     tiny_guard,
     tiny_model,
 )
+from serve.shadow_guards import contrary
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -214,6 +217,19 @@ def test_a_chat(url, visit):
     assert [m["role"] for m in said] == ["system", "user", "assistant", "user"]
     assert said[-1]["content"] == Prompt(flagged()).text
     page.wait_for_selector("#verdict:not([hidden])")
+
+
+def test_what_a_shadow_guard_would_decide(visit):
+    with running(guards=GuardSource(shadow=contrary())) as url:
+        post(f"{url}/v1/score", json={"input": [flagged(), passed()]})
+        page = visit(url, width=400)
+        page.wait_for_selector("#shadow-card:not([hidden])")
+        assert contrary().digest[:12] in page.inner_text("#shadow-words")
+        rows = page.locator("#shadow-table tr").all_inner_texts()
+        assert ["only the guard blocks" in row for row in rows] == [False, True, False]
+        assert ["only the shadow blocks" in row for row in rows] == [False, False, True]
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        keep(page, "shadow")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -30,6 +30,8 @@ from serve.running import (
     tiny_guard,
     wait_ready,
 )
+from serve.shadow_guards import contrary
+from serve.test_operations import free_port
 
 
 @pytest.fixture(scope="module")
@@ -324,3 +326,39 @@ def test_lines_on_standard_error_are_objects(nursery, folder, url):
     assert ready["message"].startswith(f"Ready: guard default {tiny_guard().digest[:12]} on ")
     assert (crashed["level"], "crashed" in crashed["message"]) == ("error", True)
     assert all(one["time"].endswith("+00:00") for one in lines)
+
+
+def test_a_shadow_guard_is_promoted_until_the_process_is_started_anew(
+    nursery, folder, url, tmp_path
+):
+    """GUARD decides, POST /promote lets the other decide, and a restart uses the command line."""
+    tiny_guard().save(folder)
+    contrary().save(tmp_path / "new")
+    health = f"http://127.0.0.1:{free_port()}"
+    audit = tmp_path / "audit.jsonl"
+    options = ["--shadow", tmp_path / "new", "--health-port", health.rsplit(":", 1)[1]]
+    start = (folder, *port(url), *options, "--audit", audit)
+    admin = {"authorization": "Bearer admin"}
+
+    def is_flagged():
+        answer = post(f"{url}/v1/moderations", json={"input": flagged()}).json()
+        return answer["results"][0]["flagged"]
+
+    for _ in range(2):
+        with nursery.process(*start, environment={"LATENTGUARD_ADMIN_KEY": "admin"}) as child:
+            wait_ready(url)
+            assert f"shadow {contrary().digest[:12]}" in child.stderr
+            assert is_flagged() is True
+            assert post(f"{health}/promote", headers=admin).json()["decides"]["folder"] == "new"
+            assert is_flagged() is False
+            assert post(f"{health}/reload", headers=admin).text == "reloaded"
+            assert is_flagged() is False
+            assert post(f"{health}/rollback", headers=admin).status_code == 200
+            assert is_flagged() is True
+            assert post(f"{health}/promote", headers=admin).status_code == 200
+            child.kill(signal.SIGTERM)
+            assert child.wait() == 0
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    decided = [(line["folder"], line["decision"], line["shadow"]["decision"]) for line in lines]
+    mine, new = (folder.name, "block", "allow"), ("new", "allow", "block")
+    assert decided == [mine, new, new, mine] * 2

@@ -305,15 +305,21 @@ class LatentGuard(GuardSpec):
         if isinstance(backend, Scoring):
             yield from backend.scores(self, texts)
             return
-        batches = backend.capture(
+        for states in self.capture(backend, texts):
+            yield from self.measure(states)
+
+    def capture(self, backend: Backend, texts: Iterator[Prompt]) -> Iterator[States]:
+        """Yield the states that ``measure`` takes, of each text of a plan, in lazy batches.
+
+        Guards that read the same can share them.
+        """
+        return backend.capture(
             texts,
             positions=self.positions,
             layers=self.probe.layers,
             queries=self.reading.queries,
             progress=no_progress,
         )
-        for states in batches:
-            yield from self.measure(states)
 
     def scan_replies(
         self, backend: ReplyBackend, replies: Iterable[Reply], *, progress: Progress | None = None

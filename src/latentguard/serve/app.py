@@ -186,6 +186,24 @@ def _administer(app: FastAPI, reloader: Reloader, keys: ApiKeys) -> None:
         await reloader.reload()
         return "reloaded"
 
+    @app.post("/promote")
+    async def promote(request: Request) -> dict[str, Any]:
+        """Let the shadow guard decide, and the guard that decided be its shadow."""
+        keys.require(request.headers.get("authorization", ""))
+        return {"decides": (await reloader.promote()).to_dict()}
+
+    @app.post("/rollback")
+    async def rollback(request: Request) -> dict[str, Any]:
+        """Let the guard before decide again."""
+        keys.require(request.headers.get("authorization", ""))
+        return {"decides": (await reloader.rollback()).to_dict()}
+
+    @app.get("/shadow")
+    async def shadow(request: Request) -> dict[str, Any]:
+        """Which guard decides, and what its shadow would have decided; no texts."""
+        keys.require(request.headers.get("authorization", ""))
+        return reloader.describe_shadow()
+
 
 def _explain(app: FastAPI) -> None:
     """Errors in OpenAI's form, without a word of what was sent or of how this is made."""

@@ -34,6 +34,12 @@ since the upstream is known to take them for text."""
 class ServeConfig:
     """Policies and limits of a service."""
 
+    guard: str | None = None
+    """Where the guard is read from; the audit log names its folder."""
+
+    shadow: str | None = None
+    """Where the shadow guard is read from, if there is one."""
+
     policy: Policy = "block"
     """What happens to a flagged chat: refused; answered with its scores; answered, only logged."""
 
@@ -81,7 +87,8 @@ class ServeConfig:
     answers them with the guard's own model."""
 
     admin_key: str | None = None
-    """What lets a client reload guards and keys, at the health port; None lets nobody."""
+    """What lets a client reload guards and keys, and promote a shadow guard, at the health port;
+    None lets nobody."""
 
     upstream_key: str | None = None
     """What the upstream is shown instead of the client's own key."""

@@ -7,13 +7,12 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Any, Literal, TypeVar
 
 from latentguard.errors import LatentGuardError
 from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.reading_plan import VariantScore
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import count_tokens
 from latentguard.models.segments import Segments
@@ -38,8 +37,8 @@ from latentguard.serve.queue import (
     settle,
     size_in_bytes,
 )
-from latentguard.serve.scoring import PromptScorer, ScoredPrompt, to_api_error
-from latentguard.serve.served_guards import Binder, ServedGuard, ServedGuards, verified
+from latentguard.serve.scoring import PromptScorer, ScoredPrompt, ScorePair, to_api_error
+from latentguard.serve.served_guards import ServedGuard, ServedGuards
 from latentguard.serve.sharing import MOST_INTERRUPTED, Abandoned, Sharing
 from latentguard.serve.text_cache import TextCache
 
@@ -62,8 +61,7 @@ class ScoringEngine:
         opener: Opener,
         config: ServeConfig,
         *,
-        named_guards: Mapping[str, LatentGuard] | None = None,
-        bind: Binder = verified,
+        meet: Callable[[LatentGuard, ChatModel], ServedGuards] = ServedGuards.meet,
         on_batch: Callable[[Sequence[float]], None] = lambda waits: None,
     ) -> None:
         """Prepare; ``start`` begins.
@@ -71,8 +69,7 @@ class ScoringEngine:
         Args:
             opener: Loads guard and model, and checks that they match; runs on the thread.
             config: Limits of queue, batch and time.
-            named_guards: Other guards of the same model.
-            bind: Lets a guard meet the model; gives it as it is served.
+            meet: Gives all guards that are served, from the default one.
             on_batch: Told how long each prompt of a batch waited, in seconds.
         """
         self.config = config
@@ -80,15 +77,14 @@ class ScoringEngine:
         self.on_death: Callable[[BaseException], None] = lambda error: None
         """Told, on the event loop, why the thread ended."""
         self.crashes = deque[float](maxlen=CRASHES)
-        self._opener, self._on_batch = opener, on_batch
-        self._named_guards, self._bind = named_guards or {}, bind
+        self._opener, self._meet, self._on_batch = opener, meet, on_batch
         self._lock, self._stopping = threading.Condition(), False
         self._queue, self._in_flight = FairQueue(config.queue), list[WorkItem]()
         self._sharing = Sharing(config)
 
         self._chats = ChatTurns(config.chats)
         self._busy_since: float | None = None
-        self._cache = TextCache[VariantScore]()
+        self._cache = TextCache[ScorePair]()
         self._interrupted = 0
         """How many long prompts wait until others were served."""
 
@@ -138,14 +134,11 @@ class ScoringEngine:
         """Whether a chat that comes now is begun at once."""
         return self._chats.has_room
 
-    async def meet_guards(
-        self, guard: LatentGuard, named_guards: Mapping[str, LatentGuard]
-    ) -> ServedGuards:
+    async def meet_guards(self, make: Callable[[ChatModel], ServedGuards]) -> ServedGuards:
         """Let other guards meet the model; they are served once they are set as ``guards``.
 
         Args:
-            guard: The default one.
-            named_guards: The others.
+            make: Lets them meet the model.
 
         Raises:
             LatentGuardError: if one is not of this model.
@@ -154,7 +147,7 @@ class ScoringEngine:
 
         def meet(_: LatentGuard, model: ChatModel, __: Segments | None) -> ServedGuards | str:
             try:
-                return ServedGuards.meet(self._bind(guard, model), named_guards, model, self._bind)
+                return make(model)
             except LatentGuardError as error:
                 return str(error)
 
@@ -310,12 +303,12 @@ class ScoringEngine:
     def _run(self) -> None:
         try:
             guard, self.model = self._opener()
-            self.guards = ServedGuards.meet(guard, self._named_guards, self.model, self._bind)
+            self.guards = self._meet(guard, self.model)
             words = self.model.tokenizer.get_vocab()
             self._longest_token = max(len(word.encode("utf-8", "replace")) for word in words)
             self.state = "ready"
-            names = ", ".join(f"{one.name} {one.digest[:12]}" for one in self.guards)
-            log.info("Ready: guard %s on '%s'.", names, self.model.fingerprint.model)
+            name = self.model.fingerprint.model
+            log.info("Ready: guard %s on '%s'.", self.guards.names, name)
             while (items := self._next()) is not None:
                 self._in_flight, self._busy_since = items, monotonic()
                 if items:
@@ -424,7 +417,7 @@ class ScoringEngine:
         for served in dict.fromkeys(judges):
             own = [n for n, judge in enumerate(judges) if judge is served]
             prompts = [prompt for n in own if (prompt := items[n].prompt)]
-            scorer = PromptScorer(served.guard, model, self._cache, digest=served.digest)
+            scorer = PromptScorer(served, model, self._cache)
             scored = scorer.score_each(prompts, [items[n].account for n in own])
             results |= zip(own, scored, strict=True)
         return [results[n] for n in range(len(items))]

@@ -113,6 +113,12 @@ class ReloadFailed(ApiError):
     status, kind, code = 409, "invalid_request_error", "reload_failed"
 
 
+class NotSwapped(ApiError):
+    """The guard that decides and its shadow keep their roles."""
+
+    status, kind, code = 409, "invalid_request_error", "roles_kept"
+
+
 def error_location(error: BaseException) -> str:
     """What kind of error it is and where it arose, for the log; its words may quote a prompt."""
     frames = traceback.extract_tb(error.__traceback__)

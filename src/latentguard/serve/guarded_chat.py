@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentguard.errors import GuardError
-from latentguard.guard.latent_guard import LatentGuard
-from latentguard.guard.reading_plan import ScoredPlan
 from latentguard.guard.replies import ReplyVerdict
 from latentguard.models.chat_model import ChatModel
 from latentguard.models.conversation import Conversation, ReplyPiece, Sampling, TokenProbe
@@ -18,7 +16,8 @@ from latentguard.models.segments import Segments
 from latentguard.models.shared_model import SharedModel
 from latentguard.prompts import Prompt
 from latentguard.serve.reply_reading import ReplyGate, ShownText
-from latentguard.serve.scoring import ScoredPrompt, score_prompts, scored_prompt
+from latentguard.serve.scoring import PromptScorer, ScoredPrompt, judge, measure, score_prompts
+from latentguard.serve.served_guards import ServedGuard
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class GuardedChat:
         sampling: Sampling,
         must_refuse: Callable[[ScoredPrompt | GuardError], bool],
         *,
-        guard: LatentGuard,
+        served: ServedGuard,
         scored: ScoredPrompt | None = None,
         account: str = "",
         gate: ReplyGate[str] | None = None,
@@ -63,13 +62,13 @@ class GuardedChat:
             prompt: What is asked, with its history.
             sampling: How the reply is drawn.
             must_refuse: Whether a verdict, or its lack, forbids a reply.
-            guard: What judges it.
+            served: What judges it.
             scored: What was found before, if the prompt is not to be read again.
             account: Whose it is.
             gate: Lets the reply through as it is read; None where the guard judges no replies.
         """
         self.prompt, self.sampling, self.account = prompt, sampling, account
-        self._guard = guard
+        self._served = served
         self._scored = scored
         self.cancelled = False
         """Set by whoever no longer listens."""
@@ -112,7 +111,7 @@ class GuardedChat:
         if self.cancelled:
             return False
         if self._conversation is None:
-            verdict = self._read(self._guard, model, segments)
+            verdict = self._read(self._served, model, segments)
             # never set to False: the listener may have left meanwhile
             self.cancelled = self._must_refuse(verdict) or self.cancelled
             self.emit(verdict)
@@ -143,12 +142,13 @@ class GuardedChat:
         self.emit(ReplyEnd(finish, conversation.prompt_tokens, conversation.reply_tokens, verdict))
 
     def _read(
-        self, guard: LatentGuard, model: ChatModel, segments: Segments | None
+        self, served: ServedGuard, model: ChatModel, segments: Segments | None
     ) -> ScoredPrompt | GuardError:
         """Judge the prompt in the pass that serves it, if that is all that its guard reads.
 
         Another text (``sealed``), what is obfuscated and what is long need passes of their own.
         """
+        guard = served.guard
         variants = guard.plan(self.prompt)
         is_known = self._scored is not None
         alone = not is_known and [variant.prompt for variant in variants] == [self.prompt]
@@ -169,11 +169,12 @@ class GuardedChat:
         self._conversation, self._pieces = conversation, conversation.pieces(self.sampling)
         if self._scored is not None:
             return self._scored
+        reader: Any = SharedModel(model, segments) if segments else model
         try:
             if conversation.states is None:
-                reader: Any = SharedModel(model, segments) if segments else model
-                return score_prompts(guard, reader, [self.prompt])[0]
-            scored = ScoredPlan(self.prompt, variants, guard.measure(conversation.states))
-            return scored_prompt(guard, self.prompt, guard.combine(scored))
+                return score_prompts(served, reader, [self.prompt])[0]
+            scored = judge(served, self.prompt, variants, measure(served, conversation.states))
         except GuardError as error:
             return error
+        scorer = PromptScorer(served, reader)
+        return scorer.with_second_pass([self.prompt], [self.account], [scored])[0]

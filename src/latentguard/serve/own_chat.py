@@ -92,7 +92,7 @@ class OwnChat:
             self.prompt,
             self.sampling,
             self._must_refuse,
-            guard=self.context.served.guard,
+            served=self.context.served,
             scored=self.scored[0],
             account=self.context.account,
             gate=self._gate(),

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from latentguard.guard.latent_guard import LatentGuard
+from latentguard.serve.served_guards import ServedGuard
 from latentguard.serve.service import Service
 from latentguard.serve.upstream import UpstreamClient
 
@@ -47,7 +48,7 @@ def routes(service: Service, upstream: UpstreamClient | None) -> APIRouter:
         config = service.config
         reference = _reference(service)
         about = {"policy": config.policy, "on_review": config.on_review, "reference": reference}
-        return names | describe(guards.default.guard) | about
+        return names | describe(guards.default.guard) | about | _shadow(guards.default)
 
     @router.get("/v1/models", response_model=None)
     async def models(request: Request) -> dict[str, Any] | Response:
@@ -71,6 +72,14 @@ def _reference(service: Service) -> dict[str, Any]:
         return {"what": "harmless calibration prompts", "scores": sample, "points": []}
     scores = [canary.score for canary in service.engine.guard.canaries]
     return {"what": "canary prompts", "scores": scores, "points": []}
+
+
+def _shadow(served: ServedGuard) -> dict[str, Any]:
+    """What a guard and its shadow decided; nothing without a shadow."""
+    if served.shadow is None:
+        return {}
+    names = {"guard": served.shadow.digest[:12], "decided_by": served.digest[:12]}
+    return {"shadow": names | served.comparison.to_dict()}
 
 
 def _evenly(scores: Sequence[float], most: int) -> list[float]:

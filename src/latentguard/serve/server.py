@@ -32,7 +32,7 @@ from latentguard.serve.keys import ApiKeys
 from latentguard.serve.limits import TimedProtocol
 from latentguard.serve.reload import Reloader, ServedFiles
 from latentguard.serve.second_opinion import OpinionThreads
-from latentguard.serve.served_guards import Binder, verified
+from latentguard.serve.served_guards import Binder, ServedGuards, verified
 from latentguard.serve.service import Service
 from latentguard.serve.telemetry import Telemetry
 
@@ -50,6 +50,9 @@ class GuardSource:
 
     named_guards: Mapping[str, LatentGuard] = field(default_factory=dict)
     """Other guards of the same model."""
+
+    shadow: LatentGuard | None = None
+    """Judges what the default guard judges, and decides nothing until it is promoted."""
 
     bind: Binder = verified
     """Lets a guard meet the model."""
@@ -217,9 +220,14 @@ def create_server(
     """
     reference = reference or DriftReference()
     telemetry = Telemetry(reference.scores, open_telemetry)
-    engine = ScoringEngine(
-        opener, config, named_guards=guards.named_guards, bind=guards.bind, on_batch=telemetry.batch
+    meet = partial(
+        ServedGuards.meet,
+        named_guards=guards.named_guards,
+        bind=guards.bind,
+        shadow=guards.shadow,
+        sources=(config.guard, config.shadow),
     )
+    engine = ScoringEngine(opener, config, meet=meet, on_batch=telemetry.batch)
     service = Service(config, engine, telemetry, keys or ApiKeys(), audit, reference)
     if guards.second_opinion is not None:
         service.second_opinion = OpinionThreads(guards.second_opinion, config.deadline)
@@ -228,7 +236,7 @@ def create_server(
     server = Server(uvicorn.Config(build_app(service), **_settings(config), **how), connections)
     server.service = service
     if guards.read is not None:
-        server.use_reloader(Reloader(service, guards.read))
+        server.use_reloader(Reloader(service, guards.read, guards.bind))
     if config.health_port is not None:
         address: dict[str, Any] = dict(host=config.health_host, port=config.health_port)
         health = build_health_app(service, server.reloader)
@@ -247,6 +255,8 @@ def _add_gauges(service: Service) -> None:
     gauge("chats", "Chats that are being answered.", lambda: engine.active_chats)
     gauge("ready", "1 when verdicts can be asked for.", lambda: service.is_ready)
     gauge("crashes", "Recent crashes of the thread.", lambda: len(engine.crashes))
+    promoted = "1 while the guard of --shadow decides."
+    gauge("promoted", promoted, lambda: engine.is_loaded and engine.guards.is_promoted)
     lost = "Lines that the disk did not take."
     gauge("audit_lost_lines", lost, lambda: audit.lost if audit else 0)
 

@@ -15,9 +15,15 @@ from starlette.requests import Request
 from latentguard.guard.cascade import opinion_of
 from latentguard.guard.explanation import Explainer
 from latentguard.guard.replies import ReplyVerdict
-from latentguard.guard.verdict import Verdict
 from latentguard.prompts import Prompt
 from latentguard.serve.audit_log import AuditLog
+from latentguard.serve.chat_decision import (
+    decide_as_shadow,
+    decide_chat,
+    decide_each,
+    has_segment,
+    segment_of,
+)
 from latentguard.serve.chat_readings import ChatReading
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.control_tokens import ControlTokens
@@ -31,6 +37,7 @@ from latentguard.serve.reply_reading import ReplyAction
 from latentguard.serve.scoring import ScoredPrompt, with_opinion
 from latentguard.serve.second_opinion import OpinionThreads
 from latentguard.serve.served_guards import DEFAULT_NAME, ServedGuard, ServedGuards
+from latentguard.serve.shadow import outcome_of
 from latentguard.serve.telemetry import Telemetry
 from latentguard.serve.text_cache import TextCache
 
@@ -201,40 +208,12 @@ class RequestContext:
             readings: All that is read of the chat.
             scored: What was found; None where that is still to come.
         """
-        decided = self.served.chat_thresholds.decide(
-            *self._decided_by(readings, scored), rate_of=self.service.config.rate_of
-        )
-        most_severe = scored[decided.index]
-        assert most_severe is not None
-        return replace(
-            most_severe,
-            verdict=decided.verdict,
-            threshold=decided.threshold,
-            readings=len(readings),
-            index=decided.index,
-            source=readings[decided.index].source,
-        )
+        return decide_chat(self.served, readings, scored, **self._thresholds)
 
-    def _decided_by(
-        self, readings: Sequence[ChatReading], scored: Sequence[ScoredPrompt | None]
-    ) -> tuple[list[Verdict | None], list[bool], list[str | None]]:
-        """What ``ChatThresholds`` takes: verdict, newness and segment of each reading."""
-        return (
-            [one.verdict if one else None for one in scored],
-            [reading.is_newest for reading in readings],
-            [self._segment_of(reading) for reading in readings],
-        )
-
-    def _segment_of(self, reading: ChatReading) -> str | None:
-        """Whose thresholds a reading is compared with: its source's, if the guard has such.
-
-        A user's texts are of the segment that the request names, if it names one.
-        """
-        thresholds = self.served.guard.thresholds
-        is_known = thresholds is not None and reading.source in thresholds.segments
-        if is_known and not (reading.source == "user" and self.segment):
-            return reading.source
-        return self.segment
+    @property
+    def _thresholds(self) -> Any:
+        """Which thresholds of a guard a chat is compared with."""
+        return dict(segment=self.segment, rate_of=self.service.config.rate_of)
 
     def with_segment(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts in the segment that the request names."""
@@ -252,7 +231,10 @@ class RequestContext:
 
     async def score_readings(self, readings: Sequence[ChatReading]) -> list[ScoredPrompt]:
         """Score the texts of a chat, those that are not cached; an error is raised only."""
-        prompts = [replace(one.prompt, segment=self._segment_of(one)) for one in readings]
+        guard = self.served.guard
+        prompts = [
+            replace(one.prompt, segment=segment_of(guard, one, self.segment)) for one in readings
+        ]
         cached = [self._cached(prompt) for prompt in prompts]
         missing = [p for p, scored in zip(prompts, cached, strict=True) if scored is None]
         fresh = iter(await run_while_connected(self._score(missing), self.request))
@@ -270,9 +252,7 @@ class RequestContext:
         """
         if self.service.second_opinion is None:
             return []
-        decided = self.served.chat_thresholds.decide_each(
-            *self._decided_by(readings, scored), rate_of=self.service.config.rate_of
-        )
+        decided = decide_each(self.served, readings, scored, **self._thresholds)
         verdicts = [one.verdict for one in decided]
         if any(verdict.flagged for verdict in verdicts):
             return []
@@ -293,11 +273,9 @@ class RequestContext:
             return results
         asked = [prompts[n] for n in band]
         scores = await run_while_connected(second.score(asked), self.request)
-        guard = self.served.guard
         for n, score in zip(band, scores, strict=True):
-            opinion = opinion_of(score, guard)
-            self.service.telemetry.opinion(opinion)
-            results[n] = with_opinion(guard, prompts[n], scored[n], opinion)
+            self.service.telemetry.opinion(opinion_of(score, self.served.guard))
+            results[n] = with_opinion(self.served, prompts[n], scored[n], score)
         return results
 
     async def _score(self, prompts: Sequence[Prompt]) -> list[ScoredPrompt]:
@@ -305,7 +283,7 @@ class RequestContext:
         return await engine.score(prompts, account=self.account, served=self.served)
 
     def _cache_key(self, prompt: Prompt) -> tuple[str, ...]:
-        return self.served.digest, self.account, prompt.segment or "", prompt.text
+        return self.served.cache_key, self.account, prompt.segment or "", prompt.text
 
     def _cached(self, prompt: Prompt) -> ScoredPrompt | None:
         if prompt.history:
@@ -381,7 +359,8 @@ class RequestContext:
         Raises:
             AuditUnavailable: if the audit log cannot be written.
         """
-        outcome = self.decide(readings, scored)
+        shadow = decide_as_shadow(self.served, readings, scored, **self._thresholds)
+        outcome = replace(self.decide(readings, scored), shadow=shadow)
         prompts = self.with_segment([readings[0].prompt])
         action = action or choose_action(self.service.config, outcome)
         await self.record_verdicts(prompts, [outcome], [action])
@@ -399,13 +378,34 @@ class RequestContext:
             AuditUnavailable: if the audit log cannot be written.
         """
         lines = [
-            self._line(prompt, action) | _without_id(one.to_dict())
+            self._line(prompt, action) | _without_id(one.to_dict()) | self._shadow_line(one)
             for prompt, one, action in zip(prompts, scored_prompts, actions, strict=True)
         ]
         await self._write(lines)
         self.request.state.is_recorded = True
         for one, action in zip(scored_prompts, actions, strict=True):
             self.service.telemetry.verdict(self.endpoint, action, one, guard=self._guard_name)
+            self._compare(one)
+
+    def _shadow_line(self, scored: ScoredPrompt) -> dict[str, Any]:
+        """What the audit log says of the shadow guard; nothing without one."""
+        shadow, own = self.served.shadow, scored.shadow
+        if shadow is None:
+            return {}
+        said = dict(score=own.verdict.score, threshold=own.threshold) if own else {}
+        return {"shadow": shadow.to_dict() | dict(decision=scored.shadow_decision) | said}
+
+    def _compare(self, scored: ScoredPrompt) -> None:
+        """Count what the guard and its shadow decided, if it has one."""
+        served = self.served
+        if served.shadow is None:
+            return
+        outcome = outcome_of(scored.verdict.decision, scored.shadow_decision)
+        is_known = any(has_segment(one.guard, self.segment) for one in (served, served.shadow))
+        segment = self.segment if is_known and self.segment else ""  # others may be made up
+        served.comparison.add(self.endpoint, segment, outcome, self.id)
+        counter = self.service.telemetry.shadow_verdicts
+        counter.labels(self.endpoint, segment, outcome, served.digest[:12]).inc()
 
     @property
     def _known_guard(self) -> ServedGuard | None:
@@ -438,6 +438,7 @@ class RequestContext:
             client=self.client,
             endpoint=self.endpoint,
             guard=guard.digest[:12] if (guard := self._known_guard) else None,
+            folder=guard.folder if guard else None,
             prompt=audit.digest(prompt),
             action=action,
             ms=round(1000 * (perf_counter() - self.began), 2),

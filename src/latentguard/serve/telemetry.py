@@ -46,6 +46,11 @@ class Telemetry:
         self.reloads = counter("latentguard_reloads", "Guards and keys read anew.", ["outcome"])
         self.replies = counter("latentguard_replies", "Verdicts on replies.", labels)
         self.opinions = counter("latentguard_second_opinions", "Second opinions.", ["opinion"])
+        self.shadow_verdicts = counter(
+            "latentguard_shadow_verdicts",
+            "Verdicts of the guard that decides, by what its shadow guard would have decided.",
+            [*endpoint, "segment", "outcome", "decided_by"],
+        )
         self.first_token = histogram(
             "latentguard_first_token_seconds",
             "Streamed chats, to the first event.",

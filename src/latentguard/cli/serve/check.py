@@ -12,6 +12,7 @@ from latentguard.cli.serve.parts import (
     read_guards,
     read_keys,
     read_second_opinion,
+    read_shadow,
     read_upstream_key,
 )
 from latentguard.errors import LatentGuardError
@@ -48,7 +49,9 @@ def find_problems(options: ServeOptions) -> list[str]:
 
 def _check_guard(options: ServeOptions) -> None:
     guard, named_guards = read_guards(options)
-    read_second_opinion(options, [guard, *named_guards.values()])
+    shadow = read_shadow(options, guard)
+    others = [*named_guards.values(), *([shadow] if shadow else [])]
+    read_second_opinion(options, [guard, *others])
     require_model(options.model or guard.fingerprint.model)
 
 

@@ -159,7 +159,7 @@ def _made_server(options: ServeOptions) -> Server:
     files = parts.read_files(options)
     if not files.keys and options.host not in LOCAL:
         log.warning("No API keys, and %s can be reached from elsewhere.", options.host)
-    second = parts.read_second_opinion(options, [files.guard, *files.named_guards.values()])
+    second = parts.read_second_opinion(options, files.all_guards)
     service = server.create_server(
         parts.opener(files.guard, options, second),
         parts.config_of(options, files),
@@ -168,6 +168,7 @@ def _made_server(options: ServeOptions) -> Server:
         reference=files.reference,
         guards=server.GuardSource(
             files.named_guards,
+            files.shadow,
             parts.binder(options, second),
             partial(parts.read_files, options),
             second,

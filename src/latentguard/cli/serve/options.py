@@ -109,6 +109,15 @@ class ServeOptions:
             rich_help_panel=GUARD,
         ),
     ] = ()  # type: ignore[assignment]
+    shadow: Annotated[
+        str | None,
+        typer.Option(
+            help="Another guard of the same model, which judges the same prompts and decides "
+            "nothing: differences are counted. POST /promote on the health port lets it decide, "
+            "POST /rollback takes that back.",
+            rich_help_panel=GUARD,
+        ),
+    ] = None
     model: Annotated[
         str | None,
         typer.Option(

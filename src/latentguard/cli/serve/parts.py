@@ -43,10 +43,7 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
 
     assert options.guard is not None
     guard = read_guard(options.guard, verify_key=options.verify_key)
-    if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
-        raise GuardError(
-            "--segment-header: this guard has no segments; calibrate it with --segment-column."
-        )
+    _require_segments(options, guard)
     named_guards: dict[str, LatentGuard] = {}
     for entry in options.guards:
         name, _, source = entry.partition("=")
@@ -56,6 +53,32 @@ def read_guards(options: ServeOptions) -> tuple[LatentGuard, dict[str, LatentGua
     for one in (guard, *named_guards.values()):
         ChatThresholds(one)  # says what is wrong before the model is loaded
     return guard, named_guards
+
+
+def read_shadow(options: ServeOptions, guard: LatentGuard) -> LatentGuard | None:
+    """The shadow guard, if one is wanted, without its model.
+
+    Raises:
+        GuardError: if it is not there, damaged, not signed, or not of the guard's model.
+    """
+    if options.shadow is None:
+        return None
+    shadow = read_guard(options.shadow, verify_key=options.verify_key)
+    _require_segments(options, shadow)
+    different = guard.fingerprint.differences(shadow.fingerprint)
+    if different and not options.allow_mismatch:
+        raise GuardError(
+            f"--shadow {options.shadow}: expected a guard of the model of {options.guard}; found "
+            f"other {'; '.join(different)}. Fit it on that model."
+        )
+    return shadow
+
+
+def _require_segments(options: ServeOptions, guard: LatentGuard) -> None:
+    if options.segment_header and not (guard.thresholds and guard.thresholds.segments):
+        raise GuardError(
+            "--segment-header: this guard has no segments; calibrate it with --segment-column."
+        )
 
 
 def read_second_opinion(
@@ -156,6 +179,7 @@ def read_files(options: ServeOptions) -> ServedFiles:
     return ServedFiles(
         guard=guard,
         named_guards=named_guards,
+        shadow=read_shadow(options, guard),
         keys=read_keys(options),
         upstream_key=read_upstream_key(options),
         reference=DriftReference.of(guard, options.reference),
