@@ -310,8 +310,8 @@ def _incident(base: LatentGuard, reference: Reference, labels: Labels, rates: Ra
     return Change(
         "probe",
         fit,
-        "There are too few labels for cross-validation, so the probe was corrected just so far that "
-        f"the harmful ones are flagged: {int(caught.sum())} of {len(caught)} are.",
+        "There are too few labels for cross-validation, so the probe was corrected just so far "
+        f"that the harmful ones are flagged: {int(caught.sum())} of {len(caught)} are.",
     )
 
 
