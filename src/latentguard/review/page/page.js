@@ -197,7 +197,7 @@ function showEnd(counts) {
   const isDone = counts.harmful + counts.harmless >= counts.total;
   $("end-title").textContent = isDone ? "All prompts are labelled." : "The end of this list.";
   $("end-words").textContent = counts.matching
-    ? `${counts.matching} prompts of this list are behind you, such as those that were skipped.`
+    ? `${counts.matching === 1 ? "1 prompt" : `${counts.matching} prompts`} of this list came before, such as what you skipped.`
     : isDone ? "The guard can learn from them below." : "Choose another list above, or teach the guard below.";
   $("again").hidden = !counts.matching;
 }
@@ -262,7 +262,7 @@ let agreed = 0;
 function showTeachButton(count) {
   agreed = count;
   const labels = count === 1 ? "this 1 label" : `these ${count} labels`;
-  $("teach").textContent = `Teach the guard with ${labels}`;
+  $("teach").textContent = count ? `Teach the guard with ${labels}` : "Teach the guard";
   $("teach").disabled = !count || teaching.state === "running";
 }
 
