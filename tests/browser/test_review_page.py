@@ -15,6 +15,7 @@ pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 from browser.pages import contrast
 from latentguard.prompts import Message
 from review.desks import SCORES, TEXTS, item, items, local, made_review
+from serve.running import passed, post, running
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -170,7 +171,7 @@ def test_a_letter_in_a_field_labels_nothing(desk, folder):
 def test_the_others_label_is_shown_after_ones_own(desk, folder):
     review = made_review(folder)
     first = review.session.items.get(review.session.items.keys("file")[0])
-    review.session.label(first, "harmful", "Ben", "0" * 64)
+    review.session.label(first, "harmful", "Ben")
     page = desk(review)
     assert "Ben" not in page.inner_text("body")
     press(page, "l")
@@ -230,6 +231,28 @@ def test_a_program_that_has_ended_is_said(desk):
     page.wait_for_selector("#problem:not([hidden])")
     assert "cannot be reached" in page.inner_text("#problem")
     page.complaints = [one for one in page.complaints if "ERR_FAILED" not in one]
+
+
+def test_the_page_of_the_service_asks_for_name_and_key(chromium, tmp_path):
+    labels = tmp_path / "labels.jsonl"
+    with running(keys=["client"], admin_key="admin-key", review_labels=labels) as url:
+        client = {"authorization": "Bearer client"}
+        post(f"{url}/v1/score", json={"input": passed()}, headers=client)
+        page = chromium.new_page(viewport=dict(width=390, height=844))
+        page.goto(f"{url}/review")
+        page.fill("#name", "Ann")
+        page.fill("#key", "wrong")
+        page.click("#enter button")
+        says(page, "problem", "API key")
+        page.fill("#key", "admin-key")
+        keep(page, "review-service")
+        page.click("#enter button")
+        tokens(page)
+        assert page.inner_text("#text") == passed()
+        press(page, "l")
+        assert page.inner_text("#end-title") == "All prompts are labelled."
+        page.close()
+    assert '"reviewer": "Ann"' in labels.read_text()
 
 
 COLOURS = """id => {

@@ -32,7 +32,7 @@ def item(text, score, id="", history=()):
     """A prompt with a made-up verdict; the threshold is 0."""
     decision = "block" if score > 0 else "allow"
     verdict = Verdict(id, score, 0.5, score > 0, {"harmful": score}, decision)
-    return ReviewItem(Prompt(text, id=id, history=history), verdict, 0.0)
+    return ReviewItem(Prompt(text, id=id, history=history), verdict, 0.0, "0" * 64)
 
 
 def items(texts=TEXTS, scores=SCORES):
@@ -84,7 +84,7 @@ def adapt(prompts):
 def made_review(folder, kept=None, adapt=adapt, reviewer="Ann", explain=explain):
     """A review that writes into a folder."""
     labels = LabelFile(folder / "labels.jsonl")
-    about = dict(guard="0" * 64, name="tiny", source="prompts.jsonl", reviewer=reviewer)
+    about = dict(name="tiny", source="prompts.jsonl", reviewer=reviewer)
     about["labels"] = "labels.jsonl"
     return Review(
         ReviewSession(items() if kept is None else kept, labels),

@@ -26,7 +26,7 @@ def walk(session, which="unlabelled", order="file", reviewer="Ann"):
 
 def label(session, number, label, reviewer="Ann"):
     key = session.items.keys("file")[number]
-    session.label(session.items.get(key), label, reviewer, "0" * 64)
+    session.label(session.items.get(key), label, reviewer)
     return session.items.get(key)
 
 

@@ -48,10 +48,11 @@ class GuardDesk:
         finally:
             self.lock.release()
 
-    def adapting(self, name: str) -> Adapt | None:
-        """What adapts the guard; None where guards cannot be adapted."""
-        adapt = getattr(self.guard, "adapt", None)
-        return None if adapt is None else lambda prompts: adapt(prompts, name=name)
+
+def adapting(guard: LatentGuard, name: str) -> Adapt | None:
+    """What adapts a guard that has its model; None where guards cannot be adapted."""
+    adapt = getattr(guard, "adapt", None)
+    return None if adapt is None else lambda prompts: adapt(prompts, name=name)
 
 
 def local_review(
@@ -73,8 +74,8 @@ def local_review(
     kept = ReviewItems()
     for item in items:
         kept.add(item)
-    adapt = desk.adapting(labels.path.stem)
-    about = dict(facts) | dict(guard=desk.guard.digest, labels=str(labels.path))
+    adapt = adapting(desk.guard, labels.path.stem)
+    about = dict(facts) | dict(labels=str(labels.path))
     return Review(
         session=ReviewSession(kept, labels),
         explain=desk.explain,

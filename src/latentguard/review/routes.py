@@ -86,7 +86,8 @@ class Review:
     """Says what each token adds; raises ``LatentGuardError`` if that cannot be done now."""
 
     about: Callable[[], dict[str, Any]]
-    """What the page says of guard and source; ``guard`` is the digest of the guard."""
+    """What the page says: ``name`` of the guard, ``source``, ``labels`` for the file, and
+    ``reviewer``, if that is known."""
 
     teacher: Teacher | None = None
     """Adapts the guard; None if it cannot be adapted."""
@@ -154,7 +155,7 @@ def _add_labelling(data: APIRouter, review: Review) -> None:
         """Write a label; the next prompt of the list."""
         item = _require_item(session, asked.key)
         with _errors_as_answers():
-            session.label(item, asked.label, asked.reviewer, str(review.about()["guard"]))
+            session.label(item, asked.label, asked.reviewer)
         labelled = {"labelled": session.to_dict(item, asked.reviewer)}
         return _page(session, asked, asked.key) | labelled
 

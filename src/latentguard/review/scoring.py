@@ -91,13 +91,13 @@ def score_items(
         for prompt, verdict in zip(missing, scan, strict=True):
             verdicts[_line_key(prompt)] = verdict
             append_line(kept, json.dumps([_line_key(prompt), verdict.to_dict() | {"id": ""}]))
-    return [review_item(guard, prompt, verdicts[_line_key(prompt)]) for prompt in prompts]
-
-
-def review_item(guard: LatentGuard, prompt: Prompt, verdict: Verdict) -> ReviewItem:
-    """A prompt with its verdict, and what its score was compared with."""
-    threshold = guard.threshold_for(prompt.segment, has_evidence=bool(verdict.evidence))
-    return ReviewItem(prompt, verdict, threshold)
+    digest = guard.digest
+    items = []
+    for prompt in prompts:
+        verdict = verdicts[_line_key(prompt)]
+        threshold = guard.threshold_for(prompt.segment, has_evidence=bool(verdict.evidence))
+        items.append(ReviewItem(prompt, verdict, threshold, digest))
+    return items
 
 
 def _line_key(prompt: Prompt) -> str:

@@ -46,6 +46,9 @@ class ReviewItem:
     threshold: float
     """What its score was compared with."""
 
+    guard: str = ""
+    """Digest of the guard."""
+
     @property
     def key(self) -> str:
         """What names it on the page."""
@@ -173,13 +176,13 @@ class ReviewSession:
         is_allowed = item.verdict.decision == "allow"
         return which == "unlabelled" or (which == "allowed") is is_allowed
 
-    def label(self, item: ReviewItem, label: Label, reviewer: str, guard: str) -> None:
+    def label(self, item: ReviewItem, label: Label, reviewer: str) -> None:
         """Write a label.
 
         Raises:
             LatentGuardError: if it cannot be written.
         """
-        facts = dict(score=item.verdict.score, threshold=item.threshold, guard=guard[:12])
+        facts = dict(score=item.verdict.score, threshold=item.threshold, guard=item.guard[:12])
         self.labels.label(item.prompt, label, reviewer, facts)
 
     def to_dict(self, item: ReviewItem, reviewer: str) -> dict[str, Any]:

@@ -78,6 +78,8 @@ def build_app(service: Service) -> ASGIApp:
         await accounts.close()
         if service.audit is not None:
             service.audit.close()
+        if service.review is not None:
+            service.review.close()
         if service.telemetry.open_telemetry is not None:
             await asyncio.to_thread(service.telemetry.open_telemetry.close)
 
@@ -88,6 +90,8 @@ def build_app(service: Service) -> ASGIApp:
     app.include_router(responses.routes(service, upstream))
     app.include_router(ext_authz.routes(service))
     app.include_router(page.routes(service, upstream))
+    if service.review is not None:
+        app.include_router(service.review.routes())
     _watch(app, service)
     _explain(app)
     limited = RequestLimits(
