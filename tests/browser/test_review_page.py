@@ -243,7 +243,7 @@ def test_the_page_of_the_service_asks_for_name_and_key(chromium, tmp_path):
         page.fill("#name", "Ann")
         page.fill("#key", "wrong")
         page.click("#enter button")
-        says(page, "problem", "API key")
+        says(page, "problem", "not the admin key")
         page.fill("#key", "admin-key")
         keep(page, "review-service")
         page.click("#enter button")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -53,16 +54,24 @@ def review(  # noqa: PLR0913, PLR0917 (each is an option)
 
     loaded = read_guard(guard)
     prompts = read_source(source, replace(guard_columns(loaded, text_column), label=""))
-    labels = LabelFile(out)
-    with explain_interrupt(f"Labels are in {out}. Run the same command again to go on."):
+    advice = f"Labels are in {out}. Run the same command again to go on."
+    with closing(LabelFile(out)) as labels, explain_interrupt(advice):
         loaded, backend = load_guard_model(loaded, model)
         with progress("score", len(prompts)) as view:
             file = scores_path(out)
             items = score_items(loaded, backend, prompts, file, progress=view.advance)
-        facts = dict(name=guard, source=source, reviewer=reviewer or getpass.getuser())
+        facts = dict(name=guard, source=source, reviewer=reviewer or _login_name())
         folder = adapt_out or out.with_name(f"{out.stem}-guard")
         page = local_review(GuardDesk(loaded, backend), items, labels, facts, folder)
         server = LocalServer(page, port)
         echo_err("Open this address in a browser. Control-C ends the review.")
         typer.echo(server.url)
         server.run()
+
+
+def _login_name() -> str:
+    """The login name; empty where there is none, as in some containers: the page asks then."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""

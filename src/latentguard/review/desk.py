@@ -19,7 +19,7 @@ from latentguard.review.routes import Review
 from latentguard.review.session import ReviewItem, ReviewItems, ReviewSession
 from latentguard.review.teaching import Adapt, Teacher
 
-PATIENCE = 10.0
+PATIENCE = 3.0
 """Seconds that an explanation waits for the model."""
 
 

@@ -106,11 +106,6 @@ class ScoringEngine:
         """Whether guards and model are there."""
         return self.state in ("ready", "draining")
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that it was started in."""
-        return self._loop
-
     def start(self) -> None:
         """Start the thread, and watch it; needs a running event loop."""
         self._loop = asyncio.get_running_loop()

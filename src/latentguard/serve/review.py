@@ -62,6 +62,10 @@ class ServiceReview:
         self._items = ReviewItems(RECENT)
         self._labels = LabelFile(self._path)
 
+    def start(self) -> None:
+        """Note the event loop, which the thread that teaches asks for readings."""
+        self._loop = asyncio.get_running_loop()
+
     def keep(self, prompt: Prompt, scored: ScoredPrompt, served: ServedGuard) -> None:
         """Keep a prompt for the page; one that no file could hold is left out."""
         try:
@@ -112,7 +116,7 @@ class ServiceReview:
     def _adapt(self, prompts: list[Prompt]) -> Adaptation:
         """Adapt the default guard, which reads the prompts on the scoring thread."""
         guard = self._service.guards.default.guard
-        guard = replace(guard, own_model=OwnModel(EngineBackend(self._service.engine)))
+        guard = replace(guard, own_model=OwnModel(EngineBackend(self._service.engine, self._loop)))
         adapt = adapting(guard, self._path.stem)
         assert adapt is not None
         return adapt(prompts)
@@ -124,9 +128,9 @@ class EngineBackend:
     Everything but reading is asked of the model itself.
     """
 
-    def __init__(self, engine: ScoringEngine) -> None:
-        """Wrap the model of an engine that is loaded."""
-        self._engine = engine
+    def __init__(self, engine: ScoringEngine, loop: asyncio.AbstractEventLoop) -> None:
+        """Wrap the model of an engine that is loaded, and runs in this event loop."""
+        self._engine, self._loop = engine, loop
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine.model, name)
@@ -161,7 +165,7 @@ class EngineBackend:
         engine = self._engine
         reading = engine.run_alone(longest, work, account=ACCOUNT, seconds=engine.config.stall)
         try:
-            states: list[States] = asyncio.run_coroutine_threadsafe(reading, engine.loop).result()
+            states: list[States] = asyncio.run_coroutine_threadsafe(reading, self._loop).result()
         except ApiError as error:
             raise GuardError(str(error)) from None
         return states

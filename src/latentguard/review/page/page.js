@@ -76,7 +76,7 @@ async function open() {
   } catch (error) {
     $("about").textContent = "";
     if (error.status !== 401 || location.hash) return problem(error.message);
-    problem(key ? error.message : "");
+    problem(key ? "This is not the admin key." : "");
     $("enter").hidden = $("key-part").hidden = false;
     $("key").required = true;
     $("name").value = localStorage.getItem("reviewer") || "";
