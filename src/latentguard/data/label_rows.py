@@ -13,15 +13,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal
 
+from latentguard.errors import PromptError
+
 Label = Literal["harmful", "harmless"]
+
+FIELDS = frozenset({"text", "label", "reviewer", "time"})
+"""What each row of a label file has."""
+
+WORDS = ("harmful", "harmless", None, "")
+"""What its labels may be; a label that is taken back is null, or empty in CSV."""
 
 Row = tuple[str, str, Mapping[str, Any]]
 """Where a row is, its default id, and what it holds."""
 
 
 def is_label_row(row: Mapping[str, Any]) -> bool:
-    """Whether a row says who labelled it, and when."""
-    return "reviewer" in row and "time" in row
+    """Whether a row says who labelled it, and when, in the words of a label file."""
+    return row.keys() >= FIELDS and row["label"] in WORDS
 
 
 def majority(labels: Iterable[Label]) -> Label | None:
@@ -39,6 +47,9 @@ def settle_rows(rows: Iterator[Row]) -> Iterator[Row]:
 
     Args:
         rows: Of a file; the first says whether it is a label file.
+
+    Raises:
+        PromptError: if a later row of a label file is none.
     """
     first = next(rows, None)
     if first is None:
@@ -52,11 +63,15 @@ def _settled(rows: Iterator[Row]) -> Iterator[Row]:
     first_rows = dict[str, Row]()
     labels = dict[str, dict[str, Any]]()
     for row in rows:
-        _, _, fields = row
-        asked = [fields.get("history"), fields.get("text"), fields.get("messages")]
-        key = json.dumps(asked, sort_keys=True)
+        where, _, fields = row
+        if not is_label_row(fields):
+            raise PromptError(
+                f"{where}: a row of a label file has {', '.join(sorted(FIELDS))}, and its label is "
+                "harmful, harmless or null."
+            )
+        key = json.dumps([fields["text"], fields.get("history")], sort_keys=True)
         first_rows.setdefault(key, row)
-        labels.setdefault(key, {})[str(fields.get("reviewer"))] = fields.get("label")
+        labels.setdefault(key, {})[str(fields["reviewer"])] = fields["label"]
     for key, (where, default_id, fields) in first_rows.items():
         label = majority(given for given in labels[key].values() if given)
         if label is not None:

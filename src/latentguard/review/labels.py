@@ -111,8 +111,10 @@ class LabelFile:
 
     def labels_of(self, key: str) -> dict[str, Label]:
         """Reviewer -> label, of those who gave one."""
+        if key not in self._labels:
+            return {}
         with self._lock:
-            return dict(self._labels.get(key, {}))
+            return dict(self._labels[key])
 
     def is_disputed(self, key: str) -> bool:
         """Whether reviewers labelled a prompt, and as many say harmful as harmless."""

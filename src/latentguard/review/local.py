@@ -65,15 +65,15 @@ class LocalOnly:
     def __init__(self, app: ASGIApp, port: int) -> None:
         """Wrap an application that listens on a port."""
         self._app = app
-        self._hosts = {f"{name}:{port}".encode() for name in (HOST, "localhost")}
+        self._hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
         if scope["type"] == "http":
             headers = dict(scope["headers"])
             length = headers.get(b"content-length", b"0")
-            if headers.get(b"host") not in self._hosts:
-                await _refuse(send, 403, "This page answers to 127.0.0.1 and localhost alone.")
+            if headers.get(b"host", b"").decode("latin-1") not in self._hosts:
+                await _refuse(send, 403, f"This page answers to {' and '.join(self._hosts)} alone.")
                 return
             if b"transfer-encoding" in headers or int(length) > MAX_BODY:
                 await _refuse(send, 413, f"At most {MAX_BODY} bytes are read.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from threading import RLock
 from typing import Any, Literal, get_args
 
@@ -49,7 +50,7 @@ class ReviewItem:
     guard: str = ""
     """Digest of the guard."""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What names it on the page."""
         return prompt_key(self.prompt)
