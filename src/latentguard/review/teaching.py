@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Lock, Thread
+from time import monotonic
 from typing import Any, Literal, Protocol
 
 from latentguard.errors import LatentGuardError
@@ -55,6 +56,7 @@ class Teacher:
         self._lock = Lock()
         self._state: State = "idle"
         self._outcome: dict[str, Any] = {}
+        self._began = 0.0
 
     def start(self, prompts: Sequence[Prompt]) -> bool:
         """Begin to adapt in a thread of its own; False if a run is under way."""
@@ -62,13 +64,18 @@ class Teacher:
             if self._state == "running":
                 return False
             self._state, self._outcome = "running", {"labels": len(prompts)}
+            self._began = monotonic()
         Thread(target=self._run, args=[list(prompts)], name="teach", daemon=True).start()
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """How far it is: state, error, tables, folder and the command that serves the guard."""
+        """How far it is: state, error, tables, folder and the command that serves the guard.
+
+        ``seconds`` says how long a run that is under way has taken so far.
+        """
         with self._lock:
-            return {"state": self._state} | self._outcome
+            seconds = int(monotonic() - self._began) if self._state == "running" else 0
+            return {"state": self._state, "seconds": seconds} | self._outcome
 
     def _run(self, prompts: list[Prompt]) -> None:
         outcome: dict[str, Any] = {"error": UNEXPECTED}

@@ -277,14 +277,18 @@ async function watchTeaching() {
   if (teaching.state === "running") setTimeout(() => watchTeaching().catch((e) => problem(e.message)), POLL);
 }
 
+const duration = (seconds) => (seconds < 60 ? "less than a minute" : `${Math.floor(seconds / 60)} min`);
+
 function showTeaching() {
   const words = {
     idle: "The guard learns from all labels of the file on which the reviewers agree.",
-    running: `The guard learns from ${teaching.labels} labels. You can go on with labelling.`,
+    running: `The guard learns from ${teaching.labels} labels, for ${duration(teaching.seconds)} so far. ` +
+      "This may take many minutes. You can go on with labelling.",
     done: `The guard has learnt from ${teaching.labels} labels.`,
     failed: teaching.error,
   };
-  $("teach-words").textContent = words[teaching.state];
+  const text = words[teaching.state]; // set only if it changed, as it is read out
+  if ($("teach-words").textContent !== text) $("teach-words").textContent = text;
   $("offer").hidden = teaching.state !== "done";
   $("folder").textContent = teaching.folder || "";
   $("command").textContent = teaching.command || "";
