@@ -14,6 +14,7 @@ VERBS = {
     "fit": ("--harmful", "--contrast", "--reading", "--dtype", "--quantize", "--device-map"),
     "calibrate": ("--harmless", "--max-fpr", "--balanced", "--cost-ratio", "--traffic"),
     "score": ("--out", "--text-column", "--engine", "--actors", "--block-rows"),
+    "review": ("--out", "--guard", "--reviewer", "--adapt-out", "--port"),
     "benchmark": ("--data-dir", "--out", "--only", "--limit"),
     "evaluate": ("--json", "--segment-column", "--text-column"),
     "audit": ("--label", "--text-column"),

@@ -23,6 +23,7 @@ from latentguard.cli.label import label
 from latentguard.cli.options import OLD_NAMES
 from latentguard.cli.pack import pack
 from latentguard.cli.parity import parity
+from latentguard.cli.review import review
 from latentguard.cli.score import score
 from latentguard.cli.serve.command import serve
 from latentguard.cli.show import show
@@ -37,6 +38,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "calibrate": calibrate,
         "adapt": adapt,
         "score": score,
+        "review": review,
         "evaluate": evaluate,
         "benchmark": benchmark,
         "show": show,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from latentguard.data.label_rows import settle_rows
 from latentguard.errors import PromptError, require_extra
 from latentguard.prompts import Message, Prompt, Reply, parse_chat, parse_reply, parse_turns
 
@@ -65,6 +66,9 @@ def stream_prompts(
 ) -> Iterator[Prompt]:
     """Yield the prompts of a file, of standard input (``-``) or of a Hub data set, in order.
 
+    Of a label file (``latentguard review``) these are the prompts on whose label the reviewers
+    agree (``label_rows``).
+
     Args:
         source: ``.jsonl``, ``.json`` (JSON Lines, or one list), ``.txt`` (one prompt a line),
             ``.csv``, ``.tsv``, ``.parquet``, ``-`` (JSON Lines or plain lines), or a Hub id as
@@ -77,7 +81,7 @@ def stream_prompts(
         MissingExtra: if a Parquet file or a Hub data set is read without the extra ``hub-data``.
     """
     columns = columns or Columns()
-    for where, default_id, row in read_rows(str(source), columns.text):
+    for where, default_id, row in settle_rows(read_rows(str(source), columns.text)):
         prompt = parse_prompt(row, columns, where=where)
         label = prompt.harmful if prompt.harmful is not None else harmful
         yield replace(prompt, id=prompt.id or default_id, harmful=label)

@@ -69,17 +69,14 @@ def build_app(service: Service) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
+        if service.review is not None:
+            service.review.start()
         yield
         await service.engine.stop()
         if upstream is not None:
             await upstream.close()
-        if service.second_opinion is not None:
-            service.second_opinion.close()
         await accounts.close()
-        if service.audit is not None:
-            service.audit.close()
-        if service.telemetry.open_telemetry is not None:
-            await asyncio.to_thread(service.telemetry.open_telemetry.close)
+        await _close(service)
 
     app = _bare_app(lifespan)
     app.include_router(moderation.routes(service))
@@ -88,6 +85,8 @@ def build_app(service: Service) -> ASGIApp:
     app.include_router(responses.routes(service, upstream))
     app.include_router(ext_authz.routes(service))
     app.include_router(page.routes(service, upstream))
+    if service.review is not None:
+        app.include_router(service.review.routes())
     _watch(app, service)
     _explain(app)
     limited = RequestLimits(
@@ -95,6 +94,15 @@ def build_app(service: Service) -> ASGIApp:
     )
     exporter = service.telemetry.open_telemetry
     return limited if exporter is None else exporter.traced(limited, PUBLIC)
+
+
+async def _close(service: Service) -> None:
+    """Close what a service writes to, and what it asks."""
+    for part in (service.second_opinion, service.audit, service.review):
+        if part is not None:
+            part.close()
+    if service.telemetry.open_telemetry is not None:
+        await asyncio.to_thread(service.telemetry.open_telemetry.close)
 
 
 def client_limits(config: ServeConfig) -> ClientLimits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 Policy = Literal["block", "annotate", "shadow"]
@@ -89,6 +90,9 @@ class ServeConfig:
     admin_key: str | None = None
     """What lets a client reload guards and keys, and promote a shadow guard, at the health port;
     None lets nobody."""
+
+    review_labels: str | Path | None = None
+    """Where labels of the page at ``/review`` are written; None: there is no such page."""
 
     upstream_key: str | None = None
     """What the upstream is shown instead of the client's own key."""

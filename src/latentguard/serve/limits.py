@@ -14,6 +14,7 @@ import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from latentguard.review import routes as review_routes
 from latentguard.serve.accounts import ClientLimits
 from latentguard.serve.config import ServeConfig
 from latentguard.serve.connections import address_group
@@ -106,7 +107,7 @@ class RequestLimits:
             raise BadRequest("This service does not answer to this Host header.")
 
     def _client(self, scope: Scope) -> str:
-        if _is_open(scope):
+        if _is_open(scope) or _is_for_admins(scope):
             return "-"
         credentials: bytes = dict(scope["headers"]).get(b"authorization", b"")
         return self.keys.require(credentials.decode("latin-1"))
@@ -142,6 +143,11 @@ class RequestLimits:
 def _is_open(scope: Scope) -> bool:
     """Whether a request needs no key and is not counted."""
     return scope["path"] in OPEN and scope["method"] in ("GET", "HEAD")
+
+
+def _is_for_admins(scope: Scope) -> bool:
+    """Whether a request needs the admin key instead, which its endpoint asks for."""
+    return bool(f"{scope['path']}/".startswith(f"{review_routes.PATH}/"))
 
 
 def address_of(scope: Scope) -> str:

@@ -227,6 +227,7 @@ async def _judged(context: RequestContext, prompts: list[Prompt]) -> list[Scored
     prompts = context.with_segment(prompts)
     scored_prompts = await context.score(prompts)
     await context.record_verdicts(prompts, scored_prompts, ["score"] * len(scored_prompts))
+    context.keep_for_review(prompts, scored_prompts)
     return scored_prompts
 
 

@@ -31,6 +31,7 @@ from latentguard.serve.errors import ReloadFailed
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.limits import TimedProtocol
 from latentguard.serve.reload import Reloader, ServedFiles
+from latentguard.serve.review import ServiceReview
 from latentguard.serve.second_opinion import OpinionThreads
 from latentguard.serve.served_guards import Binder, ServedGuards, verified
 from latentguard.serve.service import Service
@@ -231,6 +232,8 @@ def create_server(
     service = Service(config, engine, telemetry, keys or ApiKeys(), audit, reference)
     if guards.second_opinion is not None:
         service.second_opinion = OpinionThreads(guards.second_opinion, config.deadline)
+    if config.review_labels is not None:
+        service.review = ServiceReview(service)
     _add_gauges(service)
     connections = Connections(config.max_connections, config.max_connections_per_address)
     server = Server(uvicorn.Config(build_app(service), **_settings(config), **how), connections)

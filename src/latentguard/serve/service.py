@@ -34,6 +34,7 @@ from latentguard.serve.engine import ScoringEngine
 from latentguard.serve.errors import ApiError, ClientDisconnected, Unavailable
 from latentguard.serve.keys import ApiKeys
 from latentguard.serve.reply_reading import ReplyAction
+from latentguard.serve.review import ServiceReview
 from latentguard.serve.scoring import ScoredPrompt, with_opinion
 from latentguard.serve.second_opinion import OpinionThreads
 from latentguard.serve.served_guards import DEFAULT_NAME, ServedGuard, ServedGuards
@@ -71,6 +72,9 @@ class Service:
 
     explainer: Explainer = field(default_factory=Explainer)
     """Says what verdicts are made of; for the scoring thread."""
+
+    review: ServiceReview | None = None
+    """Keeps recent prompts for the page at ``/review``; None keeps none."""
 
     second_opinion: OpinionThreads | None = None
     """Decides in the review band; None leaves it to the policy."""
@@ -364,7 +368,17 @@ class RequestContext:
         prompts = self.with_segment([readings[0].prompt])
         action = action or choose_action(self.service.config, outcome)
         await self.record_verdicts(prompts, [outcome], [action])
+        self.keep_for_review([readings[outcome.index].prompt], [outcome])
         return outcome
+
+    def keep_for_review(
+        self, prompts: Sequence[Prompt], scored_prompts: Sequence[ScoredPrompt]
+    ) -> None:
+        """Keep texts with their verdicts in memory, if there is a page to review them."""
+        if self.service.review is None:
+            return
+        for prompt, scored in zip(prompts, scored_prompts, strict=True):
+            self.service.review.keep(prompt, scored, self.served)
 
     async def record_verdicts(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 from dataclasses import fields
 from functools import partial
@@ -13,6 +14,7 @@ import typer
 
 from latentguard.cli.console import echo_err
 from latentguard.cli.serve.options import ServeOptions
+from latentguard.cli.serve.parts import ADMIN_KEY
 from latentguard.cli.serve.settings import read_settings
 from latentguard.errors import require_extra
 
@@ -92,6 +94,8 @@ def require_consistent(options: ServeOptions) -> None:
             _refuse(f"expected {', '.join(ROLES)}; found '{role}'", "--trust-roles")
     _require_sources(options)
     _require_names(options)
+    if options.review_labels is not None and not os.environ.get(ADMIN_KEY):
+        _refuse(f"expected the key of its page in {ADMIN_KEY}; found none", "--review-labels")
     if (options.tls_cert is None) != (options.tls_key is None):
         _refuse("expected both --tls-cert and --tls-key", "--tls-cert")
     if options.redis is not None:

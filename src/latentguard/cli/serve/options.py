@@ -337,6 +337,14 @@ class ServeOptions:
     audit_texts: Annotated[
         bool, typer.Option(help="Write prompt texts into the audit log.", rich_help_panel=RECORD)
     ] = False
+    review_labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Label file: keeps recent prompts in memory and serves a page at /review on "
+            "which they are labelled. It needs LATENTGUARD_ADMIN_KEY.",
+            rich_help_panel=RECORD,
+        ),
+    ] = None
     log_format: Annotated[
         LogFormat,
         typer.Option(help="Format of log lines on standard error.", rich_help_panel=RECORD),
