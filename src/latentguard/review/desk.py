@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,7 +18,7 @@ from latentguard.models.chat_model import ChatModel
 from latentguard.review.labels import LabelFile
 from latentguard.review.routes import Review
 from latentguard.review.session import ReviewItem, ReviewItems, ReviewSession
-from latentguard.review.teaching import Adapt, Teacher
+from latentguard.review.teaching import Teacher
 
 PATIENCE = 3.0
 """Seconds that an explanation waits for the model."""
@@ -49,12 +50,6 @@ class GuardDesk:
             self.lock.release()
 
 
-def adapting(guard: LatentGuard, name: str) -> Adapt | None:
-    """What adapts a guard that has its model; None where guards cannot be adapted."""
-    adapt = getattr(guard, "adapt", None)
-    return None if adapt is None else lambda prompts: adapt(prompts, name=name)
-
-
 def local_review(
     desk: GuardDesk,
     items: Iterable[ReviewItem],
@@ -74,11 +69,11 @@ def local_review(
     kept = ReviewItems()
     for item in items:
         kept.add(item)
-    adapt = adapting(desk.guard, labels.path.stem)
+    adapt = partial(desk.guard.adapt, name=labels.path.stem)
     about = dict(facts) | dict(labels=str(labels.path))
     return Review(
         session=ReviewSession(kept, labels),
         explain=desk.explain,
         about=lambda: about,
-        teacher=adapt and Teacher(adapt, folder, desk.lock),
+        teacher=Teacher(adapt, folder, desk.lock),
     )

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Lock, Thread
 from time import monotonic
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from latentguard.errors import LatentGuardError
+from latentguard.guard.adapting import Adapted
 from latentguard.guard.artifact import JSON_FILE
 from latentguard.prompts import Prompt
 from latentguard.report.document import Table
@@ -17,25 +18,7 @@ from latentguard.report.document import Table
 State = Literal["idle", "running", "done", "failed"]
 
 
-class SavableGuard(Protocol):
-    """A guard, as far as it is saved here."""
-
-    def save(self, folder: str | Path) -> None:
-        """Write it to a folder."""
-
-
-class Adaptation(Protocol):
-    """What adapting a guard gives."""
-
-    @property
-    def guard(self) -> SavableGuard:
-        """The adapted guard."""
-
-    def tables(self) -> list[Table]:
-        """Before and after."""
-
-
-Adapt = Callable[[list[Prompt]], Adaptation]
+Adapt = Callable[[list[Prompt]], Adapted]
 """Adapts a guard to labelled prompts."""
 
 UNEXPECTED = "Adapting ended with an error that was not expected; the terminal shows it."

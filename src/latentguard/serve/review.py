@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 
 from latentguard.errors import GuardError, LatentGuardError
+from latentguard.guard.adapting import Adapted
 from latentguard.guard.explanation import Explanation
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.own_model import OwnModel
 from latentguard.models.segments import Segments
 from latentguard.models.shared_model import SharedModel
 from latentguard.prompts import Prompt
-from latentguard.review.desk import adapting
 from latentguard.review.labels import LabelFile
 from latentguard.review.routes import Review, routes
 from latentguard.review.session import ReviewItem, ReviewItems, ReviewSession
-from latentguard.review.teaching import Adaptation, Teacher
+from latentguard.review.teaching import Teacher
 from latentguard.serve.engine import ScoringEngine
 from latentguard.serve.errors import ApiError
 from latentguard.serve.keys import ApiKeys
@@ -82,7 +82,7 @@ class ServiceReview:
             session=ReviewSession(self._items, self._labels),
             explain=self._explain,
             about=self._about,
-            teacher=teacher if hasattr(LatentGuard, "adapt") else None,
+            teacher=teacher,
         )
         return routes(review, self._require)
 
@@ -113,13 +113,11 @@ class ServiceReview:
         )
         return explanation
 
-    def _adapt(self, prompts: list[Prompt]) -> Adaptation:
+    def _adapt(self, prompts: list[Prompt]) -> Adapted:
         """Adapt the default guard, which reads the prompts on the scoring thread."""
         guard = self._service.guards.default.guard
         guard = replace(guard, own_model=OwnModel(EngineBackend(self._service.engine, self._loop)))
-        adapt = adapting(guard, self._path.stem)
-        assert adapt is not None
-        return adapt(prompts)
+        return guard.adapt(prompts, name=self._path.stem)
 
 
 class EngineBackend:
