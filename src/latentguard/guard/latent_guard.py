@@ -24,7 +24,7 @@ from latentguard.guard.compatibility import (
     explain_mismatch,
     require_readable,
 )
-from latentguard.guard.display import facts_table
+from latentguard.guard.display import guard_table
 from latentguard.guard.hub import find_guard, upload_guard
 from latentguard.guard.leakage import prompt_digest
 from latentguard.guard.own_model import OwnModel
@@ -200,15 +200,7 @@ class LatentGuard(GuardSpec):
         return self.calibrate_from(used, verdicts, rates, column=segment_column)
 
     def adapt(self, prompts: Iterable[PromptLike], *, name: str, force: bool = False) -> Adapted:
-        """Teach the guard a batch of labelled prompts (``adapting.adapt``).
-
-        Args:
-            prompts: Labelled harmful or harmless.
-            name: Of the batch, by which it can be forgotten.
-            force: Take it though it costs much of what the guard knew.
-
-        Raises:
-            GuardError: as ``adapting.adapt``.
+        """Teach the guard a batch of labelled prompts: ``adapting.adapt``, with its own model.
 
         Examples:
             >>> guard.adapt(labelled, name="july").guard.save("mine")  # doctest: +SKIP
@@ -499,17 +491,4 @@ class LatentGuard(GuardSpec):
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
-        categories = self.categories
-        facts = {
-            "model": f"{self.fingerprint.model} ({self.fingerprint.dtype})",
-            "reads": f"{self.reading.name}: {', '.join(self.reading.positions)}",
-            "probe": f"{self.probe.kind}, layers {show_numbers(self.probe.layers)}",
-            "threshold": f"{self.threshold:.4g}: {self.promise}",
-            "axes": ", ".join(f"{axis.name} at {axis.position}" for axis in self.axes),
-            "long prompts": self.chunking.notes()[0] if self.chunking else "read whole",
-            "replies": self.replies.promise if self.replies else "not judged",
-            "obfuscated text": "also read decoded" if self.deobfuscate else "read as it stands",
-            "categories": ", ".join(categories.directions.names) if categories else "",
-            "packs": ", ".join(categories.packs) if categories else "",
-        }
-        return facts_table("Latent guard", facts)
+        return guard_table(self)

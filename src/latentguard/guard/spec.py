@@ -381,12 +381,10 @@ class GuardSpec:
     @property
     def notes(self) -> list[str]:
         """Paragraphs and tables on what else it does, in Markdown."""
-        notes = list[str]()
-        if self.deobfuscate:
-            notes.append(
-                f"Text that looks obfuscated ({', '.join(OBFUSCATIONS)}) is read as it stands and "
-                "decoded; the most severe reading counts, and the verdict names what was decoded."
-            )
+        notes = [
+            f"Text that looks obfuscated ({', '.join(OBFUSCATIONS)}) is read as it stands and "
+            "decoded; the most severe reading counts, and the verdict names what was decoded."
+        ] * self.deobfuscate
         parts = (self.chunking, self.thresholds, self.quadrants, self.categories, self.replies)
         for part in (self.adaptation, *parts, self.usable_early_exit):
             notes += part.notes() if part else []
@@ -480,7 +478,7 @@ class GuardSpec:
         return cls(
             reading=Reading(name, positions, queries),
             probe=Probe(probe["kind"], layers, tensors["weight"], float(probe["bias"])),
-            axes=tuple(_axis(axis, layers, tensors) for axis in record["axes"]),
+            axes=tuple(Axis.from_dict(axis, layers, tensors) for axis in record["axes"]),
             fingerprint=Fingerprint(**record["fingerprint"]),
             platt=(float(slope), float(intercept)),
             spread=float(record["spread"]),
@@ -499,11 +497,3 @@ class GuardSpec:
             reference=read_field("reference", Reference.from_dict, record, tensors),
             adaptation=read_field("adaptation", Adaptation.from_dict, record, tensors),
         )
-
-
-def _axis(
-    record: Mapping[str, Any], layers: tuple[int, ...], tensors: Mapping[str, Tensor]
-) -> Axis:
-    positive, negative = (tensors[f"{record['name']}.{pole}"] for pole in POLES)
-    counts = tuple(record["counts"])
-    return Axis(record["name"], record["position"], layers, positive, negative, counts)

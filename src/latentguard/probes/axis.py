@@ -6,8 +6,9 @@ each fold their own prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -83,6 +84,19 @@ class Axis:
 
     counts: tuple[int, int]
     """How many states each centroid is the mean of."""
+
+    @staticmethod
+    def from_dict(
+        record: Mapping[str, Any], layers: tuple[int, ...], tensors: Mapping[str, Tensor]
+    ) -> Axis:
+        """What a guard's file holds of one.
+
+        Raises:
+            LookupError, TypeError: if it is damaged.
+        """
+        name = record["name"]
+        positive, negative = tensors[f"{name}.positive"], tensors[f"{name}.negative"]
+        return Axis(name, record["position"], layers, positive, negative, tuple(record["counts"]))
 
     @staticmethod
     def fit(
