@@ -13,6 +13,7 @@ from latentguard.guard.adapting import adapt, forget
 from latentguard.guard.features import read_texts
 from latentguard.guard.latent_guard import LatentGuard
 from latentguard.guard.refit import base_of, held_out_rows, refit
+from latentguard.guard.suggestion import suggest
 from latentguard.probes.correction import Rows, fit_correction
 from latentguard.stats.detection import auroc
 
@@ -233,3 +234,27 @@ class TestFeatures:
         part = Rows(own.scores[rest], own.features[rest], own.harmful[rest])
         alone = fit_correction(part, groups[rest], reference, 1.0).correction
         assert np.allclose(alone(own.scores[~rest], own.features[~rest]), held_out[~rest])
+
+
+class TestSuggest:
+    def test_rare_harm_is_found_more_often_than_by_chance(self, backend, able):
+        """Of 1,000 prompts 40 are harmful, 4 in 100 by chance; the guard knows half of them."""
+        known = [p for p in kinds(20, start=700) if p.harmful]
+        traffic = [*harmless(960, 30000), *novel(20, 500), *known]
+        chosen = suggest(able, backend, traffic, 100)
+        assert len({one.prompt.text for one in chosen}) == 100
+        assert sum(bool(one.prompt.harmful) for one in chosen) > 10
+        assert [one.stratum for one in chosen].count("high scores") == 70
+        assert chosen == suggest(able, backend, traffic, 100)
+
+    def test_what_was_learned_is_left_out(self, backend, able):
+        rows = missed(20, 60)
+        learned = adapt(able, backend, rows, name="labels").guard
+        fresh = harmless(30, 40000)
+        chosen = suggest(learned, backend, [*rows, *fresh, *fresh], 30)
+        assert {one.prompt.text for one in chosen} == {p.text for p in fresh}
+        with pytest.raises(GuardError, match="holds 30 different prompts"):
+            suggest(learned, backend, [*rows, *fresh], 31)
+
+    def test_a_guard_without_reference_suggests_too(self, backend, guard):
+        assert len(suggest(guard, backend, harmless(50, 45000), 10)) == 10

@@ -30,6 +30,7 @@ from latentguard.cli.show import show
 from latentguard.cli.sign import sign
 from latentguard.cli.stress import stress
 from latentguard.cli.study import study
+from latentguard.cli.suggest import suggest
 
 PANELS: dict[str, dict[str, Callable[..., Any]]] = {
     "Guard": {
@@ -37,6 +38,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "fit": fit,
         "calibrate": calibrate,
         "adapt": adapt,
+        "suggest": suggest,
         "score": score,
         "review": review,
         "evaluate": evaluate,

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from latentguard.errors import PromptError
+from latentguard.prompts import Prompt
 
 Label = Literal["harmful", "harmless"]
 
@@ -76,3 +77,12 @@ def _settled(rows: Iterator[Row]) -> Iterator[Row]:
         label = majority(given for given in labels[key].values() if given)
         if label is not None:
             yield where, default_id, {**fields, "label": label}
+
+
+def prompt_row(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as a row of a prompt file, without its label."""
+    row: dict[str, Any] = {"id": prompt.id, "text": prompt.text}
+    if prompt.history:
+        row["history"] = [{"role": m.role, "content": m.content} for m in prompt.history]
+    names = ("category", "segment", "source", "pair")
+    return row | {name: own for name in names if (own := getattr(prompt, name)) is not None}

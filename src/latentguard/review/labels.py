@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from latentguard.data.label_rows import Label, is_label_row, majority
+from latentguard.data.label_rows import Label, is_label_row, majority, prompt_row
 from latentguard.data.prompt_files import Columns, parse_json_row, parse_prompt, read_prompts
 from latentguard.errors import LatentGuardError, PromptError
 from latentguard.files import read_whole_lines
@@ -152,15 +152,6 @@ class LabelFile:
                 os.ftruncate(self._file, end)
             raise LatentGuardError(f"{self.path} cannot be written: {error.strerror}.") from None
         self._keep(prompt, reviewer, label)
-
-
-def prompt_row(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as a row of a prompt file, without its label."""
-    row: dict[str, Any] = {"id": prompt.id, "text": prompt.text}
-    if prompt.history:
-        row["history"] = [{"role": m.role, "content": m.content} for m in prompt.history]
-    names = ("category", "segment", "source", "pair")
-    return row | {name: own for name in names if (own := getattr(prompt, name)) is not None}
 
 
 def _open_locked(path: Path) -> int:
