@@ -56,7 +56,7 @@ class LabelBatch:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Labelled prompts as the guard read them before it learned; sorted, so order is no matter."""
+    """Labelled prompts as the guard read them before it learned."""
 
     texts: ReadTexts
     """Scores and features."""
@@ -93,7 +93,7 @@ class Labels:
             (batch,) * len(prompts),
             tuple(p.segment or "" for p in prompts),
             tuple(p.category or "" for p in prompts),
-        ).sorted()
+        )
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Labels:
         """Some of them, in the order given."""

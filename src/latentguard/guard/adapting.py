@@ -73,7 +73,7 @@ def adapt(  # noqa: PLR0913 (each is asked for by itself)
     earlier = guard.adaptation
     reference = guard.reference or Reference.read(base, backend, progress)
     texts = read_texts(base, backend, rows, reference.feature_map, progress=progress)
-    labels = Labels.of(texts, rows, name)
+    labels = Labels.of(texts, rows, name).sorted()
     batch = LabelBatch(
         name=name,
         date=date,

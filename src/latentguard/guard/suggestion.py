@@ -83,17 +83,32 @@ def suggest(
     texts = read_texts(guard, backend, fresh, feature_map, progress=progress)
     scores = texts.combine(texts.scores, guard.chunking, guard.threshold)
     features = texts.features[texts.whole].astype(np.float32)
+    chosen = choose_rows(scores, features, count, np.random.default_rng(seed))
+    return [Suggestion(fresh[row], float(scores[row]), stratum) for row, stratum in chosen]
+
+
+def choose_rows(
+    scores: Float[NDArray[np.float64], "n"],
+    features: Float[NDArray[np.float32], "n k"],
+    count: int,
+    draw: np.random.Generator,
+) -> list[tuple[int, Stratum]]:
+    """Rows to label, with the part of the traffic that each stands for.
+
+    Args:
+        scores: What the guard says of each prompt.
+        features: Of its states.
+        count: How many.
+        draw: Of random numbers.
+    """
     order = np.argsort(-scores, kind="stable")
     cut = max(int(HIGH * len(order)), 1)
     high, rest = order[:cut], order[cut:]
-    from_high = min(round(FROM_HIGH * count), len(high))
-    from_high = max(from_high, count - len(rest))
-    draw = np.random.default_rng(seed)
-    chosen: list[tuple[int, Stratum]] = [
+    from_high = max(min(round(FROM_HIGH * count), len(high)), count - len(rest))
+    return [
         *((row, "high scores") for row in _spread(features, high, from_high, draw)),
         *((row, "the rest") for row in _spread(features, rest, count - from_high, draw)),
     ]
-    return [Suggestion(fresh[row], float(scores[row]), stratum) for row, stratum in chosen]
 
 
 def require_fresh(guard: LatentGuard, prompts: Sequence[Prompt], count: int) -> list[Prompt]:
