@@ -158,6 +158,12 @@ class TestIncident:
         assert share_flagged(result.guard, backend, harmless(500, 60000)) < 0.08
         assert result.report.builtin_harmless == int((~able.reference.harmful).sum())
 
+    def test_the_report_says_what_is_flagged_in_the_end(self, backend, able):
+        result = adapt(able, backend, novel(3), name="incident")
+        assert result.report.why.endswith("the harmful ones are flagged: 3 of 3 are.")
+        assert not result.report.holds_out
+        assert "too few of your labels to hold any out" in result.tables()[0].note
+
     def test_requests_that_are_flagged_already_change_nothing(self, backend, able):
         known = [p for p in kinds(10, start=900) if p.harmful]
         flagged = [p for p, v in zip(known, able.scan(backend, known), strict=True) if v.flagged]
@@ -190,6 +196,17 @@ class TestAttack:
         planted = {p.id for p, q in zip(wrong, rows, strict=True) if p.harmful != q.harmful}
         assert share_flagged(result.guard, backend, novel(100, start=1000)) > 0.7
         assert len(found & planted) >= 0.7 * len(found)
+
+
+class TestHarmlessLabels:
+    def test_alone_they_set_the_threshold_if_they_are_enough(self, backend, able):
+        few, many = (
+            adapt(able, backend, harmless(count, 70000), name="calm") for count in (50, 200)
+        )
+        assert few.report.kind == "none"
+        assert many.report.kind == "threshold"
+        assert many.guard.bound.n == 200
+        assert torch.equal(many.guard.probe.weight, able.probe.weight)
 
 
 class TestRefused:

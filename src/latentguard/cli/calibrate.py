@@ -165,6 +165,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     _require_rate_alone(second_opinion, rates, traffic, segment_column)
     with changed_guard(guard, out) as target:
         loaded = read_guard(guard)
+        _warn_of_labels(loaded)
         both = rates.goal.needs_harmful or bool(traffic)
         prompts = _calibration_prompts(loaded, harmless, harmful, columns, needs_harmful=both)
         used = loaded.calibration_prompts(prompts, rates)  # says what is wrong at once
@@ -191,6 +192,15 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
         echo_changes(compare(used, before, after), IN_SAMPLE)
     for paragraph in calibrated.notes:
         typer.echo(f"\n{paragraph}")
+
+
+def _warn_of_labels(guard: LatentGuard) -> None:
+    """Say that a calibration is lost when labels are learned next, if some were learned."""
+    if guard.adaptation is not None:
+        echo_err(
+            "Warning: 'adapt' and 'adapt --forget' begin with the guard before it learned labels, "
+            "so this calibration lasts until then. 'adapt --max-fpr' keeps a rate."
+        )
 
 
 def _echo_threshold(before: LatentGuard, after: LatentGuard) -> None:

@@ -104,6 +104,9 @@ class AdaptationReport:
     missing: int
     """Harmless labels that are missing for a promise about the operator's own traffic."""
 
+    holds_out: bool
+    """Whether figures on the labels are of corrections that did not see them."""
+
     figures: tuple[Figure, ...]
     """On the labels, each held out, and on built-in prompts that are kept for this."""
 
@@ -157,7 +160,10 @@ class AdaptationReport:
     def _notes(self) -> str:
         notes = [
             "Your labels are scored by corrections that did not see them; built-in prompts were "
-            "kept for this. 95 % intervals.",
+            "kept for this. 95 % intervals."
+            if self.holds_out
+            else "There are too few of your labels to hold any out: their figures are of what was "
+            "learned. Built-in prompts were kept for this. 95 % intervals.",
             f"{self.newly_flagged} of {self.builtin_harmless} built-in harmless prompts are newly "
             "flagged.",
         ]
@@ -206,6 +212,7 @@ def measure_adaptation(
         why=after.change.why,
         promise=after.guard.promise,
         missing=after.missing,
+        holds_out=after.holds_out,
         figures=(
             *_figures(OWN, own.harmful, was, now),
             *_figures(BUILTIN, harmful, *sides),

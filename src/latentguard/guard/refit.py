@@ -101,6 +101,11 @@ class Refit:
     missing: int
     """Harmless labels that are missing for a promise about the operator's own traffic."""
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there were labels enough to hold some out."""
+        return self.change.fit is None or len(self.change.fit.folds) > 1
+
     def score(self, texts: ReadTexts) -> Scores:
         """Its scores of other prompts."""
         fit = self.change.fit
@@ -178,7 +183,22 @@ def refit(
     if change.kind != "none":
         guard = _calibrated(guard, reference, labels, scores, rates, change, missing)
     combined = texts.combine(scores, guard.chunking, guard.threshold)
-    return Refit(guard, change, combined, missing)
+    refitted = Refit(guard, change, combined, missing)
+    is_incident = change.kind == "probe" and _are_few(labels)
+    return _with_count(refitted, labels) if is_incident else refitted
+
+
+def _are_few(labels: Labels) -> bool:
+    """Whether there are too few labels of a class for cross-validation."""
+    return bool(min(np.bincount(labels.harmful, minlength=2)) < FEWEST_TO_CHOOSE)
+
+
+def _with_count(refitted: Refit, labels: Labels) -> Refit:
+    """Says how many of the harmful labels of an incident are flagged in the end."""
+    scores = refitted.score(labels.texts)
+    flags = refitted.flags(scores, labels.segments, labels.texts.is_chunked)[labels.harmful]
+    why = f"{refitted.change.why}: {int(flags.sum())} of {len(flags)} are."
+    return replace(refitted, change=replace(refitted.change, why=why))
 
 
 def with_labels(
@@ -217,7 +237,7 @@ def choose_change(base: LatentGuard, reference: Reference, labels: Labels, rates
     """
     rows = labels.rows
     kept_back = reference.rows(kept=False)
-    if min(np.bincount(rows.harmful, minlength=2)) < FEWEST_TO_CHOOSE:
+    if _are_few(labels):
         return _incident(base, reference, labels, rates)
     every = fit_corrections(rows, labels.groups, kept_back, PENALTIES)
     fits = dict(zip(PENALTIES, every, strict=True))
@@ -293,7 +313,7 @@ def _incident(base: LatentGuard, reference: Reference, labels: Labels, rates: Ra
     """The weakest correction that flags all harmful labels, at a threshold that keeps the rate."""
     rows = labels.rows
     if not rows.harmful.any():
-        return Change("none", None, "Nothing was changed: there is no harmful label to learn from.")
+        return _harmless_alone(len(rows.harmful), rates)
     if (rows.scores[rows.harmful] > base.threshold).all():
         return Change("none", None, "Nothing was changed: all harmful labels are flagged already.")
     harmless = reference.rows(kept=True)
@@ -304,15 +324,21 @@ def _incident(base: LatentGuard, reference: Reference, labels: Labels, rates: Ra
         change = fit.correction
         scores = change(harmless.scores, harmless.features)[~harmless.harmful]
         threshold = threshold_for_fpr(scores, rates.block, rates.confidence).threshold
-        caught = change(rows.scores, rows.features)[rows.harmful] > threshold
-        if caught.all():
+        if (change(rows.scores, rows.features)[rows.harmful] > threshold).all():
             break
     return Change(
         "probe",
         fit,
         "There are too few labels for cross-validation, so the probe was corrected just so far "
-        f"that the harmful ones are flagged: {int(caught.sum())} of {len(caught)} are.",
+        "that the harmful ones are flagged",
     )
+
+
+def _harmless_alone(count: int, rates: Rates) -> Change:
+    """What harmless labels alone can do: set the threshold, if they are enough."""
+    if count < enough_harmless(rates) or rates.goal.needs_harmful:
+        return Change("none", None, "Nothing was changed: there is no harmful label to learn from.")
+    return Change("threshold", None, "The threshold was set anew; all labels are harmless.")
 
 
 def enough_harmless(rates: Rates) -> int:
