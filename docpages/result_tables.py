@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from docpages.adaptation_tables import ADAPTATION_TABLES
 from docpages.attack_tables import ATTACK_TABLES
 from docpages.calibration_tables import CALIBRATION_TABLES
 from docpages.field_tables import FIELD_TABLES
@@ -295,6 +296,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **GARAK_TABLES,
     **REPLICATION_TABLES,
     **VERDICT_TABLES,
+    **ADAPTATION_TABLES,
     **ATTACK_TABLES,
     **CALIBRATION_TABLES,
     **FIELD_TABLES,

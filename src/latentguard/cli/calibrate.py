@@ -164,8 +164,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
     _require_options(rates, traffic, harmless, harmful, segment_column)
     _require_rate_alone(second_opinion, rates, traffic, segment_column)
     with changed_guard(guard, out) as target:
-        loaded = read_guard(guard)
-        _warn_of_labels(loaded)
+        loaded = _read_guard(guard)
         both = rates.goal.needs_harmful or bool(traffic)
         prompts = _calibration_prompts(loaded, harmless, harmful, columns, needs_harmful=both)
         used = loaded.calibration_prompts(prompts, rates)  # says what is wrong at once
@@ -194,13 +193,15 @@ def calibrate(  # noqa: PLR0913, PLR0917 (each is an option)
         typer.echo(f"\n{paragraph}")
 
 
-def _warn_of_labels(guard: LatentGuard) -> None:
-    """Say that a calibration is lost when labels are learned next, if some were learned."""
+def _read_guard(source: str) -> LatentGuard:
+    """The guard; one that learned labels comes with a warning: the next ones undo a calibration."""
+    guard = read_guard(source)
     if guard.adaptation is not None:
         echo_err(
             "Warning: 'adapt' and 'adapt --forget' begin with the guard before it learned labels, "
             "so this calibration lasts until then. 'adapt --max-fpr' keeps a rate."
         )
+    return guard
 
 
 def _echo_threshold(before: LatentGuard, after: LatentGuard) -> None:
