@@ -83,7 +83,7 @@ if str(ROOT / "tests") not in sys.path:
 # ---- the package's interface ---------------------------------------------------------------------
 
 from latentguard.data.builtin import load_contrast, load_guard_prompts  # noqa: E402
-from latentguard.guard import chunk_calibration, packs  # noqa: E402
+from latentguard.guard import chunk_calibration, chunk_texts, packs  # noqa: E402
 from latentguard.guard.latent_guard import LatentGuard  # noqa: E402
 from latentguard.guard.verdict import Verdict  # noqa: E402
 from latentguard.interventions import Intervention  # noqa: E402
@@ -143,8 +143,9 @@ def add_pack(
 @contextmanager
 def few_texts() -> Iterator[None]:
     """Chunking is fitted on fewer and shorter texts than usual, to save time."""
-    fewer = patch.multiple(chunk_calibration, NORM_TEXTS=8, CALIBRATION_TEXTS=30, LONGEST=1200)
-    with fewer, patch.object(packs, "CALIBRATION_TEXTS", 30):
+    fewer = patch.multiple(chunk_calibration, NORM_TEXTS=8, CALIBRATION_TEXTS=30)
+    shorter = patch.object(chunk_texts, "LONGEST", 1200)
+    with fewer, shorter, patch.object(packs, "CALIBRATION_TEXTS", 30):
         yield
 
 

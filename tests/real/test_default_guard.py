@@ -52,4 +52,4 @@ def test_it_reads_long_prompts_and_is_calibrated(guard):
 
 
 def test_it_is_small():
-    assert sum(file.stat().st_size for file in DEFAULT_GUARD.iterdir()) < 6 << 20
+    assert sum(file.stat().st_size for file in DEFAULT_GUARD.iterdir()) < 12 << 20

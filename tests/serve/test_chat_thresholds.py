@@ -156,9 +156,11 @@ def test_a_threshold_that_cannot_be_had_is_found_at_load(rate):
     """Not at the first chat, which would be answered 500."""
     guard = with_rate(band_guard(), rate)
     with pytest.raises(GuardError, match=r"cannot judge chats.* Calibrate it again"):
-        ServedGuards.meet(guard, {}, None, lambda one, _: one)
+        ServedGuards.meet(guard, None, bind=lambda one, _: one)
     with pytest.raises(GuardError, match="cannot judge chats"):
-        ServedGuards.meet(tiny_guard(), {"strict": guard}, None, lambda one, _: one)
+        ServedGuards.meet(
+            tiny_guard(), None, named_guards={"strict": guard}, bind=lambda one, _: one
+        )
 
 
 def test_thinned_scores_do_for_a_rate_that_all_of_them_promised():
